@@ -1,0 +1,326 @@
+"""A model is a list of stages; everything else about it follows from that list.
+
+A stage is so many blocks, one kind of attention, so many loops. The forward pass, the caches, the cost and the tensor
+names are all derived from an `Architecture`. Plain data: nothing here needs torch.
+"""
+
+import difflib
+from collections.abc import Callable
+from math import gcd
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from yoco_u.errors import UserError
+from yoco_u.typed import Config, describe, parse
+
+Attention = Literal["full", "sliding", "retention", "cross"]
+
+
+class Stage(Config):
+    """`layers` blocks of one kind of attention, applied `loops` times with the same parameters.
+
+    Attributes:
+        attention: `full` (causal, RoPE), `sliding` (causal, the last `window` keys, RoPE), `retention` (gated retention of
+            YOCO 2024, RoPE) or `cross` (causal attention to the one global KV cache).
+        layers: blocks that own parameters.
+        loops: how often the whole stack is applied; the output of one loop is the input of the next.
+        loop_gate: if set, every loop after the first is let in through a learned scalar, `h + g_t (f(h) - h)`, that
+            starts at this value. The paper's models have none.
+    """
+
+    attention: Attention
+    layers: PositiveInt
+    loops: PositiveInt = 1
+    loop_gate: float | None = None
+
+    @model_validator(mode="after")
+    def _gate_needs_loops(self) -> "Stage":
+        if self.loop_gate is not None and self.loops == 1:
+            raise ValueError("loop_gate gates the loops after the first, but loops is 1; set loops >= 2 or drop loop_gate")
+        return self
+
+
+class MixtureOfExperts(Config):
+    """Fine-grained mixture of experts in place of each block's SwiGLU; the paper's 10B model has the defaults.
+
+    Attributes:
+        num_experts: routed SwiGLU experts per block.
+        experts_per_token: routed experts that each token visits; none is ever dropped.
+        shared_experts: experts that every token visits besides.
+        intermediate_size: inner width of one expert.
+        auxiliary_loss_weight: weight of the load-balancing loss; 0 turns it off.
+        bias_update_rate: step of the auxiliary-loss-free balancing bias; 0 turns it off.
+    """
+
+    num_experts: PositiveInt = 64
+    experts_per_token: PositiveInt = 8
+    shared_experts: int = Field(default=1, ge=0)
+    intermediate_size: PositiveInt
+    auxiliary_loss_weight: float = Field(default=0.0, ge=0)
+    bias_update_rate: float = Field(default=1e-3, ge=0)
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> "MixtureOfExperts":
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token is {self.experts_per_token} but there are {self.num_experts} experts; "
+                "choose at most that many"
+            )
+        return self
+
+
+class ParallelStreams(Config):
+    """ParScale (arXiv 2505.10475): streams of the same weights, told apart by learned key and value prefixes.
+
+    Attributes:
+        streams: how many streams run in parallel; their outputs are mixed by learned weights.
+        prefix_tokens: length of the learned prefix of each stream and layer.
+        smoothing: share of the mixing weight that is spread evenly over the streams.
+    """
+
+    streams: int = Field(ge=2)
+    prefix_tokens: PositiveInt = 48
+    smoothing: float = Field(default=0.01, ge=0, lt=1)
+
+
+class Architecture(Config):
+    """Everything that determines the shape of a model and its forward pass.
+
+    Attributes:
+        window: keys that a sliding layer sees, the token itself included; needed exactly where a stage slides.
+        rope_theta: base of the rotary embedding of all but the cross-decoder.
+        rope_cross: rotate the cross-decoder's queries and the global keys as well (YOCO 2024 does, YOCO-U does not).
+        qk_norm: RMSNorm over head_dim of queries and keys, before rotation.
+        tie_word_embeddings: the LM head reuses the embedding.
+        experts: mixture of experts in place of the SwiGLU of width `intermediate_size`.
+        parallel: ParScale streams; all stages must then be `full`.
+    """
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    stages: tuple[Stage, ...]
+    window: PositiveInt | None = None
+    rope_theta: PositiveFloat = 10000.0
+    rope_cross: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    rms_norm_eps: PositiveFloat = 1e-6
+    experts: MixtureOfExperts | None = None
+    parallel: ParallelStreams | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, data: Any) -> Any:
+        """Config files may name a preset and a size, with any field on top: `{preset: yoco_u, size: 100m, loops: 5}`."""
+        if not isinstance(data, dict) or "preset" not in data:
+            return data
+        settings = dict(data)
+        return preset(settings.pop("preset"), **settings).model_dump()
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Architecture":
+        for problem in _problems(self):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def unrolled_layers(self) -> int:
+        """Blocks that a token passes through: layers times loops, summed over the stages."""
+        return sum(stage.layers * stage.loops for stage in self.stages)
+
+    @property
+    def has_global_kv(self) -> bool:
+        return any(stage.attention == "cross" for stage in self.stages)
+
+    @property
+    def looped_stages(self) -> tuple[int, ...]:
+        """Indices of the stages that a loop count chosen at call time applies to.
+
+        Those that loop; where none does (T=1), the first stage, which is what every recursive variant of YOCO loops.
+        """
+        return tuple(i for i, stage in enumerate(self.stages) if stage.loops > 1) or (0,)
+
+    def with_loops(self, loops: int) -> "Architecture":
+        """The same weights run with another loop count T >= 1.
+
+        Raises:
+            UserError: if `loops` is not a whole number of at least 1.
+        """
+        if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
+            raise UserError(f"num_loops is {loops!r}; expected a whole number of at least 1")
+        stages = tuple(
+            stage.model_copy(update={"loops": loops}) if i in self.looped_stages else stage
+            for i, stage in enumerate(self.stages)
+        )
+        return self.model_copy(update={"stages": stages})
+
+
+def _problems(a: Architecture) -> list[str]:
+    found = []
+    if not a.stages:
+        return ["stages is empty; give at least one stage, such as {attention: full, layers: 4}"]
+    kinds = [stage.attention for stage in a.stages]
+    if kinds[0] == "cross":
+        found.append("the first stage is cross, but nothing before it writes the global KV; begin with sliding, retention or full")
+    if "cross" in kinds and any(kind != "cross" for kind in kinds[kinds.index("cross") :]):
+        found.append(f"stages are {', '.join(kinds)}: only cross stages can follow a cross stage")
+    if a.num_attention_heads % a.num_key_value_heads:
+        found.append(
+            f"num_attention_heads {a.num_attention_heads} is not a multiple of num_key_value_heads {a.num_key_value_heads}"
+        )
+    if a.head_dim % 2:
+        found.append(f"head_dim is {a.head_dim}; rotary embedding needs an even number")
+    if "sliding" in kinds and a.window is None:
+        found.append("a stage is sliding but window is not set; give the number of keys that a token sees")
+    if "sliding" not in kinds and a.window is not None:
+        found.append(f"window is {a.window} but no stage is sliding; drop window or make a stage sliding")
+    if a.parallel and set(kinds) != {"full"}:
+        found.append(f"parallel streams need full attention in every stage, got {', '.join(kinds)}")
+    return found
+
+
+def transformer(layers: int) -> tuple[Stage, ...]:
+    return (Stage(attention="full", layers=layers),)
+
+
+def yoco(layers: int) -> tuple[Stage, ...]:
+    return (Stage(attention="sliding", layers=layers // 2), Stage(attention="cross", layers=layers // 2))
+
+
+def yoco_retention(layers: int) -> tuple[Stage, ...]:
+    return (Stage(attention="retention", layers=layers // 2), Stage(attention="cross", layers=layers // 2))
+
+
+def yoco_u(layers: int, loops: int = 3, loop_gate: float | None = None) -> tuple[Stage, ...]:
+    looped = Stage(attention="sliding", layers=layers // 2, loops=loops, loop_gate=loop_gate)
+    return (looped, Stage(attention="cross", layers=layers // 2))
+
+
+def universal_transformer(layers: int, loops: int = 2, loop_gate: float | None = None) -> tuple[Stage, ...]:
+    return (Stage(attention="full", layers=layers, loops=loops, loop_gate=loop_gate),)
+
+
+def rins(layers: int, loops: int = 3, loop_gate: float | None = None) -> tuple[Stage, ...]:
+    looped = Stage(attention="full", layers=layers // 2, loops=loops, loop_gate=loop_gate)
+    return (looped, Stage(attention="full", layers=layers // 2))
+
+
+def upper_loop(layers: int, loops: int = 3, loop_gate: float | None = None) -> tuple[Stage, ...]:
+    looped = Stage(attention="cross", layers=layers // 2, loops=loops, loop_gate=loop_gate)
+    return (Stage(attention="sliding", layers=layers // 2), looped)
+
+
+def upper_loop_without_shared_kv(layers: int, loops: int = 3, loop_gate: float | None = None) -> tuple[Stage, ...]:
+    looped = Stage(attention="full", layers=layers // 2, loops=loops, loop_gate=loop_gate)
+    return (Stage(attention="sliding", layers=layers // 2), looped)
+
+
+STAGES: dict[str, Callable[..., tuple[Stage, ...]]] = {
+    "transformer": transformer,
+    "yoco": yoco,
+    "yoco_retention": yoco_retention,
+    "yoco_u": yoco_u,
+    "universal_transformer": universal_transformer,
+    "rins": rins,
+    "upper_loop": upper_loop,
+    "upper_loop_without_shared_kv": upper_loop_without_shared_kv,
+    "deep": yoco,
+    "deeper": yoco,
+    "parscale": transformer,
+}
+"""Stage lists by architecture name: a function of the layer count, and of loops where the architecture loops."""
+
+LOOPED = frozenset({"yoco_u", "universal_transformer", "rins", "upper_loop", "upper_loop_without_shared_kv"})
+
+SIZES: dict[str, dict[str, Any]] = {
+    "test": {
+        "layers": 4, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "window": 8, "vocab_size": 96,
+    },
+    "quickstart": {
+        "layers": 6, "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 32, "window": 64, "vocab_size": 1024, "tie_word_embeddings": True,
+    },
+    "8m": {
+        "layers": 8, "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 64, "window": 128, "vocab_size": 8192, "tie_word_embeddings": True,
+    },
+    "100m": {
+        "layers": 8, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "head_dim": 128, "window": 512, "vocab_size": 16384, "tie_word_embeddings": True,
+    },
+    "1.3b": {
+        "layers": 20, "hidden_size": 2560, "intermediate_size": 4864, "num_attention_heads": 20, "num_key_value_heads": 4,
+        "head_dim": 128, "window": 512, "vocab_size": 100352, "tie_word_embeddings": True,
+    },
+    "10b-moe": {
+        "layers": 20, "hidden_size": 2560, "intermediate_size": 4864, "num_attention_heads": 20, "num_key_value_heads": 4,
+        "head_dim": 128, "window": 512, "vocab_size": 100352, "tie_word_embeddings": True,
+        "experts": {"intermediate_size": 960},
+    },
+}  # fmt: skip
+"""Shapes by size. `1.3b` and `10b-moe` are the paper's models; it gives layers, hidden size, window, experts and the KV width,
+the feed-forward widths and the vocabulary here are chosen so that the parameter counts come out."""
+
+
+def preset(name: str, size: str = "8m", **settings: Any) -> Architecture:
+    """An architecture of the paper at a named size.
+
+    Args:
+        name: one of `STAGES`.
+        size: one of `SIZES`.
+        settings: `loops` and `loop_gate` where the architecture loops, `layers`, `streams` and `prefix_tokens` for `parscale`,
+            and any field of `Architecture`, which then replaces the size's own.
+
+    Raises:
+        UserError: for an unknown name or size, or settings that make an impossible architecture.
+    """
+    for value, known, what in ((name, STAGES, "preset"), (size, SIZES, "size")):
+        if value not in known:
+            near = difflib.get_close_matches(str(value), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise UserError(f"unknown {what} {value!r}: {hint}")
+    shape = SIZES[size] | settings
+    if name in DEPTH_FACTOR:
+        shape = _deepened(SIZES[size], DEPTH_FACTOR[name]) | settings
+    layers = shape.pop("layers")
+    if not isinstance(layers, int) or layers < 2 or layers % 2:
+        raise UserError(f"layers is {layers!r}; expected an even number of at least 2, as presets split it in two halves")
+    looping = {key: shape.pop(key) for key in ("loops", "loop_gate") if key in shape}
+    if looping and name not in LOOPED:
+        raise UserError(f"{name} has no loop, so {' and '.join(looping)} cannot be set; looped are {', '.join(sorted(LOOPED))}")
+    if name == "parscale":
+        streams = {key: shape.pop(key) for key in ("streams", "prefix_tokens") if key in shape}
+        shape.setdefault("parallel", {"streams": 2} | streams)
+    stages = _build(STAGES[name], layers, looping)
+    if all(stage.attention != "sliding" for stage in stages) and "window" not in settings:
+        shape.pop("window", None)
+    return parse(Architecture, {"stages": [stage.model_dump() for stage in stages]} | shape, f"preset {name}")
+
+
+def _build(stages: Callable[..., tuple[Stage, ...]], layers: int, looping: dict[str, Any]) -> tuple[Stage, ...]:
+    try:
+        return stages(layers, **looping)
+    except ValidationError as error:
+        raise UserError(describe(Stage, error)) from None
+
+
+DEPTH_FACTOR = {"deep": 1.5, "deeper": 2.0}
+
+
+def _deepened(shape: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The same parameters at `factor` times the depth, in whole heads; 1.3b deeper is the paper's 40 layers of 1792."""
+    narrower = factor**-0.5
+    heads = max(1, round(shape["num_attention_heads"] * narrower))
+    return shape | {
+        "layers": 2 * round(shape["layers"] * factor / 2),
+        "hidden_size": shape["hidden_size"] // shape["num_attention_heads"] * heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": gcd(heads, shape["num_key_value_heads"]),
+        "intermediate_size": 16 * round(shape["intermediate_size"] * narrower / 16),
+    }

@@ -1,0 +1,186 @@
+"""The blocks of the three kinds of stage, and the stack that loops them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from yoco_u.architecture import Stage
+from yoco_u.model.configuration import YocoUConfig
+from yoco_u.model.feed_forward import ExpertMixture, feed_forward
+from yoco_u.model.layers import ResidualLinear, RMSNorm
+from yoco_u.model.sequences import Sequences, rotate
+
+GlobalKV = tuple[Tensor, Tensor]
+"""The global keys and values, each (batch, tokens, kv_heads, head_dim)."""
+
+
+class SelfAttention(nn.Module):
+    """Full or sliding causal attention with RoPE and grouped key and value heads.
+
+    Hidden states are (batch, tokens, hidden) or, with ParScale streams, (batch, tokens, streams, hidden): the streams' heads
+    lie side by side in one attention call.
+    """
+
+    def __init__(self, config: YocoUConfig, kind: str) -> None:
+        super().__init__()
+        a = config.architecture
+        self.sliding, self.head_dim = kind == "sliding", a.head_dim
+        self.q_proj = nn.Linear(a.hidden_size, a.num_attention_heads * a.head_dim, bias=False)
+        self.k_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
+        self.v_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
+        self.o_proj = ResidualLinear(a.num_attention_heads * a.head_dim, a.hidden_size)
+        self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
+        self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
+        if a.parallel:
+            prefix = (a.parallel.prefix_tokens, a.parallel.streams * a.num_key_value_heads, a.head_dim)
+            self.prefix_keys = nn.Parameter(torch.empty(prefix))
+            self.prefix_values = nn.Parameter(torch.empty(prefix))
+        self.has_prefix = a.parallel is not None
+
+    def forward(self, x: Tensor, sequences: Sequences, slot: int, global_kv: GlobalKV | None) -> Tensor:
+        q, k, v = (_heads(proj(x), self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, sequences.rotary), rotate(k, sequences.rotary)
+        if self.sliding:
+            out = sequences.sliding_attention(slot, q, k, v)
+        else:
+            prefix = (self.prefix_keys, self.prefix_values) if self.has_prefix else None
+            out = sequences.full_attention(slot, q, k, v, prefix)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1))
+
+
+class GatedRetention(nn.Module):
+    """Gated retention (arXiv 2405.05254, section 3): `W_O (swish(x W_G) * norm(retention))`, one decay per head and token."""
+
+    TEMPERATURE = 16.0
+
+    def __init__(self, config: YocoUConfig) -> None:
+        super().__init__()
+        a = config.architecture
+        self.head_dim, self.groups, self.eps = a.head_dim, a.num_attention_heads // a.num_key_value_heads, a.rms_norm_eps
+        self.q_proj = nn.Linear(a.hidden_size, a.num_attention_heads * a.head_dim, bias=False)
+        self.k_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
+        self.v_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
+        self.gate_proj = nn.Linear(a.hidden_size, a.num_attention_heads * a.head_dim, bias=False)
+        self.decay_proj = nn.Linear(a.hidden_size, a.num_attention_heads, bias=False)
+        self.o_proj = ResidualLinear(a.num_attention_heads * a.head_dim, a.hidden_size)
+
+    def forward(self, x: Tensor, sequences: Sequences, slot: int, global_kv: GlobalKV | None) -> Tensor:
+        q, k, v = (_heads(proj(x), self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        gate, decay = self.gate_proj(x), self.decay_proj(x)
+        with torch.autocast(x.device.type, enabled=False):
+            q, k = rotate(q.float(), sequences.rotary), rotate(k.float(), sequences.rotary) * self.head_dim**-0.5
+            k, v = (kv.repeat_interleave(self.groups, dim=2) for kv in (k, v.float()))
+            log_decay = F.logsigmoid(decay.float()) / self.TEMPERATURE  # (batch, tokens, heads)
+            out = sequences.retention(slot, q, k, v, log_decay)
+            out = F.rms_norm(out, (self.head_dim,), eps=self.eps).flatten(-2)
+        return self.o_proj(F.silu(gate) * out.to(gate.dtype))
+
+
+class CrossAttention(nn.Module):
+    """Queries of this layer against the one global KV; keys and values are not projected here."""
+
+    def __init__(self, config: YocoUConfig) -> None:
+        super().__init__()
+        a = config.architecture
+        self.head_dim, self.rope = a.head_dim, a.rope_cross
+        self.q_proj = nn.Linear(a.hidden_size, a.num_attention_heads * a.head_dim, bias=False)
+        self.o_proj = ResidualLinear(a.num_attention_heads * a.head_dim, a.hidden_size)
+        self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
+
+    def forward(self, x: Tensor, sequences: Sequences, slot: int, global_kv: GlobalKV | None) -> Tensor:
+        assert global_kv is not None
+        q = _heads(self.q_proj(x), self.head_dim)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        if self.rope:
+            q = rotate(q, sequences.rotary_kept)
+        return self.o_proj(sequences.cross_attention(q, global_kv).flatten(-2))
+
+
+class GlobalKVProjection(nn.Module):
+    """`K = RMSNorm(X) W_K`, `V = RMSNorm(X) W_V` from the self-decoder's output: written once, whatever the loop count."""
+
+    def __init__(self, config: YocoUConfig) -> None:
+        super().__init__()
+        a = config.architecture
+        self.head_dim, self.rope = a.head_dim, a.rope_cross
+        self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.k_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
+        self.v_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
+        self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> GlobalKV:
+        x = self.norm(x)
+        k, v = _heads(self.k_proj(x), self.head_dim), _heads(self.v_proj(x), self.head_dim)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        return rotate(k, rotary) if self.rope else k, v
+
+
+class Block(GradientCheckpointingLayer):
+    """`Y = Attention(RMSNorm(X)) + X`, `X' = FeedForward(RMSNorm(Y)) + Y`."""
+
+    def __init__(self, config: YocoUConfig, kind: str) -> None:
+        super().__init__()
+        a = config.architecture
+        self.attn_norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.attn: nn.Module
+        if kind == "cross":
+            self.attn = CrossAttention(config)
+        else:
+            self.attn = GatedRetention(config) if kind == "retention" else SelfAttention(config, kind)
+        self.mlp_norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.mlp = feed_forward(config)
+
+    def forward(self, x: Tensor, sequences: Sequences, slot: int, global_kv: GlobalKV | None) -> tuple[Tensor, Tensor | None]:
+        """The new hidden states, and the feed-forward's auxiliary loss if it has one.
+
+        Args:
+            x: (batch, tokens, hidden), or (batch, tokens, streams, hidden).
+            slot: of the cache; without a cache it does not matter.
+        """
+        x = x + self.attn(self.attn_norm(x), sequences, slot, global_kv)
+        out = self.mlp(self.mlp_norm(x))
+        if isinstance(self.mlp, ExpertMixture):
+            return x + out[0], out[1]
+        return x + out, None
+
+
+class LoopedStack(nn.Module):
+    """The blocks of one stage, applied `loops` times with the same parameters.
+
+    With gates, every loop after the first is let in by a learned scalar: `h + g_t (f(h) - h)`. Loops beyond those that the
+    model was configured with use the last gate.
+    """
+
+    def __init__(self, config: YocoUConfig, stage: Stage) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config, stage.attention) for _ in range(stage.layers))
+        self.gate_init = stage.loop_gate
+        self.loop_gates = nn.Parameter(torch.empty(stage.loops - 1)) if stage.loop_gate is not None else None
+
+    def forward(
+        self, x: Tensor, sequences: Sequences, loops: int, first_slot: int = 0, global_kv: GlobalKV | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The hidden states after the last loop, and the auxiliary losses met on the way."""
+        losses = []
+        for loop in range(loops):
+            out = x
+            for i, layer in enumerate(self.layers):
+                slot = first_slot + loop * len(self.layers) + i if sequences.cache is not None else 0
+                out, loss = layer(out, sequences, slot, global_kv)
+                if loss is not None:
+                    losses.append(loss)
+            if loop == 0 or self.loop_gates is None:
+                x = out
+            else:
+                x = x + self.loop_gates[min(loop, len(self.loop_gates)) - 1] * (out - x)
+        return x, losses
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    """(batch, tokens, [streams,] heads * head_dim) -> (batch, tokens, [streams *] heads, head_dim)"""
+    return x.view(*x.shape[:2], -1, head_dim)

@@ -1,0 +1,94 @@
+"""The cache of `generate()`: one slot per (loop, layer) that owns state, and one for the global KV."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from yoco_u.architecture import Architecture
+
+
+class RetentionLayer(CacheLayerMixin):
+    """The recurrent state of one gated-retention layer; its size does not depend on the tokens seen.
+
+    The base class reorders and repeats `keys` and `values` for beams, so the state is kept in `keys`.
+    """
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cumulative_length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = key_states, value_states
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Replace the state.
+
+        Args:
+            key_states: the new state, (batch, heads, head_dim, head_dim).
+            value_states: an empty tensor (batch, 0) whose only use is to be as reorderable as the state.
+            kwargs: `tokens`, how many tokens the new state has seen beyond the old one.
+        """
+        self.lazy_initialization(key_states, value_states)
+        self.cumulative_length += kwargs["tokens"]
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.keys, self.values = (x.repeat_interleave(repeats, dim=0) for x in (self.keys, self.values))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.keys[indices], self.values[indices]
+
+
+class YocoUCache(Cache):
+    """Caches of one batch of sequences, laid out by the stage list.
+
+    Slots are numbered in the order in which a forward pass meets them: stage, loop, layer; the global KV is the last slot.
+    Its size in tokens grows in the global KV and in `full` stages only.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        layers: list[CacheLayerMixin] = []
+        for stage in architecture.stages:
+            if stage.attention == "cross":
+                continue
+            for _ in range(stage.layers * stage.loops):
+                if stage.attention == "sliding":
+                    assert architecture.window is not None
+                    layers.append(DynamicSlidingWindowLayer(architecture.window))
+                else:
+                    layers.append(DynamicLayer() if stage.attention == "full" else RetentionLayer())
+        if architecture.has_global_kv:
+            layers.append(DynamicLayer())
+        super().__init__(layers=layers)
+        self.loops = tuple(stage.loops for stage in architecture.stages)
+
+    def append(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of new tokens and return those that the new tokens may see.
+
+        All tensors (batch, tokens, kv_heads, head_dim).
+        """
+        keys, values = self.update(k.transpose(1, 2), v.transpose(1, 2), slot)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def retention_state(self, slot: int) -> Tensor | None:
+        return self.layers[slot].keys
+
+    def set_retention_state(self, slot: int, state: Tensor, tokens: int) -> None:
+        self.update(state, torch.empty(state.shape[0], 0, device=state.device), slot, tokens=tokens)

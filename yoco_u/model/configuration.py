@@ -1,0 +1,75 @@
+"""The Hugging Face configuration: an `Architecture`, flat, plus what only a checkpoint needs."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from yoco_u.architecture import Architecture, preset
+from yoco_u.typed import parse
+
+_DEFAULT = preset("yoco_u", "8m").model_dump(mode="json")
+
+
+@strict
+class YocoUConfig(PreTrainedConfig):
+    """Configuration of every architecture of this project.
+
+    The fields of `Architecture` under the same names, so `config.json` shows the whole model; `config.architecture` is the
+    validated object. The window is not called `sliding_window`, a name from which other software infers that every layer
+    slides.
+
+    Raises:
+        UserError: when built with fields that make an impossible architecture.
+    """
+
+    model_type = "yoco_u"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = _DEFAULT["vocab_size"]
+    hidden_size: int = _DEFAULT["hidden_size"]
+    intermediate_size: int = _DEFAULT["intermediate_size"]
+    num_attention_heads: int = _DEFAULT["num_attention_heads"]
+    num_key_value_heads: int = _DEFAULT["num_key_value_heads"]
+    head_dim: int = _DEFAULT["head_dim"]
+    stages: list[dict[str, Any]] | None = None
+    window: int | None = None
+    rope_theta: float = 10000.0
+    rope_cross: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    rms_norm_eps: float = 1e-6
+    experts: dict[str, Any] | None = None
+    parallel: dict[str, Any] | None = None
+    initializer_range: float = 0.02
+    max_position_embeddings: int | None = None
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.stages is None:
+            self.stages = _DEFAULT["stages"]
+            self.window = self.window or _DEFAULT["window"]
+        super().__post_init__(**kwargs)
+        _ = self.architecture
+
+    @classmethod
+    def from_architecture(cls, architecture: Architecture, **kwargs: Any) -> "YocoUConfig":
+        return cls(**architecture.model_dump(mode="json"), **kwargs)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The validated stage list and shapes.
+
+        Raises:
+            UserError: if the fields make an impossible architecture.
+        """
+        fields = {name: getattr(self, name) for name in Architecture.model_fields}
+        return parse(Architecture, fields, "model config")
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Blocks that a token passes through, each loop counted."""
+        return self.architecture.unrolled_layers

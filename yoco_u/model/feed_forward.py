@@ -1,0 +1,94 @@
+"""The feed-forward of a block: SwiGLU, or a fine-grained mixture of SwiGLU experts."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from yoco_u.architecture import MixtureOfExperts
+from yoco_u.model.configuration import YocoUConfig
+from yoco_u.model.layers import ResidualLinear
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate x) * up x)` (arXiv 2002.05202), without biases."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = ResidualLinear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ExpertMixture(nn.Module):
+    """Each token visits its best `experts_per_token` experts and all shared ones; no token is dropped.
+
+    Scores are sigmoids of a float32 router; the chosen ones, scaled to sum to 1, weigh the experts' outputs. Tokens are sorted
+    by expert, so that all experts run as one grouped matrix product.
+
+    Load is balanced without an auxiliary loss by a bias that only the choice sees (arXiv 2408.15664), or with one
+    (arXiv 2101.03961, eq. 4), or both; see `MixtureOfExperts`.
+    """
+
+    def __init__(self, hidden_size: int, experts: MixtureOfExperts) -> None:
+        super().__init__()
+        self.num_experts, self.experts_per_token = experts.num_experts, experts.experts_per_token
+        self.auxiliary_loss_weight, self.bias_update_rate = experts.auxiliary_loss_weight, experts.bias_update_rate
+        inner = experts.intermediate_size
+        self.router = nn.Linear(hidden_size, experts.num_experts, bias=False)
+        self.gate_up_proj = nn.Parameter(torch.empty(experts.num_experts, hidden_size, 2 * inner))
+        self.down_proj = nn.Parameter(torch.empty(experts.num_experts, inner, hidden_size))
+        self.shared = SwiGLU(hidden_size, inner * experts.shared_experts) if experts.shared_experts else None
+        self.choice_bias = nn.Buffer(torch.zeros(experts.num_experts))
+        self.tokens_per_expert = nn.Buffer(torch.zeros(experts.num_experts), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(..., hidden) -> the same, and the weighted auxiliary loss of these tokens (None without one)."""
+        tokens = x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.sigmoid(F.linear(tokens.float(), self.router.weight.float()))  # (tokens, experts)
+        chosen = (scores + self.choice_bias).topk(self.experts_per_token, dim=-1).indices  # (tokens, experts_per_token)
+        weights = scores.gather(-1, chosen)
+        weights = weights / weights.sum(-1, keepdim=True)
+
+        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
+        if self.training:
+            self.tokens_per_expert += counts
+        out = self._experts(tokens, chosen, weights, counts)
+        if self.shared is not None:
+            out = out + self.shared(tokens)
+        return out.view_as(x), self._auxiliary_loss(scores, counts)
+
+    def _experts(self, tokens: Tensor, chosen: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else tokens.dtype
+        order = chosen.flatten().argsort(stable=True)  # (tokens * experts_per_token,) grouped by expert
+        ends = counts.cumsum(0).to(torch.int32)
+        visits = tokens.to(dtype)[order // self.experts_per_token]
+        gate, up = F.grouped_mm(visits, self.gate_up_proj.to(dtype), offs=ends).chunk(2, dim=-1)
+        visits = F.grouped_mm(F.silu(gate) * up, self.down_proj.to(dtype), offs=ends)
+        visits = visits[order.argsort()].view(*chosen.shape, -1)  # (tokens, experts_per_token, hidden)
+        return (visits * weights.to(dtype)[..., None]).sum(dim=1)
+
+    def _auxiliary_loss(self, scores: Tensor, counts: Tensor) -> Tensor | None:
+        if not (self.training and self.auxiliary_loss_weight):
+            return None
+        share_of_visits = counts / counts.sum()
+        share_of_score = (scores / scores.sum(-1, keepdim=True)).mean(dim=0)
+        return self.auxiliary_loss_weight * self.num_experts * (share_of_visits * share_of_score).sum()
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Move the choice bias one step towards an even load and start counting anew; called after an optimizer step."""
+        if self.bias_update_rate:
+            overloaded = self.tokens_per_expert - self.tokens_per_expert.mean()
+            self.choice_bias -= self.bias_update_rate * overloaded.sign()
+        self.tokens_per_expert.zero_()
+
+
+def feed_forward(config: YocoUConfig) -> nn.Module:
+    architecture = config.architecture
+    if architecture.experts is None:
+        return SwiGLU(architecture.hidden_size, architecture.intermediate_size)
+    return ExpertMixture(architecture.hidden_size, architecture.experts)

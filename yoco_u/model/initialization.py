@@ -1,0 +1,44 @@
+"""Every weight's initial value, in one place."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from yoco_u.model.blocks import LoopedStack, SelfAttention
+from yoco_u.model.configuration import YocoUConfig
+from yoco_u.model.feed_forward import ExpertMixture
+from yoco_u.model.layers import ResidualLinear, RMSNorm
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, config: YocoUConfig) -> None:
+    """Initialise one module's own parameters; transformers calls this for every module that a checkpoint did not fill.
+
+    - Matrices: normal, std `initializer_range`.
+    - Matrices that write to the residual stream: divided by sqrt(2 x unrolled depth), because a block of a stage looped T
+      times adds to the stream T times. Depth is layers x loops, not layers.
+    - Norms 1, loop gates at the stage's `loop_gate`, ParScale prefixes like matrices.
+    """
+    std = config.initializer_range
+    residual_std = std / math.sqrt(2 * config.architecture.unrolled_layers)
+    match module:
+        case ResidualLinear():
+            init.normal_(module.weight, std=residual_std)
+        case nn.Linear() | nn.Embedding():
+            init.normal_(module.weight, std=std)
+        case RMSNorm():
+            init.ones_(module.weight)
+        case ExpertMixture():
+            init.normal_(module.gate_up_proj, std=std)
+            init.normal_(module.down_proj, std=residual_std)
+            init.zeros_(module.choice_bias)
+            init.zeros_(module.tokens_per_expert)
+        case SelfAttention() if module.has_prefix:
+            init.normal_(module.prefix_keys, std=std)
+            init.normal_(module.prefix_values, std=std)
+        case LoopedStack() if module.loop_gates is not None:
+            init.constant_(module.loop_gates, module.gate_init)
+        case _:
+            pass

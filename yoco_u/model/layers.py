@@ -1,0 +1,20 @@
+"""The two small layers that all modules build on."""
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (arXiv 1910.07467) whose result has the dtype that the matrix products behind it use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x).to(torch.get_autocast_dtype(x.device.type))
+        return super().forward(x)
+
+
+class ResidualLinear(nn.Linear):
+    """A projection without bias whose output is added to the residual stream; it is initialised by unrolled depth."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)

@@ -1,0 +1,262 @@
+"""The causal language model: one forward pass for every architecture.
+
+- Stages run in order; a looped stage runs its blocks T times with the same weights.
+- Before the first cross stage the global KV is written once and handed to the cross stages as tensors.
+- Cross stages run only on the positions whose logits are asked for: prefill exits early.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from yoco_u.architecture import ParallelStreams
+from yoco_u.errors import UserError
+from yoco_u.model.blocks import Block, GlobalKVProjection, LoopedStack
+from yoco_u.model.cache import YocoUCache
+from yoco_u.model.configuration import YocoUConfig
+from yoco_u.model.initialization import initialize
+from yoco_u.model.layers import RMSNorm
+from yoco_u.model.sequences import prepare_sequences
+
+
+class YocoUPreTrainedModel(PreTrainedModel):
+    config: YocoUConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": OutputRecorder(Block, index=0)}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize(module, self.config)
+
+
+class StreamMixer(nn.Module):
+    """Mixes the outputs of ParScale's streams by weights that a small network reads off all of them (arXiv 2505.10475)."""
+
+    def __init__(self, config: YocoUConfig, parallel: ParallelStreams) -> None:
+        super().__init__()
+        self.streams, self.smoothing = parallel.streams, parallel.smoothing
+        self.hidden_proj = nn.Linear(parallel.streams * config.hidden_size, config.hidden_size, bias=False)
+        self.weight_proj = nn.Linear(config.hidden_size, parallel.streams, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, streams, hidden) -> (batch, tokens, hidden)"""
+        weights = self.weight_proj(F.silu(self.hidden_proj(x.flatten(-2)))).float().softmax(dim=-1)
+        weights = weights * (1 - self.smoothing) + self.smoothing / self.streams
+        return (x * weights[..., None].to(x.dtype)).sum(dim=-2)
+
+
+class YocoUModel(YocoUPreTrainedModel):
+    """Embedding, stages, final norm: everything but the LM head."""
+
+    def __init__(self, config: YocoUConfig) -> None:
+        super().__init__(config)
+        architecture = config.architecture
+        self.architecture = architecture
+        self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
+        self.stages = nn.ModuleList(LoopedStack(config, stage) for stage in architecture.stages)
+        self.global_kv = GlobalKVProjection(config) if architecture.has_global_kv else None
+        self.stream_mixer = StreamMixer(config, architecture.parallel) if architecture.parallel else None
+        self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: YocoUCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        num_loops: int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm, of the positions asked for.
+
+        Args:
+            input_ids: (batch, tokens); or inputs_embeds: (batch, tokens, hidden).
+            attention_mask: (batch, cached + tokens), 0 where a token is padding, on either side.
+            position_ids: (batch, tokens) for the rotary embedding; by default counted over what is not padding.
+            past_key_values: the cache of an earlier call, made with the same loop count.
+            document_ids: (batch, tokens), never decreasing; no attention crosses from one id to another.
+            num_loops: loop count T >= 1 of this call; the config's by default.
+            logits_to_keep: how many last positions, or which (a 1-D tensor of indices), to return; 0 is all. The cross-decoder
+                runs on these alone.
+
+        Raises:
+            UserError: for inputs that contradict each other, each named in the message.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        architecture = self.architecture if num_loops is None else self.architecture.with_loops(num_loops)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.training and any(block.gradient_checkpointing for block in self.modules() if isinstance(block, Block)):
+            use_cache, past_key_values = False, None
+        if past_key_values is None and use_cache:
+            past_key_values = YocoUCache(architecture)
+        _check_cache(past_key_values, tuple(stage.loops for stage in architecture.stages), document_ids)
+
+        batch, tokens = x.shape[:2]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        segments = _segments(attention_mask, document_ids, (batch, tokens), past)
+        if position_ids is None:
+            position_ids = _positions(attention_mask, tokens, past, x.device)
+        kept = _kept_positions(logits_to_keep, tokens, x.device)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        sequences = prepare_sequences(architecture, position_ids, segments, kept, past_key_values, dtype)
+
+        if architecture.parallel:
+            x = x[:, :, None].expand(-1, -1, architecture.parallel.streams, -1)
+        global_kv, slot, losses = None, 0, []
+        for stack, stage in zip(self.stages, architecture.stages, strict=True):
+            if stage.attention == "cross" and global_kv is None:
+                assert self.global_kv is not None
+                global_kv = sequences.global_kv(*self.global_kv(x, sequences.rotary))
+                x, kept = (x, None) if kept is None else (x[:, kept], None)
+            x, stage_losses = stack(x, sequences, stage.loops, slot, global_kv)
+            losses += stage_losses
+            slot += stage.layers * stage.loops
+        x = x if kept is None else x[:, kept]
+        if self.stream_mixer is not None:
+            x = self.stream_mixer(x)
+        output = BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        output["auxiliary_loss"] = sum(losses) if losses else None
+        return output
+
+
+class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
+    """The language model: `YocoUModel` and a head.
+
+    `generate()`, `save_pretrained`, `from_pretrained` and the Auto classes work as for any model of transformers; in addition
+    `num_loops=` chooses the loop count of a call and `document_ids=` packs documents into a row.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: YocoUConfig) -> None:
+        super().__init__(config)
+        self.model = YocoUModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """`generate()` leaves making the cache to `forward`, which knows the call's loop count."""
+        return False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: YocoUCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        num_loops: int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss if there are labels. Arguments as in `YocoUModel.forward`; besides:
+
+        Args:
+            labels: (batch, tokens), the input tokens themselves, which are shifted here; or `shift_labels`, (batch, tokens),
+                the targets as they are. -100 is ignored.
+            logits_to_keep: must leave all positions if there are labels.
+
+        Returns:
+            logits (batch, positions, vocab); loss in nats per token, with the weighted auxiliary loss of the experts added in
+            training.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            document_ids=document_ids,
+            num_loops=num_loops,
+            logits_to_keep=logits_to_keep,
+            **{k: v for k, v in kwargs.items() if k.startswith("output_")},
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if outputs["auxiliary_loss"] is not None:
+                loss = loss + outputs["auxiliary_loss"]
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _check_cache(cache: YocoUCache | None, loops: tuple[int, ...], document_ids: Tensor | None) -> None:
+    if cache is None:
+        return
+    if not isinstance(cache, YocoUCache):
+        raise UserError(f"past_key_values is a {type(cache).__name__}; expected a YocoUCache, or None to have one made")
+    if cache.loops != loops:
+        raise UserError(f"the cache was written with {cache.loops} loops per stage, this call asks for {loops}; use one num_loops per cache")
+    if document_ids is not None and cache.get_seq_length() > 0:
+        raise UserError("document_ids came with a filled cache; packed documents are for calls without one")
+
+
+def _segments(
+    attention_mask: Tensor | None, document_ids: Tensor | None, shape: tuple[int, int], past: int
+) -> Tensor | None:
+    """Segments of all tokens so far, (batch, past + tokens), see `yoco_u.model.attention`; None for one document each."""
+    segments = None
+    if document_ids is not None:
+        if document_ids.shape != shape:
+            raise UserError(f"document_ids has shape {tuple(document_ids.shape)}; expected {shape}, one id per token")
+        segments = F.pad((document_ids.diff(dim=1) != 0).long().cumsum(dim=1), (1, 0)) + 1
+    if attention_mask is not None:
+        expected = (shape[0], past + shape[1])
+        if attention_mask.shape != expected:
+            raise UserError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected {expected}, one value per token so far")
+        real = attention_mask != 0
+        if segments is not None:
+            return segments * real
+        return real.long() if not bool(real.all()) else None
+    return segments
+
+
+def _positions(attention_mask: Tensor | None, tokens: int, past: int, device: torch.device) -> Tensor:
+    if attention_mask is None:
+        return torch.arange(past, past + tokens, device=device)[None]
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
+
+
+def _kept_positions(logits_to_keep: int | Tensor, tokens: int, device: torch.device) -> Tensor | None:
+    """Indices of the positions whose logits are asked for; None for all."""
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep.to(device)
+    if logits_to_keep == 0 or logits_to_keep >= tokens:
+        return None
+    return torch.arange(tokens - logits_to_keep, tokens, device=device)
+
+
+AutoConfig.register("yoco_u", YocoUConfig)
+AutoModel.register(YocoUConfig, YocoUModel)
+AutoModelForCausalLM.register(YocoUConfig, YocoUForCausalLM)

@@ -1,0 +1,66 @@
+"""Gated retention (YOCO, arXiv 2405.05254, section 3): a linear attention whose state decays by a gate of the token.
+
+`S_n = gamma_n S_(n-1) + k_n^T v_n`, `o_n = q_n S_n`. Training works in chunks, decoding one token at a time; both are here
+and agree. Everything in float32.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK = 128
+
+
+def recurrent_retention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, token by token: what decoding runs.
+
+    Args:
+        q, k, v: (batch, tokens, heads, head_dim); k already scaled.
+        log_decay: log of gamma, (batch, tokens, heads), at most 0.
+        state: (batch, heads, head_dim of k, head_dim of v).
+
+    Returns:
+        Outputs (batch, tokens, heads, head_dim) and the state after the last token.
+    """
+    outputs = []
+    for q_n, k_n, v_n, decay in zip(q.unbind(1), k.unbind(1), v.unbind(1), log_decay.exp().unbind(1), strict=True):
+        state = decay[..., None, None] * state + k_n[..., :, None] * v_n[..., None, :]
+        outputs.append((q_n[..., None, :] @ state).squeeze(-2))
+    return torch.stack(outputs, dim=1), state
+
+
+def chunked_retention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same in chunks: matrix products inside a chunk, one step of the recurrence between chunks.
+
+    Args:
+        documents: (batch, tokens), never decreasing; the state is emptied where a document begins. `state` then has to be
+            empty.
+
+    Shapes as in `recurrent_retention`.
+    """
+    if documents is None:
+        documents = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
+    outputs = []
+    last = documents[:, :1]  # the document that the state holds
+    for start in range(0, q.shape[1], CHUNK):
+        part = slice(start, start + CHUNK)
+        q_c, k_c, v_c = (x[:, part].transpose(1, 2) for x in (q, k, v))  # (batch, heads, chunk, head_dim)
+        document = documents[:, None, part]  # (batch, 1, chunk)
+        decay = log_decay[:, part].transpose(1, 2).cumsum(-1)  # (batch, heads, chunk): since the chunk began
+
+        from_state = decay.exp() * (document == last[..., None])
+        out = (q_c @ state) * from_state[..., None]
+
+        between = decay[..., :, None] - decay[..., None, :]
+        visible = torch.ones(between.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        visible = visible & (document[..., :, None] == document[..., None, :])
+        weights = between.masked_fill(~visible, float("-inf")).exp()
+        outputs.append(out + ((q_c @ k_c.transpose(-1, -2)) * weights) @ v_c)
+
+        end = document[..., -1]
+        to_end = (decay[..., -1:] - decay).exp() * (document == end[..., None])
+        state = state * (decay[..., -1].exp() * (end == last))[..., None, None]
+        state = state + (k_c * to_end[..., None]).transpose(-1, -2) @ v_c
+        last = end
+    return torch.cat(outputs, dim=2).transpose(1, 2), state

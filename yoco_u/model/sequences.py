@@ -1,0 +1,150 @@
+"""What the blocks of one forward pass share: rotary angles, masks, and the cache that new keys and values go to."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from yoco_u.architecture import Architecture
+from yoco_u.model.attention import attend, full_mask, sliding_attention, sliding_mask
+from yoco_u.model.cache import YocoUCache
+from yoco_u.model.retention import chunked_retention, recurrent_retention
+
+
+@dataclass
+class Sequences:
+    """The sequences of a batch, as the attention layers see them.
+
+    Attention modules compute queries, keys and values and hand them over together with the number of their cache slot;
+    what is remembered between calls, and how, is decided here and not in the modules.
+
+    Attributes:
+        rotary: cos and sin of the tokens, (batch or 1, tokens, 1, head_dim), float32.
+        rotary_kept: the same for the tokens that the cross-decoder runs on.
+        window: of the sliding layers.
+        sliding, full, cross: masks, see `yoco_u.model.attention`; None where causal attention or none is the same.
+        kept_all: the cross-decoder runs on every token of this call, and nothing is cached before them.
+        documents: (batch, tokens), for retention, never decreasing; None where there is one document.
+        padding: (batch, tokens), true where a token is padding; None where none is.
+        cache: where keys and values of new tokens go; None without a cache.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    rotary_kept: tuple[Tensor, Tensor]
+    window: int | None
+    sliding: Tensor | None
+    full: Tensor | None
+    cross: Tensor | None
+    kept_all: bool
+    documents: Tensor | None
+    padding: Tensor | None
+    cache: YocoUCache | None
+
+    def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert self.window is not None
+        if self.cache is not None:
+            k, v = self.cache.append(slot, k, v)
+            seen = q.shape[1] + self.window - 1
+            k, v = k[:, -seen:], v[:, -seen:]
+        return sliding_attention(q, k, v, self.window, self.sliding)
+
+    def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`prefix`: learned keys and values before the first token, each (prefix, kv_heads, head_dim)."""
+        if self.cache is not None:
+            k, v = self.cache.append(slot, k, v)
+        if prefix is not None:
+            k, v = (torch.cat([p.to(x.dtype).expand(x.shape[0], -1, -1, -1), x], dim=1) for p, x in zip(prefix, (k, v), strict=True))
+        return attend(q, k, v, self.full, causal=self.full is None and q.shape[1] > 1)
+
+    def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The global keys and values of all tokens so far, from those of the new ones."""
+        return (k, v) if self.cache is None else self.cache.append(len(self.cache) - 1, k, v)
+
+    def cross_attention(self, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
+        return attend(q, *global_kv, self.cross, causal=self.cross is None and self.kept_all and q.shape[1] > 1)
+
+    def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        if self.padding is not None:
+            k = k.masked_fill(self.padding[..., None, None], 0)
+            log_decay = log_decay.masked_fill(self.padding[..., None], 0)
+        state = self.cache.retention_state(slot) if self.cache is not None else None
+        if state is None:
+            state = q.new_zeros(q.shape[0], q.shape[2], k.shape[-1], v.shape[-1])
+        if q.shape[1] == 1:
+            out, state = recurrent_retention(q, k, v, log_decay, state)
+        else:
+            out, state = chunked_retention(q, k, v, log_decay, state, self.documents)
+        if self.cache is not None:
+            self.cache.set_retention_state(slot, state, q.shape[1])
+        return out
+
+
+def prepare_sequences(
+    architecture: Architecture,
+    position_ids: Tensor,
+    segments: Tensor | None,
+    kept: Tensor | None,
+    cache: YocoUCache | None,
+    dtype: torch.dtype,
+) -> Sequences:
+    """Work out once per forward pass what every block needs.
+
+    Args:
+        position_ids: of the new tokens, (batch or 1, tokens).
+        segments: of all tokens so far, cached ones included, (batch, past + tokens): 0 is padding, documents count from 1.
+        kept: indices of the new tokens that the cross-decoder runs on, (kept,); None for all.
+        dtype: of queries and keys.
+    """
+    tokens, device = position_ids.shape[1], position_ids.device
+    past = cache.get_seq_length() if cache is not None else 0
+    kinds = {stage.attention for stage in architecture.stages}
+    new = segments[:, past:] if segments is not None else None
+    positions = torch.arange(tokens, device=device) + past
+
+    sliding = full = cross = None
+    if "sliding" in kinds:
+        assert architecture.window is not None
+        seen = min(past, architecture.window - 1)
+        pair = (new, segments[:, past - seen :]) if segments is not None and new is not None else None
+        sliding = sliding_mask(tokens, seen, architecture.window, pair, dtype, device)
+    if "full" in kinds:
+        pair = (new, segments) if segments is not None and new is not None else None
+        if pair is not None or (past and tokens > 1) or architecture.parallel:
+            full = full_mask(positions, past + tokens, pair, dtype)
+        if architecture.parallel and full is not None:
+            full = torch.nn.functional.pad(full, (architecture.parallel.prefix_tokens, 0))
+    if "cross" in kinds:
+        at = positions if kept is None else positions[kept]
+        pair = (new if kept is None else new[:, kept], segments) if segments is not None and new is not None else None
+        last_only = at.numel() == 1 and (tokens == 1 or (kept is not None and bool(kept[0] == tokens - 1)))
+        if pair is not None or not (last_only or (kept is None and past == 0)):
+            cross = full_mask(at, past + tokens, pair, dtype)
+
+    rotary = rotary_angles(position_ids, architecture.head_dim, architecture.rope_theta)
+    return Sequences(
+        rotary=rotary,
+        rotary_kept=rotary if kept is None else (rotary[0][:, kept], rotary[1][:, kept]),
+        window=architecture.window,
+        sliding=sliding,
+        full=full,
+        cross=cross,
+        kept_all=kept is None and past == 0,
+        documents=new.cummax(dim=1).values if new is not None else None,
+        padding=new == 0 if new is not None else None,
+        cache=cache,
+    )
+
+
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE (arXiv 2104.09864), halves rotated against each other, (batch or 1, tokens, 1, head_dim)."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
+    angles = position_ids[..., None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)[..., None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate (batch, tokens, heads, head_dim) in float32, returned in its own dtype."""
+    cos, sin = rotary
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)

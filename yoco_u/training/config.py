@@ -1,0 +1,93 @@
+"""The settings of a run, as one typed file."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from yoco_u.architecture import Architecture
+from yoco_u.data.config import DataConfig
+from yoco_u.typed import Config
+
+
+class OptimizerConfig(Config):
+    """AdamW and its learning rate over the steps of a run.
+
+    Attributes:
+        schedule: `cosine`, or `wsd`: warm-up, stable, decay (linear over the last `decay_fraction` of the steps).
+        warmup_steps: steps of linear rise from 0.
+        final_learning_rate: share of the peak that is left at the last step.
+        clip_norm: largest gradient norm; larger gradients are scaled down to it.
+    """
+
+    learning_rate: PositiveFloat = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_norm: PositiveFloat = 1.0
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = Field(default=100, ge=0)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    final_learning_rate: float = Field(default=0.1, ge=0, le=1)
+
+
+class TrainingConfig(Config):
+    """How a model is trained.
+
+    Attributes:
+        sequence_length: tokens per row.
+        batch_rows: rows per optimizer step, over all processes and accumulation steps.
+        micro_batch_rows: rows per forward pass of one process; batch_rows is reached by accumulation.
+        dtype: `bfloat16` is autocast with float32 weights; `float32` computes in float32 throughout.
+        compile: run blocks through torch.compile; `auto` does so where a C++ compiler (or a GPU) is at hand.
+        checkpoint_stages: stages whose activations are recomputed in the backward pass.
+        parallel: how several processes share the work: `ddp` copies the model, `fsdp` shards it (FSDP2).
+        device: `auto` is a GPU where there is one.
+        evaluate_every: steps between evaluations on the validation split; the last step is always evaluated.
+        evaluation_tokens: at most so many validation tokens per evaluation.
+        save_every: steps between checkpoints; the last step is always saved.
+        keep_checkpoints: newest checkpoints that are kept.
+    """
+
+    steps: PositiveInt
+    sequence_length: PositiveInt = 1024
+    batch_rows: PositiveInt = 8
+    micro_batch_rows: PositiveInt = 8
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compile: Literal["auto", "on", "off"] = "auto"
+    checkpoint_stages: tuple[int, ...] = ()
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    device: str = "auto"
+    evaluate_every: PositiveInt = 100
+    evaluation_tokens: PositiveInt = 262_144
+    save_every: PositiveInt = 200
+    keep_checkpoints: PositiveInt = 2
+    wandb_project: str | None = None
+
+    @model_validator(mode="after")
+    def _rows_divide(self) -> "TrainingConfig":
+        if self.batch_rows % self.micro_batch_rows:
+            raise ValueError(
+                f"batch_rows {self.batch_rows} is not a multiple of micro_batch_rows {self.micro_batch_rows}; change one of them"
+            )
+        return self
+
+
+class RunConfig(Config):
+    """Everything that determines a run, and the file that a run folder keeps of it.
+
+    Attributes:
+        name: shown in tables and plots.
+        architecture: the model; `{preset: yoco_u, size: 8m}` in a file, with any field of `Architecture` on top.
+        initializer_range: standard deviation of the initial matrices.
+        dataset: folder of a prepared dataset; made from `data` there if it does not exist.
+        data: what to prepare.
+    """
+
+    name: str
+    architecture: Architecture
+    initializer_range: PositiveFloat = 0.02
+    dataset: str
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig

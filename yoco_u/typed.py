@@ -1,0 +1,143 @@
+"""Typed configuration: pydantic models read from YAML, with one-line errors that name the nearest known key."""
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from yoco_u.errors import UserError
+
+
+class Config(BaseModel):
+    """Base of every configuration object: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+C = TypeVar("C", bound=Config)
+
+
+def parse(cls: type[C], data: object, source: str) -> C:
+    """Build `cls` from plain data.
+
+    Args:
+        data: what a YAML or JSON file holds, normally a mapping.
+        source: where it came from, named in the error.
+
+    Raises:
+        UserError: on the first thing that does not fit, with the path of the key.
+    """
+    if not isinstance(data, dict):
+        raise UserError(f"{source}: expected a mapping of settings, got {type(data).__name__}")
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{source}: {describe(cls, error)}") from None
+
+
+def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a YAML mapping; an empty file is an empty mapping.
+
+    Raises:
+        UserError: if the file is missing, is not YAML, or holds something else than a mapping.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config file ({error.strerror}); check the path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; expected a YAML config file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
+    return data
+
+
+def dump_yaml(config: Config, path: str | os.PathLike[str]) -> None:
+    """Write a config that `load_yaml` and `parse` read back to an equal object."""
+    target = Path(path)
+    beside = target.with_name(target.name + ".tmp")
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(target)
+
+
+def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return `data` with dotted overrides such as `training.steps=100` applied; values are YAML.
+
+    Raises:
+        UserError: if an override is not of the form `key=value` or goes through something that is no mapping.
+    """
+    result: dict[str, Any] = _copy(data)
+    for override in overrides:
+        dotted, separator, text = override.partition("=")
+        if not separator or not dotted:
+            raise UserError(f"override {override!r}: expected key=value, such as training.steps=100")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        *parents, leaf = dotted.split(".")
+        node = result
+        for parent in parents:
+            child = node.get(parent)
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise UserError(f"override {override!r}: {parent} is {child!r}, not a group of settings")
+            node = child
+        node[leaf] = value
+    return result
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
+    return value
+
+
+def describe(cls: type[BaseModel], error: ValidationError) -> str:
+    """The first problem of a ValidationError in one line, with the nearest known name for an unknown key."""
+    problem = error.errors()[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_known_keys(cls, problem["loc"][:-1]))
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        return f"unknown key {path}: {hint}"
+    if problem["type"] == "missing":
+        return f"{path} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not path:
+        return message
+    return f"{path}: {message}" if problem["type"] == "value_error" else f"{path}: {message}, got {problem['input']!r}"
+
+
+def _known_keys(cls: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
+    """The field names of the model found by walking `location` down from `cls`."""
+    models = [cls]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        below = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+        found = [model for annotation in below for model in _models_in(annotation)]
+        models = found or models
+    return {name for model in models for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, tuple, list, dict) or get_args(annotation):
+        return [model for inner in get_args(annotation) for model in _models_in(inner)]
+    return []
