@@ -1,0 +1,172 @@
+"""The arithmetic against models, FLOP counters and caches that do not know of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from yoco_u import Architecture, YocoUCache, YocoUConfig, YocoUForCausalLM
+from yoco_u.architecture import SIZES, STAGES, preset
+from yoco_u.budget import forward_flops, kv_bytes, mean_visible_keys, optimizer_bytes, parameters, training_flops
+
+PAPER = json.loads((Path(__file__).parent / "paper_figures.json").read_text())
+EXPERTS = {"num_experts": 6, "experts_per_token": 2, "shared_experts": 1, "intermediate_size": 16}
+VARIANTS = {
+    "gated": preset("yoco_u", "test", loops=3, loop_gate=0.1),
+    "qk_norm": preset("yoco_u", "test", qk_norm=True, tie_word_embeddings=True),
+    "retention": preset("yoco_retention", "test", qk_norm=True),
+    "experts": preset("yoco_u", "test", experts=EXPERTS),
+    "no_shared_expert": preset("transformer", "test", experts=EXPERTS | {"shared_experts": 0}),
+    "streams": preset("parscale", "test", streams=3, prefix_tokens=5, qk_norm=True),
+}
+
+
+def model_of(a: Architecture, device: str = "cpu") -> YocoUForCausalLM:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return YocoUForCausalLM(YocoUConfig.from_architecture(a)).eval()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", STAGES)
+def test_parameters_of_every_preset(name: str, size: str) -> None:
+    a = preset(name, size)
+    model = model_of(a, "meta")
+    assert parameters(a).total == sum(p.numel() for p in model.parameters())
+    assert parameters(a).embedding == model.get_input_embeddings().weight.numel()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_of_options(variant: str) -> None:
+    a = VARIANTS[variant]
+    assert parameters(a).total == sum(p.numel() for p in model_of(a, "meta").parameters())
+
+
+def test_active_parameters_are_those_that_one_token_gives_a_gradient_to() -> None:
+    a = VARIANTS["experts"].with_loops(1)
+    model = model_of(a).train()
+    model(torch.tensor([[3]]), shift_labels=torch.tensor([[4]]), use_cache=False).loss.backward()
+    met = 0
+    for parameter in model.parameters():
+        if parameter.ndim == 3:  # experts
+            met += sum(expert.numel() for expert, g in zip(parameter, parameter.grad, strict=True) if g.abs().sum() > 0)
+        else:
+            met += parameter.numel()
+    assert parameters(a).active == met < parameters(a).total
+    assert parameters(VARIANTS["gated"]).active == parameters(VARIANTS["gated"]).total
+
+
+def visible_pairs(tokens: int, window: int | None) -> int:
+    return sum(1 for i in range(tokens) for j in range(tokens) if j <= i and (window is None or i - j < window))
+
+
+def attention_flops(a: Architecture, tokens: int) -> int:
+    """Summed pair by pair: 2 x head_dim for the score and 2 x head_dim for the value, in every head, loop and layer."""
+    pairs = {"full": visible_pairs(tokens, None), "cross": visible_pairs(tokens, None)}
+    if a.window:
+        pairs["sliding"] = visible_pairs(tokens, a.window)
+    streams, prefix = (a.parallel.streams, a.parallel.prefix_tokens) if a.parallel else (1, 0)
+    total = 0
+    for stage in a.stages:
+        if stage.attention == "retention":
+            per_head = tokens * 2 * (2 * a.head_dim * a.head_dim)
+        else:
+            per_head = (pairs[stage.attention] + tokens * prefix) * 2 * (2 * a.head_dim)
+        total += stage.layers * stage.loops * streams * a.num_attention_heads * per_head
+    return total
+
+
+ARCHITECTURES = {name: preset(name, "test") for name in STAGES} | VARIANTS
+
+
+@pytest.mark.parametrize("tokens", [5, 21])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_forward_flops(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that goes through weights as torch counts it, and the attention products summed over the visible pairs."""
+    a = ARCHITECTURES[name]
+    model = model_of(a)
+    grouped = []  # torch has no formula for these
+    product = torch.nn.functional.grouped_mm
+
+    def counted(x: torch.Tensor, experts: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        grouped.append(2 * x.shape[0] * experts.shape[1] * experts.shape[2])
+        return product(x, experts, offs=offs)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", counted)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(0, a.vocab_size, (1, tokens)), use_cache=False)
+    counts = counter.get_flop_counts()["Global"]
+    weights = sum(flops for op, flops in counts.items() if str(op) == "aten.mm") + sum(grouped)
+    assert forward_flops(a, tokens) * tokens == pytest.approx(weights + attention_flops(a, tokens), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["transformer", "universal_transformer", "yoco_u"])
+def test_attention_flops_against_unmasked_products(name: str) -> None:
+    """A window of the whole row makes every layer causal; the plain formula multiplies all N keys, we count (N + 1) / 2."""
+    tokens = 12
+    a = preset(name, "test", **({"window": 12} if name == "yoco_u" else {}))
+    model = model_of(a)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(0, a.vocab_size, (1, tokens)), use_cache=False)
+    counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    causal = counts["aten.bmm"] * (tokens + 1) / 2 / tokens
+    assert forward_flops(a, tokens) * tokens == pytest.approx(counts["aten.mm"] + causal, rel=1e-12)
+
+
+def test_flops_follow_from_loops_and_training() -> None:
+    a = preset("yoco_u", "100m", loops=1)
+    per_loop = forward_flops(a.with_loops(2), 512) - forward_flops(a, 512)
+    assert forward_flops(a.with_loops(7), 512) == pytest.approx(forward_flops(a, 512) + 6 * per_loop)
+    assert forward_flops(a, 512) == forward_flops(preset("yoco", "100m"), 512)
+    assert training_flops(a, 512) == 3 * forward_flops(a, 512)
+
+
+@pytest.mark.parametrize("context", [1, 7, 8, 9, 40])
+@pytest.mark.parametrize("window", [None, 1, 8])
+def test_mean_visible_keys(context: int, window: int | None) -> None:
+    assert mean_visible_keys(context, window) == pytest.approx(visible_pairs(context, window) / context)
+
+
+@pytest.mark.parametrize("context", PAPER["kv_cache_mib_per_sequence"])
+def test_kv_bytes_of_the_paper(context: str) -> None:
+    for name, mebibytes in PAPER["kv_cache_mib_per_sequence"][context].items():
+        assert kv_bytes(preset(name, "1.3b"), int(context)) == mebibytes * 2**20
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 30])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_kv_bytes_of_a_real_cache(name: str, tokens: int) -> None:
+    a = ARCHITECTURES[name]
+    model = model_of(a).to(torch.bfloat16)
+    cache = YocoUCache(a)
+    with torch.no_grad():
+        model(torch.randint(0, a.vocab_size, (1, tokens)), past_key_values=cache, use_cache=True)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    # Between steps transformers keeps window - 1 rows a sliding slot: the row of the next token comes with that token.
+    slots = sum(stage.layers * stage.loops for stage in a.stages if stage.attention == "sliding")
+    missing = slots if a.window is not None and tokens >= a.window else 0
+    assert kv_bytes(a, tokens) == held + missing * 2 * a.num_key_value_heads * a.head_dim * 2
+
+
+def test_optimizer_bytes_of_a_real_optimizer() -> None:
+    a = ARCHITECTURES["yoco_u"]
+    model = model_of(a).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.tensor([[3, 5]]), labels=torch.tensor([[3, 5]]), use_cache=False).loss.backward()
+    optimizer.step()
+    moments = sum(t.nbytes for state in optimizer.state.values() for key, t in state.items() if key != "step")
+    assert optimizer_bytes(a) == moments + sum(p.nbytes + p.grad.nbytes for p in model.parameters())
+
+
+def test_plans_without_torch() -> None:
+    """`yoco_u.budget` and `yoco_u.architecture` themselves import no torch; only the package's top level does."""
+    code = (
+        "import sys, types; package = types.ModuleType('yoco_u'); package.__path__ = ['yoco_u']; "
+        "sys.modules['yoco_u'] = package; import yoco_u.budget; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

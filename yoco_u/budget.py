@@ -1,0 +1,166 @@
+"""What an architecture costs: parameters, FLOPs, and bytes, by arithmetic on its stage list. Nothing here needs torch.
+
+FLOPs are model FLOPs: two for each weight of a matrix product and each time it is applied, and those of the attention
+products over the keys that are visible. Norms, activations, rotations, masked work and recomputation are not counted.
+"""
+
+from typing import NamedTuple
+
+from yoco_u.architecture import Architecture, Stage
+
+OPTIMIZER_BYTES_PER_PARAMETER = 16
+"""float32 training by AdamW: the weight, its gradient and two moments, 4 bytes each."""
+
+_RETENTION_BYTES_PER_ELEMENT = 4  # the recurrent state is float32 whatever the model's dtype
+
+
+class Parameters(NamedTuple):
+    """Parameter counts.
+
+    Attributes:
+        total: all of them; tied embeddings count once.
+        active: those that one token meets: all but the experts that it does not visit.
+        embedding: the token embedding alone, which is the LM head as well where they are tied.
+    """
+
+    total: int
+    active: int
+    embedding: int
+
+
+def parameters(a: Architecture) -> Parameters:
+    embedding = a.vocab_size * a.hidden_size
+    total = embedding * (1 if a.tie_word_embeddings else 2) + a.hidden_size  # and the final norm
+    unvisited = 0
+    for stage in a.stages:
+        total += stage.layers * (_attention_parameters(a, stage) + _feed_forward_parameters(a) + 2 * a.hidden_size)
+        total += stage.loops - 1 if stage.loop_gate is not None else 0
+        if a.experts:
+            idle = a.experts.num_experts - a.experts.experts_per_token
+            unvisited += stage.layers * idle * _expert_weights(a)
+    if a.has_global_kv:
+        total += a.hidden_size + _global_kv_weights(a) + (a.head_dim if a.qk_norm else 0)
+    total += _mixer_weights(a)
+    return Parameters(total, total - unvisited, embedding)
+
+
+def forward_flops(a: Architecture, context: int) -> float:
+    """Model FLOPs per token of a forward pass over `context` tokens, all of whose logits are computed.
+
+    Loops and the LM head are counted, the embedding's look-up is not. Each kind of attention is averaged over the positions:
+    full and cross see (context + 1) / 2 keys, sliding the mean of min(i, window). A recurrent step of retention updates and
+    reads one head_dim x head_dim state a head.
+    """
+    streams = a.parallel.streams if a.parallel else 1
+    flops = 2.0 * (a.vocab_size * a.hidden_size + _mixer_weights(a))
+    for stage in a.stages:
+        weights = _attention_weights(a, stage) + _active_feed_forward_weights(a)
+        applied = stage.layers * stage.loops * streams
+        flops += applied * (2 * weights + _attention_product_flops(a, stage, context))
+    if a.has_global_kv:
+        flops += 2 * _global_kv_weights(a)
+    return flops
+
+
+def training_flops(a: Architecture, sequence_length: int) -> float:
+    """Model FLOPs per token of a forward and a backward pass over rows of `sequence_length`: three forward passes."""
+    return 3 * forward_flops(a, sequence_length)
+
+
+def kv_bytes(a: Architecture, tokens: int, bytes_per_element: int = 2) -> int:
+    """Bytes that one sequence of `tokens` keeps for decoding.
+
+    The global KV, one ring of `window` rows per (loop, sliding layer), all rows per (loop, full layer) and ParScale stream,
+    and one float32 state per (loop, retention layer).
+    """
+    row = 2 * a.num_key_value_heads * a.head_dim * bytes_per_element
+    total = tokens * row if a.has_global_kv else 0
+    for stage in a.stages:
+        slots = stage.layers * stage.loops
+        if stage.attention == "full":
+            total += slots * tokens * row * (a.parallel.streams if a.parallel else 1)
+        elif stage.attention == "sliding":
+            total += slots * min(tokens, _window(a)) * row
+        elif stage.attention == "retention":
+            total += slots * a.num_attention_heads * a.head_dim**2 * _RETENTION_BYTES_PER_ELEMENT
+    return total
+
+
+def optimizer_bytes(a: Architecture) -> int:
+    """Bytes of weights, gradients and optimizer state in training, over all processes that share the model."""
+    return OPTIMIZER_BYTES_PER_PARAMETER * parameters(a).total
+
+
+def mean_visible_keys(context: int, window: int | None = None) -> float:
+    """Keys that a token sees causally, the token itself included, averaged over the positions of a row.
+
+    Args:
+        window: most keys that are seen; None for all.
+    """
+    if window is None or window >= context:
+        return (context + 1) / 2
+    return window * (window + 1) / 2 / context + (context - window) * window / context
+
+
+def _attention_product_flops(a: Architecture, stage: Stage, context: int) -> float:
+    """FLOPs per token of what attention multiplies besides weights, for one layer and stream."""
+    width = a.num_attention_heads * a.head_dim
+    if stage.attention == "retention":
+        return 4 * width * a.head_dim  # k^T v into the state, q times the state
+    keys = mean_visible_keys(context, _window(a) if stage.attention == "sliding" else None)
+    prefix = a.parallel.prefix_tokens if a.parallel else 0
+    return 4 * width * (keys + prefix)
+
+
+def _attention_weights(a: Architecture, stage: Stage) -> int:
+    """Weights of one layer's projections."""
+    queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    if stage.attention == "cross":
+        return a.hidden_size * 2 * queries
+    weights = a.hidden_size * (2 * queries + 2 * keys)
+    if stage.attention == "retention":
+        weights += a.hidden_size * (queries + a.num_attention_heads)  # the output's gate, the decay
+    return weights
+
+
+def _attention_parameters(a: Architecture, stage: Stage) -> int:
+    norms = {"full": 2, "sliding": 2, "cross": 1, "retention": 0}[stage.attention] if a.qk_norm else 0
+    count = _attention_weights(a, stage) + norms * a.head_dim
+    if a.parallel:
+        count += 2 * a.parallel.prefix_tokens * a.parallel.streams * a.num_key_value_heads * a.head_dim
+    return count
+
+
+def _feed_forward_parameters(a: Architecture) -> int:
+    if a.experts is None:
+        return 3 * a.hidden_size * a.intermediate_size
+    experts = a.experts.num_experts + a.experts.shared_experts
+    return experts * _expert_weights(a) + a.hidden_size * a.experts.num_experts  # and the router
+
+
+def _active_feed_forward_weights(a: Architecture) -> int:
+    if a.experts is None:
+        return 3 * a.hidden_size * a.intermediate_size
+    visited = a.experts.experts_per_token + a.experts.shared_experts
+    return visited * _expert_weights(a) + a.hidden_size * a.experts.num_experts
+
+
+def _expert_weights(a: Architecture) -> int:
+    assert a.experts is not None
+    return 3 * a.hidden_size * a.experts.intermediate_size
+
+
+def _global_kv_weights(a: Architecture) -> int:
+    return 2 * a.hidden_size * a.num_key_value_heads * a.head_dim
+
+
+def _mixer_weights(a: Architecture) -> int:
+    """Weights that mix the streams of ParScale."""
+    if a.parallel is None:
+        return 0
+    return a.parallel.streams * a.hidden_size * a.hidden_size + a.hidden_size * a.parallel.streams
+
+
+def _window(a: Architecture) -> int:
+    assert a.window is not None
+    return a.window
