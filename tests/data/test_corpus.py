@@ -1,0 +1,190 @@
+import gzip
+import json
+import sysconfig
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict
+
+from yoco_u.data import Corpus
+from yoco_u.errors import UserError
+
+TEXTS = ["first\r\ndocument", "zweites Dokument: ä 🦉", "  third\n\n"]
+
+
+def read(*entries: object, field: str = "text") -> list[tuple[str, str]]:
+    return [tuple(document) for document in Corpus([str(entry) for entry in entries], field).documents()]
+
+
+def write(path: Path, data: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def lines(*records: object) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_a_folder_is_walked_in_sorted_order_and_knows_text_from_the_rest(tmp_path):
+    write(tmp_path / "b" / "one.md", "one")
+    write(tmp_path / "a.txt", "two")
+    write(tmp_path / "c.jsonl", lines({"text": "three"}))
+    write(tmp_path / "image.png", b"\x89PNG")
+    write(tmp_path / ".git" / "x.txt", "hidden")
+    write(tmp_path / "empty.py", "")
+    assert read(tmp_path) == [
+        (f"{tmp_path}/a.txt", "two"),
+        (f"{tmp_path}/b/one.md", "one"),
+        (f"{tmp_path}/c.jsonl:1", "three"),
+    ]
+
+
+def test_a_named_file_is_read_whatever_its_suffix_and_a_file_only_once(tmp_path):
+    log = write(tmp_path / "x.log", "log")
+    write(tmp_path / "y.log", "more")
+    write(tmp_path / "z.txt", "text")
+    assert read(log) == [(str(log), "log")]
+    assert [text for _, text in read(log, tmp_path / "*.log", tmp_path)] == ["log", "more", "text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "text"),
+    [
+        ("a.txt", "\ufeffwith a mark\r\n".encode(), "with a mark\r\n"),
+        ("a.py", "# -*- coding: latin-1 -*-\n'ä'\n".encode("latin-1"), "# -*- coding: latin-1 -*-\n'ä'\n"),
+    ],
+)
+def test_text_encodings(tmp_path, name, data, text):
+    assert read(write(tmp_path / name, data)) == [(f"{tmp_path}/{name}", text)]
+
+
+def formats(folder: Path, field: str) -> dict[str, str]:
+    rows = [{field: text, "other": 1} for text in TEXTS]
+    write(folder / "d.jsonl", lines(*rows).replace("\n", "\n\n"))
+    write(folder / "d.jsonl.gz", gzip.compress(lines(*rows).encode()))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "d.parquet", row_group_size=2)
+    Dataset.from_list(rows).save_to_disk(folder / "saved")
+    DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:1])}).save_to_disk(folder / "splits")
+    write(folder / "hub" / "train.jsonl", lines(*rows))
+    names = {name: str(folder / name) for name in ("d.jsonl", "d.jsonl.gz", "d.parquet", "saved", "splits")}
+    return {**names, "hf saved": f"hf:{folder}/saved", "hf": f"hf:{folder}/hub"}
+
+
+def test_every_format_gives_the_same_texts_with_their_places(tmp_path):
+    for field in ("text", "body"):
+        folder = tmp_path / field
+        folder.mkdir()
+        for name, entry in formats(folder, field).items():
+            documents = read(entry, field=field)
+            assert [text for _, text in documents] == TEXTS, name
+            numbers = [1, 3, 5] if name == "d.jsonl" else [1, 2, 3]
+            assert [int(source.rsplit(":", 1)[1]) for source, _ in documents] == numbers, name
+        assert [text for _, text in read(f"hf:{folder}/splits::test", field=field)] == TEXTS[:1]
+        for name, entry in formats(folder, field).items():
+            with pytest.raises(UserError, match=r"no field 'missing', there are '(text|body)', 'other'; set text_field"):
+                print(name, read(entry, field="missing"))
+
+
+def test_progress_adds_up_to_the_size(tmp_path):
+    formats(tmp_path, "text")
+    corpus = Corpus([str(tmp_path / name) for name in ("d.jsonl", "d.jsonl.gz", "d.parquet")])
+    seen: list[int] = []
+    list(corpus.documents(seen.append))
+    assert corpus.size is not None
+    assert corpus.size - 3 <= sum(seen) <= corpus.size
+    assert Corpus([f"hf:{tmp_path}/saved"]).size is None
+
+
+GOOD = json.dumps({"text": "good"}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "cut', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'["text"]', "the line holds list, expected a JSON object"),
+        (b'{"body": "x"}', "no field 'text', there are 'body'; set text_field"),
+        (b'{"text": 5}', "'text' holds int, expected a string"),
+        (b'{"text": null}', "'text' holds null, expected a string"),
+        (b'{"text": "\xff"}', "byte 0xff in column 11 is not UTF-8"),
+        (b'{"text": "\\ud800"}', r"lone surrogate U\+D800"),
+    ],
+)
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_a_corrupt_line_is_named(tmp_path, line, message, gzipped):
+    data = GOOD.encode() * 2 + line + b"\n" + GOOD.encode()
+    name = "bad.jsonl.gz" if gzipped else "bad.jsonl"
+    write(tmp_path / name, gzip.compress(data) if gzipped else data)
+    with pytest.raises(UserError, match=f"{name}:3: .*{message}") as caught:
+        read(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_corrupt_gzip(tmp_path):
+    whole = gzip.compress("".join(lines({"text": str(n) * 50}) for n in range(1000)).encode())
+    write(tmp_path / "cut.jsonl.gz", whole[: len(whole) // 2])
+    write(tmp_path / "no.jsonl.gz", GOOD)
+    with pytest.raises(UserError, match=r"cut.jsonl.gz:\d+: corrupt gzip data"):
+        read(tmp_path / "cut.jsonl.gz")
+    with pytest.raises(UserError, match=r"no.jsonl.gz:1: corrupt gzip data"):
+        read(tmp_path / "no.jsonl.gz")
+
+
+def test_corrupt_parquet(tmp_path):
+    pq.write_table(pa.table({"text": ["a" * 1000, None], "n": [1, 2]}), tmp_path / "null.parquet")
+    whole = (tmp_path / "null.parquet").read_bytes()
+    write(tmp_path / "cut.parquet", whole[: len(whole) // 2])
+    write(tmp_path / "damaged.parquet", whole[:4] + b"\xff" * 60 + whole[64:])
+    strings = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    pq.write_table(pa.table({"text": strings}), tmp_path / "bytes.parquet")
+    for name, message in [
+        ("null", "null.parquet:2: 'text' holds null, expected a string"),
+        ("cut", "cut.parquet: corrupt Parquet file, after row 0"),
+        ("damaged", "damaged.parquet: corrupt Parquet file, after row 0"),
+        ("bytes", "bytes.parquet:1: the text is not UTF-8"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read(tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match=r"column 'n' holds int64, expected strings"):
+        read(tmp_path / "null.parquet", field="n")
+
+
+def test_corrupt_text(tmp_path):
+    write(tmp_path / "a.txt", b"fine\nnot \xe4 fine\n")
+    with pytest.raises(UserError, match=r"a.txt:2: byte 0xe4 is not utf-8"):
+        read(tmp_path / "a.txt")
+    write(tmp_path / "a.py", b"# coding: klingon\n")
+    with pytest.raises(UserError, match=r"a.py:1: cannot tell the encoding \(unknown encoding.*klingon"):
+        read(tmp_path / "a.py")
+
+
+def test_entries_that_lead_nowhere(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for entry, message in [
+        (tmp_path / "none.txt", "none.txt: no such file or folder"),
+        (tmp_path / "*.nothing", "no file matches it"),
+        (tmp_path / "empty", "empty: no text, .jsonl, .jsonl.gz or .parquet file in this folder"),
+        ("hf:", r"expected hf:dataset\[:config\[:split\]\]"),
+        ("hf:a:b:c:d", r"expected hf:dataset\[:config\[:split\]\]"),
+        (f"hf:{tmp_path}/empty", "cannot load split 'train'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read(entry)
+
+
+def test_the_standard_library_is_this_interpreters_own():
+    corpus = Corpus(["stdlib"])
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = corpus.documents()
+    some = [next(documents) for _ in range(20)]
+    for source, text in some:
+        assert source.startswith("stdlib/")
+        assert (root / source.removeprefix("stdlib/")).read_bytes().decode() == text
+    names = list(corpus.names.values())
+    assert "stdlib/json/decoder.py" in names
+    assert not any("site-packages" in name or "__pycache__" in name for name in names)
+    assert names == list(Corpus(["stdlib"]).names.values())

@@ -1,0 +1,30 @@
+"""From a corpus to batches: documents, tokenizer, packed shards, rows."""
+
+from yoco_u.data.batches import Batch, BatchLoader
+from yoco_u.data.config import DataConfig
+from yoco_u.data.corpus import Corpus
+from yoco_u.data.dataset import PackedDataset
+from yoco_u.data.formats import Document
+from yoco_u.data.index import DatasetIndex, Shard, Split, check_vocabulary
+from yoco_u.data.prepare import prepare, split_of
+from yoco_u.data.tokenizer import END_OF_TEXT, DocumentEncoder, end_of_text_id, load_tokenizer, train_tokenizer
+
+__all__ = [
+    "END_OF_TEXT",
+    "Batch",
+    "BatchLoader",
+    "Corpus",
+    "DataConfig",
+    "DatasetIndex",
+    "Document",
+    "DocumentEncoder",
+    "PackedDataset",
+    "Shard",
+    "Split",
+    "check_vocabulary",
+    "end_of_text_id",
+    "load_tokenizer",
+    "prepare",
+    "split_of",
+    "train_tokenizer",
+]

@@ -1,0 +1,44 @@
+"""What to read and how to cut it into tokens."""
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from yoco_u.typed import Config
+
+MINIMUM_VOCABULARY = 257
+"""One token for each byte, and `<|endoftext|>`."""
+
+
+def _as_list(value: object) -> object:
+    """A single entry stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Corpus = Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
+
+
+class DataConfig(Config):
+    """How a dataset is made. Equal configs over equal files make equal datasets.
+
+    Attributes:
+        corpus: "stdlib" (the Python standard library's own sources), paths of files and folders, globs, and
+            `hf:dataset[:config[:split]]` names; one or a list.
+        text_field: the column of JSON lines, Parquet files and Hugging Face datasets that holds the text.
+        tokenizer: folder or Hugging Face name of an existing tokenizer; None trains one on the training split.
+        vocab_size: of the trained tokenizer, at most (a small corpus may yield fewer); not used with `tokenizer`.
+        validation_fraction: share of the documents held out, chosen by a hash of their names; not used with
+            `validation_corpus`.
+        validation_corpus: documents to validate on; then all of `corpus` is for training.
+        seed: of the split, and of the sample that the tokenizer is trained on.
+        shard_tokens: a shard is closed at the first end of a document at or after so many tokens.
+    """
+
+    corpus: Corpus = ("stdlib",)
+    text_field: str = Field(default="text", min_length=1)
+    tokenizer: str | None = None
+    vocab_size: int = Field(default=4096, ge=MINIMUM_VOCABULARY)
+    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    validation_corpus: Corpus | None = None
+    seed: int = Field(default=0, ge=0)
+    shard_tokens: int = Field(default=100_000_000, ge=1)

@@ -1,0 +1,165 @@
+"""From the entries of a config to one lazy stream of documents in a fixed order."""
+
+import glob
+import os
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from yoco_u.data.formats import (
+    Advance,
+    Document,
+    is_saved_dataset,
+    read_hugging_face,
+    read_json_lines,
+    read_parquet,
+    read_text,
+)
+from yoco_u.errors import UserError
+
+STDLIB = "stdlib"
+
+_PROSE = "txt md rst tex html xml css sql toml yaml yml"
+_SOURCES = "py pyi c h cc cpp hpp cs java kt scala swift go rs js jsx ts tsx rb pl lua r jl sh bash"
+TEXT_SUFFIXES = frozenset(f".{suffix}" for suffix in (*_PROSE.split(), *_SOURCES.split()))
+"""What counts as a text when a folder is walked; a file that is named itself is read whatever its suffix."""
+
+_NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+
+
+class _Source(NamedTuple):
+    name: str
+    size: int | None
+    identity: str
+    read: Callable[[Advance], Iterator[Document]]
+
+
+class Corpus:
+    """The documents of some entries ("stdlib", paths, globs, `hf:` names), opened lazily, always in the same order.
+
+    A file that several entries reach is read once. Documents without a character are passed over.
+
+    Raises:
+        UserError: if an entry leads to no file at all.
+    """
+
+    def __init__(self, entries: Sequence[str], text_field: str = "text") -> None:
+        self.text_field = text_field
+        sources = {source.identity: source for entry in reversed(entries) for source in reversed(self._resolve(entry))}
+        self._sources = list(reversed(sources.values()))
+
+    @property
+    def size(self) -> int | None:
+        """Bytes on disk; None if a Hugging Face dataset is among the entries."""
+        sizes = [source.size for source in self._sources]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What is read: the name by which it is shown, by a key that is the same for the same file or dataset."""
+        return {source.identity: source.name for source in self._sources}
+
+    def documents(self, advance: Advance = lambda _: None) -> Iterator[Document]:
+        """Every document; `advance` is told the bytes read from disk.
+
+        Raises:
+            UserError: at the first thing that cannot be read, naming file and line.
+        """
+        for source in self._sources:
+            for document in source.read(advance):
+                if document.text:
+                    yield document
+
+    def _resolve(self, entry: str) -> list[_Source]:
+        if entry == STDLIB:
+            return _stdlib()
+        if entry.startswith("hf:"):
+            return [self._hugging_face(entry)]
+        path = Path(entry).expanduser()
+        if path.is_dir():
+            return self._folder(path)
+        if path.exists():
+            return [self._file(path)]
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        files = [self._file(match) for match in matches if match.is_file()]
+        if not files:
+            raise UserError(f"{entry}: no such file or folder, and no file matches it; check the corpus setting")
+        return files
+
+    def _folder(self, folder: Path) -> list[_Source]:
+        if is_saved_dataset(folder):
+            return [self._hugging_face(f"hf:{folder}")]
+        files = [self._file(path) for path in _walk(folder) if path.suffix.lower() in TEXT_SUFFIXES or _is_table(path)]
+        if not files:
+            raise UserError(
+                f"{folder}: no text, .jsonl, .jsonl.gz or .parquet file in this folder; "
+                "name files of other kinds one by one or with a glob"
+            )
+        return files
+
+    def _file(self, path: Path) -> _Source:
+        name, field = path.as_posix(), self.text_field
+
+        def read(advance: Advance) -> Iterator[Document]:
+            if path.name.endswith((".jsonl", ".jsonl.gz")):
+                return read_json_lines(path, name, field, advance)
+            if path.suffix == ".parquet":
+                return read_parquet(path, name, field, advance)
+            return read_text(path, name, advance)
+
+        return _Source(name, path.stat().st_size, os.path.realpath(path), read)
+
+    def _hugging_face(self, entry: str) -> _Source:
+        dataset, config, split, *rest = [*entry.removeprefix("hf:").split(":"), "", ""]
+        if not dataset or any(rest):
+            raise UserError(f"{entry}: expected hf:dataset[:config[:split]]")
+        split = split or "train"
+        identity = f"hf:{dataset}:{config}:{split}"
+        return _Source(
+            entry, None, identity, lambda _: read_hugging_face(entry, dataset, config or None, split, self.text_field)
+        )
+
+
+def _is_table(path: Path) -> bool:
+    return path.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below, sorted by name folder by folder; hidden ones are left out."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path)
+        elif path.is_file():
+            yield path
+
+
+def _stdlib() -> list[_Source]:
+    """The running interpreter's own sources, named `stdlib/...` wherever they are installed."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    sources = []
+    for folder, folders, files in os.walk(root):
+        if Path(folder) == root / "lib2to3" / "tests" / "data":  # Python 2, and files broken on purpose
+            folders.clear()
+            continue
+        folders[:] = sorted(set(folders) - _NOT_STDLIB)
+        for path in (Path(folder, file) for file in sorted(files) if file.endswith(".py")):
+            name = f"{STDLIB}/{path.relative_to(root).as_posix()}"
+            sources.append(_Source(name, path.stat().st_size, os.path.realpath(path), _lenient(path, name)))
+    if not sources:
+        raise UserError(f"{root}: this Python has no .py sources of its standard library; name another corpus")
+    return sources
+
+
+def _lenient(path: Path, name: str) -> Callable[[Advance], Iterator[Document]]:
+    """The library tests Python with a few files that do not decode on purpose: those are no documents."""
+
+    def read(advance: Advance) -> Iterator[Document]:
+        try:
+            yield from read_text(path, name, advance)
+        except UserError:
+            return
+
+    return read

@@ -1,0 +1,108 @@
+"""Rows of tokens by number: shuffled, packed, and computed anew from nothing but the number."""
+
+from functools import lru_cache
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yoco_u.data.index import DatasetIndex, SplitName
+from yoco_u.data.shards import shard_paths
+from yoco_u.errors import UserError
+
+
+class _Epoch(NamedTuple):
+    order: NDArray[np.int64]  # (documents,)
+    ends: NDArray[np.int64]  # (documents,), where each document of `order` ends in the stream
+    rows: NDArray[np.int64]  # (rows,)
+
+
+class PackedDataset:
+    """An endless sequence of rows of `sequence_length + 1` tokens over memory-mapped shards.
+
+    In each epoch the documents, each beginning with `eot_id`, are laid one after another into one stream; row r of it
+    is the tokens r N to r N + N, the last one being only a target, and what does not fill a row at the end is left out.
+    With `shuffle` both the documents in the stream and its rows come in the order of a generator seeded by
+    (seed, epoch); without, in the order of the files. Memory is O(documents + rows); nothing is ever loaded whole.
+
+    Raises:
+        UserError: if the split is missing or damaged, or too short for one row.
+    """
+
+    def __init__(
+        self,
+        folder: str | PathLike[str],
+        split: SplitName,
+        sequence_length: int,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.index = DatasetIndex.load(folder)
+        self.split = self.index.split(split)
+        self.sequence_length, self.seed, self.shuffle = sequence_length, seed, shuffle
+        if sequence_length < 1:
+            raise UserError(f"sequence_length is {sequence_length}, expected at least 1")
+        if self.split.tokens < sequence_length + 1:
+            raise UserError(
+                f"{folder}: the {split} split has {self.split.tokens} tokens, but one row of sequence_length "
+                f"{sequence_length} takes {sequence_length + 1}; give more text or shorten sequence_length"
+            )
+        self.rows_per_epoch = (self.split.tokens - 1) // sequence_length
+        self._tokens: list[NDArray[np.unsignedinteger]] = []
+        offsets = [self._open(Path(folder), split, number) for number in range(len(self.split.shards))]
+        self._starts = np.concatenate([offset[:-1] for offset in offsets])  # (documents,), within the shard
+        self._lengths = np.concatenate([np.diff(offset) for offset in offsets])  # (documents,)
+        self._last_documents = np.cumsum([len(offset) - 1 for offset in offsets])  # (shards,)
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    def row(self, index: int) -> NDArray[np.int64]:
+        """The tokens (sequence_length + 1,) of row `index` >= 0, counted on through all epochs."""
+        if index < 0:
+            raise IndexError(f"row {index}, expected at least 0")
+        number, within = divmod(index, self.rows_per_epoch)
+        epoch = self._epoch(number)
+        begin = int(epoch.rows[within]) * self.sequence_length
+        row = np.empty(self.sequence_length + 1, dtype=np.int64)
+        filled = 0
+        position = int(np.searchsorted(epoch.ends, begin, side="right"))
+        while filled < len(row):
+            document = int(epoch.order[position])
+            skip = begin + filled - int(epoch.ends[position] - self._lengths[document])
+            take = min(int(self._lengths[document]) - skip, len(row) - filled)
+            start = int(self._starts[document]) + skip
+            shard = int(np.searchsorted(self._last_documents, document, side="right"))
+            row[filled : filled + take] = self._tokens[shard][start : start + take]
+            filled += take
+            position += 1
+        return row
+
+    def _make_epoch(self, number: int) -> _Epoch:
+        documents, rows = len(self._lengths), self.rows_per_epoch
+        if self.shuffle:
+            generator = np.random.default_rng((self.seed, number))
+            order, row_order = generator.permutation(documents), generator.permutation(rows)
+        else:
+            order, row_order = np.arange(documents), np.arange(rows)
+        return _Epoch(order, np.cumsum(self._lengths[order]), row_order)
+
+    def _open(self, folder: Path, split: SplitName, number: int) -> NDArray[np.int64]:
+        """Map one shard's tokens and return its offsets, having compared their sizes with the index."""
+        tokens, offsets = shard_paths(folder, split, number)
+        shard = self.split.shards[number]
+        dtype = np.dtype(self.index.dtype).newbyteorder("<")
+        try:
+            size = tokens.stat().st_size
+            found: NDArray[np.int64] = np.load(offsets)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{folder}: the dataset is damaged ({error}); remove it and prepare it again") from None
+        if size != shard.tokens * dtype.itemsize:
+            raise UserError(
+                f"{tokens}: {size} bytes, expected {shard.tokens * dtype.itemsize} for {shard.tokens} tokens; "
+                "remove the dataset and prepare it again"
+            )
+        if found.shape != (shard.documents + 1,) or found[-1] != shard.tokens:
+            raise UserError(f"{offsets}: does not fit the index; remove the dataset and prepare it again")
+        self._tokens.append(np.memmap(tokens, dtype=dtype, mode="r"))
+        return found

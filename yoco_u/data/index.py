@@ -1,0 +1,128 @@
+"""`dataset.json`: what a prepared dataset holds, written last, so that a folder with it is complete."""
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from yoco_u.data.config import DataConfig
+from yoco_u.errors import UserError
+from yoco_u.typed import Config, parse
+
+INDEX = "dataset.json"
+TOKENIZER = "tokenizer"
+
+SplitName = Literal["train", "validation"]
+
+
+class Shard(Config):
+    """Totals of one pair of files `<split>-<number>.bin` and `.offsets.npy`."""
+
+    tokens: int
+    documents: int
+    bytes: int
+
+
+class Split(Config):
+    """Totals of a split. `bytes` are of the texts in UTF-8; `tokens` count each document's `<|endoftext|>` too."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def documents(self) -> int:
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bits per byte = mean loss in nats / ln 2 / this."""
+        return self.bytes / self.tokens
+
+
+class DatasetIndex(Config):
+    """What `prepare` made.
+
+    Attributes:
+        format: version of the folder's format.
+        dtype: of the token ids in the `.bin` files, little-endian.
+        eot_id: the token that begins every document, and occurs nowhere else.
+        vocab_size: the tokenizer's, added tokens included.
+        config: what the dataset was made from.
+        splits: "train", and "validation" if anything was held out.
+        folder: where it was read from; not written.
+    """
+
+    format: Literal[1] = 1
+    dtype: Literal["uint16", "uint32"]
+    eot_id: int
+    vocab_size: int
+    config: DataConfig
+    splits: dict[SplitName, Split]
+    folder: Path = Field(exclude=True)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer."""
+        return self.folder / TOKENIZER
+
+    def split(self, name: SplitName) -> Split:
+        """The totals of a split.
+
+        Raises:
+            UserError: if the dataset has no such split.
+        """
+        if name not in self.splits:
+            raise UserError(
+                f"{self.folder / INDEX}: no {name} split, there is {', '.join(self.splits)}; "
+                "prepare with validation_fraction or validation_corpus"
+            )
+        return self.splits[name]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `dataset.json` into `folder`, beside and then renamed."""
+        target = Path(folder) / INDEX
+        beside = target.with_name(INDEX + ".tmp")
+        beside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        beside.replace(target)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "DatasetIndex":
+        """Read the index of a prepared dataset.
+
+        Raises:
+            UserError: if the folder holds no complete dataset, or one of another format version.
+        """
+        path = Path(folder) / INDEX
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise UserError(f"{folder}: no prepared dataset here ({INDEX} is missing); run `yoco-u prepare`") from None
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error}); prepare the dataset again") from None
+        if isinstance(data, dict):
+            if data.get("format") != 1:
+                raise UserError(f"{path}: dataset format {data.get('format')!r}, expected 1; prepare the dataset again")
+            data = {**data, "folder": Path(folder)}
+        return parse(cls, data, str(path))
+
+
+def check_vocabulary(index: DatasetIndex, vocab_size: int) -> None:
+    """See that a model with `vocab_size` embeddings can read the dataset.
+
+    Raises:
+        UserError: if the tokenizer has more tokens than the model.
+    """
+    if index.vocab_size > vocab_size:
+        raise UserError(
+            f"{index.folder / INDEX}: the tokenizer has {index.vocab_size} tokens but the model's vocab_size is "
+            f"{vocab_size}; set the model's to at least {index.vocab_size} or prepare with a smaller vocabulary"
+        )

@@ -1,0 +1,272 @@
+"""Corpus -> split -> tokenizer -> shards, in a folder that appears only when it is complete."""
+
+import hashlib
+import heapq
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from yoco_u.data.config import DataConfig
+from yoco_u.data.corpus import Corpus
+from yoco_u.data.formats import Advance, Document
+from yoco_u.data.index import INDEX, TOKENIZER, DatasetIndex, SplitName
+from yoco_u.data.shards import ShardWriter
+from yoco_u.data.tokenizer import DocumentEncoder, load_tokenizer, train_tokenizer
+from yoco_u.errors import UserError
+
+SAMPLE_CHARACTERS = 20_000_000
+"""Text that a tokenizer is trained on, at most; more hardly changes it and only takes time and memory."""
+
+_BATCH_CHARACTERS = 1 << 20
+
+_Item = tuple[SplitName, Document]
+_Encoded = tuple[SplitName, Document, NDArray[np.uint32]]
+
+
+def prepare(config: DataConfig, out: str | os.PathLike[str], progress: bool = True, workers: int | None = None) -> DatasetIndex:
+    """Make the dataset of `config` in the folder `out`, or find it there.
+
+    The result depends on the config and on what the files hold, not on `workers`. A dataset that is complete and comes
+    from an equal config is taken as it is, without a look at the corpus. Two processes may prepare the same folder: the
+    second waits for the first.
+
+    Args:
+        progress: show progress bars on stderr, and say so if the dataset was there already.
+        workers: threads that encode; all processors if None.
+
+    Raises:
+        UserError: if the corpus cannot be read, a split comes out empty, or `out` holds something else.
+    """
+    out = Path(out)
+    console = Console(stderr=True, quiet=not progress)
+    found = _existing(config, out, console)
+    if found:
+        return found
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.parent / f".{out.name}.lock"
+    with FileLock(lock):
+        found = _existing(config, out, console) or _build_aside(config, out, console, workers or os.cpu_count() or 1)
+        with suppress(OSError):
+            lock.unlink()  # whoever still waits for it finds the dataset
+    return found
+
+
+def split_of(source: str, fraction: float, seed: int) -> SplitName:
+    """The split of a document, by a hash of its name: other documents that come or go do not change it."""
+    return "validation" if _hash(source, f"split {seed}") < fraction else "train"
+
+
+def _existing(config: DataConfig, out: Path, console: Console) -> DatasetIndex | None:
+    if not (out / INDEX).exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out}: exists and is no prepared dataset; choose another folder or remove it")
+        return None
+    index = DatasetIndex.load(out)
+    if index.config != config:
+        old, new = index.config.model_dump(), config.model_dump()
+        differ = "; ".join(f"{key} {old[key]!r}, now {new[key]!r}" for key in new if old[key] != new[key])
+        raise UserError(f"{out}: holds a dataset of another config ({differ}); choose another folder or remove it")
+    console.print(f"Using the dataset in {out}, prepared before from this config; remove it to read the corpus anew.")
+    return index
+
+
+def _build_aside(config: DataConfig, out: Path, console: Console, workers: int) -> DatasetIndex:
+    """Build beside `out` and rename when complete."""
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        partial.mkdir()
+        with _bars(console) as bars:
+            _build(config, partial, bars, workers)
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return DatasetIndex.load(out)
+
+
+def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> None:
+    items = _Items(config)
+    if config.tokenizer is None:
+        with _bar(bars, "sampling text", items.size) as advance:
+            sample = _sample(items.read(advance), config)
+        with _bar(bars, "training the tokenizer", None):
+            tokenizer = train_tokenizer(sample, config.vocab_size)
+        del sample
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer.save_pretrained(folder / TOKENIZER)
+
+    vocab_size = len(tokenizer)
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    encoder = DocumentEncoder(tokenizer)
+    with ExitStack() as stack:
+        names: tuple[SplitName, ...] = ("train", "validation")
+        writers = {name: stack.enter_context(ShardWriter(folder, name, dtype, config.shard_tokens)) for name in names}
+        advance = stack.enter_context(_bar(bars, "encoding", items.size))
+        for split, document, tokens in _encode(encoder, items.read(advance), workers):
+            if (tokens[1:] == encoder.eot_id).any():
+                raise UserError(
+                    f"{document.source}: the text spells the token that separates documents, which this tokenizer "
+                    f"({config.tokenizer}) does not treat as special; mend the text or choose another tokenizer"
+                )
+            writers[split].add(tokens, len(document.text.encode()))
+        splits = {name: writer.finish() for name, writer in writers.items()}
+    _check_splits(config, {name: split.documents for name, split in splits.items()})
+    DatasetIndex(
+        dtype="uint16" if dtype == "uint16" else "uint32",
+        eot_id=encoder.eot_id,
+        vocab_size=vocab_size,
+        config=config,
+        splits={name: split for name, split in splits.items() if split.shards},
+        folder=folder,
+    ).save(folder)
+
+
+class _Items:
+    """The documents of all splits, each with its split, as often as they are asked for."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self._config = config
+        self._corpus = Corpus(config.corpus, config.text_field)
+        self._held_out = Corpus(config.validation_corpus, config.text_field) if config.validation_corpus else None
+        if self._held_out:
+            both = self._corpus.names.keys() & self._held_out.names.keys()
+            if both:
+                name = self._held_out.names[min(both)]
+                raise UserError(f"{name}: in both corpus and validation_corpus; take it out of one of them")
+
+    @property
+    def size(self) -> int | None:
+        sizes = [corpus.size for corpus in (self._corpus, self._held_out) if corpus]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+    def read(self, advance: Advance) -> Iterator[_Item]:
+        for document in self._corpus.documents(advance):
+            if self._held_out:
+                yield "train", document
+            else:
+                yield split_of(document.source, self._config.validation_fraction, self._config.seed), document
+        if self._held_out:
+            for document in self._held_out.documents(advance):
+                yield "validation", document
+
+
+def _sample(items: Iterator[_Item], config: DataConfig) -> list[str]:
+    """Training documents up to SAMPLE_CHARACTERS: those of the smallest hashes, in the corpus's order."""
+    kept: list[tuple[float, int, str, int]] = []  # a heap whose first has the largest hash
+    size = 0
+    counts: dict[SplitName, int] = {"train": 0, "validation": 0}
+    for number, (split, document) in enumerate(items):
+        counts[split] += 1
+        if split != "train":
+            continue
+        rank = _hash(document.source, f"sample {config.seed}")
+        text = document.text[:SAMPLE_CHARACTERS]
+        if size + len(text) > SAMPLE_CHARACTERS and kept and -kept[0][0] < rank:
+            continue
+        heapq.heappush(kept, (-rank, number, text, len(text)))
+        size += len(text)
+        while size > SAMPLE_CHARACTERS and len(kept) > 1:
+            size -= heapq.heappop(kept)[3]
+    _check_splits(config, counts)
+    return [text for _, _, text, _ in sorted(kept, key=lambda entry: entry[1])]
+
+
+def _check_splits(config: DataConfig, documents: dict[SplitName, int]) -> None:
+    corpus = ", ".join(config.corpus)
+    if not any(documents.values()):
+        raise UserError(f"{corpus}: the corpus is empty, no document has any text; check the corpus setting")
+    if not documents["train"]:
+        raise UserError(f"{corpus}: no document is left for training; give more documents or less validation_fraction")
+    if documents["validation"]:
+        return
+    if config.validation_corpus:
+        raise UserError(f"{', '.join(config.validation_corpus)}: the validation corpus is empty; check the setting")
+    if config.validation_fraction > 0:
+        raise UserError(
+            f"{corpus}: none of the {documents['train']} documents fell to the validation split (validation_fraction "
+            f"{config.validation_fraction}); give more documents or a validation_corpus, or set validation_fraction 0"
+        )
+
+
+def _encode(encoder: DocumentEncoder, items: Iterator[_Item], workers: int) -> Iterator[_Encoded]:
+    """Encode in batches on some threads (the library lets go of Python's lock), in the order of the items."""
+
+    def encode(batch: list[_Item]) -> list[_Encoded]:
+        tokens = encoder.encode([document.text for _, document in batch])
+        return [(split, document, ids) for (split, document), ids in zip(batch, tokens, strict=True)]
+
+    pending: deque[Future[list[_Encoded]]] = deque()
+    with _single_threaded_tokenizers(), ThreadPoolExecutor(workers) as pool:
+        try:
+            for batch in _batches(items):
+                pending.append(pool.submit(encode, batch))
+                if len(pending) > 2 * workers:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _batches(items: Iterator[_Item]) -> Iterator[list[_Item]]:
+    batch: list[_Item] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += len(item[1].text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _single_threaded_tokenizers() -> Iterator[None]:
+    """Our own threads do the work: the library's would come on top of them."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _hash(source: str, purpose: str) -> float:
+    """A number in [0, 1) that depends on nothing else than its arguments."""
+    digest = hashlib.blake2b(f"{purpose}\0{source}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _bars(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=console.quiet)
+
+
+@contextmanager
+def _bar(bars: Progress, description: str, total: int | None) -> Iterator[Advance]:
+    """A bar that counts bytes, or only moves while the total is unknown."""
+    task = bars.add_task(description, total=total, done="")
+
+    def advance(amount: int) -> None:
+        bars.advance(task, amount)
+        bars.update(task, done=f"{bars.tasks[task].completed / 1e6:.1f} MB")
+
+    yield advance
+    bars.update(task, total=1, completed=1)

@@ -1,0 +1,61 @@
+"""The files of tokens: `<split>-<number>.bin` beside `<split>-<number>.offsets.npy`."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yoco_u.data.index import Shard, Split, SplitName
+
+
+def shard_paths(folder: Path, split: SplitName, number: int) -> tuple[Path, Path]:
+    """The token ids one after another, and int64 offsets (documents + 1,) of where each document begins, in tokens."""
+    name = f"{split}-{number:05d}"
+    return folder / f"{name}.bin", folder / f"{name}.offsets.npy"
+
+
+class ShardWriter:
+    """Appends documents to the shards of a split; no document lies across two shards."""
+
+    def __init__(self, folder: Path, split: SplitName, dtype: str, shard_tokens: int) -> None:
+        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._shards: list[Shard] = []
+        self._file: IO[bytes] | None = None
+        self._offsets = [0]
+        self._bytes = 0
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._file:
+            self._file.close()
+
+    def add(self, tokens: NDArray[np.uint32], text_bytes: int) -> None:
+        """Append one document (tokens,), whose text is `text_bytes` long in UTF-8."""
+        if self._file is None:
+            self._file = shard_paths(self._folder, self._split, len(self._shards))[0].open("wb")
+        self._file.write(tokens.astype(self._dtype).tobytes())
+        self._offsets.append(self._offsets[-1] + len(tokens))
+        self._bytes += text_bytes
+        if self._offsets[-1] >= self._shard_tokens:
+            self._close()
+
+    def finish(self) -> Split:
+        """Close the last shard and sum up."""
+        self._close()
+        return Split(shards=tuple(self._shards))
+
+    def _close(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        np.save(shard_paths(self._folder, self._split, len(self._shards))[1], np.array(self._offsets, dtype="<i8"))
+        shard = Shard(tokens=self._offsets[-1], documents=len(self._offsets) - 1, bytes=self._bytes)
+        self._shards.append(shard)
+        self._offsets = [0]
+        self._bytes = 0
