@@ -1,0 +1,190 @@
+"""The whole forward pass, slowly, token by token and head by head, written from the equations of the papers.
+
+The independent truth of the tests: it shares no code with the package. One sequence, no padding, no cache, no batching, float64.
+It reads the tensors of a checkpoint by name and the architecture as plain values (`Architecture.model_dump()`).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RETENTION_TEMPERATURE = 16
+Weights = dict[str, Tensor]
+
+
+def reference_logits(weights: Weights, architecture: dict[str, Any], ids: list[int]) -> Tensor:
+    """Logits of every position, (tokens, vocab). Differentiable in `weights`, which are best float64."""
+    return _Reference(weights, architecture).logits(ids)
+
+
+def reference_loss(weights: Weights, architecture: dict[str, Any], ids: list[int]) -> Tensor:
+    """Mean of -log p(next token)."""
+    logits = reference_logits(weights, architecture, ids[:-1])
+    losses = [torch.logsumexp(row, 0) - row[target] for row, target in zip(logits, ids[1:], strict=True)]
+    return sum(losses, torch.zeros(())) / len(losses)
+
+
+class _Reference:
+    def __init__(self, weights: Weights, architecture: dict[str, Any]) -> None:
+        self.w, self.a = weights, architecture
+        self.heads, self.kv_heads = architecture["num_attention_heads"], architecture["num_key_value_heads"]
+
+    def logits(self, ids: list[int]) -> Tensor:
+        embedding = self.w["model.embed_tokens.weight"]
+        parallel = self.a["parallel"]
+        outputs = []
+        for stream in range(parallel["streams"] if parallel else 1):
+            outputs.append(self.stages([embedding[i] for i in ids], stream))
+        xs = self.mix(outputs) if parallel else outputs[0]
+        head = embedding if self.a["tie_word_embeddings"] else self.w["lm_head.weight"]
+        return torch.stack([head @ self.norm("model.norm", x) for x in xs])
+
+    def stages(self, xs: list[Tensor], stream: int) -> list[Tensor]:
+        global_kv = None
+        for s, stage in enumerate(self.a["stages"]):
+            if stage["attention"] == "cross" and global_kv is None:
+                global_kv = self.global_kv(xs)
+            for loop in range(stage["loops"]):
+                before = xs
+                for layer in range(stage["layers"]):
+                    xs = self.block(f"model.stages.{s}.layers.{layer}", stage["attention"], xs, stream, global_kv)
+                if loop and stage["loop_gate"] is not None:
+                    gates = self.w[f"model.stages.{s}.loop_gates"]
+                    gate = gates[min(loop - 1, len(gates) - 1)]
+                    xs = [h + gate * (f - h) for h, f in zip(before, xs, strict=True)]
+        return xs
+
+    def block(self, name: str, kind: str, xs: list[Tensor], stream: int, global_kv: Any) -> list[Tensor]:
+        normed = [self.norm(f"{name}.attn_norm", x) for x in xs]
+        if kind == "cross":
+            attended = self.cross(f"{name}.attn", normed, global_kv)
+        elif kind == "retention":
+            attended = self.retention(f"{name}.attn", normed)
+        else:
+            attended = self.self_attention(f"{name}.attn", normed, self.a["window"] if kind == "sliding" else None, stream)
+        ys = [x + out for x, out in zip(xs, attended, strict=True)]
+        return [y + self.feed_forward(f"{name}.mlp", self.norm(f"{name}.mlp_norm", y)) for y in ys]
+
+    # attention
+
+    def self_attention(self, name: str, xs: list[Tensor], window: int | None, stream: int) -> list[Tensor]:
+        queries = [self.project(f"{name}.q_proj", x, self.heads, n, f"{name}.q_norm") for n, x in enumerate(xs)]
+        keys = [self.project(f"{name}.k_proj", x, self.kv_heads, n, f"{name}.k_norm") for n, x in enumerate(xs)]
+        values = [self.project(f"{name}.v_proj", x, self.kv_heads) for x in xs]
+        prefix_keys: list[Tensor] = []
+        prefix_values: list[Tensor] = []
+        if self.a["parallel"]:
+            own = slice(stream * self.kv_heads, (stream + 1) * self.kv_heads)
+            prefix_keys = [row[own] for row in self.w[f"{name}.prefix_keys"]]
+            prefix_values = [row[own] for row in self.w[f"{name}.prefix_values"]]
+        outputs = []
+        for n, query in enumerate(queries):
+            first = 0 if window is None else max(0, n - window + 1)
+            seen_keys = prefix_keys + keys[first : n + 1]
+            seen_values = prefix_values + values[first : n + 1]
+            outputs.append(self.w[f"{name}.o_proj.weight"] @ self.softmax_attention(query, seen_keys, seen_values))
+        return outputs
+
+    def global_kv(self, xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        name = "model.global_kv"
+        keys, values = [], []
+        for n, x in enumerate(xs):
+            x = self.norm(f"{name}.norm", x)
+            position = n if self.a["rope_cross"] else None
+            keys.append(self.project(f"{name}.k_proj", x, self.kv_heads, position, f"{name}.k_norm"))
+            values.append(self.project(f"{name}.v_proj", x, self.kv_heads))
+        return keys, values
+
+    def cross(self, name: str, xs: list[Tensor], global_kv: tuple[list[Tensor], list[Tensor]]) -> list[Tensor]:
+        keys, values = global_kv
+        outputs = []
+        for n, x in enumerate(xs):
+            position = n if self.a["rope_cross"] else None
+            query = self.project(f"{name}.q_proj", x, self.heads, position, f"{name}.q_norm")
+            out = self.softmax_attention(query, keys[: n + 1], values[: n + 1])
+            outputs.append(self.w[f"{name}.o_proj.weight"] @ out)
+        return outputs
+
+    def softmax_attention(self, query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        outputs = []
+        for head in range(self.heads):
+            shared = head // (self.heads // self.kv_heads)
+            scores = torch.stack([query[head] @ key[shared] / math.sqrt(self.a["head_dim"]) for key in keys])
+            weights = torch.exp(scores - scores.max())
+            weights = weights / weights.sum()
+            outputs.append(sum(weight * value[shared] for weight, value in zip(weights, values, strict=True)))
+        return torch.cat(outputs)
+
+    def retention(self, name: str, xs: list[Tensor]) -> list[Tensor]:
+        """S_n = gamma_n S_(n-1) + k_n^T v_n, o_n = q_n S_n; output W_O (swish(x W_G) * norm(o))."""
+        size = self.a["head_dim"]
+        states = [torch.zeros(size, size, dtype=xs[0].dtype) for _ in range(self.heads)]
+        outputs = []
+        for n, x in enumerate(xs):
+            query = self.project(f"{name}.q_proj", x, self.heads, n)
+            key = self.project(f"{name}.k_proj", x, self.kv_heads, n) / math.sqrt(size)
+            value = self.project(f"{name}.v_proj", x, self.kv_heads)
+            gammas = torch.sigmoid(self.w[f"{name}.decay_proj.weight"] @ x) ** (1 / RETENTION_TEMPERATURE)
+            heads = []
+            for head in range(self.heads):
+                shared = head // (self.heads // self.kv_heads)
+                states[head] = gammas[head] * states[head] + torch.outer(key[shared], value[shared])
+                out = query[head] @ states[head]
+                heads.append(out / torch.sqrt((out**2).mean() + self.a["rms_norm_eps"]))
+            gate = self.w[f"{name}.gate_proj.weight"] @ x
+            outputs.append(self.w[f"{name}.o_proj.weight"] @ (gate * torch.sigmoid(gate) * torch.cat(heads)))
+        return outputs
+
+    def project(self, name: str, x: Tensor, heads: int, position: int | None = None, norm: str | None = None) -> Tensor:
+        """(heads, head_dim): projected, normalised if the architecture says so, rotated if there is a position."""
+        y = (self.w[f"{name}.weight"] @ x).reshape(heads, self.a["head_dim"])
+        if norm and self.a["qk_norm"]:
+            y = torch.stack([self.norm(norm, row) for row in y])
+        return y if position is None else torch.stack([self.rotate(row, position) for row in y])
+
+    def rotate(self, x: Tensor, position: int) -> Tensor:
+        """Component i of the first half and of the second half are the two coordinates of one rotated plane."""
+        half = len(x) // 2
+        first, second = [], []
+        for i in range(half):
+            angle = position * self.a["rope_theta"] ** (-2 * i / len(x))
+            first.append(x[i] * math.cos(angle) - x[i + half] * math.sin(angle))
+            second.append(x[i + half] * math.cos(angle) + x[i] * math.sin(angle))
+        return torch.stack(first + second)
+
+    # the rest
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        return x / torch.sqrt((x**2).mean() + self.a["rms_norm_eps"]) * self.w[f"{name}.weight"]
+
+    def feed_forward(self, name: str, x: Tensor) -> Tensor:
+        experts = self.a["experts"]
+        if not experts:
+            return self.swiglu(name, x)
+        scores = torch.sigmoid(self.w[f"{name}.router.weight"] @ x)
+        biased = (scores + self.w[f"{name}.choice_bias"]).tolist()
+        order = sorted(range(len(biased)), key=lambda e: -biased[e])
+        chosen = order[: experts["experts_per_token"]]
+        total = sum(scores[e] for e in chosen)
+        out = self.swiglu(f"{name}.shared", x) if experts["shared_experts"] else torch.zeros_like(x)
+        for e in chosen:
+            gate, up = (x @ self.w[f"{name}.gate_up_proj"][e]).split(experts["intermediate_size"])
+            out = out + scores[e] / total * ((gate * torch.sigmoid(gate) * up) @ self.w[f"{name}.down_proj"][e])
+        return out
+
+    def swiglu(self, name: str, x: Tensor) -> Tensor:
+        gate, up = self.w[f"{name}.gate_proj.weight"] @ x, self.w[f"{name}.up_proj.weight"] @ x
+        return self.w[f"{name}.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+
+    def mix(self, streams: list[list[Tensor]]) -> list[Tensor]:
+        """ParScale: a weighted sum of the streams, weights by a small network, smoothed towards even ones."""
+        smoothing, name = self.a["parallel"]["smoothing"], "model.stream_mixer"
+        mixed = []
+        for xs in zip(*streams, strict=True):
+            hidden = self.w[f"{name}.hidden_proj.weight"] @ torch.cat(xs)
+            weights = torch.softmax(self.w[f"{name}.weight_proj.weight"] @ (hidden * torch.sigmoid(hidden)), 0)
+            weights = weights * (1 - smoothing) + smoothing / len(xs)
+            mixed.append(sum(weight * x for weight, x in zip(weights, xs, strict=True)))
+        return mixed
