@@ -1,6 +1,6 @@
 """The whole forward pass, slowly, token by token and head by head, written from the equations of the papers.
 
-The independent truth of the tests: it shares no code with the package. One sequence, no padding, no cache, no batching, float64.
+The independent truth of the tests: it shares no code with the package. One sequence, no padding, no cache, best in float64.
 It reads the tensors of a checkpoint by name and the architecture as plain values (`Architecture.model_dump()`).
 """
 
