@@ -29,6 +29,10 @@ class OptimizerConfig(Config):
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     final_learning_rate: float = Field(default=0.1, ge=0, le=1)
 
+    def decay_steps(self, steps: int) -> int:
+        """Steps over which the rate falls, out of `steps`: at least 1; those after the warm-up with `cosine`."""
+        return max(1, steps - self.warmup_steps if self.schedule == "cosine" else round(self.decay_fraction * steps))
+
 
 class TrainingConfig(Config):
     """How a model is trained.
@@ -68,7 +72,8 @@ class TrainingConfig(Config):
     def _rows_divide(self) -> "TrainingConfig":
         if self.batch_rows % self.micro_batch_rows:
             raise ValueError(
-                f"batch_rows {self.batch_rows} is not a multiple of micro_batch_rows {self.micro_batch_rows}; change one of them"
+                f"batch_rows {self.batch_rows} is not a multiple of micro_batch_rows {self.micro_batch_rows}; "
+                "change one of them"
             )
         return self
 
@@ -81,13 +86,28 @@ class RunConfig(Config):
         architecture: the model; `{preset: yoco_u, size: 8m}` in a file, with any field of `Architecture` on top.
         initializer_range: standard deviation of the initial matrices.
         dataset: folder of a prepared dataset; made from `data` there if it does not exist.
-        data: what to prepare.
+        data: what to prepare; None takes the dataset as it is.
     """
 
     name: str
     architecture: Architecture
     initializer_range: PositiveFloat = 0.02
     dataset: str
-    data: DataConfig = DataConfig()
+    data: DataConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        steps, optimizer = self.training.steps, self.optimizer
+        decay = optimizer.decay_steps(steps)
+        if optimizer.warmup_steps + decay > steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {optimizer.warmup_steps} and {decay} steps of decay do not fit into training.steps "
+                f"{steps}; train longer or shorten them"
+            )
+        stages = len(self.architecture.stages)
+        for stage in self.training.checkpoint_stages:
+            if not 0 <= stage < stages:
+                raise ValueError(f"training.checkpoint_stages names stage {stage}; the model's are 0 to {stages - 1}")
+        return self

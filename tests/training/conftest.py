@@ -1,0 +1,28 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from yoco_u.data import DataConfig, prepare
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus so regular that any model learns something of it in a few steps."""
+    folder = tmp_path_factory.mktemp("training-data")
+    lines = [json.dumps({"text": f"def add_{n}(left, right):\n    return left + right + {n}\n" * 3}) for n in range(60)]
+    (folder / "functions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = DataConfig(corpus=str(folder / "functions.jsonl"), vocab_size=300, validation_fraction=0.2)
+    prepare(config, folder / "dataset", progress=False)
+    return folder / "dataset"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """The number of threads is part of what makes sums exact."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

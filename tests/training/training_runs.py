@@ -1,0 +1,79 @@
+"""Tiny runs, in this process or in others."""
+
+import multiprocessing
+import os
+import socket
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from yoco_u.architecture import preset
+from yoco_u.errors import UserError
+from yoco_u.training import RunConfig, read_metrics, train
+from yoco_u.typed import parse
+
+# Children are forked from a server that has torch imported, and no threads.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["training_runs"])
+
+STEPS = 6
+
+
+def run_config(dataset: Path, name: str = "yoco_u", architecture: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
+    """A run of the preset at size `test`; keys of `optimizer` begin with `optimizer_`, the others are of `training`."""
+    optimizer = {k.removeprefix("optimizer_"): settings.pop(k) for k in list(settings) if k.startswith("optimizer_")}
+    training = {
+        "steps": STEPS, "sequence_length": 24, "batch_rows": 4, "micro_batch_rows": 4, "dtype": "float32", "compile": "off",
+        "evaluate_every": 3, "evaluation_tokens": 240, "save_every": 2, "keep_checkpoints": 100,
+    } | settings  # fmt: skip
+    data = {
+        "name": name,
+        "architecture": preset(name, "test", **({"vocab_size": 300} | (architecture or {}))).model_dump(),
+        "dataset": str(dataset),
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2} | optimizer,
+        "training": training,
+    }
+    return parse(RunConfig, data, "test")
+
+
+def losses(folder: Path, kind: str = "train") -> list[float]:
+    return [record["loss"] for record in read_metrics(folder) if record["kind"] == kind]
+
+
+def deterministic(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run without what the clock says."""
+    clock = {"tokens_per_second", "model_flops_per_second", "mfu", "seconds"}
+    return [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(folder)]
+
+
+def start(config: RunConfig, folder: Path, rank: int = 0, world_size: int = 1, port: int = 0) -> BaseProcess:
+    process = FORKS.Process(target=_child, args=(config.model_dump_json(), folder, rank, world_size, port), daemon=True)
+    process.start()
+    return process
+
+
+def train_on_ranks(config: RunConfig, folder: Path, world_size: int = 2) -> list[int | None]:
+    """Train in processes that see the environment torchrun makes; their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [start(config, folder, rank, world_size, port) for rank in range(world_size)]
+    for process in ranks:
+        process.join(timeout=120)
+    return [process.exitcode for process in ranks]
+
+
+def _child(config: str, folder: Path, rank: int, world_size: int, port: int) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+    try:
+        train(RunConfig.model_validate_json(config), folder, progress=False)
+    except UserError as error:
+        (folder / f"error-{rank}.txt").write_text(str(error), encoding="utf-8")
+        raise SystemExit(2) from None

@@ -1,0 +1,18 @@
+"""Training: the loop, its optimizer and schedule, distributed set-up, checkpoints, metrics."""
+
+from yoco_u.training.config import OptimizerConfig, RunConfig, TrainingConfig
+from yoco_u.training.evaluate import Evaluation, evaluate
+from yoco_u.training.metrics import read_metrics
+from yoco_u.training.trainer import TrainingDiverged, TrainingInterrupted, train
+
+__all__ = [
+    "Evaluation",
+    "OptimizerConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "TrainingDiverged",
+    "TrainingInterrupted",
+    "evaluate",
+    "read_metrics",
+    "train",
+]

@@ -1,0 +1,204 @@
+"""Sharded checkpoints that are complete or not there, and load on any number of processes.
+
+`checkpoints/step-00000100/` holds the shards of torch.distributed.checkpoint (weights and optimizer state by tensor name),
+`rng-<rank>.pt` and `trainer.json`. It is written as `step-00000100.partial` and renamed by rank 0 when all ranks are done.
+All ranks see the same folder; across machines it lies on a shared file system.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from yoco_u.architecture import Architecture
+from yoco_u.errors import UserError
+from yoco_u.training.distributed import Distributed
+from yoco_u.training.files import PARTIAL, beside, discard, fresh_folder, publish, write_json
+from yoco_u.typed import Config, parse
+
+TRAINER = "trainer.json"
+STEP = "step-"
+
+
+class TrainerState(Config):
+    """`trainer.json`: where a run is.
+
+    Attributes:
+        format: version of the checkpoint folder.
+        step: optimizer steps done.
+        tokens: read in these steps.
+        seconds: that these steps took, without evaluations and checkpoints.
+        seed: of the run.
+        world_size: processes that wrote the checkpoint.
+    """
+
+    format: Literal[1] = 1
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    seed: int
+    world_size: int
+    architecture: Architecture
+
+    def after_step(self, tokens: int, seconds: float) -> "TrainerState":
+        return self.model_copy(
+            update={"step": self.step + 1, "tokens": self.tokens + tokens, "seconds": self.seconds + seconds}
+        )
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run."""
+
+    def __init__(self, folder: Path, distributed: Distributed) -> None:
+        self.folder, self.distributed = folder, distributed
+
+    def newest(self) -> Path | None:
+        """The complete checkpoint of the most steps; what a killed process left half-written or half-removed goes."""
+
+        def find() -> Path | None:
+            for stale in self.folder.glob(f"*{PARTIAL}"):
+                discard(stale)
+            complete = self._complete()
+            return complete[-1] if complete else None
+
+        return self.distributed.on_main(find)
+
+    def save(self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainerState) -> Path:
+        """Write a checkpoint; it exists when this returns. `name` is `step_name(state.step)` for one to resume from."""
+        target = self.folder / name
+        partial = self.distributed.on_main(lambda: fresh_folder(target))
+        with _alone(self.distributed) as single:
+            save(_tensors(model, optimizer), storage_writer=FileSystemWriter(partial), no_dist=single)
+        torch.save(_rng_state(), partial / _rng_file(self.distributed.rank))
+        self.distributed.barrier()
+
+        def complete() -> None:
+            write_json(beside(target) / TRAINER, state.model_dump(mode="json"))
+            publish(target)
+
+        self.distributed.on_main(complete)
+        return target
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep` checkpoints."""
+
+        def remove() -> None:
+            for old in self._complete()[:-keep]:
+                discard(old)
+
+        self.distributed.on_main(remove)
+
+    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, architecture: Architecture) -> TrainerState:
+        """Bring the model, the optimizer and this rank's random numbers to the state of a checkpoint.
+
+        Raises:
+            UserError: if it is of another architecture, or damaged.
+        """
+        state = read_state(path)
+        difference = first_difference(state.architecture, architecture)
+        if difference is not None:
+            key, saved, wanted = difference
+            raise UserError(
+                f"{path}: the checkpoint's model has {key} = {saved!r}, this run's {wanted!r}; "
+                "use the architecture it was trained with, or another run folder"
+            )
+        tensors = _tensors(model, optimizer)
+        try:
+            with _alone(self.distributed) as single:
+                load(tensors, checkpoint_id=path, no_dist=single)
+        except (OSError, CheckpointException) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"{path}: the checkpoint is damaged ({reason}); remove it to go on from the one before") from None
+        set_model_state_dict(model, tensors["model"])
+        set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+        rng = path / _rng_file(self.distributed.rank)
+        if rng.exists():
+            _set_rng_state(torch.load(rng, weights_only=True))
+        return state
+
+    def _complete(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob(f"{STEP}*") if p.suffix != PARTIAL and (p / TRAINER).exists())
+
+
+def step_name(step: int) -> str:
+    return f"{STEP}{step:08d}"
+
+
+def read_state(path: Path) -> TrainerState:
+    """The `trainer.json` of a checkpoint.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return parse(TrainerState, json.loads((path / TRAINER).read_text(encoding="utf-8")), str(path / TRAINER))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path / TRAINER}: not readable ({error}); expected a checkpoint written by training") from None
+
+
+def full_weights(model: nn.Module) -> dict[str, Any]:
+    """All weights, whole, on the CPU of rank 0; empty elsewhere. Every rank calls it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def first_difference(old: Config, new: Config) -> tuple[str, Any, Any] | None:
+    """The first key, dotted, in which two configs differ, and its two values."""
+    return _difference(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
+
+
+def _difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any] | None:
+    if old == new:
+        return None
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(str(key), old.get(key), new.get(key)) for key in old | new]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return path, old, new
+    found = (_difference(a, b, f"{path}.{key}" if path else key) for key, a, b in pairs)
+    return next(difference for difference in found if difference is not None)
+
+
+@contextmanager
+def _alone(distributed: Distributed) -> Iterator[bool]:
+    """Whether this is the only process; then without the warning that it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield distributed.world_size == 1
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng-{rank:05d}.pt"
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,70 @@
+"""Loss on held-out rows: the same rows every time, whatever the number of processes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from yoco_u.data import BatchLoader, PackedDataset
+from yoco_u.training.distributed import Distributed
+from yoco_u.training.metrics import loss_figures
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    Attributes:
+        loss: nats per token, the mean over `tokens` targets.
+        bits_per_byte: of the text, by the split's mean bytes per token.
+        tokens: targets that were scored.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: PackedDataset,
+    max_tokens: int | None,
+    batch_rows: int,
+    distributed: Distributed,
+    dtype: str = "bfloat16",
+    num_loops: int | None = None,
+) -> Evaluation:
+    """Score the first rows of a dataset, in its order; every rank calls it.
+
+    Args:
+        model: a causal LM on the rank's device, or one that `parallelize` wrapped; its mode is restored.
+        dataset: made with `shuffle=False`, so that the rows are the text from its beginning on.
+        max_tokens: score at most so many targets (at least one row of them); None scores every whole row.
+        batch_rows: rows per forward pass of one process.
+        dtype: `bfloat16` (autocast) or `float32`.
+        num_loops: loop count of the model; its own by default.
+    """
+    length, device = dataset.sequence_length, distributed.device
+    rows = dataset.rows_per_epoch if max_tokens is None else min(dataset.rows_per_epoch, max(1, max_tokens // length))
+    loader = BatchLoader(dataset, batch_rows * distributed.world_size, distributed.rank, distributed.world_size)
+    total = torch.zeros((), dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    # Every rank makes the same number of passes of the same shape, with rows beyond the last one masked: FSDP needs the
+    # passes, a compiled model the shape.
+    for step in range(-(-rows // loader.rows_per_step)):
+        batch = loader.batch(step)
+        row = step * loader.rows_per_step + distributed.rank * batch_rows + torch.arange(batch_rows)
+        batch["shift_labels"].masked_fill_(row[:, None] >= rows, -100)
+        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+            # num_items_in_batch=1 asks for the sum over the targets instead of their mean.
+            inputs = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
+            output = model(**inputs, num_loops=num_loops, use_cache=False, num_items_in_batch=1)
+        total += output.loss.double().cpu()
+    model.train(was_training)
+    tokens = rows * length
+    loss = distributed.sum(total.item()) / tokens
+    return Evaluation(tokens=tokens, **loss_figures(loss, dataset.split.bytes_per_token))

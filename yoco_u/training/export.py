@@ -1,0 +1,29 @@
+"""A finished model as a Hugging Face folder, with its tokenizer beside the weights."""
+
+import shutil
+
+import torch
+from torch import nn
+
+from yoco_u.model import YocoUConfig, YocoUForCausalLM
+from yoco_u.training.checkpoint import full_weights
+from yoco_u.training.distributed import Distributed
+from yoco_u.training.files import fresh_folder, publish
+from yoco_u.training.run_folder import RunFolder
+
+
+def export_model(model: nn.Module, config: YocoUConfig, folder: RunFolder, distributed: Distributed) -> None:
+    """Write `model/` of a run folder; `AutoModelForCausalLM` and `AutoTokenizer` read it. Every rank calls it."""
+    weights = full_weights(model)
+
+    def save() -> None:
+        with torch.device("meta"):
+            whole = YocoUForCausalLM(config)
+        whole.load_state_dict(weights, assign=True)
+        whole.tie_weights()
+        beside = fresh_folder(folder.model)
+        whole.save_pretrained(beside)
+        shutil.copytree(folder.tokenizer, beside, dirs_exist_ok=True)
+        publish(folder.model)
+
+    distributed.on_main(save)

@@ -1,0 +1,77 @@
+"""What a run ran on, and how fast that multiplies matrices: the measure of MFU."""
+
+import os
+import platform
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from yoco_u.version import __version__
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """FLOP/s of square matrix products of this device and dtype: the best of those that fit into `seconds`, at least 3."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    runs, start = 0, time.perf_counter()
+    while runs < 4 or time.perf_counter() - start < seconds:
+        _wait(device)
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        if runs > 0:  # the first one warms up
+            best = min(best, time.perf_counter() - begin)
+        runs += 1
+    return 2 * n**3 / best
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, for `environment.json`."""
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "yoco_u": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far: of the GPU, or resident in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):
+        return int(memory.peak_wset)
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

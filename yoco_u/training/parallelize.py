@@ -1,0 +1,82 @@
+"""What is applied to a model from outside so that it trains fast, in little memory, or on many processes.
+
+The model itself knows nothing of it. The order matters: recomputation, then compilation, then DDP or FSDP2 around both.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from yoco_u.model import YocoUForCausalLM
+from yoco_u.model.blocks import Block
+from yoco_u.training.config import TrainingConfig
+from yoco_u.training.distributed import Distributed
+
+
+def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Distributed) -> nn.Module:
+    """Move the model to its device and make it ready to train; call before the optimizer is built.
+
+    Every rank passes the same weights. With FSDP2 each block is one group of shards, and everything else (embedding, head,
+    global KV, loop gates, final norm) the root's.
+    """
+    checkpoint_stages(model, config.checkpoint_stages)
+    compile_model(model, config.compile)
+    if distributed.world_size == 1:
+        return model.to(distributed.device)
+    if config.parallel == "ddp":
+        # Buffers are not broadcast: the counts of a mixture of experts differ by rank until they are summed.
+        return DistributedDataParallel(model.to(distributed.device), broadcast_buffers=False, gradient_as_bucket_view=True)
+    mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def checkpoint_stages(model: YocoUForCausalLM, stages: tuple[int, ...]) -> None:
+    """Recompute the activations of these stages' blocks in the backward pass instead of keeping them."""
+    for stage in stages:
+        for block in _blocks(model.model.stages[stage]):
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def compile_model(model: YocoUForCausalLM, setting: str) -> None:
+    """Run the blocks through torch.compile: one graph serves all layers of a kind.
+
+    Args:
+        setting: of `TrainingConfig.compile`; `auto` compiles where a C++ compiler or a GPU is at hand.
+    """
+    compiler = torch.cuda.is_available() or any(map(shutil.which, ("g++", "clang++", "c++")))
+    if setting == "off" or (setting == "auto" and not compiler):
+        return
+    for block in _blocks(model):
+        block.compile(dynamic=False)
+
+
+def without_gradient_sync(model: nn.Module) -> Any:
+    """A context for all but the last micro-batch of a step: DDP then sums the gradients of the ranks only once.
+
+    FSDP2 sums them after every micro-batch, so that each rank only ever holds its shard of the gradients.
+    """
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def unwrap(model: nn.Module) -> YocoUForCausalLM:
+    """The model inside DDP."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    assert isinstance(inner, YocoUForCausalLM)
+    return inner
+
+
+def _blocks(module: nn.Module) -> Iterator[Block]:
+    return (block for block in module.modules() if isinstance(block, Block))

@@ -1,0 +1,271 @@
+"""Pretraining: from a config to a run folder with checkpoints, metrics and a model."""
+
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from yoco_u import budget
+from yoco_u.data import BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
+from yoco_u.errors import UserError
+from yoco_u.model import YocoUConfig, YocoUForCausalLM
+from yoco_u.training.checkpoint import Checkpoints, TrainerState, step_name
+from yoco_u.training.config import RunConfig
+from yoco_u.training.distributed import Distributed, distributed_session
+from yoco_u.training.evaluate import DTYPES, evaluate
+from yoco_u.training.export import export_model
+from yoco_u.training.files import write_json
+from yoco_u.training.machine import environment, gemm_rate, peak_memory_bytes
+from yoco_u.training.metrics import MetricsWriter, Record, loss_figures, read_metrics
+from yoco_u.training.optimizer import build_optimizer
+from yoco_u.training.parallelize import parallelize
+from yoco_u.training.progress import progress_report
+from yoco_u.training.run_folder import RunFolder
+from yoco_u.training.step import Gradients, TrainingStep
+
+
+class TrainingDiverged(UserError):  # noqa: N818
+    """The loss or the gradient is not finite."""
+
+
+class TrainingInterrupted(UserError):  # noqa: N818
+    """A signal asked the run to stop; it left a checkpoint to continue from."""
+
+
+def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[str, Any]:
+    """Train a model in a run folder, or go on with it where the newest complete checkpoint is.
+
+    In one process, or in each of those that torchrun started. A run that was killed at any moment and is started again
+    continues to exactly the losses of the uninterrupted run, on the same machine and number of processes.
+
+    Args:
+        progress: show progress on stderr.
+
+    Returns:
+        The summary, as in `summary.json`; that of before if the run is finished already.
+
+    Raises:
+        UserError: if the config, the dataset or the folder do not fit; `TrainingDiverged`; `TrainingInterrupted`.
+    """
+    run_folder = RunFolder(Path(folder))
+    with distributed_session(config.training.device) as distributed, run_folder.claim(config, distributed):
+        summary = distributed.on_main(run_folder.read_summary)
+        if summary is None:
+            return _Run(config, run_folder, distributed, progress).run()
+        console = Console(stderr=True, quiet=not (progress and distributed.is_main))
+        console.print(f"{run_folder.path}: the run is finished, at step {summary['steps']}; nothing to do.", soft_wrap=True)
+        return summary
+
+
+class _Run:
+    def __init__(self, config: RunConfig, folder: RunFolder, distributed: Distributed, progress: bool) -> None:
+        self.config, self.folder, self.distributed = config, folder, distributed
+        self.progress = progress and distributed.is_main
+        self.checkpoints = Checkpoints(folder.checkpoints, distributed)
+
+    def run(self) -> dict[str, Any]:
+        self._open_dataset()
+        self._build()
+        self._resume()
+        self._measure_machine()
+        with self._writing_metrics(), self._reporting(), _stop_on_signal() as stop:
+            self._loop(stop)
+        return self._finish()
+
+    def _open_dataset(self) -> None:
+        config, training = self.config, self.config.training
+        path = Path(config.dataset)
+        if config.data is not None:
+            data = config.data
+            self.distributed.on_main(lambda: prepare(data, path, progress=self.progress))
+        self.index = DatasetIndex.load(path)
+        check_vocabulary(self.index, config.architecture.vocab_size)
+        self.dataset = PackedDataset(path, "train", training.sequence_length, training.seed)
+        self.validation = PackedDataset(path, "validation", training.sequence_length, shuffle=False)
+        self.distributed.on_main(lambda: self.folder.copy_tokenizer(self.index.tokenizer))
+
+    def _build(self) -> None:
+        config, training = self.config, self.config.training
+        eot = self.index.eot_id
+        self.model_config = YocoUConfig.from_architecture(
+            config.architecture, initializer_range=config.initializer_range,
+            bos_token_id=eot, eos_token_id=eot, pad_token_id=eot,
+        )  # fmt: skip
+        torch.manual_seed(training.seed)
+        self.model = parallelize(YocoUForCausalLM(self.model_config), training, self.distributed)
+        torch.manual_seed(training.seed + self.distributed.rank)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.step = TrainingStep(self.model, self.optimizer, config, self.distributed)
+
+    def _resume(self) -> None:
+        self.saved = self.checkpoints.newest()
+        if self.saved is not None:
+            self.state = self.checkpoints.load(self.saved, self.model, self.optimizer, self.config.architecture)
+            return
+        self.state = TrainerState(
+            seed=self.config.training.seed, world_size=self.distributed.world_size, architecture=self.config.architecture
+        )
+
+    def _measure_machine(self) -> None:
+        training, device = self.config.training, self.distributed.device
+        self.distributed.barrier()  # all at once, as in training
+        self.gemm_rate = self.distributed.sum(gemm_rate(device, DTYPES[training.dtype]))
+        found = environment(device) | {
+            "world_size": self.distributed.world_size, "dtype": training.dtype, "gemm_flops_per_second": self.gemm_rate,
+        }  # fmt: skip
+        self.distributed.on_main(lambda: self.folder.note_start(self.state.step, found))
+
+    @contextmanager
+    def _writing_metrics(self) -> Iterator[None]:
+        config = self.config
+
+        def open_writer() -> None:
+            project, settings = config.training.wandb_project, config.model_dump(mode="json")
+            self.metrics = MetricsWriter(self.folder.path, self.state.step, project, settings)
+
+        self.distributed.on_main(open_writer)
+        try:
+            yield
+        finally:
+            if self.distributed.is_main:
+                self.metrics.close()
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        steps = self.config.training.steps
+        with progress_report(self.config.name, self.state.step, steps, self.progress) as self.reporter:
+            if self.saved is not None:
+                self.reporter.say(f"continuing from {self.saved}")
+            yield
+
+    def _loop(self, stop: "_Stop") -> None:
+        training = self.config.training
+        loader = BatchLoader(self.dataset, training.batch_rows, self.distributed.rank, self.distributed.world_size)
+        batches = loader.iterate(self.state.step)
+        while self.state.step < training.steps:
+            self._step(batches)
+            last = self.state.step == training.steps
+            if last or self.state.step % training.evaluate_every == 0:
+                self._evaluate()
+            interrupted = self.distributed.any(stop.signal is not None) and not last
+            if last or interrupted or self.state.step % training.save_every == 0:
+                self._save()
+            if interrupted:
+                raise TrainingInterrupted(
+                    f"stopped after step {self.state.step} of {training.steps}, with a checkpoint in {self.saved}; "
+                    "run the same command again to continue"
+                )
+
+    def _step(self, batches: Iterator[Any]) -> None:
+        start = time.perf_counter()
+        gradients = self.step.gradients(next(batches))
+        if not gradients.finite:
+            self._stop_diverged(gradients)
+        rate = self.step.update(self.state.step)
+        seconds = time.perf_counter() - start
+        tokens = self.config.training.batch_rows * self.config.training.sequence_length
+        self.state = self.state.after_step(tokens, seconds)
+        speed = self.flops_per_token * tokens / seconds
+        self._record("train", gradients.loss, self.dataset, {
+            "gradient_norm": gradients.norm,
+            "learning_rate": rate,
+            "tokens_per_second": tokens / seconds,
+            "model_flops_per_second": speed,
+            "mfu": speed / self.gemm_rate,
+            "seconds": self.state.seconds,
+        })  # fmt: skip
+
+    def _evaluate(self) -> None:
+        training = self.config.training
+        rows = self.step.micro_batch_rows
+        result = evaluate(self.model, self.validation, training.evaluation_tokens, rows, self.distributed, training.dtype)
+        self._record("evaluation", result.loss, self.validation, {})
+
+    def _record(self, kind: str, loss: float, dataset: PackedDataset, figures: Record) -> None:
+        if not self.distributed.is_main:
+            return
+        so_far = {"step": self.state.step, "tokens": self.state.tokens, "flops": self.flops_per_token * self.state.tokens}
+        record = {"kind": kind} | so_far | loss_figures(loss, dataset.split.bytes_per_token) | figures
+        self.metrics.write(record)
+        self.reporter.show(record)
+
+    def _save(self) -> None:
+        if self.distributed.is_main:
+            self.metrics.sync()
+        self.saved = self.checkpoints.save(step_name(self.state.step), self.model, self.optimizer, self.state)
+        self.checkpoints.prune(self.config.training.keep_checkpoints)
+
+    def _stop_diverged(self, gradients: Gradients) -> None:
+        step, rows = self.state.step, self.config.training.batch_rows
+        names = self.step.non_finite_gradients()
+        where = f"; the first of {len(names)} parameters concerned is {names[0]}" if names else ""
+        self.optimizer.zero_grad(set_to_none=True)
+        saved = self.checkpoints.save(f"non-finite-{step_name(step)}", self.model, self.optimizer, self.state)
+        rate = self.step.learning_rate(step)
+        raise TrainingDiverged(
+            f"step {step + 1}: the loss is {gradients.loss} and the gradient norm {gradients.norm}, at learning rate {rate:.3g}"
+            f"{where}. The state before this step is in {saved}, its data are rows {step * rows} to {(step + 1) * rows - 1}. "
+            "Look at gradient_norm in metrics.jsonl: if it rose over many steps, lower optimizer.learning_rate or lengthen "
+            "optimizer.warmup_steps; if it jumped at once, look at these rows, or compare with training.dtype float32"
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        """Export the model and write the summary; a run that has one is finished."""
+        export_model(self.model, self.model_config, self.folder, self.distributed)
+        return self.distributed.on_main(self._summarize)
+
+    def _summarize(self) -> dict[str, Any]:
+        records = read_metrics(self.folder.path)
+        steps = [record for record in records if record["kind"] == "train"]
+        evaluation = next(record for record in reversed(records) if record["kind"] == "evaluation")
+        speeds = ("tokens_per_second", "model_flops_per_second", "mfu")
+        summary = {
+            "name": self.config.name,
+            "steps": self.state.step,
+            "tokens": self.state.tokens,
+            "flops": self.flops_per_token * self.state.tokens,
+            "parameters": budget.parameters(self.config.architecture).total,
+            "train_loss": steps[-1]["loss"],
+            "validation": {key: evaluation[key] for key in ("loss", "perplexity", "bits_per_byte")},
+            **{key: statistics.median(record[key] for record in steps) for key in speeds},  # so compiling does not count
+            "gemm_flops_per_second": self.gemm_rate,
+            "seconds": self.state.seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.distributed.device),
+        }
+        write_json(self.folder.summary, summary)
+        return summary
+
+    @property
+    def flops_per_token(self) -> float:
+        return budget.training_flops(self.config.architecture, self.config.training.sequence_length)
+
+
+class _Stop:
+    signal: int | None = None
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+    """Note the first SIGINT or SIGTERM, to be heeded between two steps; a second one acts at once."""
+    stop = _Stop()
+    before: dict[signal.Signals, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        stop.signal = number
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
