@@ -179,6 +179,11 @@ def _problems(a: Architecture) -> list[str]:
         found.append("a stage is sliding but window is not set; give the number of keys that a token sees")
     if "sliding" not in kinds and a.window is not None:
         found.append(f"window is {a.window} but no stage is sliding; drop window or make a stage sliding")
+    if a.experts and (a.hidden_size % 8 or a.experts.intermediate_size % 8):
+        found.append(
+            f"hidden_size is {a.hidden_size} and experts.intermediate_size {a.experts.intermediate_size}; the grouped products of "
+            "experts need multiples of 8"
+        )
     if a.parallel and set(kinds) != {"full"}:
         found.append(f"parallel streams need full attention in every stage, got {', '.join(kinds)}")
     return found

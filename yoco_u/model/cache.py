@@ -56,6 +56,21 @@ class RetentionLayer(CacheLayerMixin):
             self.keys, self.values = self.keys[indices], self.values[indices]
 
 
+class SlidingLayer(DynamicSlidingWindowLayer):
+    """The last window - 1 keys and values of one sliding layer and loop.
+
+    transformers' own layer keeps a slice, which holds all of a long prefill in memory until the next token, and for a window
+    of 1 it keeps everything.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        kept, total = self.sliding_window - 1, keys.shape[-2]
+        if not self.record_past and (kept == 0 or total > 2 * self.sliding_window):
+            self.keys, self.values = (x[..., total - min(kept, total) :, :].clone() for x in (keys, values))
+        return keys, values
+
+
 class YocoUCache(Cache):
     """Caches of one batch of sequences, laid out by the stage list.
 
@@ -71,7 +86,7 @@ class YocoUCache(Cache):
             for _ in range(stage.layers * stage.loops):
                 if stage.attention == "sliding":
                     assert architecture.window is not None
-                    layers.append(DynamicSlidingWindowLayer(architecture.window))
+                    layers.append(SlidingLayer(architecture.window))
                 else:
                     layers.append(DynamicLayer() if stage.attention == "full" else RetentionLayer())
         if architecture.has_global_kv:

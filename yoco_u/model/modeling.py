@@ -88,7 +88,8 @@ class YocoUModel(YocoUPreTrainedModel):
         Args:
             input_ids: (batch, tokens); or inputs_embeds: (batch, tokens, hidden).
             attention_mask: (batch, cached + tokens), 0 where a token is padding, on either side.
-            position_ids: (batch, tokens) for the rotary embedding; by default counted over what is not padding.
+            position_ids: (batch, tokens) for the rotary embedding; by default counted over what is not padding, anew in each
+                document.
             past_key_values: the cache of an earlier call, made with the same loop count.
             document_ids: (batch, tokens), never decreasing; no attention crosses from one id to another.
             num_loops: loop count T >= 1 of this call; the config's by default.
@@ -113,7 +114,7 @@ class YocoUModel(YocoUPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         segments = _segments(attention_mask, document_ids, (batch, tokens), past)
         if position_ids is None:
-            position_ids = _positions(attention_mask, tokens, past, x.device)
+            position_ids = _positions(attention_mask, segments if document_ids is not None else None, tokens, past, x.device)
         kept = _kept_positions(logits_to_keep, tokens, x.device)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         sequences = prepare_sequences(architecture, position_ids, segments, kept, past_key_values, dtype)
@@ -242,7 +243,13 @@ def _segments(
     return segments
 
 
-def _positions(attention_mask: Tensor | None, tokens: int, past: int, device: torch.device) -> Tensor:
+def _positions(
+    attention_mask: Tensor | None, documents: Tensor | None, tokens: int, past: int, device: torch.device
+) -> Tensor:
+    if documents is not None:
+        index = torch.arange(tokens, device=device)
+        begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+        return index - torch.where(begins, index, 0).cummax(dim=1).values
     if attention_mask is None:
         return torch.arange(past, past + tokens, device=device)[None]
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
