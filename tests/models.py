@@ -9,7 +9,7 @@ from yoco_u import Architecture, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import STAGES, preset
 
 PRESETS = tuple(STAGES)
-EXPERTS = {"num_experts": 8, "experts_per_token": 3, "shared_experts": 1, "intermediate_size": 12}
+EXPERTS = {"num_experts": 8, "experts_per_token": 3, "shared_experts": 1, "intermediate_size": 16}
 
 
 def architecture(name: str = "yoco_u", **settings: Any) -> Architecture:
