@@ -16,7 +16,7 @@ from yoco_u.typed import parse
 
 # Children are forked from a server that has torch imported, and no threads.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["training_runs"])
+FORKS.set_forkserver_preload(["yoco_u.training", "torch._dynamo"])
 
 STEPS = 6
 

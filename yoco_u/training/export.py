@@ -1,9 +1,12 @@
 """A finished model as a Hugging Face folder, with its tokenizer beside the weights."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 from yoco_u.training.checkpoint import full_weights
@@ -22,8 +25,20 @@ def export_model(model: nn.Module, config: YocoUConfig, folder: RunFolder, distr
         whole.load_state_dict(weights, assign=True)
         whole.tie_weights()
         beside = fresh_folder(folder.model)
-        whole.save_pretrained(beside)
+        with _no_progress_bar():
+            whole.save_pretrained(beside)
         shutil.copytree(folder.tokenizer, beside, dirs_exist_ok=True)
         publish(folder.model)
 
     distributed.on_main(save)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

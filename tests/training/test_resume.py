@@ -1,0 +1,192 @@
+"""A run that was killed and started again is the run that was not."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import STEPS, deterministic, losses, run_config, start
+
+from yoco_u.errors import UserError
+from yoco_u.training import RunConfig, train
+from yoco_u.training.metrics import METRICS, MetricsWriter
+
+EXPERTS = {"experts": {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16}}
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    assert deterministic(folder) == deterministic(reference)
+    found, expected = (load_file(path / "model" / "model.safetensors") for path in (folder, reference))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (folder, reference)]
+    assert summaries[0]["validation"] == summaries[1]["validation"]
+
+
+def kill_when(process: BaseProcess, moment: Callable[[], bool]) -> bool:
+    """Kill -9 at a moment, polled as fast as can be; false if the process ended before."""
+    while process.is_alive():
+        if moment():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            return True
+    assert process.exitcode == 0
+    return False
+
+
+def test_killed_at_any_moment_it_continues_to_the_same_losses_and_weights(dataset: Path, tmp_path: Path) -> None:
+    config = run_config(
+        dataset, architecture=EXPERTS | {"loop_gate": 0.5}, steps=20, dtype="bfloat16", micro_batch_rows=2, keep_checkpoints=2
+    )
+    train(config, tmp_path / "reference", progress=False)
+    folder, generator = tmp_path / "killed", random.Random(0)
+
+    def seen(pattern: str) -> Callable[[], bool]:
+        return lambda: any(folder.glob(pattern))
+
+    def lines(more: int) -> Callable[[], bool]:
+        wanted = len(deterministic(folder)) + more
+        return lambda: (folder / METRICS).exists() and (folder / METRICS).read_bytes().count(b"\n") >= wanted
+
+    def after(seconds: float) -> Callable[[], bool]:
+        end = time.monotonic() + seconds
+        return lambda: time.monotonic() > end
+
+    kills = 0
+    for moment in (
+        lambda: lines(1), lambda: seen("checkpoints/*.partial"), lambda: lines(generator.randint(2, 4)),
+        lambda: seen("checkpoints/*.partial/.metadata"), lambda: after(generator.uniform(0.3, 1.5)),
+        lambda: seen("checkpoints/*.partial/rng-*"), lambda: lines(3), lambda: seen("checkpoints/*.old.partial"),
+        lambda: seen("model.partial/*"), lambda: seen("model/config.json"),
+    ):  # fmt: skip
+        kills += kill_when(start(config, folder), moment())
+    assert kills >= 6
+    train(config, folder, progress=False)
+    assert_same_run(folder, tmp_path / "reference")
+    assert not list(folder.rglob("*.partial"))
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert all(0 < resumed["step"] <= 20 for resumed in environment["resumed"])
+
+
+def test_a_signal_stops_after_the_step_with_a_checkpoint_to_continue_from(dataset: Path, tmp_path: Path) -> None:
+    config = run_config(dataset, save_every=100)
+    train(config, tmp_path / "reference", progress=False)
+    folder = tmp_path / "stopped"
+    process = start(config, folder)
+    while not (folder / METRICS).exists() or not losses(folder):
+        time.sleep(0.001)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 2
+    error = (folder / "error-0.txt").read_text()
+    assert "run the same command again to continue" in error and f"of {STEPS}" in error
+    train(config, folder, progress=False)
+    assert_same_run(folder, tmp_path / "reference")
+
+
+def test_the_second_signal_acts_at_once(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from yoco_u.training import trainer
+
+    def interrupted_evaluation(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "evaluate", interrupted_evaluation)
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(dataset), tmp_path, progress=False)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    assert train(run_config(dataset), tmp_path, progress=False)["steps"] == STEPS
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunConfig]:
+    config = run_config(dataset)
+    folder = tmp_path_factory.mktemp("finished")
+    train(config, folder, progress=False)
+    return folder, config
+
+
+def unfinished_copy(finished: Path, folder: Path, step: int) -> Path:
+    """The run as it was after the checkpoint of `step`, with metrics that ran ahead."""
+    shutil.copytree(finished, folder)
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "model")
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    return folder
+
+
+def test_a_finished_run_says_so(finished: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, config = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    summary = train(config, folder)
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert "the run is finished, at step 6" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_config_is_refused(finished: tuple[Path, RunConfig], dataset: Path) -> None:
+    folder, _ = finished
+    with pytest.raises(UserError, match=r"holds a run with optimizer.learning_rate = 0.003, now 0.01; choose another folder"):
+        train(run_config(dataset, optimizer_learning_rate=0.01, batch_rows=8), folder, progress=False)
+    with pytest.raises(UserError, match=r"architecture.stages.0.loops = 3, now 2"):
+        train(run_config(dataset, architecture={"loops": 2}), folder, progress=False)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+    finished: tuple[Path, RunConfig], dataset: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=r"step-00000006: the checkpoint's model has hidden_size = 32, this run's 48"):
+        train(run_config(dataset, architecture={"hidden_size": 48}), tmp_path, progress=False)
+
+
+def test_a_damaged_checkpoint_is_named(finished: tuple[Path, RunConfig], tmp_path: Path) -> None:
+    folder = unfinished_copy(finished[0], tmp_path / "run", step=4)
+    next((folder / "checkpoints" / "step-00000004").glob("*.distcp")).unlink()
+    with pytest.raises(UserError, match=r"step-00000004: the checkpoint is damaged .* remove it to go on from the one before"):
+        train(finished[1], folder, progress=False)
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    train(finished[1], folder, progress=False)
+    assert_same_run(folder, finished[0])
+
+
+def test_metrics_beyond_the_checkpoint_and_torn_lines_are_cut(finished: tuple[Path, RunConfig], tmp_path: Path) -> None:
+    folder = unfinished_copy(finished[0], tmp_path / "run", step=4)
+    with (folder / METRICS).open("a") as file:
+        file.write('{"kind": "train", "step": 7, "lo')
+    writer = MetricsWriter(folder, step=4)
+    writer.write({"kind": "train", "step": 5, "loss": 1.0})
+    writer.close()
+    text = (folder / METRICS).read_text()
+    assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3, 3, 4, 5]
+    assert text.endswith('{"kind": "train", "step": 5, "loss": 1.0}\n')
+
+
+def test_one_run_at_a_time_in_a_folder(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from yoco_u.training import trainer
+
+    config, seen = run_config(dataset, steps=2, optimizer_warmup_steps=0), []
+
+    def second(*_: object) -> float:
+        with pytest.raises(UserError, match="another process is training there"):
+            train(config, tmp_path, progress=False)
+        seen.append(True)
+        return 1e9
+
+    monkeypatch.setattr(trainer, "gemm_rate", second)
+    train(config, tmp_path, progress=False)
+    assert seen == [True]
