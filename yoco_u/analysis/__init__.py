@@ -1,0 +1,1 @@
+"""Comparing runs: planning a comparison, running it, and the report."""

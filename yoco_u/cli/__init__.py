@@ -1,0 +1,68 @@
+"""The command line `yoco-u`: one file a command. Heavy imports happen inside the commands."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from yoco_u.cli.evaluate import evaluate
+from yoco_u.cli.generate import generate
+from yoco_u.cli.prepare import prepare
+from yoco_u.cli.quickstart import quickstart
+from yoco_u.cli.report import report
+from yoco_u.cli.train import train
+from yoco_u.errors import UserError
+
+app = typer.Typer(
+    name="yoco-u",
+    help="Train, evaluate and run Universal YOCO language models.",
+    epilog="Begin with [bold]yoco-u quickstart[/bold]; every command has its own --help.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (quickstart, prepare, train, evaluate, generate, report):
+    app.command(no_args_is_help=command not in (quickstart,))(command)
+
+# The same classes whether typer brings its own click or uses the one that is installed.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 0, 2 for a mistake of the user (one line `error: ...` on stderr), 130 when interrupted.
+    """
+    try:
+        status = app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="yoco-u", standalone_mode=False)
+    except UserError as error:
+        return _fail(str(error))
+    except typer.Exit as ended:
+        return ended.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except _ClickException as error:
+        return _fail(_usage(error)) if str(error) else 2
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _usage(error: BaseException) -> str:
+    message: str = error.format_message()  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    if isinstance(error, _UsageError) and context is not None:
+        return f"{message.rstrip('.')}; see {context.command_path} --help"
+    return message

@@ -1,0 +1,109 @@
+"""`yoco-u evaluate`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from yoco_u.cli.output import note, print_json
+from yoco_u.errors import UserError
+
+if TYPE_CHECKING:
+    from yoco_u.evaluation import Score
+    from yoco_u.model import YocoUForCausalLM
+
+_DEFAULT_LENGTH = 1024
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILES]...", help="Held-out text, in any form that prepare reads. [default: the run's validation split]"
+        ),
+    ] = None,
+    num_loops: Annotated[
+        list[int] | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own; can be given again.")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. [default: the run's, or 1024]")
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option("--text-field", help="Column of JSON lines and Parquet files that holds the text.")
+    ] = "text",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Loss, perplexity and bits per byte of held-out text, in float32.
+
+    [bold]Examples[/bold]
+
+      yoco-u evaluate runs/quickstart/yoco-u
+
+      yoco-u evaluate runs/quickstart/yoco-u my_code/*.py --num-loops 1 --num-loops 3 --json
+    """
+    from yoco_u.runs import load_model
+    from yoco_u.training.distributed import distributed_session
+
+    for loops in num_loops or []:
+        if loops < 1:
+            raise UserError(f"--num-loops is {loops}; expected a whole number of at least 1")
+    with distributed_session(device) as distributed:
+        weights, tokenizer = load_model(model, distributed.device)
+        length = sequence_length or _sequence_length(model)
+        results = []
+        for loops in num_loops or [_own_loops(weights)]:
+            score = _score(weights, tokenizer, model, files or [], text_field, length, loops)
+            results.append({"num_loops": loops} | score.model_dump())
+    if json:
+        data = {"model": str(model), "files": files or None, "sequence_length": length, "results": results}
+        print_json(data)
+        return
+    note(f"{', '.join(files) if files else 'validation split'}, rows of {length} tokens")
+    _print_table(results)
+
+
+def _score(
+    weights: "YocoUForCausalLM", tokenizer: Any, model: Path, files: list[str], text_field: str, length: int, loops: int
+) -> "Score":
+    from yoco_u.data import Corpus, DocumentEncoder, PackedDataset
+    from yoco_u.evaluation import score_documents, score_split
+    from yoco_u.runs import is_run, read_run_config
+
+    if files:
+        return score_documents(weights, DocumentEncoder(tokenizer), Corpus(files, text_field).documents(), length, loops)
+    if not is_run(model):
+        raise UserError(f"{model}: a saved model has no validation split; name files to evaluate on")
+    return score_split(weights, PackedDataset(read_run_config(model).dataset, "validation", length, shuffle=False), loops)
+
+
+def _sequence_length(model: Path) -> int:
+    from yoco_u.runs import is_run, read_run_config
+
+    return read_run_config(model).training.sequence_length if is_run(model) else _DEFAULT_LENGTH
+
+
+def _own_loops(weights: "YocoUForCausalLM") -> int:
+    architecture = weights.config.architecture
+    return max(architecture.stages[i].loops for i in architecture.looped_stages)
+
+
+def _print_table(results: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("loops", "loss", "perplexity", "bits per byte", "tokens", "bytes"):
+        table.add_column(heading, justify="right")
+    for row in results:
+        table.add_row(
+            str(row["num_loops"]),
+            f"{row['loss']:.4f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['tokens']:,}",
+            f"{row['bytes']:,}",
+        )
+    Console().print(table)

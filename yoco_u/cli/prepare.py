@@ -1,0 +1,70 @@
+"""`yoco-u prepare`."""
+
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from yoco_u.cli.output import print_json
+from yoco_u.cli.settings import load_run_config
+from yoco_u.errors import UserError
+from yoco_u.typed import Config, apply_overrides, parse
+
+
+def prepare(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A run config, whose data settings are used: a YAML file or a packaged name."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as data.vocab_size=2048."),
+    ] = None,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option("--corpus", help="What to read: stdlib, a file, a folder, a glob, hf:dataset; can be given again."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the dataset. [default: the config's dataset]")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the dataset's index as JSON.")] = False,
+) -> None:
+    """Turn a corpus into a tokenizer and packed shards.
+
+    Reads text files, JSON lines, Parquet and Hugging Face datasets; trains a byte-level BPE tokenizer unless data.tokenizer
+    names one. A dataset that is already there and came from equal settings is left as it is.
+
+    [bold]Examples[/bold]
+
+      yoco-u prepare --corpus stdlib --out data/stdlib
+
+      yoco-u prepare --corpus 'books/*.txt' --out data/books data.vocab_size=8192
+
+      yoco-u prepare 8m
+    """
+    from yoco_u.data import DataConfig
+    from yoco_u.data import prepare as prepare_dataset
+
+    class DataOnly(Config):
+        data: DataConfig
+
+    changes = list(overrides or [])
+    if config is not None and "=" in config and not Path(config).is_file():
+        changes.insert(0, config)
+        config = None
+    changes += [f"data.corpus={dumps(corpus)}"] if corpus else []
+    if config is not None:
+        run = load_run_config(config, changes)
+        if run.data is None:
+            raise UserError(f"{config}: has no data settings to prepare from; give --corpus and --out")
+        data, target = run.data, out or Path(run.dataset)
+    elif corpus and out:
+        data, target = parse(DataOnly, apply_overrides({}, changes), "settings").data, out
+    else:
+        raise UserError("nothing to prepare: give a CONFIG, or both --corpus and --out; see yoco-u prepare --help")
+    index = prepare_dataset(data, target, progress=not json)
+    if json:
+        print_json(index.model_dump(mode="json") | {"folder": str(target)})
+        return
+    for name, split in index.splits.items():
+        print(f"{name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens")
+    print(f"vocabulary {index.vocab_size:,}, in {target}")

@@ -1,0 +1,66 @@
+"""`yoco-u quickstart`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from yoco_u.cli.output import note, print_json, stops_cleanly
+from yoco_u.cli.settings import PACKAGED
+
+if TYPE_CHECKING:
+    from yoco_u.analysis.figures import Figures
+
+
+def quickstart(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change in every run, such as training.steps=100."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for everything.")] = Path("runs/quickstart"),
+    config: Annotated[Path, typer.Option("--config", help="Another comparison to run.", show_default=False)] = PACKAGED
+    / "quickstart.yaml",
+    json: Annotated[bool, typer.Option("--json", help="Print the compared figures as JSON, without progress.")] = False,
+) -> None:
+    """Train YOCO-U and its twin without the loop, compare them and write a report.
+
+    Needs nothing but this command: the corpus is the Python standard library's own sources. YOCO is trained twice, for as
+    many steps as YOCO-U and for as many FLOPs. What is finished already is used again; an interrupted run continues.
+
+    [bold]Examples[/bold]
+
+      yoco-u quickstart
+
+      yoco-u quickstart training.steps=50 --out runs/short
+    """
+    from yoco_u.analysis.comparison import Comparison, run_comparison
+    from yoco_u.analysis.report import write_report
+    from yoco_u.typed import load_yaml, parse
+
+    comparison = parse(Comparison, load_yaml(config), str(config))
+    with stops_cleanly():
+        runs = run_comparison(comparison, out, overrides or [], progress=not json, say=(lambda _: None) if json else note)
+    report = out / "report.html"
+    figures = write_report(runs, report, comparison.title)
+    if json:
+        print_json(figures.as_json() | {"report": str(report)})
+        return
+    _print(figures, out, report, comparison.runs[-1].folder)
+
+
+def _print(figures: "Figures", out: Path, report: Path, model: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for run in figures.runs:
+        table.add_column(run.name, justify="right")
+    for label, cells in figures.table():
+        table.add_row(label, *cells)
+    console.print(table)
+    console.print(figures.headline, highlight=False)
+    console.print(f"\nreport:  {report}\nsamples: {out / model / 'samples.json'}", highlight=False, soft_wrap=True)
+    console.print(f"try:     yoco-u generate {out / model} --prompt 'def '", highlight=False, soft_wrap=True)

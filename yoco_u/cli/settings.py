@@ -1,0 +1,54 @@
+"""Configs as they are named on the command line: a YAML file or a packaged name, and dotted overrides."""
+
+import difflib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from yoco_u.errors import UserError
+from yoco_u.typed import apply_overrides, load_yaml, parse
+
+if TYPE_CHECKING:
+    from yoco_u.training.config import RunConfig
+
+PACKAGED = Path(str(files("yoco_u") / "configs"))
+"""The folder of the configs that come with the package."""
+
+
+def packaged_configs() -> list[str]:
+    """Names of the packaged run configs."""
+    return sorted(path.stem for path in PACKAGED.glob("*.yaml") if path.stem != "quickstart")
+
+
+def find_config(name: str) -> Path:
+    """A YAML file of the user, or a packaged config by its name.
+
+    Raises:
+        UserError: if it is neither, with the nearest packaged name.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = packaged_configs()
+    if name in known:
+        return PACKAGED / f"{name}.yaml"
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"packaged are {', '.join(known)}"
+    raise UserError(f"{name}: neither a file nor a packaged config; {hint}")
+
+
+def load_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The mapping in a config, with the overrides applied, not yet checked."""
+    return apply_overrides(load_yaml(find_config(name)), overrides)
+
+
+def load_run_config(name: str, overrides: Sequence[str]) -> "RunConfig":
+    """A checked run config.
+
+    Raises:
+        UserError: for a missing file, an unknown key or a value that does not fit.
+    """
+    from yoco_u.training.config import RunConfig
+
+    return parse(RunConfig, load_settings(name, overrides), name)

@@ -1,0 +1,163 @@
+"""Loss, perplexity and bits per byte of texts, every token counted once and bytes counted exactly."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from yoco_u.data import Document, DocumentEncoder, PackedDataset
+from yoco_u.errors import UserError
+from yoco_u.model import YocoUForCausalLM
+from yoco_u.typed import Config
+
+_LOGITS_PER_PASS = 1 << 25
+_DOCUMENTS_PER_BATCH = 64
+
+
+class Score(Config):
+    """
+    Attributes:
+        loss: nats per predicted token.
+        bits_per_byte: of all predicted tokens over all bytes of text.
+        tokens: predicted ones: those of the texts, and each document's end.
+        bytes: of the texts in UTF-8.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    documents: int
+    bytes: int
+
+
+def score_documents(
+    model: YocoUForCausalLM,
+    encoder: DocumentEncoder,
+    documents: Iterable[Document],
+    sequence_length: int,
+    num_loops: int | None = None,
+) -> Score:
+    """Score texts as training reads them: packed one after another into rows, each token seeing its own document only.
+
+    A document that goes on in another row has no context from the row before; nothing is left out at the end.
+
+    Args:
+        sequence_length: tokens per row, so the longest context.
+        num_loops: T; the model's own by default.
+
+    Raises:
+        UserError: if there is no text.
+    """
+    counts = _Counts()
+    rows = _rows(_stream(encoder, documents, counts), sequence_length)
+    nats, tokens = score_rows(model, rows, sequence_length, encoder.eot_id, num_loops)
+    if not tokens:
+        raise UserError("there is no text in the files; give files that hold some")
+    return Score(
+        loss=nats / tokens,
+        perplexity=math.exp(min(nats / tokens, 700.0)),
+        bits_per_byte=nats / math.log(2) / counts.bytes,
+        tokens=tokens,
+        documents=counts.documents,
+        bytes=counts.bytes,
+    )
+
+
+def score_split(model: YocoUForCausalLM, dataset: PackedDataset, num_loops: int | None = None) -> Score:
+    """Score all whole rows of a split of a prepared dataset, which must be unshuffled.
+
+    Bytes are those of the split in proportion to the tokens scored, as in training's own evaluations.
+    """
+    rows = (dataset.row(index) for index in range(dataset.rows_per_epoch))
+    nats, tokens = score_rows(model, rows, dataset.sequence_length, dataset.index.eot_id, num_loops)
+    return Score(
+        loss=nats / tokens,
+        perplexity=math.exp(min(nats / tokens, 700.0)),
+        bits_per_byte=nats / tokens / math.log(2) / dataset.split.bytes_per_token,
+        tokens=tokens,
+        documents=dataset.split.documents,
+        bytes=round(tokens * dataset.split.bytes_per_token),
+    )
+
+
+@torch.no_grad()
+def score_rows(
+    model: YocoUForCausalLM, rows: Iterator[NDArray[np.int64]], sequence_length: int, eot_id: int, num_loops: int | None = None
+) -> tuple[float, int]:
+    """Sum of the nats of all targets, and their number.
+
+    Args:
+        rows: each of up to sequence_length + 1 tokens, the last of which is only a target.
+    """
+    device = next(model.parameters()).device
+    count = max(1, _LOGITS_PER_PASS // (sequence_length * model.config.vocab_size))
+    nats, total = 0.0, 0
+    for inputs, targets, document_ids in _batches(rows, count, eot_id):
+        documents = document_ids.to(device)
+        logits = model(inputs.to(device), document_ids=documents, num_loops=num_loops, use_cache=False).logits
+        nats += F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="sum").item()
+        total += int((targets != -100).sum())
+    return nats, total
+
+
+class _Counts:
+    documents = 0
+    bytes = 0
+
+
+def _stream(encoder: DocumentEncoder, documents: Iterable[Document], counts: _Counts) -> Iterator[NDArray[np.uint32]]:
+    """The documents' tokens, and one `<|endoftext|>` that ends the last of them."""
+    batch: list[str] = []
+    for document in documents:
+        counts.documents += 1
+        counts.bytes += len(document.text.encode())
+        batch.append(document.text)
+        if len(batch) == _DOCUMENTS_PER_BATCH:
+            yield from encoder.encode(batch)
+            batch = []
+    yield from encoder.encode(batch)
+    if counts.documents:
+        yield np.array([encoder.eot_id], dtype=np.uint32)
+
+
+def _rows(stream: Iterator[NDArray[np.uint32]], length: int) -> Iterator[NDArray[np.int64]]:
+    """Rows (up to length + 1,); the last token of one is the first of the next."""
+    held = np.empty(0, dtype=np.int64)
+    for tokens in stream:
+        held = np.concatenate([held, tokens.astype(np.int64)])
+        start = 0
+        while len(held) - start > length:
+            yield held[start : start + length + 1]
+            start += length
+        held = held[start:]
+    if len(held) > 1:
+        yield held
+
+
+def _batches(rows: Iterator[NDArray[np.int64]], count: int, eot_id: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Inputs, targets and document ids, each (up to count, tokens); a short row is filled up, its filling has no targets."""
+    held: list[NDArray[np.int64]] = []
+    for row in rows:
+        held.append(row)
+        if len(held) == count:
+            yield _batch(held, eot_id)
+            held = []
+    if held:
+        yield _batch(held, eot_id)
+
+
+def _batch(rows: list[NDArray[np.int64]], eot_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    length = max(len(row) for row in rows) - 1
+    inputs = torch.full((len(rows), length), eot_id)
+    targets = torch.full((len(rows), length), -100)
+    for i, row in enumerate(rows):
+        inputs[i, : len(row) - 1] = torch.from_numpy(row[:-1])
+        targets[i, : len(row) - 1] = torch.from_numpy(row[1:])
+    begins = inputs == eot_id
+    begins[:, 0] = True
+    return inputs, targets, begins.long().cumsum(dim=1)
