@@ -181,8 +181,8 @@ def _problems(a: Architecture) -> list[str]:
         found.append(f"window is {a.window} but no stage is sliding; drop window or make a stage sliding")
     if a.experts and (a.hidden_size % 8 or a.experts.intermediate_size % 8):
         found.append(
-            f"hidden_size is {a.hidden_size} and experts.intermediate_size {a.experts.intermediate_size}; the grouped products of "
-            "experts need multiples of 8"
+            f"hidden_size is {a.hidden_size} and experts.intermediate_size {a.experts.intermediate_size}; "
+            "the grouped products of experts need multiples of 8"
         )
     if a.parallel and set(kinds) != {"full"}:
         found.append(f"parallel streams need full attention in every stage, got {', '.join(kinds)}")

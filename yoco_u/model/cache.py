@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from yoco_u.architecture import Architecture
+from yoco_u.errors import UserError
 
 
 class RetentionLayer(CacheLayerMixin):
@@ -46,6 +47,13 @@ class RetentionLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise UserError(
+                f"{abs(tokens_to_remove)} tokens were to be taken back, but a retention state cannot forget; "
+                "generate without an assistant or prompt lookup"
+            )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:

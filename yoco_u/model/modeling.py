@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -156,8 +156,20 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """`generate()` leaves making the cache to `forward`, which knows the call's loop count."""
+        """transformers' own cache does not know the slots of loops."""
         return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Give `generate()` a cache for the call's loop count from the start, as prefill in chunks and assistants need one."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+            return
+        architecture, loops = self.model.architecture, model_kwargs.get("num_loops")
+        model_kwargs["past_key_values"] = YocoUCache(architecture if loops is None else architecture.with_loops(loops))
+        if generation_config.is_assistant:
+            model_kwargs["past_key_values"].activate_past_recording()
 
     @can_return_tuple
     def forward(
@@ -218,7 +230,9 @@ def _check_cache(cache: YocoUCache | None, loops: tuple[int, ...], document_ids:
     if not isinstance(cache, YocoUCache):
         raise UserError(f"past_key_values is a {type(cache).__name__}; expected a YocoUCache, or None to have one made")
     if cache.loops != loops:
-        raise UserError(f"the cache was written with {cache.loops} loops per stage, this call asks for {loops}; use one num_loops per cache")
+        raise UserError(
+            f"the cache was written with {cache.loops} loops per stage, this call asks for {loops}; use one num_loops per cache"
+        )
     if document_ids is not None and cache.get_seq_length() > 0:
         raise UserError("document_ids came with a filled cache; packed documents are for calls without one")
 
@@ -235,7 +249,9 @@ def _segments(
     if attention_mask is not None:
         expected = (shape[0], past + shape[1])
         if attention_mask.shape != expected:
-            raise UserError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected {expected}, one value per token so far")
+            raise UserError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; expected {expected}, one value per token so far"
+            )
         real = attention_mask != 0
         if segments is not None:
             return segments * real
