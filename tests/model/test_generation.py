@@ -1,0 +1,179 @@
+"""generate() against loops written by hand that run the whole text without a cache for every token."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import EXPERTS, PRESETS, architecture, build
+from models import tokens as any_tokens
+from torch import Tensor
+
+from yoco_u import YocoUForCausalLM
+from yoco_u.errors import UserError
+
+NEW = 12
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {"layers": 2}) for name in PRESETS},
+    "yoco_u, rotated, gated": ("yoco_u", {"rope_cross": True, "loop_gate": 0.3}),
+    "yoco_u, window 1": ("yoco_u", {"window": 1}),
+    "yoco_u of experts": ("yoco_u", {"experts": EXPERTS}),
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def make(variant: str) -> YocoUForCausalLM:
+    name, settings = VARIANTS[variant]
+    return build(architecture(name, **settings), pad_token_id=0)
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> Tensor:
+    """Without the padding token, from which generate() would infer a mask."""
+    return any_tokens(batch, length, seed=seed).clamp(min=1)
+
+
+@torch.no_grad()
+def greedy(model: YocoUForCausalLM, prompt: Tensor, new: int = NEW, **call: Any) -> Tensor:
+    """(1, tokens) -> the new tokens."""
+    ids = prompt
+    for _ in range(new):
+        ids = torch.cat([ids, model(ids, use_cache=False, **call).logits[:, -1:].argmax(-1)], 1)
+    return ids[:, prompt.shape[1] :]
+
+
+@torch.no_grad()
+def sample(model: YocoUForCausalLM, prompt: Tensor, temperature: float, top_k: int) -> Tensor:
+    ids = prompt
+    for _ in range(NEW):
+        logits = model(ids, use_cache=False).logits[:, -1].float() / temperature
+        logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
+        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], 1)
+    return ids[:, prompt.shape[1] :]
+
+
+@torch.no_grad()
+def beam(model: YocoUForCausalLM, prompt: Tensor, beams: int) -> list[int]:
+    """The most likely of the continuations that a beam search without an end token finds."""
+    alive = [(0.0, prompt[0].tolist())]
+    for _ in range(NEW):
+        longer = []
+        for score, ids in alive:
+            log_probabilities = model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
+            longer += [(score + float(p), [*ids, token]) for token, p in enumerate(log_probabilities)]
+        alive = sorted(longer, reverse=True)[:beams]
+    return alive[0][1][prompt.shape[1] :]
+
+
+@every_variant
+@pytest.mark.parametrize("length", [1, 7, 8, 50])
+def test_greedy(variant: str, length: int) -> None:
+    model, prompt = make(variant), tokens(1, length)
+    expected = greedy(model, prompt)
+    for call in ({}, {"use_cache": False}, {"prefill_chunk_size": 6}):
+        out = model.generate(prompt, max_new_tokens=NEW, do_sample=False, **call)
+        assert torch.equal(out[:, length:], expected), call
+
+
+@every_variant
+def test_left_padded_batch(variant: str) -> None:
+    model = make(variant)
+    prompts = [tokens(1, length, seed=length) for length in (20, 3, 11)]
+    ids, mask = torch.zeros(3, 20, dtype=torch.long), torch.zeros(3, 20, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        ids[i, 20 - prompt.shape[1] :], mask[i, 20 - prompt.shape[1] :] = prompt[0], 1
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(out[:, 20:], torch.cat([greedy(model, prompt) for prompt in prompts]))
+
+
+@every_variant
+def test_sampling(variant: str) -> None:
+    model, prompt = make(variant), tokens(2, 9)
+    torch.manual_seed(5)
+    expected = sample(model, prompt, temperature=0.8, top_k=20)
+    torch.manual_seed(5)
+    out = model.generate(prompt, max_new_tokens=NEW, do_sample=True, temperature=0.8, top_k=20, top_p=1.0)
+    assert torch.equal(out[:, 9:], expected)
+
+
+@every_variant
+def test_beams(variant: str) -> None:
+    model, prompts = make(variant), tokens(2, 9)
+    out = model.generate(prompts, max_new_tokens=NEW, num_beams=3, do_sample=False)
+    assert out[:, 9:].tolist() == [beam(model, prompts[i : i + 1], 3) for i in range(2)]
+    assert torch.equal(out, model.generate(prompts, max_new_tokens=NEW, num_beams=3, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("loops", [1, 2, 5])
+@pytest.mark.parametrize("variant", ["yoco_u", "upper_loop", "rins", "yoco_u, rotated, gated", "yoco"])
+def test_loops_in_generate(variant: str, loops: int) -> None:
+    model, prompt = make(variant), tokens(1, 15)
+    out = model.generate(prompt, max_new_tokens=NEW, do_sample=False, num_loops=loops)
+    assert torch.equal(out[:, 15:], greedy(model, prompt, num_loops=loops))
+    beams = model.generate(prompt, max_new_tokens=NEW, do_sample=False, num_loops=loops, num_beams=2)
+    uncached = model.generate(prompt, max_new_tokens=NEW, do_sample=False, num_loops=loops, num_beams=2, use_cache=False)
+    assert torch.equal(beams, uncached)
+
+
+@every_variant
+def test_a_conversation_goes_on_with_its_cache(variant: str) -> None:
+    model, prompt = make(variant), tokens(1, 15)
+    first = model.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert first.past_key_values.get_seq_length() == 19
+    longer = torch.cat([first.sequences, tokens(1, 6, seed=3)], 1)
+    out = model.generate(longer, past_key_values=first.past_key_values, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(out[:, longer.shape[1] :], greedy(model, longer))
+
+
+@every_variant
+def test_several_samples_of_one_prompt(variant: str) -> None:
+    model, prompt = make(variant), tokens(2, 9)
+    torch.manual_seed(5)
+    expected = sample(model, prompt.repeat_interleave(3, 0), temperature=1.0, top_k=50)
+    torch.manual_seed(5)
+    out = model.generate(prompt, max_new_tokens=NEW, do_sample=True, num_return_sequences=3, top_k=50)
+    assert torch.equal(out[:, 9:], expected)
+
+
+def test_inputs_embeds() -> None:
+    model, prompt = make("yoco_u"), tokens(2, 9)
+    embeds = model.get_input_embeddings()(prompt)
+    out = model.generate(inputs_embeds=embeds, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(out, model.generate(prompt, max_new_tokens=NEW, do_sample=False)[:, 9:])
+
+
+def test_generation_stops_at_the_end_token() -> None:
+    model, prompt = make("yoco_u"), tokens(2, 9)
+    free = model.generate(prompt, max_new_tokens=NEW, do_sample=False)[:, 9:]
+    end = int(free[0, 3])
+    out = model.generate(prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=end)[:, 9:]
+    first = free[0].tolist().index(end)
+    assert out[0, : first + 1].tolist() == free[0, : first + 1].tolist()
+    assert set(out[0, first + 1 :].tolist()) <= {0}
+
+
+@every_variant
+def test_assisted_decoding_changes_nothing(variant: str) -> None:
+    """Guesses that are wrong are taken back out of the cache, which a retention state cannot do."""
+    model, prompt = make(variant), tokens(1, 6).repeat(1, 4)
+    assistant = build(architecture("yoco_u", layers=2), seed=7, pad_token_id=0)
+    for call in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
+        if any(stage.attention == "retention" for stage in model.model.architecture.stages):
+            with pytest.raises(UserError, match="cannot forget"):
+                model.generate(prompt, max_new_tokens=NEW, do_sample=False, **call)
+        else:
+            out = model.generate(prompt, max_new_tokens=NEW, do_sample=False, **call)
+            assert torch.equal(out[:, 24:], greedy(model, prompt)), call
+
+
+def test_a_cache_of_another_loop_count_is_refused() -> None:
+    model, prompt = make("yoco_u"), tokens(1, 15)
+    first = model.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, num_loops=2)
+    with pytest.raises(UserError, match="use one num_loops per cache"):
+        model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@every_variant
+def test_precisions_generate(variant: str, dtype: torch.dtype) -> None:
+    model = make(variant).to(dtype)
+    out = model.generate(tokens(2, 9), max_new_tokens=NEW, do_sample=True)
+    assert out.shape == (2, 9 + NEW)
