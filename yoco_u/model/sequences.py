@@ -7,6 +7,7 @@ from torch import Tensor
 
 from yoco_u.architecture import Architecture
 from yoco_u.model.attention import attend, full_mask, sliding_attention, sliding_mask
+from yoco_u.model.block_attention import block_attention
 from yoco_u.model.cache import YocoUCache
 from yoco_u.model.retention import chunked_retention, recurrent_retention
 
@@ -22,8 +23,10 @@ class Sequences:
         rotary: cos and sin of the tokens, (batch or 1, tokens, 1, head_dim), float32.
         rotary_kept: the same for the tokens that the cross-decoder runs on.
         window: of the sliding layers.
+        blockwise: attention of new tokens goes block by block and needs no masks; see `yoco_u.model.block_attention`.
+        segments: of the new tokens and of all tokens so far, see `yoco_u.model.attention`; None where there is one document.
         sliding, full, cross: masks, see `yoco_u.model.attention`; None where causal attention or none is the same.
-        kept_all: the cross-decoder runs on every token of this call, and nothing is cached before them.
+        kept_all: the cross-decoder runs on every token of this call.
         documents: (batch, tokens), for retention, never decreasing; None where there is one document.
         padding: (batch, tokens), true where a token is padding; None where none is.
         cache: where keys and values of new tokens go; None without a cache.
@@ -32,6 +35,8 @@ class Sequences:
     rotary: tuple[Tensor, Tensor]
     rotary_kept: tuple[Tensor, Tensor]
     window: int | None
+    blockwise: bool
+    segments: tuple[Tensor, Tensor] | None
     sliding: Tensor | None
     full: Tensor | None
     cross: Tensor | None
@@ -46,6 +51,8 @@ class Sequences:
             k, v = self.cache.append(slot, k, v)
             seen = q.shape[1] + self.window - 1
             k, v = k[:, -seen:], v[:, -seen:]
+        if self.blockwise:
+            return self._block_attention(q, k, v, self.window)
         return sliding_attention(q, k, v, self.window, self.sliding)
 
     def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -53,7 +60,11 @@ class Sequences:
         if self.cache is not None:
             k, v = self.cache.append(slot, k, v)
         if prefix is not None:
-            k, v = (torch.cat([p.to(x.dtype).expand(x.shape[0], -1, -1, -1), x], dim=1) for p, x in zip(prefix, (k, v), strict=True))
+            k, v = (
+                torch.cat([p.to(x.dtype).expand(x.shape[0], -1, -1, -1), x], dim=1) for p, x in zip(prefix, (k, v), strict=True)
+            )
+        elif self.blockwise:
+            return self._block_attention(q, k, v, k.shape[1])
         return attend(q, k, v, self.full, causal=self.full is None and q.shape[1] > 1)
 
     def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +72,15 @@ class Sequences:
         return (k, v) if self.cache is None else self.cache.append(len(self.cache) - 1, k, v)
 
     def cross_attention(self, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
+        if self.blockwise and self.kept_all:
+            return self._block_attention(q, *global_kv, global_kv[0].shape[1])
         return attend(q, *global_kv, self.cross, causal=self.cross is None and self.kept_all and q.shape[1] > 1)
+
+    def _block_attention(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        if self.segments is None:
+            return block_attention(q, k, v, window, None, None)
+        queries, keys = self.segments
+        return block_attention(q, k, v, window, queries, keys[:, -k.shape[1] :])
 
     def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         if self.padding is not None:
@@ -99,40 +118,51 @@ def prepare_sequences(
     past = cache.get_seq_length() if cache is not None else 0
     kinds = {stage.attention for stage in architecture.stages}
     new = segments[:, past:] if segments is not None else None
-    positions = torch.arange(tokens, device=device) + past
+    pair = (new, segments) if segments is not None and new is not None else None
+    positions = torch.arange(past, past + tokens, device=device)
+    blockwise = device.type == "cpu" and tokens > 1
 
     sliding = full = cross = None
-    if "sliding" in kinds:
+    if "sliding" in kinds and not blockwise:
         assert architecture.window is not None
         seen = min(past, architecture.window - 1)
-        pair = (new, segments[:, past - seen :]) if segments is not None and new is not None else None
-        sliding = sliding_mask(tokens, seen, architecture.window, pair, dtype, device)
-    if "full" in kinds:
-        pair = (new, segments) if segments is not None and new is not None else None
-        if pair is not None or (past and tokens > 1) or architecture.parallel:
-            full = full_mask(positions, past + tokens, pair, dtype)
-        if architecture.parallel and full is not None:
+        visible = (pair[0], pair[1][:, past - seen :]) if pair is not None else None
+        sliding = sliding_mask(tokens, seen, architecture.window, visible, dtype, device)
+    if "full" in kinds and (architecture.parallel or not blockwise) and (pair is not None or (past and tokens > 1) or architecture.parallel):
+        full = full_mask(positions, past + tokens, pair, dtype)
+        if architecture.parallel:
             full = torch.nn.functional.pad(full, (architecture.parallel.prefix_tokens, 0))
-    if "cross" in kinds:
-        at = positions if kept is None else positions[kept]
-        pair = (new if kept is None else new[:, kept], segments) if segments is not None and new is not None else None
-        last_only = at.numel() == 1 and (tokens == 1 or (kept is not None and bool(kept[0] == tokens - 1)))
-        if pair is not None or not (last_only or (kept is None and past == 0)):
-            cross = full_mask(at, past + tokens, pair, dtype)
+    if "cross" in kinds and not (blockwise and kept is None):
+        cross = _cross_mask(positions, kept, past + tokens, pair, dtype)
 
     rotary = rotary_angles(position_ids, architecture.head_dim, architecture.rope_theta)
     return Sequences(
         rotary=rotary,
         rotary_kept=rotary if kept is None else (rotary[0][:, kept], rotary[1][:, kept]),
         window=architecture.window,
+        blockwise=blockwise,
+        segments=pair,
         sliding=sliding,
         full=full,
         cross=cross,
-        kept_all=kept is None and past == 0,
+        kept_all=kept is None,
         documents=new.cummax(dim=1).values if new is not None else None,
         padding=new == 0 if new is not None else None,
         cache=cache,
     )
+
+
+def _cross_mask(
+    positions: Tensor, kept: Tensor | None, keys: int, segments: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+) -> Tensor | None:
+    """The mask of the cross-decoder's queries, or None where the only query is the last token or causal is the same."""
+    at = positions if kept is None else positions[kept]
+    if segments is not None:
+        queries = segments[0] if kept is None else segments[0][:, kept]
+        return full_mask(at, keys, (queries, segments[1]), dtype)
+    only_last = at.numel() == 1 and int(at[0]) == keys - 1
+    all_new = kept is None and positions.numel() == keys
+    return None if only_last or all_new else full_mask(at, keys, None, dtype)
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
