@@ -18,6 +18,7 @@ from training_runs import STEPS, deterministic, losses, run_config, start
 from yoco_u.errors import UserError
 from yoco_u.training import RunConfig, train
 from yoco_u.training.metrics import METRICS, MetricsWriter
+from yoco_u.training.step import TrainingStep
 
 EXPERTS = {"experts": {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16}}
 
@@ -174,6 +175,20 @@ def test_metrics_beyond_the_checkpoint_and_torn_lines_are_cut(finished: tuple[Pa
     text = (folder / METRICS).read_text()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3, 3, 4, 5]
     assert text.endswith('{"kind": "train", "step": 5, "loss": 1.0}\n')
+
+
+def test_random_numbers_continue(finished: tuple[Path, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update, drawn = TrainingStep.update, []
+
+    def draw(self: TrainingStep, step: int) -> float:
+        drawn.append((step, torch.rand(()).item()))
+        return update(self, step)
+
+    monkeypatch.setattr(TrainingStep, "update", draw)
+    train(finished[1], tmp_path / "whole", progress=False)
+    train(finished[1], unfinished_copy(tmp_path / "whole", tmp_path / "run", step=4), progress=False)
+    assert [step for step, _ in drawn] == [0, 1, 2, 3, 4, 5, 4, 5]
+    assert drawn[6:] == drawn[4:6] and len(set(drawn)) == 6
 
 
 def test_one_run_at_a_time_in_a_folder(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
     """FLOP/s of square matrix products of this device and dtype: the best of those that fit into `seconds`, at least 3."""
     n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # its own, so that a resumed run draws what it would have drawn
+    a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
     best = float("inf")
     runs, start = 0, time.perf_counter()
     while runs < 4 or time.perf_counter() - start < seconds:

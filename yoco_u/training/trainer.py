@@ -1,5 +1,6 @@
 """Pretraining: from a config to a run folder with checkpoints, metrics and a model."""
 
+import math
 import signal
 import statistics
 import threading
@@ -7,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -186,6 +187,8 @@ class _Run:
         training = self.config.training
         rows = self.step.micro_batch_rows
         result = evaluate(self.model, self.validation, training.evaluation_tokens, rows, self.distributed, training.dtype)
+        if not math.isfinite(result.loss):
+            self._diverged(f"the validation loss is {result.loss} after step {self.state.step}")
         self._record("evaluation", result.loss, self.validation, {})
 
     def _record(self, kind: str, loss: float, dataset: PackedDataset, figures: Record) -> None:
@@ -202,18 +205,23 @@ class _Run:
         self.saved = self.checkpoints.save(step_name(self.state.step), self.model, self.optimizer, self.state)
         self.checkpoints.prune(self.config.training.keep_checkpoints)
 
-    def _stop_diverged(self, gradients: Gradients) -> None:
-        step, rows = self.state.step, self.config.training.batch_rows
-        names = self.step.non_finite_gradients()
-        where = f"; the first of {len(names)} parameters concerned is {names[0]}" if names else ""
+    def _stop_diverged(self, gradients: Gradients) -> NoReturn:
+        rows, names = self.config.training.batch_rows, self.step.non_finite_gradients()
+        where = f" (first in {names[0]}, {len(names)} parameters in all)" if names else ""
+        first = self.state.step * rows
+        self._diverged(
+            f"the loss is {gradients.loss} and the gradient norm {gradients.norm}{where} in step {self.state.step + 1}, at "
+            f"learning rate {self.step.learning_rate(self.state.step):.3g}, on rows {first} to {first + rows - 1} of the data"
+        )
+
+    def _diverged(self, what: str) -> NoReturn:
         self.optimizer.zero_grad(set_to_none=True)
-        saved = self.checkpoints.save(f"non-finite-{step_name(step)}", self.model, self.optimizer, self.state)
-        rate = self.step.learning_rate(step)
+        name = f"non-finite-{step_name(self.state.step)}"
+        saved = self.checkpoints.save(name, self.model, self.optimizer, self.state)
         raise TrainingDiverged(
-            f"step {step + 1}: the loss is {gradients.loss} and the gradient norm {gradients.norm}, at learning rate {rate:.3g}"
-            f"{where}. The state before this step is in {saved}, its data are rows {step * rows} to {(step + 1) * rows - 1}. "
-            "Look at gradient_norm in metrics.jsonl: if it rose over many steps, lower optimizer.learning_rate or lengthen "
-            "optimizer.warmup_steps; if it jumped at once, look at these rows, or compare with training.dtype float32"
+            f"{what}; the weights and optimizer state before that are in {saved}. Look at gradient_norm in metrics.jsonl: "
+            "if it rose over many steps, lower optimizer.learning_rate or lengthen optimizer.warmup_steps; if it jumped at "
+            "once, look at these data, or compare with training.dtype float32"
         )
 
     def _finish(self) -> dict[str, Any]:

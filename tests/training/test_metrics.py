@@ -1,0 +1,151 @@
+"""What is measured and where it is written."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import STEPS, run_config
+
+from yoco_u import YocoUForCausalLM, budget
+from yoco_u.data import DatasetIndex, PackedDataset
+from yoco_u.errors import UserError
+from yoco_u.training import evaluate, read_metrics, train
+from yoco_u.training.distributed import Distributed
+from yoco_u.training.machine import gemm_rate
+from yoco_u.training.metrics import MetricsWriter
+
+ALONE = Distributed(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("metrics") / "run"
+    train(run_config(dataset), folder, progress=False)
+    return folder
+
+
+def test_the_records_of_a_run(run: Path, dataset: Path) -> None:
+    records = read_metrics(run)
+    steps = [record for record in records if record["kind"] == "train"]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in evaluations] == [3, 6]
+    tokens, flops = 4 * 24, budget.training_flops(run_config(dataset).architecture, 24)
+    for record in records:
+        assert record["tokens"] == record["step"] * tokens
+        assert record["flops"] == pytest.approx(record["tokens"] * flops)
+        split = DatasetIndex.load(dataset).split("train" if record["kind"] == "train" else "validation")
+        assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+        assert record["bits_per_byte"] == pytest.approx(record["loss"] / math.log(2) * split.tokens / split.bytes)
+    rate = json.loads((run / "environment.json").read_text())["gemm_flops_per_second"]
+    for before, record in zip([{"seconds": 0.0}, *steps], steps, strict=False):
+        seconds = record["seconds"] - before["seconds"]
+        assert record["tokens_per_second"] == pytest.approx(tokens / seconds)
+        assert record["model_flops_per_second"] == pytest.approx(record["tokens_per_second"] * flops)
+        assert record["mfu"] == pytest.approx(record["model_flops_per_second"] / rate)
+        assert record["gradient_norm"] > 0
+    assert steps[1]["learning_rate"] == 3e-3
+
+
+def test_the_first_loss_is_that_of_a_model_that_knows_nothing(run: Path) -> None:
+    assert read_metrics(run)[0]["loss"] == pytest.approx(math.log(300), rel=0.02)
+
+
+def test_the_run_folder_explains_itself(run: Path) -> None:
+    names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    expected = {"config.yaml", "environment.json", "tokenizer", "metrics.jsonl", "tensorboard", "checkpoints", "model"}
+    assert names == expected | {"summary.json"}
+    summary = json.loads((run / "summary.json").read_text())
+    last = read_metrics(run)[-1]
+    assert summary["validation"] == {key: last[key] for key in ("loss", "perplexity", "bits_per_byte")}
+    weights = YocoUForCausalLM.from_pretrained(run / "model").state_dict()
+    assert summary["parameters"] == sum(tensor.numel() for name, tensor in weights.items() if "choice_bias" not in name)
+
+
+def test_tensorboard_has_the_same_figures(run: Path) -> None:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    expected = [(record["step"], record["loss"]) for record in read_metrics(run) if record["kind"] == "train"]
+    assert found == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in expected]
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4, 64])
+@pytest.mark.parametrize("max_tokens", [1, 24 * 5 + 7, None])
+def test_evaluation_is_the_mean_over_the_first_rows(run: Path, dataset: Path, max_tokens: int | None, batch_rows: int) -> None:
+    model = YocoUForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    validation = PackedDataset(dataset, "validation", 24, shuffle=False)
+    rows = {1: 1, 24 * 5 + 7: 5, None: validation.rows_per_epoch}[max_tokens]
+    losses = []
+    for index in range(rows):
+        row = torch.from_numpy(validation.row(index))
+        start = 0
+        for end in [*range(1, 24), 24]:  # each document by itself
+            if end == 24 or row[end] == validation.index.eot_id:
+                logits = model(row[None, start:end]).logits[0]
+                losses += F.cross_entropy(logits, row[start + 1 : end + 1], reduction="none").tolist()
+                start = end
+    expected = sum(losses) / len(losses)
+    model.train()
+    found = evaluate(model, validation, max_tokens, batch_rows, ALONE, dtype="float32")
+    assert model.training
+    assert found.tokens == len(losses) == rows * 24
+    assert found.loss == pytest.approx(expected, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(expected), rel=1e-4)
+
+
+def test_evaluation_at_another_loop_count(run: Path, dataset: Path) -> None:
+    model = YocoUForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    validation = PackedDataset(dataset, "validation", 24, shuffle=False)
+    by_loops = {n: evaluate(model, validation, None, 4, ALONE, "float32", num_loops=n).loss for n in (None, 1, 3)}
+    assert by_loops[None] == by_loops[3] != by_loops[1]
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(run_config(dataset), tmp_path)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "step 6/6  loss " in printed.err and "tokens/s  MFU" in printed.err
+    assert "step 6  validation loss " in printed.err and "bits per byte" in printed.err
+    (tmp_path / "summary.json").unlink()
+    train(run_config(dataset), tmp_path)
+    assert f"continuing from {tmp_path}/checkpoints/step-00000006" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_wandb_is_asked_for_and_not_there(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"wandb_project is 'loops' but wandb is not installed; pip install 'yoco-u\[wandb\]'"):
+        train(run_config(dataset, wandb_project="loops"), tmp_path, progress=False)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="a stand-in where wandb is not installed")
+def test_wandb_gets_the_same_figures_under_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+    logged: list[tuple[dict[str, Any], int]] = []
+
+    def init(**settings: Any) -> SimpleNamespace:
+        started.append(settings)
+        return SimpleNamespace(log=lambda figures, step: logged.append((figures, step)), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for step in (0, 1):
+        writer = MetricsWriter(tmp_path, step, "loops", {"name": "run"})
+        writer.write({"kind": "train", "step": step + 1, "loss": 2.0})
+        writer.close()
+    assert logged == [({"train/loss": 2.0}, 1), ({"train/loss": 2.0}, 2)]
+    assert started[0]["id"] == started[1]["id"] and started[1]["resume"] == "allow"
+
+
+def test_the_gemm_rate_is_a_rate() -> None:
+    rate = gemm_rate(torch.device("cpu"), torch.float32, seconds=0.01)
+    assert 1e8 < rate < 1e14
