@@ -107,8 +107,11 @@ def _copy(value: Any) -> Any:
 
 
 def describe(cls: type[BaseModel], error: ValidationError) -> str:
-    """The first problem of a ValidationError in one line, with the nearest known name for an unknown key."""
-    problem = error.errors()[0]
+    """The first problem of a ValidationError in one line, with the nearest known name for an unknown key.
+
+    Unknown keys come first: a misspelt key is unknown under one name and missing under the other.
+    """
+    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = sorted(_known_keys(cls, problem["loc"][:-1]))

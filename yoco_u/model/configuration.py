@@ -51,7 +51,7 @@ class YocoUConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.stages is None:
             self.stages = _DEFAULT["stages"]
-            self.window = self.window or _DEFAULT["window"]
+            self.window = _DEFAULT["window"] if self.window is None else self.window
         super().__post_init__(**kwargs)
         _ = self.architecture
 

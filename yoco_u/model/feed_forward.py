@@ -29,7 +29,8 @@ class ExpertMixture(nn.Module):
     by expert, so that all experts run as one grouped matrix product.
 
     Load is balanced without an auxiliary loss by a bias that only the choice sees (arXiv 2408.15664), or with one
-    (arXiv 2101.03961, eq. 4), or both; see `MixtureOfExperts`.
+    (arXiv 2101.03961, eq. 4), or both; see `MixtureOfExperts`. `tokens_per_expert` counts the visits since the last step; with
+    gradient checkpointing, which runs blocks twice, every visit counts twice, and the balance between experts is the same.
     """
 
     def __init__(self, hidden_size: int, experts: MixtureOfExperts) -> None:
@@ -42,7 +43,7 @@ class ExpertMixture(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts.num_experts, inner, hidden_size))
         self.shared = SwiGLU(hidden_size, inner * experts.shared_experts) if experts.shared_experts else None
         self.choice_bias = nn.Buffer(torch.zeros(experts.num_experts))
-        self.tokens_per_expert = nn.Buffer(torch.zeros(experts.num_experts), persistent=False)
+        self.tokens_per_expert = nn.Buffer(torch.zeros(experts.num_experts, dtype=torch.long), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(..., hidden) -> the same, and the weighted auxiliary loss of these tokens (None without one)."""
@@ -82,7 +83,7 @@ class ExpertMixture(nn.Module):
     def balance(self) -> None:
         """Move the choice bias one step towards an even load and start counting anew; called after an optimizer step."""
         if self.bias_update_rate:
-            overloaded = self.tokens_per_expert - self.tokens_per_expert.mean()
+            overloaded = self.tokens_per_expert - self.tokens_per_expert.double().mean()
             self.choice_bias -= self.bias_update_rate * overloaded.sign()
         self.tokens_per_expert.zero_()
 

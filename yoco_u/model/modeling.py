@@ -30,6 +30,7 @@ class YocoUPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
+    _keep_in_fp32_modules_strict = ["choice_bias"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": OutputRecorder(Block, index=0)}
