@@ -120,6 +120,9 @@ class Architecture(Config):
         if not isinstance(data, dict) or "preset" not in data:
             return data
         settings = dict(data)
+        for key in settings:
+            if not isinstance(key, str):
+                raise ValueError(f"key {key!r} is no text; expected the name of a setting (quote it if it is one)")
         return preset(settings.pop("preset"), **settings).model_dump()
 
     @model_validator(mode="after")
@@ -166,7 +169,7 @@ def _problems(a: Architecture) -> list[str]:
         return ["stages is empty; give at least one stage, such as {attention: full, layers: 4}"]
     kinds = [stage.attention for stage in a.stages]
     if kinds[0] == "cross":
-        found.append("the first stage is cross, but nothing before it writes the global KV; begin with sliding, retention or full")
+        found.append("the first stage is cross, but nothing writes the global KV before it; begin with sliding or another kind")
     if "cross" in kinds and any(kind != "cross" for kind in kinds[kinds.index("cross") :]):
         found.append(f"stages are {', '.join(kinds)}: only cross stages can follow a cross stage")
     if a.num_attention_heads % a.num_key_value_heads:
@@ -273,7 +276,7 @@ SIZES: dict[str, dict[str, Any]] = {
 the feed-forward widths and the vocabulary here are chosen so that the parameter counts come out."""
 
 
-def preset(name: str, size: str = "8m", **settings: Any) -> Architecture:
+def preset(name: str, /, size: str = "8m", **settings: Any) -> Architecture:
     """An architecture of the paper at a named size.
 
     Args:
@@ -286,7 +289,7 @@ def preset(name: str, size: str = "8m", **settings: Any) -> Architecture:
         UserError: for an unknown name or size, or settings that make an impossible architecture.
     """
     for value, known, what in ((name, STAGES, "preset"), (size, SIZES, "size")):
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             near = difflib.get_close_matches(str(value), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             raise UserError(f"unknown {what} {value!r}: {hint}")
