@@ -179,7 +179,7 @@ def test_no_square_is_ever_made_for_a_sliding_layer(packed: bool) -> None:
 def draw_retention(seed: int, n: int, heads: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, n, heads, 4, generator=generator, dtype=dtype) for _ in range(3))
-    log_decay = -torch.rand(2, n, heads, generator=generator, dtype=dtype) ** 3 * 3
+    log_decay = -(torch.rand(2, n, heads, generator=generator, dtype=dtype) ** 3) * 3
     state = torch.randn(2, heads, 4, 4, generator=generator, dtype=dtype)
     return [x.requires_grad_() for x in (q, k, v, log_decay, state)]
 
