@@ -1,0 +1,36 @@
+# `make quickstart` and `make test` are all a new user needs; both create .venv themselves.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: quickstart test check benchmarks clean
+
+quickstart: .venv/installed
+	$(BIN)/yoco-u quickstart
+
+test: check
+	$(BIN)/pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmarks: .venv/installed
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/attention.py
+
+.venv/installed: pyproject.toml constraints.txt
+	@echo "creating .venv and installing yoco-u (a minute or two)"
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "installing the test tools"
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs datasets

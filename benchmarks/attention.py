@@ -1,0 +1,93 @@
+"""Sliding attention over length: time of forward and backward, and peak memory of a whole training step.
+
+    python benchmarks/attention.py
+
+Time: the attention of the 100M model's shape, window 512, from 4K to 64K tokens, beside torch's masked N x N attention as far
+as that is bearable. Memory: one training step of the 8M YOCO-U in a fresh process per length; the peak above what the process
+needs for the shortest length has to grow linearly.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from common import parser, seconds, show, write
+from torch import Tensor
+
+from yoco_u.architecture import preset
+from yoco_u.model import YocoUConfig, YocoUForCausalLM
+from yoco_u.model.attention import attend
+from yoco_u.model.block_attention import block_attention
+
+LENGTHS = [2**power for power in range(12, 17)]
+SHAPE = preset("yoco_u", "100m")
+
+
+def main() -> None:
+    arguments = parser(__doc__, "attention")
+    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--memory-of", type=int, help="run one training step of so many tokens and print its peak memory")
+    chosen = arguments.parse_args()
+    if chosen.memory_of:
+        print(json.dumps(training_step_memory(chosen.memory_of)))
+        return
+
+    times: list[dict[str, Any]] = []
+    for length in LENGTHS:
+        row = {"tokens": length, "seconds": sliding(length, chosen.repeats)}
+        row["growth"] = row["seconds"] / times[-1]["seconds"] if times else "-"
+        row["masked N x N seconds"] = masked(length) if length <= 8192 else "-"
+        times.append(row)
+    show(f"sliding attention, forward and backward, window {SHAPE.window}, bfloat16", times)
+
+    memory: list[dict[str, Any]] = []
+    for length in LENGTHS:
+        command = [sys.executable, __file__, "--memory-of", str(length)]
+        peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["step_bytes"]
+        growth = peak / memory[-1]["MiB of the step"] / 2**20 if memory else "-"
+        memory.append({"tokens": length, "MiB of the step": peak / 2**20, "growth": growth, "KiB per token": peak / length / 1024})
+    show("peak memory of one training step, YOCO-U 8m, float32 weights, bfloat16 autocast", memory)
+    write(chosen.out, {"window": SHAPE.window, "time": times, "memory": memory})
+
+
+def sliding(length: int, repeats: int) -> float:
+    q, k, v = heads(length)
+    assert SHAPE.window is not None
+    window = SHAPE.window
+    return min(seconds(lambda: block_attention(q, k, v, window, None, None).sum().backward(), repeats))
+
+
+def masked(length: int) -> float:
+    q, k, v = heads(length)
+    i = torch.arange(length)
+    mask = torch.zeros(length, length, dtype=q.dtype)
+    mask.masked_fill_((i > i[:, None]) | (i <= i[:, None] - (SHAPE.window or 0)), float("-inf"))
+    return min(seconds(lambda: attend(q, k, v, mask[None, None]).sum().backward(), 2))
+
+
+def heads(length: int) -> tuple[Tensor, Tensor, Tensor]:
+    counts = (SHAPE.num_attention_heads, SHAPE.num_key_value_heads, SHAPE.num_key_value_heads)
+    q, k, v = (torch.randn(1, length, n, SHAPE.head_dim, dtype=torch.bfloat16, requires_grad=True) for n in counts)
+    return q, k, v
+
+
+def training_step_memory(length: int) -> dict[str, int]:
+    """Peak resident bytes of a step beyond those of the process with the model in it."""
+    model = YocoUForCausalLM(YocoUConfig.from_architecture(preset("yoco_u", "8m"))).train()
+    step(model, 64)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    step(model, length)
+    return {"step_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
+
+
+def step(model: YocoUForCausalLM, length: int) -> None:
+    tokens = torch.randint(model.config.vocab_size, (1, length))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+
+
+if __name__ == "__main__":
+    main()

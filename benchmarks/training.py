@@ -1,0 +1,105 @@
+"""Training speed: model FLOP/s of whole optimizer steps against the GEMM rate and against transformers' Llama.
+
+    python benchmarks/training.py
+
+Each row is forward, backward, clipping and fused AdamW under bfloat16 autocast with float32 weights, at length 2048. The
+Llama has the shape, dtype and optimizer of our `transformer` preset and runs as transformers runs it (eager, SDPA) and under
+torch.compile. Model FLOPs come from `yoco_u.budget` for all: window counted as W keys, causal attention as half, so work that
+is computed and masked away counts against the one who does it. Rounds go through all models in turn, so that a noisy machine
+is noisy for all; the GEMM rate is measured in every round.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import bf16_gemm_rate, parser, seconds, show, write
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from yoco_u import Architecture, YocoUConfig, YocoUForCausalLM
+from yoco_u.architecture import preset
+from yoco_u.budget import parameters, training_flops
+from yoco_u.training.parallelize import compile_model
+
+LENGTH = 2048
+
+
+def main() -> None:
+    arguments = parser(__doc__, "training")
+    arguments.add_argument("--rounds", type=int, default=4)
+    arguments.add_argument("--sizes", nargs="+", default=["100m", "8m"])
+    arguments.add_argument("--tokens", type=int, default=4096, help="per step")
+    chosen = arguments.parse_args()
+
+    rows = [row for size in chosen.sizes for row in measure(size, chosen.rounds, chosen.tokens // LENGTH)]
+    show(f"training at length {LENGTH}, bfloat16, {chosen.tokens} tokens per step", rows)
+    write(chosen.out, {"length": LENGTH, "tokens_per_step": chosen.tokens, "rows": rows})
+
+
+def measure(size: str, rounds: int, batch_rows: int) -> list[dict[str, Any]]:
+    shape = {"100m": "about 100M parameters", "8m": "hidden size 256"}.get(size, size)
+    transformer = preset("transformer", size)
+    candidates: dict[str, tuple[Architecture, Callable[[], None]]] = {}
+    for name in ("yoco_u", "yoco", "transformer"):
+        architecture = preset(name, size)
+        model = YocoUForCausalLM(YocoUConfig.from_architecture(architecture))
+        compile_model(model, "on")
+        candidates[f"yoco-u {name}"] = (architecture, step(model, architecture, batch_rows, use_cache=False))
+    for name, compiled in (("Llama (transformers)", False), ("Llama (transformers), compiled", True)):
+        llama: Any = LlamaForCausalLM(llama_config(transformer))
+        if compiled:
+            llama.compile(dynamic=False)
+        candidates[name] = (transformer, step(llama, transformer, batch_rows))
+
+    found: dict[str, list[float]] = {name: [] for name in candidates}
+    rates = [bf16_gemm_rate()]
+    for _ in range(rounds):
+        for name, (architecture, call) in candidates.items():
+            best = min(seconds(call, 2))
+            found[name].append(training_flops(architecture, LENGTH) * batch_rows * LENGTH / best)
+        rates.append(bf16_gemm_rate())
+    gemm, llama_speed = statistics.median(rates), statistics.median(found["Llama (transformers)"])
+    return [
+        {
+            "model": name,
+            "shape": shape,
+            "parameters": parameters(architecture).total,
+            "tokens/s": statistics.median(found[name]) / training_flops(architecture, LENGTH),
+            "model GFLOP/s": statistics.median(found[name]) / 1e9,
+            "GEMM GFLOP/s": gemm / 1e9,
+            "of GEMM": statistics.median(found[name]) / gemm,
+            "against Llama": statistics.median(found[name]) / llama_speed,
+        }
+        for name, (architecture, _) in candidates.items()
+    ]
+
+
+def llama_config(a: Architecture) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=a.vocab_size, hidden_size=a.hidden_size, intermediate_size=a.intermediate_size,
+        num_hidden_layers=a.unrolled_layers, num_attention_heads=a.num_attention_heads,
+        num_key_value_heads=a.num_key_value_heads, head_dim=a.head_dim, tie_word_embeddings=a.tie_word_embeddings,
+        max_position_embeddings=LENGTH, use_cache=False,
+    )  # fmt: skip
+
+
+def step(model: nn.Module, architecture: Architecture, batch_rows: int, **kwargs: Any) -> Callable[[], None]:
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens: Tensor = torch.randint(architecture.vocab_size, (batch_rows, LENGTH), generator=torch.Generator().manual_seed(0))
+
+    def call() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens, **kwargs).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+if __name__ == "__main__":
+    main()
