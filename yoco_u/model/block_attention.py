@@ -49,9 +49,9 @@ def block_attention(
 def block_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, query_segments: Tensor | None, key_segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; the keys' are summed in float32."""
+    """Gradients of q, k and v; the keys' are summed in float32 at least."""
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    grad_k, grad_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
     groups = q.shape[2] // k.shape[2]
     scale = q.shape[-1] ** -0.5
     for rows, block, keys in _pieces(q, k, window):

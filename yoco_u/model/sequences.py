@@ -120,7 +120,7 @@ def prepare_sequences(
     new = segments[:, past:] if segments is not None else None
     pair = (new, segments) if segments is not None and new is not None else None
     positions = torch.arange(past, past + tokens, device=device)
-    blockwise = device.type == "cpu" and tokens > 1
+    blockwise = runs_blockwise(tokens, device)
 
     sliding = full = cross = None
     if "sliding" in kinds and not blockwise:
@@ -128,7 +128,8 @@ def prepare_sequences(
         seen = min(past, architecture.window - 1)
         visible = (pair[0], pair[1][:, past - seen :]) if pair is not None else None
         sliding = sliding_mask(tokens, seen, architecture.window, visible, dtype, device)
-    if "full" in kinds and (architecture.parallel or not blockwise) and (pair is not None or (past and tokens > 1) or architecture.parallel):
+    needs_mask = pair is not None or bool(past and tokens > 1)
+    if "full" in kinds and (architecture.parallel or (needs_mask and not blockwise)):
         full = full_mask(positions, past + tokens, pair, dtype)
         if architecture.parallel:
             full = torch.nn.functional.pad(full, (architecture.parallel.prefix_tokens, 0))
@@ -150,6 +151,11 @@ def prepare_sequences(
         padding=new == 0 if new is not None else None,
         cache=cache,
     )
+
+
+def runs_blockwise(tokens: int, device: torch.device) -> bool:
+    """Whether so many new tokens attend by `yoco_u.model.block_attention` rather than through torch's fused attention."""
+    return device.type == "cpu" and tokens > 1
 
 
 def _cross_mask(
