@@ -1,6 +1,7 @@
-"""Sliding attention in bands against a masked N x N attention, and chunked against recurrent retention."""
+"""Sliding attention, in bands and block by block, against a masked N x N attention; chunked against recurrent retention."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,14 +13,25 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from yoco_u.model.attention import sliding_attention, sliding_mask
+from yoco_u.model.block_attention import block_attention, block_attention_backward
 from yoco_u.model.retention import CHUNK, chunked_retention, recurrent_retention
 
 
+def blockwise(q: Tensor, k: Tensor, v: Tensor, window: int, segments: Tensor | None = None) -> Tensor:
+    """What a sliding layer computes on a CPU: segments are of all keys, (batch, past + queries)."""
+    queries = None if segments is None else segments[:, k.shape[1] - q.shape[1] :]
+    return block_attention(q, k, v, window, queries, segments)
+
+
 def banded(q: Tensor, k: Tensor, v: Tensor, window: int, segments: Tensor | None = None) -> Tensor:
-    """What a sliding layer computes: segments are of all keys, (batch, past + queries)."""
+    """What it computes elsewhere."""
     past = k.shape[1] - q.shape[1]
     pair = None if segments is None else (segments[:, past:], segments)
     return sliding_attention(q, k, v, window, sliding_mask(q.shape[1], past, window, pair, q.dtype, q.device))
+
+
+both_ways = pytest.mark.parametrize("sliding", [blockwise, banded])
+Attention = Callable[..., Tensor]
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, window: int, segments: Tensor | None = None) -> Tensor:
@@ -60,6 +72,7 @@ def draw_segments(data: st.DataObject, length: int) -> Tensor | None:
     return segments
 
 
+@both_ways
 @settings(max_examples=300)
 @given(
     st.data(),
@@ -69,13 +82,13 @@ def draw_segments(data: st.DataObject, length: int) -> Tensor | None:
     st.integers(1, 3),
     st.sampled_from([2, 8]),
 )
-def test_bands_equal_the_masked_square(
-    data: st.DataObject, queries: int, window: int, kv_heads: int, groups: int, head_dim: int
+def test_sliding_attention_equals_the_masked_square(
+    sliding: Attention, data: st.DataObject, queries: int, window: int, kv_heads: int, groups: int, head_dim: int
 ) -> None:
     past = data.draw(st.integers(0, window - 1), "past")
     q, k, v = draw_qkv(queries, queries, past, kv_heads, groups, head_dim)
     segments = draw_segments(data, past + queries)
-    actual, expected = banded(q, k, v, window, segments), masked(q, k, v, window, segments)
+    actual, expected = sliding(q, k, v, window, segments), masked(q, k, v, window, segments)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
     direction = torch.randn(expected.shape, dtype=torch.float64)
@@ -85,33 +98,36 @@ def test_bands_equal_the_masked_square(
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@both_ways
 @pytest.mark.parametrize(("queries", "window"), [(700, 256), (1100, 300), (513, 512), (770, 512)])
-def test_wide_windows_whose_blocks_are_half_a_window(queries: int, window: int) -> None:
+def test_wide_windows_whose_blocks_are_half_a_window(sliding: Attention, queries: int, window: int) -> None:
     for past in (0, 1, window - 1):
         q, k, v = draw_qkv(0, queries, past, 1, 2, 4)
         segments = torch.ones(2, past + queries, dtype=torch.long)
         segments[0, 400:] = 2
         segments[1, :37] = 0
         for chosen in (None, segments):
-            actual, expected = banded(q, k, v, window, chosen), masked(q, k, v, window, chosen)
+            actual, expected = sliding(q, k, v, window, chosen), masked(q, k, v, window, chosen)
             torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dtypes(dtype: torch.dtype) -> None:
+def test_dtypes(sliding: Attention, dtype: torch.dtype) -> None:
     q, k, v = (x.detach().to(dtype) for x in draw_qkv(0, 200, 0, 2, 2, 16))
-    actual = banded(q, k, v, 20)
+    actual = sliding(q, k, v, 20)
     assert actual.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     expected = masked(q.double(), k.double(), v.double(), 20)
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@both_ways
 @pytest.mark.parametrize("queries", [40, 200])
 @pytest.mark.parametrize("window", [1, 2, 5, 32, 33])
-def test_the_window_is_exactly_w_keys(queries: int, window: int) -> None:
+def test_the_window_is_exactly_w_keys(sliding: Attention, queries: int, window: int) -> None:
     q, k, v = (x.detach() for x in draw_qkv(0, queries, 0, 1, 1, 4, batch=1))
-    before = banded(q, k, v, window)
+    before = sliding(q, k, v, window)
     for i in (window, queries - 1):
         if i >= queries:
             continue
@@ -120,7 +136,7 @@ def test_the_window_is_exactly_w_keys(queries: int, window: int) -> None:
                 continue
             moved = v.clone()
             moved[:, key] += 1
-            assert (not torch.equal(banded(q, k, moved, window)[:, i], before[:, i])) == changes, (i, key)
+            assert (not torch.equal(sliding(q, k, moved, window)[:, i], before[:, i])) == changes, (i, key)
 
 
 def test_reach_of_a_stack_is_layers_times_the_window_less_one() -> None:
@@ -147,15 +163,21 @@ class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation makes."""
 
     elements = 0
+    ours = {op._qualname: op._init_fn for op in (block_attention, block_attention_backward)}  # to look inside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func._schema.name in self.ours:
+            with self:
+                out = self.ours[func._schema.name](*args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
         return out
 
 
+@pytest.mark.usefixtures("attention_path")
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_square_is_ever_made_for_a_sliding_layer(packed: bool) -> None:
     """Forward and backward through sliding stages: the largest tensor grows with N, not with its square."""
@@ -171,6 +193,14 @@ def test_no_square_is_ever_made_for_a_sliding_layer(packed: bool) -> None:
         assert recorded.elements < n * n / 4
         largest.append(recorded.elements)
     assert largest[1] <= 2.1 * largest[0]
+
+
+def test_the_operators_are_well_formed() -> None:
+    """Schema, shapes without data, autograd registration: what torch.compile and checkpointing rely on."""
+    q, k, v = (x.float().detach().requires_grad_() for x in draw_qkv(0, 70, 3, 2, 2, 4))
+    segments = torch.ones(2, 73, dtype=torch.long)
+    for part in (None, segments):
+        torch.library.opcheck(block_attention, (q, k, v, 4, part if part is None else part[:, 3:], part))
 
 
 # Gated retention

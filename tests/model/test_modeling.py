@@ -12,6 +12,7 @@ from yoco_u import Architecture, YocoUForCausalLM
 from yoco_u.architecture import LOOPED
 from yoco_u.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("attention_path")
 N, WINDOW = 29, 8
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PRESETS},

@@ -10,6 +10,8 @@ from reference import reference_logits, reference_loss
 
 from yoco_u import Architecture
 
+pytestmark = pytest.mark.usefixtures("attention_path")
+
 # Rotary angles and retention are float32 by design, so float64 models agree to float32's accuracy in those parts.
 # torch's grouped product has no float64, so models with experts run in float32 throughout.
 TOLERANCE = {torch.float64: 2e-5, torch.float32: 1e-4}
