@@ -164,9 +164,10 @@ def _sentence(gap: Gap) -> str:
     else:
         cost = f", at {gap.flops_ratio:.2f}x its FLOPs"
     if round(gap.gap, 4) == 0:
-        return f"At equal {gap.equal}, {gap.run} and {gap.other} end at the same validation loss ({losses}){cost}."
+        return f"At equal {gap.equal}, {gap.run} and {gap.other} have the same validation loss ({losses}){cost}."
     direction = "lower" if gap.gap < 0 else "higher"
-    return f"At equal {gap.equal}, {gap.run} ends {abs(gap.gap):.4f} {direction} than {gap.other} ({losses}){cost}."
+    verdict = f"the validation loss of {gap.run} is {abs(gap.gap):.4f} {direction} than that of {gap.other}"
+    return f"At equal {gap.equal}, {verdict} ({losses}){cost}."
 
 
 def describe(a: Architecture) -> str:

@@ -117,6 +117,7 @@ def _svg(draw: Callable[[Axes], None]) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = svg.replace(_INK, "currentColor")
     for number, (light, _) in enumerate(PALETTE):
         svg = svg.replace(light, f"var(--run-{number})")

@@ -15,6 +15,8 @@ from yoco_u.errors import UserError
 from yoco_u.runs import Run
 from yoco_u.version import __version__
 
+_LABELS = {"memory_bytes": "memory", "gemm_flops_per_second": "matrix products"}
+
 
 def write_report(runs: list[Run], out: str | os.PathLike[str], title: str | None = None) -> Figures:
     """Write the page beside, then rename.
@@ -93,7 +95,7 @@ def _environment(runs: list[Run]) -> list[tuple[str, list[str]]]:
     rows = []
     for key in keys:
         cells = [_cell(key, found.get(key)) for found in flat]
-        rows.append((key.replace("_", " "), cells[:1] if len(set(cells)) == 1 else cells))
+        rows.append((_LABELS.get(key, key.replace("_", " ")), cells[:1] if len(set(cells)) == 1 else cells))
     return rows
 
 

@@ -8,6 +8,7 @@ import typer
 
 from yoco_u.cli.evaluate import evaluate
 from yoco_u.cli.generate import generate
+from yoco_u.cli.output import Stopped
 from yoco_u.cli.prepare import prepare
 from yoco_u.cli.quickstart import quickstart
 from yoco_u.cli.report import report
@@ -27,6 +28,8 @@ app = typer.Typer(
 for command in (quickstart, prepare, train, evaluate, generate, report):
     app.command(no_args_is_help=command not in (quickstart,))(command)
 
+_INTERRUPTED = 130
+
 # The same classes whether typer brings its own click or uses the one that is installed.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -44,15 +47,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except typer.Exit as ended:
         return ended.exit_code
+    except Stopped as stopped:
+        return _interrupted(str(stopped))
     except (KeyboardInterrupt, typer.Abort):
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except _ClickException as error:
         return _fail(_usage(error)) if str(error) else 2
+    if status == _INTERRUPTED:  # typer has turned a KeyboardInterrupt into this
+        return _interrupted()
     return status if isinstance(status, int) else 0
+
+
+def _interrupted(message: str = "interrupted") -> int:
+    print(f"\n{message}", file=sys.stderr)
+    return _INTERRUPTED
 
 
 def _fail(message: str) -> int:

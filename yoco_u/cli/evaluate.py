@@ -20,14 +20,14 @@ def evaluate(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FILES]...", help="Held-out text, in any form that prepare reads. [default: the run's validation split]"
+            metavar="FILES", help="Held-out text, in any form that prepare reads. \\[default: the run's validation split]"
         ),
     ] = None,
     num_loops: Annotated[
         list[int] | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own; can be given again.")
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. [default: the run's, or 1024]")
+        int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. \\[default: the run's, or 1024]")
     ] = None,
     text_field: Annotated[
         str, typer.Option("--text-field", help="Column of JSON lines and Parquet files that holds the text.")
@@ -37,11 +37,14 @@ def evaluate(
 ) -> None:
     """Loss, perplexity and bits per byte of held-out text, in float32.
 
+    Files are scored whole, every token once, against their exact bytes. With
+    several loop counts there is one row for each.
+
     [bold]Examples[/bold]
 
       yoco-u evaluate runs/quickstart/yoco-u
 
-      yoco-u evaluate runs/quickstart/yoco-u my_code/*.py --num-loops 1 --num-loops 3 --json
+      yoco-u evaluate runs/quickstart/yoco-u a.py b.py --num-loops 1 --num-loops 3
     """
     from yoco_u.runs import load_model
     from yoco_u.training.distributed import distributed_session

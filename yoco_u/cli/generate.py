@@ -25,11 +25,14 @@ def generate(
 ) -> None:
     """Continue a prompt; the text appears as it is written.
 
+    The prompt begins a document; the text ends where the model ends it, or after
+    so many tokens.
+
     [bold]Examples[/bold]
 
       yoco-u generate runs/quickstart/yoco-u --prompt 'def ' --temperature 0.5
 
-      yoco-u generate runs/quickstart/yoco-u --prompt - --greedy --num-loops 5 < question.txt
+      yoco-u generate runs/quickstart/yoco-u --prompt - --greedy < start.txt
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
@@ -38,15 +41,10 @@ def generate(
     from yoco_u.evaluation.samples import Sampling, continue_text
     from yoco_u.runs import load_model
     from yoco_u.training.distributed import distributed_session
+    from yoco_u.typed import parse
 
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=0 if greedy else temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        num_loops=num_loops,
-    )
+    chosen = {"max_new_tokens": max_new_tokens, "temperature": 0 if greedy else temperature, "top_k": top_k, "top_p": top_p}
+    sampling = parse(Sampling, chosen | {"seed": seed, "num_loops": num_loops}, "options")
     with distributed_session(device) as distributed:
         weights, tokenizer = load_model(model, distributed.device)
         streamer = None if json else _streamer(tokenizer)

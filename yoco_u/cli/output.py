@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import typer
-
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
@@ -25,13 +23,16 @@ def note(message: str) -> None:
         print(message, file=sys.stderr)
 
 
+class Stopped(Exception):  # noqa: N818
+    """The command was asked to stop, and did so in good order; the message says how to go on."""
+
+
 @contextmanager
 def stops_cleanly() -> Iterator[None]:
-    """A run that was asked to stop and left a checkpoint ends the command with one line and status 130."""
+    """A run that was asked to stop and left a checkpoint ends the command with that line and status 130."""
     from yoco_u.training import TrainingInterrupted
 
     try:
         yield
     except TrainingInterrupted as interrupted:
-        note(str(interrupted))
-        raise typer.Exit(130) from None
+        raise Stopped(str(interrupted)) from None

@@ -15,29 +15,30 @@ from yoco_u.typed import Config, apply_overrides, parse
 def prepare(
     config: Annotated[
         str | None,
-        typer.Argument(metavar="[CONFIG]", help="A run config, whose data settings are used: a YAML file or a packaged name."),
+        typer.Argument(metavar="CONFIG", help="A run config, whose data settings are used: a YAML file or a packaged name."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as data.vocab_size=2048."),
+        typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as data.vocab_size=2048."),
     ] = None,
     corpus: Annotated[
         list[str] | None,
         typer.Option("--corpus", help="What to read: stdlib, a file, a folder, a glob, hf:dataset; can be given again."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the dataset. [default: the config's dataset]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the dataset. \\[default: the config's dataset]")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the dataset's index as JSON.")] = False,
 ) -> None:
     """Turn a corpus into a tokenizer and packed shards.
 
-    Reads text files, JSON lines, Parquet and Hugging Face datasets; trains a byte-level BPE tokenizer unless data.tokenizer
-    names one. A dataset that is already there and came from equal settings is left as it is.
+    Reads text files, JSON lines, Parquet and Hugging Face datasets; trains a
+    byte-level BPE tokenizer unless data.tokenizer names one. A dataset that is
+    already there and came from equal settings is left as it is.
 
     [bold]Examples[/bold]
 
       yoco-u prepare --corpus stdlib --out data/stdlib
 
-      yoco-u prepare --corpus 'books/*.txt' --out data/books data.vocab_size=8192
+      yoco-u prepare --corpus 'a/*.txt' --out data/a data.vocab_size=8192
 
       yoco-u prepare 8m
     """

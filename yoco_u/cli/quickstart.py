@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def quickstart(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change in every run, such as training.steps=100."),
+        typer.Argument(metavar="KEY=VALUE", help="Settings to change in every run, such as training.steps=100."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for everything.")] = Path("runs/quickstart"),
     config: Annotated[Path, typer.Option("--config", help="Another comparison to run.", show_default=False)] = PACKAGED
@@ -24,14 +24,16 @@ def quickstart(
 ) -> None:
     """Train YOCO-U and its twin without the loop, compare them and write a report.
 
-    Needs nothing but this command: the corpus is the Python standard library's own sources. YOCO is trained twice, for as
-    many steps as YOCO-U and for as many FLOPs. What is finished already is used again; an interrupted run continues.
+    Needs nothing but this command: the corpus is the Python standard library's
+    own sources. YOCO is trained twice, for as many steps as YOCO-U and for as
+    many FLOPs. What is finished already is used again; an interrupted run
+    continues.
 
     [bold]Examples[/bold]
 
       yoco-u quickstart
 
-      yoco-u quickstart training.steps=50 --out runs/short
+      yoco-u quickstart training.steps=200 --out runs/short
     """
     from yoco_u.analysis.comparison import Comparison, run_comparison
     from yoco_u.analysis.report import write_report

@@ -9,9 +9,9 @@ from yoco_u.cli.output import print_json
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder or more; two or more are compared.")],
-    out: Annotated[Path | None, typer.Option("--out", help="File to write. [default: report.html in the first run]")] = None,
-    title: Annotated[str | None, typer.Option("--title", help="Heading of the page. [default: the runs' names]")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="One run folder or more; two or more are compared.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File to write. \\[default: report.html in the first run]")] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Heading of the page. \\[default: the runs' names]")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the compared figures as JSON too.")] = False,
 ) -> None:
     """Write one self-contained HTML page: curves, comparison, samples, settings.

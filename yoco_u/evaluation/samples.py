@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from pydantic import Field, PositiveInt
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from yoco_u.data import DocumentEncoder
@@ -21,24 +22,12 @@ class Sampling(Config):
         num_loops: T; the model's own by default.
     """
 
-    max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    num_loops: int | None = None
+    max_new_tokens: PositiveInt = 200
+    temperature: float = Field(default=0.8, ge=0)
+    top_k: PositiveInt | None = None
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    num_loops: PositiveInt | None = None
     seed: int = 0
-
-    def model_post_init(self, context: Any) -> None:
-        limits = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "at least 0; 0 is greedy"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("num_loops", self.num_loops is None or self.num_loops >= 1, "a whole number of at least 1"),
-        )
-        for name, fits, expected in limits:
-            if not fits:
-                raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")
 
 
 def continue_text(

@@ -1,0 +1,185 @@
+"""Figures, gaps and the page, from run folders with made-up metrics."""
+
+import json
+import re
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from yoco_u.analysis.figures import compare, duration, scientific, short_bytes, short_count
+from yoco_u.analysis.plots import PALETTE, smoothed
+from yoco_u.analysis.report import write_report
+from yoco_u.architecture import preset
+from yoco_u.budget import kv_bytes, parameters, training_flops
+from yoco_u.runs import Run, read_run
+from yoco_u.training.config import RunConfig
+from yoco_u.typed import dump_yaml, parse
+
+
+def made_up(folder: Path, name: str, loops: int, steps: int, loss: float | None, planned: int | None = None) -> Run:
+    """A run folder whose last validation loss is `loss`; None: never evaluated."""
+    architecture = {"preset": "yoco_u", "size": "test", "loops": loops}
+    training = {"steps": planned or steps, "sequence_length": 32, "batch_rows": 4, "micro_batch_rows": 4}
+    settings = {
+        "name": name,
+        "architecture": architecture,
+        "dataset": "d",
+        "optimizer": {"warmup_steps": 0},
+        "training": training,
+    }
+    config = parse(RunConfig, settings, "test")
+    per_token = training_flops(config.architecture, 32)
+    folder.mkdir()
+    dump_yaml(config, folder / "config.yaml")
+    records: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        common = {"step": step, "tokens": 128 * step, "flops": per_token * 128 * step}
+        speed = {"tokens_per_second": 1000.0 + step, "model_flops_per_second": 1e9, "mfu": 0.5, "seconds": 0.1 * step}
+        figures = {
+            "loss": 5 - 0.01 * step,
+            "perplexity": 9.0,
+            "bits_per_byte": 2.0,
+            "gradient_norm": 1.0,
+            "learning_rate": 1e-3,
+        }
+        records.append({"kind": "train"} | common | figures | speed)
+        if loss is not None and step % 10 == 0:
+            records.append({"kind": "evaluation"} | common | {"loss": loss, "perplexity": 77.125, "bits_per_byte": 1.4321})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "environment.json").write_text(json.dumps({"torch": "2.x", "memory_bytes": 2**34, "resumed": []}))
+    samples = [{"prompt": "def ", "text": "<b>x</b> & {{ 1 }}", "tokens": 3, "settings": {}}]
+    (folder / "samples.json").write_text(json.dumps(samples))
+    return read_run(folder)
+
+
+def test_figures_are_those_of_the_records_and_the_budget(tmp_path: Path) -> None:
+    [found] = compare([made_up(tmp_path / "a", "A", 3, 20, 4.25)]).runs
+    architecture = preset("yoco_u", "test", loops=3)
+    assert (found.steps, found.tokens, found.loss, found.perplexity) == (20, 2560, 4.25, 77.125)
+    assert found.parameters == parameters(architecture).total
+    assert found.flops == 2560 * training_flops(architecture, 32) == found.flops_per_token * 2560
+    assert found.kv_bytes == kv_bytes(architecture, 16384)
+    assert found.tokens_per_second == 1010.5
+
+
+@pytest.mark.parametrize(("looped", "word"), [(4.0, "lower"), (4.5, "higher"), (4.2, "same")])
+def test_the_headline_says_what_came_out(tmp_path: Path, looped: float, word: str) -> None:
+    runs = [made_up(tmp_path / "a", "Plain", 1, 20, 4.2), made_up(tmp_path / "b", "Looped", 3, 20, looped)]
+    figures = compare(runs)
+    [gap] = figures.gaps
+    assert (gap.run, gap.other, gap.equal) == ("Looped", "Plain", "steps")
+    assert gap.gap == pytest.approx(looped - 4.2)
+    assert gap.flops_ratio == pytest.approx(figures.runs[1].flops / figures.runs[0].flops)
+    assert figures.headline.startswith("At equal steps")
+    assert word in figures.headline
+    assert compare(runs[::-1]).gaps == figures.gaps
+
+
+def test_gaps_at_equal_flops_and_none_between_unequal_runs(tmp_path: Path) -> None:
+    ratio = training_flops(preset("yoco_u", "test", loops=3), 32) / training_flops(preset("yoco_u", "test", loops=1), 32)
+    runs = [
+        made_up(tmp_path / "a", "Short", 1, 100, 4.2),
+        made_up(tmp_path / "b", "Long", 1, round(100 * ratio), 4.0),
+        made_up(tmp_path / "c", "Looped", 3, 100, 4.1),
+    ]
+    gaps = {gap.equal: gap for gap in compare(runs).gaps}
+    assert set(gaps) == {"steps", "FLOPs"}
+    assert (gaps["FLOPs"].run, gaps["FLOPs"].other) == ("Looped", "Long")
+    assert gaps["FLOPs"].gap == pytest.approx(0.1)
+    assert gaps["FLOPs"].tokens_ratio == pytest.approx(1 / ratio, rel=0.01)
+    apart = compare(runs[:2])
+    assert apart.gaps == []
+    assert "No two runs" in apart.headline
+    assert "Long" in apart.headline
+
+
+def test_unfinished_and_unscored_runs_are_named(tmp_path: Path) -> None:
+    unscored = made_up(tmp_path / "a", "Young", 1, 5, None, planned=50)
+    figures = compare([unscored])
+    assert figures.headline == "Not finished yet: Young. No run has been evaluated yet."
+    assert dict(figures.table())["steps"] == ["5 of 50"]
+    write_report([unscored, made_up(tmp_path / "b", "Old", 1, 20, 4.0)], tmp_path / "report.html")
+
+
+class Page(HTMLParser):
+    """Collects text, and every attribute from which a browser could load something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = dict(attributes)
+        self.addresses += [
+            found[key] or "" for key in ("src", "href", "srcset", "data", "xlink:href", "action") if key in found
+        ]
+        if tag not in ("meta", "path", "circle", "use", "rect", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_the_page_is_complete_and_self_contained(tmp_path: Path, count: int) -> None:
+    runs = [made_up(tmp_path / f"{i}", f"Run <{i}>", 1 + i % 3, 20, 4 + i / 8) for i in range(count)]
+    figures = write_report(runs, tmp_path / "deep" / "report.html", "A & B")
+    source = (tmp_path / "deep" / "report.html").read_text()
+    page = Page()
+    page.feed(source)
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", source)
+    assert all(address.startswith("#") for address in page.addresses)
+    assert page.open == []
+    for run, found in zip(runs, figures.runs, strict=True):
+        for shown in (run.config.name, f"{found.loss:.4f}", "77.12", "1.4321", short_count(found.parameters)):
+            assert shown in page.text
+    assert figures.headline in page.text
+    assert "<h1>A &amp; B</h1>" in source
+    assert "def <b>x</b> & {{ 1 }}" in page.text
+    assert page.text.count("sequence_length: 32") == count
+    assert "16.0 GiB" in page.text
+    ids = re.findall(r' id="([^"]+)"', source)
+    assert len(ids) == len(set(ids))
+    assert all(reference in ids for reference in re.findall(r'(?:url\(|href=")#([^)"]+)', source))
+
+
+def test_plots_take_their_colours_from_the_page(tmp_path: Path) -> None:
+    write_report([made_up(tmp_path / "a", "A", 1, 20, 4.0)], tmp_path / "report.html")
+    source = unescape((tmp_path / "report.html").read_text())
+    plots = re.findall(r"<figure.*?</figure>", source, re.DOTALL)
+    assert len(plots) == 5
+    for plot in plots:
+        assert "var(--run-0)" in plot
+        assert "currentColor" in plot
+        assert not any(colour in plot for pair in PALETTE for colour in pair)
+
+
+def test_smoothing_keeps_a_constant_and_follows_a_step() -> None:
+    assert smoothed([2.0] * 200) == pytest.approx([2.0] * 200)
+    assert smoothed([1.0, 3.0]) == [1.0, 3.0]
+    step = smoothed([0.0] * 100 + [1.0] * 400)
+    assert step[99] == 0
+    assert 0 < step[101] < 1
+    assert step[-1] == pytest.approx(1, abs=1e-6)
+    assert step == sorted(step)
+
+
+def test_short_forms() -> None:
+    assert [short_count(n) for n in (5, 1234, 1_234_567, 999_800_000, 3.2e12)] == ["5", "1.23K", "1.23M", "1000M", "3.2T"]
+    assert [short_bytes(n) for n in (512, 2048, 62 * 2**20, 3 * 2**30)] == ["512 B", "2.0 KiB", "62.0 MiB", "3.0 GiB"]
+    assert [duration(s) for s in (1.44, 83, 3723)] == ["1.4 s", "1 min 23 s", "1 h 02 min"]
+    assert scientific(123456789) == "1.23e8"

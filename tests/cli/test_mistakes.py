@@ -1,0 +1,137 @@
+"""What users get wrong: one line on stderr, exit status 2, nothing on stdout."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def test_unknown_key_names_the_nearest(run: Any, workspace: Path) -> None:
+    error = run("train", workspace / "config.yaml", "training.stepz=3").error
+    assert "training.stepz" in error
+    assert "did you mean steps" in error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["training.steps=0"], "training.steps"),
+        (["training.steps=many"], "'many'"),
+        (["training.steps"], "key=value"),
+        (["optimizer.schedule=linear"], "optimizer.schedule"),
+        (["architecture.preset=yoco_x"], "unknown preset 'yoco_x'"),
+        (["architecture.size=9b"], "unknown size '9b'"),
+        (["architecture.loops=0"], "loops"),
+        (["architecture.window=0"], "window"),
+        (["architecture.vocab_size=260"], "vocab_size"),
+        (["training.device=abacus"], "abacus"),
+    ],
+)
+def test_wrong_settings(run: Any, workspace: Path, tmp_path: Path, overrides: list[str], part: str) -> None:
+    assert part in run("train", workspace / "config.yaml", *overrides, "--out", tmp_path / "run", "--json").error
+
+
+def test_missing_and_broken_configs(run: Any, tmp_path: Path) -> None:
+    assert "packaged are" in run("train", tmp_path / "none.yaml").error
+    assert "did you mean" in run("train", "1.3bb").error
+    (tmp_path / "broken.yaml").write_text("name: [1, 2")
+    assert "not valid YAML" in run("train", tmp_path / "broken.yaml").error
+    (tmp_path / "list.yaml").write_text("- 1")
+    assert "mapping" in run("prepare", tmp_path / "list.yaml").error
+    (tmp_path / "runs.yaml").write_text("title: x\nbase: {}\nruns: []\nsamples: {prompts: []}")
+    assert "runs" in run("quickstart", "--config", tmp_path / "runs.yaml").error
+
+
+def test_prepare(run: Any, tmp_path: Path) -> None:
+    assert "--corpus" in run("prepare", "--corpus", "x").error
+    assert "nothing there" in run("prepare", "--corpus", tmp_path / "nothing there", "--out", tmp_path / "data", "--json").error
+    error = run("prepare", "--corpus", "stdlib", "--out", tmp_path / "data", "data.vocab=300").error
+    assert "did you mean vocab_size" in error
+    assert not (tmp_path / "data").exists()
+
+
+def test_usage(run: Any, workspace: Path) -> None:
+    assert "No such command" in run("trian").error
+    assert "--temperature" in run("generate", workspace / "a", "--prompt", "a", "--temprature", "1").error
+    assert "--prompt" in run("generate", workspace / "a").error
+    assert "--max-new-tokens" in run("generate", workspace / "a", "--prompt", "a", "--max-new-tokens", "x").error
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("generate", "--prompt", "a")])
+def test_no_model_there(run: Any, workspace: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    name, *options = command
+    assert "no such folder" in run(name, tmp_path / "none", *options).error
+    assert "neither a run folder" in run(name, workspace / "corpus", *options).error
+    (tmp_path / "unfinished").mkdir()
+    shutil.copy(workspace / "a" / "config.yaml", tmp_path / "unfinished")
+    assert "not finished" in run(name, tmp_path / "unfinished", *options).error
+
+
+def damaged(workspace: Path, tmp_path: Path) -> Path:
+    shutil.copytree(workspace / "a" / "model", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_damaged_weights(run: Any, workspace: Path, tmp_path: Path) -> None:
+    model = damaged(workspace, tmp_path)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot load the model" in run("generate", model, "--prompt", "a").error
+    weights.unlink()
+    assert "cannot load the model" in run("generate", model, "--prompt", "a").error
+
+
+def test_damaged_config_and_tokenizer(run: Any, workspace: Path, tmp_path: Path) -> None:
+    model = damaged(workspace, tmp_path)
+    (model / "tokenizer.json").write_text("{}")
+    assert "tokenizer" in run("generate", model, "--prompt", "a").error
+    (model / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing" in run("generate", model, "--prompt", "a").error
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))
+    assert "num_attention_heads 3" in run("generate", model, "--prompt", "a").error
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    assert "'llama'" in run("generate", model, "--prompt", "a").error
+    (model / "config.json").write_text("{")
+    assert "damaged" in run("generate", model, "--prompt", "a").error
+
+
+@pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        (("--num-loops", "0"), "num_loops"),
+        (("--max-new-tokens", "0"), "max_new_tokens"),
+        (("--temperature", "-1"), "temperature"),
+        (("--top-p", "1.5"), "top_p"),
+        (("--top-k", "0"), "top_k"),
+        (("--device", "abacus"), "abacus"),
+    ],
+)
+def test_generate_options(run: Any, workspace: Path, option: tuple[str, str], part: str) -> None:
+    assert part in run("generate", workspace / "a", "--prompt", "a", *option).error
+
+
+def test_empty_prompt(run: Any, workspace: Path) -> None:
+    assert "prompt is empty" in run("generate", workspace / "a", "--prompt", "").error
+
+
+def test_evaluate(run: Any, workspace: Path, tmp_path: Path) -> None:
+    assert "--num-loops is 0" in run("evaluate", workspace / "a", "--num-loops", "0").error
+    assert "none.txt" in run("evaluate", workspace / "a", tmp_path / "none.txt").error
+    assert "name files" in run("evaluate", workspace / "a" / "model").error
+    (tmp_path / "empty.txt").touch()
+    assert "no text" in run("evaluate", workspace / "a", tmp_path / "empty.txt").error
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{')
+    assert "bad.jsonl:2" in run("evaluate", workspace / "a", tmp_path / "bad.jsonl").error
+
+
+def test_report(run: Any, workspace: Path, tmp_path: Path) -> None:
+    assert "no run here" in run("report", tmp_path).error
+    shutil.copytree(workspace / "a", tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("{\n{}\n")
+    assert "metrics.jsonl" in run("report", tmp_path / "run").error
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert "no metrics yet" in run("report", tmp_path / "run").error
+    assert "cannot write" in run("report", workspace / "a", "--out", workspace / "config.yaml" / "report.html").error
