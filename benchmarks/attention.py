@@ -48,7 +48,9 @@ def main() -> None:
         command = [sys.executable, __file__, "--memory-of", str(length)]
         peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["step_bytes"]
         growth = peak / memory[-1]["MiB of the step"] / 2**20 if memory else "-"
-        memory.append({"tokens": length, "MiB of the step": peak / 2**20, "growth": growth, "KiB per token": peak / length / 1024})
+        memory.append(
+            {"tokens": length, "MiB of the step": peak / 2**20, "growth": growth, "KiB per token": peak / length / 1024}
+        )
     show("peak memory of one training step, YOCO-U 8m, float32 weights, bfloat16 autocast", memory)
     write(chosen.out, {"window": SHAPE.window, "time": times, "memory": memory})
 

@@ -251,8 +251,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "head_dim": 8, "window": 8, "vocab_size": 96,
     },
     "quickstart": {
-        "layers": 6, "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 32, "window": 64, "vocab_size": 1024, "tie_word_embeddings": True,
+        "layers": 6, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 32, "window": 64, "vocab_size": 512, "tie_word_embeddings": True,
     },
     "8m": {
         "layers": 8, "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -299,7 +299,7 @@ def preset(name: str, /, size: str = "8m", **settings: Any) -> Architecture:
     layers = shape.pop("layers")
     if not isinstance(layers, int) or layers < 2 or layers % 2:
         raise UserError(f"layers is {layers!r}; expected an even number of at least 2, as presets split it in two halves")
-    looping = {key: shape.pop(key) for key in ("loops", "loop_gate") if key in shape}
+    looping: dict[str, Any] = {key: shape.pop(key) for key in ("loops", "loop_gate") if key in shape}
     if looping and name not in LOOPED:
         raise UserError(f"{name} has no loop, so {' and '.join(looping)} cannot be set; looped are {', '.join(sorted(LOOPED))}")
     if name == "parscale":

@@ -9,6 +9,7 @@ The operators are opaque to torch.compile, which would unroll the loop.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,9 +137,7 @@ def _from_head(x: Tensor, kv_heads: int) -> Tensor:
 
 
 @block_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, window: int, query_segments: Tensor | None, key_segments: Tensor | None
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, window: int, query_segments: Tensor | None, key_segments: Tensor | None) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -150,12 +149,12 @@ def _(
     return grad_q, grad_k, grad_v
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, ctx.window, query_segments, key_segments = inputs
     ctx.save_for_backward(q, k, v, query_segments, key_segments)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, query_segments, key_segments = ctx.saved_tensors
     return (*block_attention_backward(grad, q, k, v, ctx.window, query_segments, key_segments), None, None, None)
 

@@ -56,7 +56,7 @@ class ExpertMixture(nn.Module):
 
         counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
         if self.training:
-            self.tokens_per_expert += counts
+            self.tokens_per_expert.add_(counts)
         out = self._experts(tokens, chosen, weights, counts)
         if self.shared is not None:
             out = out + self.shared(tokens)
@@ -84,7 +84,7 @@ class ExpertMixture(nn.Module):
         """Move the choice bias one step towards an even load and start counting anew; called after an optimizer step."""
         if self.bias_update_rate:
             overloaded = self.tokens_per_expert - self.tokens_per_expert.double().mean()
-            self.choice_bias -= self.bias_update_rate * overloaded.sign()
+            self.choice_bias.sub_(self.bias_update_rate * overloaded.sign())
         self.tokens_per_expert.zero_()
 
 

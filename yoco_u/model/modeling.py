@@ -238,9 +238,7 @@ def _check_cache(cache: YocoUCache | None, loops: tuple[int, ...], document_ids:
         raise UserError("document_ids came with a filled cache; packed documents are for calls without one")
 
 
-def _segments(
-    attention_mask: Tensor | None, document_ids: Tensor | None, shape: tuple[int, int], past: int
-) -> Tensor | None:
+def _segments(attention_mask: Tensor | None, document_ids: Tensor | None, shape: tuple[int, int], past: int) -> Tensor | None:
     """Segments of all tokens so far, (batch, past + tokens), see `yoco_u.model.attention`; None for one document each."""
     segments = None
     if document_ids is not None:
@@ -260,9 +258,7 @@ def _segments(
     return segments
 
 
-def _positions(
-    attention_mask: Tensor | None, documents: Tensor | None, tokens: int, past: int, device: torch.device
-) -> Tensor:
+def _positions(attention_mask: Tensor | None, documents: Tensor | None, tokens: int, past: int, device: torch.device) -> Tensor:
     if documents is not None:
         index = torch.arange(tokens, device=device)
         begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)

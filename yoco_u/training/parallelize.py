@@ -4,6 +4,7 @@ The model itself knows nothing of it. The order matters: recomputation, then com
 """
 
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -34,7 +35,11 @@ def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Di
         return model.to(distributed.device)
     if config.parallel == "ddp":
         # Buffers are not broadcast: the counts of a mixture of experts differ by rank until they are summed.
-        return DistributedDataParallel(model.to(distributed.device), broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="`broadcast_buffers` is deprecated"
+            )  # older torch has no other name for it
+            return DistributedDataParallel(model.to(distributed.device), broadcast_buffers=False, gradient_as_bucket_view=True)
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
@@ -51,7 +56,7 @@ def checkpoint_stages(model: YocoUForCausalLM, stages: tuple[int, ...]) -> None:
 
 
 def compile_model(model: YocoUForCausalLM, setting: str) -> None:
-    """Run the blocks through torch.compile: one graph serves all layers of a kind.
+    """Run the blocks and the loss through torch.compile: one graph serves all layers of a kind, in all loops.
 
     Args:
         setting: of `TrainingConfig.compile`; `auto` compiles where a C++ compiler or a GPU is at hand.
@@ -61,6 +66,7 @@ def compile_model(model: YocoUForCausalLM, setting: str) -> None:
         return
     for block in _blocks(model):
         block.compile(dynamic=False)
+    model.loss_function = torch.compile(model.loss_function, dynamic=False)
 
 
 def without_gradient_sync(model: nn.Module) -> Any:
