@@ -1,43 +1,51 @@
-"""Documentation that would otherwise go stale."""
+"""Pages that are made from the code, or name parts of it, are still true."""
 
+import importlib.util
 import re
+import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-import torch
 
-from yoco_u import YocoUConfig, YocoUForCausalLM
-from yoco_u.architecture import LOOPED, STAGES, preset
+from yoco_u.cli import main
+from yoco_u.cli.settings import find_config
 
-DOCS = Path(__file__).parent.parent / "docs"
-
-
-def documented_tensors() -> set[str]:
-    text = (DOCS / "checkpoint-format.md").read_text(encoding="utf-8")
-    return set(re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE))
+DOCS = Path(__file__).parents[1] / "docs"
 
 
-def tensor_names(name: str, **settings: object) -> set[str]:
-    with torch.device("meta"):
-        model = YocoUForCausalLM(YocoUConfig.from_architecture(preset(name, "test", **settings)))
-    return {re.sub(r"stages\.\d+", "stages.S", re.sub(r"layers\.\d+", "layers.L", key)) for key in model.state_dict()}
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_configuration", DOCS / "generate_configuration.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-EXPERTS = {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16}
+def test_configuration_page_is_the_generated_one() -> None:
+    """If this fails: python docs/generate_configuration.py"""
+    assert (DOCS / "configuration.md").read_text(encoding="utf-8") == generator().page()
 
 
-@pytest.fixture(scope="module")
-def all_names() -> set[str]:
-    found: set[str] = set()
-    for name in STAGES:
-        gate = {"loop_gate": 0.1} if name in LOOPED else {}
-        found |= tensor_names(name, qk_norm=True, **gate) | tensor_names(name, experts=EXPERTS)
-    return found
+def test_configuration_page_explains_only_what_exists() -> None:
+    module = generator()
+    keys = {prefix + name for _, prefix, cls in module.SECTIONS for name in cls.model_fields}
+    assert set(module.PLAIN) <= keys
+    for _, _, cls in module.SECTIONS:
+        assert set(module.attributes(cls)) <= set(cls.model_fields)
 
 
-def test_every_tensor_is_documented(all_names: set[str]) -> None:
-    assert all_names - documented_tensors() == set()
+def commands() -> list[str]:
+    return re.findall(r"^yoco-u .*", (DOCS / "command-line.md").read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def test_every_documented_tensor_exists(all_names: set[str]) -> None:
-    assert documented_tensors() - all_names == set()
+@pytest.mark.parametrize("line", commands())
+def test_commands_of_the_command_line_page_exist(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, command, *arguments = shlex.split(line)
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    for argument in arguments:
+        assert not argument.startswith("--") or argument in shown
+    if command == "train":
+        assert find_config(arguments[0]).is_file()
