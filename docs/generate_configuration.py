@@ -90,7 +90,7 @@ def _presets() -> str:
     looped = ", ".join(f"`{name}`" for name in sorted(LOOPED))
     sizes = ", ".join(f"`{name}`" for name in SIZES)
     return f"""\
-`{{preset: NAME, size: SIZE}}` stands for a whole architecture, and any key below may be set on top of it, as may `layers` (even).
+`{{preset: NAME, size: SIZE}}` stands for a whole architecture; any key below may be set on top of it, and `layers` (even).
 
 - Presets without a loop: {plain}.
 - Presets with a loop, which also take `loops` and `loop_gate`: {looped}.
