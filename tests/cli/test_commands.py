@@ -188,7 +188,9 @@ def test_quickstart_compares_at_equal_steps_and_equal_flops(run: Any, workspace:
 def test_packaged_configs_are_valid() -> None:
     assert packaged_configs()
     for name in packaged_configs():
-        load_run_config(name, [])
+        config = load_run_config(name, [])
+        assert config.data is not None
+        assert config.data.vocab_size <= config.architecture.vocab_size
 
 
 def test_the_packaged_quickstart_spends_equal_flops() -> None:
@@ -202,6 +204,7 @@ def test_the_packaged_quickstart_spends_equal_flops() -> None:
         training = configs[name].training
         return training.steps * training_flops(configs[name].architecture, training.sequence_length)
 
+    assert all(c.data and c.data.vocab_size <= c.architecture.vocab_size for c in configs.values())
     assert configs["yoco"].training.steps == configs["yoco-u"].training.steps
     assert spent("yoco-equal-flops") == pytest.approx(spent("yoco-u"), rel=2e-3)
     assert configs["yoco-u"].architecture.with_loops(1).stages[1:] == configs["yoco"].architecture.stages[1:]
