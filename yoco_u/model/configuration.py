@@ -17,7 +17,7 @@ class YocoUConfig(PreTrainedConfig):
 
     The fields of `Architecture` under the same names, so `config.json` shows the whole model; `config.architecture` is the
     validated object. The window is not called `sliding_window`, a name from which other software infers that every layer
-    slides.
+    slides. `initializer_range`, the standard deviation of the initial matrices, is 1 / sqrt(hidden_size) unless given.
 
     Raises:
         UserError: when built with fields that make an impossible architecture.
@@ -41,7 +41,7 @@ class YocoUConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     experts: dict[str, Any] | None = None
     parallel: dict[str, Any] | None = None
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     max_position_embeddings: int | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -52,6 +52,8 @@ class YocoUConfig(PreTrainedConfig):
         if self.stages is None:
             self.stages = _DEFAULT["stages"]
             self.window = _DEFAULT["window"] if self.window is None else self.window
+        if self.initializer_range is None:
+            self.initializer_range = self.hidden_size**-0.5
         super().__post_init__(**kwargs)
         _ = self.architecture
 

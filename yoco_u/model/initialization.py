@@ -16,12 +16,13 @@ from yoco_u.model.layers import ResidualLinear, RMSNorm
 def initialize(module: nn.Module, config: YocoUConfig) -> None:
     """Initialise one module's own parameters; transformers calls this for every module that a checkpoint did not fill.
 
-    - Matrices: normal, std `initializer_range`.
+    - Matrices: normal, std `initializer_range`, by default 1 / sqrt(hidden_size): 0.02 at the paper's 2560.
     - Matrices that write to the residual stream: divided by sqrt(2 x unrolled depth), because a block of a stage looped T
       times adds to the stream T times. Depth is layers x loops, not layers.
     - Norms 1, loop gates at the stage's `loop_gate`, ParScale prefixes like matrices.
     """
     std = config.initializer_range
+    assert std is not None
     residual_std = std / math.sqrt(2 * config.architecture.unrolled_layers)
     match module:
         case ResidualLinear():

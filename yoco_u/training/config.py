@@ -84,14 +84,14 @@ class RunConfig(Config):
     Attributes:
         name: shown in tables and plots.
         architecture: the model; `{preset: yoco_u, size: 8m}` in a file, with any field of `Architecture` on top.
-        initializer_range: standard deviation of the initial matrices.
+        initializer_range: standard deviation of the initial matrices; 1 / sqrt(hidden_size) if null.
         dataset: folder of a prepared dataset; made from `data` there if it does not exist.
         data: what to prepare; None takes the dataset as it is.
     """
 
     name: str
     architecture: Architecture
-    initializer_range: PositiveFloat = 0.02
+    initializer_range: PositiveFloat | None = None
     dataset: str
     data: DataConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
