@@ -132,7 +132,7 @@ def test_tensors_that_a_checkpoint_lacks_are_initialised(arch: Architecture, tmp
     for name, tensor in model.state_dict().items():
         assert tensor.isfinite().all(), name
         if "prefix" in name or "gate_up_proj" in name:
-            assert 0.015 < tensor.std() < 0.025, name
+            assert abs(tensor.std() * arch.hidden_size**0.5 - 1) < 0.2, name
     assert model(tokens(2, 12)).logits.isfinite().all()
 
 
@@ -173,8 +173,9 @@ def test_the_same_seed_gives_the_same_model() -> None:
 
 
 def test_a_fresh_model_predicts_nothing_in_particular() -> None:
+    """Its logits are about standard normal (normed hidden states times a head of std 1 / sqrt(hidden)): log V + 1/2."""
     for name in PRESETS:
         arch = architecture(name)
         model = YocoUForCausalLM(YocoUConfig.from_architecture(arch))
         ids = tokens(4, 30)
-        assert abs(model(ids, labels=ids).loss - math.log(arch.vocab_size)) < 0.1, name
+        assert abs(model(ids, labels=ids).loss - math.log(arch.vocab_size) - 0.5) < 0.35, name
