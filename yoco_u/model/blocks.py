@@ -135,13 +135,18 @@ class Block(GradientCheckpointingLayer):
         self.mlp_norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.mlp = feed_forward(config)
 
-    def forward(self, x: Tensor, sequences: Sequences, slot: int, global_kv: GlobalKV | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, sequences: Sequences, slot: int, keys: Tensor | None = None, values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The new hidden states, and the feed-forward's auxiliary loss if it has one.
 
         Args:
             x: (batch, tokens, hidden), or (batch, tokens, streams, hidden).
             slot: of the cache; without a cache it does not matter.
+            keys, values: the global KV, for cross blocks. Two arguments, because reentrant gradient checkpointing follows
+                tensors but not tuples of them.
         """
+        global_kv = (keys, values) if keys is not None and values is not None else None
         x = x + self.attn(self.attn_norm(x), sequences, slot, global_kv)
         out = self.mlp(self.mlp_norm(x))
         if isinstance(self.mlp, ExpertMixture):
@@ -171,7 +176,7 @@ class LoopedStack(nn.Module):
             out = x
             for i, layer in enumerate(self.layers):
                 slot = first_slot + loop * len(self.layers) + i if sequences.cache is not None else 0
-                out, loss = layer(out, sequences, slot, global_kv)
+                out, loss = layer(out, sequences, slot, *(global_kv or ()))
                 if loss is not None:
                     losses.append(loss)
             if loop == 0 or self.loop_gates is None:

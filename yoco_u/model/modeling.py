@@ -30,7 +30,6 @@ class YocoUPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
-    _keep_in_fp32_modules_strict = ["choice_bias"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": OutputRecorder(Block, index=0)}
@@ -68,6 +67,8 @@ class YocoUModel(YocoUPreTrainedModel):
         self.stream_mixer = StreamMixer(config, architecture.parallel) if architecture.parallel else None
         self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
         self.gradient_checkpointing = False
+        if architecture.experts:
+            self._keep_in_fp32_modules_strict = ["choice_bias"]
         self.post_init()
 
     @capture_outputs
