@@ -259,6 +259,9 @@ def test_with_loops_changes_what_loops() -> None:
     assert [s.loops for s in preset("upper_loop", "test").with_loops(2).stages] == [1, 2]
     assert [s.loops for s in preset("yoco", "test").with_loops(4).stages] == [4, 1]
     assert preset("yoco_u", "test", loops=7) == preset("yoco_u", "test").with_loops(7)
+    for loops in (1, 2, 9):
+        gated = preset("yoco_u", "test", loop_gate=0.2).with_loops(loops)
+        assert parse(Architecture, gated.model_dump(mode="json"), "x") == gated
     for loops in (0, -2, 1.5, True, "2", None):
         with pytest.raises(UserError, match="num_loops is"):
             preset("yoco_u", "test").with_loops(loops)

@@ -156,8 +156,9 @@ class Architecture(Config):
         """
         if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
             raise UserError(f"num_loops is {loops!r}; expected a whole number of at least 1")
+        change = {"loops": loops} if loops > 1 else {"loops": 1, "loop_gate": None}
         stages = tuple(
-            stage.model_copy(update={"loops": loops}) if i in self.looped_stages else stage
+            stage.model_copy(update=change) if i in self.looped_stages else stage
             for i, stage in enumerate(self.stages)
         )
         return self.model_copy(update={"stages": stages})
