@@ -35,10 +35,8 @@ def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Di
         return model.to(distributed.device)
     if config.parallel == "ddp":
         # Buffers are not broadcast: the counts of a mixture of experts differ by rank until they are summed.
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="`broadcast_buffers` is deprecated"
-            )  # older torch has no other name for it
+        with warnings.catch_warnings():  # its new name is not in every torch that this runs on
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             return DistributedDataParallel(model.to(distributed.device), broadcast_buffers=False, gradient_as_bucket_view=True)
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
     for block in _blocks(model):
