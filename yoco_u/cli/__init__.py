@@ -1,6 +1,5 @@
 """The command line `yoco-u`: one file a command. Heavy imports happen inside the commands."""
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -51,9 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _interrupted(str(stopped))
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except _ClickException as error:
         return _fail(_usage(error)) if str(error) else 2
     if status == _INTERRUPTED:  # typer has turned a KeyboardInterrupt into this
