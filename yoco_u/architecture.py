@@ -158,8 +158,7 @@ class Architecture(Config):
             raise UserError(f"num_loops is {loops!r}; expected a whole number of at least 1")
         change = {"loops": loops} if loops > 1 else {"loops": 1, "loop_gate": None}
         stages = tuple(
-            stage.model_copy(update=change) if i in self.looped_stages else stage
-            for i, stage in enumerate(self.stages)
+            stage.model_copy(update=change) if i in self.looped_stages else stage for i, stage in enumerate(self.stages)
         )
         return self.model_copy(update={"stages": stages})
 
@@ -326,10 +325,16 @@ def _deepened(shape: dict[str, Any], factor: float) -> dict[str, Any]:
     """The same parameters at `factor` times the depth, in whole heads; 1.3b deeper is the paper's 40 layers of 1792."""
     narrower = factor**-0.5
     heads = max(1, round(shape["num_attention_heads"] * narrower))
+    experts = shape.get("experts")
     return shape | {
         "layers": 2 * round(shape["layers"] * factor / 2),
         "hidden_size": shape["hidden_size"] // shape["num_attention_heads"] * heads,
         "num_attention_heads": heads,
         "num_key_value_heads": gcd(heads, shape["num_key_value_heads"]),
-        "intermediate_size": 16 * round(shape["intermediate_size"] * narrower / 16),
+        "intermediate_size": _narrowed(shape["intermediate_size"], narrower),
+        **({"experts": experts | {"intermediate_size": _narrowed(experts["intermediate_size"], narrower)}} if experts else {}),
     }
+
+
+def _narrowed(width: int, factor: float) -> int:
+    return 16 * round(width * factor / 16)

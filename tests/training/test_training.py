@@ -183,3 +183,10 @@ def test_a_missing_dataset_is_prepared_from_data(tmp_path: Path) -> None:
     config = parse(RunConfig, config.model_dump() | {"data": data}, "test")
     assert train(config, tmp_path / "run", progress=False)["steps"] == 2
     assert (tmp_path / "dataset" / "dataset.json").exists()
+
+
+def test_a_run_that_never_began_takes_another_config(dataset: Path, tmp_path: Path) -> None:
+    """A corpus that cannot be read must not lock the folder it was meant for."""
+    with pytest.raises(UserError, match="missing"):
+        train(run_config(tmp_path / "missing"), tmp_path / "run", progress=False)
+    assert train(run_config(dataset), tmp_path / "run", progress=False)["steps"] == STEPS

@@ -44,9 +44,10 @@ class RunFolder:
                 raise UserError(
                     f"{self.path}: another process is training there; wait for it, or choose another folder"
                 ) from None
-            if self.config.exists():
+            if self.config.exists() and self._has_begun():
                 self._check_same(config)
             else:
+                shutil.rmtree(self.tokenizer, ignore_errors=True)
                 dump_yaml(config, self.config)
 
         try:
@@ -54,6 +55,10 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    def _has_begun(self) -> bool:
+        """Whether a step was taken: a run that failed before, for want of a corpus say, may begin with another config."""
+        return self.checkpoints.exists() or (self.path / "metrics.jsonl").exists()
 
     def _check_same(self, config: RunConfig) -> None:
         old = parse(RunConfig, load_yaml(self.config), str(self.config))
