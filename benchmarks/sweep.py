@@ -3,7 +3,7 @@
 Every combination is a run of its own by `yoco_u.training.train`, on the quickstart's corpus with the quickstart's base
 settings. First the learning rates at one initialisation, then the initialisations at each architecture's best rate.
 
-    python benchmarks/sweep.py --steps 500 --out benchmarks/results/sweep.json
+    python benchmarks/sweep.py
 
 prints the table and writes it as JSON. Finished runs in `--runs` are used again.
 """
@@ -34,8 +34,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--steps", type=int, default=500)
-    arguments.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
-    arguments.add_argument("--ranges", type=float, nargs="+", default=[0.02, 0.05, 0.1])
+    arguments.add_argument("--rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2, 3.2e-2])
+    arguments.add_argument("--ranges", type=float, nargs="+", default=[0.05, 0.125, 0.2])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     arguments.add_argument("--runs", type=Path, default=Path("runs/sweep"))
