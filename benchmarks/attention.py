@@ -3,8 +3,8 @@
     python benchmarks/attention.py
 
 Time: the attention of the 100M model's shape, window 512, from 4K to 64K tokens, beside torch's masked N x N attention as far
-as that is bearable. Memory: one training step of the 8M YOCO-U in a fresh process per length; the peak above what the process
-needs for the shortest length has to grow linearly.
+as that is bearable. Memory: one training step of the quickstart's YOCO-U in a fresh process per length, its peak beyond that of a
+process that has trained on 64 tokens. (The whole step, cross-decoder and loss included; a larger model needs more per token.)
 """
 
 import json
@@ -51,7 +51,7 @@ def main() -> None:
         memory.append(
             {"tokens": length, "MiB of the step": peak / 2**20, "growth": growth, "KiB per token": peak / length / 1024}
         )
-    show("peak memory of one training step, YOCO-U 8m, float32 weights, bfloat16 autocast", memory)
+    show("peak memory of one training step, YOCO-U quickstart, float32 weights, bfloat16 autocast", memory)
     write(chosen.out, {"window": SHAPE.window, "time": times, "memory": memory})
 
 
@@ -78,7 +78,7 @@ def heads(length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def training_step_memory(length: int) -> dict[str, int]:
     """Peak resident bytes of a step beyond those of the process with the model in it."""
-    model = YocoUForCausalLM(YocoUConfig.from_architecture(preset("yoco_u", "8m"))).train()
+    model = YocoUForCausalLM(YocoUConfig.from_architecture(preset("yoco_u", "quickstart"))).train()
     step(model, 64)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     step(model, length)
