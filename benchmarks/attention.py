@@ -3,8 +3,8 @@
     python benchmarks/attention.py
 
 Time: the attention of the 100M model's shape, window 512, from 4K to 64K tokens, beside torch's masked N x N attention as far
-as that is bearable. Memory: one training step of the quickstart's YOCO-U in a fresh process per length, its peak beyond that of a
-process that has trained on 64 tokens. (The whole step, cross-decoder and loss included; a larger model needs more per token.)
+as that is bearable. Memory: one training step of the quickstart's YOCO-U in a fresh process per length, its peak beyond that of
+a process that has trained on 64 tokens. (The whole step, cross-decoder and loss included; a larger model needs more per token.)
 """
 
 import json
