@@ -171,6 +171,17 @@ def test_packed_documents_equal_the_documents_alone(variant: str, padding: int) 
     assert_same_gradients(gradients(model, loss), gradients(model, expected), 10 * tolerance(model))
 
 
+def test_padding_leaves_a_retention_state_as_it_is() -> None:
+    """A right-padded prompt that goes on from its cache: the padding in between neither adds to the state nor fades it."""
+    model, ids, more = make("yoco_retention"), tokens(1, 9), tokens(1, 5, seed=3)
+    mask = torch.tensor([[1] * 9 + [0] * 4])
+    with torch.no_grad():
+        expected = model(torch.cat([ids, more], 1)).logits[:, 9:]
+        cache = model(F.pad(ids, (0, 4)), attention_mask=mask, use_cache=True).past_key_values
+        actual = model(more, attention_mask=F.pad(mask, (0, 5), value=1), past_key_values=cache).logits
+    close(model, actual, expected)
+
+
 # Skipping the cross-decoder
 
 
