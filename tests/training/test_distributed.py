@@ -80,6 +80,7 @@ def go_back(folder: Path, step: int) -> None:
 
 def test_errors_reach_every_process(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: [")
+    (tmp_path / "metrics.jsonl").touch()  # a run that has begun
     assert train_on_ranks(config_of(dataset, "yoco_u", "ddp"), tmp_path) == [2, 2]
     assert all("not valid YAML" in (tmp_path / f"error-{rank}.txt").read_text() for rank in (0, 1))
     config = config_of(dataset, "yoco_u", "ddp", batch_rows=3, micro_batch_rows=1)
