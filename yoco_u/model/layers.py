@@ -9,7 +9,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
-            return super().forward(x).to(torch.get_autocast_dtype(x.device.type))
+            return super().forward(x.float()).to(torch.get_autocast_dtype(x.device.type))
         return super().forward(x)
 
 
