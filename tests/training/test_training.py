@@ -103,9 +103,14 @@ def test_recomputing_a_stage_keeps_less(dataset: Path) -> None:
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
-def test_compiling_changes_nothing_but_rounding(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("yoco_u", {}), ("yoco_u", {"experts": EXPERTS}), ("yoco_retention", {})],
+    ids=["yoco_u", "experts", "retention"],
+)
+def test_compiling_changes_nothing_but_rounding(name: str, settings: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
     for setting in ("on", "off"):
-        config = run_config(dataset, steps=3, compile=setting, checkpoint_stages=[1])
+        config = run_config(dataset, name, settings, steps=3, compile=setting, checkpoint_stages=[1])
         train(config, tmp_path / setting, progress=False)
     assert_close(tmp_path / "on", tmp_path / "off", rel=1e-3)
 

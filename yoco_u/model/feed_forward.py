@@ -67,8 +67,8 @@ class ExpertMixture(nn.Module):
         order = chosen.flatten().argsort(stable=True)  # (tokens * experts_per_token,) grouped by expert
         ends = counts.cumsum(0).to(torch.int32)
         visits = tokens.to(dtype)[order // self.experts_per_token]
-        gate, up = F.grouped_mm(visits, self.gate_up_proj.to(dtype), offs=ends).chunk(2, dim=-1)
-        visits = F.grouped_mm(F.silu(gate) * up, self.down_proj.to(dtype), offs=ends)
+        gate, up = _grouped_product(visits, self.gate_up_proj.to(dtype), ends).chunk(2, dim=-1)
+        visits = _grouped_product(F.silu(gate) * up, self.down_proj.to(dtype), ends)
         visits = visits[order.argsort()].view(*chosen.shape, -1)  # (tokens, experts_per_token, hidden)
         return (visits * weights.to(dtype)[..., None]).sum(dim=1)
 
@@ -86,6 +86,12 @@ class ExpertMixture(nn.Module):
             overloaded = self.tokens_per_expert - self.tokens_per_expert.double().mean()
             self.choice_bias.sub_(self.bias_update_rate * overloaded.sign())
         self.tokens_per_expert.zero_()
+
+
+@torch.compiler.disable  # tracing refuses float32, which the operator itself takes (torch 2.13)
+def _grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows up to ends[0] times weights[0], those from there to ends[1] times weights[1], and so on."""
+    return F.grouped_mm(x, weights, offs=ends)
 
 
 def feed_forward(config: YocoUConfig) -> nn.Module:
