@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from yoco_u.errors import UserError
+from yoco_u.files import write_text
 
 
 class Config(BaseModel):
@@ -76,11 +77,7 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def dump_yaml(config: Config, path: str | os.PathLike[str]) -> None:
     """Write a config that `load_yaml` and `parse` read back to an equal object."""
-    target = Path(path)
-    beside = target.with_name(target.name + ".tmp")
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(target)
+    write_text(Path(path), yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from pydantic import Field, model_validator
 
 from yoco_u.budget import training_flops
 from yoco_u.evaluation.samples import Sampling, continue_text
+from yoco_u.files import write_json
 from yoco_u.runs import SAMPLES, Run, load_model, read_json, read_run
 from yoco_u.training import RunConfig, train
 from yoco_u.training.distributed import distributed_session
-from yoco_u.training.files import write_json
 from yoco_u.typed import Config, apply_overrides, parse
 
 

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from yoco_u.analysis.figures import Figures, compare
 from yoco_u.analysis.plots import PALETTE, dashes, loss_plot, step_plot
 from yoco_u.errors import UserError
+from yoco_u.files import write_text
 from yoco_u.runs import Run
 from yoco_u.version import __version__
 
@@ -35,9 +36,7 @@ def write_report(runs: list[Run], out: str | os.PathLike[str], title: str | None
     page = render(runs, figures, title or ", ".join(run.config.name for run in runs))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(target.name + ".partial")
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(target)
+        write_text(target, page)
     except OSError as error:
         raise UserError(f"{target}: cannot write the report ({error.strerror}); choose another --out") from None
     return figures

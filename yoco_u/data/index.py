@@ -9,6 +9,7 @@ from pydantic import Field
 
 from yoco_u.data.config import DataConfig
 from yoco_u.errors import UserError
+from yoco_u.files import write_text
 from yoco_u.typed import Config, parse
 
 INDEX = "dataset.json"
@@ -89,10 +90,7 @@ class DatasetIndex(Config):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `dataset.json` into `folder`, beside and then renamed."""
-        target = Path(folder) / INDEX
-        beside = target.with_name(INDEX + ".tmp")
-        beside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        beside.replace(target)
+        write_text(Path(folder) / INDEX, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "DatasetIndex":

@@ -128,7 +128,8 @@ class YocoUModel(YocoUPreTrainedModel):
             if stage.attention == "cross" and global_kv is None:
                 assert self.global_kv is not None
                 global_kv = sequences.global_kv(*self.global_kv(x, sequences.rotary))
-                x, kept = (x, None) if kept is None else (x[:, kept], None)
+                if kept is not None:
+                    x, kept = x[:, kept], None
             x, stage_losses = stack(x, sequences, stage.loops, slot, global_kv)
             losses += stage_losses
             slot += stage.layers * stage.loops

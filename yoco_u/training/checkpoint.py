@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from yoco_u.architecture import Architecture
 from yoco_u.errors import UserError
+from yoco_u.files import PARTIAL, beside, discard, fresh_folder, publish, write_json
 from yoco_u.training.distributed import Distributed
-from yoco_u.training.files import PARTIAL, beside, discard, fresh_folder, publish, write_json
 from yoco_u.typed import Config, parse
 
 TRAINER = "trainer.json"

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from yoco_u.files import fresh_folder, publish
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 from yoco_u.training.checkpoint import full_weights
 from yoco_u.training.distributed import Distributed
-from yoco_u.training.files import fresh_folder, publish
 from yoco_u.training.run_folder import RunFolder
 
 

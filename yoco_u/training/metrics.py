@@ -16,7 +16,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from yoco_u.errors import UserError
-from yoco_u.training.files import beside, publish
+from yoco_u.files import beside, publish
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]

@@ -10,10 +10,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from yoco_u.errors import UserError
+from yoco_u.files import fresh_folder, publish, write_json
 from yoco_u.training.checkpoint import first_difference
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed
-from yoco_u.training.files import fresh_folder, publish, write_json
 from yoco_u.typed import dump_yaml, load_yaml, parse
 
 

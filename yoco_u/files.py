@@ -43,9 +43,13 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_json(path: Path, data: Any) -> None:
-    beside(path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+def write_text(path: Path, text: str) -> None:
+    beside(path).write_text(text, encoding="utf-8")
     publish(path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def _sync(path: Path) -> None:
