@@ -11,6 +11,7 @@ from yoco_u.errors import UserError
 if TYPE_CHECKING:
     from yoco_u.evaluation import Score
     from yoco_u.model import YocoUForCausalLM
+    from yoco_u.training.distributed import Distributed
 
 _DEFAULT_LENGTH = 1024
 
@@ -57,7 +58,7 @@ def evaluate(
         length = sequence_length or _sequence_length(model)
         results = []
         for loops in num_loops or [_own_loops(weights)]:
-            score = _score(weights, tokenizer, model, files or [], text_field, length, loops)
+            score = _score(weights, tokenizer, model, files or [], text_field, length, loops, distributed)
             results.append({"num_loops": loops} | score.model_dump())
     if json:
         data = {"model": str(model), "files": files or None, "sequence_length": length, "results": results}
@@ -68,7 +69,14 @@ def evaluate(
 
 
 def _score(
-    weights: "YocoUForCausalLM", tokenizer: Any, model: Path, files: list[str], text_field: str, length: int, loops: int
+    weights: "YocoUForCausalLM",
+    tokenizer: Any,
+    model: Path,
+    files: list[str],
+    text_field: str,
+    length: int,
+    loops: int,
+    distributed: "Distributed",
 ) -> "Score":
     from yoco_u.data import Corpus, DocumentEncoder, PackedDataset
     from yoco_u.evaluation import score_documents, score_split
@@ -78,7 +86,8 @@ def _score(
         return score_documents(weights, DocumentEncoder(tokenizer), Corpus(files, text_field).documents(), length, loops)
     if not is_run(model):
         raise UserError(f"{model}: a saved model has no validation split; name files to evaluate on")
-    return score_split(weights, PackedDataset(read_run_config(model).dataset, "validation", length, shuffle=False), loops)
+    validation = PackedDataset(read_run_config(model).dataset, "validation", length, shuffle=False)
+    return score_split(weights, validation, distributed, loops)
 
 
 def _sequence_length(model: Path) -> int:

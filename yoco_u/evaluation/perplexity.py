@@ -1,7 +1,7 @@
 """Loss, perplexity and bits per byte of texts, every token counted once and bytes counted exactly."""
 
-import math
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 from yoco_u.data import Document, DocumentEncoder, PackedDataset
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
+from yoco_u.training import evaluate
+from yoco_u.training.distributed import Distributed
+from yoco_u.training.metrics import loss_figures
 from yoco_u.typed import Config
 
 _LOGITS_PER_PASS = 1 << 25
@@ -55,38 +58,28 @@ def score_documents(
     """
     counts = _Counts()
     rows = _rows(_stream(encoder, documents, counts), sequence_length)
-    nats, tokens = score_rows(model, rows, sequence_length, encoder.eot_id, num_loops)
+    nats, tokens = _score_rows(model, rows, sequence_length, encoder.eot_id, num_loops)
     if not tokens:
         raise UserError("there is no text in the files; give files that hold some")
-    return Score(
-        loss=nats / tokens,
-        perplexity=math.exp(min(nats / tokens, 700.0)),
-        bits_per_byte=nats / math.log(2) / counts.bytes,
-        tokens=tokens,
-        documents=counts.documents,
-        bytes=counts.bytes,
-    )
+    figures = loss_figures(nats / tokens, counts.bytes / tokens)
+    return Score(**figures, tokens=tokens, documents=counts.documents, bytes=counts.bytes)
 
 
-def score_split(model: YocoUForCausalLM, dataset: PackedDataset, num_loops: int | None = None) -> Score:
-    """Score all whole rows of a split of a prepared dataset, which must be unshuffled.
+def score_split(
+    model: YocoUForCausalLM, dataset: PackedDataset, distributed: Distributed, num_loops: int | None = None
+) -> Score:
+    """Score all whole rows of a split of a prepared dataset, which must be unshuffled, by training's own evaluation.
 
-    Bytes are those of the split in proportion to the tokens scored, as in training's own evaluations.
+    Bytes are those of the split in proportion to the tokens scored.
     """
-    rows = (dataset.row(index) for index in range(dataset.rows_per_epoch))
-    nats, tokens = score_rows(model, rows, dataset.sequence_length, dataset.index.eot_id, num_loops)
-    return Score(
-        loss=nats / tokens,
-        perplexity=math.exp(min(nats / tokens, 700.0)),
-        bits_per_byte=nats / tokens / math.log(2) / dataset.split.bytes_per_token,
-        tokens=tokens,
-        documents=dataset.split.documents,
-        bytes=round(tokens * dataset.split.bytes_per_token),
-    )
+    rows = min(_rows_per_pass(model, dataset.sequence_length), dataset.rows_per_epoch)
+    found = evaluate(model, dataset, None, rows, distributed, "float32", num_loops)
+    bytes_scored = round(found.tokens * dataset.split.bytes_per_token)
+    return Score(**asdict(found), documents=dataset.split.documents, bytes=bytes_scored)
 
 
 @torch.no_grad()
-def score_rows(
+def _score_rows(
     model: YocoUForCausalLM, rows: Iterator[NDArray[np.int64]], sequence_length: int, eot_id: int, num_loops: int | None = None
 ) -> tuple[float, int]:
     """Sum of the nats of all targets, and their number.
@@ -95,7 +88,7 @@ def score_rows(
         rows: each of up to sequence_length + 1 tokens, the last of which is only a target.
     """
     device = next(model.parameters()).device
-    count = max(1, _LOGITS_PER_PASS // (sequence_length * model.config.vocab_size))
+    count = _rows_per_pass(model, sequence_length)
     nats, total = 0.0, 0
     for inputs, targets, document_ids in _batches(rows, count, eot_id):
         documents = document_ids.to(device)
@@ -103,6 +96,10 @@ def score_rows(
         nats += F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="sum").item()
         total += int((targets != -100).sum())
     return nats, total
+
+
+def _rows_per_pass(model: YocoUForCausalLM, sequence_length: int) -> int:
+    return max(1, _LOGITS_PER_PASS // (sequence_length * model.config.vocab_size))
 
 
 class _Counts:
