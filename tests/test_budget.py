@@ -12,7 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from yoco_u import Architecture, YocoUCache, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import SIZES, STAGES, preset
-from yoco_u.budget import forward_flops, kv_bytes, mean_visible_keys, optimizer_bytes, parameters, training_flops
+from yoco_u.budget import (
+    decode_bytes,
+    forward_flops,
+    kv_bytes,
+    mean_visible_keys,
+    optimizer_bytes,
+    parameters,
+    prefill_flops,
+    training_flops,
+)
 
 PAPER = json.loads((Path(__file__).parent / "paper_figures.json").read_text())
 EXPERTS = {"num_experts": 6, "experts_per_token": 2, "shared_experts": 1, "intermediate_size": 16}
@@ -125,6 +134,50 @@ def test_flops_follow_from_loops_and_training() -> None:
     assert forward_flops(a.with_loops(7), 512) == pytest.approx(forward_flops(a, 512) + 6 * per_loop)
     assert forward_flops(a, 512) == forward_flops(preset("yoco", "100m"), 512)
     assert training_flops(a, 512) == 3 * forward_flops(a, 512)
+
+
+@pytest.mark.parametrize("tokens", [5, 21])
+@pytest.mark.parametrize("name", ["transformer", "yoco", "yoco_u", "upper_loop", "retention", "streams"])
+def test_prefill_flops(name: str, tokens: int) -> None:
+    """Weights as torch counts them when only the last logits are asked for, and the attention products pair by pair."""
+    a = ARCHITECTURES[name]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model_of(a)(torch.randint(0, a.vocab_size, (1, tokens)), use_cache=False, logits_to_keep=1)
+    weights = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    crossing = [stage for stage in a.stages if stage.attention == "cross"]
+    per_pair = 4 * a.num_attention_heads * a.head_dim
+    skipped = sum(s.layers * s.loops for s in crossing) * per_pair * (visible_pairs(tokens, None) - tokens)
+    assert prefill_flops(a, tokens) == pytest.approx(weights + attention_flops(a, tokens) - skipped, rel=1e-12)
+
+
+def test_decode_bytes_by_hand() -> None:
+    """The `test` size: 4 layers of hidden size 32, feed-forward 48, 4 heads and 2 KV heads of 8, window 8, vocabulary 96."""
+    projections, feed_forward, row = 32 * (2 * 32 + 2 * 16), 3 * 32 * 48, 2 * 16
+    head, global_kv = 96 * 32, 32 * 2 * 16
+    full = projections + feed_forward
+    cross = 32 * 2 * 32 + feed_forward
+    transformer, yoco_u = preset("transformer", "test"), preset("yoco_u", "test", loops=3)
+    assert decode_bytes(transformer, 20) == 2 * (4 * full + head) + 2 * 4 * 20 * row
+    assert decode_bytes(transformer, 20, batch=5, bytes_per_weight=1) == 4 * full + head + 5 * 2 * 4 * 20 * row
+    assert decode_bytes(yoco_u, 20) == 2 * (6 * full + 2 * cross + head + global_kv) + 2 * (6 * 8 + 2 * 20) * row
+    assert decode_bytes(yoco_u, 3, bytes_per_weight=0, bytes_per_element=4) == 4 * (6 * 3 + 2 * 3) * row
+    upper = preset("upper_loop", "test", loops=3)
+    assert decode_bytes(upper, 20, bytes_per_weight=0) == 2 * (2 * 8 + 6 * 20) * row
+    states = decode_bytes(preset("yoco_retention", "test"), 20, batch=2, bytes_per_weight=0) - 2 * 2 * 2 * 20 * row
+    assert states == 2 * 2 * 4 * 8 * 8 * 4
+    streams = preset("parscale", "test", streams=3, prefix_tokens=5)
+    assert decode_bytes(streams, 20, bytes_per_weight=0) == 2 * 3 * 4 * (20 + 5) * row
+
+
+def test_decode_reads_the_experts_that_a_batch_visits() -> None:
+    a = VARIANTS["experts"]
+    per_expert = 3 * 32 * 16 * sum(stage.layers * stage.loops for stage in a.stages)
+    alone, crowd = (decode_bytes(a, 9, batch=n, bytes_per_weight=1, bytes_per_element=0) for n in (1, 10_000))
+    assert crowd - alone == pytest.approx((6 - 2) * per_expert)
+    draws = torch.stack([torch.randperm(6)[:2] for _ in range(3 * 4000)]).view(4000, -1)
+    visited = sum(len(set(row.tolist())) for row in draws) / 4000
+    three = decode_bytes(a, 9, batch=3, bytes_per_weight=1, bytes_per_element=0)
+    assert (three - alone) / per_expert == pytest.approx(visited - 2, abs=0.1)
 
 
 @pytest.mark.parametrize("context", [1, 7, 8, 9, 40])

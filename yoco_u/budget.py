@@ -67,6 +67,57 @@ def training_flops(a: Architecture, sequence_length: int) -> float:
     return 3 * forward_flops(a, sequence_length)
 
 
+def prefill_flops(a: Architecture, context: int) -> float:
+    """Model FLOPs of a whole prefill: from `context` prompt tokens to the logits of the first new one.
+
+    All tokens run the stages that write caches, and the global KV projection. The cross-decoder, which writes none, and the
+    LM head run for the last token alone.
+    """
+    streams = a.parallel.streams if a.parallel else 1
+    every, last = 0.0, 2.0 * (a.vocab_size * a.hidden_size + _mixer_weights(a))
+    for stage in a.stages:
+        applied = stage.layers * stage.loops * streams
+        weights = 2 * (_attention_weights(a, stage) + _active_feed_forward_weights(a))
+        if stage.attention == "cross":
+            last += applied * (weights + 4 * a.num_attention_heads * a.head_dim * context)
+        else:
+            every += applied * (weights + _attention_product_flops(a, stage, context))
+    if a.has_global_kv:
+        every += 2 * _global_kv_weights(a)
+    return every * context + last
+
+
+def decode_bytes(
+    a: Architecture, context: int, batch: int = 1, bytes_per_weight: float = 2, bytes_per_element: float = 2
+) -> float:
+    """Bytes that one decode step of `batch` sequences must read: weights once a step, and every sequence's keys and values.
+
+    Weights are counted each time they are applied, so once a loop, and the LM head is among them; vectors (norms, gates) and
+    the embedding's row are left out. Of routed experts, as many are read as the batch visits on average if all are as likely.
+    Each cross layer and loop reads the whole global KV. Retention reads its float32 states.
+
+    Args:
+        context: tokens that a new token sees, itself included.
+        bytes_per_weight: 2 for bfloat16; a fraction where scales come with quantized weights.
+        bytes_per_element: of the caches.
+    """
+    weights = float(a.vocab_size * a.hidden_size + _mixer_weights(a))
+    weights += _global_kv_weights(a) if a.has_global_kv else 0
+    rows, states = 0, 0
+    for stage in a.stages:
+        applied = stage.layers * stage.loops
+        weights += applied * (_attention_weights(a, stage) + _read_feed_forward_weights(a, batch))
+        if stage.attention == "retention":
+            states += applied * a.num_attention_heads * a.head_dim**2
+        elif stage.attention == "sliding":
+            rows += applied * min(context, _window(a))
+        else:
+            streams, prefix = (a.parallel.streams, a.parallel.prefix_tokens) if a.parallel else (1, 0)
+            rows += applied * streams * (context + prefix)
+    kept = rows * 2 * a.num_key_value_heads * a.head_dim * bytes_per_element + states * _RETENTION_BYTES_PER_ELEMENT
+    return weights * bytes_per_weight + batch * kept
+
+
 def kv_bytes(a: Architecture, tokens: int, bytes_per_element: int = 2) -> int:
     """Bytes that one sequence of `tokens` keeps for decoding.
 
@@ -142,6 +193,15 @@ def _active_feed_forward_weights(a: Architecture) -> int:
     if a.experts is None:
         return 3 * a.hidden_size * a.intermediate_size
     visited = a.experts.experts_per_token + a.experts.shared_experts
+    return visited * _expert_weights(a) + a.hidden_size * a.experts.num_experts
+
+
+def _read_feed_forward_weights(a: Architecture, batch: int) -> float:
+    """Weights of one layer's feed-forward that `batch` tokens need together."""
+    if a.experts is None:
+        return 3 * a.hidden_size * a.intermediate_size
+    missed = (1 - a.experts.experts_per_token / a.experts.num_experts) ** batch
+    visited = a.experts.num_experts * (1 - missed) + a.experts.shared_experts
     return visited * _expert_weights(a) + a.hidden_size * a.experts.num_experts
 
 
