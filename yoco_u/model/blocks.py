@@ -96,7 +96,7 @@ class CrossAttention(nn.Module):
         if self.q_norm is not None:
             q = self.q_norm(q)
         if self.rope:
-            q = rotate(q, sequences.rotary_kept)
+            q = rotate(q, sequences.rotary)
         return self.o_proj(sequences.cross_attention(q, global_kv).flatten(-2))
 
 
@@ -173,16 +173,16 @@ class LoopedStack(nn.Module):
         """The hidden states after the last loop, and the auxiliary losses met on the way."""
         losses = []
         for loop in range(loops):
-            out = x
+            tokens, in_loop = sequences.in_loop(loop) if loops > 1 else (None, sequences)
+            before = out = x if tokens is None else x[:, tokens]
             for i, layer in enumerate(self.layers):
-                slot = first_slot + loop * len(self.layers) + i if sequences.cache is not None else 0
-                out, loss = layer(out, sequences, slot, *(global_kv or ()))
+                slot = first_slot + loop * len(self.layers) + i if sequences.has_cache else 0
+                out, loss = layer(out, in_loop, slot, *(global_kv or ()))
                 if loss is not None:
                     losses.append(loss)
-            if loop == 0 or self.loop_gates is None:
-                x = out
-            else:
-                x = x + self.loop_gates[min(loop, len(self.loop_gates)) - 1] * (out - x)
+            if loop > 0 and self.loop_gates is not None:
+                out = before + self.loop_gates[min(loop, len(self.loop_gates)) - 1] * (out - before)
+            x = out if tokens is None else x.index_copy(1, tokens, out)
         return x, losses
 
 

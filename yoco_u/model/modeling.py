@@ -15,14 +15,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from yoco_u.architecture import ParallelStreams
+from yoco_u.architecture import Architecture, ParallelStreams
 from yoco_u.errors import UserError
 from yoco_u.model.blocks import Block, GlobalKVProjection, LoopedStack
 from yoco_u.model.cache import YocoUCache
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.initialization import initialize
 from yoco_u.model.layers import RMSNorm
-from yoco_u.model.sequences import prepare_sequences
+from yoco_u.model.sequences import Sequences, prepare_sequences
 
 
 class YocoUPreTrainedModel(PreTrainedModel):
@@ -121,6 +121,22 @@ class YocoUModel(YocoUPreTrainedModel):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         sequences = prepare_sequences(architecture, position_ids, segments, kept, past_key_values, dtype)
 
+        x, losses = self.run_stages(x, sequences, architecture)
+        output = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
+        output["auxiliary_loss"] = sum(losses) if losses else None
+        return output
+
+    def run_stages(self, x: Tensor, sequences: Sequences, architecture: Architecture) -> tuple[Tensor, list[Tensor]]:
+        """The one forward pass, whoever runs it and whatever remembers keys and values.
+
+        Args:
+            x: embedded tokens, (batch, tokens, hidden).
+            sequences: what the tokens belong to and which of them are kept.
+            architecture: the model's own, at the loop count of this pass.
+
+        Returns:
+            Hidden states of the kept tokens after the final norm, (batch, kept, hidden), and auxiliary losses.
+        """
         if architecture.parallel:
             x = x[:, :, None].expand(-1, -1, architecture.parallel.streams, -1)
         global_kv, slot, losses = None, 0, []
@@ -128,17 +144,19 @@ class YocoUModel(YocoUPreTrainedModel):
             if stage.attention == "cross" and global_kv is None:
                 assert self.global_kv is not None
                 global_kv = sequences.global_kv(*self.global_kv(x, sequences.rotary))
-                if kept is not None:
-                    x, kept = x[:, kept], None
+                kept, sequences = sequences.kept()
+                x = x if kept is None else x[:, kept]
+                if x.shape[1] == 0:
+                    break
             x, stage_losses = stack(x, sequences, stage.loops, slot, global_kv)
             losses += stage_losses
             slot += stage.layers * stage.loops
-        x = x if kept is None else x[:, kept]
+        if global_kv is None:
+            kept, sequences = sequences.kept()
+            x = x if kept is None else x[:, kept]
         if self.stream_mixer is not None:
             x = self.stream_mixer(x)
-        output = BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
-        output["auxiliary_loss"] = sum(losses) if losses else None
-        return output
+        return self.norm(x), losses
 
 
 class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):

@@ -1,6 +1,7 @@
 """What the blocks of one forward pass share: rotary angles, masks, and the cache that new keys and values go to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,38 +13,87 @@ from yoco_u.model.cache import YocoUCache
 from yoco_u.model.retention import chunked_retention, recurrent_retention
 
 
-@dataclass
-class Sequences:
-    """The sequences of a batch, as the attention layers see them.
+class Sequences(Protocol):
+    """The sequences of a batch, as the blocks see them.
 
     Attention modules compute queries, keys and values and hand them over together with the number of their cache slot;
-    what is remembered between calls, and how, is decided here and not in the modules.
+    what is remembered between calls, and how, is decided behind this interface and not in the modules.
+
+    Slots are numbered in the order in which a forward pass meets them: stage, loop, layer.
 
     Attributes:
         rotary: cos and sin of the tokens, (batch or 1, tokens, 1, head_dim), float32.
-        rotary_kept: the same for the tokens that the cross-decoder runs on.
+        has_cache: whether slots matter.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+
+    @property
+    def has_cache(self) -> bool: ...
+
+    def in_loop(self, loop: int) -> "tuple[Tensor | None, Sequences]":
+        """The tokens that a looped stage still runs on in this loop (indices; None: all), and the sequences as those see them."""
+        ...
+
+    def kept(self) -> "tuple[Tensor | None, Sequences]":
+        """The same for the tokens whose logits are asked for: those that the cross-decoder runs on."""
+        ...
+
+    def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+    def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`prefix`: learned keys and values before the first token, each (prefix, kv_heads, head_dim)."""
+        ...
+
+    def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What cross attention is to be given as global keys and values, from those of the new tokens."""
+        ...
+
+    def cross_attention(self, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor: ...
+
+    def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor: ...
+
+
+@dataclass
+class PaddedBatch:
+    """Rows of equal length with or without padding, documents and a `YocoUCache`: `Sequences` of training and `generate()`.
+
+    Attributes:
+        rotary: cos and sin of the tokens, (batch or 1, tokens, 1, head_dim), float32.
+        kept_tokens: indices of the tokens that the cross-decoder runs on; None for all.
         window: of the sliding layers.
         blockwise: attention of new tokens goes block by block and needs no masks; see `yoco_u.model.block_attention`.
         segments: of the new tokens and of all tokens so far, see `yoco_u.model.attention`; None where there is one document.
         sliding, full, cross: masks, see `yoco_u.model.attention`; None where causal attention or none is the same.
-        kept_all: the cross-decoder runs on every token of this call.
         documents: (batch, tokens), for retention, never decreasing; None where there is one document.
         padding: (batch, tokens), true where a token is padding; None where none is.
         cache: where keys and values of new tokens go; None without a cache.
     """
 
     rotary: tuple[Tensor, Tensor]
-    rotary_kept: tuple[Tensor, Tensor]
+    kept_tokens: Tensor | None
     window: int | None
     blockwise: bool
     segments: tuple[Tensor, Tensor] | None
     sliding: Tensor | None
     full: Tensor | None
     cross: Tensor | None
-    kept_all: bool
     documents: Tensor | None
     padding: Tensor | None
     cache: YocoUCache | None
+
+    @property
+    def has_cache(self) -> bool:
+        return self.cache is not None
+
+    def in_loop(self, loop: int) -> tuple[None, "PaddedBatch"]:
+        return None, self
+
+    def kept(self) -> tuple[Tensor | None, "PaddedBatch"]:
+        if self.kept_tokens is None:
+            return None, self
+        cos, sin = self.rotary
+        return self.kept_tokens, replace(self, rotary=(cos[:, self.kept_tokens], sin[:, self.kept_tokens]))
 
     def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.window is not None
@@ -56,7 +106,6 @@ class Sequences:
         return sliding_attention(q, k, v, self.window, self.sliding)
 
     def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
-        """`prefix`: learned keys and values before the first token, each (prefix, kv_heads, head_dim)."""
         if self.cache is not None:
             k, v = self.cache.append(slot, k, v)
         if prefix is not None:
@@ -68,13 +117,12 @@ class Sequences:
         return attend(q, k, v, self.full, causal=self.full is None and q.shape[1] > 1)
 
     def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The global keys and values of all tokens so far, from those of the new ones."""
         return (k, v) if self.cache is None else self.cache.append(len(self.cache) - 1, k, v)
 
     def cross_attention(self, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
-        if self.blockwise and self.kept_all:
+        if self.blockwise and self.kept_tokens is None:
             return self._block_attention(q, *global_kv, global_kv[0].shape[1])
-        return attend(q, *global_kv, self.cross, causal=self.cross is None and self.kept_all and q.shape[1] > 1)
+        return attend(q, *global_kv, self.cross, causal=self.cross is None and self.kept_tokens is None and q.shape[1] > 1)
 
     def _block_attention(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         if self.segments is None:
@@ -105,7 +153,7 @@ def prepare_sequences(
     kept: Tensor | None,
     cache: YocoUCache | None,
     dtype: torch.dtype,
-) -> Sequences:
+) -> PaddedBatch:
     """Work out once per forward pass what every block needs.
 
     Args:
@@ -136,17 +184,15 @@ def prepare_sequences(
     if "cross" in kinds and not (blockwise and kept is None):
         cross = _cross_mask(positions, kept, past + tokens, pair, dtype)
 
-    rotary = rotary_angles(position_ids, architecture.head_dim, architecture.rope_theta)
-    return Sequences(
-        rotary=rotary,
-        rotary_kept=rotary if kept is None else (rotary[0][:, kept], rotary[1][:, kept]),
+    return PaddedBatch(
+        rotary=rotary_angles(position_ids, architecture.head_dim, architecture.rope_theta),
+        kept_tokens=kept,
         window=architecture.window,
         blockwise=blockwise,
         segments=pair,
         sliding=sliding,
         full=full,
         cross=cross,
-        kept_all=kept is None,
         documents=new.cummax(dim=1).values if new is not None else None,
         padding=new == 0 if new is not None else None,
         cache=cache,
