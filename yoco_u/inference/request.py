@@ -1,0 +1,61 @@
+"""One request: its tokens, where it stands, and what it holds of the caches."""
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from yoco_u.inference.sampling_params import SamplingParams
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(eq=False)
+class Request:
+    """What a user asked for, and its state in the engine. Only the scheduler changes it.
+
+    Attributes:
+        prompt: token ids, at least one.
+        num_loops: T of this request; caches of another T are never shared with it.
+        output: the tokens sampled so far.
+        computed: leading tokens of prompt and output whose state is in the caches.
+        blocks: the block table: block i holds the rows i * block_size and on.
+        written: rows before this lie in shared blocks already and must not be written again.
+        seat: row of the window rings while running.
+        hashes: chain hashes of the leading full blocks, as far as they were needed.
+        snapshot_at: numbers of tokens after which the window state is to be kept while the prompt is computed.
+        decode_snapshot: key of the snapshot that the next block boundary of the output replaces.
+        finish_reason: "stop", "length", "abort" or "error".
+    """
+
+    id: str
+    prompt: list[int]
+    params: "SamplingParams"
+    num_loops: int
+    output: list[int] = field(default_factory=list)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    written: int = 0
+    seat: int | None = None
+    hashes: list[bytes] = field(default_factory=list)
+    snapshot_at: tuple[int, ...] = ()
+    decode_snapshot: bytes | None = None
+    status: Status = Status.WAITING
+    finish_reason: str | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.output
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    def token_slice(self, start: int, stop: int) -> list[int]:
+        """`tokens[start:stop]` for 0 <= start <= stop, at the cost of the slice alone."""
+        prompt = len(self.prompt)
+        return self.prompt[start:stop] + self.output[max(start - prompt, 0) : max(stop - prompt, 0)]
