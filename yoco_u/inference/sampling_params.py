@@ -1,0 +1,99 @@
+"""What a request asks of the sampler: how tokens are chosen, when the output ends, what is reported of it."""
+
+import json
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
+
+from yoco_u.errors import UserError
+from yoco_u.typed import Config, describe
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class SamplingParams(Config):
+    """How one request is sampled. The filters apply in the order temperature, top-k, top-p, min-p.
+
+    Attributes:
+        n: independent outputs of the one prompt.
+        max_tokens: tokens of an output at most.
+        temperature: divides the logits; 0 takes the likeliest token every time.
+        top_k: choose among so many likeliest tokens; 0 for all.
+        top_p: choose among the likeliest tokens that together have this probability.
+        min_p: leave out tokens less likely than this share of the likeliest one's probability.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the output; 1 for none.
+        presence_penalty: subtracted from the logit of each token that the output has.
+        frequency_penalty: subtracted from the logit of a token for each time that the output has it.
+        seed: the same seed gives the same output whatever else runs; None draws a new one.
+        stop: texts that end the output, not part of it; one string or several.
+        stop_token_ids: tokens that end the output, besides the model's end token.
+        ignore_eos: go on after the model's end token.
+        min_tokens: tokens of an output at least, before any end token or stop string counts.
+        logprobs: report log probabilities (natural) of each output token and of so many likeliest ones, 0 to 20.
+        prompt_logprobs: the same of each prompt token after the first.
+        num_loops: T, the loops of the model for this request; None for the model's own.
+        json_schema: the output is JSON that fits this schema, a mapping or its JSON text.
+        regex: the output as a whole matches this regular expression (Rust syntax, no look-around).
+        skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+        UserError: on the first setting that does not fit.
+    """
+
+    n: PositiveInt = 1
+    max_tokens: PositiveInt = 16
+    temperature: _Finite = Field(default=1.0, ge=0)
+    top_k: NonNegativeInt = 0
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: _Finite = Field(default=1.0, gt=0)
+    presence_penalty: _Finite = 0.0
+    frequency_penalty: _Finite = 0.0
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: NonNegativeInt = 0
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    num_loops: PositiveInt | None = None
+    json_schema: dict[str, Any] | None = None
+    regex: str | None = None
+    skip_special_tokens: bool = True
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise UserError(f"SamplingParams: {describe(type(self), error)}") from None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("json_schema", mode="before")
+    @classmethod
+    def _schema_text(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error}") from None
+
+    @model_validator(mode="after")
+    def _together(self) -> "SamplingParams":
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; lower it")
+        if self.json_schema is not None and self.regex is not None:
+            raise ValueError("json_schema and regex exclude each other; give one")
+        if self.constrained and (self.ignore_eos or self.min_tokens):
+            given = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise ValueError(f"{given} does not go with json_schema or regex, which say where the output may end; drop one")
+        return self
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar says which tokens may come."""
+        return self.json_schema is not None or self.regex is not None
