@@ -1,0 +1,145 @@
+"""Text token by token against the text of all tokens."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from yoco_u.data import END_OF_TEXT, train_tokenizer
+from yoco_u.inference.detokenizer import Detokenizer
+from yoco_u.inference.sampling_params import SamplingParams
+
+TOKENIZER = train_tokenizer(["hello world, stop here. délta 数 🦉 🦉🦉 aab abab </end>\n"] * 20, 350)
+EOS = TOKENIZER.convert_tokens_to_ids(END_OF_TEXT)
+PIECES = [*"ab ", "é", "数", "🦉", "stop", "hello", "</end>", "\ufffd", "👩‍🚀"]
+texts = st.lists(st.sampled_from(PIECES), max_size=15).map("".join)
+
+
+@st.composite
+def tokenized(draw, texts=texts) -> list[int]:
+    """The tokens of a text, some of them cut into their bytes, so that characters and stop strings cross tokens anyhow."""
+    tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER(draw(texts))["input_ids"])
+    parts = [list(token) if draw(st.booleans()) else [token] for token in tokens]  # a character of a token stands for a byte
+    return TOKENIZER.convert_tokens_to_ids([part for token in parts for part in token])
+
+
+def run(tokens: list[int], tokenizer: PreTrainedTokenizerFast = TOKENIZER, **settings) -> tuple[str, str | None, int]:
+    """The text, the stop string, and the tokens taken; checks that the pieces add up."""
+    detokenizer = Detokenizer(tokenizer, SamplingParams(max_tokens=1000, **settings))
+    shown, taken = "", 0
+    for token in tokens:
+        new = detokenizer.append(token)
+        taken += 1
+        shown += new
+        assert detokenizer.text == shown
+        if detokenizer.stopped is not None:
+            assert detokenizer.append(tokens[0]) == ""
+            break
+    shown += detokenizer.flush()
+    assert detokenizer.text == shown
+    return shown, detokenizer.stopped, taken
+
+
+def expected(text: str, stops: list[str], start: int = 0) -> tuple[str, str | None]:
+    """Character by character: the stop string that is complete first after `start` ends the text, of several the longest."""
+    for end in range(start + 1, len(text) + 1):
+        if ending := [stop for stop in stops if text[:end].endswith(stop)]:
+            stop = max(ending, key=len)
+            return text[: end - len(stop)], stop
+    return text, None
+
+
+@given(st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=30), st.booleans())
+def test_any_tokens_give_the_text_of_the_whole(tokens, skip):
+    """Most of these are no UTF-8, and special tokens are among them."""
+    text, _, _ = run(tokens, skip_special_tokens=skip)
+    assert text == TOKENIZER.decode(tokens, skip_special_tokens=skip)
+
+
+@given(tokenized())
+def test_texts_come_back_and_never_in_broken_characters(tokens):
+    detokenizer = Detokenizer(TOKENIZER, SamplingParams())
+    for count, token in enumerate(tokens, 1):
+        new = detokenizer.append(token)
+        assert not new.endswith("\ufffd")
+        assert TOKENIZER.decode(tokens[:count]).rstrip("\ufffd") == detokenizer.text.rstrip("\ufffd")
+    detokenizer.flush()
+    assert detokenizer.text == TOKENIZER.decode(tokens)
+
+
+stop_strings = st.lists(
+    st.one_of(st.text("ab ", min_size=1, max_size=4), st.sampled_from(["é", "数🦉", "top", "</end>", "lo🦉", "🚀"])), max_size=4
+)
+
+
+@given(st.one_of(tokenized(), tokenized(st.text("ab ", max_size=20))), stop_strings)
+def test_stop_strings_end_the_text_wherever_the_tokens_lie(tokens, stops):
+    whole = TOKENIZER.decode(tokens)
+    text, stopped, taken = run(tokens, stop=stops)
+    assert (text, stopped) == expected(whole, stops)
+    if stopped is not None:  # with the token that completed it, not later
+        assert stopped in TOKENIZER.decode(tokens[:taken])
+        assert not any(stop in TOKENIZER.decode(tokens[: taken - 1]) for stop in stops)
+
+
+@given(st.text("ab", max_size=12), stop_strings, st.integers(0, 8))
+def test_stop_strings_do_not_count_before_min_tokens(text, stops, least):
+    tokens = TOKENIZER.convert_tokens_to_ids(list(text))
+    assert run(tokens, stop=stops, min_tokens=least)[:2] == expected(text, stops, start=least)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "text", "stopped"),
+    [
+        (["a", "b", "ab", "x"], "ba", "a", "ba"),
+        (["stop", " here"], "stop", "", "stop"),
+        (["a", "<", "/", "en", "d", ">"], ["</end>"], "a", "</end>"),
+        (["a", "<", "/", "en", "d"], ["</end>"], "a</end", None),
+        (["aa", "aa"], ["aaa"], "", "aaa"),
+        (["a", "b", "c", "d"], ["bc", "abcd"], "a", "bc"),
+        (["ab", "c"], ["bc", "abc"], "", "abc"),
+        (["x", "ab", "y"], ["abc", "b"], "xa", "b"),
+    ],
+)
+def test_examples(pieces, stop, text, stopped):
+    tokens = [token for piece in pieces for token in TOKENIZER(piece)["input_ids"]]
+    assert run(tokens, stop=stop)[:2] == (text, stopped)
+
+
+def test_only_what_may_become_a_stop_string_is_held_back():
+    detokenizer = Detokenizer(TOKENIZER, SamplingParams(stop=["bab"]))
+    shown = [detokenizer.append(TOKENIZER.convert_tokens_to_ids(letter)) for letter in "abbaab"]
+    assert shown == ["a", "", "b", "", "baa", ""]
+    assert detokenizer.flush() == "b" and detokenizer.stopped is None
+
+
+def test_special_tokens_and_ids_without_a_token():
+    tokens = [*TOKENIZER("a")["input_ids"], EOS, len(TOKENIZER) + 5, *TOKENIZER("b")["input_ids"]]
+    assert run(tokens)[0] == "ab"
+    assert run(tokens, skip_special_tokens=False)[0] == f"a{END_OF_TEXT}b"
+    assert run(tokens, skip_special_tokens=False, stop=END_OF_TEXT)[:2] == ("a", END_OF_TEXT)
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """Words that begin with a blank, and bytes as `<0xNN>`, of which one that fits nothing spoils those before it."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁b": 256, "b": 257, "<unk>": 258}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", clean_up_tokenization_spaces=False)
+
+
+@given(st.lists(st.sampled_from(["▁b", "b", "é", "数", "🦉"]), max_size=12))
+def test_bytes_of_sentencepiece(pieces):
+    tokenizer = sentencepiece_like()
+    parts = [[piece] if "b" in piece else [f"<0x{byte:02X}>" for byte in piece.encode()] for piece in pieces]
+    tokens = tokenizer.convert_tokens_to_ids([part for piece in parts for part in piece])
+    assert run(tokens, tokenizer)[0] == tokenizer.decode(tokens) == "".join(pieces).replace("▁", " ").removeprefix(" ")
+
+
+def test_a_byte_that_fits_nothing_does_not_stop_the_text():
+    tokenizer = sentencepiece_like()
+    tokens = [256, *"€".encode(), 0xE2, 257, 256, 256]
+    assert run(tokens, tokenizer)[0] == "b€\ufffdb b b"
