@@ -4,9 +4,12 @@ FLOPs are model FLOPs: two for each weight of a matrix product and each time it 
 products over the keys that are visible. Norms, activations, rotations, masked work and recomputation are not counted.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from yoco_u.architecture import Architecture, Stage
+
+KVType = Literal["float32", "bfloat16", "int8"]
+"""What a cache holds its keys and values as."""
 
 OPTIMIZER_BYTES_PER_PARAMETER = 16
 """float32 training by AdamW: the weight, its gradient and two moments, 4 bytes each."""
@@ -118,23 +121,33 @@ def decode_bytes(
     return weights * bytes_per_weight + batch * kept
 
 
-def kv_bytes(a: Architecture, tokens: int, bytes_per_element: int = 2) -> int:
+def kv_bytes(a: Architecture, tokens: int, bytes_per_element: float = 2) -> int:
     """Bytes that one sequence of `tokens` keeps for decoding.
 
     The global KV, one ring of `window` rows per (loop, sliding layer), all rows per (loop, full layer) and ParScale stream,
     and one float32 state per (loop, retention layer).
     """
+    return cache_bytes(a, tokens, 1, min(tokens, a.window) if a.window else 0, bytes_per_element)
+
+
+def cache_bytes(a: Architecture, tokens: int, sequences: int, window: int, bytes_per_element: float = 2) -> int:
+    """Bytes of an engine's caches: `tokens` rows of all that grows, rings of `window` rows and states for `sequences`."""
     row = 2 * a.num_key_value_heads * a.head_dim * bytes_per_element
-    total = tokens * row if a.has_global_kv else 0
+    total = tokens * row if a.has_global_kv else 0.0
     for stage in a.stages:
         slots = stage.layers * stage.loops
         if stage.attention == "full":
             total += slots * tokens * row * (a.parallel.streams if a.parallel else 1)
         elif stage.attention == "sliding":
-            total += slots * min(tokens, _window(a)) * row
+            total += slots * sequences * window * row
         elif stage.attention == "retention":
-            total += slots * a.num_attention_heads * a.head_dim**2 * _RETENTION_BYTES_PER_ELEMENT
-    return total
+            total += slots * sequences * a.num_attention_heads * a.head_dim**2 * _RETENTION_BYTES_PER_ELEMENT
+    return round(total)
+
+
+def bytes_per_kv_element(a: Architecture, kind: KVType) -> float:
+    """Of keys and values kept as `kind`; int8 has one float32 scale per key and per value of `head_dim`."""
+    return {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / a.head_dim}[kind]
 
 
 def optimizer_bytes(a: Architecture) -> int:

@@ -108,8 +108,10 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
     raise UserError(f"{folder}: neither a run folder (with model/config.json) nor a saved model (with config.json)")
 
 
-def load_model(path: str | os.PathLike[str], device: "torch.device") -> tuple["YocoUForCausalLM", "PreTrainedTokenizerFast"]:
-    """Model, in float32 and evaluation mode, and tokenizer of a run folder or a saved model.
+def load_model(
+    path: str | os.PathLike[str], device: "torch.device", dtype: "torch.dtype | None" = None
+) -> tuple["YocoUForCausalLM", "PreTrainedTokenizerFast"]:
+    """Model, in evaluation mode and in float32 unless told otherwise, and tokenizer of a run folder or a saved model.
 
     Raises:
         UserError: if something is missing, damaged or of another kind.
@@ -127,7 +129,9 @@ def load_model(path: str | os.PathLike[str], device: "torch.device") -> tuple["Y
     logging.disable_progress_bar()
     try:
         config = YocoUConfig.from_pretrained(folder)
-        model, info = YocoUForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+        model, info = YocoUForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype or torch.float32, output_loading_info=True
+        )
     except UserError:
         raise
     except Exception as error:  # safetensors, json and transformers raise nearly anything on damaged files

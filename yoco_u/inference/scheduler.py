@@ -286,7 +286,6 @@ class Scheduler:
         self._hash_blocks(request, blocks)
         key = request.hashes[blocks - 1]
         if key in self.snapshots:
-            self.snapshots.use(key)
             return
         if not planned:
             if request.decode_snapshot is not None:

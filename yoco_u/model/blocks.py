@@ -8,7 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from yoco_u.architecture import Stage
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.feed_forward import ExpertMixture, feed_forward
-from yoco_u.model.layers import ResidualLinear, RMSNorm
+from yoco_u.model.layers import ResidualLinear, RMSNorm, project
 from yoco_u.model.sequences import Sequences, rotate
 
 GlobalKV = tuple[Tensor, Tensor]
@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
         self.has_prefix = a.parallel is not None
 
     def forward(self, x: Tensor, sequences: Sequences, slot: int, global_kv: GlobalKV | None) -> Tensor:
-        q, k, v = (_heads(proj(x), self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (_heads(y, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, sequences.rotary), rotate(k, sequences.rotary)
@@ -68,7 +68,7 @@ class GatedRetention(nn.Module):
         self.o_proj = ResidualLinear(a.num_attention_heads * a.head_dim, a.hidden_size)
 
     def forward(self, x: Tensor, sequences: Sequences, slot: int, global_kv: GlobalKV | None) -> Tensor:
-        q, k, v = (_heads(proj(x), self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (_heads(y, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         gate, decay = self.gate_proj(x), self.decay_proj(x)
         with torch.autocast(x.device.type, enabled=False):
             q, k = rotate(q.float(), sequences.rotary), rotate(k.float(), sequences.rotary) * self.head_dim**-0.5
@@ -114,7 +114,7 @@ class GlobalKVProjection(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> GlobalKV:
         x = self.norm(x)
-        k, v = _heads(self.k_proj(x), self.head_dim), _heads(self.v_proj(x), self.head_dim)
+        k, v = (_heads(y, self.head_dim) for y in project(x, self.k_proj, self.v_proj))
         if self.k_norm is not None:
             k = self.k_norm(k)
         return rotate(k, rotary) if self.rope else k, v
@@ -188,4 +188,4 @@ class LoopedStack(nn.Module):
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
     """(batch, tokens, [streams,] heads * head_dim) -> (batch, tokens, [streams *] heads, head_dim)"""
-    return x.view(*x.shape[:2], -1, head_dim)
+    return x.reshape(*x.shape[:2], -1, head_dim)

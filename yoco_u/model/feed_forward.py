@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from yoco_u.architecture import MixtureOfExperts
 from yoco_u.model.configuration import YocoUConfig
-from yoco_u.model.layers import ResidualLinear
+from yoco_u.model.layers import ResidualLinear, project
 
 
 class SwiGLU(nn.Module):
@@ -19,7 +19,8 @@ class SwiGLU(nn.Module):
         self.down_proj = ResidualLinear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class ExpertMixture(nn.Module):

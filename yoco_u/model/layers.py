@@ -1,4 +1,6 @@
-"""The two small layers that all modules build on."""
+"""The small layers that all modules build on."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,3 +20,16 @@ class ResidualLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+
+
+class JointLinear(nn.Module):
+    """Several linear layers of the same input as one matrix product, in the place of each of them."""
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """The output of each layer."""
+        raise NotImplementedError
+
+
+def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """The outputs of several linear layers of the same input."""
+    return layers[0].split(x) if isinstance(layers[0], JointLinear) else tuple(layer(x) for layer in layers)

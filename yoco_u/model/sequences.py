@@ -26,13 +26,14 @@ class Sequences(Protocol):
         has_cache: whether slots matter.
     """
 
-    rotary: tuple[Tensor, Tensor]
+    @property
+    def rotary(self) -> tuple[Tensor, Tensor]: ...
 
     @property
     def has_cache(self) -> bool: ...
 
     def in_loop(self, loop: int) -> "tuple[Tensor | None, Sequences]":
-        """The tokens that a looped stage still runs on in this loop (indices; None: all), and the sequences as those see them."""
+        """Tokens that a looped stage still runs on in this loop (indices; None: all), and sequences as these see them."""
         ...
 
     def kept(self) -> "tuple[Tensor | None, Sequences]":

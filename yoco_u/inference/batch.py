@@ -1,0 +1,249 @@
+"""The sequences of one engine step, as the model's blocks see them: tokens of many requests side by side, no padding.
+
+A step is one row of tokens, (1, tokens): first the requests that run a single token, which is decoding, then those that run a
+chunk of their prompt. Single tokens attend together, whatever their lengths, through `yoco_u.inference.kernels`; each chunk
+attends to its own past and itself through `yoco_u.model.block_attention`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from yoco_u.architecture import Architecture
+from yoco_u.inference.kernels import decode_attention
+from yoco_u.inference.kv_cache import KVCache, Rows
+from yoco_u.model.attention import attend, full_mask, sliding_attention, sliding_mask
+from yoco_u.model.block_attention import block_attention
+from yoco_u.model.retention import chunked_retention, recurrent_retention
+from yoco_u.model.sequences import rotary_angles, runs_blockwise
+
+
+@dataclass(frozen=True)
+class Span:
+    """What one request runs in a step.
+
+    Attributes:
+        start, count: its tokens start .. start + count - 1.
+        kept: how many of them, the last ones, have their logits asked for.
+        written: keys and values before this position are in the pages already, in blocks that others share.
+        seat: row of the rings.
+        table: its blocks, (blocks,) int32.
+        num_loops: T of the request.
+    """
+
+    start: int
+    count: int
+    kept: int
+    written: int
+    seat: int
+    table: Tensor
+    num_loops: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+
+class StepSequences:
+    """`Sequences` of one step over the engine's caches.
+
+    Args:
+        spans: single tokens first.
+        slots: names of the model's slots by number, see `KVCache`.
+    """
+
+    has_cache = True
+
+    def __init__(self, spans: Sequence[Span], cache: KVCache, slots: Sequence[tuple[int, int, int]], a: Architecture) -> None:
+        self.spans, self.cache, self.slots, self.architecture = spans, cache, slots, a
+        self.singles = [span for span in spans if span.count == 1]
+        self.chunks: list[tuple[Span, slice]] = []  # with the rows of the step that they are
+        at = len(self.singles)
+        for span in spans[at:]:
+            self.chunks.append((span, slice(at, at + span.count)))
+            at += span.count
+        self._in_loop: dict[int, tuple[Tensor | None, StepSequences]] = {}
+
+    @cached_property
+    def rotary(self) -> tuple[Tensor, Tensor]:
+        return rotary_angles(self._positions[None], self.architecture.head_dim, self.architecture.rope_theta)
+
+    def in_loop(self, loop: int) -> "tuple[Tensor | None, StepSequences]":
+        remaining = [span for span in self.spans if span.num_loops > loop]
+        if len(remaining) not in self._in_loop:
+            self._in_loop[len(remaining)] = self._select(remaining, [span.num_loops > loop for span in self.spans])
+        return self._in_loop[len(remaining)]
+
+    def kept(self) -> "tuple[Tensor | None, StepSequences]":
+        narrowed = [replace(span, start=span.end - span.kept, count=span.kept) for span in self.spans if span.kept]
+        rows: list[int] = []
+        at = 0
+        for span in self.spans:
+            rows += range(at + span.count - span.kept, at + span.count)
+            at += span.count
+        if len(rows) == at:
+            return None, self
+        order = sorted(range(len(narrowed)), key=lambda i: narrowed[i].count > 1)  # a chunk may have become a single token
+        if order != list(range(len(narrowed))):
+            raise AssertionError("chunks that keep one token come before those that keep more")
+        return self._index(rows), StepSequences(narrowed, self.cache, self.slots, self.architecture)
+
+    def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ring = self.cache.rings[self.slots[slot]]
+        out = torch.empty_like(q)
+        for span, rows in self.chunks:
+            past_k, past_v = ring.read(self._ring_past(span), q.dtype)
+            keys, values = (torch.cat([p, ring.seen(x[:, rows])], dim=1) for p, x in ((past_k, k), (past_v, v)))
+            assert self.architecture.window is not None
+            out[:, rows] = _chunk_attention(q[:, rows], keys, values, self.architecture.window)
+        tokens, places = self._ring_writes
+        ring.store(places, *((k[0], v[0]) if tokens is None else (k[0, tokens], v[0, tokens])))
+        if self.singles:
+            seats, lengths = self._seats
+            self._decode(out, q, ring, seats[:, None], lengths.clamp(max=ring.block_size))
+        return out
+
+    def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+        pages = self.cache.pages[self.slots[slot]]
+        self._store_in_pages(pages, k, v)
+        return self._attend_pages(pages, q, prefix)
+
+    def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self._store_in_pages(self.cache.pages[None], k, v)
+        return k, v
+
+    def cross_attention(self, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
+        return self._attend_pages(self.cache.pages[None], q, None)
+
+    def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        states = self.cache.states[self.slots[slot]]
+        out = torch.empty_like(q)
+        if self.singles:
+            seats, _ = self._seats
+            n = len(self.singles)
+            new, states[seats] = recurrent_retention(
+                q[0, :n, None], k[0, :n, None], v[0, :n, None], log_decay[0, :n, None], states[seats]
+            )
+            out[0, :n] = new[:, 0]
+        for span, rows in self.chunks:
+            out[:, rows], states[span.seat, None] = chunked_retention(
+                q[:, rows], k[:, rows], v[:, rows], log_decay[:, rows], states[span.seat, None]
+            )
+        return out
+
+    def _attend_pages(self, pages: Rows, q: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+        out = torch.empty_like(q)
+        alone = [] if prefix is None else [(span, slice(i, i + 1)) for i, span in enumerate(self.singles)]
+        for span, rows in alone + self.chunks:
+            k, v = pages.read(_page_rows(span, 0, pages.block_size), q.dtype)
+            if prefix is not None:
+                k, v = (torch.cat([p.to(x.dtype)[None], x], dim=1) for p, x in zip(prefix, (k, v), strict=True))
+            out[:, rows] = _chunk_attention(q[:, rows], k, v, None)
+        if self.singles and prefix is None:
+            self._decode(out, q, pages, self._tables, self._seats[1])
+        return out
+
+    def _decode(self, out: Tensor, q: Tensor, rows: Rows, table: Tensor, lengths: Tensor) -> None:
+        n = len(self.singles)
+        out[0, :n] = decode_attention(q[0, :n], rows.data, rows.scales, table, rows.block_size, lengths)
+
+    def _store_in_pages(self, pages: Rows, k: Tensor, v: Tensor) -> None:
+        tokens, places = self._page_writes
+        pages.store(places, *((k[0], v[0]) if tokens is None else (k[0, tokens], v[0, tokens])))
+
+    # What follows is worked out once a step and used by every layer.
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        chunks = [torch.arange(span.start, span.end, device=self.cache.device) for span, _ in self.chunks]
+        return torch.cat([self._index([span.start for span in self.singles]), *chunks])
+
+    @cached_property
+    def _seats(self) -> tuple[Tensor, Tensor]:
+        """Seats (int32) and lengths of the single tokens' sequences."""
+        seats = torch.tensor([span.seat for span in self.singles], dtype=torch.int32, device=self.cache.device)
+        return seats, self._index([span.end for span in self.singles])
+
+    @cached_property
+    def _tables(self) -> Tensor:
+        """Block tables of the single tokens' sequences, (sequences, blocks) int32; unused behind a sequence's end."""
+        longest = max(len(span.table) for span in self.singles)
+        return torch.stack([torch.nn.functional.pad(span.table, (0, longest - len(span.table))) for span in self.singles])
+
+    @cached_property
+    def _page_writes(self) -> tuple[Tensor | None, Tensor]:
+        """Which tokens of the step go to which rows of the pages; None for all tokens."""
+        size = self.cache.shape.block_size
+        tokens: list[int] = []
+        places, at = [], 0
+        for span in self.spans:
+            first = min(max(span.start, span.written), span.end)
+            tokens += range(at + first - span.start, at + span.count)
+            at += span.count
+            if first < span.end:
+                rows = _page_rows(span, first, size)
+                places.append(
+                    rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop, device=self.cache.device)
+                )
+        found = torch.cat(places) if places else self._index([])
+        return (None if len(tokens) == at else self._index(tokens)), found
+
+    @cached_property
+    def _ring_writes(self) -> tuple[Tensor | None, Tensor]:
+        """The same for the rings: of a chunk longer than the window only the end stays."""
+        window = self.cache.shape.window
+        assert window is not None
+        tokens: list[int] = []
+        places, at = [], 0
+        for span in self.spans:
+            stays = min(span.count, window)
+            tokens += range(at + span.count - stays, at + span.count)
+            at += span.count
+            places.append(torch.arange(span.end - stays, span.end, device=self.cache.device) % window + span.seat * window)
+        return (None if len(tokens) == at else self._index(tokens)), torch.cat(places)
+
+    def _ring_past(self, span: Span) -> Tensor:
+        """Rows of the ring with what a chunk's tokens see before the chunk, in order."""
+        window = self.cache.shape.window
+        assert window is not None
+        past = torch.arange(max(0, span.start - window + 1), span.start, device=self.cache.device)
+        return past % window + span.seat * window
+
+    def _select(self, spans: list[Span], chosen: list[bool]) -> "tuple[Tensor | None, StepSequences]":
+        if all(chosen):
+            return None, self
+        rows: list[int] = []
+        at = 0
+        for span, runs in zip(self.spans, chosen, strict=True):
+            if runs:
+                rows += range(at, at + span.count)
+            at += span.count
+        return self._index(rows), StepSequences(spans, self.cache, self.slots, self.architecture)
+
+    def _index(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.cache.device)
+
+
+def _page_rows(span: Span, first: int, block_size: int) -> Tensor | slice:
+    """Rows of the pages that hold a sequence's tokens first .. end - 1; a slice where its blocks follow each other."""
+    skipped = first // block_size
+    blocks = span.table[skipped : -(-span.end // block_size)].long()
+    if bool((blocks.diff() == 1).all()):
+        start = int(blocks[0]) * block_size + first - skipped * block_size
+        return slice(start, start + span.end - first)
+    rows = blocks[:, None] * block_size + torch.arange(block_size, device=blocks.device)
+    return rows.flatten()[first - skipped * block_size :][: span.end - first]
+
+
+def _chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Queries that are the last of the keys' tokens; all (1, tokens, heads, head_dim)."""
+    queries, keys = q.shape[1], k.shape[1]
+    if runs_blockwise(queries, q.device):
+        return block_attention(q, k, v, keys if window is None else window, None, None)
+    if window is None:
+        positions = torch.arange(keys - queries, keys, device=q.device)
+        return attend(q, k, v, full_mask(positions, keys, None, q.dtype))
+    return sliding_attention(q, k, v, window, sliding_mask(queries, keys - queries, window, None, q.dtype, q.device))

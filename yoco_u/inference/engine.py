@@ -1,0 +1,265 @@
+"""The engine: requests in, tokens out. `step()` is schedule, run, sample."""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from yoco_u.budget import bytes_per_kv_element, cache_bytes
+from yoco_u.data import DocumentEncoder
+from yoco_u.errors import UserError
+from yoco_u.inference.constraints import GrammarCompiler
+from yoco_u.inference.detokenizer import Detokenizer
+from yoco_u.inference.outputs import Completion, RequestOutput, TokenLogprobs, Update
+from yoco_u.inference.packing import can_pack, pack
+from yoco_u.inference.request import Request
+from yoco_u.inference.runner import Runner
+from yoco_u.inference.sampler import Sampled, SamplerState, sample, score
+from yoco_u.inference.sampling_params import SamplingParams
+from yoco_u.inference.scheduler import Chunk, Scheduler
+from yoco_u.inference.settings import EngineSettings
+from yoco_u.model import YocoUForCausalLM
+
+
+@dataclass(eq=False)
+class _Output:
+    """One output while it runs: what is scheduled, and what becomes of its tokens."""
+
+    request: Request
+    sampler: SamplerState
+    detokenizer: Detokenizer | None
+    completion: Completion
+    parent: RequestOutput
+
+
+class Engine:
+    """Runs many requests at once, each to its own length, with its own sampling and its own loop count.
+
+    Args:
+        model: in evaluation mode on its device. It is the engine's from then on: its weights may be packed.
+        tokenizer: None for requests in tokens only, without text, stop strings or grammars.
+
+    Attributes:
+        scheduler: who runs and who waits.
+        cache: the memory of all sequences.
+    """
+
+    def __init__(self, model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast | None, settings: EngineSettings) -> None:
+        self.architecture = model.config.architecture
+        self.settings, self.tokenizer = settings, tokenizer
+        shape = settings.cache_shape(self.architecture, model.device)
+        self.num_loops = settings.num_loops or max(stage.loops for stage in self.architecture.stages)
+        model = model.to(settings.torch_dtype(model.device))
+        if can_pack(model):
+            pack(model)
+        self.runner = Runner(model, shape)
+        self.cache = self.runner.cache
+        self._make_room(self.num_loops)
+        self.max_model_len = min(settings.max_model_len or 2**62, shape.num_blocks * shape.block_size)
+        self.scheduler = Scheduler(
+            num_blocks=shape.num_blocks,
+            block_size=shape.block_size,
+            max_num_seqs=shape.max_num_seqs,
+            max_batched_tokens=settings.max_batched_tokens,
+            max_model_len=self.max_model_len,
+            prefix_caching=settings.prefix_caching,
+            snapshot_bytes=settings.snapshot_bytes,
+            has_window_state=self.cache.has_window_state,
+        )
+        self._encoder = DocumentEncoder(tokenizer) if tokenizer is not None else None
+        self.eos_token_ids = _end_tokens(model, self._encoder)
+        self._grammars = (
+            GrammarCompiler(tokenizer, self.architecture.vocab_size, self.eos_token_ids) if tokenizer is not None else None
+        )
+        self._outputs: dict[str, _Output] = {}
+        self._siblings: dict[str, list[_Output]] = {}  # outputs that wait until the first one has computed their prompt
+        self._count = 0
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or run, each of `n` outputs counted."""
+        return len(self._outputs)
+
+    def add(self, prompt: str | list[int], params: SamplingParams, request_id: str | None = None) -> RequestOutput:
+        """Queue a request.
+
+        Args:
+            prompt: a text, which begins a document, or token ids as they are.
+            request_id: must not be one that still runs; by default a number.
+
+        Returns:
+            The request, whose outputs grow with every step.
+
+        Raises:
+            UserError: if the request is not possible, with the numbers; nothing is queued then.
+        """
+        tokens = self._tokens(prompt, params)
+        loops = params.num_loops or self.num_loops
+        self._make_room(loops)
+        self._count += 1
+        name = str(self._count) if request_id is None else request_id
+        parent = RequestOutput(name, prompt if isinstance(prompt, str) else None, tokens, [], loops)
+        if params.prompt_logprobs is not None:
+            parent.prompt_logprobs = []
+        outputs = []
+        for index in range(params.n):
+            matcher = self._grammars.matcher(params) if self._grammars is not None else None
+            completion = Completion(index, logprobs=[] if params.logprobs is not None else None)
+            parent.outputs.append(completion)
+            own = params if index == 0 else params.model_copy(update={"prompt_logprobs": None})
+            outputs.append(
+                _Output(
+                    Request(name if params.n == 1 else f"{name}.{index}", tokens, own, loops),
+                    SamplerState(params, tokens, index, self.eos_token_ids, matcher),
+                    Detokenizer(self.tokenizer, params) if self.tokenizer is not None else None,
+                    completion,
+                    parent,
+                )
+            )
+        first, *others = outputs
+        self.scheduler.add(first.request)
+        for output in outputs:
+            self._outputs[output.request.id] = output
+        if self.settings.prefix_caching and others:
+            self._siblings[first.request.id] = others
+        else:
+            for output in others:
+                self.scheduler.add(output.request)
+        return parent
+
+    def abort(self, request: RequestOutput) -> None:
+        """End a request, wherever it is; its memory is free at once. A finished one is left as it is."""
+        for output in [output for output in self._outputs.values() if output.parent is request]:
+            self._end(output, "abort")
+
+    def step(self) -> list[Update]:
+        """Run one step: some tokens of every request that runs.
+
+        Returns:
+            What was added to which output, ended ones included; empty when there is nothing to do.
+        """
+        step = self.scheduler.schedule()
+        if not step.chunks:
+            return []
+        scored = self.runner.run(step)
+        for request, key in step.snapshots:
+            self.scheduler.keep_snapshot(key, *self.runner.window_state(request))
+        self.scheduler.advance(step)
+        for chunk, logits in scored:
+            if chunk.request.params.prompt_logprobs is not None:
+                self._score_prompt(self._outputs[chunk.request.id], chunk, logits)
+        sampled = [(self._outputs[chunk.request.id], logits[-1]) for chunk, logits in scored if chunk.samples]
+        updates = []
+        if sampled:
+            found = sample(torch.stack([logits for _, logits in sampled]), [output.sampler for output, _ in sampled])
+            updates = [self._append(output, one) for (output, _), one in zip(sampled, found, strict=True)]
+        self._release_siblings()
+        return updates
+
+    def _append(self, output: _Output, sampled: Sampled | None) -> Update:
+        completion, request = output.completion, output.request
+        if sampled is None:
+            completion.error = output.sampler.failure
+            return self._end(output, "error")
+        token = sampled.token
+        self.scheduler.append(request, token)
+        completion.token_ids.append(token)
+        if completion.logprobs is not None:
+            assert sampled.logprob is not None
+            completion.logprobs.append(TokenLogprobs(sampled.logprob, sampled.top))
+        if token in output.sampler.stop_token_ids:
+            completion.stop_reason = token
+            return self._end(output, "stop", [token])
+        text = output.detokenizer.append(token) if output.detokenizer is not None else ""
+        completion.text += text
+        if output.detokenizer is not None and output.detokenizer.stopped is not None:
+            completion.stop_reason = output.detokenizer.stopped
+            return self._end(output, "stop", [token], text)
+        if len(completion.token_ids) == request.params.max_tokens:
+            return self._end(output, "length", [token], text)
+        return Update(output.parent, completion, text, [token])
+
+    def _end(self, output: _Output, reason: str, tokens: list[int] | None = None, text: str = "") -> Update:
+        if output.detokenizer is not None:
+            rest = output.detokenizer.flush()
+            output.completion.text += rest
+            text += rest
+        output.completion.finish_reason = reason
+        if not any(output in others for others in self._siblings.values()):
+            self.scheduler.finish(output.request, reason)
+        del self._outputs[output.request.id]
+        self._release_siblings()
+        return Update(output.parent, output.completion, text, tokens or [])
+
+    def _score_prompt(self, output: _Output, chunk: Chunk, logits: torch.Tensor) -> None:
+        found, prompt = output.parent.prompt_logprobs, output.request.prompt
+        assert found is not None
+        if chunk.start == 0 and len(found) < len(prompt):
+            found[:] = [None]
+        if len(found) != chunk.start + 1:
+            return  # scored before the request was preempted
+        targets = torch.tensor(prompt[chunk.start + 1 : chunk.end + 1], device=logits.device)
+        top = output.request.params.prompt_logprobs
+        assert top is not None
+        if len(targets):
+            found += [TokenLogprobs(*one) for one in score(logits[: len(targets)], targets, top)]
+
+    def _release_siblings(self) -> None:
+        """Let the other outputs of a prompt in once the first has computed it, so that they find it cached."""
+        for first in list(self._siblings):
+            output = self._outputs.get(first)
+            if output is None or output.request.computed >= len(output.request.prompt):
+                for sibling in self._siblings.pop(first):
+                    if sibling.completion.finish_reason is None:
+                        self.scheduler.add(sibling.request)
+
+    def _tokens(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
+        if isinstance(prompt, str):
+            if self._encoder is None:
+                raise UserError("the prompt is a text, but there is no tokenizer; give token ids")
+            if not prompt:
+                raise UserError("the prompt is empty; give at least one character")
+            return [int(token) for token in self._encoder.encode([prompt])[0]]
+        if not prompt:
+            raise UserError("the prompt is empty; give at least one token")
+        for token in prompt:
+            if not 0 <= token < self.architecture.vocab_size:
+                raise UserError(f"token {token} of the prompt is not in the vocabulary of {self.architecture.vocab_size}")
+        if self.tokenizer is None and (params.stop or params.constrained):
+            raise UserError("stop strings, json_schema and regex need a tokenizer; use stop_token_ids or give one")
+        return list(prompt)
+
+    def _make_room(self, loops: int) -> None:
+        """Allocate what requests of so many loops need, unless it is there.
+
+        Raises:
+            UserError: if the machine has not the memory for it.
+        """
+        shape = self.cache.shape
+        a = self.architecture.with_loops(loops)
+        needed = cache_bytes(
+            a, shape.num_blocks * shape.block_size, shape.max_num_seqs, shape.window or 0, bytes_per_kv_element(a, shape.kind)
+        )
+        missing = needed - self.cache.nbytes
+        if missing <= 0:
+            return
+        device = self.cache.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if missing > free:
+            raise UserError(
+                f"caches of {shape.num_blocks * shape.block_size} tokens and {shape.max_num_seqs} sequences at {loops} loops "
+                f"need {needed >> 20} MiB, {missing >> 20} more than are allocated, but {free >> 20} MiB are free; lower "
+                "cache_tokens, max_num_seqs or num_loops"
+            )
+        self.cache.grow(loops)
+
+
+def _end_tokens(model: YocoUForCausalLM, encoder: DocumentEncoder | None) -> tuple[int, ...]:
+    """The tokens that end an output: those of the model's config, or the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if configured is None:
+        configured = model.config.eos_token_id
+    if configured is None:
+        return (encoder.eot_id,) if encoder is not None else ()
+    return tuple(configured) if isinstance(configured, list) else (configured,)

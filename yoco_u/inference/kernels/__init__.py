@@ -1,0 +1,76 @@
+"""Attention of a decode step over the paged caches: compiled C++ on a CPU, plain torch wherever that is missing.
+
+The C++ is built on first use (some seconds) and kept in torch's cache of extensions. `YOCO_U_KERNELS=off` does without.
+"""
+
+import os
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+_FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fopenmp", "-Wno-psabi"]
+
+
+@cache
+def compiled() -> bool:
+    """Whether the C++ kernels are there; builds them if they can be built."""
+    from torch.utils import cpp_extension
+
+    if os.environ.get("YOCO_U_KERNELS", "on") == "off":
+        return False
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        print(f"no C++ compiler ({compiler}) here: decoding is slower than it could be", file=sys.stderr)
+        return False
+    sources = [str(path) for path in sorted(Path(__file__).parent.glob("*.cpp"))]
+    try:
+        cpp_extension.load("yoco_u_kernels", sources, extra_cflags=_FLAGS, is_python_module=False)
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        print(f"the C++ kernels could not be built ({reason}): decoding is slower than it could be", file=sys.stderr)
+        return False
+    return True
+
+
+def decode_attention(
+    q: Tensor, cache: Tensor, scales: Tensor | None, table: Tensor, block_size: int, lengths: Tensor
+) -> Tensor:
+    """Attention of one query per sequence over the rows of its blocks.
+
+    Args:
+        q: (sequences, heads, head_dim).
+        cache: keys and values, (2, kv_heads, blocks * block_size, head_dim), float32, bfloat16 or int8.
+        scales: of an int8 cache, (2, kv_heads, blocks * block_size), float32.
+        table: block numbers, (sequences, blocks), int32.
+        lengths: rows that each query sees, (sequences,), int64, at least 1.
+
+    Returns:
+        (sequences, heads, head_dim), in the dtype of q; computed in float32.
+    """
+    if q.device.type != "cpu" or not compiled():
+        return decode_attention_direct(q, cache, scales, table, block_size, lengths)
+    scaled = q.float() * q.shape[-1] ** -0.5
+    out = torch.ops.yoco_u.decode_attention(scaled.contiguous(), cache, scales, table, block_size, lengths)
+    return out.to(q.dtype)
+
+
+def decode_attention_direct(
+    q: Tensor, cache: Tensor, scales: Tensor | None, table: Tensor, block_size: int, lengths: Tensor
+) -> Tensor:
+    """The same, sequence by sequence, gathering the rows."""
+    out = torch.empty_like(q)
+    within = torch.arange(block_size, device=q.device)
+    for i, length in enumerate(lengths.tolist()):
+        blocks = table[i, : -(-length // block_size)].long()
+        rows = (blocks[:, None] * block_size + within).flatten()[:length]
+        kv = cache[:, :, rows].float()  # (2, kv_heads, length, head_dim)
+        if scales is not None:
+            kv = kv * scales[:, :, rows, None]
+        query = q[i].float().view(kv.shape[1], -1, q.shape[-1])  # (kv_heads, groups, head_dim)
+        out[i] = scaled_dot_product_attention(query, kv[0], kv[1]).flatten(0, 1).to(q.dtype)
+    return out

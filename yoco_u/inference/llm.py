@@ -1,0 +1,102 @@
+"""`LLM("path").generate(prompts, SamplingParams(...))`."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from yoco_u.errors import UserError
+from yoco_u.inference.engine import Engine
+from yoco_u.inference.outputs import RequestOutput, Update
+from yoco_u.inference.sampling_params import SamplingParams
+from yoco_u.inference.settings import EngineSettings
+from yoco_u.runs import load_model
+from yoco_u.typed import parse
+
+Prompt = str | list[int]
+
+
+class LLM:
+    """A model that is ready to answer.
+
+    Args:
+        path: a run folder or a saved model.
+        device: auto, cpu or cuda.
+        settings: fields of `EngineSettings`.
+
+    Raises:
+        UserError: for a folder that holds no model, or settings that do not fit.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, device: str = "auto", **settings: Any) -> None:
+        chosen = parse(EngineSettings, settings, "settings of LLM")
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        model, tokenizer = load_model(path, place, chosen.torch_dtype(place))
+        self.engine = Engine(model, tokenizer, chosen)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Answer prompts, all at once as far as memory allows.
+
+        Args:
+            prompts: texts or lists of token ids, or one of them.
+            params: for all prompts, or one for each.
+
+        Returns:
+            One a prompt, in their order.
+
+        Raises:
+            UserError: if one of the requests is not possible; none is run then.
+        """
+        requests = self._add(prompts, params)
+        try:
+            while not all(request.finished for request in requests):
+                self.engine.step()
+        finally:
+            self._abort(requests)
+        return requests
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Update]:
+        """The same, token by token as they come; abandoning the iterator aborts what is unfinished."""
+        requests = self._add(prompts, params)
+        return self._updates(requests)
+
+    def _updates(self, requests: list[RequestOutput]) -> Iterator[Update]:
+        try:
+            while not all(request.finished for request in requests):
+                yield from self.engine.step()
+        finally:
+            self._abort(requests)
+
+    def _add(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[RequestOutput]:
+        several = _several(prompts)
+        chosen = [params or SamplingParams()] * len(several) if params is None or isinstance(params, SamplingParams) else params
+        if len(chosen) != len(several):
+            raise UserError(f"{len(several)} prompts came with {len(chosen)} SamplingParams; give one for all or one for each")
+        requests: list[RequestOutput] = []
+        try:
+            for prompt, own in zip(several, chosen, strict=True):
+                requests.append(self.engine.add(prompt, own))
+        except UserError:
+            self._abort(requests)
+            raise
+        return requests
+
+    def _abort(self, requests: list[RequestOutput]) -> None:
+        for request in requests:
+            if not request.finished:
+                self.engine.abort(request)
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(token, int) for token in prompts):
+        return [list(prompts)]  # type: ignore[arg-type]
+    return list(prompts)  # type: ignore[arg-type]

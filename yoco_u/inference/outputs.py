@@ -1,0 +1,78 @@
+"""What the engine gives back."""
+
+from dataclasses import dataclass, field
+
+from yoco_u.inference.sampler import Logprob
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The log-probability of one token, and of the likeliest ones at its place; see `SamplingParams`."""
+
+    chosen: Logprob
+    top: tuple[Logprob, ...]
+
+
+@dataclass
+class Completion:
+    """One output of a request, growing until it has a finish reason.
+
+    Attributes:
+        index: among the request's `n`.
+        text: without the stop string or end token; empty without a tokenizer.
+        token_ids: all sampled tokens, the end token included.
+        logprobs: one a token, if asked for.
+        finish_reason: "stop", "length", "abort" or "error"; None while it runs.
+        stop_reason: the stop string or the token that ended it.
+        error: what went wrong, in one line, where the finish reason is "error".
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+
+@dataclass
+class RequestOutput:
+    """One request and its outputs so far.
+
+    Attributes:
+        prompt: as it was given, None if as tokens.
+        prompt_logprobs: one a prompt token, None for the first; if asked for.
+        cached_tokens: prompt tokens that were not computed again because an earlier request had.
+    """
+
+    id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+    num_loops: int
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(output.finish_reason is not None for output in self.outputs)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step added to one output of a request.
+
+    Attributes:
+        text: new text, often empty while a character or a possible stop string is incomplete.
+        token_ids: new tokens.
+    """
+
+    request: RequestOutput
+    output: Completion
+    text: str
+    token_ids: list[int]
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.output.finish_reason

@@ -1,0 +1,67 @@
+"""Weights laid out once for the CPU's matrix products, and projections of the same input joined into one.
+
+Packed weights run at the machine's memory rate for one token and at its GEMM rate for a chunk of a prompt; the plain layout
+reaches about two thirds of the memory rate (`benchmarks/decode.py`). The numbers are the same up to the order of sums.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from yoco_u.model import YocoUForCausalLM
+from yoco_u.model.blocks import GatedRetention, GlobalKVProjection, SelfAttention
+from yoco_u.model.feed_forward import SwiGLU
+from yoco_u.model.layers import JointLinear
+
+
+class PackedLinear(JointLinear):
+    """Linear layers without bias in oneDNN's packed layout, run as one product.
+
+    Args:
+        weights: (outputs, inputs) of each layer; not needed afterwards.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.sizes = [len(weight) for weight in weights]
+        joint = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(joint.detach(), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        return self(x).split(self.sizes, dim=-1)
+
+
+def can_pack(model: YocoUForCausalLM) -> bool:
+    """Whether the packed layout exists for this model: bfloat16 on a CPU that multiplies it."""
+    supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return model.device.type == "cpu" and model.dtype == torch.bfloat16 and supported
+
+
+@torch.no_grad()
+def pack(model: YocoUForCausalLM) -> None:
+    """Replace every linear layer of a model in place; it can only run forward from then on."""
+    for module in list(model.modules()):
+        for names in linear_layers(module):
+            layers = [getattr(module, name) for name in names]
+            joint = PackedLinear([layer.weight for layer in layers])
+            for name in names:
+                setattr(module, name, joint)
+
+
+def linear_layers(module: nn.Module) -> list[tuple[str, ...]]:
+    """Names of a module's own linear layers, those of the same input together."""
+    together: tuple[str, ...] = ()
+    match module:
+        case SelfAttention() | GatedRetention():
+            together = ("q_proj", "k_proj", "v_proj")
+        case GlobalKVProjection():
+            together = ("k_proj", "v_proj")
+        case SwiGLU():
+            together = ("gate_proj", "up_proj")
+    alone = [(name,) for name, child in module.named_children() if isinstance(child, nn.Linear) and name not in together]
+    alone = [names for names in alone if names != ("router",)]  # float32
+    return [together, *alone] if together else alone

@@ -1,0 +1,102 @@
+"""Runs the model on one step of the scheduler."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from yoco_u.architecture import Architecture
+from yoco_u.inference.batch import Span, StepSequences
+from yoco_u.inference.kv_cache import CacheShape, KVCache
+from yoco_u.inference.request import Request
+from yoco_u.inference.scheduler import Chunk, Step
+from yoco_u.model import YocoUForCausalLM
+
+
+class Runner:
+    """The model and its caches.
+
+    Attributes:
+        cache: of all sequences.
+    """
+
+    def __init__(self, model: YocoUForCausalLM, shape: CacheShape) -> None:
+        self.model, self.architecture = model, model.config.architecture
+        self.device = model.device
+        self.cache = KVCache(self.architecture, shape, self.device)
+        self._tables = torch.zeros(shape.max_num_seqs, shape.num_blocks, dtype=torch.int32)
+        self._seated: list[tuple[list[int] | None, int]] = [(None, 0)] * shape.max_num_seqs  # whose blocks, and how many
+        self._at_loops = lru_cache(self._slots)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> list[tuple[Chunk, Tensor]]:
+        """Compute all chunks of a step.
+
+        Returns:
+            The chunks that have logits to look at, each with those of its last positions, (kept, vocab): all of the chunk's
+            for prompt log-probabilities, one to sample from.
+        """
+        for request, state in step.restores:
+            assert request.seat is not None
+            self.cache.restore(request.seat, request.num_loops, state)  # type: ignore[arg-type]
+        for chunk in step.chunks:
+            if chunk.start == 0 and self.cache.states:
+                assert chunk.request.seat is not None
+                self.cache.clear(chunk.request.seat)
+
+        chunks = sorted(step.chunks, key=lambda chunk: (chunk.count > 1, kept_positions(chunk) > 1))
+        loops = max(chunk.request.num_loops for chunk in chunks)
+        architecture, slots = self._at_loops(loops)
+        sequences = StepSequences([self._span(chunk) for chunk in chunks], self.cache, slots, architecture)
+        ids = [token for c in chunks for token in c.request.token_slice(c.start, c.end)]
+        x = self.model.model.embed_tokens(torch.tensor([ids], device=self.device))
+        hidden, _ = self.model.model.run_stages(x, sequences, architecture)
+        logits = self.model.lm_head(hidden)[0] if hidden.shape[1] else hidden[0]  # (kept of all chunks, vocab)
+        asked = [chunk for chunk in chunks if kept_positions(chunk)]
+        return list(zip(asked, logits.split([kept_positions(chunk) for chunk in asked]), strict=True))
+
+    def window_state(self, request: Request) -> tuple[list[Tensor], int]:
+        """A copy of a running request's window state, and its bytes."""
+        assert request.seat is not None
+        state = self.cache.window_state(request.seat, request.num_loops)
+        return state, sum(tensor.nbytes for tensor in state)
+
+    def _span(self, chunk: Chunk) -> Span:
+        request = chunk.request
+        assert request.seat is not None
+        return Span(
+            start=chunk.start,
+            count=chunk.count,
+            kept=kept_positions(chunk),
+            written=request.written,
+            seat=request.seat,
+            table=self._table(request.seat, request.blocks).to(self.device),
+            num_loops=request.num_loops,
+        )
+
+    def _table(self, seat: int, blocks: list[int]) -> Tensor:
+        """A sequence's block table, of which only what is new is copied."""
+        owner, known = self._seated[seat]
+        known = known if owner is blocks else 0
+        if len(blocks) > known:
+            self._tables[seat, known : len(blocks)] = torch.tensor(blocks[known:], dtype=torch.int32)
+        self._seated[seat] = blocks, len(blocks)
+        return self._tables[seat, : len(blocks)]
+
+    def _slots(self, loops: int) -> tuple[Architecture, list[tuple[int, int, int]]]:
+        """The architecture at so many loops, and the names of its slots by number."""
+        architecture = self.architecture.with_loops(loops)
+        names = [
+            (index, loop, layer)
+            for index, stage in enumerate(architecture.stages)
+            for loop in range(stage.loops)
+            for layer in range(stage.layers)
+        ]
+        return architecture, names
+
+
+def kept_positions(chunk: Chunk) -> int:
+    """How many positions of a chunk, the last ones, need logits."""
+    if chunk.request.params.prompt_logprobs is not None and chunk.start < len(chunk.request.prompt):
+        return chunk.count
+    return int(chunk.samples)

@@ -1,0 +1,75 @@
+"""How an engine is set up."""
+
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+
+from yoco_u.architecture import Architecture
+from yoco_u.budget import KVType, bytes_per_kv_element, cache_bytes
+from yoco_u.errors import UserError
+from yoco_u.inference.kv_cache import CacheShape
+from yoco_u.typed import Config
+
+DEFAULT_CACHE_BYTES = 2**30
+
+
+class EngineSettings(Config):
+    """Settings of an engine.
+
+    Attributes:
+        dtype: of weights and activations; auto is bfloat16 where the machine multiplies it in hardware, else float32.
+        weights: int8 keeps linear layers as 8-bit whole numbers with one scale an output (weight-only).
+        kv_dtype: of the caches; as `dtype` by default.
+        num_loops: T of requests that name none; the model's own by default.
+        cache_tokens: tokens that the paged caches hold, over all requests; by default what 1 GiB holds.
+        max_model_len: tokens of one request, prompt and output together; as many as the cache holds by default.
+        max_num_seqs: requests that run at once.
+        max_batched_tokens: tokens of one step, prompts and outputs together: fewer give running requests their next token
+            sooner while a prompt is computed, more make a long prompt a little faster.
+        block_size: tokens of a block of the paged caches.
+        prefix_caching: compute prompts that begin alike once.
+        snapshot_bytes: memory for the window states that go with cached prefixes.
+    """
+
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    weights: Literal["int8"] | None = None
+    kv_dtype: KVType | None = None
+    num_loops: PositiveInt | None = None
+    cache_tokens: PositiveInt | None = None
+    max_model_len: PositiveInt | None = None
+    max_num_seqs: PositiveInt = 16
+    max_batched_tokens: PositiveInt = 512
+    block_size: PositiveInt = 64
+    prefix_caching: bool = True
+    snapshot_bytes: NonNegativeInt = 2**28
+
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype that weights and activations have on a device."""
+        if self.dtype != "auto":
+            return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+
+    def cache_shape(self, a: Architecture, device: torch.device) -> CacheShape:
+        """The caches' shape for a model.
+
+        Raises:
+            UserError: if not even one block fits.
+        """
+        kind: KVType = self.kv_dtype or ("bfloat16" if self.torch_dtype(device) == torch.bfloat16 else "float32")
+        element = bytes_per_kv_element(a, kind)
+        if self.cache_tokens is not None:
+            blocks = -(-self.cache_tokens // self.block_size)
+        else:
+            seats = cache_bytes(a, 0, self.max_num_seqs, a.window or 0, element)
+            block = cache_bytes(a, self.block_size, 0, 0, element)
+            blocks = (DEFAULT_CACHE_BYTES - seats) // block if block else 2**20 // self.block_size
+        if blocks < 1:
+            raise UserError(
+                f"the caches of {self.max_num_seqs} sequences leave no room for a block in {DEFAULT_CACHE_BYTES >> 20} MiB; "
+                "set cache_tokens, or lower max_num_seqs"
+            )
+        longest = min(self.max_model_len or blocks * self.block_size, blocks * self.block_size)
+        window = min(a.window, longest) if a.window else None
+        return CacheShape(blocks, self.block_size, self.max_num_seqs, window, kind)
