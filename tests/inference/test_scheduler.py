@@ -150,6 +150,18 @@ def test_whoever_came_last_gives_way_and_comes_back_first():
     assert run.scheduler.statistics.preemptions == 2
 
 
+def test_a_request_comes_with_room_for_its_next_token_and_grows_in_one_piece():
+    run = engine(prefix_caching=False)
+    requests = [run.add(new_request(str(number), long_output([1] * 8, 20), 20)) for number in range(2)]
+    run.step()
+    assert [len(request.blocks) for request in requests] == [3, 3]
+    for _ in range(12):
+        run.step()
+    for request in requests:
+        assert request.blocks == list(range(request.blocks[0], request.blocks[0] + 5))
+    run.drain()
+
+
 def test_a_request_alone_may_use_the_whole_pool():
     run = engine(num_blocks=5)
     request = run.add(new_request("a", long_output([1] * 4, 16), 16))
@@ -247,6 +259,16 @@ def test_while_decoding_the_newest_block_boundary_replaces_the_one_before():
     follow_up = run.add(new_request("b", [*request.tokens, 1], 1))
     step = run.step()
     assert counts(step) == {"b": 3} and step.restores[0][0] is follow_up
+    run.drain()
+
+
+def test_a_prompt_that_ends_on_a_block_boundary_is_kept_to_its_end():
+    run = engine(has_window_state=True)
+    request = run.add(new_request("a", [1] * 8, 1))
+    run.drain()
+    assert [key in run.scheduler.snapshots for key in request.hashes] == [True, True]
+    run.add(new_request("b", [1] * 10, 1))
+    assert counts(run.step()) == {"b": 2}
     run.drain()
 
 

@@ -206,11 +206,11 @@ class Scheduler:
         self.snapshots.keep(key, state, nbytes)
 
     def _grow(self, request: Request, step: Step) -> None:
-        """Make sure of the block of a request's newest token, at the cost of those who came last."""
+        """Make sure of the block of a request's newest token, at the cost of the one who came last."""
         if self._num_blocks(request.num_tokens) <= len(request.blocks):
             return
-        while not self.pool.num_available:
-            latest = self.running[-1]
+        if not self.pool.num_available:
+            latest = self.running[-1]  # nobody else holds its last block, so that one becomes available
             self._preempt(latest)
             step.preempted.append(latest)
             if latest is request:
