@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from yoco_u.architecture import Architecture
-from yoco_u.inference.kernels import decode_attention
+from yoco_u.inference.kernels import compiled, decode_attention
 from yoco_u.inference.kv_cache import KVCache, Rows
 from yoco_u.model.attention import attend, full_mask, sliding_attention, sliding_mask
 from yoco_u.model.block_attention import block_attention
 from yoco_u.model.retention import chunked_retention, recurrent_retention
-from yoco_u.model.sequences import rotary_angles, runs_blockwise
+from yoco_u.model.sequences import rotary_angles, rotate, runs_blockwise
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,6 @@ class StepSequences:
             at += span.count
         self._in_loop: dict[int, tuple[Tensor | None, StepSequences]] = {}
 
-    @cached_property
-    def rotary(self) -> tuple[Tensor, Tensor]:
-        return rotary_angles(self._positions[None], self.architecture.head_dim, self.architecture.rope_theta)
-
     def in_loop(self, loop: int) -> "tuple[Tensor | None, StepSequences]":
         remaining = [span for span in self.spans if span.num_loops > loop]
         if len(remaining) not in self._in_loop:
@@ -90,6 +86,11 @@ class StepSequences:
         if order != list(range(len(narrowed))):
             raise AssertionError("chunks that keep one token come before those that keep more")
         return self._index(rows), StepSequences(narrowed, self.cache, self.slots, self.architecture)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and compiled():
+            return torch.ops.yoco_u.rotate(x, *self._rotary)
+        return rotate(x, self._rotary)
 
     def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ring = self.cache.rings[self.slots[slot]]
@@ -157,9 +158,10 @@ class StepSequences:
     # What follows is worked out once a step and used by every layer.
 
     @cached_property
-    def _positions(self) -> Tensor:
+    def _rotary(self) -> tuple[Tensor, Tensor]:
         chunks = [torch.arange(span.start, span.end, device=self.cache.device) for span, _ in self.chunks]
-        return torch.cat([self._index([span.start for span in self.singles]), *chunks])
+        positions = torch.cat([self._index([span.start for span in self.singles]), *chunks])
+        return rotary_angles(positions[None], self.architecture.head_dim, self.architecture.rope_theta)
 
     @cached_property
     def _seats(self) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import KVType
+from yoco_u.inference.kernels import quantized, store_rows
 
 STORAGE: dict[KVType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -35,13 +36,7 @@ class Rows:
 
     def store(self, rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Write keys and values, each (tokens, kv_heads, head_dim), to rows (tokens,)."""
-        kv = torch.stack([k, v]).transpose(1, 2)  # (2, kv_heads, tokens, head_dim)
-        if self.scales is None:
-            self.data.index_copy_(2, rows, kv.to(self.data.dtype))
-            return
-        whole, scales = _quantize(kv.float())
-        self.data.index_copy_(2, rows, whole)
-        self.scales.index_copy_(2, rows, scales)
+        store_rows(k, v, rows, self.data, self.scales)
 
     def read(self, rows: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of some rows, each (1, rows, kv_heads, head_dim)."""
@@ -55,18 +50,12 @@ class Rows:
         """Keys or values (..., head_dim) as they will be read after being stored."""
         if self.scales is None:
             return x if x.dtype == self.data.dtype else x.to(self.data.dtype).to(x.dtype)
-        whole, scales = _quantize(x.float())
+        whole, scales = quantized(x)
         return (whole * scales[..., None]).to(x.dtype)
 
     @property
     def tensors(self) -> list[Tensor]:
         return [self.data] if self.scales is None else [self.data, self.scales]
-
-
-def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 of (..., head_dim), and one scale a row."""
-    scales = x.abs().amax(-1).clamp(min=1e-30) / 127
-    return (x / scales[..., None]).round_().clamp_(-127, 127).to(torch.int8), scales
 
 
 @dataclass(frozen=True)

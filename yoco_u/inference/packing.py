@@ -1,4 +1,4 @@
-"""Weights laid out once for the CPU's matrix products, and projections of the same input joined into one.
+"""A model rebuilt for the CPU: weights laid out once for its matrix products, what lies between them in one pass each.
 
 Packed weights run at the machine's memory rate for one token and at its GEMM rate for a chunk of a prompt; the plain layout
 reaches about two thirds of the memory rate (`benchmarks/decode.py`). The numbers are the same up to the order of sums.
@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from yoco_u.inference.kernels import compiled
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import GatedRetention, GlobalKVProjection, SelfAttention
 from yoco_u.model.feed_forward import SwiGLU
-from yoco_u.model.layers import JointLinear
+from yoco_u.model.layers import JointLinear, RMSNorm
 
 
 class PackedLinear(JointLinear):
@@ -35,6 +36,29 @@ class PackedLinear(JointLinear):
         return self(x).split(self.sizes, dim=-1)
 
 
+class OnePassRMSNorm(nn.Module):
+    """`RMSNorm` in one pass."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        assert norm.eps is not None
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.yoco_u.rms_norm(x, self.weight, self.eps)
+
+
+class OnePassSwiGLU(nn.Module):
+    """`SwiGLU` over packed weights, its activation in one pass."""
+
+    def __init__(self, layer: SwiGLU) -> None:
+        super().__init__()
+        self.gate_up, self.down = layer.gate_proj, layer.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.ops.yoco_u.swiglu(self.gate_up(x)))
+
+
 def can_pack(model: YocoUForCausalLM) -> bool:
     """Whether the packed layout exists for this model: bfloat16 on a CPU that multiplies it."""
     supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -50,6 +74,13 @@ def pack(model: YocoUForCausalLM) -> None:
             joint = PackedLinear([layer.weight for layer in layers])
             for name in names:
                 setattr(module, name, joint)
+    if compiled():
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, RMSNorm):
+                    setattr(parent, name, OnePassRMSNorm(child))
+                elif isinstance(child, SwiGLU):
+                    setattr(parent, name, OnePassSwiGLU(child))
 
 
 def linear_layers(module: nn.Module) -> list[tuple[str, ...]]:
@@ -64,4 +95,5 @@ def linear_layers(module: nn.Module) -> list[tuple[str, ...]]:
             together = ("gate_proj", "up_proj")
     alone = [(name,) for name, child in module.named_children() if isinstance(child, nn.Linear) and name not in together]
     alone = [names for names in alone if names != ("router",)]  # float32
-    return [together, *alone] if together else alone
+    groups: list[tuple[str, ...]] = [together] if together else []
+    return [*groups, *alone]

@@ -9,7 +9,7 @@ from yoco_u.architecture import Stage
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.feed_forward import ExpertMixture, feed_forward
 from yoco_u.model.layers import ResidualLinear, RMSNorm, project
-from yoco_u.model.sequences import Sequences, rotate
+from yoco_u.model.sequences import Sequences
 
 GlobalKV = tuple[Tensor, Tensor]
 """The global keys and values, each (batch, tokens, kv_heads, head_dim)."""
@@ -42,7 +42,7 @@ class SelfAttention(nn.Module):
         q, k, v = (_heads(y, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, sequences.rotary), rotate(k, sequences.rotary)
+        q, k = sequences.rotate(q), sequences.rotate(k)
         if self.sliding:
             out = sequences.sliding_attention(slot, q, k, v)
         else:
@@ -71,7 +71,7 @@ class GatedRetention(nn.Module):
         q, k, v = (_heads(y, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         gate, decay = self.gate_proj(x), self.decay_proj(x)
         with torch.autocast(x.device.type, enabled=False):
-            q, k = rotate(q.float(), sequences.rotary), rotate(k.float(), sequences.rotary) * self.head_dim**-0.5
+            q, k = sequences.rotate(q.float()), sequences.rotate(k.float()) * self.head_dim**-0.5
             k, v = (kv.repeat_interleave(self.groups, dim=2) for kv in (k, v.float()))
             log_decay = F.logsigmoid(decay.float()) / self.TEMPERATURE  # (batch, tokens, heads)
             out = sequences.retention(slot, q, k, v, log_decay)
@@ -96,7 +96,7 @@ class CrossAttention(nn.Module):
         if self.q_norm is not None:
             q = self.q_norm(q)
         if self.rope:
-            q = rotate(q, sequences.rotary)
+            q = sequences.rotate(q)
         return self.o_proj(sequences.cross_attention(q, global_kv).flatten(-2))
 
 
@@ -112,12 +112,12 @@ class GlobalKVProjection(nn.Module):
         self.v_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
         self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> GlobalKV:
+    def forward(self, x: Tensor, sequences: Sequences) -> GlobalKV:
         x = self.norm(x)
         k, v = (_heads(y, self.head_dim) for y in project(x, self.k_proj, self.v_proj))
         if self.k_norm is not None:
             k = self.k_norm(k)
-        return rotate(k, rotary) if self.rope else k, v
+        return sequences.rotate(k) if self.rope else k, v
 
 
 class Block(GradientCheckpointingLayer):

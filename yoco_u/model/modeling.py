@@ -143,7 +143,7 @@ class YocoUModel(YocoUPreTrainedModel):
         for stack, stage in zip(self.stages, architecture.stages, strict=True):
             if stage.attention == "cross" and global_kv is None:
                 assert self.global_kv is not None
-                global_kv = sequences.global_kv(*self.global_kv(x, sequences.rotary))
+                global_kv = sequences.global_kv(*self.global_kv(x, sequences))
                 kept, sequences = sequences.kept()
                 x = x if kept is None else x[:, kept]
                 if x.shape[1] == 0:

@@ -22,12 +22,8 @@ class Sequences(Protocol):
     Slots are numbered in the order in which a forward pass meets them: stage, loop, layer.
 
     Attributes:
-        rotary: cos and sin of the tokens, (batch or 1, tokens, 1, head_dim), float32.
         has_cache: whether slots matter.
     """
-
-    @property
-    def rotary(self) -> tuple[Tensor, Tensor]: ...
 
     @property
     def has_cache(self) -> bool: ...
@@ -38,6 +34,10 @@ class Sequences(Protocol):
 
     def kept(self) -> "tuple[Tensor | None, Sequences]":
         """The same for the tokens whose logits are asked for: those that the cross-decoder runs on."""
+        ...
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(batch, tokens, heads, head_dim), rotated to the tokens' positions."""
         ...
 
     def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
@@ -95,6 +95,9 @@ class PaddedBatch:
             return None, self
         cos, sin = self.rotary
         return self.kept_tokens, replace(self, rotary=(cos[:, self.kept_tokens], sin[:, self.kept_tokens]))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        return rotate(x, self.rotary)
 
     def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.window is not None

@@ -1,6 +1,7 @@
-"""Attention of a decode step over the paged caches: compiled C++ on a CPU, plain torch wherever that is missing.
+"""What a decode step does besides matrix products: compiled C++ on a CPU, plain torch wherever that is missing.
 
-The C++ is built on first use (some seconds) and kept in torch's cache of extensions. `YOCO_U_KERNELS=off` does without.
+The C++ is built on first use (some seconds) and kept in torch's cache of extensions. `YOCO_U_KERNELS=off` does without. Each
+kernel has its direct twin beside it or in `yoco_u.model`, and the tests compare them.
 """
 
 import os
@@ -37,6 +38,32 @@ def compiled() -> bool:
     return True
 
 
+def store_rows(k: Tensor, v: Tensor, rows: Tensor, cache: Tensor, scales: Tensor | None) -> None:
+    """Write keys and values into a cache.
+
+    Args:
+        k, v: (tokens, kv_heads, head_dim).
+        rows: of the cache, (tokens,), int64.
+        cache, scales: as in `decode_attention`.
+    """
+    if k.device.type == "cpu" and compiled():
+        torch.ops.yoco_u.store_rows(k, v, rows, cache, scales)
+        return
+    kv = torch.stack([k, v]).transpose(1, 2)  # (2, kv_heads, tokens, head_dim)
+    if scales is None:
+        cache.index_copy_(2, rows, kv.to(cache.dtype))
+        return
+    whole, factors = quantized(kv)
+    cache.index_copy_(2, rows, whole)
+    scales.index_copy_(2, rows, factors)
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 of (..., head_dim), and one float32 scale a row."""
+    scales = x.float().abs().amax(-1).clamp(min=1e-30) / 127
+    return (x.float() / scales[..., None]).round_().to(torch.int8), scales
+
+
 def decode_attention(
     q: Tensor, cache: Tensor, scales: Tensor | None, table: Tensor, block_size: int, lengths: Tensor
 ) -> Tensor:
@@ -54,9 +81,7 @@ def decode_attention(
     """
     if q.device.type != "cpu" or not compiled():
         return decode_attention_direct(q, cache, scales, table, block_size, lengths)
-    scaled = q.float() * q.shape[-1] ** -0.5
-    out = torch.ops.yoco_u.decode_attention(scaled.contiguous(), cache, scales, table, block_size, lengths)
-    return out.to(q.dtype)
+    return torch.ops.yoco_u.decode_attention(q, cache, scales, table, block_size, lengths)
 
 
 def decode_attention_direct(

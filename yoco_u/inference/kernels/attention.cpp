@@ -1,57 +1,44 @@
-// Attention of single queries over rows of a paged cache: what a decode step runs, once for all of its sequences.
+// The paged caches: rows written, and attention of single queries over them, which a decode step runs once for all sequences.
 //
 // A cache is head-major, (kv_heads, blocks * block_size, head_dim). The keys of a sequence are the first `length` rows of the
 // blocks in its table. One pass over keys and values with a running maximum (arXiv 2205.14135), float32 throughout; long
 // sequences are split over the threads and the parts joined by their log-sum-exps.
-#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/util/BFloat16.h>
 #include <omp.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
 
-constexpr int64_t LANES = 16;
 constexpr int64_t TILE = 16;     // rows converted to float32 at a time
+constexpr int64_t AHEAD = 32;    // rows fetched from memory ahead of their use
 constexpr int64_t SPLIT = 1024;  // fewest rows that are worth a task of their own
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
-
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-inline void store(float* to, Vector x) { *reinterpret_cast<Vector*>(to) = x; }
-
-inline void to_float(const float* from, float* to, int64_t n, float) { std::memcpy(to, from, n * sizeof(float)); }
-
-inline void to_float(const c10::BFloat16* from, float* to, int64_t n, float) {
-  const uint16_t* bits = reinterpret_cast<const uint16_t*>(from);
-  uint32_t* wide = reinterpret_cast<uint32_t*>(to);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) wide[i] = static_cast<uint32_t>(bits[i]) << 16;
-}
-
-inline void to_float(const int8_t* from, float* to, int64_t n, float scale) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = scale * static_cast<float>(from[i]);
-}
-
-template <typename T>
-struct Rows {  // of one kv head
+// Rows of one kv head. DIM is the head_dim where the compiler is to know it, else 0.
+template <typename T, int64_t DIM>
+struct Rows {
   const T* data;
   const float* scales;  // one a row, of an int8 cache
-  int64_t dim, padded;
+  int64_t head_dim;
+
+  int64_t dim() const { return DIM ? DIM : head_dim; }
+  int64_t padded() const { return (dim() + LANES - 1) / LANES * LANES; }
 
   void load(int64_t row, int64_t count, float* to) const {
-    for (int64_t r = row; r < row + count; ++r, to += padded) to_float(data + r * dim, to, dim, scales ? scales[r] : 1.0f);
+    for (int64_t r = row; r < row + count; ++r, to += padded()) {
+      const char* ahead = reinterpret_cast<const char*>(data + (r + AHEAD) * dim());  // most blocks follow each other
+      for (int64_t byte = 0; byte < dim() * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(ahead + byte, 0, 0);
+      to_float(data + r * dim(), to, dim(), scales ? scales[r] : 1.0f);
+    }
   }
 };
 
@@ -69,23 +56,6 @@ inline Vector sums(const Vector* v) {
            __builtin_shufflevector(b[i], b[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
   return __builtin_shufflevector(c[0], c[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
          __builtin_shufflevector(c[0], c[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-
-// e^x for x <= 0, to about 1e-7 relative: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
-inline Vector exponential(Vector x) {
-  typedef int32_t Whole __attribute__((vector_size(LANES * sizeof(int32_t))));
-  const Vector lowest = Vector{} - 87.0f;
-  x = x > lowest ? x : lowest;
-  const Whole n = __builtin_convertvector(x * 1.44269504f - 0.5f, Whole);  // rounds to nearest: x is not positive
-  const Vector steps = __builtin_convertvector(n, Vector);
-  const Vector r = (x - steps * 0.693359375f) + steps * 2.12194440e-4f;
-  Vector p = r * 1.38888889e-3f + 8.33333333e-3f;
-  p = p * r + 4.16666667e-2f;
-  p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  return p * (Vector)((n + 127) << 23);
 }
 
 // Products of a query with the 16 rows of a tile.
@@ -122,30 +92,27 @@ inline void accumulate(float* acc, float fade, const float* weights, const float
 
 // Queries (groups, padded) of one kv head against rows [first, last) of one sequence, whose blocks are in `table`.
 // Into acc (groups, padded), peak and sum (groups). `tile` has room for (TILE, padded) and (groups, TILE), and is all zeros.
-template <typename T>
-void attend(const float* q, const Rows<T>& keys, const Rows<T>& values, const int32_t* table, int64_t block_size, int64_t first,
+template <typename T, int64_t DIM>
+void attend(const float* q, const Rows<T, DIM>& keys, const Rows<T, DIM>& values, const int32_t* table, int64_t block_size, int64_t first,
             int64_t last, int64_t groups, float* tile, float* acc, float* peak, float* sum) {
-  const int64_t padded = keys.padded;
+  const int64_t padded = keys.padded();
   std::fill(peak, peak + groups, LOWEST);
   float* weights = tile + TILE * padded;
+  const Vector nothing = Vector{} + LOWEST;
   float fades[groups];
   for (int64_t at = first; at < last;) {
     const int64_t within = at % block_size;
     const int64_t count = std::min({TILE, last - at, block_size - within});
     const int64_t row = table[at / block_size] * block_size + within;
+    const auto exists = ORDER < Whole{} + static_cast<int32_t>(count);
     keys.load(row, count, tile);
     for (int64_t g = 0; g < groups; ++g) {
-      float score[TILE];
-      store(score, dots(q + g * padded, tile, padded));
-      float best = peak[g];
-      for (int64_t r = 0; r < count; ++r) best = std::max(best, score[r]);
-      float* weight = weights + g * TILE;
-      store(weight, exponential(load(score) - best));
-      for (int64_t r = count; r < TILE; ++r) weight[r] = 0.0f;
-      float total = 0.0f;
-      for (int64_t r = 0; r < TILE; ++r) total += weight[r];
-      fades[g] = std::exp(peak[g] - best);
-      sum[g] = sum[g] * fades[g] + total;
+      const Vector score = exists ? dots(q + g * padded, tile, padded) : nothing;
+      const float best = std::max(peak[g], largest(score));
+      const Vector weight = exponential(score - best);
+      store(weights + g * TILE, exists ? weight : Vector{});
+      fades[g] = exponential(Vector{} + (peak[g] - best))[0];
+      sum[g] = sum[g] * fades[g] + sum_of(exists ? weight : Vector{});
       peak[g] = best;
     }
     values.load(row, count, tile);
@@ -154,23 +121,26 @@ void attend(const float* q, const Rows<T>& keys, const Rows<T>& values, const in
   }
 }
 
-template <typename T>
-void attend_all(const at::Tensor& q, const at::Tensor& cache, const float* scales, const at::Tensor& table, int64_t block_size,
+template <typename T, typename Q, int64_t DIM>
+void attend_sequences(const at::Tensor& q, const at::Tensor& cache, const float* scales, const at::Tensor& table, int64_t block_size,
                 const at::Tensor& lengths, at::Tensor& out) {
   const int64_t batch = q.size(0), heads = q.size(1), dim = q.size(2), kv_heads = cache.size(1), rows = cache.size(2);
-  const int64_t groups = heads / kv_heads;
+  const int64_t groups = heads / kv_heads, padded = (dim + LANES - 1) / LANES * LANES;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   const int32_t* blocks = table.const_data_ptr<int32_t>();
   const int64_t* length = lengths.const_data_ptr<int64_t>();
   const T* data = cache.const_data_ptr<T>();
-  const float* query = q.const_data_ptr<float>();
-  float* result = out.data_ptr<float>();
+  const Q* query = q.const_data_ptr<Q>();
+  Q* result = out.data_ptr<Q>();
 
-  const int64_t threads = omp_get_max_threads();
   int64_t total = 0;
   for (int64_t b = 0; b < batch; ++b) total += length[b] * kv_heads;
+  const int64_t threads = omp_get_max_threads();
   const int64_t share = std::max(SPLIT, (total + 4 * threads - 1) / (4 * threads));
 
-  struct Task { int64_t b, head, first, last; };
+  struct Task {
+    int64_t b, head, first, last;
+  };
   std::vector<Task> tasks;
   std::vector<int64_t> begins;  // of the tasks of each (sequence, kv head)
   for (int64_t b = 0; b < batch; ++b)
@@ -180,60 +150,131 @@ void attend_all(const at::Tensor& q, const at::Tensor& cache, const float* scale
       for (int64_t p = 0; p < parts; ++p) tasks.push_back({b, h, length[b] * p / parts, length[b] * (p + 1) / parts});
     }
   begins.push_back(tasks.size());
-  const int64_t padded = (dim + LANES - 1) / LANES * LANES;
   std::vector<float> acc(tasks.size() * groups * padded), peak(tasks.size() * groups), sum(tasks.size() * groups);
 
-#pragma omp parallel
+#pragma omp parallel num_threads(std::min<int64_t>(threads, tasks.size()))
   {
     std::vector<float> tile(TILE * padded + groups * TILE), queries(groups * padded);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < static_cast<int64_t>(tasks.size()); ++i) {
       const Task& t = tasks[i];
-      for (int64_t g = 0; g < groups; ++g)
-        std::copy_n(query + (t.b * heads + t.head * groups + g) * dim, dim, queries.data() + g * padded);
+      for (int64_t g = 0; g < groups; ++g) {
+        float* to = queries.data() + g * padded;
+        to_float(query + (t.b * heads + t.head * groups + g) * dim, to, dim, 1.0f);
+        for (int64_t d = 0; d < dim; ++d) to[d] *= scale;
+      }
       const int64_t k = t.head * rows, v = (kv_heads + t.head) * rows;
-      const Rows<T> keys{data + k * dim, scales ? scales + k : nullptr, dim, padded};
-      const Rows<T> values{data + v * dim, scales ? scales + v : nullptr, dim, padded};
+      const Rows<T, DIM> keys{data + k * dim, scales ? scales + k : nullptr, dim};
+      const Rows<T, DIM> values{data + v * dim, scales ? scales + v : nullptr, dim};
       attend(queries.data(), keys, values, blocks + t.b * table.size(1), block_size, t.first, t.last, groups, tile.data(),
              acc.data() + i * groups * padded, peak.data() + i * groups, sum.data() + i * groups);
     }
   }
 
+  std::vector<float> joined(padded);
   for (int64_t unit = 0; unit < batch * kv_heads; ++unit)
     for (int64_t g = 0; g < groups; ++g) {
       float best = LOWEST, whole = 0.0f;
       for (int64_t i = begins[unit]; i < begins[unit + 1]; ++i) best = std::max(best, peak[i * groups + g]);
-      float* to = result + (unit * groups + g) * dim;
-      std::fill(to, to + dim, 0.0f);
+      std::fill(joined.begin(), joined.end(), 0.0f);
       for (int64_t i = begins[unit]; i < begins[unit + 1]; ++i) {
         const float fade = std::exp(peak[i * groups + g] - best);
         whole += fade * sum[i * groups + g];
-        for (int64_t d = 0; d < dim; ++d) to[d] += fade * acc[(i * groups + g) * padded + d];
+        const float* part = acc.data() + (i * groups + g) * padded;
+        for (int64_t d = 0; d < padded; d += LANES) store(joined.data() + d, load(joined.data() + d) + fade * load(part + d));
       }
-      for (int64_t d = 0; d < dim; ++d) to[d] /= whole;
+      for (int64_t d = 0; d < padded; ++d) joined[d] /= whole;
+      from_float(joined.data(), result + (unit * groups + g) * dim, dim);
     }
 }
 
-// q (sequences, heads, head_dim) float32, already scaled; cache (2, kv_heads, rows, head_dim) of float32, bfloat16 or int8;
+template <typename T, typename Q, typename... Arguments>
+void attend_all(const at::Tensor& q, Arguments&&... arguments) {
+  switch (q.size(2)) {
+    case 64: return attend_sequences<T, Q, 64>(q, arguments...);
+    case 128: return attend_sequences<T, Q, 128>(q, arguments...);
+    default: return attend_sequences<T, Q, 0>(q, arguments...);
+  }
+}
+
+// q (sequences, heads, head_dim) of float32 or bfloat16; cache (2, kv_heads, rows, head_dim) of float32, bfloat16 or int8;
 // scales (2, kv_heads, rows) float32 for int8; table (sequences, blocks) int32; lengths (sequences) int64, at least 1.
-at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& cache, const std::optional<at::Tensor>& scales,
+at::Tensor decode_attention(const at::Tensor& queries, const at::Tensor& cache, const std::optional<at::Tensor>& scales,
                             const at::Tensor& table, int64_t block_size, const at::Tensor& lengths) {
-  TORCH_CHECK(q.is_contiguous() && cache.is_contiguous() && table.is_contiguous() && lengths.is_contiguous());
+  const at::Tensor q = queries.contiguous();
+  TORCH_CHECK(cache.is_contiguous() && table.is_contiguous() && lengths.is_contiguous());
+  TORCH_CHECK(cache.scalar_type() != at::kChar || scales, "an int8 cache needs scales");
   at::Tensor out = at::empty_like(q);
   const float* factors = scales ? scales->const_data_ptr<float>() : nullptr;
-  if (cache.scalar_type() == at::kFloat) attend_all<float>(q, cache, nullptr, table, block_size, lengths, out);
-  else if (cache.scalar_type() == at::kBFloat16) attend_all<c10::BFloat16>(q, cache, nullptr, table, block_size, lengths, out);
-  else {
-    TORCH_CHECK(cache.scalar_type() == at::kChar && factors != nullptr, "an int8 cache needs scales");
-    attend_all<int8_t>(q, cache, factors, table, block_size, lengths, out);
-  }
+  with_type(q, [&](auto query) {
+    using Q = decltype(query);
+    switch (cache.scalar_type()) {
+      case at::kFloat: return attend_all<float, Q>(q, cache, nullptr, table, block_size, lengths, out);
+      case at::kBFloat16: return attend_all<c10::BFloat16, Q>(q, cache, nullptr, table, block_size, lengths, out);
+      case at::kChar: return attend_all<int8_t, Q>(q, cache, factors, table, block_size, lengths, out);
+      default: TORCH_CHECK(false, "a cache is float32, bfloat16 or int8");
+    }
+  });
   return out;
+}
+
+template <typename Q>
+inline void write_row(const float* from, Q* to, float*, int64_t dim) {
+  from_float(from, to, dim);
+}
+
+inline void write_row(const float* from, int8_t* to, float* scale, int64_t dim) {
+  float largest = 1e-30f;
+  for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::abs(from[d]));
+  *scale = largest / 127;
+  for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<int8_t>(std::nearbyint(from[d] / *scale));
+}
+
+template <typename T, typename Q>
+void write_all(const at::Tensor& k, const at::Tensor& v, const at::Tensor& places, at::Tensor& cache, float* scales) {
+  const int64_t tokens = k.size(0), heads = k.size(1), dim = k.size(2), rows = cache.size(2);
+  const int64_t* row = places.const_data_ptr<int64_t>();
+  T* data = cache.data_ptr<T>();
+#pragma omp parallel if (tokens > 16)
+  {
+    std::vector<float> wide(dim);
+#pragma omp for collapse(2)
+    for (int64_t which = 0; which < 2; ++which)
+      for (int64_t i = 0; i < tokens; ++i) {
+        const at::Tensor& from = which ? v : k;
+        const Q* source = from.const_data_ptr<Q>() + i * from.stride(0);
+        for (int64_t h = 0; h < heads; ++h) {
+          const int64_t place = (which * heads + h) * rows + row[i];
+          to_float(source + h * from.stride(1), wide.data(), dim, 1.0f);
+          write_row(wide.data(), data + place * dim, scales ? scales + place : nullptr, dim);
+        }
+      }
+  }
+}
+
+// k, v (tokens, kv_heads, head_dim) of float32 or bfloat16, rows of the heads contiguous; places (tokens) int64.
+void store_rows(const at::Tensor& k, const at::Tensor& v, const at::Tensor& places, at::Tensor& cache,
+                const std::optional<at::Tensor>& scales) {
+  TORCH_CHECK(k.stride(2) == 1 && v.stride(2) == 1 && places.is_contiguous() && cache.is_contiguous());
+  float* factors = scales ? scales->data_ptr<float>() : nullptr;
+  with_type(k, [&](auto key) {
+    using Q = decltype(key);
+    switch (cache.scalar_type()) {
+      case at::kFloat: return write_all<float, Q>(k, v, places, cache, nullptr);
+      case at::kBFloat16: return write_all<c10::BFloat16, Q>(k, v, places, cache, nullptr);
+      default: return write_all<int8_t, Q>(k, v, places, cache, factors);
+    }
+  });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
   m.def("decode_attention(Tensor q, Tensor cache, Tensor? scales, Tensor table, int block_size, Tensor lengths) -> Tensor");
+  m.def("store_rows(Tensor k, Tensor v, Tensor places, Tensor(a!) cache, Tensor(b!)? scales) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(yoco_u, CPU, m) { m.impl("decode_attention", &decode_attention); }
+TORCH_LIBRARY_IMPL(yoco_u, CPU, m) {
+  m.impl("decode_attention", &decode_attention);
+  m.impl("store_rows", &store_rows);
+}

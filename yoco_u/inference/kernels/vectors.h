@@ -1,0 +1,91 @@
+// Sixteen floats at a time, through the vector extensions that GCC and clang lower to whatever the machine has.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+#include <cstring>
+
+constexpr int64_t LANES = 16;
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+typedef int32_t Whole __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+constexpr Whole ORDER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+inline void store(float* to, Vector x) { *reinterpret_cast<Vector*>(to) = x; }
+
+inline void to_float(const float* from, float* to, int64_t n, float) { std::memcpy(to, from, n * sizeof(float)); }
+
+inline void to_float(const c10::BFloat16* from, float* to, int64_t n, float) {
+  typedef uint16_t Bits __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2)));
+  typedef uint32_t Wide __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4)));
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const Bits bits = *reinterpret_cast<const Bits*>(from + i);
+    *reinterpret_cast<Wide*>(to + i) = __builtin_convertvector(bits, Wide) << 16;
+  }
+  for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+inline void from_float(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * sizeof(float)); }
+
+inline void from_float(const float* from, c10::BFloat16* to, int64_t n) {
+  typedef uint32_t Wide __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4)));
+  typedef uint16_t Bits __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2)));
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const Wide bits = *reinterpret_cast<const Wide*>(from + i);
+    const Wide rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    const Wide nan = (bits & 0x7fffffff) > 0x7f800000 ? Wide{} + 0x7fc0 : rounded;
+    *reinterpret_cast<Bits*>(to + i) = __builtin_convertvector(nan, Bits);
+  }
+  for (; i < n; ++i) to[i] = static_cast<c10::BFloat16>(from[i]);
+}
+
+inline void to_float(const int8_t* from, float* to, int64_t n, float scale) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = scale * static_cast<float>(from[i]);
+}
+
+template <typename Join>
+inline float fold(Vector x, Join join) {
+  x = join(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = join(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  x = join(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return join(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))[0];
+}
+
+inline float largest(Vector x) {
+  return fold(x, [](Vector a, Vector b) { return a > b ? a : b; });
+}
+
+inline float sum_of(Vector x) {
+  return fold(x, [](Vector a, Vector b) { return a + b; });
+}
+
+// e^x for x <= 0, to about 1e-7 relative: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
+inline Vector exponential(Vector x) {
+  const Vector lowest = Vector{} - 87.0f;
+  x = x > lowest ? x : lowest;
+  const Whole n = __builtin_convertvector(x * 1.44269504f - 0.5f, Whole);  // rounds to nearest: x is not positive
+  const Vector steps = __builtin_convertvector(n, Vector);
+  const Vector r = (x - steps * 0.693359375f) + steps * 2.12194440e-4f;
+  Vector p = r * 1.38888889e-3f + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * (Vector)((n + 127) << 23);
+}
+
+// Calls with a zero of a tensor's element type, float or bfloat16.
+template <typename Call>
+inline void with_type(const at::Tensor& x, Call call) {
+  if (x.scalar_type() == at::kFloat) return call(0.0f);
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "activations are float32 or bfloat16, got ", x.scalar_type());
+  call(c10::BFloat16());
+}
