@@ -81,12 +81,15 @@ class Engine:
         """Requests that wait or run, each of `n` outputs counted."""
         return len(self._outputs)
 
-    def add(self, prompt: str | list[int], params: SamplingParams, request_id: str | None = None) -> RequestOutput:
+    def add(
+        self, prompt: str | list[int], params: SamplingParams, request_id: str | None = None, assume_computed: int = 0
+    ) -> RequestOutput:
         """Queue a request.
 
         Args:
             prompt: a text, which begins a document, or token ids as they are.
             request_id: must not be one that still runs; by default a number.
+            assume_computed: for measurements: take so many tokens of the prompt for computed, whatever the caches hold.
 
         Returns:
             The request, whose outputs grow with every step.
@@ -117,6 +120,7 @@ class Engine:
                     parent,
                 )
             )
+            outputs[-1].request.assumed = assume_computed
         first, *others = outputs
         self.scheduler.add(first.request)
         for output in outputs:

@@ -251,7 +251,8 @@ class Scheduler:
             self.pool.share(shared)
             request.blocks = shared + self.pool.allocate(needed - len(shared), after=shared[-1] if shared else None)
             request.seat = heapq.heappop(self._seats)
-            request.computed, request.written = computed * self.block_size, len(shared) * self.block_size
+            request.computed = max(computed * self.block_size, request.assumed)
+            request.written = len(shared) * self.block_size
             request.status = Status.RUNNING
             self.running.append(request)
             self._prefix_hit_tokens += request.computed
