@@ -174,6 +174,8 @@ class LoopedStack(nn.Module):
         losses = []
         for loop in range(loops):
             tokens, in_loop = sequences.in_loop(loop) if loops > 1 else (None, sequences)
+            if tokens is not None and len(tokens) == 0:  # those that loop on keep no token of this stage
+                break
             before = out = x if tokens is None else x[:, tokens]
             for i, layer in enumerate(self.layers):
                 slot = first_slot + loop * len(self.layers) + i if sequences.has_cache else 0
