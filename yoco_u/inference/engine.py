@@ -31,6 +31,7 @@ class _Output:
     detokenizer: Detokenizer | None
     completion: Completion
     parent: RequestOutput
+    started: bool = False
 
 
 class Engine:
@@ -146,6 +147,11 @@ class Engine:
         step = self.scheduler.schedule()
         if not step.chunks:
             return []
+        for chunk in step.chunks:
+            output = self._outputs[chunk.request.id]
+            if not output.started:
+                output.started = True
+                output.parent.cached_tokens += chunk.start
         scored = self.runner.run(step)
         for request, key in step.snapshots:
             self.scheduler.keep_snapshot(key, *self.runner.window_state(request))

@@ -43,7 +43,7 @@ class RequestOutput:
     Attributes:
         prompt: as it was given, None if as tokens.
         prompt_logprobs: one a prompt token, None for the first; if asked for.
-        cached_tokens: prompt tokens that were not computed again because an earlier request had.
+        cached_tokens: prompt tokens that were not computed again because an earlier request or output had, over all outputs.
     """
 
     id: str
