@@ -1,5 +1,6 @@
 """The engine: requests in, tokens out. `step()` is schedule, run, sample."""
 
+import itertools
 from dataclasses import dataclass
 
 import psutil
@@ -75,7 +76,7 @@ class Engine:
         )
         self._outputs: dict[str, _Output] = {}
         self._siblings: dict[str, list[_Output]] = {}  # outputs that wait until the first one has computed their prompt
-        self._count = 0
+        self._numbers = itertools.count(1)
 
     @property
     def unfinished(self) -> int:
@@ -100,21 +101,22 @@ class Engine:
         """
         tokens = self._tokens(prompt, params)
         loops = params.num_loops or self.num_loops
-        self._make_room(loops)
-        self._count += 1
-        name = str(self._count) if request_id is None else request_id
+        name = next(str(n) for n in self._numbers if str(n) not in self._outputs) if request_id is None else request_id
+        names = [name, *(f"{name}.{index}" for index in range(1, params.n))]
+        for taken in (own for own in names if own in self._outputs):
+            raise UserError(f"request {taken}: a request of this id is not finished yet; choose another id")
         parent = RequestOutput(name, prompt if isinstance(prompt, str) else None, tokens, [], loops)
         if params.prompt_logprobs is not None:
             parent.prompt_logprobs = []
         outputs = []
-        for index in range(params.n):
+        for index, own_name in enumerate(names):
             matcher = self._grammars.matcher(params) if self._grammars is not None else None
             completion = Completion(index, logprobs=[] if params.logprobs is not None else None)
             parent.outputs.append(completion)
             own = params if index == 0 else params.model_copy(update={"prompt_logprobs": None})
             outputs.append(
                 _Output(
-                    Request(name if params.n == 1 else f"{name}.{index}", tokens, own, loops),
+                    Request(own_name, tokens, own, loops),
                     SamplerState(params, tokens, index, self.eos_token_ids, matcher),
                     Detokenizer(self.tokenizer, params) if self.tokenizer is not None else None,
                     completion,
@@ -124,6 +126,11 @@ class Engine:
             outputs[-1].request.assumed = assume_computed
         first, *others = outputs
         self.scheduler.add(first.request)
+        try:
+            self._make_room(loops)
+        except UserError:
+            self.scheduler.abort(first.request.id)
+            raise
         for output in outputs:
             self._outputs[output.request.id] = output
         if self.settings.prefix_caching and others:
