@@ -7,6 +7,7 @@ import psutil
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from yoco_u.architecture import Architecture
 from yoco_u.budget import bytes_per_kv_element, cache_bytes
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
@@ -42,6 +43,9 @@ class Engine:
         model: in evaluation mode on its device. It is the engine's from then on: its weights may be packed.
         tokenizer: None for requests in tokens only, without text, stop strings or grammars.
 
+    Raises:
+        UserError: if the caches do not fit into memory, or the settings do not fit together.
+
     Attributes:
         scheduler: who runs and who waits.
         cache: the memory of all sequences.
@@ -50,8 +54,8 @@ class Engine:
     def __init__(self, model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast | None, settings: EngineSettings) -> None:
         self.architecture = model.config.architecture
         self.settings, self.tokenizer = settings, tokenizer
-        shape = settings.cache_shape(self.architecture, model.device)
-        self.num_loops = settings.num_loops or max(stage.loops for stage in self.architecture.stages)
+        self.num_loops = settings.num_loops or _own_loops(self.architecture)
+        shape = settings.cache_shape(self.architecture.with_loops(self.num_loops), model.device)
         model = model.to(settings.torch_dtype(model.device))
         if can_pack(model):
             pack(model)
@@ -270,6 +274,17 @@ class Engine:
                 "cache_tokens, max_num_seqs or num_loops"
             )
         self.cache.grow(loops)
+
+
+def _own_loops(a: Architecture) -> int:
+    """The loop count that a model was made with."""
+    loops = {a.stages[index].loops for index in a.looped_stages}
+    if len(loops) > 1:
+        raise UserError(
+            f"the model's stages loop {' and '.join(map(str, sorted(loops)))} times, but a request loops all of them as often; "
+            "set num_loops"
+        )
+    return loops.pop()
 
 
 def _end_tokens(model: YocoUForCausalLM, encoder: DocumentEncoder | None) -> tuple[int, ...]:
