@@ -15,6 +15,7 @@ from yoco_u.inference.constraints import GrammarCompiler
 from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.inference.outputs import Completion, RequestOutput, TokenLogprobs, Update
 from yoco_u.inference.packing import can_pack, pack
+from yoco_u.inference.quantization import quantize
 from yoco_u.inference.request import Request
 from yoco_u.inference.runner import Runner
 from yoco_u.inference.sampler import Sampled, SamplerState, sample, score
@@ -40,7 +41,7 @@ class Engine:
     """Runs many requests at once, each to its own length, with its own sampling and its own loop count.
 
     Args:
-        model: in evaluation mode on its device. It is the engine's from then on: its weights may be packed.
+        model: in evaluation mode on its device. It is the engine's from then on: its weights may be quantized or packed.
         tokenizer: None for requests in tokens only, without text, stop strings or grammars.
 
     Raises:
@@ -57,6 +58,8 @@ class Engine:
         self.num_loops = settings.num_loops or _own_loops(self.architecture)
         shape = settings.cache_shape(self.architecture.with_loops(self.num_loops), model.device)
         model = model.to(settings.torch_dtype(model.device))
+        if settings.weights == "int8":
+            quantize(model)
         if can_pack(model):
             pack(model)
         self.runner = Runner(model, shape)

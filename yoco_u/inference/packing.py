@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from yoco_u.inference.kernels import compiled
+from yoco_u.inference.quantization import Int8Linear, is_int8
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import GatedRetention, GlobalKVProjection, SelfAttention
 from yoco_u.model.feed_forward import SwiGLU
@@ -24,16 +25,12 @@ class PackedLinear(JointLinear):
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.sizes = [len(weight) for weight in weights]
+        super().__init__([len(weight) for weight in weights])
         joint = weights[0] if len(weights) == 1 else torch.cat(list(weights))
         self.packed = torch.ops.mkldnn._reorder_linear_weight(joint.detach(), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-
-    def split(self, x: Tensor) -> Sequence[Tensor]:
-        return self(x).split(self.sizes, dim=-1)
 
 
 class OnePassRMSNorm(nn.Module):
@@ -60,9 +57,12 @@ class OnePassSwiGLU(nn.Module):
 
 
 def can_pack(model: YocoUForCausalLM) -> bool:
-    """Whether the packed layout exists for this model: bfloat16 on a CPU that multiplies it."""
-    supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return model.device.type == "cpu" and model.dtype == torch.bfloat16 and supported
+    """Whether a packed layout exists for this model: bfloat16 on a CPU, and for int8 weights the kernel."""
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+        return False
+    if is_int8(model.lm_head.weight):
+        return compiled()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @torch.no_grad()
@@ -71,7 +71,8 @@ def pack(model: YocoUForCausalLM) -> None:
     for module in list(model.modules()):
         for names in linear_layers(module):
             layers = [getattr(module, name) for name in names]
-            joint = PackedLinear([layer.weight for layer in layers])
+            weights = [layer.weight for layer in layers]
+            joint = Int8Linear(weights) if is_int8(weights[0]) else PackedLinear(weights)
             for name in names:
                 setattr(module, name, joint)
     if compiled():

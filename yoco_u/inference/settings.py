@@ -19,7 +19,7 @@ class EngineSettings(Config):
 
     Attributes:
         dtype: of weights and activations; auto is bfloat16 where the machine multiplies it in hardware, else float32.
-        weights: int8 keeps linear layers as 8-bit whole numbers with one scale an output (weight-only).
+        weights: int8 keeps linear layers as 8-bit whole numbers with one scale an output (weight-only); see `quantize`.
         kv_dtype: of the caches; as `dtype` by default.
         num_loops: T of requests that name none; the model's own by default.
         cache_tokens: tokens that the paged caches hold, over all requests; by default what 1 GiB holds.

@@ -23,11 +23,19 @@ class ResidualLinear(nn.Linear):
 
 
 class JointLinear(nn.Module):
-    """Several linear layers of the same input as one matrix product, in the place of each of them."""
+    """Several linear layers of the same input as one matrix product, in the place of each of them.
+
+    Args:
+        sizes: outputs of each layer.
+    """
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
         """The output of each layer."""
-        raise NotImplementedError
+        return self(x).split(self.sizes, dim=-1)
 
 
 def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
