@@ -109,6 +109,44 @@ def test_evaluate_prints_a_table_of_loop_counts(run: Any, workspace: Path) -> No
     assert [line[0] for line in lines] == ["1", "3"]
 
 
+def quantized_loss(model_folder: Path, file: Path, num_loops: int) -> float:
+    """By plain transformers calls, with weights rounded to 255 steps of each output by the direct formula."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            step = layer.weight.detach().abs().amax(1, keepdim=True) / 127.5
+            layer.weight = torch.nn.Parameter((layer.weight * (1 / step)).round().clamp(-128, 127) * step)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    ids = [tokenizer.eos_token_id, *tokenizer(file.read_text(), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    row = torch.tensor([ids])
+    with torch.no_grad():
+        return model(row[:, :-1], shift_labels=row[:, 1:], num_loops=num_loops).loss.item()
+
+
+def test_evaluate_reports_what_int8_weights_change_at_each_loop_count(run: Any, workspace: Path) -> None:
+    file = workspace / "corpus" / "03.py"
+    options = (workspace / "a", file, "--num-loops", 1, "--num-loops", 3, "--sequence-length", 4096)
+    plain = run("evaluate", *options, "--json").json["results"]
+    both = run("evaluate", *options, "--weights", "int8", "--json").json["results"]
+    changes = [row.pop("int8") for row in both]
+    for before, row, quantized in zip(plain, both, changes, strict=True):
+        assert row == before
+        assert quantized["loss"] == pytest.approx(quantized_loss(workspace / "a" / "model", file, row["num_loops"]), rel=1e-6)
+        assert quantized["loss"] != before["loss"]
+        assert quantized["perplexity"] == pytest.approx(math.exp(quantized["loss"]), rel=1e-6)
+        for figure in ("loss", "perplexity"):
+            assert quantized[f"{figure}_change"] == quantized[figure] - before[figure]
+    table = run("evaluate", *options, "--weights", "int8")
+    lines = [line.split() for line in table.out.splitlines() if line.strip() and line.split()[0].isdigit()]
+    for line, row, quantized in zip(lines, plain, changes, strict=True):
+        assert line[:4] == [
+            str(row["num_loops"]),
+            f"{row['loss']:.4f}",
+            f"{quantized['loss']:.4f}",
+            f"{quantized['loss_change']:+.5f}",
+        ]
+
+
 def test_generate_streams_what_json_tells(run: Any, workspace: Path) -> None:
     options = ("--prompt", "def ", "--max-new-tokens", 12, "--seed", 3, "--top-k", 5, "--top-p", 0.9)
     streamed = run("generate", workspace / "a", *options)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,14 @@ def test_empty_prompt(run: Any, workspace: Path) -> None:
     assert "prompt is empty" in run("generate", workspace / "a", "--prompt", "").error
 
 
+def test_int8_weights_without_torchao(run: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    assert "pip install 'yoco-u[quantization]'" in run("evaluate", workspace / "a", "--weights", "int8").error
+
+
 def test_evaluate(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert "--num-loops is 0" in run("evaluate", workspace / "a", "--num-loops", "0").error
+    assert "--weights is int4" in run("evaluate", workspace / "a", "--weights", "int4").error
     assert "none.txt" in run("evaluate", workspace / "a", tmp_path / "none.txt").error
     assert "name files" in run("evaluate", workspace / "a" / "model").error
     (tmp_path / "empty.txt").touch()

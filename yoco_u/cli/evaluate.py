@@ -33,6 +33,9 @@ def evaluate(
     text_field: Annotated[
         str, typer.Option("--text-field", help="Column of JSON lines and Parquet files that holds the text.")
     ] = "text",
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="int8: score the weights in int8 as well, and print what that changes.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -46,20 +49,33 @@ def evaluate(
       yoco-u evaluate runs/quickstart/yoco-u
 
       yoco-u evaluate runs/quickstart/yoco-u a.py b.py --num-loops 1 --num-loops 3
+
+      yoco-u evaluate runs/quickstart/yoco-u --weights int8 --num-loops 1 --num-loops 3
     """
+    from yoco_u.inference.quantization import quantize, require_torchao
     from yoco_u.runs import load_model
     from yoco_u.training.distributed import distributed_session
 
     for loops in num_loops or []:
         if loops < 1:
             raise UserError(f"--num-loops is {loops}; expected a whole number of at least 1")
+    if weights not in (None, "int8"):
+        raise UserError(f"--weights is {weights}; expected int8, or leave it out")
+    if weights == "int8":
+        require_torchao()
     with distributed_session(device) as distributed:
-        weights, tokenizer = load_model(model, distributed.device)
+        network, tokenizer = load_model(model, distributed.device)
         length = sequence_length or _sequence_length(model)
-        results = []
-        for loops in num_loops or [_own_loops(weights)]:
-            score = _score(weights, tokenizer, model, files or [], text_field, length, loops, distributed)
-            results.append({"num_loops": loops} | score.model_dump())
+        counts = num_loops or [_own_loops(network)]
+
+        def scores() -> "list[Score]":
+            return [_score(network, tokenizer, model, files or [], text_field, length, n, distributed) for n in counts]
+
+        results = [{"num_loops": loops} | score.model_dump() for loops, score in zip(counts, scores(), strict=True)]
+        if weights == "int8":
+            quantize(network)
+            for row, score in zip(results, scores(), strict=True):
+                row["int8"] = _changes(row, score)
     if json:
         data = {"model": str(model), "files": files or None, "sequence_length": length, "results": results}
         print_json(data)
@@ -90,6 +106,17 @@ def _score(
     return score_split(weights, validation, distributed, loops)
 
 
+def _changes(before: dict[str, Any], after: "Score") -> dict[str, float]:
+    """The figures of int8 weights, and how much they are above those in float32."""
+    return {
+        "loss": after.loss,
+        "perplexity": after.perplexity,
+        "bits_per_byte": after.bits_per_byte,
+        "loss_change": after.loss - before["loss"],
+        "perplexity_change": after.perplexity - before["perplexity"],
+    }
+
+
 def _sequence_length(model: Path) -> int:
     from yoco_u.runs import is_run, read_run_config
 
@@ -106,16 +133,19 @@ def _print_table(results: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    quantized = any("int8" in row for row in results)
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("loops", "loss", "perplexity", "bits per byte", "tokens", "bytes"):
+    headings = ["loops", "loss", "perplexity", "bits per byte", "tokens", "bytes"]
+    if quantized:
+        headings = ["loops", "loss", "int8", "change", "perplexity", "int8", "change"]
+    for heading in headings:
         table.add_column(heading, justify="right")
     for row in results:
-        table.add_row(
-            str(row["num_loops"]),
-            f"{row['loss']:.4f}",
-            f"{row['perplexity']:.2f}",
-            f"{row['bits_per_byte']:.4f}",
-            f"{row['tokens']:,}",
-            f"{row['bytes']:,}",
-        )
+        loops, loss, perplexity = str(row["num_loops"]), f"{row['loss']:.4f}", f"{row['perplexity']:.2f}"
+        if quantized:
+            new = row["int8"]
+            change, relative = f"{new['loss_change']:+.5f}", f"{new['perplexity_change'] / row['perplexity']:+.3%}"
+            table.add_row(loops, loss, f"{new['loss']:.4f}", change, perplexity, f"{new['perplexity']:.2f}", relative)
+        else:
+            table.add_row(loops, loss, perplexity, f"{row['bits_per_byte']:.4f}", f"{row['tokens']:,}", f"{row['bytes']:,}")
     Console().print(table)
