@@ -77,20 +77,19 @@ class CacheShape:
 
 
 class KVCache:
-    """Storage of all slots. Slots are named (stage, loop, layer), and None for the global KV."""
+    """Storage of all slots, none before `grow`. Slots are named (stage, loop, layer), and None for the global KV."""
 
     def __init__(self, architecture: Architecture, shape: CacheShape, device: torch.device) -> None:
         self.architecture, self.shape, self.device = architecture, shape, device
         self.pages: dict[tuple[int, int, int] | None, Rows] = {}
         self.rings: dict[tuple[int, int, int], Rows] = {}
         self.states: dict[tuple[int, int, int], Tensor] = {}
-        if architecture.has_global_kv:
-            self.pages[None] = self._pages()
-        self.grow(1)
 
     def grow(self, num_loops: int) -> None:
         """Make room for the slots of so many loops; what is there stays."""
         a = self.architecture.with_loops(num_loops)
+        if a.has_global_kv and None not in self.pages:
+            self.pages[None] = self._pages()
         for index, stage in enumerate(a.stages):
             for slot in ((index, loop, layer) for loop in range(stage.loops) for layer in range(stage.layers)):
                 if stage.attention == "full" and slot not in self.pages:
