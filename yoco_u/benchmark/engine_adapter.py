@@ -1,0 +1,127 @@
+"""What the benchmark asks of our engine: timed prefills and decodes, behind contexts that need not be computed."""
+
+import time
+from typing import Any
+
+import torch
+
+from yoco_u.architecture import Architecture
+from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
+from yoco_u.inference.kv_cache import Rows
+from yoco_u.model import YocoUConfig, YocoUForCausalLM
+
+WARM_STEPS = 4
+_CERTAINLY_FRESH = 2**26  # bytes from which an allocation comes from the system itself, zero and not yet in memory
+
+
+class OurEngine:
+    """One model in our engine, with the settings that a user gets.
+
+    Args:
+        architecture: shape of the model; its weights are random unless `model` is given.
+        model: folder of a checkpoint that has this architecture.
+        dtype: bfloat16 or float32, of weights, activations and caches.
+        weights: int8, or bfloat16, which is as `dtype` says.
+        cache_tokens: most tokens that one case keeps at once, over its sequences.
+        sequences: most sequences that one case has.
+        num_loops: loop count of all cases; the model's own by default.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        model: str | None,
+        dtype: str,
+        weights: str,
+        cache_tokens: int,
+        sequences: int,
+        num_loops: int | None,
+    ) -> None:
+        torch.manual_seed(0)
+        as_dtype = getattr(torch, dtype)
+        loaded: Any
+        if model is None:
+            loaded = YocoUForCausalLM._from_config(YocoUConfig.from_architecture(architecture), dtype=as_dtype)
+        else:
+            loaded = YocoUForCausalLM.from_pretrained(model, dtype=as_dtype)
+        settings = EngineSettings.model_validate(
+            {
+                "dtype": dtype,
+                "weights": "int8" if weights == "int8" else None,
+                "num_loops": num_loops,
+                "cache_tokens": cache_tokens + 2 * 64 * sequences,  # a started and a spare block of each
+                "max_num_seqs": sequences,
+                "prefix_caching": False,
+            }
+        )
+        self.engine = Engine(loaded.eval(), None, settings)
+        self.vocab_size = architecture.vocab_size
+        self.bytes_per_weight = 1 if weights == "int8" else as_dtype.itemsize
+        self._forget_caches()
+
+    def prefill(self, tokens: int, depth: int = 0) -> float:
+        """Seconds from a prompt of `tokens` to its first new token.
+
+        Args:
+            depth: tokens before the prompt, whose keys and values are random.
+        """
+        if depth:
+            for rows in self._storage():
+                self._fill(rows, torch.arange(rows.data.shape[2]))
+        prompt = self._tokens(depth + tokens)
+        begin = time.perf_counter()
+        request = self.engine.add(prompt, self._params(1), assume_computed=depth)
+        while not request.finished:
+            self.engine.step()
+        elapsed = time.perf_counter() - begin
+        self._forget_caches()
+        return elapsed
+
+    def decode(self, batch: int, context: int, steps: int) -> float:
+        """Seconds of `steps` decode steps of `batch` sequences, each behind `context` tokens of random keys and values."""
+        params = self._params(1 + WARM_STEPS + steps)
+        requests = [self.engine.add(self._tokens(context), params, assume_computed=context - 1) for _ in range(batch)]
+        self._step(requests, 1)  # admits all of them, and so gives them their rows
+        for request in self.engine.scheduler.running:
+            for rows in self._storage():
+                if rows in self.engine.cache.rings.values():
+                    first = torch.tensor([request.seat])
+                else:
+                    first = torch.tensor(request.blocks)
+                self._fill(rows, (first[:, None] * rows.block_size + torch.arange(rows.block_size)).flatten())
+        self._step(requests, WARM_STEPS)
+        begin = time.perf_counter()
+        self._step(requests, steps)
+        elapsed = time.perf_counter() - begin
+        self._forget_caches()
+        return elapsed
+
+    def _step(self, requests: list[RequestOutput], steps: int) -> None:
+        """Let every request grow by so many tokens."""
+        for _ in range(steps):
+            updates = self.engine.step()
+            if len(updates) != len(requests):
+                raise RuntimeError(f"{len(updates)} of {len(requests)} sequences got a token in one step")
+
+    def _params(self, tokens: int) -> SamplingParams:
+        return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+
+    def _tokens(self, count: int) -> list[int]:
+        return torch.randint(self.vocab_size, (count,)).tolist()
+
+    def _storage(self) -> list[Rows]:
+        return [*self.engine.cache.pages.values(), *self.engine.cache.rings.values()]
+
+    def _fill(self, rows: Rows, at: torch.Tensor) -> None:
+        """Write random keys and values to some rows."""
+        heads, width = rows.data.shape[1], rows.data.shape[3]
+        for part in at.split(4096):
+            k, v = (torch.randn(len(part), heads, width).to(self.engine.runner.model.dtype) for _ in range(2))
+            rows.store(part, k, v)
+
+    def _forget_caches(self) -> None:
+        """Give the caches' memory back, so that each case shows what it needs itself."""
+        for rows in self._storage():
+            make = torch.empty_like if rows.data.nbytes >= _CERTAINLY_FRESH else torch.zeros_like
+            rows.data = make(rows.data)

@@ -1,0 +1,91 @@
+"""How a worker talks to `yoco-u bench`: one JSON value a line on stdin and stdout, in turn.
+
+A worker may run under an interpreter that has neither yoco_u nor its dependencies, so this is the standard library alone.
+
+    -> the job             <- {"about": {...}}, when the engine is ready for cases
+    -> a case              <- {"seconds": ...}, or {"error": "..."} and the worker goes on
+    -> end of file
+
+A job holds `model` (shapes and names of a Llama, or the architecture for ours), `dtype`, `weights`, `threads`, `folder` (empty,
+for the worker's files) and the `cases` that will come. A case is {"kind": "prefill", "tokens", "depth"}, the seconds until the
+logits of the first new token are there, or {"kind": "decode", "context", "batch", "steps"}, the seconds of all steps.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Job = dict[str, Any]
+Case = dict[str, Any]
+Run = Callable[[Case], dict[str, Any]]
+
+
+def serve(start: Callable[[Job], tuple[Run, dict[str, Any]]]) -> None:
+    """Answer until stdin ends. What the engine itself prints goes to stderr.
+
+    Args:
+        start: makes the engine for a job; returns what runs a case, and facts about the engine.
+    """
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def answer(values: dict[str, Any]) -> None:
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    try:
+        run, about = start(json.loads(sys.stdin.readline()))
+    except Exception as error:
+        traceback.print_exc()
+        answer({"error": reason(error)})
+        return
+    answer({"about": about})
+    for line in sys.stdin:
+        try:
+            result = run(json.loads(line))
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": reason(error)}
+        answer({**result, "max_rss_bytes": max_rss_bytes()})
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def longest(job: Job) -> int:
+    """Tokens of the longest sequence in the job's cases, new ones included."""
+    return max(map(_length, job["cases"]))
+
+
+def most_tokens(job: Job) -> int:
+    """Tokens that the job's largest case keeps in caches at once."""
+    return max(_length(case) * case.get("batch", 1) for case in job["cases"])
+
+
+def _length(case: Case) -> int:
+    if case["kind"] == "prefill":
+        return case["depth"] + case["tokens"] + 1
+    return case["context"] + case["steps"] + 8  # and a few to warm up
+
+
+def forget_peak() -> None:
+    """Let the peak of this process count from here, after what was only needed to set up a case (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def max_rss_bytes() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
