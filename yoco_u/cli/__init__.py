@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
+from yoco_u.cli.bench import bench
 from yoco_u.cli.evaluate import evaluate
 from yoco_u.cli.generate import generate
 from yoco_u.cli.output import Stopped
@@ -24,8 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quickstart, prepare, train, evaluate, generate, report):
-    app.command(no_args_is_help=command not in (quickstart,))(command)
+for command in (quickstart, prepare, train, evaluate, generate, report, bench):
+    app.command(no_args_is_help=command not in (quickstart, bench))(command)
 
 _INTERRUPTED = 130
 

@@ -1,0 +1,173 @@
+"""`yoco-u bench`."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from yoco_u.errors import UserError
+
+if TYPE_CHECKING:
+    from yoco_u.benchmark.cases import Case
+    from yoco_u.benchmark.engines import Engine
+    from yoco_u.benchmark.run import Benchmark
+
+
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Two architectures, short contexts, one round: minutes.")] = False,
+    size: Annotated[str | None, typer.Option("--size", help="Size of the presets. \\[default: 100m]")] = None,
+    architectures: Annotated[
+        str | None,
+        typer.Option("--architectures", help="Presets, with commas between. \\[default: yoco_u,yoco,transformer,rins]"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="RUN_OR_MODEL", help="Measure this instead of presets of random weights.")
+    ] = None,
+    num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T, instead of the models' own.")] = None,
+    contexts: Annotated[
+        str | None, typer.Option("--contexts", help="Tokens, with commas between. \\[default: 4096,32768,131072]")
+    ] = None,
+    batches: Annotated[str | None, typer.Option("--batches", help="Sequences decoded together. \\[default: 1,16]")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="bfloat16 or float32. \\[default: bfloat16]")] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="bfloat16, or int8 for ours and llama.cpp. \\[default: bfloat16]")
+    ] = None,
+    peers: Annotated[str, typer.Option("--peers", help="auto, none, or of transformers,llama.cpp,vllm.")] = "auto",
+    peer_python: Annotated[
+        list[str] | None,
+        typer.Option("--peer-python", metavar="PEER=PYTHON", help="Interpreter that has this peer; can be given again."),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The paper's inference tables beside ours, over 8K to 256K, without peers.")
+    ] = False,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="How often cheap cases are measured. \\[default: 3]")] = None,
+    time_limit: Annotated[
+        float | None, typer.Option("--time-limit", help="Seconds that one case may take. \\[default: 600]")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves as PNG.")] = None,
+) -> None:
+    """Measure prefill, decode and memory, ours and that of installed peers.
+
+    Every engine runs in a process of its own. Peers run a Llama of equal
+    parameters. Shares are of what this machine can do, measured in between.
+
+    [bold]Examples[/bold]
+
+      yoco-u bench --quick
+
+      yoco-u bench --json bench.json --plot bench.png
+
+      yoco-u bench --peers vllm --peer-python vllm=~/vllm/bin/python
+
+      yoco-u bench --paper --size 1.3b
+    """
+    from yoco_u.benchmark.cases import QUICK, Settings, cases_of
+    from yoco_u.benchmark.engines import find_peers, our_engines, peer_engines
+    from yoco_u.benchmark.paper import PAPER, paper_cases
+    from yoco_u.benchmark.run import Benchmark
+    from yoco_u.typed import parse
+
+    if model is not None and (architectures or size or paper):
+        raise UserError("--model measures one checkpoint; leave out --architectures, --size and --paper")
+    if paper and architectures:
+        raise UserError("--paper measures the paper's architectures; leave out --architectures")
+    if paper and plot:
+        raise UserError("--plot draws whole prefills, which --paper does not run; leave one of them out")
+    for file, option in ((json, "--json"), (plot, "--plot")):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UserError(f"{option} {file}: no such folder {file.parent}; make it first")
+    given: dict[str, Any] = {
+        "size": size, "architectures": _names(architectures), "model": model, "num_loops": num_loops,
+        "contexts": _numbers(contexts, "--contexts"), "batches": _numbers(batches, "--batches"), "dtype": dtype,
+        "weights": weights, "rounds": rounds, "time_limit": time_limit,
+    }  # fmt: skip
+    defaults = (QUICK if quick else {}) | (PAPER if paper else {})
+    settings = parse(Settings, defaults | {k: v for k, v in given.items() if v is not None}, "options")
+    engines, absent = our_engines(settings), list[str]()
+    if not paper:
+        pythons = _pythons(peer_python or [])
+        there, absent = find_peers(peers, pythons)
+        engines += peer_engines(settings, engines[0].architecture, there, pythons)
+    cases = paper_cases(settings.contexts, settings.batches[0], settings.steps) if paper else cases_of(settings)
+    benchmark = Benchmark(settings, engines, cases)
+    try:
+        _run_with_progress(benchmark, engines, cases)
+    finally:
+        _report(benchmark, absent, paper, json, plot)
+
+
+def _run_with_progress(benchmark: "Benchmark", engines: "list[Engine]", cases: "list[Case]") -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from yoco_u.benchmark.table import context_label
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("ceilings", total=len(engines) * len(cases) * benchmark.settings.rounds)
+        seen = -1
+
+        def show(engine: "Engine", case: "Case | None") -> None:
+            nonlocal seen
+            if case is None:
+                bar.update(task, description=f"{engine.name}: starting")
+                return
+            seen += 1
+            batch = f", batch {case.batch}" if case.kind == "decode" else ""
+            bar.update(task, completed=seen, description=f"{engine.name}: {case.kind} {context_label(case.context)}{batch}")
+
+        benchmark.run(show)
+
+
+def _report(benchmark: "Benchmark", absent: list[str], paper: bool, json: Path | None, plot: Path | None) -> None:
+    """Print and write what was measured, all of it or what an interrupt left."""
+    from rich.console import Console
+
+    from yoco_u.benchmark.paper import paper_json, print_paper_tables
+    from yoco_u.benchmark.results import as_json, rows_of
+    from yoco_u.benchmark.table import print_failures, print_tables
+    from yoco_u.files import write_json
+
+    measurement, console = benchmark.measurement, Console()
+    if not measurement.ceilings:
+        return
+    if paper:
+        print_paper_tables(console, measurement)
+        print_failures(console, measurement)
+    else:
+        print_tables(console, measurement, absent)
+    if json is not None:
+        write_json(json, as_json(measurement) | ({"paper": paper_json(measurement)} if paper else {}))
+    if plot is not None:
+        from yoco_u.benchmark.plot import write_plot
+
+        write_plot(rows_of(measurement), plot)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def _numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} is {text!r}; expected whole numbers with commas between, such as 4096,32768") from None
+
+
+def _pythons(given: list[str]) -> dict[str, str]:
+    found = {}
+    for entry in given:
+        name, separator, python = entry.partition("=")
+        if not separator:
+            raise UserError(f"--peer-python {entry}: expected PEER=PYTHON, such as vllm=/opt/vllm/bin/python")
+        path = shutil.which(os.path.expanduser(python))
+        if path is None:
+            raise UserError(f"--peer-python {entry}: no such program; give the path of a Python interpreter")
+        found[name] = os.path.abspath(path)
+    return found
