@@ -91,12 +91,13 @@ inline void accumulate(float* acc, float fade, const float* weights, const float
 }
 
 // Queries (groups, padded) of one kv head against rows [first, last) of one sequence, whose blocks are in `table`.
-// Into acc (groups, padded), peak and sum (groups). `tile` has room for (TILE, padded) and (groups, TILE), and is all zeros.
+// Into acc (groups, padded), peak and sum (groups). `tile` has room for (TILE, padded) and (groups, TILE).
 template <typename T, int64_t DIM>
 void attend(const float* q, const Rows<T, DIM>& keys, const Rows<T, DIM>& values, const int32_t* table, int64_t block_size, int64_t first,
             int64_t last, int64_t groups, float* tile, float* acc, float* peak, float* sum) {
   const int64_t padded = keys.padded();
   std::fill(peak, peak + groups, LOWEST);
+  std::fill(tile, tile + TILE * padded, 0.0f);  // rows of another sequence, even at weight 0, could be NaN
   float* weights = tile + TILE * padded;
   const Vector nothing = Vector{} + LOWEST;
   float fades[groups];
@@ -225,7 +226,7 @@ inline void write_row(const float* from, Q* to, float*, int64_t dim) {
 
 inline void write_row(const float* from, int8_t* to, float* scale, int64_t dim) {
   float largest = 1e-30f;
-  for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::abs(from[d]));
+  for (int64_t d = 0; d < dim; ++d) largest = std::abs(from[d]) <= largest || std::isnan(largest) ? largest : std::abs(from[d]);
   *scale = largest / 127;
   for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<int8_t>(std::nearbyint(from[d] / *scale));
 }

@@ -66,10 +66,10 @@ inline float sum_of(Vector x) {
   return fold(x, [](Vector a, Vector b) { return a + b; });
 }
 
-// e^x for x <= 0, to about 1e-7 relative: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
+// e^x for x <= 0, to about 1e-7 relative: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. NaN stays NaN.
 inline Vector exponential(Vector x) {
   const Vector lowest = Vector{} - 87.0f;
-  x = x > lowest ? x : lowest;
+  x = x < lowest ? lowest : x;
   const Whole n = __builtin_convertvector(x * 1.44269504f - 0.5f, Whole);  // rounds to nearest: x is not positive
   const Vector steps = __builtin_convertvector(n, Vector);
   const Vector r = (x - steps * 0.693359375f) + steps * 2.12194440e-4f;
