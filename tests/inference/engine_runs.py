@@ -1,4 +1,4 @@
-"""Engines over tiny models, and the truth that they are held against: the same request through `generate()` or the whole text."""
+"""Engines over tiny models, and what they are held against: the same request through `generate()`, or its text in one pass."""
 
 from collections.abc import Sequence
 from functools import cache
