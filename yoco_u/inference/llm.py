@@ -1,6 +1,7 @@
 """`LLM("path").generate(prompts, SamplingParams(...))`."""
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ class LLM:
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         model, tokenizer = load_model(path, place, chosen.torch_dtype(place))
         self.engine = Engine(model, tokenizer, chosen)
+        self._unread: dict[int, deque[Update]] = {}  # by the requests of open streams
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -53,7 +55,7 @@ class LLM:
         requests = self._add(prompts, params)
         try:
             while not all(request.finished for request in requests):
-                self.engine.step()
+                self._step()
         finally:
             self._abort(requests)
         return requests
@@ -61,16 +63,33 @@ class LLM:
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Update]:
-        """The same, token by token as they come; abandoning the iterator aborts what is unfinished."""
-        requests = self._add(prompts, params)
-        return self._updates(requests)
+        """The same, token by token as they come; abandoning the iterator aborts what is unfinished.
+
+        Several streams may be read in turns, and `generate` called meanwhile.
+        """
+        updates = self._updates(self._add(prompts, params))
+        next(updates)  # it has begun, so that it ends its requests even if nothing is ever read
+        return updates
 
     def _updates(self, requests: list[RequestOutput]) -> Iterator[Update]:
+        unread: deque[Update] = deque()
         try:
-            while not all(request.finished for request in requests):
-                yield from self.engine.step()
+            self._unread |= {id(request): unread for request in requests}
+            yield  # type: ignore[misc]
+            while unread or not all(request.finished for request in requests):
+                if unread:
+                    yield unread.popleft()
+                else:
+                    self._step()
         finally:
+            for request in requests:
+                del self._unread[id(request)]
             self._abort(requests)
+
+    def _step(self) -> None:
+        for update in self.engine.step():
+            if id(update.request) in self._unread:
+                self._unread[id(update.request)].append(update)
 
     def _add(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
