@@ -21,7 +21,7 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(dtype: str) -> Ceilings:
-    """Both rates now; a benchmark takes the best over all turns, as it does for engines."""
+    """Both rates now; a benchmark takes the median over all turns, as it does for engines."""
     return Ceilings(gemm_rate(torch.device("cpu"), getattr(torch, dtype), seconds=0.5), memory_read_rate())
 
 

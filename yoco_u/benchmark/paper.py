@@ -6,6 +6,7 @@ the depths. What a chunk costs grows linearly with its depth where attention is 
 """
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def our_figures(measurement: Measurement) -> tuple[Figures, Figures, Figures]:
     kv: Figures = {context: {} for context in contexts}
     for name in dict.fromkeys(engine for engine, _ in measurement.outcomes):
         own = [outcome for (engine, _), outcome in measurement.outcomes.items() if engine == name]
-        chunks = [(o.case.depth, min(o.seconds)) for o in own if isinstance(o.case, Prefill) and o.seconds]
+        chunks = [(o.case.depth, median(o.seconds)) for o in own if isinstance(o.case, Prefill) and o.seconds]
         for context in contexts:
             if chunks and chunks[-1][0] + CHUNK >= context:
                 depths, seconds = zip(*chunks, strict=True)
@@ -85,7 +86,7 @@ def our_figures(measurement: Measurement) -> tuple[Figures, Figures, Figures]:
             if isinstance(case, Decode):
                 kv[case.context][name] = outcome.kv_bytes / case.batch / 2**20
                 if outcome.seconds:
-                    decode[case.context][name] = case.batch * case.steps / min(outcome.seconds)
+                    decode[case.context][name] = case.batch * case.steps / median(outcome.seconds)
     return prefill, decode, kv
 
 

@@ -1,6 +1,7 @@
 """From seconds to what is compared: tokens per second, shares of the machine's ceilings, ratios to ours."""
 
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class Row:
         context: tokens of the prompt, or behind which was decoded.
         failure: why there are no figures, `word: explanation`.
         seconds: of each round.
-        tokens_per_second: by the best round; of all sequences together.
+        tokens_per_second: by the median of the rounds; of all sequences together.
         rate: model FLOP/s of a prefill, bytes per second that a decode must read.
         of_ceiling: `rate` over the GEMM rate, or over the memory's read rate.
         reference_ratio: how many times as fast the benchmark's first engine is on this case.
@@ -57,10 +58,10 @@ def rows_of(measurement: Measurement) -> list[Row]:
 def _row(measurement: Measurement, outcome: Outcome, reference: Outcome) -> Row:
     case, engine = outcome.case, outcome.engine
     prefill = isinstance(case, Prefill)
-    best = min(outcome.seconds, default=None)
+    seconds = median(outcome.seconds) if outcome.seconds else None
     rate = ceiling = None
-    if best is not None:
-        rate = _work(measurement, outcome) / best
+    if seconds is not None:
+        rate = _work(measurement, outcome) / seconds
         ceiling = measurement.ceiling.gemm if prefill else measurement.ceiling.memory
     return Row(
         engine=engine.name,
@@ -70,12 +71,12 @@ def _row(measurement: Measurement, outcome: Outcome, reference: Outcome) -> Row:
         context=case.context,
         depth=case.depth if isinstance(case, Prefill) else 0,
         batch=case.batch,
-        failure=None if best is not None else outcome.failure,
+        failure=None if seconds is not None else outcome.failure,
         seconds=outcome.seconds,
-        tokens_per_second=None if best is None else _new_tokens(case) / best,
+        tokens_per_second=None if seconds is None else _new_tokens(case) / seconds,
         rate=rate,
         of_ceiling=None if rate is None or ceiling is None else rate / ceiling,
-        reference_ratio=best / min(reference.seconds) if best is not None and reference.seconds else None,
+        reference_ratio=seconds / median(reference.seconds) if seconds is not None and reference.seconds else None,
         peak_bytes=outcome.peak_bytes,
         kv_bytes=outcome.kv_bytes,
         way=outcome.details.get("way"),

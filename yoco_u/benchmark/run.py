@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import psutil
@@ -59,7 +60,8 @@ class Measurement:
 
     @property
     def ceiling(self) -> Ceilings:
-        return Ceilings(max(c.gemm for c in self.ceilings), max(c.memory for c in self.ceilings))
+        """The median of all turns."""
+        return Ceilings(median(c.gemm for c in self.ceilings), median(c.memory for c in self.ceilings))
 
 
 Progress = Callable[[Engine, Case | None], None]
