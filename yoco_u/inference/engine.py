@@ -214,7 +214,7 @@ class Engine:
             self.scheduler.finish(output.request, reason)
         del self._outputs[output.request.id]
         self._release_siblings()
-        return Update(output.parent, output.completion, text, tokens or [])
+        return Update(output.parent, output.completion, text, tokens or [], reason)
 
     def _score_prompt(self, output: _Output, chunk: Chunk, logits: torch.Tensor) -> None:
         found, prompt = output.parent.prompt_logprobs, output.request.prompt

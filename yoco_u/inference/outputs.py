@@ -66,13 +66,11 @@ class Update:
     Attributes:
         text: new text, often empty while a character or a possible stop string is incomplete.
         token_ids: new tokens.
+        finish_reason: of the output's last update, None in all others.
     """
 
     request: RequestOutput
     output: Completion
     text: str
     token_ids: list[int]
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.output.finish_reason
+    finish_reason: str | None = None
