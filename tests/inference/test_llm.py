@@ -1,0 +1,246 @@
+"""`LLM` over a saved model and a real tokenizer: text in, text out, as stream, under grammars."""
+
+import gc
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import assert_all_free
+from models import architecture, build
+from transformers import PreTrainedTokenizerFast
+
+from yoco_u import YocoUForCausalLM
+from yoco_u.data import train_tokenizer
+from yoco_u.errors import UserError
+from yoco_u.inference import LLM, RequestOutput, SamplingParams, Update
+
+TEXTS = [
+    '{"name": "alpha délta 数 🦉", "age": 17, "tags": ["red", "blue"]}\n',
+    "def first(x):\n    return x * 3  # täglich\n",
+] * 9
+SETTINGS: dict[str, Any] = {"dtype": "float32", "cache_tokens": 2048, "block_size": 16}
+PROMPTS = ["def ", '{"name": "', "täglich 数", "x"]
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS, 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerFast) -> YocoUForCausalLM:
+    return build(architecture("yoco_u", vocab_size=len(tokenizer) + 3))
+
+
+@pytest.fixture(scope="module")
+def folder(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> LLM:
+    return LLM(folder, **SETTINGS)
+
+
+@pytest.fixture
+def llm(shared: LLM) -> LLM:
+    assert_all_free(shared.engine)
+    return shared
+
+
+def text_of(request: RequestOutput) -> str:
+    [completion] = request.outputs
+    return completion.text
+
+
+def test_text_is_what_generate_gives(llm: LLM, model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    found = llm.generate(PROMPTS, GREEDY)
+    for prompt, request in zip(PROMPTS, found, strict=True):
+        ids = [tokenizer.eos_token_id, *tokenizer(prompt).input_ids]
+        assert request.prompt == prompt and request.prompt_token_ids == ids
+        row = torch.tensor([ids])
+        out = model.generate(
+            row, attention_mask=torch.ones_like(row), max_new_tokens=24, do_sample=False, eos_token_id=tokenizer.eos_token_id
+        )
+        new = out[0, len(ids) :].tolist()
+        assert request.outputs[0].token_ids == new
+        assert text_of(request) == tokenizer.decode(new, skip_special_tokens=True)
+    assert_all_free(llm.engine)
+
+
+def test_one_prompt_tokens_and_a_params_each(llm: LLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    [text] = llm.generate("def ", GREEDY)
+    [tokens] = llm.generate(text.prompt_token_ids, GREEDY)
+    assert tokens.prompt is None and text_of(tokens) == text_of(text)
+    short, long = llm.generate(["def ", text.prompt_token_ids], [SamplingParams(temperature=0, max_tokens=5), GREEDY])
+    assert short.outputs[0].token_ids == text.outputs[0].token_ids[:5]
+    assert text_of(long) == text_of(text)
+    assert llm.generate([], GREEDY) == []
+    assert len(llm.generate("x")[0].outputs[0].token_ids) <= 16
+    with pytest.raises(UserError, match="2 prompts came with 1 SamplingParams"):
+        llm.generate(["a", "b"], [GREEDY])
+
+
+def test_stop_strings(llm: LLM) -> None:
+    """Every piece of a text as its end: the text up to its first occurrence, wherever tokens begin."""
+    [free] = llm.generate("def ", GREEDY)
+    text = text_of(free).rstrip("\N{REPLACEMENT CHARACTER}")
+    pieces = {text[start : start + length] for length in (1, 2, 3, 5) for start in range(0, len(text) - length, 3)}
+    assert len(pieces) > 15
+    params = [SamplingParams(temperature=0, max_tokens=24, stop=(piece, "never this")) for piece in sorted(pieces)]
+    for request, own in zip(llm.generate(["def "] * len(params), params), params, strict=True):
+        piece, completion = own.stop[0], request.outputs[0]
+        if "\N{REPLACEMENT CHARACTER}" in piece:
+            continue
+        assert completion.text == text[: text.index(piece)]
+        assert (completion.finish_reason, completion.stop_reason) == ("stop", piece)
+        assert completion.token_ids == free.outputs[0].token_ids[: len(completion.token_ids)]
+
+
+def test_end_of_text_ends_and_is_not_shown(llm: LLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    params = SamplingParams(n=60, seed=1, temperature=2.0, max_tokens=40)
+    [request] = llm.generate("x", params)
+    stopped = [one for one in request.outputs if one.finish_reason == "stop"]
+    assert stopped
+    for completion in request.outputs:
+        assert (tokenizer.eos_token_id in completion.token_ids) == (completion.finish_reason == "stop")
+        assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    for completion in stopped:
+        assert completion.token_ids.index(tokenizer.eos_token_id) == len(completion.token_ids) - 1
+        assert completion.stop_reason == tokenizer.eos_token_id
+    [on] = llm.generate("x", params.model_copy(update={"ignore_eos": True}))
+    assert {len(one.token_ids) for one in on.outputs} == {40}
+
+
+def joined(updates: list[Update], request: RequestOutput, index: int) -> tuple[str, list[int]]:
+    own = [update for update in updates if update.request is request and update.output.index == index]
+    assert [update.finish_reason for update in own] == [None] * (len(own) - 1) + [request.outputs[index].finish_reason]
+    return "".join(update.text for update in own), [token for update in own for token in update.token_ids]
+
+
+def check_stream(updates: list[Update], outputs: int) -> None:
+    """The updates make up the outputs, whose ends are their last."""
+    requests = {id(update.request): update.request for update in updates}.values()
+    found = 0
+    for request in requests:
+        assert request.finished
+        for completion in request.outputs:
+            assert joined(updates, request, completion.index) == (completion.text, completion.token_ids)
+            found += 1
+    assert found == outputs
+
+
+def test_a_stream_adds_up_to_the_text(llm: LLM) -> None:
+    params = [SamplingParams(n=n, seed=n, max_tokens=20, stop=("a", "\n")) for n in (1, 2, 1, 3)]
+    updates = list(llm.stream(PROMPTS, params))
+    check_stream(updates, 7)
+    texts = [[one.text for one in request.outputs] for request in llm.generate(PROMPTS, params)]
+    streamed = {update.request.prompt: [one.text for one in update.request.outputs] for update in updates}
+    assert [streamed[prompt] for prompt in PROMPTS] == texts
+    assert_all_free(llm.engine)
+
+
+def test_streams_in_turns(llm: LLM) -> None:
+    """Each gets its own updates, whoever runs the engine."""
+    streams = [llm.stream(prompt, GREEDY) for prompt in PROMPTS[:3]]
+    updates: list[list[Update]] = [[], [], []]
+    for found, stream in zip(updates, streams, strict=True):
+        found.append(next(stream))
+    [between] = llm.generate(PROMPTS[3], GREEDY)
+    for found, stream in zip(reversed(updates), reversed(streams), strict=True):
+        found += stream
+    for found, prompt in zip(updates, PROMPTS[:3], strict=True):
+        check_stream(found, 1)
+        assert {update.request.prompt for update in found} == {prompt}
+        assert text_of(found[0].request) == text_of(llm.generate(prompt, GREEDY)[0])
+    assert text_of(between) == text_of(llm.generate(PROMPTS[3], GREEDY)[0])
+    assert_all_free(llm.engine)
+
+
+@pytest.mark.parametrize("read", [0, 1, 5])
+def test_an_abandoned_stream_frees_everything(llm: LLM, read: int) -> None:
+    stream = llm.stream(PROMPTS, SamplingParams(n=2, max_tokens=30, ignore_eos=True))
+    updates = [next(stream) for _ in range(read)]
+    assert llm.engine.unfinished == 8
+    del stream
+    gc.collect()
+    assert_all_free(llm.engine)
+    if updates:
+        assert {one.finish_reason for one in updates[0].request.outputs} == {"abort"}
+
+
+def test_nothing_runs_where_one_request_is_not_possible(llm: LLM) -> None:
+    for call in (llm.generate, llm.stream):
+        with pytest.raises(UserError, match="more than max_model_len 2048"):
+            call(["def ", [5] * 3000])
+        with pytest.raises(UserError, match="the prompt is empty; give at least one character"):
+            call(["def ", ""])
+        with pytest.raises(UserError, match="no text fits it"):
+            call("x", SamplingParams(regex="a[^\\s\\S]"))
+        assert_all_free(llm.engine)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "tags": {"type": "array", "items": {"enum": ["red", "blue"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+def test_output_under_grammars_in_one_batch(llm: LLM) -> None:
+    """A schema, an expression, no grammar, several outputs, other loop counts; the free ones are as they are alone."""
+    date = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
+    params = [
+        SamplingParams(json_schema=SCHEMA, n=5, seed=1, max_tokens=150),
+        SamplingParams(regex=date, n=3, seed=2, max_tokens=30, num_loops=2),
+        SamplingParams(json_schema=json.dumps(SCHEMA), temperature=0, max_tokens=150),
+        GREEDY,
+    ]
+    found = llm.generate(["def ", "täglich ", "x", "def "], params)
+    for one in (*found[0].outputs, *found[2].outputs):
+        assert one.finish_reason == "stop", one
+        value = json.loads(one.text)
+        assert set(value) == set(SCHEMA["properties"]) and 0 <= value["age"] <= 130 and len(value["name"]) <= 8
+    for one in found[1].outputs:
+        assert one.finish_reason == "stop" and re.fullmatch(date, one.text)
+    assert len({one.text for one in found[1].outputs}) == 3
+    assert text_of(found[3]) == text_of(llm.generate("def ", GREEDY)[0])
+
+
+def test_grammars_of_requests_that_give_way(folder: Path) -> None:
+    """The grammar stands where it stood when a request comes back."""
+    params = [SamplingParams(json_schema=SCHEMA, seed=seed, max_tokens=100) for seed in range(4)]
+    roomy = LLM(folder, **SETTINGS)
+    small = LLM(folder, **SETTINGS | {"cache_tokens": 112, "block_size": 4, "max_num_seqs": 4, "max_batched_tokens": 8})
+    found = small.generate(["x"] * 4, params)
+    assert small.engine.scheduler.statistics.preemptions > 0
+    assert [text_of(one) for one in found] == [text_of(one) for one in roomy.generate(["x"] * 4, params)]
+    assert all(one.outputs[0].finish_reason == "stop" and json.loads(text_of(one)) for one in found)
+    assert_all_free(small.engine)
+
+
+def test_folders_and_settings_that_are_not_possible(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a run folder"):
+        LLM(tmp_path)
+    with pytest.raises(UserError, match=re.escape("settings of LLM")):
+        LLM(folder, cache_token=5)
+    with pytest.raises(UserError, match="max_batched_tokens is 3"):
+        LLM(folder, max_batched_tokens=3)
+
+
+def test_both_names_are_the_packages() -> None:
+    import yoco_u
+
+    assert (yoco_u.LLM, yoco_u.SamplingParams) == (LLM, SamplingParams)
