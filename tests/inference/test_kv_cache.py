@@ -1,0 +1,140 @@
+"""The bytes of the caches against the planner's arithmetic, and results with keys and values kept in less than float32."""
+
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import (
+    VARIANTS,
+    WINDOW,
+    assert_all_free,
+    chosen_logprobs,
+    engine,
+    full_logprobs,
+    generated,
+    greedy,
+    output,
+    prompt,
+    run,
+)
+from models import PRESETS
+
+from yoco_u import Architecture
+from yoco_u.architecture import preset
+from yoco_u.budget import KVType, bytes_per_kv_element, cache_bytes, kv_bytes
+from yoco_u.inference import EngineSettings
+from yoco_u.inference.kv_cache import CacheShape, KVCache, Rows
+
+MIB = 2**20
+META = torch.device("meta")
+KINDS: tuple[KVType, ...] = ("float32", "bfloat16", "int8")
+
+
+def allocated(a: Architecture, tokens: int, sequences: int = 1, block_size: int = 256, kind: KVType = "bfloat16") -> int:
+    window = min(a.window, tokens) if a.window else None
+    cache = KVCache(a, CacheShape(-(-tokens // block_size), block_size, sequences, window, kind), META)
+    assert cache.nbytes == 0
+    cache.grow(max(stage.loops for stage in a.stages))
+    return cache.nbytes
+
+
+@pytest.mark.parametrize(("name", "mib"), [("yoco_u", 542), ("yoco", 522), ("transformer", 10_240), ("rins", 20_480)])
+def test_a_sequence_of_256k_tokens_takes_what_the_paper_says(name: str, mib: int) -> None:
+    a = preset(name, "1.3b")
+    assert allocated(a, 2**18) == kv_bytes(a, 2**18) == mib * MIB
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_engine_allocates_what_the_planner_says(variant: str, kind: KVType) -> None:
+    for settings in ({}, {"block_size": 3, "max_num_seqs": 7}, {"num_loops": 5}, {"cache_tokens": 5, "block_size": 1}):
+        subject = engine(variant, kv_dtype=kind, **settings)
+        shape, a = subject.cache.shape, subject.architecture.with_loops(subject.num_loops)
+        rows = shape.num_blocks * shape.block_size
+        window = min(a.window, rows) if a.window else 0
+        expected = cache_bytes(a, rows, shape.max_num_seqs, window, bytes_per_kv_element(a, kind))
+        assert subject.cache.nbytes == expected
+        tensors = [tensor for rows in (*subject.cache.pages.values(), *subject.cache.rings.values()) for tensor in rows.tensors]
+        assert expected == sum(tensor.untyped_storage().nbytes() for tensor in [*tensors, *subject.cache.states.values()])
+
+
+@pytest.mark.parametrize("variant", ["yoco_u", "rins", "upper_loop"])
+def test_more_loops_add_what_they_need_and_leave_what_is_there(variant: str) -> None:
+    subject = engine(variant)
+    cache, a = subject.cache, subject.architecture.with_loops(6)
+    before = {name: rows.data for name, rows in (cache.pages | cache.rings).items()}
+    cache.grow(6)
+    assert cache.nbytes == cache_bytes(a, 512, cache.shape.max_num_seqs, a.window or 0, 4)
+    after = cache.pages | cache.rings
+    assert all(after[name].data is data for name, data in before.items())
+    looped = a.looped_stages[0]
+    added = {"yoco_u": 3 * 2, "rins": 3 * 2, "upper_loop": 0}[variant]  # loops times layers; cross stages own nothing
+    assert [name[0] for name in after if name not in before and name is not None] == [looped] * added
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_default_size_is_a_gibibyte(kind: KVType) -> None:
+    for name in PRESETS:
+        a = preset(name, "100m")
+        shape = EngineSettings(dtype="float32", kv_dtype=kind).cache_shape(a, torch.device("cpu"))
+        cache = KVCache(a, shape, META)
+        cache.grow(max(stage.loops for stage in a.stages))
+        block = cache_bytes(a, shape.block_size, 0, 0, bytes_per_kv_element(a, kind))
+        assert 2**30 - block < cache.nbytes <= 2**30
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_read_what_was_stored_as_the_writer_saw_it(kind: KVType) -> None:
+    rows = Rows(2, 4, 5, 8, kind, torch.device("cpu"))
+    k, v = torch.randn(2, 6, 2, 8)
+    k[3] = 0
+    places = torch.tensor([4, 19, 0, 7, 8, 12])
+    rows.store(places, k, v)
+    read_k, read_v = rows.read(places, torch.float32)
+    assert torch.equal(read_k[0], rows.seen(k)) and torch.equal(read_v[0], rows.seen(v))
+    step = {"float32": 0, "bfloat16": 2**-8, "int8": 0.5 / 127}[kind]  # half a unit, of each number or of a row's largest
+    largest = k.abs() if kind != "int8" else k.abs().amax(-1, keepdim=True)
+    assert bool(((rows.seen(k) - k).abs() <= step * largest * 1.001).all())
+    slice_k, _ = rows.read(slice(7, 9), torch.float32)
+    assert torch.equal(slice_k[0], rows.seen(k)[3:5])
+    assert int((rows.data != 0).any(-1).any(0).any(0).sum()) == 6
+
+
+# Of log-probabilities: largest and mean distance from a float32 cache on these models, whose weights are large.
+NEAR = {"bfloat16": (0.05, 0.006), "int8": (0.12, 0.02)}
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@pytest.mark.parametrize("variant", [*PRESETS, "window 1", "qk norm, rotated"])
+def test_small_caches_are_near_float32_and_the_same_however_a_prompt_is_cut(variant: str, kind: KVType) -> None:
+    """Cuts change log-probabilities by less than 2e-3: sums in another order tip the rounding of a key here and there."""
+    ids = prompt(33)
+    scores: list[torch.Tensor] = []
+    outputs: list[list[int]] = []
+    for chunk in (1, 5, WINDOW, 64):
+        subject = engine(variant, kv_dtype=kind, max_batched_tokens=chunk, max_num_seqs=1)
+        [request] = run(subject, [ids], greedy(prompt_logprobs=0, logprobs=0))
+        assert request.prompt_logprobs is not None
+        reported = [one.chosen.logprob for one in request.prompt_logprobs if one is not None]
+        scores.append(torch.cat([torch.tensor(reported), chosen_logprobs(request.outputs[0])]))
+        outputs.append(output(request))
+        assert_all_free(subject)
+    assert outputs == [outputs[0]] * 4
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], rtol=0, atol=2e-3)
+    text = ids + outputs[0]
+    truth = full_logprobs(variant, text)[:-1].gather(-1, torch.tensor(text[1:])[:, None])[:, 0]
+    distance = (scores[0] - truth).abs()
+    assert float(distance.max()) < NEAR[kind][0] and float(distance.mean()) < NEAR[kind][1]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@pytest.mark.parametrize("variant", ["yoco_u", "rins", "parscale"])
+def test_small_caches_under_sharing_and_preemption(variant: str, kind: KVType) -> None:
+    prompts = [[*prompt(9), *prompt(1 + i, seed=i)] for i in range(6)]
+    roomy = engine(variant, kv_dtype=kind, max_num_seqs=1, prefix_caching=False)
+    alone = [output(run(roomy, [ids], greedy(max_tokens=20))[0]) for ids in prompts]
+    small = engine(variant, kv_dtype=kind, cache_tokens=64, max_num_seqs=6, max_batched_tokens=12)
+    assert [output(request) for request in run(small, prompts, greedy(max_tokens=20))] == alone
+    assert small.scheduler.statistics.preemptions > 0
+    assert small.scheduler.statistics.prefix_hit_tokens > 0
