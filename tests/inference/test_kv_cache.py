@@ -1,6 +1,5 @@
 """The bytes of the caches against the planner's arithmetic, and results with keys and values kept in less than float32."""
 
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from engine_runs import (
     chosen_logprobs,
     engine,
     full_logprobs,
-    generated,
     greedy,
     output,
     prompt,
