@@ -1,0 +1,290 @@
+"""Every compiled kernel against its direct twin or float64 over random shapes, and doing without them."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from yoco_u.inference import kernels
+from yoco_u.inference.kernels import compiled, decode_attention, decode_attention_direct, quantized, store_rows
+from yoco_u.model.sequences import rotary_angles, rotate
+
+needs_kernels = pytest.mark.skipif(not compiled(), reason="needs a C++ compiler")
+
+DTYPES = [torch.float32, torch.bfloat16]
+CACHES = [torch.float32, torch.bfloat16, torch.int8]
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8}  # half a unit in the last place, relative
+head_dims = st.sampled_from([8, 32, 40, 64, 128])
+seeds = st.integers(0, 10**6)
+
+
+def random(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def assert_rounded(found: Tensor, exact: Tensor, absolute: float = 2e-6) -> None:
+    """`exact` in float64, rounded once to the dtype of `found` and computed in float32 before; NaN where it is NaN."""
+    assert found.shape == exact.shape
+    torch.testing.assert_close(found.double(), exact, rtol=ROUNDING[found.dtype] * 1.01 + 2e-6, atol=absolute, equal_nan=True)
+
+
+@dataclass
+class Case:
+    """Paged sequences whose other rows are NaN: reading one of them would show."""
+
+    q: Tensor
+    cache: Tensor
+    scales: Tensor | None
+    table: Tensor
+    block_size: int
+    lengths: Tensor
+
+    def rows(self, i: int) -> list[int]:
+        """Of sequence i, in order."""
+        blocks = self.table[i].tolist()
+        return [blocks[at // self.block_size] * self.block_size + at % self.block_size for at in range(int(self.lengths[i]))]
+
+    @property
+    def exact(self) -> Tensor:
+        """In float64, head by head."""
+        kv = self.cache.double() if self.scales is None else self.cache.double() * self.scales.double()[..., None]
+        out = torch.empty(self.q.shape, dtype=torch.float64)
+        groups = self.q.shape[1] // self.cache.shape[1]
+        for i, head in itertools.product(range(len(self.q)), range(self.q.shape[1])):
+            k, v = kv[:, head // groups, self.rows(i)]
+            out[i, head] = (k @ self.q[i, head].double() * self.q.shape[-1] ** -0.5).softmax(0) @ v
+        return out
+
+    def found(self, direct: bool = False) -> Tensor:
+        call = decode_attention_direct if direct else decode_attention
+        return call(self.q, self.cache, self.scales, self.table, self.block_size, self.lengths)
+
+
+def paged(
+    seed: int,
+    dtype: torch.dtype,
+    kind: torch.dtype,
+    head_dim: int,
+    groups: int,
+    kv_heads: int,
+    lengths: list[int],
+    block_size: int,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    width = max(-(-length // block_size) for length in lengths)
+    blocks = sum(-(-length // block_size) for length in lengths) + 3
+    order = torch.randperm(blocks, generator=generator).int()
+    table = torch.full((len(lengths), width), 2**30, dtype=torch.int32)
+    cache = torch.full((2, kv_heads, blocks * block_size, head_dim), torch.nan)
+    q = random(generator, len(lengths), groups * kv_heads + 2, head_dim, dtype=dtype)[:, :-2] * 2  # a part of a larger tensor
+    case = Case(q, cache, None, table, block_size, torch.tensor(lengths))
+    for i, length in enumerate(lengths):
+        own = -(-length // block_size)
+        table[i, :own], order = order[:own], order[own:]
+        cache[:, :, case.rows(i)] = random(generator, 2, kv_heads, length, head_dim)
+    if kind == torch.int8:
+        case.cache, case.scales = quantized(cache)
+    else:
+        case.cache = cache.to(kind)
+    return case
+
+
+cases = st.builds(
+    paged,
+    seeds,
+    st.sampled_from(DTYPES),
+    st.sampled_from(CACHES),
+    head_dims,
+    st.integers(1, 8),
+    st.integers(1, 3),
+    st.lists(st.integers(1, 200), min_size=1, max_size=4),
+    st.sampled_from([1, 3, 5, 16, 64, 200]),
+)
+
+
+@needs_kernels
+@settings(max_examples=200)
+@given(cases)
+def test_decode_attention(case: Case) -> None:
+    assert_rounded(case.found(), case.exact)
+    assert_rounded(case.found(direct=True), case.exact)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("count", [1, 2])
+def test_decode_attention_of_long_sequences_in_parts(count: int, kind: torch.dtype) -> None:
+    with threads(count):
+        for lengths in ([5000], [1025, 1, 3000, 2048], [1] * 40):
+            case = paged(1, torch.float32, kind, 8, 2, 2, lengths, 16)
+            assert_rounded(case.found(), case.exact)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("place", ["query", "key", "value"])
+def test_decode_attention_keeps_nan_where_it_is(place: str, kind: torch.dtype, dtype: torch.dtype) -> None:
+    """Of one sequence and head; the others, in whose order of work it comes first, in the middle and last, go on."""
+    for sequence, at, groups in itertools.product((0, 1, 2), (0, 16, 36), (1, 3)):
+        case = paged(sequence, dtype, kind, 40, groups, 2, [37, 40, 38], 5)
+        if place == "query":
+            case.q[sequence, groups, 3] = torch.nan
+        else:
+            which, row = int(place == "value"), case.rows(sequence)[at]
+            if case.scales is None:
+                case.cache[which, 1, row, 7 if place == "key" else slice(None)] = torch.nan
+            else:
+                case.scales[which, 1, row] = torch.nan
+        found = case.found()
+        assert bool(found[sequence, groups].isnan().all())
+        assert_rounded(found, case.exact)
+        assert_rounded(case.found(direct=True), case.exact)
+        others = found[[i for i in range(3) if i != sequence]]
+        assert not bool(others.isnan().any()) and not bool(found[sequence, :groups].isnan().any())
+
+
+@needs_kernels
+def test_decode_attention_of_extreme_scores() -> None:
+    """Scores of thousands, all on one key, and equal ones."""
+    case = paged(1, torch.float32, torch.float32, 32, 2, 2, [60, 33, 1], 16)
+    case.q *= 1000
+    assert_rounded(case.found(), case.exact)
+    case.q.zero_()
+    assert_rounded(case.found(), case.exact)
+
+
+def split_keys(generator: torch.Generator, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values as a joint projection gives them: side by side in one row."""
+    joint = random(generator, tokens, (3 * heads) * head_dim, dtype=dtype)
+    _, k, v = joint.split([heads * head_dim] * 3, dim=-1)
+    return k.view(tokens, heads, head_dim), v.view(tokens, heads, head_dim)
+
+
+@needs_kernels
+@settings(max_examples=100)
+@given(
+    seed=seeds,
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(CACHES),
+    head_dim=head_dims,
+    heads=st.integers(1, 4),
+    tokens=st.integers(0, 70),
+    special=st.sampled_from([None, None, torch.nan, torch.inf]),
+)
+def test_store_rows(
+    seed: int, dtype: torch.dtype, kind: torch.dtype, head_dim: int, heads: int, tokens: int, special: float | None
+) -> None:
+    """Bit for bit what the direct way stores, and nothing else is touched."""
+    generator = torch.Generator().manual_seed(seed)
+    k, v = split_keys(generator, tokens, heads, head_dim, dtype)
+    if tokens:
+        k[0, 0] = 0
+        if special is not None:
+            v[-1, -1, 5] = special
+    rows = torch.randperm(90, generator=generator)[:tokens]
+    caches = [torch.full((2, heads, 90, head_dim), 3).to(kind) for _ in range(2)]
+    scales = [torch.full((2, heads, 90), 5.0) if kind == torch.int8 else None for _ in range(2)]
+    store_rows(k, v, rows, caches[0], scales[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "compiled", lambda: False)
+        store_rows(k, v, rows, caches[1], scales[1])
+    if scales[0] is None or scales[1] is None:
+        torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
+        return
+    torch.testing.assert_close(scales[0], scales[1], rtol=0, atol=0, equal_nan=True)
+    if special is not None and tokens:
+        assert not bool(scales[0].isfinite().all())
+        keep = scales[0].isfinite()
+        caches = [cache[keep] for cache in caches]
+    assert torch.equal(*caches)
+
+
+@given(
+    seed=seeds,
+    dtype=st.sampled_from(DTYPES),
+    size=st.integers(1, 200),
+    rows=st.integers(1, 70),
+    magnitude=st.sampled_from([1.0, 1e-12, 1e12]),
+)
+@needs_kernels
+def test_rms_norm(seed: int, dtype: torch.dtype, size: int, rows: int, magnitude: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = random(generator, rows, 3, size + 2, dtype=dtype)[..., :-2] * magnitude  # not contiguous
+    weight = random(generator, size, dtype=dtype)
+    x[-1, 1, 0] = torch.nan
+    wide = x.double()
+    exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    found = torch.ops.yoco_u.rms_norm(x, weight, 1e-6)
+    assert int(found.isnan().any(-1).sum()) == 1
+    assert_rounded(found, exact)
+
+
+@given(seed=seeds, dtype=st.sampled_from(DTYPES), head_dim=head_dims, heads=st.integers(1, 6), tokens=st.integers(1, 70))
+@needs_kernels
+def test_rotate(seed: int, dtype: torch.dtype, head_dim: int, heads: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = split_keys(generator, tokens, heads, head_dim, dtype)[0][None]
+    positions = torch.randint(100_000, (1, tokens), generator=generator)
+    angles = rotary_angles(positions, head_dim, 10_000.0)
+    cos, sin = (angle.double() for angle in angles)
+    left, right = x.double().chunk(2, dim=-1)
+    exact = x.double() * cos + torch.cat([-right, left], dim=-1) * sin
+    assert_rounded(torch.ops.yoco_u.rotate(x, *angles), exact)
+    assert_rounded(rotate(x, angles), exact)
+
+
+@given(seed=seeds, dtype=st.sampled_from(DTYPES), size=st.integers(1, 600), rows=st.integers(0, 70))
+@needs_kernels
+def test_swiglu(seed: int, dtype: torch.dtype, size: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = random(generator, rows, 1, 2 * size, dtype=dtype) * 3
+    if rows:
+        x[0, 0, 0] = 88.0  # of the gate: large, very small, far below all exponents
+        x[-1, 0, size - 1] = -1e4
+        x[rows // 2, 0, size // 2] = torch.nan
+    gate, up = x.double().chunk(2, dim=-1)
+    assert_rounded(torch.ops.yoco_u.swiglu(x), gate * gate.sigmoid() * up)
+
+
+def test_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("YOCO_U_KERNELS", "off")
+    assert not compiled.__wrapped__()
+
+
+def test_no_compiler_and_a_failing_one_are_said_and_done_without(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.utils import cpp_extension
+
+    monkeypatch.setenv("YOCO_U_KERNELS", "on")
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels.shutil, "which", lambda name: None)
+        assert not compiled.__wrapped__()
+    assert "no C++ compiler" in capsys.readouterr().err
+
+    def fail(*args: object, **settings: object) -> None:
+        raise RuntimeError("Error building extension\nninja: out of luck")
+
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: name)
+    monkeypatch.setattr(cpp_extension, "load", fail)
+    assert not compiled.__wrapped__()
+    assert capsys.readouterr().err == (
+        "the C++ kernels could not be built (ninja: out of luck): decoding is slower than it could be\n"
+    )
