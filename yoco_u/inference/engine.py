@@ -57,7 +57,8 @@ class Engine:
         self.settings, self.tokenizer = settings, tokenizer
         self.num_loops = settings.num_loops or _own_loops(self.architecture)
         shape = settings.cache_shape(self.architecture.with_loops(self.num_loops), model.device)
-        model = model.to(settings.torch_dtype(model.device))
+        for parameter in model.parameters():  # not the buffers: the experts' choice biases stay float32
+            parameter.data = parameter.data.to(settings.torch_dtype(model.device))
         if settings.weights == "int8":
             quantize(model)
         if can_pack(model):
