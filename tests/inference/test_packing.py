@@ -1,0 +1,133 @@
+"""bfloat16 engines: packed weights and compiled kernels against the plain model, and both against float32."""
+
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import GREEDY, VARIANTS, assert_all_free, drain, full_logprobs, greedy, model, output, prompt, run
+from models import EXPERTS, architecture, build
+from torch import Tensor
+
+from yoco_u.inference import Engine, EngineSettings, SamplingParams, batch, kernels, packing
+from yoco_u.inference import engine as engine_module
+from yoco_u.inference.packing import PackedLinear, can_pack, pack
+
+COARSE = {"experts", "one key-value head, tied"}  # choices of experts flip; logits of a tied head are large
+LENGTH = 60
+
+needs_packing = pytest.mark.skipif(not can_pack(build(architecture()).bfloat16()), reason="needs bfloat16 products on a CPU")
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (kernels, batch, packing):
+        monkeypatch.setattr(module, "compiled", lambda: False)
+
+
+def bfloat16_engine(variant: str, **settings: Any) -> Engine:
+    name, shape = VARIANTS[variant]
+    chosen = {"dtype": "bfloat16", "cache_tokens": 512, "block_size": 4, "max_num_seqs": 4, "max_batched_tokens": 16} | settings
+    return Engine(build(architecture(name, **shape)), None, EngineSettings(**chosen))
+
+
+def scores(subject: Engine) -> Tensor:
+    """Log-probabilities of a prompt's tokens."""
+    [request] = run(subject, [prompt(LENGTH)], greedy(prompt_logprobs=0, max_tokens=1))
+    assert request.prompt_logprobs is not None
+    return torch.tensor([one.chosen.logprob for one in request.prompt_logprobs if one is not None])
+
+
+def float32_scores(variant: str) -> Tensor:
+    ids = prompt(LENGTH)
+    return full_logprobs(variant, ids)[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def is_packed(subject: Engine) -> bool:
+    return any(isinstance(module, PackedLinear) for module in subject.runner.model.modules())
+
+
+def plain_scores(variant: str) -> Tensor:
+    """Of a bfloat16 engine whose model is as it was given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "can_pack", lambda model: False)
+        for module in (kernels, batch, packing):
+            patch.setattr(module, "compiled", lambda: False)
+        subject = bfloat16_engine(variant)
+        assert not is_packed(subject)
+        return scores(subject)
+
+
+def mean_distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().mean())
+
+
+@needs_packing
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_weights_alone_change_nothing_but_the_order_of_sums(variant: str, no_kernels: None) -> None:
+    """On average within 0.005 of a nat, mostly bit for bit."""
+    subject = bfloat16_engine(variant)
+    assert is_packed(subject)
+    assert mean_distance(scores(subject), plain_scores(variant)) < 0.005
+
+
+@needs_packing
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_weights_and_kernels_are_as_near_to_float32_as_plain_bfloat16(variant: str) -> None:
+    """On average within 0.03 of a nat of both (0.15 where experts are chosen or logits are large), at chunks of all sizes."""
+    near = 0.15 if variant in COARSE else 0.03
+    plain, truth = plain_scores(variant), float32_scores(variant)
+    assert mean_distance(plain, truth) < near
+    for chunk in (1, 9, 200):
+        subject = bfloat16_engine(variant, max_batched_tokens=chunk, max_num_seqs=1)
+        assert is_packed(subject)
+        found = scores(subject)
+        assert mean_distance(found, plain) < near
+        assert mean_distance(found, truth) < near
+
+
+@needs_packing
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_kinds_of_cache_under_load(variant: str, kv_dtype: str) -> None:
+    """Batches of mixed loops, preemption, sharing: every reported log-probability is near that of float32."""
+    subject = bfloat16_engine(variant, kv_dtype=kv_dtype, cache_tokens=80, max_num_seqs=6, max_batched_tokens=12)
+    prompts = [[*prompt(9), *prompt(1 + 2 * i, seed=i)] for i in range(6)]
+    params = [SamplingParams(**GREEDY | {"max_tokens": 18, "logprobs": 0, "num_loops": 1 + i % 3}) for i in range(6)]
+    found = run(subject, prompts, params)
+    assert subject.scheduler.statistics.preemptions > 0
+    distances = []
+    for ids, own, request in zip(prompts, params, found, strict=True):
+        text = ids + output(request)
+        truth = full_logprobs(variant, text, own.num_loops)[len(ids) - 1 : -1]
+        assert request.outputs[0].logprobs is not None
+        for row, token, one in zip(truth, output(request), request.outputs[0].logprobs, strict=True):
+            distances.append(abs(float(row[token]) - one.chosen.logprob))
+    assert sum(distances) / len(distances) < (0.2 if variant in COARSE else 0.04)
+
+
+@needs_packing
+def test_a_packed_model_runs_forward() -> None:
+    plain = build(architecture()).bfloat16()
+    packed = build(architecture()).bfloat16()
+    pack(packed)
+    ids = torch.tensor([prompt(20), prompt(20, seed=2)])
+    with torch.inference_mode():
+        distance = (packed(ids).logits.float() - plain(ids).logits.float()).abs()
+    assert float(distance.mean()) < 0.03
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+
+
+def test_only_bfloat16_on_a_cpu_is_packed() -> None:
+    assert not can_pack(model("yoco_u"))
+    assert not can_pack(build(architecture()).bfloat16().to("meta"))
+
+
+def test_choice_biases_of_experts_stay_float32() -> None:
+    subject = Engine(
+        build(architecture(experts=EXPERTS)), None, EngineSettings(dtype="bfloat16", cache_tokens=64, block_size=4)
+    )
+    weights = subject.runner.model.state_dict()
+    assert {tensor.dtype for name, tensor in weights.items() if "choice_bias" in name} == {torch.float32}
+    subject.add(prompt(9), greedy())
+    drain(subject)
+    assert_all_free(subject)
