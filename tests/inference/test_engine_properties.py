@@ -1,0 +1,133 @@
+"""Random traffic through real models on tiny caches: whatever finishes is what the request gives alone, and nothing leaks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from engine_runs import assert_all_free, engine, full_logprobs, generated, greedy, prompt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yoco_u.inference import RequestOutput
+
+LONGEST = 44
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, how many steps after the one before it comes, and after how many it is aborted, if it is."""
+
+    prefix: int
+    tail: int
+    max_tokens: int
+    loops: int
+    outputs: int
+    scored: bool
+    after: int
+    aborted: int | None
+
+    @property
+    def ids(self) -> list[int]:
+        return (prompt(20)[: self.prefix] + prompt(8, seed=self.tail)[: self.tail]) or [1]
+
+
+arrivals = st.builds(
+    Arrival,
+    prefix=st.integers(0, 20),
+    tail=st.integers(0, 8),
+    max_tokens=st.integers(1, 16),
+    loops=st.sampled_from([3, 3, 3, 1, 2, 4]),
+    outputs=st.sampled_from([1, 1, 1, 2]),
+    scored=st.sampled_from([False, False, True]),
+    after=st.sampled_from([0, 0, 1, 2, 7]),
+    aborted=st.sampled_from([None, None, None, 0, 1, 2, 5, 12]),
+)
+engines = st.fixed_dictionaries(
+    {
+        "cache_tokens": st.integers(LONGEST, 110),
+        "block_size": st.sampled_from([1, 2, 3, 4, 8]),
+        "max_num_seqs": st.integers(1, 5),
+        "spare": st.sampled_from([0, 1, 3, 7, 8, 9, 40]),
+        "prefix_caching": st.sampled_from([True, True, False]),
+        "snapshot_bytes": st.sampled_from([0, 20_000, 10**7]),
+    }
+)
+VARIANTS = ["yoco_u", "yoco_u", "rins", "yoco_retention", "upper_loop", "upper_loop_without_shared_kv"]
+
+
+def check(variant: str, arrival: Arrival, request: RequestOutput) -> None:
+    expected = generated(variant, arrival.ids, 16, arrival.loops)[: arrival.max_tokens]
+    for completion in request.outputs:
+        if completion.finish_reason == "length":
+            assert completion.token_ids == expected
+        else:
+            assert completion.finish_reason == "abort" and arrival.aborted is not None
+            assert completion.token_ids == expected[: len(completion.token_ids)]
+    if arrival.scored and request.outputs[0].finish_reason == "length":
+        assert request.prompt_logprobs is not None
+        truth = full_logprobs(variant, arrival.ids, arrival.loops)
+        reported = torch.tensor([one.chosen.logprob for one in request.prompt_logprobs if one is not None])
+        expected_scores = truth[:-1].gather(-1, torch.tensor(arrival.ids[1:], dtype=torch.long)[:, None])[:, 0]
+        torch.testing.assert_close(reported, expected_scores, rtol=0, atol=2e-5)
+
+
+@settings(max_examples=60)
+@given(variant=st.sampled_from(VARIANTS), chosen=engines, traffic=st.lists(arrivals, min_size=1, max_size=12))
+def test_traffic(variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -> None:
+    spare = chosen.pop("spare")
+    subject = engine(variant, max_batched_tokens=chosen["max_num_seqs"] + spare, **chosen)
+    chosen["spare"] = spare
+    requests: list[tuple[Arrival, RequestOutput, int]] = []
+    clock = 0
+
+    def step() -> None:
+        nonlocal clock
+        for arrival, request, came in requests:
+            if arrival.aborted is not None and clock >= came + arrival.aborted:
+                subject.abort(request)
+        subject.step()
+        subject.scheduler.pool.check()
+        clock += 1
+
+    for arrival in traffic:
+        for _ in range(arrival.after):
+            step()
+        params = greedy(
+            max_tokens=arrival.max_tokens,
+            num_loops=arrival.loops,
+            n=arrival.outputs,
+            prompt_logprobs=0 if arrival.scored else None,
+        )
+        requests.append((arrival, subject.add(arrival.ids, params), clock))
+    for _ in range(10_000):
+        if not subject.unfinished:
+            break
+        step()
+    assert_all_free(subject)
+    for arrival, request, _ in requests:
+        check(variant, arrival, request)
+
+
+def test_crowds_on_small_caches() -> None:
+    """Denser than hypothesis makes them: most give way, share and come back."""
+    preemptions = hits = 0
+    for seed in range(6):
+        subject = engine("yoco_u", cache_tokens=60, block_size=1 + seed % 4, max_num_seqs=5, max_batched_tokens=6 + seed)
+        traffic = [
+            Arrival(5 * (i % 5), (seed + 3 * i) % 9, 4 + (5 * i) % 13, 1 + i % 3, 1, i % 5 == 0, i % 3, None) for i in range(14)
+        ]
+        requests = []
+        for arrival in traffic:
+            for _ in range(arrival.after):
+                subject.step()
+            settings = {"max_tokens": arrival.max_tokens, "num_loops": arrival.loops}
+            requests.append(subject.add(arrival.ids, greedy(**settings, prompt_logprobs=0 if arrival.scored else None)))
+        while subject.unfinished:
+            subject.step()
+        assert_all_free(subject)
+        for arrival, request in zip(traffic, requests, strict=True):
+            check("yoco_u", arrival, request)
+        preemptions += subject.scheduler.statistics.preemptions
+        hits += subject.scheduler.statistics.prefix_hit_tokens
+    assert preemptions > 15
+    assert hits > 200
