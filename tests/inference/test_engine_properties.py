@@ -130,4 +130,4 @@ def test_crowds_on_small_caches() -> None:
         preemptions += subject.scheduler.statistics.preemptions
         hits += subject.scheduler.statistics.prefix_hit_tokens
     assert preemptions > 15
-    assert hits > 200
+    assert hits > 100

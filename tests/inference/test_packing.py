@@ -1,5 +1,6 @@
 """bfloat16 engines: packed weights and compiled kernels against the plain model, and both against float32."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -85,9 +86,12 @@ def test_packed_weights_and_kernels_are_as_near_to_float32_as_plain_bfloat16(var
         assert mean_distance(found, truth) < near
 
 
+LOADS = [(variant, "bfloat16") for variant in VARIANTS]
+LOADS += itertools.product(["yoco_u", "rins", "yoco_retention", "parscale"], ["float32", "int8"])
+
+
 @needs_packing
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "kv_dtype"), LOADS)
 def test_all_kinds_of_cache_under_load(variant: str, kv_dtype: str) -> None:
     """Batches of mixed loops, preemption, sharing: every reported log-probability is near that of float32."""
     subject = bfloat16_engine(variant, kv_dtype=kv_dtype, cache_tokens=80, max_num_seqs=6, max_batched_tokens=12)
