@@ -29,11 +29,19 @@ def test_table_json_and_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     for part in ("Prefill", "Decode", "context 64, batch 2", "rins", "llama in transformers", "ratio"):
         assert part in shown
     assert max(map(len, shown.splitlines())) <= 80
+    assert "CPUs busy" not in shown
     found = json.loads((tmp_path / "bench.json").read_text())
     assert {"environment", "settings", "ceilings", "engines", "rows"} <= set(found)
     assert len(found["rows"]) == 3 * (2 + 4)
     assert all(row["failure"] is None and row["tokens_per_second"] > 0 and row["peak_bytes"] > 0 for row in found["rows"])
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_busy_machine_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "measure_ceilings", lambda dtype: Ceilings(1e12, 1e10, busy=0.9))
+    options = ("--size", "test", "--architectures", "yoco", "--contexts", "32", "--batches", "1", "--rounds", "1")
+    assert main(["bench", *options, "--peers", "none"]) == 0
+    assert "kept up to 0.9 CPUs busy" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

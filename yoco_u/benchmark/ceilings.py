@@ -3,6 +3,7 @@
 import time
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from yoco_u.training.machine import gemm_rate
@@ -14,15 +15,18 @@ class Ceilings(NamedTuple):
     """Attributes:
     gemm: FLOP/s of square matrix products.
     memory: bytes per second read from main memory by all threads.
+    busy: how many CPUs others keep busy meanwhile.
     """
 
     gemm: float
     memory: float
+    busy: float = 0.0
 
 
 def measure_ceilings(dtype: str) -> Ceilings:
-    """Both rates now; a benchmark takes the median over all turns, as it does for engines."""
-    return Ceilings(gemm_rate(torch.device("cpu"), getattr(torch, dtype), seconds=0.5), memory_read_rate())
+    """All of it now; a benchmark takes the median over all turns, as it does for engines."""
+    busy = psutil.cpu_percent(0.5) / 100 * (psutil.cpu_count() or 1)
+    return Ceilings(gemm_rate(torch.device("cpu"), getattr(torch, dtype), seconds=0.5), memory_read_rate(), busy)
 
 
 def memory_read_rate(bytes_: int = _TENSOR_BYTES, repeats: int = 5) -> float:

@@ -98,7 +98,10 @@ def _work(measurement: Measurement, outcome: Outcome) -> float:
 
 def as_json(measurement: Measurement) -> dict[str, Any]:
     """Environment, settings, ceilings, engines and rows; what is measured so far, if the run was interrupted."""
-    ceilings = [{"gemm_flops_per_second": c.gemm, "memory_bytes_per_second": c.memory} for c in measurement.ceilings]
+    ceilings = [
+        {"gemm_flops_per_second": c.gemm, "memory_bytes_per_second": c.memory, "busy_cpus": c.busy}
+        for c in measurement.ceilings
+    ]
     engines = {outcome.engine.name: outcome.engine for outcome in measurement.outcomes.values()}
     return {
         "environment": environment(torch.device("cpu")),

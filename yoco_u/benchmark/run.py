@@ -61,7 +61,8 @@ class Measurement:
     @property
     def ceiling(self) -> Ceilings:
         """The median of all turns."""
-        return Ceilings(median(c.gemm for c in self.ceilings), median(c.memory for c in self.ceilings))
+        gemm, memory, busy = map(median, zip(*self.ceilings, strict=True))
+        return Ceilings(gemm, memory, busy)
 
 
 Progress = Callable[[Engine, Case | None], None]

@@ -11,6 +11,8 @@ from rich.table import Table
 from yoco_u.benchmark.results import Row, rows_of
 from yoco_u.benchmark.run import Measurement
 
+_BUSY_CPUS = 0.2  # of others, from which figures are not to be trusted
+
 
 def print_tables(console: Console, measurement: Measurement, absent: Sequence[str] = ()) -> None:
     """Prefill, decode, and in a line each what has no figures and why.
@@ -22,7 +24,7 @@ def print_tables(console: Console, measurement: Measurement, absent: Sequence[st
         return
     rows = rows_of(measurement)
     prefills, decodes = ([row for row in rows if row.kind == kind] for kind in ("prefill", "decode"))
-    (gemm, memory), dtype = measurement.ceiling, measurement.settings.dtype
+    (gemm, memory, _), dtype = measurement.ceiling, measurement.settings.dtype
     if prefills:
         title = f"Prefill of one prompt, {dtype}; the machine's matrix products: {gemm / 1e9:,.0f} GFLOP/s"
         console.print(f"\n[bold]{title}[/bold]", _table(prefills, "GFLOP/s", "of GEMM"), highlight=False)
@@ -64,7 +66,15 @@ def _table(rows: Sequence[Row], rate: str, share: str) -> Table:
 
 
 def print_failures(console: Console, measurement: Measurement) -> None:
-    """One line for each explanation, with all cases that it is about."""
+    """One line for each explanation, with all cases that it is about, and one if the machine had other work."""
+    busiest = max(ceilings.busy for ceilings in measurement.ceilings)
+    if busiest > _BUSY_CPUS:
+        console.print(
+            f"other processes kept up to {busiest:.1f} CPUs busy: some engines suffer more from that than others, so measure "
+            "again on an idle machine",
+            style="yellow",
+            highlight=False,
+        )
     for line in _failures(rows_of(measurement)):
         console.print(escape(line), highlight=False)
 
