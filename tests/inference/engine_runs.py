@@ -10,7 +10,7 @@ from reference import reference_logits
 from torch import Tensor
 
 from yoco_u import Stage, YocoUForCausalLM
-from yoco_u.inference import Completion, Engine, EngineSettings, RequestOutput, SamplingParams
+from yoco_u.inference import Completion, Engine, EngineSettings, RequestOutput, SamplingParams, TokenLogprobs
 
 NEW = 12
 WINDOW = 8  # of the `test` size
@@ -123,6 +123,16 @@ def _direct(variant: str, ids: tuple[int, ...]) -> Tensor:
 def direct_logprobs(variant: str, ids: list[int]) -> Tensor:
     """The same by the slow direct formulas in float64."""
     return _direct(variant, tuple(ids))
+
+
+def assert_ranked(reported: TokenLogprobs, truth: Tensor) -> None:
+    """One token's log-probability, rank and likeliest tokens, each within 2e-5 of those of `truth` (vocab,)."""
+    chosen, near = float(truth[reported.chosen.token_id]), 2e-5
+    assert abs(reported.chosen.logprob - chosen) < near
+    assert int((truth > chosen + near).sum()) < reported.chosen.rank <= int((truth > chosen - near).sum())
+    likeliest = truth.topk(len(reported.top)).values
+    torch.testing.assert_close(torch.tensor([top.logprob for top in reported.top]), likeliest, rtol=0, atol=near)
+    torch.testing.assert_close(truth[[top.token_id for top in reported.top]], likeliest, rtol=0, atol=near)
 
 
 def chosen_logprobs(completion: Completion) -> Tensor:
