@@ -148,18 +148,54 @@ def test_evaluate_reports_what_int8_weights_change_at_each_loop_count(run: Any, 
 
 
 def test_generate_streams_what_json_tells(run: Any, workspace: Path) -> None:
-    options = ("--prompt", "def ", "--max-new-tokens", 12, "--seed", 3, "--top-k", 5, "--top-p", 0.9)
+    options = ("--prompt", "def ", "--max-tokens", 12, "--seed", 3, "--top-k", 5, "--top-p", 0.9)
     streamed = run("generate", workspace / "a", *options)
-    told = run("generate", workspace / "a" / "model", *options, "--json").json
+    told = output(run("generate", workspace / "a" / "model", *options, "--json"))
     assert streamed.status == 0
     assert streamed.out == "def " + told["text"] + "\n"
     assert told["tokens"] <= 12
-    assert told["text"] != run("generate", workspace / "a", *options, "--seed", 4, "--json").json["text"]
+    assert told["text"] != output(run("generate", workspace / "a", *options, "--seed", 4, "--json"))["text"]
+
+
+def output(outcome: Any) -> Any:
+    [request] = outcome.json["requests"]
+    [found] = request["outputs"]
+    return found
+
+
+def test_generate_several_texts_of_several_prompts(run: Any, workspace: Path) -> None:
+    options = ("--prompt", "def ", "--prompt", "x", "-n", 2, "--max-tokens", 6, "--stop", "\n", "--dtype", "float32")
+    told = run("generate", workspace / "a", *options, "--json").json
+    assert [request["prompt"] for request in told["requests"]] == ["def ", "x"]
+    assert [len(request["outputs"]) for request in told["requests"]] == [2, 2]
+    shown = run("generate", workspace / "a", *options).out
+    texts = [request["prompt"] + found["text"] for request in told["requests"] for found in request["outputs"]]
+    assert shown == "".join(f"{text}\n{'-' * 40}\n" for text in texts)
+
+
+def test_generate_what_fits_a_grammar(run: Any, workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"enum": ["yes", "no"]}')
+    told = output(run("generate", workspace / "a", "--prompt", "x", "--json-schema", tmp_path / "schema.json", "--json"))
+    assert told["text"] in ('"yes"', '"no"')
+    assert output(run("generate", workspace / "a", "--prompt", "x", "--regex", "[ab]{3}", "--json"))["text"].strip("ab") == ""
 
 
 def test_generate_greedily_takes_the_likeliest_tokens(run: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("return x"))
-    told = run("generate", workspace / "a", "--prompt", "-", "--greedy", "--max-new-tokens", 5, "--num-loops", 3, "--json").json
+    told = run(
+        "generate",
+        workspace / "a",
+        "--prompt",
+        "-",
+        "--greedy",
+        "--max-tokens",
+        5,
+        "--num-loops",
+        3,
+        "--dtype",
+        "float32",
+        "--json",
+    )
     model = AutoModelForCausalLM.from_pretrained(workspace / "a" / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(workspace / "a" / "model")
     ids = [tokenizer.eos_token_id, *tokenizer("return x", add_special_tokens=False).input_ids]
@@ -167,8 +203,8 @@ def test_generate_greedily_takes_the_likeliest_tokens(run: Any, workspace: Path,
     while len(written) < 5 and tokenizer.eos_token_id not in written:
         with torch.no_grad():
             written.append(int(model(torch.tensor([ids + written]), num_loops=3).logits[0, -1].argmax()))
-    assert told["prompt"] == "return x"
-    assert told["text"] == tokenizer.decode(written, skip_special_tokens=True)
+    assert told.json["requests"][0]["prompt"] == "return x"
+    assert output(told)["text"] == tokenizer.decode(written, skip_special_tokens=True)
 
 
 def test_report_of_one_and_of_two_runs(run: Any, workspace: Path, tmp_path: Path) -> None:
@@ -198,7 +234,7 @@ runs:
   - folder: looped
     name: Looped
     settings: {{architecture: {{preset: yoco_u, size: test, vocab_size: 300, loops: 4}}}}
-samples: {{prompts: ["def ", "x"], sampling: {{max_new_tokens: 5}}}}
+samples: {{prompts: ["def ", "x"], sampling: {{max_tokens: 5, seed: 0}}}}
 """
 
 
@@ -248,7 +284,7 @@ def test_the_packaged_quickstart_spends_equal_flops() -> None:
     assert configs["yoco-u"].architecture.with_loops(1).stages[1:] == configs["yoco"].architecture.stages[1:]
 
 
-@pytest.mark.parametrize("command", ["quickstart", "prepare", "train", "evaluate", "generate", "report"])
+@pytest.mark.parametrize("command", ["quickstart", "prepare", "train", "evaluate", "generate", "report", "bench"])
 def test_help_has_examples(run: Any, command: str) -> None:
     outcome = run(command, "--help")
     assert outcome.status == 0

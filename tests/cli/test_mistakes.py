@@ -57,7 +57,7 @@ def test_usage(run: Any, workspace: Path) -> None:
     assert "No such command" in run("trian").error
     assert "--temperature" in run("generate", workspace / "a", "--prompt", "a", "--temprature", "1").error
     assert "--prompt" in run("generate", workspace / "a").error
-    assert "--max-new-tokens" in run("generate", workspace / "a", "--prompt", "a", "--max-new-tokens", "x").error
+    assert "--max-tokens" in run("generate", workspace / "a", "--prompt", "a", "--max-tokens", "x").error
 
 
 @pytest.mark.parametrize("command", [("evaluate",), ("generate", "--prompt", "a")])
@@ -103,10 +103,10 @@ def test_damaged_config_and_tokenizer(run: Any, workspace: Path, tmp_path: Path)
     ("option", "part"),
     [
         (("--num-loops", "0"), "num_loops"),
-        (("--max-new-tokens", "0"), "max_new_tokens"),
+        (("--max-tokens", "0"), "max_tokens"),
         (("--temperature", "-1"), "temperature"),
         (("--top-p", "1.5"), "top_p"),
-        (("--top-k", "0"), "top_k"),
+        (("--top-k", "-1"), "top_k"),
         (("--device", "abacus"), "abacus"),
     ],
 )

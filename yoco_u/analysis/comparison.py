@@ -7,11 +7,10 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from yoco_u.budget import training_flops
-from yoco_u.evaluation.samples import Sampling, continue_text
 from yoco_u.files import write_json
-from yoco_u.runs import SAMPLES, Run, load_model, read_json, read_run
+from yoco_u.inference import LLM, SamplingParams
+from yoco_u.runs import SAMPLES, Run, read_json, read_run
 from yoco_u.training import RunConfig, train
-from yoco_u.training.distributed import distributed_session
 from yoco_u.typed import Config, apply_overrides, parse
 
 
@@ -35,7 +34,7 @@ class Samples(Config):
     """What each model is asked to write."""
 
     prompts: tuple[str, ...]
-    sampling: Sampling = Sampling()
+    sampling: SamplingParams = SamplingParams(max_tokens=200, temperature=0.8, seed=0)
 
 
 class Comparison(Config):
@@ -112,16 +111,16 @@ def run_comparison(
 
 def write_samples(run: Path, samples: Samples) -> None:
     """Let the model of a run write, and keep it in samples.json; nothing happens if the same was asked before."""
-    settings = samples.sampling.model_dump()
+    settings = samples.sampling.model_dump(mode="json")
     found = read_json(run / SAMPLES, [])
     if [(sample["prompt"], sample["settings"]) for sample in found] == [(prompt, settings) for prompt in samples.prompts]:
         return
-    with distributed_session("auto") as distributed:
-        model, tokenizer = load_model(run, distributed.device)
-    written = []
-    for prompt in samples.prompts:
-        text, tokens = continue_text(model, tokenizer, prompt, samples.sampling)
-        written.append({"prompt": prompt, "text": text, "tokens": tokens, "settings": settings})
+    requests = LLM(run, dtype="float32").generate(samples.prompts, samples.sampling)
+    written = [
+        {"prompt": prompt, "text": output.text, "tokens": len(output.token_ids), "settings": settings}
+        for prompt, request in zip(samples.prompts, requests, strict=True)
+        for output in request.outputs
+    ]
     write_json(run / SAMPLES, written)
 
 

@@ -2,58 +2,106 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from yoco_u.cli.output import print_json
 from yoco_u.errors import UserError
 
+if TYPE_CHECKING:
+    from yoco_u.inference import LLM, RequestOutput, SamplingParams
+
 
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads it from standard input.")],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Stop after so many tokens.")] = 200,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; - reads standard input. Can be repeated.")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Stop after so many tokens.")] = 200,
+    n: Annotated[int, typer.Option("-n", help="Outputs of each prompt.")] = 1,
     temperature: Annotated[float, typer.Option("--temperature", help="Divides the logits: lower is safer.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Choose among so many likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", help="Choose among the likeliest of this probability.")] = None,
+    top_k: Annotated[int, typer.Option("--top-k", help="Choose among so many likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Choose among the likeliest of this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p", help="Leave out what is less likely than this share of the best.")] = 0.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token every time.")] = False,
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="Over 1 makes repetition rarer.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output. Can be repeated.")] = None,
     num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own.")] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", help="File with a schema that the text must fit.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option("--regex", help="Expression that the text must match.")] = None,
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="To compute in.")] = "auto",
+    weights: Annotated[Literal["int8"] | None, typer.Option("--weights", help="Keep weights in 8 bits.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print prompt, text and settings as JSON when done.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print prompts, texts and settings as JSON when done.")] = False,
 ) -> None:
-    """Continue a prompt; the text appears as it is written.
+    """Continue prompts; one text appears as it is written, several when done.
 
-    The prompt begins a document; the text ends where the model ends it, or after
-    so many tokens.
+    A prompt begins a document; a text ends where the model ends it, or after so
+    many tokens. Several prompts run at once.
 
     [bold]Examples[/bold]
 
       yoco-u generate runs/quickstart/yoco-u --prompt 'def ' --temperature 0.5
 
       yoco-u generate runs/quickstart/yoco-u --prompt - --greedy < start.txt
+
+      yoco-u generate runs/8m --prompt 'import ' --prompt 'class ' -n 3 --json
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text:
+    prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    if not all(prompts):
         raise UserError("the prompt is empty; give at least one character")
 
-    from yoco_u.evaluation.samples import Sampling, continue_text
-    from yoco_u.runs import load_model
-    from yoco_u.training.distributed import distributed_session
-    from yoco_u.typed import parse
+    from yoco_u.inference import LLM, SamplingParams
 
-    chosen = {"max_new_tokens": max_new_tokens, "temperature": 0 if greedy else temperature, "top_k": top_k, "top_p": top_p}
-    sampling = parse(Sampling, chosen | {"seed": seed, "num_loops": num_loops}, "options")
-    with distributed_session(device) as distributed:
-        weights, tokenizer = load_model(model, distributed.device)
-        streamer = None if json else _streamer(tokenizer)
-        new, tokens = continue_text(weights, tokenizer, text, sampling, streamer)
+    params = SamplingParams(
+        max_tokens=max_tokens, n=n, temperature=0 if greedy else temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()), num_loops=num_loops, regex=regex,
+        json_schema=_read(json_schema),
+    )  # fmt: skip
+    llm = LLM(model, device=device, dtype=dtype, weights=weights, num_loops=num_loops)
+    if not json and len(prompts) == n == 1:
+        _stream(llm, prompts[0], params)
+        return
+    requests = llm.generate(prompts, params)
     if json:
-        print_json({"prompt": text, "text": new, "tokens": tokens, "settings": sampling.model_dump()})
+        print_json({"settings": params.model_dump(mode="json"), "requests": [_as_json(request) for request in requests]})
+    else:
+        for request in requests:
+            for output in request.outputs:
+                print(f"{request.prompt}{output.text}\n{'-' * 40}")
+    _fail([output.error for request in requests for output in request.outputs])
 
 
-def _streamer(tokenizer: Any) -> Any:
-    from transformers import TextStreamer
+def _stream(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
+    print(prompt, end="", flush=True)
+    error = None
+    for update in llm.stream(prompt, params):
+        print(update.text, end="", flush=True)
+        error = update.output.error
+    print()
+    _fail([error])
 
-    return TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
+
+def _fail(errors: list[str | None]) -> None:
+    for error in errors:
+        if error is not None:
+            raise UserError(f"{error}; the model may be damaged, or too coarse in this dtype (try --dtype float32)")
+
+
+def _read(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read it ({error})") from None
+
+
+def _as_json(request: "RequestOutput") -> dict[str, Any]:
+    outputs = [
+        {"text": output.text, "tokens": len(output.token_ids), "finish_reason": output.finish_reason, "error": output.error}
+        for output in request.outputs
+    ]
+    return {"prompt": request.prompt, "num_loops": request.num_loops, "outputs": outputs}

@@ -5,14 +5,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from yoco_u.errors import UserError
 from yoco_u.inference.engine import Engine
 from yoco_u.inference.outputs import RequestOutput, Update
 from yoco_u.inference.sampling_params import SamplingParams
 from yoco_u.inference.settings import EngineSettings
 from yoco_u.runs import load_model
+from yoco_u.training.machine import find_device
 from yoco_u.typed import parse
 
 Prompt = str | list[int]
@@ -27,12 +26,12 @@ class LLM:
         settings: fields of `EngineSettings`.
 
     Raises:
-        UserError: for a folder that holds no model, or settings that do not fit.
+        UserError: for a folder that holds no model, no such device, or settings that do not fit.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, device: str = "auto", **settings: Any) -> None:
         chosen = parse(EngineSettings, settings, "settings of LLM")
-        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        place = find_device(device)
         model, tokenizer = load_model(path, place, chosen.torch_dtype(place))
         self.engine = Engine(model, tokenizer, chosen)
         self._unread: dict[int, deque[Update]] = {}  # by the requests of open streams

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from yoco_u.errors import UserError
+from yoco_u.training.machine import find_device
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ def distributed_session(device: str) -> Iterator[Distributed]:
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    chosen = _device(device, local_rank)
+    chosen = find_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1:
@@ -92,15 +92,3 @@ def distributed_session(device: str) -> Iterator[Distributed]:
     finally:
         if world_size > 1:
             dist.destroy_process_group()
-
-
-def _device(name: str, local_rank: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"device {name!r} cannot be used ({reason}); expected auto, cpu or a GPU of this machine") from None
-    return device

@@ -11,9 +11,27 @@ from typing import Any
 import psutil
 import torch
 
+from yoco_u.errors import UserError
 from yoco_u.version import __version__
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+
+
+def find_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a name: `auto`, or one that torch knows; a GPU without a number is the one of the local rank.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"device {name!r} cannot be used ({reason}); expected auto, cpu or a GPU of this machine") from None
+    return device
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
