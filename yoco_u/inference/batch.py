@@ -100,8 +100,7 @@ class StepSequences:
             keys, values = (torch.cat([p, ring.seen(x[:, rows])], dim=1) for p, x in ((past_k, k), (past_v, v)))
             assert self.architecture.window is not None
             out[:, rows] = _chunk_attention(q[:, rows], keys, values, self.architecture.window)
-        tokens, places = self._ring_writes
-        ring.store(places, *((k[0], v[0]) if tokens is None else (k[0, tokens], v[0, tokens])))
+        _store(ring, k, v, *self._ring_writes)
         if self.singles:
             seats, lengths = self._seats
             self._decode(out, q, ring, seats[:, None], lengths.clamp(max=ring.block_size))
@@ -109,11 +108,11 @@ class StepSequences:
 
     def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
         pages = self.cache.pages[self.slots[slot]]
-        self._store_in_pages(pages, k, v)
+        _store(pages, k, v, *self._page_writes)
         return self._attend_pages(pages, q, prefix)
 
     def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self._store_in_pages(self.cache.pages[None], k, v)
+        _store(self.cache.pages[None], k, v, *self._page_writes)
         return k, v
 
     def cross_attention(self, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
@@ -150,10 +149,6 @@ class StepSequences:
     def _decode(self, out: Tensor, q: Tensor, rows: Rows, table: Tensor, lengths: Tensor) -> None:
         n = len(self.singles)
         out[0, :n] = decode_attention(q[0, :n], rows.data, rows.scales, table, rows.block_size, lengths)
-
-    def _store_in_pages(self, pages: Rows, k: Tensor, v: Tensor) -> None:
-        tokens, places = self._page_writes
-        pages.store(places, *((k[0], v[0]) if tokens is None else (k[0, tokens], v[0, tokens])))
 
     # What follows is worked out once a step and used by every layer.
 
@@ -227,6 +222,11 @@ class StepSequences:
 
     def _index(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.cache.device)
+
+
+def _store(rows: Rows, k: Tensor, v: Tensor, tokens: Tensor | None, places: Tensor) -> None:
+    """Write keys and values (1, tokens, kv_heads, head_dim) of some tokens of a step, None for all, to their places."""
+    rows.store(places, *((k[0], v[0]) if tokens is None else (k[0, tokens], v[0, tokens])))
 
 
 def _page_rows(span: Span, first: int, block_size: int) -> Tensor | slice:

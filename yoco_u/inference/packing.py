@@ -1,7 +1,7 @@
 """A model rebuilt for the CPU: weights laid out once for its matrix products, what lies between them in one pass each.
 
-Packed weights run at the machine's memory rate for one token and at its GEMM rate for a chunk of a prompt; the plain layout
-reaches about two thirds of the memory rate (`benchmarks/decode.py`). The numbers are the same up to the order of sums.
+Packed weights come near the machine's memory rate for one token and its GEMM rate for a chunk of a prompt (`yoco-u bench`); the
+plain layout, for one token, does not. The numbers are the same up to the order of sums.
 """
 
 from collections.abc import Sequence
