@@ -12,13 +12,15 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
 
 namespace {
 
-constexpr int64_t TILE = 16;     // rows converted to float32 at a time
+constexpr int64_t TILE = LANES;  // rows whose products with a query fill a vector
+constexpr int64_t RUN = 64;      // most rows between two looks at the maximum
 constexpr int64_t AHEAD = 32;    // rows fetched from memory ahead of their use
 constexpr int64_t SPLIT = 1024;  // fewest rows that are worth a task of their own
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
@@ -33,12 +35,18 @@ struct Rows {
   int64_t dim() const { return DIM ? DIM : head_dim; }
   int64_t padded() const { return (dim() + LANES - 1) / LANES * LANES; }
 
+  const T* at(int64_t row) const { return data + row * dim(); }
+
+  // Part `part` of `parts` of what comes AHEAD rows behind a tile; most blocks follow each other. Each query of the tile asks for
+  // a part, because the memory answers only so many requests at a time.
+  void fetch(int64_t row, int64_t part, int64_t parts) const {
+    const int64_t bytes = TILE * dim() * static_cast<int64_t>(sizeof(T));
+    const char* ahead = reinterpret_cast<const char*>(at(row + AHEAD));
+    for (int64_t byte = bytes * part / parts / 64 * 64; byte < bytes * (part + 1) / parts; byte += 64) __builtin_prefetch(ahead + byte, 0, 3);
+  }
+
   void load(int64_t row, int64_t count, float* to) const {
-    for (int64_t r = row; r < row + count; ++r, to += padded()) {
-      const char* ahead = reinterpret_cast<const char*>(data + (r + AHEAD) * dim());  // most blocks follow each other
-      for (int64_t byte = 0; byte < dim() * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(ahead + byte, 0, 0);
-      to_float(data + r * dim(), to, dim(), scales ? scales[r] : 1.0f);
-    }
+    for (int64_t r = row; r < row + count; ++r, to += padded()) to_float(at(r), to, dim(), scales ? scales[r] : 1.0f);
   }
 };
 
@@ -69,55 +77,119 @@ inline Vector dots(const float* query, const float* tile, int64_t padded) {
   return sums(parts);
 }
 
-// acc = fade * acc + weights x tile, for one query.
+#ifdef __AVX512BF16__
+// The same of bfloat16 as it lies in the cache, which spares the tile; products and sums in float32. `dim` is a multiple of 32.
+inline Vector dots(const c10::BFloat16* query, const c10::BFloat16* rows, int64_t dim) {
+  Vector parts[TILE] = {};
+  for (int64_t d = 0; d < dim; d += 2 * LANES) {
+    const auto q = (__m512bh)_mm512_loadu_si512(query + d);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < TILE; ++r)
+      parts[r] = (Vector)_mm512_dpbf16_ps((__m512)parts[r], q, (__m512bh)_mm512_loadu_si512(rows + r * dim + d));
+  }
+  return sums(parts);
+}
+#endif
+
+// acc = fade * acc + weights x tile, for one query, in columns d to d + WIDTH * 16. Sums of their own hide the latency of additions.
+template <int64_t WIDTH>
+inline void accumulate_columns(float* acc, float fade, const float* weights, const float* tile, int64_t padded, int64_t d) {
+  Vector parts[WIDTH];
+  for (int64_t i = 0; i < WIDTH; ++i) parts[i] = fade * load(acc + d + i * LANES);
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < TILE; ++r)
+    for (int64_t i = 0; i < WIDTH; ++i) parts[i] += weights[r] * load(tile + r * padded + d + i * LANES);
+  for (int64_t i = 0; i < WIDTH; ++i) store(acc + d + i * LANES, parts[i]);
+}
+
 inline void accumulate(float* acc, float fade, const float* weights, const float* tile, int64_t padded) {
   int64_t d = 0;
-  for (; d + 4 * LANES <= padded; d += 4 * LANES) {
-    Vector a = fade * load(acc + d), b = fade * load(acc + d + LANES), c = fade * load(acc + d + 2 * LANES),
-           e = fade * load(acc + d + 3 * LANES);
-#pragma GCC unroll 16
-    for (int64_t r = 0; r < TILE; ++r) {
-      const float* row = tile + r * padded + d;
-      a += weights[r] * load(row), b += weights[r] * load(row + LANES);
-      c += weights[r] * load(row + 2 * LANES), e += weights[r] * load(row + 3 * LANES);
+  for (; d + 8 * LANES <= padded; d += 8 * LANES) accumulate_columns<8>(acc, fade, weights, tile, padded, d);
+  for (; d + 4 * LANES <= padded; d += 4 * LANES) accumulate_columns<4>(acc, fade, weights, tile, padded, d);
+  for (; d < padded; d += LANES) accumulate_columns<1>(acc, fade, weights, tile, padded, d);
+}
+
+// What a task needs besides its results.
+template <typename T, typename Q>
+struct Scratch {
+  Floats queries, tile, weights;
+  std::vector<float> fades;
+  std::vector<T> edge;  // rows of a tile that does not fill the vector
+
+  Scratch(int64_t groups, int64_t padded)
+      : queries(groups * padded), tile(TILE * padded), weights(groups * RUN), fades(groups), edge(TILE * padded) {}
+};
+
+// Whether products are taken from the cache as it is.
+template <typename T, typename Q, int64_t DIM>
+constexpr bool direct() {
+#ifdef __AVX512BF16__
+  return std::is_same_v<T, c10::BFloat16> && std::is_same_v<Q, c10::BFloat16> && DIM && DIM % (2 * LANES) == 0;
+#else
+  return false;
+#endif
+}
+
+// Scores of the queries of one kv head with `count` rows, at most a tile's, into column `at` of the weights.
+template <typename T, typename Q, int64_t DIM>
+void score(const Q* q, const Rows<T, DIM>& keys, int64_t row, int64_t count, int64_t groups, int64_t at, float scale, Scratch<T, Q>& own) {
+  const auto exists = ORDER < Whole{} + static_cast<int32_t>(count);
+  const Vector nothing = Vector{} + LOWEST;
+  if constexpr (direct<T, Q, DIM>()) {
+    const T* rows = keys.at(row);
+    if (count < TILE) {
+      std::copy(rows, rows + count * DIM, own.edge.begin());
+      rows = own.edge.data();
     }
-    store(acc + d, a), store(acc + d + LANES, b), store(acc + d + 2 * LANES, c), store(acc + d + 3 * LANES, e);
-  }
-  for (; d < padded; d += LANES) {
-    Vector a = fade * load(acc + d);
-    for (int64_t r = 0; r < TILE; ++r) a += weights[r] * load(tile + r * padded + d);
-    store(acc + d, a);
+    for (int64_t g = 0; g < groups; ++g) {
+      keys.fetch(row, g, groups);
+      store(own.weights.data() + g * RUN + at, exists ? scale * dots(q + g * DIM, rows, DIM) : nothing);
+    }
+  } else {
+    const int64_t padded = keys.padded();
+    keys.load(row, count, own.tile.data());
+    for (int64_t g = 0; g < groups; ++g) {
+      keys.fetch(row, g, groups);
+      store(own.weights.data() + g * RUN + at, exists ? scale * dots(own.queries.data() + g * padded, own.tile.data(), padded) : nothing);
+    }
   }
 }
 
-// Queries (groups, padded) of one kv head against rows [first, last) of one sequence, whose blocks are in `table`.
-// Into acc (groups, padded), peak and sum (groups). `tile` has room for (TILE, padded) and (groups, TILE).
-template <typename T, int64_t DIM>
-void attend(const float* q, const Rows<T, DIM>& keys, const Rows<T, DIM>& values, const int32_t* table, int64_t block_size, int64_t first,
-            int64_t last, int64_t groups, float* tile, float* acc, float* peak, float* sum) {
-  const int64_t padded = keys.padded();
+// Queries (groups, dim) of one kv head against rows [first, last) of one sequence, whose blocks are in `table`.
+// Into acc (groups, padded), peak and sum (groups).
+template <typename T, typename Q, int64_t DIM>
+void attend(const Q* q, const Rows<T, DIM>& keys, const Rows<T, DIM>& values, const int32_t* table, int64_t block_size, int64_t first,
+            int64_t last, int64_t groups, float scale, Scratch<T, Q>& own, float* acc, float* peak, float* sum) {
+  const int64_t padded = keys.padded(), dim = keys.dim();
   std::fill(peak, peak + groups, LOWEST);
-  std::fill(tile, tile + TILE * padded, 0.0f);  // rows of another sequence, even at weight 0, could be NaN
-  float* weights = tile + TILE * padded;
-  const Vector nothing = Vector{} + LOWEST;
-  float fades[groups];
+  std::fill_n(own.tile.data(), TILE * padded, 0.0f);  // rows of another sequence, even at weight 0, could be NaN
+  for (int64_t g = 0; g < groups; ++g) to_float(q + g * dim, own.queries.data() + g * padded, dim, 1.0f);
   for (int64_t at = first; at < last;) {
     const int64_t within = at % block_size;
-    const int64_t count = std::min({TILE, last - at, block_size - within});
+    const int64_t count = std::min({RUN, last - at, block_size - within});
     const int64_t row = table[at / block_size] * block_size + within;
-    const auto exists = ORDER < Whole{} + static_cast<int32_t>(count);
-    keys.load(row, count, tile);
+    for (int64_t t = 0; t < count; t += TILE) score(q, keys, row + t, std::min(TILE, count - t), groups, t, scale, own);
     for (int64_t g = 0; g < groups; ++g) {
-      const Vector score = exists ? dots(q + g * padded, tile, padded) : nothing;
-      const float best = std::max(peak[g], largest(score));
-      const Vector weight = exponential(score - best);
-      store(weights + g * TILE, exists ? weight : Vector{});
-      fades[g] = exponential(Vector{} + (peak[g] - best))[0];
-      sum[g] = sum[g] * fades[g] + sum_of(exists ? weight : Vector{});
-      peak[g] = best;
+      float* weights = own.weights.data() + g * RUN;
+      Vector best = Vector{} + peak[g], total = {};
+      for (int64_t t = 0; t < count; t += TILE) best = larger(best, load(weights + t));
+      const float top = largest(best);
+      for (int64_t t = 0; t < count; t += TILE) {
+        const Vector weight = ORDER < Whole{} + static_cast<int32_t>(count - t) ? exponential(load(weights + t) - top) : Vector{};
+        store(weights + t, weight);
+        total += weight;
+      }
+      own.fades[g] = exponential(Vector{} + (peak[g] - top))[0];
+      sum[g] = sum[g] * own.fades[g] + sum_of(total);
+      peak[g] = top;
     }
-    values.load(row, count, tile);
-    for (int64_t g = 0; g < groups; ++g) accumulate(acc + g * padded, fades[g], weights + g * TILE, tile, padded);
+    for (int64_t t = 0; t < count; t += TILE) {
+      values.load(row + t, std::min(TILE, count - t), own.tile.data());
+      for (int64_t g = 0; g < groups; ++g) {
+        values.fetch(row + t, g, groups);
+        accumulate(acc + g * padded, t ? 1.0f : own.fades[g], own.weights.data() + g * RUN + t, own.tile.data(), padded);
+      }
+    }
     at += count;
   }
 }
@@ -151,24 +223,20 @@ void attend_sequences(const at::Tensor& q, const at::Tensor& cache, const float*
       for (int64_t p = 0; p < parts; ++p) tasks.push_back({b, h, length[b] * p / parts, length[b] * (p + 1) / parts});
     }
   begins.push_back(tasks.size());
-  std::vector<float> acc(tasks.size() * groups * padded), peak(tasks.size() * groups), sum(tasks.size() * groups);
+  Floats acc(tasks.size() * groups * padded);
+  std::vector<float> peak(tasks.size() * groups), sum(tasks.size() * groups);
 
 #pragma omp parallel num_threads(std::min<int64_t>(threads, tasks.size()))
   {
-    std::vector<float> tile(TILE * padded + groups * TILE), queries(groups * padded);
+    Scratch<T, Q> own(groups, padded);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < static_cast<int64_t>(tasks.size()); ++i) {
       const Task& t = tasks[i];
-      for (int64_t g = 0; g < groups; ++g) {
-        float* to = queries.data() + g * padded;
-        to_float(query + (t.b * heads + t.head * groups + g) * dim, to, dim, 1.0f);
-        for (int64_t d = 0; d < dim; ++d) to[d] *= scale;
-      }
       const int64_t k = t.head * rows, v = (kv_heads + t.head) * rows;
       const Rows<T, DIM> keys{data + k * dim, scales ? scales + k : nullptr, dim};
       const Rows<T, DIM> values{data + v * dim, scales ? scales + v : nullptr, dim};
-      attend(queries.data(), keys, values, blocks + t.b * table.size(1), block_size, t.first, t.last, groups, tile.data(),
-             acc.data() + i * groups * padded, peak.data() + i * groups, sum.data() + i * groups);
+      attend(query + (t.b * heads + t.head * groups) * dim, keys, values, blocks + t.b * table.size(1), block_size, t.first, t.last,
+             groups, scale, own, acc.data() + i * groups * padded, peak.data() + i * groups, sum.data() + i * groups);
     }
   }
 

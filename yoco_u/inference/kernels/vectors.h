@@ -6,6 +6,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 constexpr int64_t LANES = 16;
 
@@ -17,6 +21,19 @@ constexpr Whole ORDER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector x) { *reinterpret_cast<Vector*>(to) = x; }
 
+// Floats that begin at a cache line: a load across two of them costs two.
+class Floats {
+ public:
+  explicit Floats(int64_t count) : lines_((count + LANES - 1) / LANES) {}
+  float* data() { return reinterpret_cast<float*>(lines_.data()); }
+
+ private:
+  struct alignas(LANES * sizeof(float)) Line {
+    float values[LANES] = {};
+  };
+  std::vector<Line> lines_;
+};
+
 inline void to_float(const float* from, float* to, int64_t n, float) { std::memcpy(to, from, n * sizeof(float)); }
 
 inline void to_float(const c10::BFloat16* from, float* to, int64_t n, float) {
@@ -24,8 +41,12 @@ inline void to_float(const c10::BFloat16* from, float* to, int64_t n, float) {
   typedef uint32_t Wide __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4)));
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
-    const Bits bits = *reinterpret_cast<const Bits*>(from + i);
-    *reinterpret_cast<Wide*>(to + i) = __builtin_convertvector(bits, Wide) << 16;
+#ifdef __AVX512F__  // one instruction, which GCC does not find for itself
+    const Wide wide = (Wide)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+#else
+    const Wide wide = __builtin_convertvector(*reinterpret_cast<const Bits*>(from + i), Wide);
+#endif
+    *reinterpret_cast<Wide*>(to + i) = wide << 16;
   }
   for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
 }
@@ -58,9 +79,9 @@ inline float fold(Vector x, Join join) {
   return join(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))[0];
 }
 
-inline float largest(Vector x) {
-  return fold(x, [](Vector a, Vector b) { return a > b ? a : b; });
-}
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+inline float largest(Vector x) { return fold(x, larger); }
 
 inline float sum_of(Vector x) {
   return fold(x, [](Vector a, Vector b) { return a + b; });
