@@ -31,6 +31,14 @@ def bfloat16_engine(variant: str, **settings: Any) -> Engine:
     return Engine(build(architecture(name, **shape)), None, EngineSettings(**chosen))
 
 
+@needs_packing
+def test_a_tied_head_is_the_embedding_itself() -> None:
+    if not kernels.compiled():
+        pytest.skip("needs a C++ compiler")
+    subject = bfloat16_engine("one key-value head, tied").runner.model
+    assert subject.lm_head.weight is subject.get_input_embeddings().weight
+
+
 def scores(subject: Engine) -> Tensor:
     """Log-probabilities of a prompt's tokens."""
     [request] = run(subject, [prompt(LENGTH)], greedy(prompt_logprobs=0, max_tokens=1))

@@ -33,6 +33,17 @@ class PackedLinear(JointLinear):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
 
+class TiedLinear(nn.Module):
+    """An LM head whose weights are the embedding's as well, and so stay as they are."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.yoco_u.linear(x, self.weight)
+
+
 class OnePassRMSNorm(nn.Module):
     """`RMSNorm` in one pass."""
 
@@ -68,6 +79,8 @@ def can_pack(model: YocoUForCausalLM) -> bool:
 @torch.no_grad()
 def pack(model: YocoUForCausalLM) -> None:
     """Replace every linear layer of a model in place; it can only run forward from then on."""
+    if model.lm_head.weight is model.get_input_embeddings().weight and compiled():
+        model.lm_head = TiedLinear(model.lm_head)
     for module in list(model.modules()):
         for names in linear_layers(module):
             layers = [getattr(module, name) for name in names]
