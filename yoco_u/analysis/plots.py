@@ -55,7 +55,7 @@ def loss_plot(runs: Sequence[Run], x: str, label: str) -> str:
         axes.set_xlabel(label)
         axes.set_ylabel("loss, nats per token")
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def step_plot(runs: Sequence[Run], key: str, label: str, smooth: bool = False, log: bool = False) -> str:
@@ -77,7 +77,7 @@ def step_plot(runs: Sequence[Run], key: str, label: str, smooth: bool = False, l
         axes.set_xlabel("step")
         axes.set_ylabel(label)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -98,30 +98,34 @@ def _line(axes: Axes, index: int, x: Sequence[float], y: Sequence[float], **styl
     axes.plot([x[i] for i in kept], [y[i] for i in kept], color=colour, linestyle=dashes(index), **style)
 
 
-def _svg(draw: Callable[[Axes], None]) -> str:
-    """An `<svg>` for the middle of a page: no fonts, no identifiers shared with another plot, no address of anything."""
+def svg(draw: Callable[[Axes], None], size: tuple[float, float] = (5.2, 3.5)) -> str:
+    """An `<svg>` for the middle of a page: no fonts, no identifiers shared with another plot, no address of anything.
+
+    Args:
+        size: width and height in inches at a font of 10.5 points; on the page it is as wide as there is room.
+    """
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK)
     settings = {"svg.fonttype": "none", "svg.hashsalt": f"plot {next(_numbers)}", "font.size": 10.5, **ink}
     with mpl.rc_context(settings):
-        figure = Figure(figsize=(5.2, 3.5), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
-        draw(axes)
         axes.grid(alpha=0.15)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
+        draw(axes)
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
-    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = svg.replace(_INK, "currentColor")
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', text, count=1)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = text.replace(_INK, "currentColor")
     for number, (light, _) in enumerate(PALETTE):
-        svg = svg.replace(light, f"var(--run-{number})")
-    return svg
+        text = text.replace(light, f"var(--run-{number})")
+    return text
 
 
 def _scientific(value: float, _: float) -> str:

@@ -1,20 +1,16 @@
 """One self-contained HTML page about one run or more."""
 
 import os
-from datetime import datetime, timezone
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
 
 from yoco_u.analysis.figures import Figures, compare
+from yoco_u.analysis.page import render_page, write_page
 from yoco_u.analysis.plots import PALETTE, dashes, loss_plot, step_plot
 from yoco_u.errors import UserError
-from yoco_u.files import write_text
 from yoco_u.runs import Run
-from yoco_u.version import __version__
 
 _LABELS = {"memory_bytes": "memory", "gemm_flops_per_second": "matrix products"}
 
@@ -33,27 +29,18 @@ def write_report(runs: list[Run], out: str | os.PathLike[str], title: str | None
         if not run.kind("train"):
             raise UserError(f"{run.folder}: the run has no training step yet; run `yoco-u train` first")
     figures = compare(runs)
-    page = render(runs, figures, title or ", ".join(run.config.name for run in runs))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, page)
-    except OSError as error:
-        raise UserError(f"{target}: cannot write the report ({error.strerror}); choose another --out") from None
+    write_page(target, render(runs, figures, title or ", ".join(run.config.name for run in runs)))
     return figures
 
 
 def render(runs: list[Run], figures: Figures, title: str) -> str:
     """The page as text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files("yoco_u.analysis") / "report.html.jinja").read_text(encoding="utf-8"))
-    return template.render(
+    return render_page(
+        "report.html.jinja",
         title=title,
-        version=__version__,
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         figures=figures,
         table=figures.table(),
         numeric={label for label, _ in figures.table()} - {"architecture"},
-        palette=PALETTE,
         styles=[{"colour": i % len(PALETTE), "dash": dashes(i)} for i in range(len(runs))],
         loss_plots=[
             ("Loss against tokens", loss_plot(runs, "tokens", "training tokens")),
