@@ -1,6 +1,6 @@
 """From a corpus to batches: documents, tokenizer, packed shards, rows."""
 
-from yoco_u.data.batches import Batch, BatchLoader
+from yoco_u.data.batches import Batch, BatchLoader, as_batch
 from yoco_u.data.config import DataConfig
 from yoco_u.data.corpus import Corpus
 from yoco_u.data.dataset import PackedDataset
@@ -21,6 +21,7 @@ __all__ = [
     "PackedDataset",
     "Shard",
     "Split",
+    "as_batch",
     "check_vocabulary",
     "end_of_text_id",
     "load_tokenizer",

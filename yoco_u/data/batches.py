@@ -6,6 +6,7 @@ from typing import TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from yoco_u.data.dataset import PackedDataset
 from yoco_u.errors import UserError
@@ -21,6 +22,15 @@ class Batch(TypedDict):
     input_ids: torch.Tensor
     shift_labels: torch.Tensor
     document_ids: torch.Tensor
+
+
+def as_batch(rows: NDArray[np.int64], eot_id: int) -> Batch:
+    """Rows of tokens (rows, sequence_length + 1), the last one of each only a target, as a batch."""
+    tokens = torch.from_numpy(rows)
+    input_ids = tokens[:, :-1].contiguous()
+    begins = input_ids == eot_id
+    begins[:, 0] = True  # a row that begins within a document
+    return Batch(input_ids=input_ids, shift_labels=tokens[:, 1:].contiguous(), document_ids=begins.long().cumsum(dim=1))
 
 
 class BatchLoader:
@@ -46,11 +56,7 @@ class BatchLoader:
         """This rank's rows of step `step` >= 0."""
         first = step * self.rows_per_step + self._first
         rows = np.stack([self.dataset.row(index) for index in range(first, first + self._rows)])
-        tokens = torch.from_numpy(rows)  # (rows, sequence_length + 1)
-        input_ids = tokens[:, :-1].contiguous()
-        begins = input_ids == self.dataset.index.eot_id
-        begins[:, 0] = True  # a row that begins within a document
-        return Batch(input_ids=input_ids, shift_labels=tokens[:, 1:].contiguous(), document_ids=begins.long().cumsum(dim=1))
+        return as_batch(rows, self.dataset.index.eot_id)
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from `start_step` on, without end, the next one being made in a thread meanwhile."""

@@ -1,0 +1,47 @@
+"""The text that is looked at, as batches of whole rows: nothing is filled up, so every token counts."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yoco_u.data import Batch, Document, DocumentEncoder, PackedDataset, as_batch
+from yoco_u.errors import UserError
+
+_TOKENS_PER_PASS = 4096
+
+
+def split_batches(dataset: PackedDataset, tokens: int) -> list[Batch]:
+    """The first rows of an unshuffled split, as many as hold `tokens` targets, at least one and at most all."""
+    rows = min(dataset.rows_per_epoch, -(-tokens // dataset.sequence_length))
+    return _batches([dataset.row(i) for i in range(rows)], dataset.index.eot_id)
+
+
+def document_batches(encoder: DocumentEncoder, documents: Iterable[Document], sequence_length: int, tokens: int) -> list[Batch]:
+    """Texts packed one after another into rows, as `yoco-u evaluate` packs them; the last row may be short.
+
+    Args:
+        tokens: targets wanted; where the texts hold more, the rest is not read.
+
+    Raises:
+        UserError: if there is no text.
+    """
+    parts: list[NDArray[np.uint32]] = []
+    for document in documents:
+        parts += encoder.encode([document.text])
+        if sum(map(len, parts)) > tokens:
+            break
+    if not parts:
+        raise UserError("there is no text in the files; give files that hold some")
+    stream = np.append(np.concatenate(parts), encoder.eot_id).astype(np.int64)[: tokens + 1]
+    starts = range(0, len(stream) - 1, sequence_length)
+    return _batches([stream[start : start + sequence_length + 1] for start in starts], encoder.eot_id)
+
+
+def _batches(rows: list[NDArray[np.int64]], eot_id: int) -> list[Batch]:
+    """Rows (tokens + 1,), of which only the last may be shorter than the others."""
+    full = [row for row in rows if len(row) == len(rows[0])]
+    step = max(1, _TOKENS_PER_PASS // (len(rows[0]) - 1))
+    groups = [full[start : start + step] for start in range(0, len(full), step)]
+    groups += [[rows[-1]]] if len(full) < len(rows) else []
+    return [as_batch(np.stack(group), eot_id) for group in groups]
