@@ -1,0 +1,196 @@
+"""`yoco-u analyze`."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from yoco_u.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from yoco_u.analysis.loops.output import About
+    from yoco_u.analysis.loops.study import Study, Subject, Track
+    from yoco_u.data import Batch
+
+_DEFAULT_LENGTH = 1024
+
+
+def analyze(
+    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILES", help="Text, in any form that prepare reads. \\[default: the run's validation split]"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for page, JSON and PNGs. \\[default: analysis/ in the run]")
+    ] = None,
+    measures: Annotated[
+        str | None,
+        typer.Option("--measures", help="Of angular,lens,loss,convergence,attention. \\[default: all that make sense]"),
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--compare", metavar="RUN_OR_MODEL", help="Draw angular distance and loss of this too; can be given again."
+        ),
+    ] = None,
+    num_loops: Annotated[
+        int | None, typer.Option("--num-loops", help="Look into passes with this loop count T, instead of the models' own.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Look at the first so many tokens of the text.")] = 32768,
+    sequence_length: Annotated[
+        int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. \\[default: the run's, or 1024]")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="A state is steady once loops move it by less than this share.")
+    ] = 0.1,
+    queries: Annotated[
+        int, typer.Option("--queries", min=1, help="Positions of every row from which attention is looked at.")
+    ] = 64,
+    text_field: Annotated[
+        str, typer.Option("--text-field", help="Column of JSON lines and Parquet files that holds the text.")
+    ] = "text",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Look inside the loops: what each layer and each loop does to the tokens.
+
+    Angular distance over the unrolled depth, per-loop logit lens, loss against
+    the number of loops run, loops to convergence per token, attention span. In
+    float32; writes one page, one JSON file and PNGs, and prints the tables.
+
+    [bold]Examples[/bold]
+
+      yoco-u analyze runs/quickstart/yoco-u
+
+      yoco-u analyze runs/8m a.py b.py --measures lens,loss --out analysis
+
+      yoco-u analyze runs/8m --compare runs/8m-two-loops --compare runs/yoco
+    """
+    from yoco_u.analysis.loops.output import About, write_study
+    from yoco_u.analysis.loops.study import COMPARED, Settings, study
+    from yoco_u.training.machine import find_device
+
+    if num_loops is not None and num_loops < 1:
+        raise UserError(f"--num-loops is {num_loops}; expected a whole number of at least 1")
+    if tolerance <= 0:
+        raise UserError(f"--tolerance is {tolerance:g}; expected more than 0, such as 0.1")
+    wanted = _measures(measures)
+    folder = out or model / "analysis"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: is a file; give a folder")
+    subjects, tokenizer = _load([model, *(compare or [])], num_loops, find_device(device))
+    wanted, left_out = _sensible(wanted, subjects, explicit=measures is not None)
+    length = sequence_length or _sequence_length(model)
+    batches = _text(model, files or [], text_field, length, tokens, tokenizer)
+    studies = []
+    with _progress() as track:
+        for number, subject in enumerate(subjects):
+            chosen = [measure for measure in wanted if number == 0 or measure in COMPARED]
+            studies.append(study(subject, batches, Settings(chosen, tolerance, queries), tokenizer, track))
+    count = sum(batch["input_ids"].numel() for batch in batches)
+    about = About(", ".join(files) if files else "validation split", count, length, left_out)
+    written = write_study(studies, about, folder)
+    _print(studies, about, written)
+
+
+def _measures(text: str | None) -> list[str]:
+    from yoco_u.analysis.loops.study import MEASURES
+
+    wanted = list(MEASURES) if text is None else [name.strip() for name in text.split(",")]
+    for name in wanted:
+        if name not in MEASURES:
+            raise UserError(f"--measures has {name!r}; expected some of {','.join(MEASURES)}")
+    return [measure for measure in MEASURES if measure in wanted]
+
+
+def _load(paths: list[Path], num_loops: int | None, device: "torch.device") -> "tuple[list[Subject], PreTrainedTokenizerFast]":
+    """The models, named as their runs are, or by their paths where that would not tell them apart; and their tokenizer."""
+    from yoco_u.analysis.loops.study import Subject
+    from yoco_u.runs import is_run, load_model, read_run_config
+
+    loaded = [load_model(path, device) for path in paths]
+    names = [read_run_config(path).name if is_run(path) else path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    tokenizer = loaded[0][1]
+    for path, (network, own) in zip(paths, loaded, strict=True):
+        if own.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
+            raise UserError(f"{path}: its tokenizer is not that of {paths[0]}; compare models that read the same tokens")
+        if len(own) > network.config.vocab_size:
+            size = network.config.vocab_size
+            raise UserError(
+                f"{path}: the tokenizer has {len(own)} tokens, the model {size}; give a model with its own tokenizer"
+            )
+    return [Subject(name, network, num_loops) for name, (network, _) in zip(names, loaded, strict=True)], tokenizer
+
+
+def _sensible(wanted: list[str], subjects: "list[Subject]", explicit: bool) -> tuple[list[str], dict[str, str]]:
+    """The measures that make sense, and why the others do not: an error where they were asked for by name."""
+    from yoco_u.analysis.loops.study import why_not
+
+    reasons = {measure: reason for measure in wanted if (reason := why_not(measure, subjects)) is not None}
+    for measure, reason in reasons.items():
+        if explicit:
+            raise UserError(f"--measures {measure}: {reason}; leave it out")
+    return [measure for measure in wanted if measure not in reasons], reasons
+
+
+def _text(
+    model: Path, files: list[str], text_field: str, length: int, tokens: int, tokenizer: "PreTrainedTokenizerFast"
+) -> "list[Batch]":
+    from yoco_u.analysis.loops.text import document_batches, split_batches
+    from yoco_u.data import Corpus, DocumentEncoder, PackedDataset
+    from yoco_u.runs import is_run, read_run_config
+
+    if files:
+        return document_batches(DocumentEncoder(tokenizer), Corpus(files, text_field).documents(), length, tokens)
+    if not is_run(model):
+        raise UserError(f"{model}: a saved model has no validation split; name files to look at")
+    return split_batches(PackedDataset(read_run_config(model).dataset, "validation", length, shuffle=False), tokens)
+
+
+def _sequence_length(model: Path) -> int:
+    from yoco_u.runs import is_run, read_run_config
+
+    return read_run_config(model).training.sequence_length if is_run(model) else _DEFAULT_LENGTH
+
+
+@contextmanager
+def _progress() -> "Iterator[Track]":
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+
+        def track(name: str, batches: "Sequence[Batch]") -> "Iterable[Batch]":
+            return bar.track(batches, description=name)
+
+        yield track
+
+
+def _print(studies: "list[Study]", about: "About", written: list[Path]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from yoco_u.analysis.loops.tables import tables
+
+    console = Console()
+    for shown in tables(studies).values():
+        for table in shown:
+            drawn = Table(title=escape(table.title), title_justify="left", box=box.SIMPLE_HEAD)
+            for number, heading in enumerate(table.head):
+                drawn.add_column(escape(heading), justify="left" if number == 0 or table.is_text else "right")
+            for row in table.rows:
+                drawn.add_row(*map(escape, row))
+            console.print(drawn)
+    for measure, reason in about.left_out.items():
+        console.print(f"left out: {measure}, as {reason}", highlight=False, markup=False, soft_wrap=True)
+    for path in written:
+        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
