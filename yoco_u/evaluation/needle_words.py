@@ -1,7 +1,7 @@
 """The words that keys of needles are made of: `adjective-noun`."""
 
 _ADJECTIVES = """
-ADJECTIVES = tuple( """ amber ample ancient arctic autumn bitter blank bold brave brief bright brisk broad bronze calm
+amber ample ancient arctic autumn bitter blank bold brave brief bright brisk broad bronze calm
 careful cheerful civil clear clever cold copper coral crisp curious dapper daring deep distant dusty eager early earnest
 elder elegant faint famous fierce final fluent foggy formal frozen gentle giant gilded glad golden graceful grand green
 hazel heavy hidden hollow honest humble idle inner ivory jolly keen kind lavish level lively lofty loyal lucky lunar mellow
