@@ -15,8 +15,10 @@ END = 0
 SNAPSHOT_BYTES = 10
 
 
-def new_request(name: str, prompt, max_tokens: int = 4, num_loops: int = 1, prompt_logprobs: int | None = None) -> Request:
-    params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=prompt_logprobs)
+def new_request(
+    name: str, prompt, max_tokens: int = 4, num_loops: int = 1, prompt_logprobs: int | None = None, start: int = 0
+) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=prompt_logprobs, prompt_logprobs_start=start)
     return Request(id=name, prompt=list(prompt), params=params, num_loops=num_loops)
 
 
@@ -42,7 +44,7 @@ def formula(prompt: tuple[int, ...], num_loops: int, max_tokens: int, window: bo
         rows.append((num_loops, token))
         reads.append(read(rows, state if window else 0))
     last = reads[-1]
-    while True:
+    while max_tokens:
         token = next_token(last)
         output.append(token)
         if token == END or len(output) == max_tokens:
@@ -50,6 +52,7 @@ def formula(prompt: tuple[int, ...], num_loops: int, max_tokens: int, window: bo
         state = hash((state, token))
         rows.append((num_loops, token))
         last = read(rows, state if window else 0)
+    return output, reads
 
 
 class FakeEngine:
@@ -95,6 +98,8 @@ class FakeEngine:
                     scheduler.finish(request, "stop")
                 elif len(request.output) == request.params.max_tokens:
                     scheduler.finish(request, "length")
+            elif chunk.completes:
+                scheduler.finish(request, "length")
         self.check()
         return step
 
@@ -117,7 +122,8 @@ class FakeEngine:
             state = self.seats[request.seat] if chunk.start else empty_state(request.num_loops)
             for position, token in enumerate(request.token_slice(chunk.start, chunk.end), chunk.start):
                 state = hash((state, token))
-                if request.params.prompt_logprobs is not None and position < len(request.prompt):
+                if request.unscored - 1 <= position < len(request.prompt) - 1:  # gives a log probability
+                    assert position not in self.reads[request], "scored twice"
                     self.reads[request][position] = read(rows[: position + 1], state if self.window else 0)
             self.seats[request.seat] = state
             self.computed_tokens += chunk.count
@@ -178,6 +184,7 @@ class FakeEngine:
             assert request.output == output[: len(request.output)]
             return
         assert request.output == output
-        assert request.finish_reason == ("stop" if output[-1] == END else "length")
+        assert request.finish_reason == ("stop" if output and output[-1] == END else "length")
         if request.params.prompt_logprobs is not None:
-            assert self.reads[request] == dict(enumerate(reads))
+            first = max(1, request.params.prompt_logprobs_start) - 1
+            assert self.reads[request] == {position: reads[position] for position in range(first, len(request.prompt) - 1)}

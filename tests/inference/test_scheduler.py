@@ -204,6 +204,34 @@ def test_prompt_logprobs_run_every_position():
     run.drain()
 
 
+def test_what_comes_before_the_scores_is_shared():
+    run = engine(has_window_state=True)
+    context = [1] * 10
+    first = run.add(new_request("first", [*context, 2, 1], 0, prompt_logprobs=0, start=10))
+    assert counts(run.step()) == {"first": 8} and first.snapshot_at == (0, 8)  # the block before the first score ends here
+    assert counts(run.step()) == {"first": 3}  # not the last token: nothing is sampled after it
+    assert first.finish_reason == "length" and first.output == []
+    run.add(new_request("second", [*context, 1, 2, 2], 0, prompt_logprobs=0, start=10))
+    assert counts(run.step()) == {"second": 4}
+    run.drain()
+
+
+def test_a_prompt_that_is_only_computed():
+    run = engine(has_window_state=True)
+    run.add(new_request("prefix", [1] * 9, 0))
+    assert counts(run.step()) == {"prefix": 8}
+    run.add(new_request("longer", [*[1] * 9, 2, 2], 1))
+    assert counts(run.step()) == {"longer": 3}
+    run.drain()
+
+
+def test_a_prompt_that_fills_the_cache_and_samples_nothing():
+    run = engine(num_blocks=2)
+    run.add(new_request("all", [1] * 8, 0, prompt_logprobs=0))
+    assert counts(run.step()) == {"all": 7}
+    run.drain()
+
+
 def test_without_prefix_caching_nothing_is_kept():
     run = engine(prefix_caching=False, has_window_state=True)
     for name in "ab":

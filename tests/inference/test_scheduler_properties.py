@@ -19,7 +19,9 @@ prompts = st.builds(
     st.integers(4, 12),
     st.lists(st.integers(1, 2), max_size=6),
 ).filter(len)
-requests = st.tuples(prompts, st.integers(1, 16), st.sampled_from([1, 1, 2, 3]), st.sampled_from([None, None, None, 0]))
+requests = st.tuples(
+    prompts, st.integers(0, 16), st.sampled_from([1, 1, 2, 3]), st.sampled_from([None, None, None, 0]), st.integers(0, 12)
+)
 
 
 def check_alone(request: Request, settings: dict) -> None:
@@ -57,9 +59,10 @@ class Traffic(RuleBasedStateMachine):
     @rule(burst=st.lists(requests, min_size=1, max_size=6), steps=st.integers(0, 5))
     def add(self, burst, steps):
         room = min(MAX_MODEL_LEN, self.settings["num_blocks"] * self.settings["block_size"])
-        for prompt, max_tokens, num_loops, logprobs in burst:
-            request = new_request(str(len(self.engine.arrival)), prompt, max_tokens, num_loops, logprobs)
-            if len(prompt) + max_tokens <= room:
+        for prompt, max_tokens, num_loops, logprobs, start in burst:
+            start = start if logprobs is not None else 0
+            request = new_request(str(len(self.engine.arrival)), prompt, max_tokens, num_loops, logprobs, start)
+            if len(prompt) + max_tokens <= room and len(prompt) > start and (max_tokens or len(prompt) > 1):
                 self.engine.add(request)
             else:
                 with pytest.raises(UserError):
@@ -118,8 +121,9 @@ def test_crowds_on_a_small_cache_preempt_share_and_restore(window, snapshots):
         )
         for number in range(25):
             prompt = [*draw.choice(PREFIXES)[: draw.randint(4, 12)], *draw.choices([1, 2], k=draw.randint(0, 6))]
-            max_tokens, loops, logprobs = draw.randint(1, 20), draw.choice([1, 1, 2]), draw.choice([None, None, None, 0])
-            engine.add(new_request(str(number), prompt, max_tokens, loops, logprobs))
+            max_tokens, loops, logprobs = draw.randint(0, 20), draw.choice([1, 1, 2]), draw.choice([None, None, None, 0])
+            start = draw.randrange(len(prompt)) if logprobs is not None else 0
+            engine.add(new_request(str(number), prompt, max_tokens, loops, logprobs, start))
             for _ in range(draw.randint(0, 3)):
                 engine.step()
             if draw.random() < 0.1:

@@ -7,7 +7,6 @@ import typer
 
 from yoco_u.cli.bench import bench
 from yoco_u.cli.evaluate import evaluate
-from yoco_u.cli.experiment import experiment
 from yoco_u.cli.generate import generate
 from yoco_u.cli.output import Stopped
 from yoco_u.cli.prepare import prepare
@@ -26,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quickstart, prepare, train, evaluate, generate, report, experiment, bench):
+for command in (quickstart, prepare, train, evaluate, generate, report, bench):
     app.command(no_args_is_help=command not in (quickstart, bench))(command)
 
 _INTERRUPTED = 130

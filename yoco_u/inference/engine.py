@@ -114,8 +114,6 @@ class Engine:
         for taken in (own for own in names if own in self._outputs):
             raise UserError(f"request {taken}: a request of this id is not finished yet; choose another id")
         parent = RequestOutput(name, prompt if isinstance(prompt, str) else None, tokens, [], loops)
-        if params.prompt_logprobs is not None:
-            parent.prompt_logprobs = []
         outputs = []
         for index, own_name in enumerate(names):
             matcher = self._grammars.matcher(params) if self._grammars is not None else None
@@ -134,6 +132,8 @@ class Engine:
             outputs[-1].request.assumed = assume_computed
         first, *others = outputs
         self.scheduler.add(first.request)
+        if params.prompt_logprobs is not None:
+            parent.prompt_logprobs = [None] * first.request.unscored
         try:
             self._make_room(loops)
         except UserError:
@@ -179,6 +179,7 @@ class Engine:
         if sampled:
             found = sample(torch.stack([logits for _, logits in sampled]), [output.sampler for output, _ in sampled])
             updates = [self._append(output, one) for (output, _), one in zip(sampled, found, strict=True)]
+        updates += [self._end(self._outputs[chunk.request.id], "length") for chunk in step.chunks if chunk.completes]
         self._release_siblings()
         return updates
 
@@ -218,15 +219,9 @@ class Engine:
         return Update(output.parent, output.completion, text, tokens or [], reason)
 
     def _score_prompt(self, output: _Output, chunk: Chunk, logits: torch.Tensor) -> None:
-        found, prompt = output.parent.prompt_logprobs, output.request.prompt
-        assert found is not None
-        if chunk.start == 0 and len(found) < len(prompt):
-            found[:] = [None]
-        if len(found) != chunk.start + 1:
-            return  # scored before the request was preempted
-        targets = torch.tensor(prompt[chunk.start + 1 : chunk.end + 1], device=logits.device)
-        top = output.request.params.prompt_logprobs
-        assert top is not None
+        found, top = output.parent.prompt_logprobs, output.request.params.prompt_logprobs
+        assert found is not None and top is not None
+        targets = torch.tensor(output.request.prompt[chunk.end - len(logits) + 1 : chunk.end + 1], device=logits.device)
         if len(targets):
             found += [TokenLogprobs(*one) for one in score(logits[: len(targets)], targets, top)]
 

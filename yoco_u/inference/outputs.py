@@ -42,7 +42,7 @@ class RequestOutput:
 
     Attributes:
         prompt: as it was given, None if as tokens.
-        prompt_logprobs: one a prompt token, None for the first; if asked for.
+        prompt_logprobs: one a prompt token, None for the first and those before `prompt_logprobs_start`; if asked for.
         cached_tokens: prompt tokens that were not computed again because an earlier request or output had, over all outputs.
     """
 

@@ -23,6 +23,8 @@ class Request:
         num_loops: T of this request; caches of another T are never shared with it.
         output: the tokens sampled so far.
         computed: leading tokens of prompt and output whose state is in the caches.
+        unscored: the first prompt token whose log probability is asked for and not known yet; the prompt's length or more
+            where there is none.
         blocks: the block table: block i holds the rows i * block_size and on.
         written: rows before this lie in shared blocks already and must not be written again.
         seat: row of the window rings while running.
@@ -48,6 +50,11 @@ class Request:
     decode_snapshot: bytes | None = None
     status: Status = Status.WAITING
     finish_reason: str | None = None
+    unscored: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        asked = self.params.prompt_logprobs is not None
+        self.unscored = max(1, self.params.prompt_logprobs_start) if asked else len(self.prompt)
 
     @property
     def tokens(self) -> list[int]:
@@ -56,6 +63,16 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt) + len(self.output)
+
+    @property
+    def scores(self) -> bool:
+        """Whether log probabilities of the prompt are asked for and not all known yet."""
+        return self.unscored < len(self.prompt)
+
+    @property
+    def num_needed(self) -> int:
+        """How many tokens have to be computed; the last one only to sample after it."""
+        return self.num_tokens if self.params.max_tokens else self.num_tokens - 1
 
     def token_slice(self, start: int, stop: int) -> list[int]:
         """`tokens[start:stop]` for 0 <= start <= stop, at the cost of the slice alone."""

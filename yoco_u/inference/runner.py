@@ -33,8 +33,8 @@ class Runner:
         """Compute all chunks of a step.
 
         Returns:
-            The chunks that have logits to look at, each with those of its last positions, (kept, vocab): all of the chunk's
-            for prompt log-probabilities, one to sample from.
+            The chunks that have logits to look at, each with those of its last positions, (kept, vocab): one for each prompt
+            token that is scored, one to sample from.
         """
         for request, state in step.restores:
             assert request.seat is not None
@@ -97,6 +97,6 @@ class Runner:
 
 def kept_positions(chunk: Chunk) -> int:
     """How many positions of a chunk, the last ones, need logits."""
-    if chunk.request.params.prompt_logprobs is not None and chunk.start < len(chunk.request.prompt):
-        return chunk.count
+    if chunk.request.scores:
+        return max(0, chunk.end - max(chunk.start, chunk.request.unscored - 1))
     return int(chunk.samples)

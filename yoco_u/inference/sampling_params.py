@@ -16,7 +16,7 @@ class SamplingParams(Config):
 
     Attributes:
         n: independent outputs of the one prompt.
-        max_tokens: tokens of an output at most.
+        max_tokens: tokens of an output at most; 0 samples nothing: the prompt is scored, or only computed into the caches.
         temperature: divides the logits; 0 takes the likeliest token every time.
         top_k: choose among so many likeliest tokens; 0 for all.
         top_p: choose among the likeliest tokens that together have this probability.
@@ -31,6 +31,8 @@ class SamplingParams(Config):
         min_tokens: tokens of an output at least, before any end token or stop string counts.
         logprobs: report log probabilities (natural) of each output token and of so many likeliest ones, 0 to 20.
         prompt_logprobs: the same of each prompt token after the first.
+        prompt_logprobs_start: leave out the prompt tokens before this position. The cross-decoder and the LM head do not run
+            for them, and their prefix is shared with other requests.
         num_loops: T, the loops of the model for this request; None for the model's own.
         json_schema: the output is JSON that fits this schema, a mapping or its JSON text.
         regex: the output as a whole matches this regular expression (Rust syntax, no look-around).
@@ -41,7 +43,7 @@ class SamplingParams(Config):
     """
 
     n: PositiveInt = 1
-    max_tokens: PositiveInt = 16
+    max_tokens: NonNegativeInt = 16
     temperature: _Finite = Field(default=1.0, ge=0)
     top_k: NonNegativeInt = 0
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -56,6 +58,7 @@ class SamplingParams(Config):
     min_tokens: NonNegativeInt = 0
     logprobs: int | None = Field(default=None, ge=0, le=20)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    prompt_logprobs_start: NonNegativeInt = 0
     num_loops: PositiveInt | None = None
     json_schema: dict[str, Any] | None = None
     regex: str | None = None
@@ -86,6 +89,10 @@ class SamplingParams(Config):
     def _together(self) -> "SamplingParams":
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; lower it")
+        if not self.max_tokens and self.n > 1:
+            raise ValueError(f"max_tokens 0 samples nothing, but n is {self.n}; lower n to 1")
+        if self.prompt_logprobs_start and self.prompt_logprobs is None:
+            raise ValueError("prompt_logprobs_start needs prompt_logprobs; set it, to 0 for the chosen tokens alone")
         if self.json_schema is not None and self.regex is not None:
             raise ValueError("json_schema and regex exclude each other; give one")
         if self.constrained and (self.ignore_eos or self.min_tokens):

@@ -34,6 +34,11 @@ class Chunk:
         """The last known token is computed, so a new one is to be sampled; true until that one is appended."""
         return self.end == self.request.num_tokens
 
+    @property
+    def completes(self) -> bool:
+        """The request samples nothing, and all that it needs is computed."""
+        return not self.request.params.max_tokens and self.end == self.request.num_needed
+
 
 @dataclass
 class Step:
@@ -66,7 +71,8 @@ class Scheduler:
     """Continuous batching over a pool of blocks and a row of seats.
 
     A step is `schedule`, run the model, `keep_snapshot` for each of `step.snapshots`, `advance`, then `append` or `finish` for
-    each chunk that samples. `add`, `abort` and `finish` may be called at any point in between.
+    each chunk that samples and `finish` for each that completes its request. `add`, `abort` and `finish` may be called at any
+    point in between.
 
     Args:
         num_blocks, block_size: of the paged caches; a block holds `block_size` tokens.
@@ -127,6 +133,15 @@ class Scheduler:
             raise UserError(f"request {request.id}: a request of this id is not finished yet; choose another id")
         if not prompt:
             raise UserError(f"request {request.id}: the prompt is empty; give at least one token")
+        if not output and prompt == 1:
+            raise UserError(
+                f"request {request.id}: a prompt of one token and max_tokens 0 leave nothing to compute; raise max_tokens"
+            )
+        if request.params.prompt_logprobs_start >= prompt:
+            raise UserError(
+                f"request {request.id}: prompt_logprobs_start is {request.params.prompt_logprobs_start}, but the prompt has "
+                f"{prompt} tokens; lower it"
+            )
         if prompt + output > self.max_model_len:
             raise UserError(
                 f"request {request.id}: {prompt} prompt tokens and max_tokens {output} make {prompt + output}, more than "
@@ -189,6 +204,8 @@ class Scheduler:
             if request.status is not Status.RUNNING:  # aborted meanwhile
                 continue
             request.computed = chunk.end
+            if request.scores:
+                request.unscored = max(request.unscored, chunk.end + 1)
             if self.prefix_caching:
                 full = chunk.end // self.block_size
                 self._hash_blocks(request, full)
@@ -242,7 +259,7 @@ class Scheduler:
             if self._no_room == (request, self.pool.changes):
                 return
             shared, computed = self._reusable(request)
-            needed = self._num_blocks(request.num_tokens + 1)
+            needed = self._num_blocks(request.num_needed + 1)
             taken = needed - sum(self.pool.refcounts[block] > 0 for block in shared)
             if taken + len(self.running) > self.pool.num_available:
                 self._no_room = request, self.pool.changes
@@ -257,16 +274,19 @@ class Scheduler:
             self.running.append(request)
             self._prefix_hit_tokens += request.computed
             if self._takes_snapshots:
-                # Where this request leaves what is known, for the next of the same prefix; and its own prompt.
-                request.snapshot_at = (request.written, self._last_boundary(len(request.prompt)))
+                # Where this request leaves what is known, for the next of the same prefix; and its own prompt, as far as
+                # others may go on from it: what is only scored is not theirs.
+                prompt = request.unscored if request.scores and not request.params.max_tokens else len(request.prompt)
+                request.snapshot_at = (request.written, self._last_boundary(prompt))
             if self.has_window_state and computed:
                 step.restores.append((request, self.snapshots.use(request.hashes[computed - 1])))
 
     def _reusable(self, request: Request) -> tuple[list[int], int]:
         """The blocks that a request can share, and how many of them need not be computed again for the window state."""
-        if not self.prefix_caching or request.params.prompt_logprobs is not None:  # these run every position
+        if not self.prefix_caching:
             return [], 0
-        limit = (request.num_tokens - 1) // self.block_size  # the last token runs in any case
+        needed = request.unscored if request.scores else request.num_needed
+        limit = (needed - 1) // self.block_size  # the last token runs in any case, and all that give log probabilities
         self._hash_blocks(request, limit)
         blocks = self.pool.match(request.hashes[:limit])
         if not self.has_window_state:
@@ -276,7 +296,7 @@ class Scheduler:
 
     def _next_stop(self, request: Request) -> int:
         """Where the request's next chunk ends at the latest."""
-        return min((stop for stop in request.snapshot_at if stop > request.computed), default=request.num_tokens)
+        return min((stop for stop in request.snapshot_at if stop > request.computed), default=request.num_needed)
 
     def _plan_snapshot(self, chunk: Chunk, step: Step) -> None:
         """Ask for the window state at the end of a chunk if it is worth keeping and not kept already."""
