@@ -11,9 +11,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+_NAME = "yoco_u_kernels"
 _FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fopenmp", "-Wno-psabi"]
 
 
@@ -29,8 +31,12 @@ def compiled() -> bool:
         print(f"no C++ compiler ({compiler}) here: decoding is slower than it could be", file=sys.stderr)
         return False
     sources = [str(path) for path in sorted(Path(__file__).parent.glob("*.cpp"))]
+    folder = Path(cpp_extension._get_build_directory(_NAME, verbose=False))
     try:
-        cpp_extension.load("yoco_u_kernels", sources, extra_cflags=_FLAGS, is_python_module=False)
+        # torch's own lock is a file that outlives a process which is killed, and then nobody gets past it.
+        with FileLock(folder.with_suffix(".lock")):
+            (folder / "lock").unlink(missing_ok=True)
+            cpp_extension.load(_NAME, sources, extra_cflags=_FLAGS, is_python_module=False)
     except (RuntimeError, OSError, ImportError) as error:
         reason = str(error).strip().splitlines()[-1]
         print(f"the C++ kernels could not be built ({reason}): decoding is slower than it could be", file=sys.stderr)
