@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from yoco_u.architecture import LOOPED, SIZES, STAGES, Architecture, MixtureOfExperts, ParallelStreams, Stage
 from yoco_u.data.config import DataConfig
-from yoco_u.training.config import OptimizerConfig, RunConfig, TrainingConfig
+from yoco_u.training.config import LoopPhase, OptimizerConfig, RunConfig, TrainingConfig
 
 TARGET = Path(__file__).with_name("configuration.md")
 
@@ -25,6 +25,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("Data", "data.", DataConfig),
     ("Optimizer", "optimizer.", OptimizerConfig),
     ("Training", "training.", TrainingConfig),
+    ("A phase of another loop count", "training.loop_schedule[i].", LoopPhase),
 ]
 
 # What the classes leave unsaid because the name says it to whoever reads code.

@@ -228,11 +228,11 @@ base:
     batch_rows: 4
     micro_batch_rows: 4
     compile: "off"
-runs:
-  - {{folder: short, name: Short, settings: &plain {{architecture: {{preset: yoco, size: test, vocab_size: 300}}}}}}
-  - {{folder: long, name: Long, equal_flops_with: looped, settings: *plain}}
-  - folder: looped
-    name: Looped
+models:
+  short: {{label: Short, settings: &plain {{architecture: {{preset: yoco, size: test, vocab_size: 300}}}}}}
+  long: {{label: Long, match: {{by: flops, reference: looped}}, settings: *plain}}
+  looped:
+    label: Looped
     settings: {{architecture: {{preset: yoco_u, size: test, vocab_size: 300, loops: 4}}}}
 samples: {{prompts: ["def ", "x"], sampling: {{max_tokens: 5, seed: 0}}}}
 """
@@ -268,15 +268,17 @@ def test_packaged_configs_are_valid() -> None:
 
 
 def test_the_packaged_quickstart_spends_equal_flops() -> None:
-    from yoco_u.analysis.comparison import Comparison, plan
+    from yoco_u.analysis.experiment.config import Experiment
+    from yoco_u.analysis.experiment.plan import expand
     from yoco_u.typed import load_yaml, parse
 
-    comparison = parse(Comparison, load_yaml(PACKAGED / "quickstart.yaml"), "quickstart")
-    configs = plan(comparison, Path("anywhere"))
+    experiment = parse(Experiment, load_yaml(PACKAGED / "quickstart.yaml"), "quickstart")
+    configs = {cell.name: cell.config for cell in expand(experiment, Path("anywhere"))}
 
     def spent(name: str) -> float:
         training = configs[name].training
-        return training.steps * training_flops(configs[name].architecture, training.sequence_length)
+        tokens = training.steps * training.batch_rows * training.sequence_length
+        return tokens * training_flops(configs[name].architecture, training.sequence_length)
 
     assert all(c.data and c.data.vocab_size <= c.architecture.vocab_size for c in configs.values())
     assert configs["yoco"].training.steps == configs["yoco-u"].training.steps
@@ -284,7 +286,7 @@ def test_the_packaged_quickstart_spends_equal_flops() -> None:
     assert configs["yoco-u"].architecture.with_loops(1).stages[1:] == configs["yoco"].architecture.stages[1:]
 
 
-@pytest.mark.parametrize("command", ["quickstart", "prepare", "train", "evaluate", "generate", "report", "bench"])
+@pytest.mark.parametrize("command", ["quickstart", "prepare", "train", "evaluate", "generate", "report", "experiment", "bench"])
 def test_help_has_examples(run: Any, command: str) -> None:
     outcome = run(command, "--help")
     assert outcome.status == 0

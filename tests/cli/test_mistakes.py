@@ -41,8 +41,8 @@ def test_missing_and_broken_configs(run: Any, tmp_path: Path) -> None:
     assert "not valid YAML" in run("train", tmp_path / "broken.yaml").error
     (tmp_path / "list.yaml").write_text("- 1")
     assert "mapping" in run("prepare", tmp_path / "list.yaml").error
-    (tmp_path / "runs.yaml").write_text("title: x\nbase: {}\nruns: []\nsamples: {prompts: []}")
-    assert "runs" in run("quickstart", "--config", tmp_path / "runs.yaml").error
+    (tmp_path / "models.yaml").write_text("title: x\nbase: {}\nmodels: {}\nsamples: {prompts: []}")
+    assert "models" in run("quickstart", "--config", tmp_path / "models.yaml").error
 
 
 def test_prepare(run: Any, tmp_path: Path) -> None:

@@ -97,3 +97,13 @@ def test_no_tokenizer_at_all(tmp_path):
     with pytest.raises(UserError, match=r"cannot load a tokenizer .*; expected a folder with tokenizer.json") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@given(st.lists(pieces, max_size=6).map("".join))
+def test_tokens_end_where_their_texts_do(text):
+    """Every token's end is where the text of the tokens so far ends, but inside a character of several tokens."""
+    ends, tokens = ENCODER.token_ends(text), ENCODER.encode([text])[0].tolist()[1:]
+    assert len(ends) == len(tokens)
+    for count, end in enumerate(ends, start=1):
+        so_far = TOKENIZER.decode(tokens[:count])
+        assert text[:end] == so_far or so_far.rstrip("\N{REPLACEMENT CHARACTER}") == text[: end - 1]

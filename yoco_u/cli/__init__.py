@@ -7,6 +7,7 @@ import typer
 
 from yoco_u.cli.bench import bench
 from yoco_u.cli.evaluate import evaluate
+from yoco_u.cli.experiment import experiment
 from yoco_u.cli.generate import generate
 from yoco_u.cli.output import Stopped
 from yoco_u.cli.prepare import prepare
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quickstart, prepare, train, evaluate, generate, report, bench):
+for command in (quickstart, prepare, train, evaluate, generate, report, experiment, bench):
     app.command(no_args_is_help=command not in (quickstart, bench))(command)
 
 _INTERRUPTED = 130

@@ -7,6 +7,7 @@ import typer
 
 from yoco_u.cli.output import note, print_json, stops_cleanly
 from yoco_u.cli.settings import PACKAGED
+from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
     from yoco_u.analysis.figures import Figures
@@ -18,7 +19,7 @@ def quickstart(
         typer.Argument(metavar="KEY=VALUE", help="Settings to change in every run, such as training.steps=100."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for everything.")] = Path("runs/quickstart"),
-    config: Annotated[Path, typer.Option("--config", help="Another comparison to run.", show_default=False)] = PACKAGED
+    config: Annotated[Path, typer.Option("--config", help="Another experiment to run.", show_default=False)] = PACKAGED
     / "quickstart.yaml",
     json: Annotated[bool, typer.Option("--json", help="Print the compared figures as JSON, without progress.")] = False,
 ) -> None:
@@ -35,19 +36,25 @@ def quickstart(
 
       yoco-u quickstart training.steps=200 --out runs/short
     """
-    from yoco_u.analysis.comparison import Comparison, run_comparison
+    from yoco_u.analysis.experiment.config import Experiment
+    from yoco_u.analysis.experiment.plan import expand
+    from yoco_u.analysis.experiment.run import run_cells
     from yoco_u.analysis.report import write_report
+    from yoco_u.runs import read_run
     from yoco_u.typed import load_yaml, parse
 
-    comparison = parse(Comparison, load_yaml(config), str(config))
+    experiment = parse(Experiment, load_yaml(config), str(config))
+    cells = expand(experiment, out, overrides or [])
     with stops_cleanly():
-        runs = run_comparison(comparison, out, overrides or [], progress=not json, say=(lambda _: None) if json else note)
+        unfinished = run_cells(experiment, cells, out, progress=not json, say=(lambda _: None) if json else note)
+    if unfinished:
+        raise UserError(f"{out / unfinished[0].name}: the run did not finish: another process trains it, or its loss diverged")
     report = out / "report.html"
-    figures = write_report(runs, report, comparison.title)
+    figures = write_report([read_run(out / cell.name) for cell in cells], report, experiment.title)
     if json:
         print_json(figures.as_json() | {"report": str(report)})
         return
-    _print(figures, out, report, comparison.runs[-1].folder)
+    _print(figures, out, report, cells[-1].name)
 
 
 def _print(figures: "Figures", out: Path, report: Path, model: str) -> None:

@@ -105,6 +105,15 @@ class DocumentEncoder:
             for parts in pieces
         ]
 
+    def token_ends(self, text: str) -> list[int]:
+        """The character of the text at which each of its tokens ends (exclusive), without `eot_id`."""
+        ends: list[int] = []
+        start, pieces = 0, list(_pieces(text))
+        for piece, encoding in zip(pieces, self._backend.encode_batch(pieces, add_special_tokens=False), strict=True):
+            ends += [start + end for _, end in encoding.offsets]
+            start += len(piece)
+        return ends
+
 
 def _pieces(text: str) -> Iterator[str]:
     """Cut a long text, since the library needs over 100 bytes a character while it encodes.

@@ -3,12 +3,14 @@
 from yoco_u.training.config import OptimizerConfig, RunConfig, TrainingConfig
 from yoco_u.training.evaluate import Evaluation, evaluate
 from yoco_u.training.metrics import read_metrics
+from yoco_u.training.run_folder import RunFolderTaken
 from yoco_u.training.trainer import TrainingDiverged, TrainingInterrupted, train
 
 __all__ = [
     "Evaluation",
     "OptimizerConfig",
     "RunConfig",
+    "RunFolderTaken",
     "TrainingConfig",
     "TrainingDiverged",
     "TrainingInterrupted",

@@ -1,10 +1,12 @@
 """The settings of a run, as one typed file."""
 
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from yoco_u.architecture import Architecture
+from yoco_u.budget import training_flops
 from yoco_u.data.config import DataConfig
 from yoco_u.typed import Config
 
@@ -34,6 +36,18 @@ class OptimizerConfig(Config):
         return max(1, steps - self.warmup_steps if self.schedule == "cosine" else round(self.decay_fraction * steps))
 
 
+class LoopPhase(Config):
+    """A part of training with a loop count of its own.
+
+    Attributes:
+        until: share of the steps at which the phase ends; it begins where the one before ends, the first one at 0.
+        loops: loop count T of the phase.
+    """
+
+    until: float = Field(gt=0, lt=1)
+    loops: PositiveInt
+
+
 class TrainingConfig(Config):
     """How a model is trained.
 
@@ -50,6 +64,8 @@ class TrainingConfig(Config):
         evaluation_tokens: at most so many validation tokens per evaluation.
         save_every: steps between checkpoints; the last step is always saved.
         keep_checkpoints: newest checkpoints that are kept.
+        loop_schedule: phases in which the model is trained with another loop count, from the first step on; after the last one,
+            and in every evaluation, it is the architecture's own.
     """
 
     steps: PositiveInt
@@ -66,7 +82,17 @@ class TrainingConfig(Config):
     evaluation_tokens: PositiveInt = 262_144
     save_every: PositiveInt = 200
     keep_checkpoints: PositiveInt = 2
+    loop_schedule: tuple[LoopPhase, ...] = ()
     wandb_project: str | None = None
+
+    @model_validator(mode="after")
+    def _phases_follow(self) -> "TrainingConfig":
+        ends = [phase.until for phase in self.loop_schedule]
+        if any(later <= earlier for earlier, later in pairwise(ends)):
+            raise ValueError(
+                f"loop_schedule ends its phases at {', '.join(map(str, ends))}; each must end after the one before"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rows_divide(self) -> "TrainingConfig":
@@ -110,4 +136,32 @@ class RunConfig(Config):
         for stage in self.training.checkpoint_stages:
             if not 0 <= stage < stages:
                 raise ValueError(f"training.checkpoint_stages names stage {stage}; the model's are 0 to {stages - 1}")
+        if self.training.loop_schedule and all(stage.loops == 1 for stage in self.architecture.stages):
+            raise ValueError("training.loop_schedule changes the loop count, but the architecture has no loop; drop it")
         return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.batch_rows * self.training.sequence_length
+
+    def loops_at(self, step: int) -> int | None:
+        """Loop count of training step `step` = 0 .. steps - 1; None stands for the architecture's own."""
+        phases = self.training.loop_schedule
+        return next((phase.loops for phase in phases if step < self._end(phase)), None)
+
+    def training_flops(self, steps: int | None = None) -> float:
+        """Model FLOPs, forward and backward, of the first `steps` training steps, by default of all.
+
+        Evaluations are not counted; each step counts with its own loop count.
+        """
+        steps = self.training.steps if steps is None else steps
+        total, begin = 0.0, 0
+        for phase in (*self.training.loop_schedule, None):
+            end = min(steps, steps if phase is None else self._end(phase))
+            architecture = self.architecture if phase is None else self.architecture.with_loops(phase.loops)
+            total += training_flops(architecture, self.training.sequence_length) * ((end - begin) * self.tokens_per_step)
+            begin = end
+        return total
+
+    def _end(self, phase: LoopPhase) -> int:
+        return round(phase.until * self.training.steps)

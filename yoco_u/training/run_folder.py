@@ -17,6 +17,10 @@ from yoco_u.training.distributed import Distributed
 from yoco_u.typed import dump_yaml, load_yaml, parse
 
 
+class RunFolderTaken(UserError):  # noqa: N818
+    """Another process trains there."""
+
+
 class RunFolder:
     """Paths and small files of a run; written by rank 0 alone."""
 
@@ -30,7 +34,7 @@ class RunFolder:
         """Hold the folder for a run of `config`, new or continued. The lock goes with the process, however it ends.
 
         Raises:
-            UserError: if another process holds it, or it has a run of another config.
+            UserError: if it has a run of another config; `RunFolderTaken` if another process holds it.
         """
         lock = FileLock(self.path / ".lock")
 
@@ -41,7 +45,7 @@ class RunFolder:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                raise UserError(
+                raise RunFolderTaken(
                     f"{self.path}: another process is training there; wait for it, or choose another folder"
                 ) from None
             if self.config.exists() and self._has_begun():

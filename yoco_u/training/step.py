@@ -47,11 +47,14 @@ class TrainingStep:
         self.micro_batch_rows = micro_batch_rows(config, distributed.world_size)
         self.mixtures = [module for module in model.modules() if isinstance(module, ExpertMixture)]
 
-    def gradients(self, batch: Batch) -> Gradients:
+    def gradients(self, batch: Batch, num_loops: int | None = None) -> Gradients:
         """Gradients of the mean loss over the target tokens of all ranks, left in the parameters.
 
         Each micro-batch counts by its share of the targets, so that neither accumulation nor the number of processes changes
         the result beyond rounding.
+
+        Args:
+            num_loops: loop count of the passes; the model's own by default.
         """
         training, device = self.config.training, self.distributed.device
         self.model.train()
@@ -65,7 +68,8 @@ class TrainingStep:
             share = int((part["shift_labels"] != -100).sum()) / targets
             with nullcontext() if last else without_gradient_sync(self.model):
                 with torch.autocast(device.type, DTYPES[training.dtype], enabled=training.dtype != "float32"):
-                    output = self.model(**{k: v.to(device, non_blocking=True) for k, v in part.items()}, use_cache=False)
+                    inputs = {k: v.to(device, non_blocking=True) for k, v in part.items()}
+                    output = self.model(**inputs, num_loops=num_loops, use_cache=False)
                 # DDP and FSDP average the gradients of the ranks, where the sum is wanted.
                 (output.loss * (share * self.distributed.world_size)).backward()
             loss += output.loss.detach() * share

@@ -166,14 +166,14 @@ class _Run:
 
     def _step(self, batches: Iterator[Any]) -> None:
         start = time.perf_counter()
-        gradients = self.step.gradients(next(batches))
+        gradients = self.step.gradients(next(batches), self.config.loops_at(self.state.step))
         if not gradients.finite:
             self._stop_diverged(gradients)
         rate = self.step.update(self.state.step)
         seconds = time.perf_counter() - start
-        tokens = self.config.training.batch_rows * self.config.training.sequence_length
+        tokens = self.config.tokens_per_step
         self.state = self.state.after_step(tokens, seconds)
-        speed = self.flops_per_token * tokens / seconds
+        speed = (self.config.training_flops(self.state.step) - self.config.training_flops(self.state.step - 1)) / seconds
         self._record("train", gradients.loss, self.dataset, {
             "gradient_norm": gradients.norm,
             "learning_rate": rate,
@@ -194,7 +194,8 @@ class _Run:
     def _record(self, kind: str, loss: float, dataset: PackedDataset, figures: Record) -> None:
         if not self.distributed.is_main:
             return
-        so_far = {"step": self.state.step, "tokens": self.state.tokens, "flops": self.flops_per_token * self.state.tokens}
+        step = self.state.step
+        so_far = {"step": step, "tokens": self.state.tokens, "flops": self.config.training_flops(step)}
         record = {"kind": kind} | so_far | loss_figures(loss, dataset.split.bytes_per_token) | figures
         self.metrics.write(record)
         self.reporter.show(record)
@@ -238,7 +239,7 @@ class _Run:
             "name": self.config.name,
             "steps": self.state.step,
             "tokens": self.state.tokens,
-            "flops": self.flops_per_token * self.state.tokens,
+            "flops": self.config.training_flops(self.state.step),
             "parameters": budget.parameters(self.config.architecture).total,
             "train_loss": steps[-1]["loss"],
             "validation": {key: evaluation[key] for key in ("loss", "perplexity", "bits_per_byte")},
@@ -249,10 +250,6 @@ class _Run:
         }
         write_json(self.folder.summary, summary)
         return summary
-
-    @property
-    def flops_per_token(self) -> float:
-        return budget.training_flops(self.config.architecture, self.config.training.sequence_length)
 
 
 class _Stop:

@@ -1,0 +1,306 @@
+"""Needles: facts hidden at a depth of a long text, and a question for them at its end, after RULER (arXiv 2404.06654).
+
+Generated offline for any tokenizer, to an exact number of tokens. The same arguments give the same needle everywhere.
+"""
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from string import ascii_uppercase
+from typing import Literal, get_args
+
+from yoco_u.data import Corpus, DocumentEncoder
+from yoco_u.errors import UserError
+from yoco_u.evaluation.needle_words import ADJECTIVES, NOUNS
+
+Kind = Literal["single_1", "single_2", "multi_key", "multi_value", "variable_tracking"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+NOISE_KINDS: tuple[Kind, ...] = ("single_1", "variable_tracking")
+"""The kinds that RULER hides in noise whatever the haystack; the others are hidden in a text."""
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+SLACK = 16
+"""Tokens that an output may have beyond those of the right answer."""
+PLACE_TOLERANCE = 200
+"""Characters by which a needle's place may differ from its depth, so that no line, sentence or word is torn apart."""
+
+_NEEDLES = 4  # of the kinds that hide several
+_HOPS = 4  # from the first variable to the last
+_HAYSTACK_CHARACTERS = 1 << 24
+_LEAST_HAYSTACK = 16  # tokens
+_FILLERS = tuple(" a" * count for count in range(8))
+_BORDERS = tuple(re.compile(pattern) for pattern in (r"\n", r"[.!?]\s+", r"\s+"))
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One question about a long text.
+
+    Attributes:
+        length: tokens of the prompt and of the room for an output: `len(prompt_ids) + max_tokens`.
+        depth: where in the haystack, as a share of it, the fact lies that is asked for; see `generate_needle`.
+        prompt: the text, which ends where the answer begins.
+        prompt_ids: its tokens, the one that begins a document included.
+        facts: the hidden lines, in their order in the text.
+        answers: what an output must contain.
+        answer: the answers as they would go on after the prompt.
+        answer_ids: its tokens there.
+        max_tokens: room for an output: the answer and `SLACK` tokens.
+    """
+
+    kind: Kind
+    length: int
+    depth: float
+    seed: int
+    prompt: str
+    prompt_ids: list[int]
+    facts: tuple[str, ...]
+    answers: tuple[str, ...]
+    answer: str
+    answer_ids: list[int]
+    max_tokens: int
+
+    @property
+    def document(self) -> str:
+        """Prompt and answer, a text to learn the task from."""
+        return self.prompt + self.answer
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is hidden and asked, before there is a haystack; `facts` with their depths."""
+
+    head: str
+    facts: tuple[tuple[float, str], ...]
+    question: str
+    answers: tuple[str, ...]
+
+
+def generate_needle(
+    kind: Kind,
+    encoder: DocumentEncoder,
+    length: int,
+    depth: float,
+    seed: int,
+    haystack: str | None = None,
+    digits: int = 7,
+) -> Needle:
+    """Hide a fact, or several, and ask for it.
+
+    - `single_1`: a number under a key, in noise.
+    - `single_2`: the same in a text.
+    - `multi_key`: one such number is asked for, three others under other keys are not; in a text.
+    - `multi_value`: four numbers under one key; in a text.
+    - `variable_tracking`: a chain of assignments from a number to five variables; all five are asked for; in noise.
+
+    Args:
+        length: tokens of prompt and output together.
+        depth: 0, the beginning of the haystack, to 1, its end: of the one fact that is asked for (the other keys of
+            `multi_key` lie anywhere), or of the first of several; the others follow at even distances up to the end.
+        seed: of everything that is drawn: the place in the haystack where it begins, keys, numbers, names.
+        haystack: a text to hide in, read from a random place on and again from its beginning where it ends; needed by the
+            kinds that are not in `NOISE_KINDS` (`NOISE` will do), not used by those.
+        digits: of the numbers.
+
+    Raises:
+        UserError: for an unknown kind, a missing haystack, numbers out of range, or a length that is too short.
+    """
+    haystack = _haystack_of(kind, haystack)
+    if not 0 <= depth <= 1:
+        raise UserError(f"the depth is {depth}; expected a share from 0 to 1")
+    if digits < 2:
+        raise UserError(f"numbers of {digits} digits are too few to tell needles apart; ask for at least 2")
+    drawn = random.Random(f"{kind} {seed}")
+    start = _place(haystack, drawn.random()) % len(haystack)
+    text, ends = _read(encoder, haystack, start, length)
+    task = _task(kind, drawn, depth, digits, text)
+    answer = " " + ", ".join(task.answers)
+    answer_ids = _continuation(encoder, task.question, answer)
+    room = len(answer_ids) + SLACK
+
+    def around(hay: str) -> str:
+        return task.head + _hide(hay, task.facts) + task.question
+
+    prompt, prompt_ids = _fit(encoder, around, text, ends, length, room, kind)
+    return Needle(
+        kind, length, depth, seed, prompt, prompt_ids, tuple(fact for _, fact in task.facts), task.answers, answer, answer_ids,
+        room,
+    )  # fmt: skip
+
+
+def load_haystack(entries: Sequence[str], text_field: str = "text") -> str:
+    """The texts of a corpus, one after another, up to 16M characters.
+
+    Args:
+        entries: as in a config's `data.corpus`: files, folders, globs, `stdlib`.
+
+    Raises:
+        UserError: if something cannot be read, or there is no text.
+    """
+    texts, characters = [], 0
+    for document in Corpus(entries, text_field).documents():
+        texts.append(document.text if document.text.endswith("\n") else document.text + "\n")
+        characters += len(texts[-1])
+        if characters >= _HAYSTACK_CHARACTERS:
+            break
+    haystack = "".join(texts)[:_HAYSTACK_CHARACTERS]
+    if not haystack.strip():
+        raise UserError(f"{', '.join(entries)}: there is no text to hide needles in; name files that hold some")
+    return haystack
+
+
+def _haystack_of(kind: str, given: str | None) -> str:
+    if kind not in KINDS:
+        raise UserError(f"unknown kind of needle {kind!r}; expected one of {', '.join(KINDS)}")
+    if kind in NOISE_KINDS:
+        return NOISE
+    if given is None or not given.strip():
+        raise UserError(f"needles of kind {kind} are hidden in a text; give a haystack that holds some")
+    return given
+
+
+def _task(kind: Kind, drawn: random.Random, depth: float, digits: int, text: str) -> _Task:
+    """Draw keys, numbers and names, none of which the text holds."""
+
+    def number() -> str:
+        return str(drawn.randrange(10 ** (digits - 1), 10**digits))
+
+    if kind == "variable_tracking":
+        names = _distinct(lambda: "".join(drawn.choices(ascii_uppercase, k=5)), _HOPS + 1, text)
+        return _tracking(depth, names, _distinct(number, 1, text)[0])
+    key, *others = _distinct(lambda: f"{drawn.choice(ADJECTIVES)}-{drawn.choice(NOUNS)}", _NEEDLES, text)
+    values = _distinct(number, _NEEDLES, text)
+    if kind == "multi_value":
+        facts = [(at, _fact(key, value)) for at, value in zip(_spread(depth, len(values)), values, strict=True)]
+        return _magic(key, facts, values)
+    facts = [(depth, _fact(key, values[0]))]
+    if kind == "multi_key":
+        facts += [(drawn.random(), _fact(other, value)) for other, value in zip(others, values[1:], strict=True)]
+    return _magic(key, sorted(facts, key=itemgetter(0)), values[:1])
+
+
+def _fact(key: str, value: str) -> str:
+    return f"One of the special magic numbers for {key} is: {value}."
+
+
+def _magic(key: str, facts: Sequence[tuple[float, str]], values: Sequence[str]) -> _Task:
+    if len(values) > 1:
+        hidden, it, what, are, asked = (
+            "Some special magic numbers are",
+            "them",
+            "numbers",
+            "are",
+            "are all the special magic numbers",
+        )
+    else:
+        hidden, it, what, are, asked = "A special magic number is", "it", "number", "is", "is the special magic number"
+    return _Task(
+        f"{hidden} hidden within the following text. Make sure to memorize {it}. I will quiz you about the {what} "
+        "afterwards.\n",
+        tuple(facts),
+        f"\nWhat {asked} for {key} mentioned in the provided text? The special magic {what} for {key} mentioned in the "
+        f"provided text {are}",
+        tuple(values),
+    )
+
+
+def _tracking(depth: float, names: Sequence[str], value: str) -> _Task:
+    sources = [value, *(f"VAR {name}" for name in names[:-1])]
+    chain = [f"VAR {name} = {source}" for name, source in zip(names, sources, strict=True)]
+    return _Task(
+        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n",
+        tuple(zip(_spread(depth, len(chain)), chain, strict=True)),
+        f"\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: According to the "
+        f"chain(s) of variable assignment in the text above, {len(names)} variables are assigned the value {value}, they are:",
+        tuple(names),
+    )
+
+
+def _spread(depth: float, count: int) -> list[float]:
+    return [depth + (1 - depth) * i / count for i in range(count)]
+
+
+def _distinct(draw: Callable[[], str], count: int, text: str) -> list[str]:
+    found: dict[str, None] = {}
+    for _ in range(10_000):
+        if len(found) == count:
+            return list(found)
+        one = draw()
+        if one not in text:
+            found[one] = None
+    raise UserError("the haystack holds nearly every number that a needle could have; ask for more digits")
+
+
+def _read(encoder: DocumentEncoder, haystack: str, start: int, tokens: int) -> tuple[str, list[int]]:
+    """At least so many tokens from a place on, around and around, and the character at which each token ends."""
+    for characters in (6 * tokens, 24 * tokens, 96 * tokens):
+        text = haystack[start : start + characters]
+        missing = characters - len(text)
+        text += (haystack * (missing // len(haystack) + 1))[:missing]
+        ends = encoder.token_ends(text)
+        if len(ends) >= tokens:
+            return text, ends
+    raise UserError(f"the haystack gives fewer than {tokens} tokens in {characters} characters; choose another text")
+
+
+def _continuation(encoder: DocumentEncoder, before: str, text: str) -> list[int]:
+    """The tokens of a text behind another one."""
+    first, both, alone = (ids.tolist() for ids in encoder.encode([before, before + text, text]))
+    return both[len(first) :] if both[: len(first)] == first else alone[1:]
+
+
+def _hide(text: str, facts: Sequence[tuple[float, str]]) -> str:
+    """Put facts into a text, each at the border next to its depth (0 to 1, not falling), as a line where lines begin."""
+    parts, at = [], 0
+    for depth, fact in facts:
+        place = _place(text, depth)
+        parts.append(text[at:place])
+        at = place
+        if place == 0 or text[place - 1] == "\n":
+            parts.append(f"{fact}\n")
+        elif place == len(text):
+            parts.append(f"\n{fact}")
+        else:
+            parts.append(f"{fact} " if text[place - 1].isspace() else f" {fact} ")
+    return "".join([*parts, text[at:]])
+
+
+def _place(text: str, depth: float) -> int:
+    """The line's beginning next to a depth; where lines are long the sentence's, then the word's."""
+    wanted = round(depth * len(text))
+    first, last = max(0, wanted - PLACE_TOLERANCE), min(len(text), wanted + PLACE_TOLERANCE)
+    edges = [edge for edge in (0, len(text)) if first <= edge <= last]
+    for border in _BORDERS:
+        places = [found.end() for found in border.finditer(text, first, last)] + edges
+        if places:
+            return min(places, key=lambda place: abs(place - wanted))
+    return wanted
+
+
+def _fit(
+    encoder: DocumentEncoder, around: Callable[[str], str], text: str, ends: Sequence[int], length: int, room: int, kind: Kind
+) -> tuple[str, list[int]]:
+    """Cut the haystack so that the prompt has exactly `length - room` tokens.
+
+    Tokens at the seams depend on what they meet, so the cut is corrected by what is missing until nothing is. Where that
+    turns in a circle, a few short words at the cut shift the count.
+    """
+    target = length - room
+    least = len(encoder.encode([around("")])[0]) + _LEAST_HAYSTACK
+    if target < least:
+        raise UserError(
+            f"{length} tokens are too few for a needle of kind {kind}: its question, facts and answer take {least + room} with "
+            "the least haystack; ask for a longer one"
+        )
+    for filler in _FILLERS:
+        taken, tried = target - least + _LEAST_HAYSTACK, set[int]()
+        while taken not in tried and 0 < taken <= len(ends):
+            tried.add(taken)
+            prompt = around(text[: ends[taken - 1]] + filler)
+            ids = encoder.encode([prompt])[0].tolist()
+            if len(ids) == target:
+                return prompt, ids
+            taken += target - len(ids)
+    raise UserError(f"found no text of exactly {length} tokens with this tokenizer; ask for a few more or fewer")
