@@ -11,8 +11,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.analysis.loops.output import JSON, PAGE, About, write_study
+from yoco_u.analysis.loops.pictures import side_by_side
 from yoco_u.analysis.loops.study import COMPARED, MEASURES, Settings, Study, Subject, study, why_not
 from yoco_u.analysis.loops.tables import tables
+from yoco_u.analysis.loops.trace import unroll
 from yoco_u.errors import UserError
 
 TOKENIZER = PreTrainedTokenizerFast(
@@ -39,7 +41,7 @@ def assert_sound(source: str) -> None:
     HTMLParser().feed(source)
 
 
-DRAWN = ("transformer", "yoco_retention", "parscale", "yoco_u", "universal_transformer", "rins", "upper_loop", "gated")
+DRAWN = ("yoco_retention", "parscale", "universal_transformer", "upper_loop", "gated")
 
 
 @pytest.mark.parametrize("variant", DRAWN)
@@ -93,7 +95,16 @@ def test_several_models_in_one_picture(tmp_path: Path) -> None:
     [losses] = shown["loss"]
     assert losses.head == ["loops", "_odd $name$", "gated", "rins", "yoco"]
     assert len(shown["angular"]) == 4
-    assert [row[4] for row in losses.rows] == [f"{plain.loss[0].loss:.4f} made with", *[""] * 7]  # type: ignore[index]
+    assert [row[4] for row in losses.rows] == [f"T {plain.loss[0].loss:.4f}", *[""] * 7]  # type: ignore[index]
+
+
+def test_layers_of_several_models_lie_side_by_side() -> None:
+    looped, plain, full = (unroll(make(variant).model.architecture) for variant in ("yoco_u", "yoco", "rins"))
+    assert side_by_side([looped]) == looped
+    assert side_by_side([plain, looped]) == looped
+    both = side_by_side([looped, full])
+    assert [(layer.stage, layer.loop, layer.layer) for layer in both] == [(x.stage, x.loop, x.layer) for x in looped]
+    assert {layer.attention for layer in both} == {"sliding or full", "cross or full"}
 
 
 def test_tables_hold_the_figures() -> None:
@@ -109,7 +120,7 @@ def test_tables_hold_the_figures() -> None:
     assert lens.rows[-1][4] == "100.0%"
     assert all(len(row) == len(samples.head) for row in samples.rows)
     [losses] = shown["loss"]
-    assert losses.rows[2] == ["3", f"{found.loss[2].loss:.4f} made with"]  # type: ignore[index]
+    assert losses.rows[2] == ["3", f"T {found.loss[2].loss:.4f}"]  # type: ignore[index]
     assert len(losses.rows) == 8
     for measure in MEASURES:
         for table in shown[measure]:

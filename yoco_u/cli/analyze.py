@@ -184,12 +184,12 @@ def _print(studies: "list[Study]", about: "About", written: list[Path]) -> None:
     console = Console()
     for shown in tables(studies).values():
         for table in shown:
-            drawn = Table(title=escape(table.title), title_justify="left", box=box.SIMPLE_HEAD)
+            drawn = Table(box=box.SIMPLE_HEAD)
             for number, heading in enumerate(table.head):
                 drawn.add_column(escape(heading), justify="left" if number == 0 or table.is_text else "right")
             for row in table.rows:
                 drawn.add_row(*map(escape, row))
-            console.print(drawn)
+            console.print(f"\n[bold]{escape(table.title)}[/bold]", drawn, highlight=False)
     for measure, reason in about.left_out.items():
         console.print(f"left out: {measure}, as {reason}", highlight=False, markup=False, soft_wrap=True)
     for path in written:

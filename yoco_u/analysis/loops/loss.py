@@ -23,7 +23,7 @@ class LoopLoss:
 
 
 def trained_loops(architecture: Architecture) -> int:
-    """T, the loop count that the model was made with: the largest of its stages."""
+    """T, the loop count of the model itself: the largest of its stages."""
     return max(stage.loops for stage in architecture.stages)
 
 

@@ -63,7 +63,7 @@ def _page(studies: Sequence[Study], about: About) -> str:
             "measure": measure,
             "title": _TITLES[measure],
             "how": _HOW[measure],
-            "plots": [(panel.title, svg(panel.draw, panel.size), panel.size[0] > 5.5) for panel in picture.panels],
+            "plots": [(panel.title, svg(panel.draw, panel.size), panel.size[0] > 7) for panel in picture.panels],
             "tables": shown[measure],
         }
         for measure, picture in drawn.items()
@@ -94,7 +94,9 @@ _HOW = {
         "rest of the network run from it, which is the model at this loop count. KL is that of the final prediction from the "
         "loop's."
     ),
-    "loss": "The same weights run with other loop counts than the one they were trained with, which is ringed.",
+    "loss": (
+        "The same weights run with fewer and with more loops than they were trained with. A model without a loop is one point."
+    ),
     "convergence": (
         "A token's prediction is steady from the first loop whose likeliest next token is also that of every later loop; its "
         "state, from the first loop after which no loop moves it by more than the tolerance, as a share of its length. The "

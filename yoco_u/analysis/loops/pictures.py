@@ -59,6 +59,19 @@ def pictures(studies: Sequence[Study]) -> dict[str, Picture]:
     return found
 
 
+def side_by_side(models: Sequence[Sequence[UnrolledLayer]]) -> list[UnrolledLayer]:
+    """All layers that any of the models has, so that the same stage, loop and layer of each lie at the same number."""
+    kinds: dict[int, dict[str, None]] = {}
+    for layer in (layer for model in models for layer in model):
+        kinds.setdefault(layer.stage, {})[layer.attention] = None
+    places = sorted({_place(layer) for model in models for layer in model})
+    return [UnrolledLayer(number, *place, " or ".join(kinds[place[0]])) for number, place in enumerate(places, start=1)]
+
+
+def _place(layer: UnrolledLayer) -> tuple[int, int, int]:
+    return layer.stage, layer.loop, layer.layer
+
+
 def write_png(picture: Picture, path: Path) -> None:
     """Write beside, then rename."""
     columns = len(picture.panels) if len(picture.panels) <= 3 else 2
@@ -70,7 +83,7 @@ def write_png(picture: Picture, path: Path) -> None:
         axes.grid(alpha=0.15)
         axes.spines[["top", "right"]].set_visible(False)
         panel.draw(axes)
-        axes.set_title(panel.title, fontsize=10.5, loc="left", pad=18 if picture.file in _MARKED else None)
+        axes.set_title(panel.title, fontsize=10.5, loc="left", pad=30 if picture.file in _MARKED else None)
     figure.savefig(beside(path), format="png")
     publish(path)
 
@@ -80,13 +93,16 @@ _MARKED = ("angular-distance.png", "attention-span.png")  # stage and loop are w
 
 def _angular(studies: Sequence[Study]) -> Panel:
     def draw(axes: Axes) -> None:
+        layers = side_by_side([study.unrolled for study in studies])
+        numbers = {_place(layer): layer.number for layer in layers}
         for i, study in enumerate(studies):
             if study.angular:
-                distances = study.angular.layers
-                _line(axes, i, range(1, len(distances) + 1), distances, study.name)
+                distances = dict(zip((numbers[_place(layer)] for layer in study.unrolled), study.angular.layers, strict=True))
+                values = [distances.get(layer.number, float("nan")) for layer in layers]
+                _line(axes, i, range(1, len(layers) + 1), values, study.name)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("angular distance, half turns")
-        _over_layers(axes, studies[0].unrolled)
+        _over_layers(axes, layers)
         _legend(axes, len(studies) > 1)
 
     return Panel("Angular distance of each layer's output from its input", draw, size=(8.4, 3.9))
@@ -96,25 +112,23 @@ def _lens(study: Study) -> list[Panel]:
     assert study.lens is not None
     readings = study.lens.loops
 
-    def panel(title: str, value: Callable[[Reading], float], percent: bool = False) -> Panel:
+    def panel(title: str, unit: str, value: Callable[[Reading], float]) -> Panel:
         def draw(axes: Axes) -> None:
             loops = [reading.loop for reading in readings]
             _line(axes, 0, loops, [value(reading.rest) for reading in readings], "rest of the network")
             _line(axes, 1, loops, [value(reading.direct) for reading in readings], "directly")
             _over_loops(axes)
-            axes.set_ylabel(title)
-            if percent:
+            axes.set_ylabel(unit)
+            if unit == "share of tokens":
                 axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            else:
-                axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if title.startswith("KL") else None)
             _legend(axes)
 
-        return Panel(title[0].upper() + title[1:], draw, size=(4.4, 3.3))
+        return Panel(title, draw, size=(4.4, 3.3))
 
     return [
-        panel("KL from the final prediction, nats", lambda reading: reading.kl),
-        panel("agreement with the final prediction", lambda reading: reading.agreement, percent=True),
-        panel("loss, nats per token", lambda reading: reading.loss),
+        panel("KL divergence from the final prediction", "nats", lambda reading: reading.kl),
+        panel("Agreement with the final prediction", "share of tokens", lambda reading: reading.agreement),
+        panel("Loss", "nats per token", lambda reading: reading.loss),
     ]
 
 
@@ -135,7 +149,7 @@ def _loss(studies: Sequence[Study]) -> Panel:
         axes.set_ylabel("loss, nats per token")
         _legend(axes, len(studies) > 1)
 
-    return Panel("Loss against loops run; ringed: the loop count it was made with", draw, size=(6.4, 3.6))
+    return Panel("Loss against loops run; ringed: the loop count trained with", draw, size=(6.4, 3.6))
 
 
 def _convergence(study: Study) -> list[Panel]:
@@ -143,6 +157,7 @@ def _convergence(study: Study) -> list[Panel]:
     assert found is not None
 
     def histogram(axes: Axes) -> None:
+        axes.set_axisbelow(True)
         loops = range(1, found.loops + 1)
         for i, (label, shares) in enumerate((("prediction", found.all.prediction), ("state", found.all.state))):
             axes.bar([loop + 0.4 * (i - 0.5) for loop in loops], shares, width=0.38, color=PALETTE[i][0], label=label)
@@ -152,6 +167,7 @@ def _convergence(study: Study) -> list[Panel]:
         _legend(axes)
 
     def by_group(axes: Axes) -> None:
+        axes.set_axisbelow(True)
         groups: list[Shares] = [found.all, *found.classes, *found.quarters]
         for loop in range(found.loops):
             left = [sum(group.prediction[:loop]) for group in groups]

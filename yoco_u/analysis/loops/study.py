@@ -41,7 +41,7 @@ class Subject:
 
     @property
     def is_looped(self) -> bool:
-        """Whether the model was made with loops, or is run with some."""
+        """Whether the model was trained with loops, or is run with some."""
         return bool(looped_stages(self.architecture) or looped_stages(self.model.model.architecture))
 
 
@@ -61,7 +61,7 @@ class Study:
 
     Attributes:
         architecture: in words.
-        trained_loops: T that the model was made with.
+        trained_loops: T that the model was trained with.
         num_loops: T of the passes that were looked into.
         unrolled: its layers in the order of a pass.
         samples: those of the lens as text.

@@ -86,17 +86,17 @@ def _loss(studies: Sequence[Study]) -> Table:
     for loops in counts:
         cells = []
         for study, found in zip(studies, losses, strict=True):
-            made = " made with" if loops == study.trained_loops else ""
-            cells.append(f"{found[loops].loss:.4f}{made}" if loops in found else "")
+            trained = "T " if loops == study.trained_loops else ""
+            cells.append(f"{trained}{found[loops].loss:.4f}" if loops in found else "")
         rows.append([str(loops), *cells])
-    return Table("Loss against loops run, nats per token", head, rows)
+    return Table("Loss against loops run, nats per token; T: the loop count trained with", head, rows)
 
 
 def _convergence(study: Study) -> Table:
     found = study.convergence
     assert found is not None
     loops = range(1, found.loops + 1)
-    head = ["tokens", "", *(f"prediction {loop}" for loop in loops), *(f"state {loop}" for loop in loops)]
+    head = ["", "tokens", *(f"prediction {loop}" for loop in loops), *(f"state {loop}" for loop in loops)]
     rows = [
         [group.name, f"{group.tokens:,}", *(f"{share:.1%}" for share in [*group.prediction, *group.state])]
         for group in (found.all, *found.classes, *found.quarters)
