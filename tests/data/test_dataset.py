@@ -162,3 +162,9 @@ def test_damage_is_noticed(folder):
 def test_totals_are_sums_over_shards():
     split = Split(shards=(Shard(tokens=10, documents=2, bytes=30), Shard(tokens=5, documents=1, bytes=15)))
     assert (split.tokens, split.documents, split.bytes, split.bytes_per_token) == (15, 3, 45, 3.0)
+
+
+def test_documents_come_whole_and_in_the_order_of_the_files(tmp_path):
+    documents = build(tmp_path / "data", [3, 0, 40, 7, 1, 25], shard_tokens=20)
+    found = PackedDataset(tmp_path / "data", "train", 1, shuffle=False).documents()
+    assert [document.tolist() for document in found] == documents

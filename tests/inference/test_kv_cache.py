@@ -138,3 +138,15 @@ def test_small_caches_under_sharing_and_preemption(variant: str, kind: KVType) -
     for ids, request in zip(prompts, found, strict=True):
         alone = scores(roomy, ids + output(request), request.num_loops)[len(ids) - 1 :]
         torch.testing.assert_close(chosen_logprobs(request.outputs[0]), alone, rtol=0, atol=CUT)
+
+
+@pytest.mark.parametrize("name", ["yoco_u", "transformer", "yoco_retention"])
+def test_the_longest_request_fits_by_default(name: str) -> None:
+    """However much more than 1 GiB that takes; less changes nothing."""
+    a, cpu = preset(name, "1.3b"), torch.device("cpu")
+    plain = EngineSettings(dtype="float32").cache_shape(a, cpu)
+    longer = plain.num_blocks * plain.block_size + 1
+    assert EngineSettings(dtype="float32", max_model_len=longer).cache_shape(a, cpu).num_blocks == plain.num_blocks + 1
+    assert EngineSettings(dtype="float32", max_model_len=longer - 1).cache_shape(a, cpu).num_blocks == plain.num_blocks
+    given = EngineSettings(dtype="float32", max_model_len=longer, cache_tokens=640).cache_shape(a, cpu)
+    assert given.num_blocks * given.block_size == 640

@@ -1,5 +1,6 @@
 """Rows of tokens by number: shuffled, packed, and computed anew from nothing but the number."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
@@ -72,11 +73,18 @@ class PackedDataset:
             skip = begin + filled - int(epoch.ends[position] - self._lengths[document])
             take = min(int(self._lengths[document]) - skip, len(row) - filled)
             start = int(self._starts[document]) + skip
-            shard = int(np.searchsorted(self._last_documents, document, side="right"))
-            row[filled : filled + take] = self._tokens[shard][start : start + take]
+            row[filled : filled + take] = self._tokens[self._shard(document)][start : start + take]
             filled += take
             position += 1
         return row
+
+    def documents(self) -> Iterator[NDArray[np.unsignedinteger]]:
+        """The tokens of each document of the split, in the order of the files, `eot_id` first."""
+        for document, (start, length) in enumerate(zip(self._starts.tolist(), self._lengths.tolist(), strict=True)):
+            yield self._tokens[self._shard(document)][start : start + length]
+
+    def _shard(self, document: int) -> int:
+        return int(np.searchsorted(self._last_documents, document, side="right"))
 
     def _make_epoch(self, number: int) -> _Epoch:
         documents, rows = len(self._lengths), self.rows_per_epoch

@@ -22,7 +22,8 @@ class EngineSettings(Config):
         weights: int8 keeps linear layers as 8-bit whole numbers with one scale an output (weight-only); see `quantize`.
         kv_dtype: of the caches; as `dtype` by default.
         num_loops: T of requests that name none; the model's own by default.
-        cache_tokens: tokens that the paged caches hold, over all requests; by default what 1 GiB holds.
+        cache_tokens: tokens that the paged caches hold, over all requests; by default what 1 GiB holds, and `max_model_len` at
+            least.
         max_model_len: tokens of one request, prompt and output together; as many as the cache holds by default.
         max_num_seqs: requests that run at once.
         max_batched_tokens: tokens of one step, prompts and outputs together: fewer give running requests their next token
@@ -65,6 +66,7 @@ class EngineSettings(Config):
             seats = cache_bytes(a, 0, self.max_num_seqs, a.window or 0, element)
             block = cache_bytes(a, self.block_size, 0, 0, element)
             blocks = (DEFAULT_CACHE_BYTES - seats) // block if block else 2**20 // self.block_size
+            blocks = max(blocks, -(-(self.max_model_len or 0) // self.block_size))
         if blocks < 1:
             raise UserError(
                 f"the caches of {self.max_num_seqs} sequences leave no room for a block in {DEFAULT_CACHE_BYTES >> 20} MiB; "
