@@ -286,7 +286,9 @@ def test_the_packaged_quickstart_spends_equal_flops() -> None:
     assert configs["yoco-u"].architecture.with_loops(1).stages[1:] == configs["yoco"].architecture.stages[1:]
 
 
-@pytest.mark.parametrize("command", ["quickstart", "prepare", "train", "evaluate", "generate", "report", "experiment", "bench"])
+@pytest.mark.parametrize(
+    "command", ["quickstart", "prepare", "train", "evaluate", "generate", "report", "analyze", "experiment", "bench"]
+)
 def test_help_has_examples(run: Any, command: str) -> None:
     outcome = run(command, "--help")
     assert outcome.status == 0

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
+from yoco_u.cli.analyze import analyze
 from yoco_u.cli.bench import bench
 from yoco_u.cli.evaluate import evaluate
 from yoco_u.cli.experiment import experiment
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quickstart, prepare, train, evaluate, generate, report, experiment, bench):
+for command in (quickstart, prepare, train, evaluate, generate, report, analyze, experiment, bench):
     app.command(no_args_is_help=command not in (quickstart, bench))(command)
 
 _INTERRUPTED = 130
