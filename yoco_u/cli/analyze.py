@@ -1,12 +1,12 @@
 """`yoco-u analyze`."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yoco_u.cli.output import progress_bar
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from yoco_u.analysis.loops.output import About
-    from yoco_u.analysis.loops.study import Study, Subject, Track
+    from yoco_u.analysis.loops.study import Study, Subject
     from yoco_u.data import Batch
 
 _DEFAULT_LENGTH = 1024
@@ -87,11 +87,18 @@ def analyze(
     wanted, left_out = _sensible(wanted, subjects, explicit=measures is not None)
     length = sequence_length or _sequence_length(model)
     batches = _text(model, files or [], text_field, length, tokens, tokenizer)
-    studies = []
-    with _progress() as track:
-        for number, subject in enumerate(subjects):
-            chosen = [measure for measure in wanted if number == 0 or measure in COMPARED]
-            studies.append(study(subject, batches, Settings(chosen, tolerance, queries), tokenizer, track))
+    chosen = [[measure for measure in wanted if subject is subjects[0] or measure in COMPARED] for subject in subjects]
+    with progress_bar("looking inside", sum(map(len, chosen)) * len(batches)) as advance:
+
+        def counted() -> "Iterator[Batch]":
+            for batch in batches:
+                yield batch
+                advance(1)
+
+        studies = [
+            study(subject, counted, Settings(mine, tolerance, queries), tokenizer)
+            for subject, mine in zip(subjects, chosen, strict=True)
+        ]
     count = sum(batch["input_ids"].numel() for batch in batches)
     about = About(", ".join(files) if files else "validation split", count, length, left_out)
     written = write_study(studies, about, folder)
@@ -158,19 +165,6 @@ def _sequence_length(model: Path) -> int:
     from yoco_u.runs import is_run, read_run_config
 
     return read_run_config(model).training.sequence_length if is_run(model) else _DEFAULT_LENGTH
-
-
-@contextmanager
-def _progress() -> "Iterator[Track]":
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-
-        def track(name: str, batches: "Sequence[Batch]") -> "Iterable[Batch]":
-            return bar.track(batches, description=name)
-
-        yield track
 
 
 def _print(studies: "list[Study]", about: "About", written: list[Path]) -> None:

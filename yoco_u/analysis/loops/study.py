@@ -22,9 +22,6 @@ MEASURES = ("angular", "lens", "loss", "convergence", "attention")
 COMPARED = ("angular", "loss")
 """Those that are drawn of several models in one picture."""
 
-Track = Callable[[str, Sequence[Batch]], Iterable[Batch]]
-"""Passes the batches of a measure on, and may show how far it is."""
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -111,9 +108,9 @@ def why_not(measure: str, subjects: Sequence[Subject]) -> str | None:
 
 
 def study(
-    subject: Subject, batches: Sequence[Batch], settings: Settings, tokenizer: PreTrainedTokenizerFast, track: Track
+    subject: Subject, batches: Callable[[], Iterable[Batch]], settings: Settings, tokenizer: PreTrainedTokenizerFast
 ) -> Study:
-    """Run the measures, all on the same batches."""
+    """Run the measures, all on the same batches, which are asked for once a measure."""
     model, loops, own = subject.model, subject.num_loops, subject.model.model.architecture
     counts = counts_around(own) if subject.is_looped else [1]
     measures: dict[str, Callable[[Iterable[Batch]], Any]] = {
@@ -123,7 +120,7 @@ def study(
         "convergence": lambda text: loops_to_convergence(model, text, loops, settings.tolerance, token_classes(tokenizer)),
         "attention": lambda text: attention_spans(model, text, loops, settings.queries),
     }
-    results = {measure: measures[measure](track(f"{subject.name}: {measure}", batches)) for measure in settings.measures}
+    results = {measure: measures[measure](batches()) for measure in settings.measures}
     lens = results.get("lens")
     return Study(
         name=subject.name,
