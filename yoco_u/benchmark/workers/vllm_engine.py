@@ -1,4 +1,4 @@
-"""vLLM on a Llama of random weights: compiled, prefix cache off, prompts as token ids.
+"""vLLM on random weights, compiled, prefix cache off, prompts as token ids: a Llama, or any model whose `config` the job holds.
 
 Caches behind a decode case are filled by vLLM's own decode-benchmark connector. Intel's OpenMP, which vLLM's CPU guide asks to
 preload, is preloaded where it lies in the environment. Runs wherever vLLM is installed.
@@ -21,25 +21,23 @@ WARM_STEPS = 4
 
 
 def start(job: Job) -> tuple[Run, dict[str, Any]]:
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(cpu) for cpu in cpus(job["threads"]))
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    set_environment(job)
 
     import vllm
     from vllm import LLM
 
     shape = job["model"]
-    folder = Path(job["folder"]) / "llama"
+    folder = Path(job["folder"]) / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(llama_config(shape, longest(job), job["dtype"])), encoding="utf-8")
+    config = job.get("config") or llama_config(shape, longest(job), job["dtype"])
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     batch = max((case["batch"] for case in job["cases"] if case["kind"] == "decode"), default=1)
     row = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * (4 if job["dtype"] == "float32" else 2)
     settings = {
         "max_num_batched_tokens": BATCHED_TOKENS,
         "max_num_seqs": batch,
         "kv_cache_memory_bytes": row * (most_tokens(job) + 2 * BLOCK * (batch + 1)),
-    }
+    } | job.get("settings", {})
     llm = LLM(
         str(folder),
         load_format="dummy",
@@ -117,6 +115,14 @@ def llama_config(shape: dict[str, Any], length: int, dtype: str) -> dict[str, An
         "rope_theta": shape["rope_theta"], "tie_word_embeddings": shape["tie_word_embeddings"],
         "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
+
+
+def set_environment(job: Job) -> None:
+    """What vLLM reads from the environment, on the job's threads."""
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(cpu) for cpu in cpus(job["threads"]))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def preload_openmp() -> None:
