@@ -142,6 +142,17 @@ def load_model(
     return model.eval().to(device), load_tokenizer(_tokenizer_folder(folder))
 
 
+def read_tokenizer(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a run folder or a saved model.
+
+    Raises:
+        UserError: if it is missing, damaged or of another kind.
+    """
+    from yoco_u.data import load_tokenizer
+
+    return load_tokenizer(_tokenizer_folder(model_folder(path)))
+
+
 def _tokenizer_folder(model: Path) -> Path:
     for candidate in (model, model.parent / "tokenizer"):
         if (candidate / "tokenizer.json").is_file():

@@ -1,0 +1,146 @@
+"""Scores of needles: by hand, of models that read everything or only the end, and of the engine against plain transformers."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import architecture, build
+from transformers import PreTrainedTokenizerFast
+
+from yoco_u.data import DocumentEncoder, train_tokenizer
+from yoco_u.errors import UserError
+from yoco_u.evaluation.needle_grid import Cell, NeedleSettings, needle_grid, recall
+from yoco_u.evaluation.needles import KINDS, generate_needle
+from yoco_u.inference import LLM, Completion, RequestOutput, SamplingParams, TokenLogprobs
+from yoco_u.inference.sampler import Logprob
+
+TEXT = "".join(f"def täglich_{i}(x, y):\n    return x * {i} + y  # and some more words\n\n" for i in range(120))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer([TEXT, "One of the special magic numbers for a is: 12345678. VAR X"], 400)
+
+
+class Reader:
+    """Stands for an LLM that knows the end of its prompt by heart: the last `sight` characters before the question."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, sight: int) -> None:
+        self.tokenizer, self.sight = tokenizer, sight
+        self.engine = SimpleNamespace(tokenizer=tokenizer, max_model_len=5000, settings=SimpleNamespace(max_num_seqs=3))
+        self.calls: list[int] = []
+
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        self.calls.append(len(prompts))
+        return [self._answer(ids, own) for ids, own in zip(prompts, params, strict=True)]
+
+    def _answer(self, ids: list[int], params: SamplingParams) -> RequestOutput:
+        if params.max_tokens == 0:  # scores: right about every second token
+            scored = [TokenLogprobs(Logprob(token, -0.5 - (i % 2), 1 + i % 2), ()) for i, token in enumerate(ids)]
+            start = params.prompt_logprobs_start
+            return RequestOutput("", None, ids, [], 1, [*([None] * start), *scored[: len(ids) - start]])
+        prompt = self.tokenizer.decode(ids, skip_special_tokens=True)
+        end = max(prompt.rfind("\nWhat "), prompt.rfind("\nQuestion: "))
+        seen = prompt[max(0, end - self.sight) : end]
+        if "Question" in prompt:
+            found = re.findall(r"VAR (\w+) =", seen)
+        else:
+            [key] = set(re.findall(r"numbers? for (\S+) mentioned", prompt))
+            found = re.findall(rf"for {key} is: (\d+)", seen)
+        text = " The answer is " + " and ".join(found).lower()
+        return RequestOutput("", None, ids, [Completion(0, text)], 1)
+
+
+def test_recall_by_hand() -> None:
+    assert recall(["123"], " 123.") == 1
+    assert recall(["123"], "12 3") == 0
+    assert recall(["ABC", "DEF", "GHI", "JKL"], "abc, Def and xGHIx") == 0.75
+
+
+def grid(llm: Any, **settings: Any) -> list[Cell]:
+    chosen = NeedleSettings(**{"lengths": (600, 700), "depths": 3, "samples": 2} | settings)
+    done: list[int] = []
+    cells = needle_grid(llm, chosen, TEXT, None, done.append)
+    assert sum(done) == chosen.count == len(cells) * chosen.samples
+    return cells
+
+
+def test_a_model_that_reads_everything(tokenizer: PreTrainedTokenizerFast) -> None:
+    reader = Reader(tokenizer, 10**6)
+    cells = grid(reader)
+    assert [(cell.kind, cell.length, cell.depth) for cell in cells] == [
+        (kind, length, depth) for kind in KINDS for length in (600, 700) for depth in (0, 0.5, 1)
+    ]
+    assert all(cell.recall == 1 and cell.samples == 2 for cell in cells)
+    assert set(reader.calls) == {3}
+    for cell in cells:
+        assert 0.4 < cell.token_accuracy < 0.75
+        assert cell.loss == pytest.approx(0.5 * cell.token_accuracy + 1.5 * (1 - cell.token_accuracy))
+
+
+def test_a_model_that_sees_only_a_window(tokenizer: PreTrainedTokenizerFast) -> None:
+    """It finds single needles where they lie in the window and of several those that do."""
+    found = {(cell.kind, cell.depth): cell.recall for cell in grid(Reader(tokenizer, 300), lengths=(1000,))}
+    for kind in ("single_1", "single_2", "multi_key"):
+        assert [found[kind, depth] for depth in (0, 0.5, 1)] == [0, 0, 1]
+    assert found["multi_value", 0] == 0 and found["multi_value", 1] == 1 and 0 < found["multi_value", 0.5] < 1
+    blind = grid(Reader(tokenizer, 0))
+    assert all(cell.recall == 0 for cell in blind)
+
+
+def test_depths_and_seeds(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert NeedleSettings(depths=1).depth_shares == (0.5,)
+    assert NeedleSettings(depths=5).depth_shares == (0, 0.25, 0.5, 0.75, 1)
+    prompts: dict[int, list[list[int]]] = {}
+    for seed in (0, 1):
+        reader = Reader(tokenizer, 0)
+        answer = reader._answer
+        prompts[seed] = []
+        reader._answer = lambda ids, params, own=prompts[seed], answer=answer: (own.append(ids), answer(ids, params))[1]  # type: ignore[method-assign, misc]
+        grid(reader, kinds=("single_2",), seed=seed)
+    assert not {tuple(ids) for ids in prompts[0]} & {tuple(ids) for ids in prompts[1]}
+    assert len({tuple(ids) for ids in prompts[0]}) == len(prompts[0])
+
+
+def test_impossible_lengths_are_refused_before_anything_runs(tokenizer: PreTrainedTokenizerFast) -> None:
+    reader = Reader(tokenizer, 0)
+    with pytest.raises(UserError, match="200 tokens are too few"):
+        grid(reader, kinds=("single_1", "variable_tracking"), lengths=(700, 200))
+    with pytest.raises(UserError, match="a length of 6000 tokens is more than the 5000"):
+        grid(reader, lengths=(6000,))
+    assert not reader.calls
+
+
+@pytest.mark.parametrize("num_loops", [None, 3])
+def test_the_engine_gives_what_transformers_gives(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, num_loops: int | None
+) -> None:
+    """Recall from `generate()`, likelihood from one pass over prompt and answer, loss within 2e-5."""
+    model = build(architecture("yoco_u", vocab_size=len(tokenizer)), pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    llm = LLM(tmp_path, dtype="float32", cache_tokens=4096, max_num_seqs=4, block_size=16, max_batched_tokens=128)
+    cells = needle_grid(
+        llm, NeedleSettings(kinds=("single_2", "multi_value"), lengths=(650,), depths=2, samples=2), TEXT, num_loops
+    )
+    for cell in cells:
+        scores = []
+        for seed in range(2):
+            needle = generate_needle(cell.kind, DocumentEncoder(tokenizer), 650, cell.depth, seed, TEXT)
+            row = torch.tensor([needle.prompt_ids + needle.answer_ids])
+            start = len(needle.prompt_ids)
+            with torch.no_grad():
+                logprobs = model(row, num_loops=num_loops).logits[0, start - 1 : -1].log_softmax(-1)
+                out = model.generate(
+                    row[:, :start], attention_mask=torch.ones(1, start), max_new_tokens=needle.max_tokens, do_sample=False,
+                    eos_token_id=tokenizer.eos_token_id, **({} if num_loops is None else {"num_loops": num_loops}),
+                )  # fmt: skip
+            text = tokenizer.decode(out[0, start:], skip_special_tokens=True)
+            answer = torch.tensor(needle.answer_ids)
+            likeliest = (logprobs.argmax(-1) == answer).float().mean()
+            scores.append([recall(needle.answers, text), float(likeliest), -float(logprobs.gather(-1, answer[:, None]).mean())])
+        wanted = torch.tensor(scores).mean(0)
+        torch.testing.assert_close(torch.tensor([cell.recall, cell.token_accuracy, cell.loss]), wanted, rtol=0, atol=2e-5)

@@ -1,0 +1,108 @@
+"""Loss by context length: the last tokens of long texts behind prefixes of different lengths.
+
+The protocol of the YOCO-U paper's long-context figure: the targets are the same for every prefix, only what the model sees
+before them differs.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yoco_u.errors import UserError
+from yoco_u.inference import LLM, SamplingParams
+from yoco_u.typed import Config
+
+
+class ContextScore(Config):
+    """The loss behind prefixes of one length.
+
+    Attributes:
+        prefix: tokens before the first target.
+        loss: nats per target, the mean over all texts.
+        change: of the loss from the shortest prefix to this one.
+        change_error: standard error of `change` over the texts, which are compared each with itself; None for one text.
+    """
+
+    prefix: int
+    loss: float
+    perplexity: float
+    change: float
+    change_error: float | None
+
+
+def take_texts(documents: Iterable[NDArray[np.integer]], tokens: int, limit: int | None = None) -> list[list[int]]:
+    """Cut texts of so many tokens out of longer documents, one after another; what is left at a document's end is not used.
+
+    Args:
+        documents: the tokens of each, with the one that begins a document.
+        limit: so many texts at most.
+
+    Raises:
+        UserError: if no document is long enough, with the length of the longest.
+    """
+    texts: list[list[int]] = []
+    longest = 0
+    for document in documents:
+        longest = max(longest, len(document))
+        for end in range(tokens, len(document) + 1, tokens):
+            texts.append(document[end - tokens : end].tolist())
+            if len(texts) == limit:
+                return texts
+    if not texts:
+        raise UserError(
+            f"no document is as long as the longest prefix and the targets together, {tokens} tokens; the longest has "
+            f"{longest}: name longer files, or shorten the prefixes"
+        )
+    return texts
+
+
+def text_losses(
+    llm: LLM,
+    texts: Sequence[Sequence[int]],
+    prefixes: Sequence[int],
+    last: int,
+    num_loops: int | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> NDArray[np.float64]:
+    """Mean nats of the last tokens of each text behind each prefix, (texts, prefixes).
+
+    Args:
+        texts: tokens, each at least the longest prefix and `last` targets.
+        prefixes: tokens before the first target, at least 1.
+        last: targets, the same for every prefix.
+        num_loops: T; the model's own by default.
+        advance: called after each text.
+
+    Raises:
+        UserError: if a prefix and the targets are more than the engine holds.
+    """
+    params = [
+        SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=prefix, num_loops=num_loops)
+        for prefix in prefixes
+    ]
+    losses = []
+    for text in texts:
+        requests = llm.generate([list(text[len(text) - last - prefix :]) for prefix in prefixes], params)
+        found = [[one.chosen.logprob for one in request.prompt_logprobs or () if one is not None] for request in requests]
+        losses.append(-np.array(found).mean(axis=1))
+        advance()
+    return np.array(losses)
+
+
+def context_scores(losses: NDArray[np.float64], prefixes: Sequence[int]) -> list[ContextScore]:
+    """Sum up what `text_losses` found; prefixes rise."""
+    texts = len(losses)
+    changes = losses - losses[:, :1]
+    errors = changes.std(axis=0, ddof=1) / math.sqrt(texts) if texts > 1 else [None] * len(prefixes)
+    return [
+        ContextScore(
+            prefix=prefix,
+            loss=float(loss),
+            perplexity=math.exp(loss),
+            change=float(change),
+            change_error=None if error is None else float(error),
+        )
+        for prefix, loss, change, error in zip(prefixes, losses.mean(axis=0), changes.mean(axis=0), errors, strict=True)
+    ]
