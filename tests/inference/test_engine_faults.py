@@ -85,6 +85,7 @@ def test_a_full_pool_queues() -> None:
         ("text", {}, "no tokenizer"),
         ([3, 96, 4], {}, "token 96 of the prompt is not in the vocabulary of 96"),
         ([3, -1, 4], {}, "token -1 of the prompt is not in the vocabulary of 96"),
+        ([3, 1.5, 4], {}, "token 1.5 of the prompt is no whole number"),
         ([3], {"stop": "x"}, "need a tokenizer"),
         ([3], {"regex": "x"}, "need a tokenizer"),
         ([3], {"num_loops": 10**9}, "loops need [0-9]+ MiB, [0-9]+ more than are allocated, but [0-9]+ MiB are free"),
@@ -129,11 +130,34 @@ def test_names_that_are_taken() -> None:
     assert subject.add(prompt(9), greedy(), request_id="1").id == "1"
 
 
+@pytest.mark.parametrize("variant", ["yoco_u", "rins", "yoco_retention"])
+def test_a_step_that_raises_ends_its_own_requests(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait go on, and find caches that nothing half-computed is reused from."""
+    subject = engine(variant, max_num_seqs=2)
+    requests = [subject.add(prompt(20), greedy()) for _ in range(3)]
+    subject.step()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
+        patch.setattr(subject.runner.model.lm_head, "forward", fail)
+        while True:
+            subject.step()
+    assert [request.outputs[0].finish_reason for request in requests] == ["error", "error", None]
+    while subject.unfinished:
+        subject.step()
+    assert output(requests[2]) == generated(variant, prompt(20))
+    assert_all_free(subject)
+
+
 def test_settings_that_are_not_possible() -> None:
     with pytest.raises(UserError, match="max_batched_tokens is 3, but up to 4 requests"):
         engine(max_batched_tokens=3)
     with pytest.raises(UserError, match="MiB are free; lower cache_tokens"):
         engine("rins", cache_tokens=10**8)
+    with pytest.raises(UserError, match="MiB are free; lower cache_tokens"):
+        engine(cache_tokens=10**15)
     with pytest.raises(UserError, match="leave no room for a block in 1024 MiB"):
         engine(cache_tokens=None, max_num_seqs=10**6, max_batched_tokens=10**6)
 

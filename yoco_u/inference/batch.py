@@ -5,9 +5,10 @@ chunk of their prompt. Single tokens attend together, whatever their lengths, th
 attends to its own past and itself through `yoco_u.model.block_attention`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -59,12 +60,10 @@ class StepSequences:
 
     def __init__(self, spans: Sequence[Span], cache: KVCache, slots: Sequence[tuple[int, int, int]], a: Architecture) -> None:
         self.spans, self.cache, self.slots, self.architecture = spans, cache, slots, a
+        ends = list(accumulate(span.count for span in spans))
+        self.rows = [range(end - span.count, end) for span, end in zip(spans, ends, strict=True)]  # of the step, by span
         self.singles = [span for span in spans if span.count == 1]
-        self.chunks: list[tuple[Span, slice]] = []  # with the rows of the step that they are
-        at = len(self.singles)
-        for span in spans[at:]:
-            self.chunks.append((span, slice(at, at + span.count)))
-            at += span.count
+        self.chunks = [(span, slice(rows.start, rows.stop)) for span, rows in self._with_rows() if span.count > 1]
         self._in_loop: dict[int, tuple[Tensor | None, StepSequences]] = {}
 
     def in_loop(self, loop: int) -> "tuple[Tensor | None, StepSequences]":
@@ -75,13 +74,9 @@ class StepSequences:
 
     def kept(self) -> "tuple[Tensor | None, StepSequences]":
         narrowed = [replace(span, start=span.end - span.kept, count=span.kept) for span in self.spans if span.kept]
-        rows: list[int] = []
-        at = 0
-        for span in self.spans:
-            rows += range(at + span.count - span.kept, at + span.count)
-            at += span.count
-        if len(rows) == at:
+        if all(span.kept == span.count for span in self.spans):
             return None, self
+        rows = [row for span, own in self._with_rows() for row in own[span.count - span.kept :]]
         order = sorted(range(len(narrowed)), key=lambda i: narrowed[i].count > 1)  # a chunk may have become a single token
         if order != list(range(len(narrowed))):
             raise AssertionError("chunks that keep one token come before those that keep more")
@@ -175,18 +170,17 @@ class StepSequences:
         """Which tokens of the step go to which rows of the pages; None for all tokens."""
         size = self.cache.shape.block_size
         tokens: list[int] = []
-        places, at = [], 0
-        for span in self.spans:
+        places = []
+        for span, own in self._with_rows():
             first = min(max(span.start, span.written), span.end)
-            tokens += range(at + first - span.start, at + span.count)
-            at += span.count
+            tokens += own[first - span.start :]
             if first < span.end:
                 rows = _page_rows(span, first, size)
                 places.append(
                     rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop, device=self.cache.device)
                 )
         found = torch.cat(places) if places else self._index([])
-        return (None if len(tokens) == at else self._index(tokens)), found
+        return self._tokens(tokens), found
 
     @cached_property
     def _ring_writes(self) -> tuple[Tensor | None, Tensor]:
@@ -194,13 +188,12 @@ class StepSequences:
         window = self.cache.shape.window
         assert window is not None
         tokens: list[int] = []
-        places, at = [], 0
-        for span in self.spans:
+        places = []
+        for span, own in self._with_rows():
             stays = min(span.count, window)
-            tokens += range(at + span.count - stays, at + span.count)
-            at += span.count
+            tokens += own[span.count - stays :]
             places.append(torch.arange(span.end - stays, span.end, device=self.cache.device) % window + span.seat * window)
-        return (None if len(tokens) == at else self._index(tokens)), torch.cat(places)
+        return self._tokens(tokens), torch.cat(places)
 
     def _ring_past(self, span: Span) -> Tensor:
         """Rows of the ring with what a chunk's tokens see before the chunk, in order."""
@@ -212,13 +205,15 @@ class StepSequences:
     def _select(self, spans: list[Span], chosen: list[bool]) -> "tuple[Tensor | None, StepSequences]":
         if all(chosen):
             return None, self
-        rows: list[int] = []
-        at = 0
-        for span, runs in zip(self.spans, chosen, strict=True):
-            if runs:
-                rows += range(at, at + span.count)
-            at += span.count
+        rows = [row for own, runs in zip(self.rows, chosen, strict=True) if runs for row in own]
         return self._index(rows), StepSequences(spans, self.cache, self.slots, self.architecture)
+
+    def _with_rows(self) -> Iterator[tuple[Span, range]]:
+        return zip(self.spans, self.rows, strict=True)
+
+    def _tokens(self, chosen: list[int]) -> Tensor | None:
+        """Some tokens of the step; None for all."""
+        return None if len(chosen) == self.rows[-1].stop else self._index(chosen)
 
     def _index(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.cache.device)

@@ -13,6 +13,7 @@ from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.inference.constraints import GrammarCompiler
 from yoco_u.inference.detokenizer import Detokenizer
+from yoco_u.inference.kv_cache import CacheShape
 from yoco_u.inference.outputs import Completion, RequestOutput, TokenLogprobs, Update
 from yoco_u.inference.packing import can_pack, pack
 from yoco_u.inference.quantization import quantize
@@ -57,6 +58,7 @@ class Engine:
         self.settings, self.tokenizer = settings, tokenizer
         self.num_loops = settings.num_loops or _own_loops(self.architecture)
         shape = settings.cache_shape(self.architecture.with_loops(self.num_loops), model.device)
+        _check_memory(self.architecture, shape, self.num_loops, 0, model.device)
         for parameter in model.parameters():  # not the buffers: the experts' choice biases stay float32
             parameter.data = parameter.data.to(settings.torch_dtype(model.device))
         if settings.weights == "int8":
@@ -158,6 +160,9 @@ class Engine:
 
         Returns:
             What was added to which output, ended ones included; empty when there is nothing to do.
+
+        Raises:
+            Exception: whatever the model raised; the requests of this step have ended with an error then, the others go on.
         """
         step = self.scheduler.schedule()
         if not step.chunks:
@@ -167,7 +172,12 @@ class Engine:
             if not output.started:
                 output.started = True
                 output.parent.cached_tokens += chunk.start
-        scored = self.runner.run(step)
+        try:
+            scored = self.runner.run(step)
+        except BaseException:
+            for chunk in step.chunks:  # their caches are in no known state
+                self._end(self._outputs[chunk.request.id], "error")
+            raise
         for request, key in step.snapshots:
             self.scheduler.keep_snapshot(key, *self.runner.window_state(request))
         self.scheduler.advance(step)
@@ -244,6 +254,8 @@ class Engine:
         if not prompt:
             raise UserError("the prompt is empty; give at least one token")
         for token in prompt:
+            if not isinstance(token, int):
+                raise UserError(f"token {token!r} of the prompt is no whole number; give token ids")
             if not 0 <= token < self.architecture.vocab_size:
                 raise UserError(f"token {token} of the prompt is not in the vocabulary of {self.architecture.vocab_size}")
         if self.tokenizer is None and (params.stop or params.constrained):
@@ -256,23 +268,23 @@ class Engine:
         Raises:
             UserError: if the machine has not the memory for it.
         """
-        shape = self.cache.shape
-        a = self.architecture.with_loops(loops)
-        needed = cache_bytes(
-            a, shape.num_blocks * shape.block_size, shape.max_num_seqs, shape.window or 0, bytes_per_kv_element(a, shape.kind)
-        )
-        missing = needed - self.cache.nbytes
-        if missing <= 0:
-            return
-        device = self.cache.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        if missing > free:
-            raise UserError(
-                f"caches of {shape.num_blocks * shape.block_size} tokens and {shape.max_num_seqs} sequences at {loops} loops "
-                f"need {needed >> 20} MiB, {missing >> 20} more than are allocated, but {free >> 20} MiB are free; lower "
-                "cache_tokens, max_num_seqs or num_loops"
-            )
+        _check_memory(self.architecture, self.cache.shape, loops, self.cache.nbytes, self.cache.device)
         self.cache.grow(loops)
+
+
+def _check_memory(a: Architecture, shape: CacheShape, loops: int, allocated: int, device: torch.device) -> None:
+    """Refuse caches that the machine has not the memory for."""
+    tokens, looped = shape.num_blocks * shape.block_size, a.with_loops(loops)
+    needed = cache_bytes(looped, tokens, shape.max_num_seqs, shape.window or 0, bytes_per_kv_element(looped, shape.kind))
+    missing = needed - allocated
+    if missing <= 0:
+        return
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if missing > free:
+        raise UserError(
+            f"caches of {tokens} tokens and {shape.max_num_seqs} sequences at {loops} loops need {needed >> 20} MiB, "
+            f"{missing >> 20} more than are allocated, but {free >> 20} MiB are free; lower cache_tokens, max_num_seqs or num_loops"
+        )
 
 
 def _own_loops(a: Architecture) -> int:
