@@ -53,21 +53,22 @@ def test_without_axes_a_cell_is_named_like_its_model() -> None:
 def test_names_say_every_axis_that_the_file_has() -> None:
     cells = cells_of(
         {"yoco-u": model("yoco_u", vary={"architecture.loops": [1, 3], "optimizer.learning_rate": [0.01]})},
-        tokens=[6400, 1_000_000],
+        tokens=[6400, 1_024_000],
         seeds=[0, 7],
     )
     assert list(cells) == [
         f"yoco-u_loops-{loops}_learning-rate-0.01_tokens-{tokens}_seed-{seed}"
         for seed in (0, 7)
-        for tokens in ("6400", "1M")
+        for tokens in ("6400", "1024K")
         for loops in (1, 3)
     ]
-    first = cells["yoco-u_loops-3_learning-rate-0.01_tokens-1M_seed-7"]
-    assert first.series == "yoco-u_loops-3_learning-rate-0.01_tokens-1M"
+    first = cells["yoco-u_loops-3_learning-rate-0.01_tokens-1024K_seed-7"]
+    assert first.series == "yoco-u_loops-3_learning-rate-0.01_tokens-1024K"
     assert first.config.training.seed == first.seed == 7
-    assert first.config.training.steps == round(1_000_000 / 128)
+    assert first.config.training.steps == 8000
     assert first.config.optimizer.learning_rate == 0.01
-    assert first.label == "yoco-u, loops 3, learning rate 0.01, 1M tokens"
+    assert first.model_label == "yoco-u, loops 3, learning rate 0.01"
+    assert first.label == "yoco-u, loops 3, learning rate 0.01, 1.02M tokens"
 
 
 axis = st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True)

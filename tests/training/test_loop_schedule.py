@@ -53,7 +53,7 @@ def test_flops_are_those_of_the_loops_that_ran(dataset: Path, tmp_path: Path) ->
 def test_it_continues_in_every_phase_to_the_same_weights(dataset: Path, tmp_path: Path) -> None:
     config = run_config(dataset, architecture=GATED, steps=8, loop_schedule=GROWING, save_every=1, evaluate_every=4)
     train(config, tmp_path / "whole", progress=False)
-    for step in (1, 2, 3, 5):
+    for step in (1, 2, 5):
         folder = unfinished_copy(tmp_path / "whole", tmp_path / f"from-{step}", step)
         train(config, folder, progress=False)
         assert_same_run(folder, tmp_path / "whole")

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yoco_u.cli.output import note, stops_cleanly
+from yoco_u.cli.output import is_first_process, note, stops_cleanly
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
     from yoco_u.analysis.experiment.plan import Cell
+    from yoco_u.analysis.experiment.summary import Summary
 
 
 def experiment(
@@ -26,12 +27,14 @@ def experiment(
         str | None, typer.Option("--only", metavar="SHARD/COUNT", help="Train every COUNT-th cell from the SHARD-th on.")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print the cells and train nothing.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write the report of what is there and train nothing.")] = False,
 ) -> None:
     """Train a grid of models, and judge the paper's findings by it.
 
     Cells are trained one after another and finished ones are skipped, so the
     same command goes on after any interruption. Several processes, on several
     machines too, may work on one folder: none takes a cell that another has.
+    When all cells are chosen, a report is written at the end.
 
     [bold]Examples[/bold]
 
@@ -40,44 +43,57 @@ def experiment(
       yoco-u experiment grid.yaml --out runs/grid --list
 
       yoco-u experiment grid.yaml --out shared/grid --cell $SLURM_ARRAY_TASK_ID
+
+      yoco-u experiment grid.yaml --out runs/grid --report
     """
     from yoco_u.analysis.experiment.config import Experiment
     from yoco_u.analysis.experiment.plan import choose, expand
     from yoco_u.analysis.experiment.run import run_cells
     from yoco_u.typed import apply_overrides, load_yaml, parse
 
-    if (cell is not None) + (only is not None) + list_ > 1:
-        raise UserError("--cell, --only and --list exclude each other; give one of them")
+    if (cell is not None) + (only is not None) + list_ + report > 1:
+        raise UserError("--cell, --only, --list and --report exclude each other; give one of them")
     grid = parse(Experiment, apply_overrides(load_yaml(config), overrides or []), str(config))
     folder = out or Path("runs") / config.stem
     cells = expand(grid, folder)
     if list_:
         _print_cells(cells)
         return
-    with stops_cleanly():
-        unfinished = run_cells(grid, choose(cells, cell, only), folder, say=note)
-    for left in unfinished:
-        note(f"not finished: {left.name}")
+    if not report:
+        with stops_cleanly():
+            unfinished = run_cells(grid, choose(cells, cell, only), folder, say=note)
+        for left in unfinished:
+            note(f"not finished: {left.name}")
+        if cell is not None or only is not None or not is_first_process():
+            return
+    from yoco_u.analysis.experiment.report import REPORT, write_experiment_report
+
+    _print_findings(write_experiment_report(grid, cells, folder))
+    print(f"report: {folder / REPORT}.html, .json and .png")
+
+
+def _print_findings(summary: "Summary") -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(summary.headline, highlight=False)
+    for judged in summary.judged:
+        if judged.outcome.numbers:
+            console.print(f"\n[bold]{judged.outcome.verdict}[/bold]: {judged.finding.statement}", highlight=False)
+            console.print(judged.outcome.text, highlight=False, markup=False)
+    console.print()
 
 
 def _print_cells(cells: "list[Cell]") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from yoco_u.analysis.figures import scientific, short_count
     from yoco_u.budget import parameters
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("", "cell", "parameters", "steps", "tokens", "training FLOPs"):
-        table.add_column(heading, justify="left" if heading == "cell" else "right", overflow="fold")
+    wide = max(len(cell.name) for cell in cells)
+    print(f"{'':>4}  {'cell':<{wide}}  parameters    steps   tokens  training FLOPs")
     for number, cell in enumerate(cells):
-        config = cell.config
-        steps = config.training.steps
-        table.add_row(
-            str(number), cell.name, short_count(parameters(config.architecture).total), f"{steps:,}",
-            short_count(steps * config.tokens_per_step), scientific(config.training_flops()),
-        )  # fmt: skip
-    Console().print(table)
+        config, steps = cell.config, cell.config.training.steps
+        counts = f"{short_count(parameters(config.architecture).total):>10}  {steps:>7,}"
+        cost = f"{short_count(steps * config.tokens_per_step):>7}  {scientific(config.training_flops()):>14}"
+        print(f"{number:>4}  {cell.name:<{wide}}  {counts}  {cost}")
     total = sum(cell.config.training_flops() for cell in cells)
     print(f"{len(cells)} cells, {scientific(total)} FLOPs of training")

@@ -27,7 +27,7 @@ class Cell:
         series: the name without the seed; cells of one series differ in nothing else.
         model: the name of its entry in `models` with the varied values, without tokens and seed.
         model_label: the model's name for people.
-        label: of the series, the model's with the tokens of the axis.
+        label: of the series, the model's with the tokens that it reads where these are an axis.
         tokens: its value on the axis of training tokens, if there is one.
         seed: its value on the axis of seeds, or that of its settings.
     """
@@ -150,11 +150,11 @@ class _Grid:
 
     def cell(self, variant: _Variant, tokens: int | None, seed: int | None) -> Cell:
         parts = [variant.name, *([f"tokens-{_count(tokens)}"] if tokens is not None else [])]
-        series, labels = "_".join(parts), [variant.label, *([f"{short_count(tokens)} tokens"] if tokens is not None else [])]
+        series, config = "_".join(parts), self._matched(variant, tokens, seed)
         name = series if seed is None else f"{series}_seed-{seed}"
-        label = ", ".join(labels)
-        shown = label if seed is None else f"{label}, seed {seed}"
-        config = self._matched(variant, tokens, seed).model_copy(update={"name": shown})
+        read = f", {short_count(config.training.steps * config.tokens_per_step)} tokens" if tokens is not None else ""
+        label = f"{variant.label}{read}"
+        config = config.model_copy(update={"name": label if seed is None else f"{label}, seed {seed}"})
         role = variant.plan.role or next((role for role in get_args(Role) if role == variant.entry.replace("-", "_")), None)
         return Cell(name, series, variant.name, variant.label, label, role, tokens, config.training.seed, config)
 

@@ -1,0 +1,75 @@
+"""Grids that nobody trained: run folders with made-up curves, and what is read from them."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from yoco_u.analysis.experiment.config import Experiment
+from yoco_u.analysis.experiment.plan import Cell, expand
+from yoco_u.analysis.experiment.results import Results, read_results
+from yoco_u.typed import dump_yaml, parse
+
+Loss = Callable[[Cell, float], float]
+"""The validation loss of a cell after a share of its tokens, 0 to 1."""
+
+POINTS = 16
+
+
+def grid(models: dict[str, Any], seeds: Sequence[int] = (0, 1, 2), **settings: Any) -> Experiment:
+    base = {
+        "architecture": {"size": "test"},
+        "optimizer": {"warmup_steps": 0},
+        "training": {"steps": 1600, "sequence_length": 32, "batch_rows": 4, "micro_batch_rows": 4},
+    }
+    data = {"title": "Made <up>", "base": base, "models": models, "seeds": list(seeds)} | settings
+    return parse(Experiment, data, "grid")
+
+
+def preset(name: str, **settings: Any) -> dict[str, Any]:
+    plan = {key: settings.pop(key) for key in ("match", "vary", "role", "label") if key in settings}
+    return {"settings": {"architecture": {"preset": name} | settings}} | plan
+
+
+def write_cell(cell: Cell, folder: Path, loss: Loss, done: float = 1.0) -> None:
+    """A run folder as training leaves it, `done` of it over."""
+    target, config = folder / cell.name, cell.config
+    target.mkdir(parents=True)
+    dump_yaml(config, target / "config.yaml")
+    records = []
+    for number in range(1, POINTS + 1):
+        step = round(config.training.steps * number / POINTS)
+        if number / POINTS > done:
+            break
+        common = {"step": step, "tokens": step * config.tokens_per_step, "flops": config.training_flops(step)}
+        records.append({"kind": "train", "loss": 3.0, "seconds": 0.5 * number} | common)
+        records.append({"kind": "evaluation", "loss": loss(cell, number / POINTS)} | common)
+    (target / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if done == 1:
+        (target / "summary.json").write_text("{}")
+
+
+def write_grid(experiment: Experiment, folder: Path, loss: Loss) -> list[Cell]:
+    cells = expand(experiment, folder)
+    for cell in cells:
+        write_cell(cell, folder, loss)
+    return cells
+
+
+def results_of(experiment: Experiment, folder: Path, loss: Loss) -> Results:
+    return read_results(write_grid(experiment, folder, loss), folder)
+
+
+def noise(cell: Cell, scale: float = 0.002) -> float:
+    """Small, the same every time, different for every cell."""
+    return random.Random(cell.name).uniform(-scale, scale)
+
+
+def finals(losses: dict[str, float], spread: float = 0.002) -> Loss:
+    """Curves that fall to a final loss for each model (by the start of the cell's name), which every seed shifts alike."""
+
+    def loss(cell: Cell, share: float) -> float:
+        return losses[cell.model] + 0.05 * cell.seed + noise(cell, spread) + 0.4 * (1 / share - 1) * 0.1
+
+    return loss

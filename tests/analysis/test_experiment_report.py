@@ -1,0 +1,86 @@
+"""The report of a grid, finished or not, as page and as JSON."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from made_up_grids import finals, grid, preset, write_cell, write_grid
+
+from yoco_u.analysis.experiment.findings import FINDINGS
+from yoco_u.analysis.experiment.plan import expand
+from yoco_u.analysis.experiment.report import write_experiment_report
+from yoco_u.errors import UserError
+
+MODELS = {"yoco": preset("yoco", label="YOCO & <b>"), "yoco-u": preset("yoco_u", label="YOCO-U")}
+LOSSES = {"yoco": 2.5, "yoco-u": 2.4}
+
+
+def test_report_of_a_finished_grid(tmp_path: Path) -> None:
+    experiment = grid(MODELS)
+    cells = write_grid(experiment, tmp_path, finals(LOSSES))
+    summary = write_experiment_report(experiment, cells, tmp_path)
+    page, data = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+    assert summary.headline.startswith("6 of 6 runs are finished, 3 seeds.")
+    assert "<h1>Made &lt;up&gt;</h1>" in page
+    assert "YOCO &amp; &lt;b&gt;" in page
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", page)
+    for finding in FINDINGS:
+        assert finding.statement.split(",")[0] in page
+    assert [(f["id"], f["verdict"]) for f in data["findings"]][:1] == [("equal-steps", "confirmed")]
+    assert page.count('class="verdict confirmed"') == sum(f["verdict"] == "confirmed" for f in data["findings"])
+
+    by_name = {series["series"]: series for series in data["series"]}
+    looped = by_name["yoco-u"]
+    assert looped["loss_by_seed"].keys() == {"0", "1", "2"}
+    assert looped["loss"]["mean"] == pytest.approx(sum(looped["loss_by_seed"].values()) / 3)
+    assert looped["minus_baseline"]["mean"] == pytest.approx(-0.1, abs=0.004)
+    assert by_name["yoco"]["minus_baseline"] is None
+    assert f"{looped['loss']['mean']:.4f}" in page
+    assert len(data["cells"]) == 6
+    tokens, flops, loss = data["cells"][-1]["curve"][-1]
+    assert (tokens, flops) == (204_800, pytest.approx(cells[-1].config.training_flops()))
+    assert loss == pytest.approx(looped["loss_by_seed"]["2"], abs=1e-6)
+    assert all(fit["law"] is None and "there are 1" in fit["reason"] for fit in data["fits"])
+
+
+def test_budgets_are_fitted(tmp_path: Path) -> None:
+    tokens = [102_400 * 2**i for i in range(5)]
+    experiment = grid(MODELS, tokens=tokens)
+    cells = write_grid(experiment, tmp_path, lambda cell, share: 1.5 + 30 * (cell.tokens or 0) ** -0.3 + (1 - share))
+    write_experiment_report(experiment, cells, tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text())
+    fits = {(fit["model"], fit["x"]): fit["law"] for fit in data["fits"]}
+    assert fits.keys() == {(model, x) for model in LOSSES for x in ("tokens", "flops")}
+    for law in fits.values():
+        assert law["exponent"] == pytest.approx(0.3, rel=0.01)
+        assert law["floor"] == pytest.approx(1.5, rel=0.01)
+    assert "Loss over budgets" in (tmp_path / "report.html").read_text()
+
+
+def test_report_of_a_grid_under_way(tmp_path: Path) -> None:
+    experiment = grid(MODELS, seeds=(0, 1))
+    cells = expand(experiment, tmp_path)
+    with pytest.raises(UserError, match="none of the 4 cells is finished yet"):
+        write_experiment_report(experiment, cells, tmp_path)
+    assert not (tmp_path / "report.html").exists()
+    write_cell(cells[0], tmp_path, finals(LOSSES))
+    write_cell(cells[1], tmp_path, finals(LOSSES), done=0.5)
+    write_cell(cells[2], tmp_path, finals(LOSSES), done=0.25)
+    (tmp_path / cells[2].name / "checkpoints" / "non-finite-step-00000400").mkdir(parents=True)
+    write_experiment_report(experiment, cells, tmp_path)
+    page, data = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
+    states = {cell["cell"]: cell["state"] for cell in data["cells"]}
+    assert states == {
+        "yoco_seed-0": "finished",
+        "yoco-u_seed-0": "unfinished",
+        "yoco_seed-1": "diverged",
+        "yoco-u_seed-1": "not begun",
+    }
+    assert [series["series"] for series in data["series"]] == ["yoco"]
+    for name, state in states.items():
+        assert state == "finished" or re.search(rf"<th>{name}</th><td>{state}</td>", page)
+    assert "1 of 4 runs are finished, 2 seeds." in page
+    assert "(one seed)" in page

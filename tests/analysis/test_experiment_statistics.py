@@ -1,0 +1,135 @@
+"""Intervals against scipy's own, fits and crossings against laws that are known."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from yoco_u.analysis.experiment.statistics import (
+    NotDecidable,
+    difference,
+    first_reach,
+    fit_power_law,
+    gap_trend,
+    interval,
+    simultaneous_half_width,
+)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=8))
+def test_an_interval_is_that_of_scipy(values: list[float]) -> None:
+    found = interval(values)
+    assert found.mean == pytest.approx(np.mean(values), abs=1e-12)
+    if np.ptp(values) > 1e-6:
+        low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
+    assert found.count == len(values)
+
+
+def test_the_interval_of_a_table() -> None:
+    """t of 2 degrees of freedom at 97.5% is 4.303 in every table."""
+    found = interval([1.0, 2.0, 3.0])
+    assert found.high == pytest.approx(2 + 4.303 / math.sqrt(3), abs=1e-3)
+
+
+def test_one_seed_has_no_interval_and_none_no_mean() -> None:
+    assert (interval([2.5]).mean, interval([2.5]).low, interval([2.5]).high) == (2.5, None, None)
+    with pytest.raises(NotDecidable):
+        interval([])
+
+
+def test_differences_are_paired_by_seed() -> None:
+    a, b = {0: 1.0, 1: 2.0, 2: 3.0}, {1: 2.5, 2: 3.4, 9: 100.0}
+    found = difference(a, b)
+    paired = stats.ttest_rel([2.0, 3.0], [2.5, 3.4]).confidence_interval(0.95)
+    assert found.mean == pytest.approx(-0.45)
+    assert (found.low, found.high) == pytest.approx(tuple(paired))
+    assert -found == difference(b, a)
+    with pytest.raises(NotDecidable, match="no seed in common"):
+        difference({0: 1.0}, {1: 1.0})
+
+
+def test_of_two_models_the_simultaneous_interval_is_the_paired_one() -> None:
+    generator = np.random.default_rng(1)
+    a, b = ({seed: float(value) for seed, value in enumerate(generator.normal(3, 1, 5))} for _ in range(2))
+    found = difference(a, b)
+    assert found.high is not None
+    assert simultaneous_half_width([a, b]) == pytest.approx(found.high - found.mean, rel=1e-4)
+
+
+def test_simultaneous_intervals_hold_for_all_pairs_at_once() -> None:
+    generator, held = np.random.default_rng(0), 0
+    for _ in range(60):
+        seeds = generator.normal(0, 1, 4)
+        losses = [dict(enumerate((seeds + generator.normal(0, 0.1, 4)).tolist())) for _ in range(6)]
+        means = [float(np.mean(list(loss.values()))) for loss in losses]
+        held += max(means) - min(means) <= simultaneous_half_width(losses)
+    assert 50 <= held < 60
+    with pytest.raises(NotDecidable, match="two seeds"):
+        simultaneous_half_width([{0: 1.0, 1: 2.0}, {1: 1.0}])
+
+
+def test_first_reach_is_exact_where_loss_is_straight_in_log_tokens() -> None:
+    x = [100.0 * 2**i for i in range(6)]
+    losses = [5 - 0.3 * math.log(v) for v in x]
+    for target in (losses[0] - 0.01, 3.1, losses[-1] + 1e-9):
+        assert first_reach(x, losses, target) == pytest.approx(math.exp((5 - target) / 0.3))
+    assert first_reach(x, losses, losses[-1] - 0.01) is None
+    assert first_reach(x, losses, 10) == x[0]
+    assert first_reach([1, 2, 4, 8], [3.0, 2.0, 2.5, 1.0], 2.0) == 2
+
+
+@given(st.floats(0.5, 3), st.floats(0.15, 0.8), st.floats(0.5, 3))
+def test_a_power_law_is_found_again(floor: float, exponent: float, drop: float) -> None:
+    x = np.geomspace(1e6, 1e9, 8)
+    scale = drop * 1e6**exponent
+    law = fit_power_law(x.tolist(), (floor + scale * x**-exponent).tolist())
+    assert law.floor == pytest.approx(floor, rel=1e-2)
+    assert law.exponent == pytest.approx(exponent, rel=1e-2)
+    assert law(3e7) == pytest.approx(floor + scale * 3e7**-exponent, rel=1e-3)
+
+
+def test_the_intervals_of_a_fit_cover_the_truth_as_often_as_they_say() -> None:
+    generator, covered, fitted = np.random.default_rng(0), 0, 0
+    x = np.repeat(np.geomspace(1e6, 1e8, 6), 3)
+    for _ in range(60):
+        losses = 1.5 + 40 * x**-0.25 + generator.normal(0, 0.004, len(x))
+        law = fit_power_law(x.tolist(), losses.tolist())
+        low, high = law.exponent_interval
+        covered, fitted = covered + (low <= 0.25 <= high), fitted + 1
+    assert covered / fitted > 0.88
+
+
+@pytest.mark.parametrize(
+    ("x", "losses", "reason"),
+    [
+        ([1e6] * 5 + [2e6, 4e6], [3.0] * 7, "4 or more budgets, there are 3"),
+        ([1e6, 2e6, 4e6, 8e6, 16e6], [3.0, 3.01, 2.99, 3.0, 3.0], "does not bend|no power law"),
+        ([1e6, 2e6, 4e6, 8e6, 16e6], [3.0, 2.8, 2.6, 2.4, 2.2], "does not bend|no power law"),
+    ],
+)
+def test_points_that_carry_no_fit(x: list[float], losses: list[float], reason: str) -> None:
+    with pytest.raises(NotDecidable, match=reason):
+        fit_power_law(x, losses)
+
+
+def test_a_gap_that_closes_crosses_where_its_line_does() -> None:
+    x = [1e6, 2e6, 4e6, 8e6]
+    gaps = [[0.4 - shift - 0.1 * math.log2(v / 1e6) for v in x] for shift in (0.0, 0.002, -0.002)]
+    trend = gap_trend(x, gaps)
+    assert trend.per_doubling.mean == pytest.approx(-0.1)
+    assert trend.crossing is not None
+    assert trend.crossing.mean == pytest.approx(16e6)
+    assert trend.crossing.low is not None
+    assert trend.crossing.low < 16e6 < (trend.crossing.high or 0)
+
+
+@pytest.mark.parametrize("rates", [(0.1, 0.1), (-0.01, 0.02), (-0.1, -0.2), (-0.1,)])
+def test_a_gap_that_does_not_surely_close_has_no_crossing(rates: tuple[float, ...]) -> None:
+    x = [1e6, 2e6, 4e6]
+    assert gap_trend(x, [[0.9 + rate * math.log2(v / 1e6) for v in x] for rate in rates]).crossing is None
+    with pytest.raises(NotDecidable, match="3 or more points, there are 2"):
+        gap_trend(x[:2], [[0.1, 0.2]])

@@ -1,0 +1,171 @@
+"""`yoco-u experiment` end to end: a grid of tiny runs, killed, shared between processes, reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from yoco_u.runs import read_run
+from yoco_u.training import TrainingDiverged
+
+GRID = """\
+title: Small
+base:
+  data: {{corpus: {folder}/corpus, vocab_size: 300, validation_fraction: 0.3}}
+  architecture: {{size: test, vocab_size: 300}}
+  optimizer: {{warmup_steps: 1}}
+  training:
+    steps: {steps}
+    sequence_length: 32
+    batch_rows: 4
+    micro_batch_rows: 4
+    dtype: float32
+    compile: "off"
+    evaluate_every: 2
+    save_every: 2
+seeds: [0, 1]
+models:
+  yoco: {{settings: {{architecture: {{preset: yoco}}}}}}
+  yoco-u: {{label: YOCO-U, settings: {{architecture: {{preset: yoco_u, loops: 2}}}}}}
+"""
+
+
+@pytest.fixture
+def grid(workspace: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "grid.yaml"
+    file.write_text(GRID.format(folder=workspace, steps=4))
+    return file
+
+
+CELLS = ["yoco_seed-0", "yoco-u_seed-0", "yoco_seed-1", "yoco-u_seed-1"]
+
+
+def test_list_trains_nothing(run: Any, grid: Path, tmp_path: Path) -> None:
+    outcome = run("experiment", grid, "--out", tmp_path / "out", "--list")
+    assert outcome.status == 0
+    assert [line.split()[:2] for line in outcome.out.splitlines() if "seed" in line] == [
+        [str(i), c] for i, c in enumerate(CELLS)
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_grid_is_trained_reported_and_not_trained_again(run: Any, grid: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    outcome = run("experiment", grid, "--out", out)
+    assert outcome.status == 0
+    assert f"report: {out}/report.html" in outcome.out
+    data = json.loads((out / "report.json").read_text())
+    assert [cell["cell"] for cell in data["cells"]] == CELLS
+    assert {cell["state"] for cell in data["cells"]} == {"finished"}
+    runs = [read_run(out / cell) for cell in CELLS]
+    assert [r.config.training.seed for r in runs] == [0, 0, 1, 1]
+    assert len({r.config.dataset for r in runs}) == 1
+    for cell, found in zip(data["cells"], runs, strict=True):
+        assert cell["curve"][-1][2] == pytest.approx(found.kind("evaluation")[-1]["loss"], abs=1e-6)
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
+    again = run("experiment", grid, "--out", out)
+    assert again.status == 0
+    assert again.err.count("nothing to do") == 4
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+    assert run("experiment", grid, "--out", out, "--report").err == ""
+
+
+def test_cells_by_number_name_and_shard(run: Any, grid: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("experiment", grid, "--out", out, "--cell", "1").out == ""
+    assert run("experiment", grid, "--out", out, "--cell", "yoco_seed-1").status == 0
+    finished = {path.parent.name for path in out.glob("*/summary.json")}
+    assert finished == {"yoco-u_seed-0", "yoco_seed-1"}
+    run("experiment", grid, "--out", out, "--only", "1/4")
+    assert {path.parent.name for path in out.glob("*/summary.json")} == finished | {"yoco_seed-0"}
+    outcome = run("experiment", grid, "--out", out, "--report")
+    assert outcome.out.startswith("3 of 4 runs are finished")
+
+
+def test_overrides_are_of_the_experiment(run: Any, grid: Path, tmp_path: Path) -> None:
+    outcome = run("experiment", grid, "seeds=[5]", "base.training.steps=3", "--out", tmp_path / "out", "--list")
+    assert "yoco_seed-5" in outcome.out
+    assert "2 cells" in outcome.out
+
+
+def test_a_cell_that_another_process_trains_is_passed_over(run: Any, grid: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / CELLS[1]).mkdir(parents=True)
+    with FileLock(out / CELLS[1] / ".lock"):
+        outcome = run("experiment", grid, "--out", out)
+    assert "another process is training there" in outcome.err
+    assert f"not finished: {CELLS[1]}" in outcome.err
+    assert outcome.status == 0
+    assert {path.parent.name for path in out.glob("*/summary.json")} == {*CELLS} - {CELLS[1]}
+
+
+def test_a_run_that_diverges_does_not_stop_the_grid(
+    run: Any, grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from yoco_u.analysis.experiment import run as module
+
+    train, asked, out = module.train, [], tmp_path / "out"
+
+    def diverge(config: Any, folder: Path, progress: bool) -> Any:
+        asked.append(folder.name)
+        if folder.name == CELLS[0]:
+            (folder / "checkpoints" / "non-finite-step-00000001").mkdir(parents=True)
+            raise TrainingDiverged("the loss is nan")
+        return train(config, folder, progress=progress)
+
+    monkeypatch.setattr(module, "train", diverge)
+    outcome = run("experiment", grid, "--out", out)
+    assert outcome.status == 0
+    assert "the loss is nan; going on with the next cell" in outcome.err
+    assert asked == CELLS
+    assert "passed over" in run("experiment", grid, "--out", out).err
+    assert asked == [*CELLS, *CELLS[1:]]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in read_run(folder).records]
+
+
+def test_killed_in_a_cell_it_goes_on_to_the_same_losses(run: Any, workspace: Path, tmp_path: Path) -> None:
+    file, out, whole = tmp_path / "grid.yaml", tmp_path / "out", tmp_path / "whole"
+    file.write_text(GRID.format(folder=workspace, steps=12))
+    command = [sys.executable, "-m", "yoco_u.cli", "experiment", str(file), "seeds=[0]", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / CELLS[1] / "checkpoints" / "step-00000004").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (out / CELLS[0] / "summary.json").exists()
+    assert not (out / CELLS[1] / "summary.json").exists()
+    first = (out / CELLS[0] / "metrics.jsonl").stat().st_mtime_ns
+
+    assert run("experiment", file, "seeds=[0]", "--out", out).status == 0
+    assert (out / CELLS[0] / "metrics.jsonl").stat().st_mtime_ns == first
+    assert run("experiment", file, "seeds=[0]", "--out", whole).status == 0
+    for cell in CELLS[:2]:
+        expected = [(step, pytest.approx(loss, rel=1e-6)) for step, loss in losses(whole / cell)]
+        assert losses(out / cell) == expected
+
+
+def test_mistakes(run: Any, grid: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "exclude each other" in run("experiment", grid, "--list", "--report").error
+    assert "none of the 4 cells is finished" in run("experiment", grid, "--out", out, "--report").error
+    assert "no such cell" in run("experiment", grid, "--out", out, "--cell", "x").error
+    assert "SHARD/COUNT" in run("experiment", grid, "--out", out, "--only", "3").error
+    assert "cannot read" in run("experiment", tmp_path / "none.yaml").error
+    assert "did you mean models" in run("experiment", grid, "modls={}").error
+    assert "unknown preset 'yoc'" in run("experiment", grid, "models.x={settings: {architecture: {preset: yoc}}}").error
+    assert not out.exists()
+    assert run("experiment", grid, "--out", out, "--cell", "0").status == 0
+    changed = run("experiment", grid, "base.optimizer.learning_rate=0.5", "--out", out, "--cell", "0")
+    assert "optimizer.learning_rate = 0.001, now 0.5" in changed.err
+    assert changed.status == 2

@@ -1,0 +1,112 @@
+"""Pictures of a grid: mean curves with the range of the seeds, final losses with their intervals, losses over budgets."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, LogLocator, NullFormatter
+
+from yoco_u.analysis.experiment.results import Series
+from yoco_u.analysis.experiment.summary import Fit, Row
+from yoco_u.analysis.plots import PALETTE, dashes, svg
+from yoco_u.files import beside, publish
+
+AXES = (("tokens", "training tokens"), ("flops", "training FLOPs"))
+
+
+def styles(found: Sequence[Series]) -> dict[str, int]:
+    """A number for each model, which stands for its colour and line."""
+    return {model: number for number, model in enumerate(dict.fromkeys(series.model for series in found))}
+
+
+def curve_plot(found: Sequence[Series], x: str, label: str) -> str:
+    """Mean validation loss over `tokens` or `flops`."""
+    return svg(lambda axes: _draw_curves(axes, found, x, label))
+
+
+def final_plot(rows: Sequence[Row], numbers: dict[str, int]) -> str:
+    """Final losses, lowest on top, with their 95% intervals and each seed."""
+
+    def draw(axes: Axes) -> None:
+        for height, row in enumerate(reversed(rows)):
+            colour = PALETTE[numbers[row.series.model] % len(PALETTE)][0]
+            if row.loss.low is not None and row.loss.high is not None:
+                axes.plot([row.loss.low, row.loss.high], [height, height], color=colour, linewidth=1.5)
+            axes.plot([row.loss.mean], [height], color=colour, marker="o", markersize=5)
+            seeds = list(row.series.final.values())
+            axes.plot(seeds, [height] * len(seeds), color=colour, marker="|", markersize=9, linewidth=0)
+        axes.set_yticks(range(len(rows)), [row.series.label for row in reversed(rows)])
+        axes.set_xlabel("final validation loss, nats per token")
+
+    return svg(draw, (7.5, 0.8 + 0.3 * len(rows)))
+
+
+def budget_plot(found: Sequence[Series], fits: Sequence[Fit], x: str, label: str) -> str:
+    """Final losses of runs over budgets, with the power laws that fit."""
+    numbers = styles(found)
+
+    def draw(axes: Axes) -> None:
+        axes.set_xscale("log")
+        for model, number in numbers.items():
+            own = sorted((series for series in found if series.model == model), key=lambda series: series.tokens)
+            colour = PALETTE[number % len(PALETTE)][0]
+            budgets = [getattr(series, x) for series in own]
+            law = next((fit.law for fit in fits if fit.model == model and fit.x == x), None)
+            for series, budget in zip(own, budgets, strict=True):
+                seeds = list(series.final.values())
+                axes.plot([budget] * len(seeds), seeds, color=colour, marker="o", markersize=3.5, linewidth=0)
+            if law is not None:
+                between = np.geomspace(budgets[0], 2 * budgets[-1], 60)
+                axes.plot(between, [law(value) for value in between], color=colour, linestyle=dashes(number), linewidth=1.2)
+            else:
+                means = [series.loss.mean for series in own]
+                axes.plot(budgets, means, color=colour, linestyle=dashes(number), linewidth=0.8, alpha=0.6)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(_formatter(x))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(label)
+        axes.set_ylabel("final loss, nats per token")
+
+    return svg(draw)
+
+
+def write_png(found: Sequence[Series], path: Path) -> None:
+    """The curves over tokens and over FLOPs as one picture, for documents; whole or not at all."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=130)
+    for axes, (x, label) in zip(figure.subplots(1, 2), AXES, strict=True):
+        _draw_curves(axes, found, x, label)
+        axes.grid(alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(beside(path), format="png")
+    publish(path)
+
+
+def _draw_curves(axes: Axes, found: Sequence[Series], x: str, label: str) -> None:
+    numbers, drawn, top, bottom = styles(found), set[str](), [], []
+    for series in found:
+        curves = list(series.curves.values())
+        points = [getattr(point, x) for point in curves[0]]
+        losses = np.array([np.interp(points, [getattr(p, x) for p in curve], [p.loss for p in curve]) for curve in curves])
+        number = numbers[series.model]
+        colour, mean = PALETTE[number % len(PALETTE)][0], losses.mean(axis=0)
+        legend = series.model_label if series.model not in drawn else None
+        drawn.add(series.model)
+        axes.fill_between(points, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.18, linewidth=0)
+        axes.plot(points, mean, color=colour, linestyle=dashes(number), linewidth=1.3, label=legend)
+        top.append(float(mean[len(mean) // 8]))  # the beginning falls so steeply that it would hide all the rest
+        bottom.append(float(losses.min()))
+    room = 0.05 * (max(top) - min(bottom)) or 0.1
+    axes.set_ylim(min(bottom) - room, max(top) + room)
+    axes.xaxis.set_major_formatter(_formatter(x))
+    axes.set_xlabel(label)
+    axes.set_ylabel("validation loss, nats per token")
+
+
+def _formatter(x: str) -> Formatter:
+    if x == "tokens":
+        return EngFormatter(sep="")
+    return FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e") if value else "0")

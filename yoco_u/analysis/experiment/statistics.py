@@ -1,0 +1,202 @@
+"""What a few seeds can say: intervals, differences, tokens to an equal loss, power laws, and where a gap would close."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import curve_fit
+from scipy.stats import studentized_range
+from scipy.stats import t as student_t
+
+CONFIDENCE = 0.95
+_DOUBLINGS = 40  # beyond the last x, the furthest that a crossing is looked for
+
+
+class NotDecidable(Exception):  # noqa: N818
+    """The runs do not carry this conclusion; the message says why."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and its 95% interval by Student's t; without bounds for one seed.
+
+    Attributes:
+        count: seeds.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+    def __neg__(self) -> "Interval":
+        low, high = (None if bound is None else -bound for bound in (self.high, self.low))
+        return Interval(-self.mean, low, high, self.count)
+
+    def map(self, function: Callable[[float], float]) -> "Interval":
+        """The interval on another, increasing scale."""
+        bounds = [None if bound is None else function(bound) for bound in (self.low, self.high)]
+        return Interval(function(self.mean), bounds[0], bounds[1], self.count)
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and interval of independent values, one a seed.
+
+    Raises:
+        NotDecidable: if there is no value.
+    """
+    count = len(values)
+    if count == 0:
+        raise NotDecidable("no seed has a value")
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Interval(mean, None, None, 1)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    half = float(student_t.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def difference(values: Mapping[int, float], others: Mapping[int, float]) -> Interval:
+    """`values` minus `others`, paired by seed: runs of one seed read the same data in the same order.
+
+    Raises:
+        NotDecidable: if they have no seed in common.
+    """
+    common = sorted(values.keys() & others.keys())
+    if not common:
+        raise NotDecidable("the two have no seed in common")
+    return interval([values[seed] - others[seed] for seed in common])
+
+
+def simultaneous_half_width(losses: Sequence[Mapping[int, float]]) -> float:
+    """Half the width of intervals that hold for all pairs of models together, 19 times out of 20 (Tukey's range test).
+
+    The model is loss = model + seed + noise, a randomized block design: what a seed does to all models alike is taken out, and
+    the noise is estimated from all of them.
+
+    Raises:
+        NotDecidable: with fewer than two seeds that all have in common.
+    """
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in losses)))
+    if len(seeds) < 2:
+        raise NotDecidable("a comparison of several models needs two seeds that all of them have finished")
+    table = np.array([[by_seed[seed] for seed in seeds] for by_seed in losses])  # (models, seeds)
+    noise = table - table.mean(0, keepdims=True) - table.mean(1, keepdims=True) + table.mean()
+    freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
+    variance = float(np.square(noise).sum()) / freedom
+    return float(studentized_range.ppf(CONFIDENCE, len(losses), freedom)) * math.sqrt(variance / len(seeds))
+
+
+def first_reach(x: Sequence[float], losses: Sequence[float], target: float) -> float | None:
+    """Where a curve first comes down to `target`, straight between its points over log x; None if it does not.
+
+    A curve that begins at or below the target gives its first x.
+    """
+    for i, (here, loss) in enumerate(zip(x, losses, strict=True)):
+        if loss <= target:
+            if i == 0 or losses[i - 1] == loss:
+                return here
+            share = (losses[i - 1] - target) / (losses[i - 1] - loss)
+            return math.exp(math.log(x[i - 1]) + share * (math.log(here) - math.log(x[i - 1])))
+    return None
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """L(x) = floor + scale * x ** -exponent, fitted by least squares, with 95% intervals.
+
+    Attributes:
+        points: that it was fitted to.
+        residual: root mean square of what is left, in nats.
+    """
+
+    floor: float
+    scale: float
+    exponent: float
+    floor_interval: tuple[float, float]
+    exponent_interval: tuple[float, float]
+    points: int
+    residual: float
+
+    def __call__(self, x: float) -> float:
+        return self.floor + self.scale * x**-self.exponent
+
+
+def fit_power_law(x: Sequence[float], losses: Sequence[float]) -> PowerLaw:
+    """Fit L = E + A x^-a to final losses of runs over tokens or FLOPs.
+
+    Raises:
+        NotDecidable: with fewer than four different x (three parameters need one more to have an error at all), or if the
+            points do not bend enough to tell the floor from the slope.
+    """
+    different = len(set(x))
+    if different < 4:
+        raise NotDecidable(f"a power law with a floor needs runs at 4 or more budgets, there are {different}")
+    xs, ys = np.asarray(x, dtype=float), np.asarray(losses, dtype=float)
+    middle = float(np.exp(np.log(xs).mean()))
+
+    def law(u: np.ndarray, floor: float, scale: float, exponent: float) -> np.ndarray:
+        return floor + scale * u**-exponent
+
+    best: tuple[float, np.ndarray, np.ndarray] | None = None
+    spread = max(float(np.ptp(ys)), 1e-9)
+    for exponent in (0.1, 0.3, 1.0):
+        start = (max(0.0, float(ys.min()) - spread), spread, exponent)
+        try:
+            found, covariance = curve_fit(law, xs / middle, ys, p0=start, bounds=([0, 0, 1e-4], [np.inf, np.inf, 10]))
+        except RuntimeError:  # no convergence from here
+            continue
+        error = float(np.square(law(xs / middle, *found) - ys).sum())
+        if best is None or error < best[0]:
+            best = (error, found, covariance)
+    if best is None or not np.isfinite(best[2]).all():
+        raise NotDecidable("no power law fits the points")
+    error, (floor, scale, exponent), covariance = best
+    half = student_t.ppf((1 + CONFIDENCE) / 2, len(xs) - 3) * np.sqrt(np.diag(covariance))
+    if exponent - half[2] <= 0 or floor <= 1e-9:
+        raise NotDecidable(
+            f"over these {different} budgets the loss does not bend enough to tell a power law's floor and exponent"
+        )
+    return PowerLaw(
+        floor=float(floor),
+        scale=float(scale * middle**exponent),
+        exponent=float(exponent),
+        floor_interval=(float(floor - half[0]), float(floor + half[0])),
+        exponent_interval=(float(exponent - half[2]), float(exponent + half[2])),
+        points=len(xs),
+        residual=math.sqrt(error / len(xs)),
+    )
+
+
+@dataclass(frozen=True)
+class Trend:
+    """How a gap moves with x, by a straight line over log x for each seed.
+
+    Attributes:
+        per_doubling: change of the gap when x doubles, in nats.
+        crossing: where the line reaches zero, beyond the last x; None if the gap does not certainly come nearer to zero.
+    """
+
+    per_doubling: Interval
+    crossing: Interval | None
+
+
+def gap_trend(x: Sequence[float], gaps: Sequence[Sequence[float]]) -> Trend:
+    """The trend of gaps[seed][i] over x[i].
+
+    Raises:
+        NotDecidable: with fewer than three x.
+    """
+    if len(x) < 3:
+        raise NotDecidable(f"a trend needs the gap at 3 or more points, there are {len(x)}")
+    logs = np.log2(np.asarray(x, dtype=float))
+    lines = [np.polyfit(logs, np.asarray(gap, dtype=float), 1) for gap in gaps]
+    ends = [float(np.polyval(line, logs[-1])) for line in lines]
+    slope = interval([float(line[0]) for line in lines])
+    closing = all(end * line[0] < 0 for end, line in zip(ends, lines, strict=True))
+    if not closing or slope.low is None or slope.high is None or slope.low <= 0 <= slope.high:
+        return Trend(slope, None)
+    furthest = logs[-1] + _DOUBLINGS
+    crossing = interval([float(-line[1] / line[0]) for line in lines])
+    return Trend(slope, crossing.map(lambda log: float(2 ** min(log, furthest))))
