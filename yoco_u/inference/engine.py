@@ -283,7 +283,8 @@ def _check_memory(a: Architecture, shape: CacheShape, loops: int, allocated: int
     if missing > free:
         raise UserError(
             f"caches of {tokens} tokens and {shape.max_num_seqs} sequences at {loops} loops need {needed >> 20} MiB, "
-            f"{missing >> 20} more than are allocated, but {free >> 20} MiB are free; lower cache_tokens, max_num_seqs or num_loops"
+            f"{missing >> 20} more than are allocated, but {free >> 20} MiB are free; lower cache_tokens, max_num_seqs or "
+            "num_loops"
         )
 
 

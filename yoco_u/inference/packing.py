@@ -80,7 +80,7 @@ def can_pack(model: YocoUForCausalLM) -> bool:
 def pack(model: YocoUForCausalLM) -> None:
     """Replace every linear layer of a model in place; it can only run forward from then on."""
     if model.lm_head.weight is model.get_input_embeddings().weight and compiled():
-        model.lm_head = TiedLinear(model.lm_head)
+        model.register_module("lm_head", TiedLinear(model.lm_head))
     for module in list(model.modules()):
         for names in linear_layers(module):
             layers = [getattr(module, name) for name in names]
