@@ -187,18 +187,11 @@ def _fact(key: str, value: str) -> str:
 
 def _magic(key: str, facts: Sequence[tuple[float, str]], values: Sequence[str]) -> _Task:
     if len(values) > 1:
-        hidden, it, what, are, asked = (
-            "Some special magic numbers are",
-            "them",
-            "numbers",
-            "are",
-            "are all the special magic numbers",
-        )
+        hidden, what, are, asked = "Some special magic numbers are", "numbers", "are", "are all the special magic numbers"
     else:
-        hidden, it, what, are, asked = "A special magic number is", "it", "number", "is", "is the special magic number"
+        hidden, what, are, asked = "A special magic number is", "number", "is", "is the special magic number"
     return _Task(
-        f"{hidden} hidden within the following text. Make sure to memorize {it}. I will quiz you about the {what} "
-        "afterwards.\n",
+        f"{hidden} hidden within the following text. Make sure to memorize it. I will quiz you about the {what} afterwards.\n",
         tuple(facts),
         f"\nWhat {asked} for {key} mentioned in the provided text? The special magic {what} for {key} mentioned in the "
         f"provided text {are}",
