@@ -7,9 +7,11 @@ import typer
 
 from yoco_u.cli.analyze import analyze
 from yoco_u.cli.bench import bench
+from yoco_u.cli.context import context
 from yoco_u.cli.evaluate import evaluate
 from yoco_u.cli.experiment import experiment
 from yoco_u.cli.generate import generate
+from yoco_u.cli.needles import needles
 from yoco_u.cli.output import Stopped
 from yoco_u.cli.prepare import prepare
 from yoco_u.cli.quickstart import quickstart
@@ -27,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quickstart, prepare, train, evaluate, generate, report, analyze, experiment, bench):
+for command in (quickstart, prepare, train, evaluate, context, needles, generate, report, analyze, experiment, bench):
     app.command(no_args_is_help=command not in (quickstart, bench))(command)
 
 _INTERRUPTED = 130

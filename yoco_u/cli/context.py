@@ -1,0 +1,150 @@
+"""`yoco-u context`."""
+
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from yoco_u.cli.arguments import check_can_be_written, whole_numbers
+from yoco_u.cli.output import note, progress_bar
+from yoco_u.errors import UserError
+
+if TYPE_CHECKING:
+    from yoco_u.evaluation.context import ContextScore
+
+_CHUNK = 2048  # tokens of a step of the engine
+
+
+def context(
+    models: Annotated[list[Path], typer.Argument(metavar="RUN_OR_MODEL...", help="Run folders or saved models to compare.")],
+    files: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--files",
+            help="Long texts, in any form that prepare reads; can be given again. \\[default: the run's validation split]",
+        ),
+    ] = None,
+    prefixes: Annotated[
+        str, typer.Option("--prefixes", help="Tokens before the scored ones, with commas between.")
+    ] = "512,1024,2048",
+    last: Annotated[int, typer.Option("--last", min=1, help="Tokens that are scored behind every prefix.")] = 512,
+    texts: Annotated[int | None, typer.Option("--texts", min=1, help="Score so many texts at most. \\[default: all]")] = None,
+    num_loops: Annotated[
+        list[int] | None,
+        typer.Option("--num-loops", min=1, help="Loop count T, instead of the model's own; can be given again."),
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option("--text-field", help="Column of JSON lines and Parquet files that holds the text.")
+    ] = "text",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves as PNG.")] = None,
+) -> None:
+    """Loss of the same tokens behind prefixes of different lengths, in float32.
+
+    Long documents are cut into texts of the longest prefix and the scored
+    tokens; a shorter prefix is the end of a longer one. Models that are
+    compared must have one tokenizer.
+
+    [bold]Examples[/bold]
+
+      yoco-u context runs/quickstart/yoco-u runs/quickstart/yoco --plot context.png
+
+      yoco-u context runs/8m --files 'books/*.txt' --prefixes 2048,4096,8192
+    """
+    from yoco_u.evaluation.context import context_scores, text_losses
+    from yoco_u.files import write_json
+    from yoco_u.inference import LLM
+
+    check_can_be_written(json=json, plot=plot)
+    lengths = whole_numbers(prefixes, "--prefixes") or ()
+    if lengths[0] < 1 or any(longer <= shorter for shorter, longer in pairwise(lengths)):
+        raise UserError(f"--prefixes is {prefixes}; expected rising whole numbers from 1 on, such as 2048,4096,8192")
+    cut = _same_texts(models, files, text_field, max(lengths) + last, texts)
+    results: list[dict[str, Any]] = []
+    for model in models:
+        llm = LLM(
+            model, device=device, dtype="float32", max_model_len=max(lengths) + last, max_batched_tokens=_CHUNK,
+            prefix_caching=False,
+        )  # fmt: skip
+        counts = num_loops or [llm.engine.num_loops]
+        with progress_bar(f"{model}", len(counts) * len(cut)) as advance:
+            for loops in counts:
+                losses = text_losses(llm, cut, lengths, last, loops, lambda: advance(1))
+                scores = context_scores(losses, lengths)
+                results.append({"model": str(model), "num_loops": loops, "scores": scores, "text_losses": losses.tolist()})
+    note(f"{', '.join(files) if files else 'validation split'}: {len(cut)} texts, the last {last} tokens of each")
+    labels = _labels(models)
+    curves = [(labels[result["model"]], result["num_loops"], result["scores"]) for result in results]
+    _print_table(curves)
+    if json is not None:
+        rows = [result | {"scores": [score.model_dump() for score in result["scores"]]} for result in results]
+        write_json(json, {"files": files, "last": last, "texts": len(cut), "results": rows})
+    if plot is not None:
+        from yoco_u.evaluation.plots import write_context_plot
+
+        write_context_plot([(f"{label}, T={loops}", scores) for label, loops, scores in curves], last, plot)
+
+
+def _same_texts(
+    models: Sequence[Path], files: Sequence[str] | None, text_field: str, tokens: int, limit: int | None
+) -> list[list[int]]:
+    """The texts, which must be the same tokens for all models."""
+    first, *others = models
+    found = _texts(first, files, text_field, tokens, limit)
+    for other in others:
+        if _texts(other, files, text_field, tokens, limit) != found:
+            raise UserError(
+                f"{other}: reads other tokens than {first}, so their losses cannot be compared; compare models of one "
+                "tokenizer, and name --files if their validation splits differ"
+            )
+    return found
+
+
+def _texts(model: Path, files: Sequence[str] | None, text_field: str, tokens: int, limit: int | None) -> list[list[int]]:
+    from yoco_u.data import Corpus, DocumentEncoder, PackedDataset
+    from yoco_u.evaluation.context import take_texts
+    from yoco_u.runs import is_run, model_folder, read_run_config, read_tokenizer
+
+    if files:
+        encoder = DocumentEncoder(read_tokenizer(model))
+        documents = Corpus(files, text_field).documents()
+        return take_texts((encoder.encode([document.text])[0] for document in documents), tokens, limit)
+    model_folder(model)
+    if not is_run(model):
+        raise UserError(f"{model}: a saved model has no validation split; name --files to evaluate on")
+    validation = PackedDataset(read_run_config(model).dataset, "validation", 1, shuffle=False)
+    return take_texts(validation.documents(), tokens, limit)
+
+
+def _labels(models: Sequence[Path]) -> dict[str, str]:
+    """By path, the part of it that tells the models apart."""
+    common = os.path.commonpath([model.absolute().parent for model in models])
+    return {str(model): os.path.relpath(model.absolute(), common) for model in models}
+
+
+def _print_table(curves: "Sequence[tuple[str, int, list[ContextScore]]]") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("model", overflow="fold")
+    for heading in ("loops", "prefix", "loss", "perplexity", "change"):
+        table.add_column(heading, justify="right")
+    for label, loops, scores in curves:
+        for place, score in enumerate(scores):
+            error = "" if score.change_error is None else f" ± {score.change_error:.4f}"
+            table.add_row(
+                *((escape(label), str(loops)) if place == 0 else ("", "")),
+                f"{score.prefix:,}",
+                f"{score.loss:.4f}",
+                f"{score.perplexity:.2f}",
+                f"{score.change:+.4f}{error}" if place else "",
+                end_section=place == len(scores) - 1,
+            )
+    Console().print(table)

@@ -1,0 +1,109 @@
+"""`yoco-u needles`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from yoco_u.cli.arguments import check_can_be_written, names, whole_numbers
+from yoco_u.cli.output import progress_bar
+
+if TYPE_CHECKING:
+    from yoco_u.evaluation.needle_grid import Cell
+
+
+def needles(
+    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
+    kinds: Annotated[
+        str | None,
+        typer.Option("--kinds", help="Of single_1, single_2, multi_key, multi_value, variable_tracking. \\[default: all]"),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option("--lengths", help="Tokens of prompt and answer, with commas between. \\[default: 1024,4096]"),
+    ] = None,
+    depths: Annotated[int | None, typer.Option("--depths", help="Places between beginning and end. \\[default: 5]")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", help="Needles at each place. \\[default: 10]")] = None,
+    haystack: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--haystack", help="Text to hide in, in any form that prepare reads; can be given again. \\[default: stdlib]"
+        ),
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option("--text-field", help="Column of JSON lines and Parquet files that holds the text.")
+    ] = "text",
+    digits: Annotated[int | None, typer.Option("--digits", help="Of the hidden numbers. \\[default: 7]")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Another one gives other needles. \\[default: 0]")] = None,
+    num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own.")] = None,
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="To compute in.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw heat maps as PNG.")] = None,
+) -> None:
+    """Find facts hidden in long texts (RULER's needles), over lengths and depths.
+
+    Recall: values that the greedy output contains. Likeliest: the share of the
+    right answer's tokens that are the model's first choice, each after the
+    right ones before it; small models show there first what they can do.
+
+    [bold]Examples[/bold]
+
+      yoco-u needles runs/8m --plot needles.png
+
+      yoco-u needles runs/8m --kinds single_1,multi_key --lengths 512,2048,8192 --samples 50 --num-loops 5 --json needles.json
+    """
+    from yoco_u.evaluation.needle_grid import NeedleSettings, needle_grid
+    from yoco_u.evaluation.needles import NOISE_KINDS, load_haystack
+    from yoco_u.files import write_json
+    from yoco_u.inference import LLM
+    from yoco_u.typed import parse
+
+    check_can_be_written(json=json, plot=plot)
+    given: dict[str, Any] = {
+        "kinds": names(kinds), "lengths": whole_numbers(lengths, "--lengths"), "depths": depths, "samples": samples,
+        "digits": digits, "seed": seed,
+    }  # fmt: skip
+    settings = parse(NeedleSettings, {name: value for name, value in given.items() if value is not None}, "options")
+    llm = LLM(model, device=device, dtype=dtype, num_loops=num_loops, max_model_len=max(settings.lengths))
+    entries = haystack or ["stdlib"]
+    text = load_haystack(entries, text_field) if set(settings.kinds) - set(NOISE_KINDS) else None
+    with progress_bar("needles", settings.count) as advance:
+        cells = needle_grid(llm, settings, text, num_loops, advance)
+    _print_tables(cells)
+    if json is not None:
+        write_json(
+            json,
+            {
+                "model": str(model), "num_loops": llm.engine.num_loops, "haystack": entries,
+                "settings": settings.model_dump(mode="json"), "cells": [cell.model_dump() for cell in cells],
+            },
+        )  # fmt: skip
+    if plot is not None:
+        from yoco_u.evaluation.plots import write_needle_plot
+
+        write_needle_plot(cells, plot)
+
+
+def _print_tables(cells: "Sequence[Cell]") -> None:
+    """A table for each kind: recall at each depth, then the means over the depths."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for kind in dict.fromkeys(cell.kind for cell in cells):
+        own = [cell for cell in cells if cell.kind == kind]
+        depths = list(dict.fromkeys(cell.depth for cell in own))
+        table = Table(box=box.SIMPLE_HEAD, title=f"{kind}: recall by depth", title_justify="left", title_style="bold")
+        for heading in ("length", *(f"{depth:.0%}" for depth in depths), "mean", "likeliest", "loss"):
+            table.add_column(heading, justify="right")
+        for length in dict.fromkeys(cell.length for cell in own):
+            row = [cell for cell in own if cell.length == length]
+            recall, accuracy, loss = (
+                sum(values) / len(row) for values in zip(*((c.recall, c.token_accuracy, c.loss) for c in row), strict=True)
+            )
+            shares = [cell.recall for cell in row] + [recall, accuracy]
+            table.add_row(f"{length:,}", *(f"{share:.0%}" for share in shares), f"{loss:.3f}")
+        console.print(table)
