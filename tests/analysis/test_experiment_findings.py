@@ -1,5 +1,6 @@
 """Every finding on made-up curves that confirm it, contradict it, or leave it open."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,66 @@ def test_of_several_tunings_the_best_stands_for_the_architecture(tmp_path: Path)
     found = outcome(results_of(grid(models), tmp_path, finals(losses)), "equal-steps")
     assert found.verdict == "not confirmed"
     assert found.numbers["difference"].mean == pytest.approx(0.05, abs=0.004)
+
+
+def with_measures(results: Results, taken: dict[str, dict[str, Any]]) -> Results:
+    """The results, as if models had been measured: by series, shifted a little by each seed."""
+
+    def shift(value: Any, by: float) -> Any:
+        if isinstance(value, dict):
+            return {key: one if key in ("length", "depth") else shift(one, by) for key, one in value.items()}
+        return [shift(one, by) for one in value] if isinstance(value, list) else value + by
+
+    series = []
+    for one in results.series:
+        found = {seed: shift(taken.get(one.name, {}), 0.001 * seed) for seed in one.curves}
+        series.append(replace(one, measures=found))
+    return replace(results, series=tuple(series))
+
+
+@pytest.mark.parametrize(
+    ("layers", "verdict"),
+    [
+        ([0.30, 0.20, 0.25, 0.20, 0.12, 0.15, 0.10, 0.04, 0.06, 0.35, 0.20, 0.10], "confirmed"),
+        ([0.10, 0.04, 0.06, 0.20, 0.12, 0.15, 0.30, 0.20, 0.25, 0.35, 0.20, 0.10], "not confirmed"),  # grows
+        ([0.30, 0.20, 0.25, 0.20, 0.12, 0.15, 0.10, 0.04, 0.30, 0.10, 0.20, 0.10], "not confirmed"),  # no jump
+        ([0.30, 0.20, 0.25, 0.12, 0.20, 0.15, 0.10, 0.04, 0.06, 0.35, 0.20, 0.10], "not confirmed"),  # another pattern
+    ],
+)
+def test_angular_distances(tmp_path: Path, layers: list[float], verdict: str) -> None:
+    plain = results_of(grid({"yoco-u": preset("yoco_u", layers=6)}), tmp_path, finals({"yoco-u": 2.5}))
+    assert outcome(plain, "angular").verdict == OPEN
+    found = outcome(with_measures(plain, {"yoco-u": {"angular": {"layers": layers}}}), "angular")
+    assert found.verdict == verdict
+    assert found.numbers["loop 2 minus loop 1"].mean == pytest.approx(sum(layers[3:6]) / 3 - sum(layers[:3]) / 3)
+
+
+@pytest.mark.parametrize(
+    ("recalls", "verdict"),
+    [
+        ((0.05, 0.97, 0.98, 0.99), "confirmed"),
+        ((0.05, 0.97, 0.60, 0.99), OPEN),
+        ((0.95, 0.93, 0.92, 0.99), "not confirmed"),
+    ],
+)
+def test_retrieval(tmp_path: Path, recalls: tuple[float, ...], verdict: str) -> None:
+    stages = [{"attention": "sliding", "layers": 4}]
+    shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    models: dict[str, Any] = {name: preset(name.replace("-", "_")) for name in ("transformer", "yoco", "yoco-u")}
+    models["window-only"] = {"settings": {"architecture": shape | {"head_dim": 8, "window": 8, "stages": stages}}}
+    experiment = grid(models, base={"training": grid({"x": {}}).base["training"], "optimizer": {"warmup_steps": 0}})
+    names = ["window-only", "transformer", "yoco", "yoco-u"]
+    for name in names[1:]:
+        experiment.models[name].settings["architecture"]["size"] = "test"
+    results = results_of(experiment, tmp_path, finals(dict.fromkeys(names, 2.5)))
+    assert outcome(results, "retrieval").verdict == OPEN
+    taken = {
+        name: {
+            "needles": [{"length": n, "depth": d, "recall": 1.0 if d > 0.5 else recall} for n in (64, 512) for d in (0, 0.5, 1)]
+        }
+        for name, recall in zip(names, recalls, strict=True)
+    }
+    found = outcome(with_measures(results, taken), "retrieval")
+    assert found.verdict == verdict
+    assert found.numbers["yoco"].mean == pytest.approx(recalls[2] + 0.001)
+    assert "512 tokens" in found.text

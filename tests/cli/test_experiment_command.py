@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from yoco_u.analysis.experiment.config import Measures
+from yoco_u.analysis.experiment.measure import measure, read_measures
+from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.runs import read_run
 from yoco_u.training import TrainingDiverged
 
@@ -31,6 +35,7 @@ base:
     evaluate_every: 2
     save_every: 2
 seeds: [0, 1]
+measures: {{angular: {{tokens: 64}}}}
 models:
   yoco: {{settings: {{architecture: {{preset: yoco}}}}}}
   yoco-u: {{label: YOCO-U, settings: {{architecture: {{preset: yoco_u, loops: 2}}}}}}
@@ -69,7 +74,11 @@ def test_a_grid_is_trained_reported_and_not_trained_again(run: Any, grid: Path, 
     assert len({r.config.dataset for r in runs}) == 1
     for cell, found in zip(data["cells"], runs, strict=True):
         assert cell["curve"][-1][2] == pytest.approx(found.kind("evaluation")[-1]["loss"], abs=1e-6)
-    written = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
+    distances = json.loads((out / CELLS[1] / "measures.json").read_text())["angular"]["result"]
+    assert len(distances["layers"]) == 2 * 2 + 2
+    assert "repeat a pattern in each loop" in outcome.out
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("m*s.json*")}
+    assert len(written) == 8
     again = run("experiment", grid, "--out", out)
     assert again.status == 0
     assert again.err.count("nothing to do") == 4
@@ -80,13 +89,11 @@ def test_a_grid_is_trained_reported_and_not_trained_again(run: Any, grid: Path, 
 def test_cells_by_number_name_and_shard(run: Any, grid: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("experiment", grid, "--out", out, "--cell", "1").out == ""
-    assert run("experiment", grid, "--out", out, "--cell", "yoco_seed-1").status == 0
-    finished = {path.parent.name for path in out.glob("*/summary.json")}
-    assert finished == {"yoco-u_seed-0", "yoco_seed-1"}
+    assert run("experiment", grid, "--out", out, "--cell", "yoco-u_seed-0").err.count("nothing to do") == 1
     run("experiment", grid, "--out", out, "--only", "1/4")
-    assert {path.parent.name for path in out.glob("*/summary.json")} == finished | {"yoco_seed-0"}
+    assert {path.parent.name for path in out.glob("*/summary.json")} == {"yoco-u_seed-0", "yoco_seed-0"}
     outcome = run("experiment", grid, "--out", out, "--report")
-    assert outcome.out.startswith("3 of 4 runs are finished")
+    assert outcome.out.startswith("2 of 4 runs are finished")
 
 
 def test_overrides_are_of_the_experiment(run: Any, grid: Path, tmp_path: Path) -> None:
@@ -95,18 +102,7 @@ def test_overrides_are_of_the_experiment(run: Any, grid: Path, tmp_path: Path) -
     assert "2 cells" in outcome.out
 
 
-def test_a_cell_that_another_process_trains_is_passed_over(run: Any, grid: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    (out / CELLS[1]).mkdir(parents=True)
-    with FileLock(out / CELLS[1] / ".lock"):
-        outcome = run("experiment", grid, "--out", out)
-    assert "another process is training there" in outcome.err
-    assert f"not finished: {CELLS[1]}" in outcome.err
-    assert outcome.status == 0
-    assert {path.parent.name for path in out.glob("*/summary.json")} == {*CELLS} - {CELLS[1]}
-
-
-def test_a_run_that_diverges_does_not_stop_the_grid(
+def test_taken_and_diverging_cells_do_not_stop_the_grid(
     run: Any, grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from yoco_u.analysis.experiment import run as module
@@ -121,12 +117,28 @@ def test_a_run_that_diverges_does_not_stop_the_grid(
         return train(config, folder, progress=progress)
 
     monkeypatch.setattr(module, "train", diverge)
-    outcome = run("experiment", grid, "--out", out)
+    (out / CELLS[1]).mkdir(parents=True)
+    with FileLock(out / CELLS[1] / ".lock"):
+        outcome = run("experiment", grid, "--out", out)
     assert outcome.status == 0
-    assert "the loss is nan; going on with the next cell" in outcome.err
     assert asked == CELLS
-    assert "passed over" in run("experiment", grid, "--out", out).err
-    assert asked == [*CELLS, *CELLS[1:]]
+    assert "the loss is nan; going on with the next cell" in outcome.err
+    assert "another process is training there" in outcome.err
+    assert [line for line in outcome.err.splitlines() if "not finished" in line] == [f"not finished: {c}" for c in CELLS[:2]]
+    assert {path.parent.name for path in out.glob("*/summary.json")} == {*CELLS[2:]}
+    assert "passed over" in run("experiment", grid, "--out", out, "--cell", "0").err
+    assert asked == CELLS
+
+
+def test_needles_are_asked_for_once(workspace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace / "a", tmp_path / "a")
+    asked = Measures(needles=NeedleSettings(kinds=("single_1",), lengths=(700,), depths=2, samples=1))
+    measure(tmp_path / "a", asked)
+    assert [(cell["length"], cell["depth"]) for cell in read_measures(tmp_path / "a")["needles"]] == [(700, 0.0), (700, 1.0)]
+    written = (tmp_path / "a" / "measures.json").stat().st_mtime_ns
+    measure(tmp_path / "a", asked)
+    assert (tmp_path / "a" / "measures.json").stat().st_mtime_ns == written
+    assert read_measures(workspace) == {}
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

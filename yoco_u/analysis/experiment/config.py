@@ -5,15 +5,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
+from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.inference import SamplingParams
 from yoco_u.typed import Config
 
 Role = Literal[
     "transformer", "yoco", "universal_transformer", "rins", "parscale", "yoco_u", "upper_loop", "upper_loop_without_shared_kv",
-    "deep", "deeper", "plain_loop", "tamed_loop",
+    "deep", "deeper", "plain_loop", "tamed_loop", "window_only",
 ]  # fmt: skip
 """What a model stands for where the paper's findings are judged: an architecture of the paper; `plain_loop`, a YOCO-U without
-remedies against its slow start; `tamed_loop`, the same with one."""
+remedies against its slow start; `tamed_loop`, the same with one; `window_only`, a model of sliding attention alone."""
 
 Scalar = bool | int | float | str | None
 Vary = dict[str, Annotated[tuple[Scalar, ...], Field(min_length=1)]]
@@ -76,6 +77,24 @@ class Samples(Config):
     sampling: SamplingParams = SamplingParams(max_tokens=200, temperature=0.8, seed=0)
 
 
+class AngularMeasure(Config):
+    """Angular distances between consecutive layers, over the first tokens of the validation split."""
+
+    tokens: PositiveInt = 32_768
+
+
+class Measures(Config):
+    """What is measured of each model when it is trained; nothing by default.
+
+    Attributes:
+        angular: see `yoco_u.analysis.loops.angular`.
+        needles: see `yoco_u.evaluation.needle_grid`; hidden in the corpus where a kind needs a text.
+    """
+
+    angular: AngularMeasure | None = None
+    needles: NeedleSettings | None = None
+
+
 class Experiment(Config):
     """A grid of runs: models x varied settings x training tokens x seeds, all on one dataset.
 
@@ -89,6 +108,7 @@ class Experiment(Config):
         seeds: of the initial weights and the order of the data, an axis; if empty, the seed is that of the settings.
         match: whose cost all other models have, the reference itself left out.
         samples: prompts that each trained model continues.
+        measures: what is measured of each trained model.
     """
 
     title: str
@@ -99,6 +119,7 @@ class Experiment(Config):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()
     match: Matches = ()
     samples: Samples | None = None
+    measures: Measures | None = None
 
     @model_validator(mode="after")
     def _names(self) -> "Experiment":

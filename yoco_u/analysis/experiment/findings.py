@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from yoco_u.analysis.experiment import comparisons, loop_checks
+from yoco_u.analysis.experiment import comparisons, inside_checks, loop_checks
 from yoco_u.analysis.experiment.results import Results
 from yoco_u.analysis.experiment.statistics import NotDecidable
 from yoco_u.analysis.experiment.verdicts import OPEN, Outcome
@@ -73,6 +73,19 @@ FINDINGS = (
         "Each further loop gains less than the one before.",
         "yoco_u at three or more loop counts (yoco counts as one loop), equal tokens",
         loop_checks.each_by_less,
+    ),
+    Finding(
+        "angular",
+        "The angular distances between consecutive layers repeat a pattern in each loop, shrink loop by loop, and jump at the "
+        "border of self- and cross-decoder.",
+        "yoco_u with measures.angular",
+        inside_checks.angular,
+    ),
+    Finding(
+        "retrieval",
+        "YOCO-U and YOCO find needles far behind their window, as a Transformer does; a model of windows alone does not.",
+        "window_only, transformer, yoco and yoco_u with measures.needles",
+        inside_checks.retrieval,
     ),
     Finding(
         "early-lag",

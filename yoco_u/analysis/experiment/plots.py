@@ -72,6 +72,23 @@ def budget_plot(found: Sequence[Series], fits: Sequence[Fit], x: str, label: str
     return svg(draw)
 
 
+def angular_plot(found: Sequence[Series]) -> str | None:
+    """Mean angular distance of each unrolled layer, over the seeds; None if it was not measured."""
+    numbers = styles(found)
+    measured = [series for series in found if any("angular" in taken for taken in series.measures.values())]
+
+    def draw(axes: Axes) -> None:
+        for series in measured:
+            rows = [taken["angular"]["layers"] for taken in series.measures.values() if "angular" in taken]
+            number = numbers[series.model]
+            colour, line, x = PALETTE[number % len(PALETTE)][0], dashes(number), range(1, len(rows[0]) + 1)
+            axes.plot(x, np.mean(rows, axis=0), color=colour, linestyle=line, marker="o", markersize=3, linewidth=1.2)
+        axes.set_xlabel("layer, unrolled")
+        axes.set_ylabel("angular distance, half turns")
+
+    return svg(draw, (7.5, 3.5)) if measured else None
+
+
 def write_png(found: Sequence[Series], path: Path) -> None:
     """The curves over tokens and over FLOPs as one picture, for documents; whole or not at all."""
     figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=130)

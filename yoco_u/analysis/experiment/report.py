@@ -7,7 +7,7 @@ import yaml
 
 from yoco_u.analysis.experiment.config import Experiment
 from yoco_u.analysis.experiment.plan import Cell
-from yoco_u.analysis.experiment.plots import AXES, budget_plot, curve_plot, final_plot, styles, write_png
+from yoco_u.analysis.experiment.plots import AXES, angular_plot, budget_plot, curve_plot, final_plot, styles, write_png
 from yoco_u.analysis.experiment.results import read_results
 from yoco_u.analysis.experiment.summary import Fit, Summary, summarize
 from yoco_u.analysis.experiment.verdicts import loss_text, short_difference_text
@@ -53,6 +53,7 @@ def render(summary: Summary) -> str:
         budget_plots=[(f"Final loss against {_unit(x)}", budget_plot(series, summary.fits, x, label)) for x, label in AXES]
         if several
         else [],
+        angular_plot=angular_plot(series),
         baseline=summary.baseline,
         table=[
             [

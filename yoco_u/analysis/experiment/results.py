@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from yoco_u.analysis.experiment.config import Role
+from yoco_u.analysis.experiment.measure import read_measures
 from yoco_u.analysis.experiment.plan import Cell
 from yoco_u.analysis.experiment.run import has_diverged
 from yoco_u.analysis.experiment.statistics import Interval, interval
@@ -34,12 +35,14 @@ class CellResult:
     Attributes:
         curve: all evaluations so far, in their order.
         seconds: of training so far.
+        measures: by name, see `yoco_u.analysis.experiment.measure`.
     """
 
     cell: Cell
     state: State
     curve: tuple[Point, ...]
     seconds: float
+    measures: dict[str, Any]
 
     @property
     def final(self) -> Point:
@@ -55,6 +58,8 @@ class Series:
         parameters: of each model.
         tokens, flops: of each run.
         curves: by seed.
+        layers: blocks in each stage, before looping.
+        measures: by seed, then by name.
     """
 
     name: str
@@ -67,6 +72,8 @@ class Series:
     tokens: int
     flops: float
     curves: dict[int, tuple[Point, ...]]
+    layers: tuple[int, ...]
+    measures: dict[int, dict[str, Any]]
 
     @property
     def final(self) -> dict[int, float]:
@@ -152,7 +159,7 @@ def read_results(cells: Sequence[Cell], folder: Path) -> Results:
 
 def _read_cell(cell: Cell, folder: Path) -> CellResult:
     if not (folder / METRICS).exists():
-        return CellResult(cell, "not begun", (), 0.0)
+        return CellResult(cell, "not begun", (), 0.0, {})
     run = read_run(folder)
     curve = tuple(Point(record["tokens"], record["flops"], record["loss"]) for record in run.kind("evaluation"))
     state: State = "unfinished"
@@ -161,7 +168,7 @@ def _read_cell(cell: Cell, folder: Path) -> CellResult:
     elif has_diverged(folder):
         state = "diverged"
     steps = run.kind("train")
-    return CellResult(cell, state, curve, steps[-1]["seconds"] if steps else 0.0)
+    return CellResult(cell, state, curve, steps[-1]["seconds"] if steps else 0.0, read_measures(folder))
 
 
 def _series(group: Sequence[CellResult]) -> Series:
@@ -178,4 +185,6 @@ def _series(group: Sequence[CellResult]) -> Series:
         tokens=final.tokens,
         flops=final.flops,
         curves={result.cell.seed: result.curve for result in group},
+        layers=tuple(stage.layers for stage in architecture.stages),
+        measures={result.cell.seed: result.measures for result in group},
     )

@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from yoco_u.analysis.experiment.config import Experiment, Samples
+from yoco_u.analysis.experiment.config import Experiment
+from yoco_u.analysis.experiment.measure import measure, write_samples
 from yoco_u.analysis.experiment.plan import Cell
-from yoco_u.files import write_json
-from yoco_u.inference import LLM
-from yoco_u.runs import SAMPLES, read_json
 from yoco_u.training import RunFolderTaken, TrainingDiverged, train
 from yoco_u.training.distributed import distributed_session
 from yoco_u.typed import dump_yaml
@@ -26,7 +24,7 @@ def run_cells(
     progress: bool = True,
     say: Say = lambda _: None,
 ) -> list[Cell]:
-    """Train every cell that is not finished, each in `folder`/name, and let its model write the samples.
+    """Train every cell that is not finished, each in `folder`/name, let its model write the samples, and measure it.
 
     A cell that another process is training, or whose loss is not finite, is passed over.
 
@@ -57,27 +55,18 @@ def run_cells(
             say(f"{problem}; going on with the next cell")
             unfinished.append(cell)
             continue
-        if experiment.samples is not None:
-            with distributed_session(cell.config.training.device) as distributed:
-                distributed.on_main(partial(write_samples, target, experiment.samples))
+        with distributed_session(cell.config.training.device) as distributed:
+            distributed.on_main(partial(_look_at, target, experiment))
     return unfinished
+
+
+def _look_at(run: Path, experiment: Experiment) -> None:
+    if experiment.samples is not None:
+        write_samples(run, experiment.samples)
+    if experiment.measures is not None:
+        measure(run, experiment.measures)
 
 
 def has_diverged(run: Path) -> bool:
     """Whether training stopped there because a loss or gradient was not finite."""
     return any((run / "checkpoints").glob("non-finite-step-*"))
-
-
-def write_samples(run: Path, samples: Samples) -> None:
-    """Let the model of a run write, and keep it in samples.json; nothing happens if the same was asked before."""
-    settings = samples.sampling.model_dump(mode="json")
-    found = read_json(run / SAMPLES, [])
-    if [(sample["prompt"], sample["settings"]) for sample in found] == [(prompt, settings) for prompt in samples.prompts]:
-        return
-    requests = LLM(run, dtype="float32").generate(samples.prompts, samples.sampling)
-    written = [
-        {"prompt": prompt, "text": output.text, "tokens": len(output.token_ids), "settings": settings}
-        for prompt, request in zip(samples.prompts, requests, strict=True)
-        for output in request.outputs
-    ]
-    write_json(run / SAMPLES, written)

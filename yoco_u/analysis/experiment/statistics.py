@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import curve_fit
@@ -85,7 +86,12 @@ def simultaneous_half_width(losses: Sequence[Mapping[int, float]]) -> float:
     noise = table - table.mean(0, keepdims=True) - table.mean(1, keepdims=True) + table.mean()
     freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
     variance = float(np.square(noise).sum()) / freedom
-    return float(studentized_range.ppf(CONFIDENCE, len(losses), freedom)) * math.sqrt(variance / len(seeds))
+    return _studentized_range(len(losses), freedom) * math.sqrt(variance / len(seeds))
+
+
+@lru_cache
+def _studentized_range(models: int, freedom: int) -> float:
+    return float(studentized_range.ppf(CONFIDENCE, models, freedom))
 
 
 def first_reach(x: Sequence[float], losses: Sequence[float], target: float) -> float | None:

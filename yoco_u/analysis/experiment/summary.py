@@ -86,6 +86,7 @@ class Summary:
                     "state": result.state,
                     "seconds": round(result.seconds, 1),
                     "curve": [[point.tokens, point.flops, round(point.loss, 6)] for point in result.curve],
+                    "measures": result.measures,
                 }
                 for result in self.results.cells
             ],
