@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -255,9 +256,29 @@ def test_vllm_refuses_what_it_cannot_run(name: str, settings: dict[str, Any], wh
 
 
 @needs_vllm
-def test_a_loop_count_that_is_none_is_refused(yoco_u: Checkpoint) -> None:
-    with pytest.raises(Exception, match="num_loops is 0"), vllm(yoco_u.folder, hf_overrides={"num_loops": 0}):
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"hf_overrides": {"num_loops": 0}}, "num_loops is 0"),
+        ({"runner": "pooling", "kv_sharing_fast_prefill": True}, "the runner is pooling"),
+        ({"pipeline_parallel_size": 2}, "Pipeline parallelism is not supported"),
+        ({"enable_lora": True}, "does not support LoRA"),
+    ],
+)
+def test_vllm_refuses_settings(settings: dict[str, Any], why: str, yoco_u: Checkpoint) -> None:
+    with pytest.raises(Exception, match=why), vllm(yoco_u.folder, **settings):
         pass
+
+
+@needs_vllm
+def test_quantization_is_refused() -> None:
+    """vLLM has none on a CPU that would come as far as the model."""
+    from yoco_u.integrations.vllm.model import YocoUForCausalLM
+
+    config = YocoUConfig.from_architecture(preset("yoco_u", "test"))
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=config), quant_config=object())
+    with pytest.raises(UserError, match="drop --quantization"):
+        YocoUForCausalLM(vllm_config=vllm_config)
 
 
 @needs_vllm

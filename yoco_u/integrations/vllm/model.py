@@ -38,6 +38,9 @@ class YocoUForCausalLM(nn.Module):
         a = served_architecture(config)
         if vllm_config.quant_config is not None:
             raise UserError("quantization was asked for, which the plugin does not pass on to its layers; drop --quantization")
+        if vllm_config.model_config.runner_type != "generate":
+            runner = vllm_config.model_config.runner_type
+            raise UserError(f"the runner is {runner}, but the plugin's models generate text; drop --runner and --convert")
         self.architecture = a
         stored = config.architecture.stages
         gates = [stage.loops - 1 if stage.loop_gate is not None else 0 for stage in stored]

@@ -1,0 +1,157 @@
+"""Our checkpoints in vLLM: the same greedy tokens as in our engine, and YOCO-U beside a Llama on the same vLLM.
+
+- Tokens: float32, prompts of 1 to `--longest` tokens cut from the Python standard library, each answered by our engine and by
+  vLLM. Where answers part, the tie that explains it is looked for: the logits of both tokens by our forward pass.
+- Speed: prefill and decode of YOCO-U and of the Llama of equal widths and layers, random weights, bfloat16, measured as
+  `yoco-u bench` measures vLLM.
+
+    python benchmarks/vllm_plugin.py runs/quickstart/yoco-u --python ~/vllm/bin/python
+
+runs both, prints tables and writes JSON. `--python` is an environment with vLLM and this package (docs/vllm.md).
+"""
+
+import random
+import sysconfig
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import parser, show, write
+from rich.console import Console
+
+from yoco_u import LLM, SamplingParams, YocoUConfig
+from yoco_u.architecture import Architecture, preset
+from yoco_u.benchmark.cases import Settings, cases_of
+from yoco_u.benchmark.engines import WORKERS, Engine, peer_engines
+from yoco_u.benchmark.process import Worker
+from yoco_u.benchmark.results import as_json
+from yoco_u.benchmark.run import START_SECONDS, Benchmark
+from yoco_u.benchmark.table import print_tables
+from yoco_u.runs import load_model, model_folder
+
+TIE = 1e-3
+"""Logits that differ by less may change places where sums are added up in another order."""
+
+WAYS: dict[str, dict[str, Any]] = {"plain": {}, "fast prefill": {"kv_sharing_fast_prefill": True}}
+"""Settings of vLLM."""
+
+
+def main() -> None:
+    arguments = parser(__doc__, "vllm_plugin")
+    arguments.add_argument("model", type=Path, help="a trained run or saved model, for the tokens")
+    arguments.add_argument("--python", required=True, help="interpreter that has vLLM and this package")
+    arguments.add_argument("--prompts", type=int, default=100)
+    arguments.add_argument("--longest", type=int, default=2048, help="tokens of the longest prompt")
+    arguments.add_argument("--new", type=int, default=64, help="tokens of each answer")
+    arguments.add_argument("--size", default="100m", help="of the models whose speed is measured")
+    arguments.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768])
+    arguments.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    arguments.add_argument("--steps", type=int, default=32, help="decode steps that are timed")
+    arguments.add_argument("--rounds", type=int, default=1)
+    arguments.add_argument("--time-limit", type=float, default=600.0, help="seconds that one case may take")
+    chosen = arguments.parse_args()
+
+    tokens = compare_tokens(chosen)
+    show("Greedy tokens of our engine and of vLLM, float32", tokens)
+    write(chosen.out, {"tokens": tokens})
+    speed = measure_speed(chosen)
+    write(chosen.out, {"tokens": tokens, "speed": speed})
+
+
+def compare_tokens(chosen: Namespace) -> list[dict[str, Any]]:
+    """One row for each way of running vLLM."""
+    model, tokenizer = load_model(chosen.model, torch.device("cpu"))
+    prompts = standard_library_prompts(tokenizer, chosen.prompts, chosen.longest)
+    ours = LLM(chosen.model, dtype="float32")
+    params = SamplingParams(temperature=0, max_tokens=chosen.new, ignore_eos=True)
+    expected = [list(request.outputs[0].token_ids) for request in ours.generate(prompts, params)]
+
+    rows = []
+    for way, settings in WAYS.items():
+        job = {
+            "checkpoint": str(model_folder(chosen.model).resolve()),
+            "dtype": "float32",
+            "tokens": chosen.longest + chosen.new,
+            "settings": settings | {"kv_cache_memory_bytes": 2**30},
+        }
+        worker = Worker(chosen.python, WORKERS / "vllm_greedy.py", job, torch.get_num_threads())
+        try:
+            version = worker.about(START_SECONDS)["version"]
+            answer = worker.run({"prompts": prompts, "new": chosen.new}, 10 * chosen.time_limit)
+        finally:
+            worker.close()
+        if "error" in answer:
+            raise SystemExit(f"vLLM, {way}: {answer['error']}")
+        gaps = [
+            parting(model, prompt, mine, theirs)
+            for prompt, mine, theirs in zip(prompts, expected, answer["tokens"], strict=True)
+            if mine != theirs
+        ]
+        rows.append(
+            {
+                "vLLM": f"{version}, {way}",
+                "prompts": len(prompts),
+                "identical": len(prompts) - len(gaps),
+                "part at a tie": sum(gap < TIE for gap in gaps),
+                "differ": sum(gap >= TIE for gap in gaps),
+                "largest gap of logits": max(gaps, default=0.0),
+            }
+        )
+    return rows
+
+
+def standard_library_prompts(tokenizer: Any, count: int, longest: int) -> list[list[int]]:
+    """Cuts of 1 to `longest` tokens, as many short ones as long ones by the logarithm."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files[:40])
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    draw = random.Random(0)
+    lengths = [round(longest ** (i / max(count - 1, 1))) for i in range(count)]
+    begins = [draw.randrange(len(tokens) - length) for length in lengths]
+    return [tokens[begin : begin + length] for begin, length in zip(begins, lengths, strict=True)]
+
+
+def parting(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) -> float:
+    """How much higher the logit of our token is than that of vLLM's, where the answers part first."""
+    same = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ours[:same]]), logits_to_keep=1, use_cache=False).logits[0, -1]
+    return float(logits[ours[same]] - logits[theirs[same]])
+
+
+def measure_speed(chosen: Namespace) -> dict[str, Any]:
+    settings = Settings(
+        size=chosen.size, architectures=("yoco_u",), contexts=tuple(chosen.contexts), batches=tuple(chosen.batches),
+        steps=chosen.steps, rounds=chosen.rounds, time_limit=chosen.time_limit,
+    )  # fmt: skip
+    a = preset("yoco_u", chosen.size)
+    [llama] = peer_engines(settings, a, ["vllm"], {"vllm": chosen.python})
+    engines = [ours_in_vllm(f"yoco_u in vllm, {way}", a, way, chosen.python, settings.dtype) for way in reversed(WAYS)]
+    benchmark = Benchmark(settings, [*engines, llama], cases_of(settings))
+    console = Console()
+    with console.status("measuring") as status:
+
+        def progress(engine: Engine, case: Any) -> None:
+            status.update(f"{engine.name}: {'starting' if case is None else case}")
+
+        measurement = benchmark.run(progress)
+    print_tables(console, measurement)
+    return as_json(measurement)
+
+
+def ours_in_vllm(name: str, a: Architecture, way: str, python: str, dtype: str) -> Engine:
+    owners = sum(stage.layers * stage.loops for stage in a.stages if stage.attention != "cross") + a.has_global_kv
+    shape = {
+        "vocab_size": a.vocab_size,
+        "layers": owners,  # each with room for whole sequences, which windows do not use
+        "kv_heads": a.num_key_value_heads,
+        "head_dim": a.head_dim,
+    }
+    config = YocoUConfig.from_architecture(a, architectures=["YocoUForCausalLM"], dtype=dtype).to_dict()
+    job = {"model": shape, "config": config, "dtype": dtype, "settings": WAYS[way]}
+    return Engine(name, a, python, WORKERS / "vllm_engine.py", job, is_ours=True)
+
+
+if __name__ == "__main__":
+    main()
