@@ -103,7 +103,7 @@ def test_damaged_config_and_tokenizer(run: Any, workspace: Path, tmp_path: Path)
     ("option", "part"),
     [
         (("--num-loops", "0"), "num_loops"),
-        (("--max-tokens", "0"), "max_tokens"),
+        (("--max-tokens", "0"), "--max-tokens"),
         (("--temperature", "-1"), "temperature"),
         (("--top-p", "1.5"), "top_p"),
         (("--top-k", "-1"), "top_k"),

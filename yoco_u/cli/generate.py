@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; - reads standard input. Can be repeated.")],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Stop after so many tokens.")] = 200,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Stop after so many tokens.")] = 200,
     n: Annotated[int, typer.Option("-n", help="Outputs of each prompt.")] = 1,
     temperature: Annotated[float, typer.Option("--temperature", help="Divides the logits: lower is safer.")] = 0.8,
     top_k: Annotated[int, typer.Option("--top-k", help="Choose among so many likeliest tokens; 0: all.")] = 0,
