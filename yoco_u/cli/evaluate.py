@@ -1,11 +1,13 @@
 """`yoco-u evaluate`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from yoco_u.cli.arguments import names
 from yoco_u.cli.output import note, print_json
+from yoco_u.cli.tasks import evaluate_on_tasks
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from yoco_u.training.distributed import Distributed
 
 _DEFAULT_LENGTH = 1024
+_TASKS = "Tasks of lm-evaluation-harness"
 
 
 def evaluate(
@@ -28,21 +31,67 @@ def evaluate(
         list[int] | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own; can be given again.")
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. \\[default: the run's, or 1024]")
+        int | None,
+        typer.Option(
+            "--sequence-length",
+            min=1,
+            help="Tokens per row. \\[default: the run's, or 1024] Of tasks, tokens of context and answer. \\[default: 2048]",
+        ),
     ] = None,
     text_field: Annotated[
         str, typer.Option("--text-field", help="Column of JSON lines and Parquet files that holds the text.")
     ] = "text",
     weights: Annotated[
-        str | None, typer.Option("--weights", help="int8: score the weights in int8 as well, and print what that changes.")
+        str | None,
+        typer.Option(
+            "--weights", help="int8: score the weights in int8 as well, and print what that changes; tasks run in int8 alone."
+        ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", rich_help_panel=_TASKS, help="Names of tasks or groups, with commas between; instead of loss."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, rich_help_panel=_TASKS, help="So many questions of each task.")
+    ] = None,
+    fewshot: Annotated[
+        int | None,
+        typer.Option("--fewshot", min=0, rich_help_panel=_TASKS, help="Examples before a question. \\[default: the task's]"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", min=1, rich_help_panel=_TASKS, help="Tokens of an answer. \\[default: the task's]"),
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option("--include-path", metavar="DIR", rich_help_panel=_TASKS, help="Folder of task files (YAML) of yours."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DIR", rich_help_panel=_TASKS, help="Folder of NAME.jsonl files for yoco_u_math."),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"] | None,
+        typer.Option("--dtype", rich_help_panel=_TASKS, help="To compute in. \\[default: float32]"),
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", rich_help_panel=_TASKS, help="Ask through the tokenizer's chat template.")
+    ] = False,
+    run_generated_code: Annotated[
+        bool,
+        typer.Option("--run-generated-code", rich_help_panel=_TASKS, help="Agree to run programs that the model writes."),
+    ] = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of held-out text, in float32.
+    """Loss, perplexity and bits per byte of held-out text, in float32; or tasks.
 
     Files are scored whole, every token once, against their exact bytes. With
     several loop counts there is one row for each.
+
+    Tasks are those of lm-evaluation-harness, and yoco_u_paper and
+    yoco_u_comparison (the paper's), yoco_u_stdlib (needs no download) and
+    yoco_u_math (over files of yours).
 
     [bold]Examples[/bold]
 
@@ -51,6 +100,8 @@ def evaluate(
       yoco-u evaluate runs/quickstart/yoco-u a.py b.py --num-loops 1 --num-loops 3
 
       yoco-u evaluate runs/quickstart/yoco-u --weights int8 --num-loops 1 --num-loops 3
+
+      yoco-u evaluate runs/quickstart/yoco-u --tasks yoco_u_stdlib --limit 100
     """
     from yoco_u.inference.quantization import quantize, require_torchao
     from yoco_u.runs import load_model
@@ -63,6 +114,18 @@ def evaluate(
         raise UserError(f"--weights is {weights}; expected int8, or leave it out")
     if weights == "int8":
         require_torchao()
+    how = {"limit": limit, "fewshot": fewshot, "max_tokens": max_tokens}
+    consent = {"chat_template": chat_template, "run_generated_code": run_generated_code}
+    places = {"include_path": include_path, "data": data}
+    if tasks is not None:
+        if files:
+            raise UserError("FILES are scored without --tasks; leave out one of them")
+        settings = {"max_length": sequence_length, "weights": weights, "dtype": dtype, "device": device}
+        evaluate_on_tasks(model, names(tasks) or (), num_loops, how | consent, settings, json, **places)
+        return
+    for option, value in (how | consent | places | {"dtype": dtype}).items():
+        if value:
+            raise UserError(f"--{option.replace('_', '-')} does nothing without --tasks; name tasks")
     with distributed_session(device) as distributed:
         network, tokenizer = load_model(model, distributed.device)
         length = sequence_length or _sequence_length(model)
@@ -77,8 +140,7 @@ def evaluate(
             for row, score in zip(results, scores(), strict=True):
                 row["int8"] = _changes(row, score)
     if json:
-        data = {"model": str(model), "files": files or None, "sequence_length": length, "results": results}
-        print_json(data)
+        print_json({"model": str(model), "files": files or None, "sequence_length": length, "results": results})
         return
     note(f"{', '.join(files) if files else 'validation split'}, rows of {length} tokens")
     _print_table(results)

@@ -1,0 +1,212 @@
+"""The engine as a model of lm-evaluation-harness, registered there as `yoco_u`.
+
+Requests run batched continuously; what their contexts have in common is computed once; log-likelihoods run the cross-decoder
+and the LM head for the scored positions alone. Scores are those of the harness's own path through transformers.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from yoco_u.data import end_of_text_id
+from yoco_u.errors import UserError
+from yoco_u.inference import LLM, RequestOutput, SamplingParams
+from yoco_u.inference.shared_prefixes import run_shared
+
+MAX_LENGTH = 2048
+"""Longest context by default, as the harness takes it for models that name no limit."""
+
+_MAX_NEW_TOKENS = 256  # as the harness's models, where a task names none
+_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+_UNASKED_DEVICE = "cuda:0"  # what the harness's command line passes where none was named
+_DEFAULTS = {"dtype": "float32", "block_size": 16, "snapshot_bytes": 2**30}  # contexts part at any token
+
+_Scored = tuple[tuple[str, str] | None, list[int], list[int]]
+"""Texts, for the harness's cache, and tokens of a context and its continuation."""
+
+
+@register_model("yoco_u")
+class EngineLM(TemplateLM):
+    """A model behind our engine, for `lm_eval.simple_evaluate`.
+
+    Args:
+        pretrained: a run folder or a saved model; or an `LLM`, whose settings are kept.
+        device: auto, cpu or cuda.
+        num_loops: T; the model's own by default. It may be set anew between evaluations.
+        max_length: tokens of a context and what follows it; longer contexts lose their beginning.
+        add_bos_token: begin contexts with the token that begins documents, as in training.
+        seed: of the first request that is sampled; each further one has the next.
+        batch_size, max_batch_size: not used; the harness passes them to every model, but the engine batches continuously.
+        settings: fields of `EngineSettings`; float32 by default.
+
+    Raises:
+        UserError: for a folder that holds no model, settings that do not fit, or caches too small for `max_length`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | os.PathLike[str] | LLM,
+        device: str | None = None,
+        num_loops: int | None = None,
+        max_length: int = MAX_LENGTH,
+        add_bos_token: bool = True,
+        seed: int = 0,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if device is None or (device == _UNASKED_DEVICE and not torch.cuda.is_available()):
+            device = "auto"
+        self.llm = pretrained if isinstance(pretrained, LLM) else LLM(pretrained, device=device, **_DEFAULTS | settings)
+        self.engine, self.num_loops, self.seed = self.llm.engine, num_loops, seed
+        if self.engine.tokenizer is None:
+            raise UserError("the engine has no tokenizer; give one that has")
+        if self.engine.max_model_len <= max_length:
+            raise UserError(
+                f"max_length is {max_length}, but the caches hold {self.engine.max_model_len} tokens, and one more is needed; "
+                "lower it or set cache_tokens"
+            )
+        self.tokenizer, self.max_length, self.add_bos_token = self.engine.tokenizer, max_length, add_bos_token
+        self.max_gen_toks = _MAX_NEW_TOKENS
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that begins and ends documents."""
+        return end_of_text_id(self.tokenizer)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        text = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return str(text)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokens of a text, behind the one that begins a document unless it is there, or not wanted."""
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
+        begins = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        return ids if not begins or ids[:1] == [self.prefix_token_id] else [self.prefix_token_id, *ids]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log probability of each continuation behind its context, and whether it is the likeliest token by token."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log probability of each text, cut into windows of `max_length` targets, each token once."""
+        windows: list[_Scored] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue each context up to a stop string, the end of the document or so many tokens."""
+        eos = self.tokenizer.decode([self.eot_token_id])
+        prompts, params, stops = [], [], []
+        for index, request in enumerate(requests):
+            context, given = request.args
+            kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+            stops.append(handle_stop_sequences(kwargs.pop("until"), eos))
+            new = kwargs.pop("max_gen_toks")
+            if not 0 < new < self.max_length:
+                raise UserError(
+                    f"{request.task_name or 'a request'} asks for {new} new tokens, but context and output have to fit into "
+                    f"{self.max_length}; raise max_length or let it ask for fewer"
+                )
+            prompts.append(self.tok_encode(context)[new - self.max_length :])
+            sampling = _sampling(kwargs, self.seed + index)
+            params.append(
+                SamplingParams(max_tokens=new, stop=tuple(filter(None, stops[-1])), num_loops=self.num_loops, **sampling)
+            )
+        texts = [""] * len(requests)
+
+        def finish(index: int, request: RequestOutput) -> None:
+            [output] = request.outputs
+            if output.error is not None:
+                raise _broken(output.error)
+            text = self.tokenizer.decode(output.token_ids, skip_special_tokens=True)
+            texts[index] = postprocess_generated_text(text, stops[index], None)
+            self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
+
+        self._run("generating", prompts, params, finish)
+        return texts
+
+    def _loglikelihood_tokens(self, requests: list[_Scored], **kwargs: Any) -> list[tuple[float, bool]]:
+        prompts, params = [], []
+        for _, context, continuation in requests:
+            tokens = (context + continuation)[-(self.max_length + 1) :]
+            start = len(tokens) - len(continuation)
+            if start < 1:
+                raise UserError(f"a continuation has {len(continuation)} tokens, but max_length is {self.max_length}; raise it")
+            prompts.append(tokens)
+            params.append(
+                SamplingParams(max_tokens=0, prompt_logprobs=1, prompt_logprobs_start=start, num_loops=self.num_loops)
+            )
+        answers = [(0.0, False)] * len(requests)
+
+        def finish(index: int, request: RequestOutput) -> None:
+            scored = [one for one in request.prompt_logprobs or () if one is not None]
+            total = math.fsum(one.chosen.logprob for one in scored)
+            if math.isnan(total):
+                raise _broken("the model's logits hold NaN or infinity")
+            answers[index] = total, all(one.top[0].token_id == one.chosen.token_id for one in scored)
+            if requests[index][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
+
+        self._run("scoring", prompts, params, finish)
+        return answers
+
+    def _run(
+        self,
+        work: str,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        finish: Callable[[int, RequestOutput], None],
+    ) -> None:
+        with tqdm(total=len(prompts), desc=work, disable=None) as bar:
+
+            def finished(index: int, request: RequestOutput) -> None:
+                finish(index, request)
+                bar.update()
+
+            run_shared(self.engine, prompts, params, finished)
+
+
+def _sampling(kwargs: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Fields of `SamplingParams` for a task's generation settings, as `normalize_gen_kwargs` leaves them."""
+    sampled = kwargs.pop("do_sample")
+    unknown = sorted(kwargs.keys() - _SAMPLING)
+    if unknown:
+        raise UserError(f"generation_kwargs has {unknown[0]}, which the engine does not know; leave it out")
+    if not sampled:
+        return {"temperature": 0.0}
+    return {key: value for key, value in kwargs.items() if value is not None} | {"seed": seed}
+
+
+def _broken(error: str) -> UserError:
+    return UserError(f"{error}; the model may be damaged, or too coarse in this dtype (try float32)")

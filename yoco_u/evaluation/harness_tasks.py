@@ -1,0 +1,171 @@
+"""Tasks of lm-evaluation-harness by name, run on our engine: the harness's own, ours, and those of a user's folder."""
+
+import contextlib
+import difflib
+import logging
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval import evaluate
+from lm_eval.api.group import Group
+from lm_eval.api.model import LM
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.tasks import TaskManager
+
+from yoco_u.errors import UserError
+from yoco_u.evaluation.math_sets import MATH_GROUP, is_math, math_group, math_names, math_tasks
+
+TASKS = Path(__file__).with_name("tasks")
+"""The folder of our tasks and groups, for `--include_path`."""
+
+_OFFLINE_TAG = "yoco_u_stdlib"
+_BOOTSTRAPS = 1000  # draws for the standard errors that no formula gives
+
+
+@dataclass(frozen=True)
+class HowToAsk:
+    """What changes the questions, each None for the task's own.
+
+    Attributes:
+        limit: questions of each task, from the first one on.
+        fewshot: examples before each question; tasks that are made for none keep none.
+        max_tokens: tokens that a generation may take.
+        chat_template: ask through the tokenizer's chat template.
+        run_generated_code: agree to run programs that the model wrote, as some tasks do.
+    """
+
+    limit: int | None = None
+    fewshot: int | None = None
+    max_tokens: int | None = None
+    chat_template: bool = False
+    run_generated_code: bool = False
+
+
+def load_tasks(names: Sequence[str], include_path: Path | None = None, data: Path | None = None) -> dict[str, Any]:
+    """Tasks and groups of the harness, with their data.
+
+    Args:
+        names: of tasks, groups or tags, or YAML files.
+        include_path: a folder of the user's own task files.
+        data: the folder of the math sets.
+
+    Returns:
+        What `lm_eval.evaluate` takes: `tasks` and `groups` by name.
+
+    Raises:
+        UserError: for an unknown name, with the nearest known ones; and where a task's data or a package it needs is missing.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for option, folder, content in (("include-path", include_path, "task files (YAML)"), ("data", data, "NAME.jsonl files")):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"--{option} {folder}: no such folder; give one of {content}")
+    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle as they are loaded
+    np.random.seed(DEFAULT_OTHER_SEED)
+    manager = _manager([name for name in names if not is_math(name)], include_path)
+    found: list[Any] = []
+    for name in names:
+        if is_math(name):
+            found += _math(manager, name, data)
+            continue
+        if name not in manager.all_tasks and not Path(name).is_file():
+            near = difflib.get_close_matches(name, [*manager.all_tasks, *math_names()], n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
+            raise UserError(f"{name}: no task or group of this name; {hint}")
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # data sets, the hub and the tasks' own code raise nearly anything
+            raise _cannot_load(name, error) from None
+        group = loaded.get("groups", {}).get(name)
+        found += loaded["tasks"].values() if group is None else [group]
+    try:
+        together: dict[str, Any] = manager.load(found)
+    except ValueError as error:  # a task of two groups
+        raise UserError(f"{error}; run them one after another") from None
+    return together
+
+
+def run_tasks(lm: LM, tasks: dict[str, Any], how: HowToAsk, log_samples: bool = False) -> dict[str, Any]:
+    """Score a model on tasks, as `lm_eval.simple_evaluate` would, without its search through the machine's environment.
+
+    Args:
+        tasks: from `load_tasks`.
+        log_samples: report every question and answer as well.
+
+    Returns:
+        What the harness reports (`results`, `groups`, `n-shot`, ...), and `averages` of the groups that say which metric of
+        each task counts.
+
+    Raises:
+        UserError: for a chat template that is not there, and a task that runs programs without leave.
+    """
+    if how.chat_template and not lm.tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template; leave out --chat-template")
+    for name, task in tasks["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) and not how.run_generated_code:
+            raise UserError(f"{name} runs programs that the model writes; add --run-generated-code to agree to that")
+        _ask(task, how)
+    with contextlib.redirect_stdout(sys.stderr):  # the harness prints progress there
+        results: dict[str, Any] = evaluate(
+            lm,
+            tasks,
+            limit=how.limit,
+            apply_chat_template=how.chat_template,
+            fewshot_as_multiturn=how.chat_template,
+            confirm_run_unsafe_code=how.run_generated_code,
+            bootstrap_iters=_BOOTSTRAPS,
+            log_samples=log_samples,
+        )
+    results["averages"] = {
+        name: _average(group.metadata["average"], results)
+        for name, group in tasks.get("groups", {}).items()
+        if "average" in (group.metadata or {})
+    }
+    return results
+
+
+def _ask(task: Any, how: HowToAsk) -> None:
+    own = task.get_config("num_fewshot")
+    task.set_config("num_fewshot", own or 0 if how.fewshot is None or own == 0 else how.fewshot)
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    if how.max_tokens is not None and task.get_config("output_type") == "generate_until":
+        task.set_config("generation_kwargs", {"max_gen_toks": how.max_tokens}, update=True)
+
+
+def _average(metrics: dict[str, str], results: dict[str, Any]) -> float:
+    scores = results["results"] | results.get("groups", {})
+    return float(sum(scores[task][metric] for task, metric in metrics.items()) / len(metrics))
+
+
+def _manager(names: Sequence[str], include_path: Path | None) -> Any:
+    """Knows our tasks and the user's; the harness's thousands, which take a while to read, only if need be."""
+    paths = [str(path) for path in (TASKS, include_path) if path is not None]
+    ours = TaskManager(include_path=paths, include_defaults=False)
+    alone = {*ours.all_subtasks, _OFFLINE_TAG}
+    if all(name in alone or Path(name).is_file() for name in names):
+        return ours
+    return TaskManager(include_path=paths)
+
+
+def _math(manager: Any, name: str, data: Path | None) -> list[Any]:
+    configurations = math_tasks(name, data)
+    tasks = [task for one in configurations for task in manager.load([one])["tasks"].values()]
+    if name != MATH_GROUP:
+        return tasks
+    group = Group.from_config(math_group())
+    for task in tasks:
+        group.add(task)
+    return [group]
+
+
+def _cannot_load(name: str, error: Exception) -> UserError:
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if isinstance(error, ImportError):
+        return UserError(f"{name} needs a package that is not installed ({reason}); install it")
+    return UserError(
+        f"{name}: its data cannot be loaded ({reason}); load it once with a connection to the Hugging Face hub, or leave it out"
+    )

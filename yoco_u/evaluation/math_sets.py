@@ -1,0 +1,110 @@
+"""Math problem sets with one answer each, as harness tasks over a folder of the user's own files.
+
+The YOCO-U paper scores its thinking model on eleven sets. Which ones was not public when this was written: those here are
+assumed, of those that the Qwen2.5-Math evaluation made usual.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from yoco_u.errors import UserError
+
+MATH_GROUP = "yoco_u_math"
+MATH_SETS = (
+    "gsm8k", "math", "svamp", "asdiv", "mawps", "carp", "tabmwp", "gaokao2023en", "olympiadbench", "collegemath", "amc23",
+)  # fmt: skip
+"""Each is `NAME.jsonl` in the folder, and the task `yoco_u_math_NAME`; all of them together are the group `yoco_u_math`."""
+
+_PROMPT = "{{problem}}\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
+_NEW_TOKENS = 1024
+
+
+def is_math(name: str) -> bool:
+    """Whether a task is one of these."""
+    return name in math_names()
+
+
+def math_names() -> list[str]:
+    return [MATH_GROUP, *(f"{MATH_GROUP}_{name}" for name in MATH_SETS)]
+
+
+def math_tasks(name: str, folder: Path | None) -> list[dict[str, Any]]:
+    """The harness's configurations of one set, or of all.
+
+    Args:
+        name: of `math_names`.
+        folder: of the files. Each line is an object with `problem` (or `question`) and `answer`; of an answer only what comes
+            after its last `####` counts, if it has that.
+
+    Raises:
+        UserError: if files are missing or damaged, or the library that compares answers is.
+    """
+    _require_math_verify()
+    if folder is None:
+        raise UserError(f"{name} needs the problems; name a folder of NAME.jsonl files with --data")
+    wanted = MATH_SETS if name == MATH_GROUP else [name.removeprefix(f"{MATH_GROUP}_")]
+    missing = [f"{one}.jsonl" for one in wanted if not (folder / f"{one}.jsonl").is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {', '.join(missing)}; add them, with problem and answer in every line, or name the sets that are "
+            f"there, as in {MATH_GROUP}_gsm8k"
+        )
+    return [_configuration(one, _read(folder / f"{one}.jsonl")) for one in wanted]
+
+
+def math_group() -> dict[str, Any]:
+    """The harness's configuration of the group, without its tasks: each set counts as much as any other."""
+    average = {"metric": "exact_match", "aggregation": "mean", "weight_by_size": False, "filter_list": ["none"]}
+    return {"group": MATH_GROUP, "aggregate_metric_list": [average], "metadata": {"version": 1.0}}
+
+
+def same_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Whether what a text boxes, or says to be its answer, equals the true answer in value, as math-verify reads both."""
+    from math_verify import parse, verify
+
+    truth = parse(f"\\boxed{{{doc['answer']}}}")
+    return {"exact_match": float(verify(truth, parse(results[0])))}
+
+
+def _configuration(name: str, rows: list[dict[str, str]]) -> dict[str, Any]:
+    return {
+        "task": f"{MATH_GROUP}_{name}",
+        "custom_dataset": lambda **_: DatasetDict(test=Dataset.from_list(rows)),
+        "output_type": "generate_until",
+        "test_split": "test",
+        "doc_to_text": _PROMPT,
+        "doc_to_target": "{{answer}}",
+        "process_results": same_answer,
+        "generation_kwargs": {"until": [], "max_gen_toks": _NEW_TOKENS, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "num_fewshot": 0,
+        "metadata": {"version": 1.0},
+    }
+
+
+def _read(file: Path) -> list[dict[str, str]]:
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            problem = fields["problem"] if "problem" in fields else fields["question"]
+            rows.append({"problem": str(problem), "answer": str(fields["answer"]).split("####")[-1].strip()})
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{file} line {number}: expected an object with problem and answer ({type(error).__name__}: {error})"
+            ) from None
+    if not rows:
+        raise UserError(f"{file}: there is no problem in it")
+    return rows
+
+
+def _require_math_verify() -> None:
+    try:
+        import math_verify  # noqa: F401
+    except ImportError:
+        raise UserError("comparing answers needs math-verify; pip install 'yoco-u[evaluation]'") from None
