@@ -69,6 +69,7 @@ def test_report_of_a_grid_under_way(tmp_path: Path) -> None:
     write_cell(cells[0], tmp_path, finals(LOSSES))
     write_cell(cells[1], tmp_path, finals(LOSSES), done=0.5)
     write_cell(cells[2], tmp_path, finals(LOSSES), done=0.25)
+    write_cell(cells[3], tmp_path, finals(LOSSES), done=0)  # has begun, without a step
     (tmp_path / cells[2].name / "checkpoints" / "non-finite-step-00000400").mkdir(parents=True)
     write_experiment_report(experiment, cells, tmp_path)
     page, data = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())

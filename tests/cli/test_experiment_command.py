@@ -178,6 +178,7 @@ def test_mistakes(run: Any, grid: Path, tmp_path: Path) -> None:
     assert "unknown preset 'yoc'" in run("experiment", grid, "models.x={settings: {architecture: {preset: yoc}}}").error
     assert not out.exists()
     assert run("experiment", grid, "--out", out, "--cell", "0").status == 0
-    changed = run("experiment", grid, "base.optimizer.learning_rate=0.5", "--out", out, "--cell", "0")
-    assert "optimizer.learning_rate = 0.001, now 0.5" in changed.err
-    assert changed.status == 2
+    for choice in (("--cell", "0"), ("--report",)):
+        changed = run("experiment", grid, "base.optimizer.learning_rate=0.5", "--out", out, *choice)
+        assert "optimizer.learning_rate = 0.001, now 0.5" in changed.err
+        assert changed.status == 2

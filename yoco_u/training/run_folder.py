@@ -49,7 +49,7 @@ class RunFolder:
                     f"{self.path}: another process is training there; wait for it, or choose another folder"
                 ) from None
             if self.config.exists() and self._has_begun():
-                self._check_same(config)
+                self.check_same(config)
             else:
                 shutil.rmtree(self.tokenizer, ignore_errors=True)
                 dump_yaml(config, self.config)
@@ -64,7 +64,8 @@ class RunFolder:
         """Whether a step was taken: a run that failed before, for want of a corpus say, may begin with another config."""
         return self.checkpoints.exists() or (self.path / "metrics.jsonl").exists()
 
-    def _check_same(self, config: RunConfig) -> None:
+    def check_same(self, config: RunConfig) -> None:
+        """Raise a UserError if the folder holds a run of another config, naming the first key that differs."""
         old = parse(RunConfig, load_yaml(self.config), str(self.config))
         difference = first_difference(old, config)
         if difference is not None:

@@ -13,6 +13,7 @@ from yoco_u.analysis.experiment.statistics import Interval, interval
 from yoco_u.budget import parameters
 from yoco_u.runs import read_run
 from yoco_u.training.metrics import METRICS
+from yoco_u.training.run_folder import RunFolder
 
 State = Literal["finished", "unfinished", "diverged", "not begun"]
 
@@ -147,7 +148,7 @@ def read_results(cells: Sequence[Cell], folder: Path) -> Results:
     """Read the cells' run folders, whatever their state.
 
     Raises:
-        UserError: if a folder is damaged.
+        UserError: if a folder is damaged, or holds a run of other settings than the cell's.
     """
     results = tuple(_read_cell(cell, folder / cell.name) for cell in cells)
     groups: dict[str, list[CellResult]] = {}
@@ -158,8 +159,9 @@ def read_results(cells: Sequence[Cell], folder: Path) -> Results:
 
 
 def _read_cell(cell: Cell, folder: Path) -> CellResult:
-    if not (folder / METRICS).exists():
+    if not _has_records(folder / METRICS):
         return CellResult(cell, "not begun", (), 0.0, {})
+    RunFolder(folder).check_same(cell.config)
     run = read_run(folder)
     curve = tuple(Point(record["tokens"], record["flops"], record["loss"]) for record in run.kind("evaluation"))
     state: State = "unfinished"
@@ -169,6 +171,14 @@ def _read_cell(cell: Cell, folder: Path) -> CellResult:
         state = "diverged"
     steps = run.kind("train")
     return CellResult(cell, state, curve, steps[-1]["seconds"] if steps else 0.0, read_measures(folder))
+
+
+def _has_records(metrics: Path) -> bool:
+    try:
+        with metrics.open(encoding="utf-8") as lines:
+            return lines.readline().endswith("\n")
+    except FileNotFoundError:
+        return False
 
 
 def _series(group: Sequence[CellResult]) -> Series:
