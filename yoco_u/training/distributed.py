@@ -87,8 +87,10 @@ def distributed_session(device: str) -> Iterator[Distributed]:
         torch.cuda.set_device(chosen)
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+    distributed = Distributed(rank, world_size, local_rank, chosen)
     try:
-        yield Distributed(rank, world_size, local_rank, chosen)
+        yield distributed
+        distributed.barrier()  # none leaves while another still reads what it sent
     finally:
         if world_size > 1:
             dist.destroy_process_group()

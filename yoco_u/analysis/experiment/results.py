@@ -8,7 +8,7 @@ from typing import Any, Literal
 from yoco_u.analysis.experiment.config import Role
 from yoco_u.analysis.experiment.measure import read_measures
 from yoco_u.analysis.experiment.plan import Cell
-from yoco_u.analysis.experiment.run import has_diverged
+from yoco_u.analysis.experiment.run import has_diverged, is_finished
 from yoco_u.analysis.experiment.statistics import Interval, interval
 from yoco_u.budget import parameters
 from yoco_u.runs import read_run
@@ -165,7 +165,7 @@ def _read_cell(cell: Cell, folder: Path) -> CellResult:
     run = read_run(folder)
     curve = tuple(Point(record["tokens"], record["flops"], record["loss"]) for record in run.kind("evaluation"))
     state: State = "unfinished"
-    if (folder / "summary.json").exists():
+    if is_finished(folder):
         state = "finished"
     elif has_diverged(folder):
         state = "diverged"

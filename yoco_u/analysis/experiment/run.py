@@ -57,7 +57,7 @@ def run_cells(
             continue
         with distributed_session(cell.config.training.device) as distributed:
             distributed.on_main(partial(_look_at, target, experiment))
-    return unfinished
+    return [cell for cell in unfinished if not is_finished(folder / cell.name)]
 
 
 def _look_at(run: Path, experiment: Experiment) -> None:
@@ -65,6 +65,10 @@ def _look_at(run: Path, experiment: Experiment) -> None:
         write_samples(run, experiment.samples)
     if experiment.measures is not None:
         measure(run, experiment.measures)
+
+
+def is_finished(run: Path) -> bool:
+    return (run / "summary.json").exists()
 
 
 def has_diverged(run: Path) -> bool:
