@@ -1,0 +1,36 @@
+"""The documents that retrieval is learned from."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "needle_corpus.py"
+
+
+def test_every_number_is_hidden_once_and_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("needle_corpus", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    texts = []
+    for name in ("a", "b"):
+        monkeypatch.setattr(sys, "argv", ["needle_corpus.py", "--out", str(tmp_path / name), "--documents", "20"])
+        module.main()
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1]
+    asked_first = set()
+    for line in texts[0].splitlines():
+        text = json.loads(line)["text"]
+        hidden = dict(re.findall(r"One of the special magic numbers for (\S+) is: (\d{3})\.", text))
+        asked = re.findall(r"\nWhat is the special magic number for (\S+) mentioned .*? for (\S+) mentioned .*? is (\d+)", text)
+        assert len(hidden) == len(asked) == 4
+        assert {key: value for key, _, value in asked} == hidden
+        assert all(key == again for key, again, _ in asked)
+        asked_first.add(list(hidden).index(asked[0][0]))
+        assert 1000 < len(text) < 3600
+    assert len(asked_first) > 1
