@@ -33,6 +33,9 @@ from yoco_u.runs import load_model, model_folder
 TIE = 1e-3
 """Logits that differ by less may change places where sums are added up in another order."""
 
+BLOCK, CHUNK = 128, 2048
+"""Tokens of a block, and of a chunk of a prompt, as vLLM is started here."""
+
 WAYS: dict[str, dict[str, Any]] = {"plain": {}, "fast prefill": {"kv_sharing_fast_prefill": True}}
 """Settings of vLLM."""
 
@@ -127,7 +130,7 @@ def measure_speed(chosen: Namespace) -> dict[str, Any]:
     )  # fmt: skip
     a = preset("yoco_u", chosen.size)
     [llama] = peer_engines(settings, a, ["vllm"], {"vllm": chosen.python})
-    engines = [ours_in_vllm(f"yoco_u in vllm, {way}", a, way, chosen.python, settings.dtype) for way in reversed(WAYS)]
+    engines = [ours_in_vllm(f"yoco_u in vllm, {way}", a, way, chosen.python, settings) for way in reversed(WAYS)]
     benchmark = Benchmark(settings, [*engines, llama], cases_of(settings))
     console = Console()
     with console.status("measuring") as status:
@@ -140,17 +143,25 @@ def measure_speed(chosen: Namespace) -> dict[str, Any]:
     return as_json(measurement)
 
 
-def ours_in_vllm(name: str, a: Architecture, way: str, python: str, dtype: str) -> Engine:
-    owners = sum(stage.layers * stage.loops for stage in a.stages if stage.attention != "cross") + a.has_global_kv
-    shape = {
-        "vocab_size": a.vocab_size,
-        "layers": owners,  # each with room for whole sequences, which windows do not use
-        "kv_heads": a.num_key_value_heads,
-        "head_dim": a.head_dim,
+def ours_in_vllm(name: str, a: Architecture, way: str, python: str, settings: Settings) -> Engine:
+    row = 2 * a.num_key_value_heads * a.head_dim * settings.bytes_per_element
+    blocks = blocks_needed(a, max(settings.batches), max(settings.contexts) + settings.steps)
+    config = YocoUConfig.from_architecture(a, architectures=["YocoUForCausalLM"], dtype=settings.dtype).to_dict()
+    job = {
+        "model": {"vocab_size": a.vocab_size},
+        "config": config,
+        "dtype": settings.dtype,
+        "settings": WAYS[way] | {"block_size": BLOCK, "kv_cache_memory_bytes": blocks * BLOCK * row},
     }
-    config = YocoUConfig.from_architecture(a, architectures=["YocoUForCausalLM"], dtype=dtype).to_dict()
-    job = {"model": shape, "config": config, "dtype": dtype, "settings": WAYS[way]}
     return Engine(name, a, python, WORKERS / "vllm_engine.py", job, is_ours=True)
+
+
+def blocks_needed(a: Architecture, sequences: int, tokens: int) -> int:
+    """The global KV grows, windows do not (docs/vllm.md); a running chunk of a prompt needs its own. And some spare."""
+    windows = sum(stage.layers * stage.loops for stage in a.stages if stage.attention == "sliding")
+    assert a.window is not None
+    of_sequence = -(-tokens // BLOCK) + 1 + windows * (-(-(a.window - 1) // BLOCK) + 2)
+    return sequences * of_sequence + windows * (CHUNK // BLOCK) + 16
 
 
 if __name__ == "__main__":

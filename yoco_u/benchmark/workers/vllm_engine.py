@@ -1,4 +1,5 @@
-"""vLLM on random weights, compiled, prefix cache off, prompts as token ids: a Llama, or any model whose `config` the job holds.
+"""vLLM on random weights, compiled, prefix cache off, prompts as token ids: a Llama, or whatever model the job's `config` and
+`settings` of vLLM describe.
 
 Caches behind a decode case are filled by vLLM's own decode-benchmark connector. Intel's OpenMP, which vLLM's CPU guide asks to
 preload, is preloaded where it lies in the environment. Runs wherever vLLM is installed.
@@ -32,12 +33,8 @@ def start(job: Job) -> tuple[Run, dict[str, Any]]:
     config = job.get("config") or llama_config(shape, longest(job), job["dtype"])
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     batch = max((case["batch"] for case in job["cases"] if case["kind"] == "decode"), default=1)
-    row = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * (4 if job["dtype"] == "float32" else 2)
-    settings = {
-        "max_num_batched_tokens": BATCHED_TOKENS,
-        "max_num_seqs": batch,
-        "kv_cache_memory_bytes": row * (most_tokens(job) + 2 * BLOCK * (batch + 1)),
-    } | job.get("settings", {})
+    settings = {"max_num_batched_tokens": BATCHED_TOKENS, "max_num_seqs": batch}
+    settings |= job.get("settings") or {"kv_cache_memory_bytes": llama_cache_bytes(job, batch)}
     llm = LLM(
         str(folder),
         load_format="dummy",
@@ -115,6 +112,12 @@ def llama_config(shape: dict[str, Any], length: int, dtype: str) -> dict[str, An
         "rope_theta": shape["rope_theta"], "tie_word_embeddings": shape["tie_word_embeddings"],
         "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
+
+
+def llama_cache_bytes(job: Job, batch: int) -> int:
+    shape = job["model"]
+    row = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * (4 if job["dtype"] == "float32" else 2)
+    return row * (most_tokens(job) + 2 * BLOCK * (batch + 1))
 
 
 def set_environment(job: Job) -> None:
