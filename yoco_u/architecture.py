@@ -294,6 +294,11 @@ def preset(name: str, /, size: str = "8m", **settings: Any) -> Architecture:
             near = difflib.get_close_matches(str(value), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             raise UserError(f"unknown {what} {value!r}: {hint}")
+    keys = [*Architecture.model_fields, "layers", "loops", "loop_gate", "streams", "prefix_tokens"]
+    for key in settings.keys() - keys:
+        near = difflib.get_close_matches(key, keys, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(keys)}"
+        raise UserError(f"preset {name}: unknown key {key}: {hint}")
     shape = SIZES[size] | settings
     if name in DEPTH_FACTOR:
         shape = _deepened(SIZES[size], DEPTH_FACTOR[name]) | settings

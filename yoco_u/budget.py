@@ -4,6 +4,7 @@ FLOPs are model FLOPs: two for each weight of a matrix product and each time it 
 products over the keys that are visible. Norms, activations, rotations, masked work and recomputation are not counted.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from yoco_u.architecture import Architecture, Stage
@@ -54,15 +55,12 @@ def forward_flops(a: Architecture, context: int) -> float:
     full and cross see (context + 1) / 2 keys, sliding the mean of min(i, window). A recurrent step of retention updates and
     reads one head_dim x head_dim state a head.
     """
-    streams = a.parallel.streams if a.parallel else 1
-    flops = 2.0 * (a.vocab_size * a.hidden_size + _mixer_weights(a))
-    for stage in a.stages:
-        weights = _attention_weights(a, stage) + _active_feed_forward_weights(a)
-        applied = stage.layers * stage.loops * streams
-        flops += applied * (2 * weights + _attention_product_flops(a, stage, context))
-    if a.has_global_kv:
-        flops += 2 * _global_kv_weights(a)
-    return flops
+    return _token_flops(a, lambda window: mean_visible_keys(context, window))
+
+
+def decode_flops(a: Architecture, context: int) -> float:
+    """Model FLOPs of one new token that sees `context` tokens, itself included, up to the logits of the next."""
+    return _token_flops(a, lambda window: context if window is None else min(context, window))
 
 
 def training_flops(a: Architecture, sequence_length: int) -> float:
@@ -82,9 +80,9 @@ def prefill_flops(a: Architecture, context: int) -> float:
         applied = stage.layers * stage.loops * streams
         weights = 2 * (_attention_weights(a, stage) + _active_feed_forward_weights(a))
         if stage.attention == "cross":
-            last += applied * (weights + 4 * a.num_attention_heads * a.head_dim * context)
+            last += applied * (weights + _attention_product_flops(a, stage, context))
         else:
-            every += applied * (weights + _attention_product_flops(a, stage, context))
+            every += applied * (weights + _attention_product_flops(a, stage, _mean_keys(a, stage, context)))
     if a.has_global_kv:
         every += 2 * _global_kv_weights(a)
     return every * context + last
@@ -104,12 +102,9 @@ def decode_bytes(
         bytes_per_weight: 2 for bfloat16; a fraction where scales come with quantized weights.
         bytes_per_element: of the caches.
     """
-    weights = float(a.vocab_size * a.hidden_size + _mixer_weights(a))
-    weights += _global_kv_weights(a) if a.has_global_kv else 0
     rows, states = 0, 0
     for stage in a.stages:
         applied = stage.layers * stage.loops
-        weights += applied * (_attention_weights(a, stage) + _read_feed_forward_weights(a, batch))
         if stage.attention == "retention":
             states += applied * a.num_attention_heads * a.head_dim**2
         elif stage.attention == "sliding":
@@ -117,8 +112,19 @@ def decode_bytes(
         else:
             streams, prefix = (a.parallel.streams, a.parallel.prefix_tokens) if a.parallel else (1, 0)
             rows += applied * streams * (context + prefix)
-    kept = rows * 2 * a.num_key_value_heads * a.head_dim * bytes_per_element + states * _RETENTION_BYTES_PER_ELEMENT
-    return weights * bytes_per_weight + batch * kept
+    kept = rows * _row_elements(a) * bytes_per_element + states * _RETENTION_BYTES_PER_ELEMENT
+    return _read_weights(a, batch, batch) * bytes_per_weight + batch * kept
+
+
+def prefill_bytes(a: Architecture, context: int, bytes_per_weight: float = 2, bytes_per_element: float = 2) -> float:
+    """Bytes that a prefill of one prompt must move, however well it keeps the rest in the processor.
+
+    Weights each time they are applied, by the whole prompt together, as in `decode_bytes`; the caches once, as they are
+    written; and the global KV once for each cross layer and loop, which the last token reads.
+    """
+    crossing = sum(stage.layers * stage.loops for stage in a.stages if stage.attention == "cross")
+    read = crossing * context * _row_elements(a) * bytes_per_element
+    return _read_weights(a, context, 1) * bytes_per_weight + kv_bytes(a, context, bytes_per_element) + read
 
 
 def kv_bytes(a: Architecture, tokens: int, bytes_per_element: float = 2) -> int:
@@ -132,7 +138,7 @@ def kv_bytes(a: Architecture, tokens: int, bytes_per_element: float = 2) -> int:
 
 def cache_bytes(a: Architecture, tokens: int, sequences: int, window: int, bytes_per_element: float = 2) -> int:
     """Bytes of an engine's caches: `tokens` rows of all that grows, rings of `window` rows and states for `sequences`."""
-    row = 2 * a.num_key_value_heads * a.head_dim * bytes_per_element
+    row = _row_elements(a) * bytes_per_element
     total = tokens * row if a.has_global_kv else 0.0
     for stage in a.stages:
         slots = stage.layers * stage.loops
@@ -166,12 +172,32 @@ def mean_visible_keys(context: int, window: int | None = None) -> float:
     return window * (window + 1) / 2 / context + (context - window) * window / context
 
 
-def _attention_product_flops(a: Architecture, stage: Stage, context: int) -> float:
-    """FLOPs per token of what attention multiplies besides weights, for one layer and stream."""
+def _mean_keys(a: Architecture, stage: Stage, context: int) -> float:
+    return mean_visible_keys(context, a.window if stage.attention == "sliding" else None)
+
+
+def _token_flops(a: Architecture, visible_keys: Callable[[int | None], float]) -> float:
+    """FLOPs of one token through everything, LM head included.
+
+    Args:
+        visible_keys: how many keys it sees through a window, or without one.
+    """
+    streams = a.parallel.streams if a.parallel else 1
+    flops = 2.0 * (a.vocab_size * a.hidden_size + _mixer_weights(a))
+    for stage in a.stages:
+        weights = _attention_weights(a, stage) + _active_feed_forward_weights(a)
+        keys = visible_keys(a.window if stage.attention == "sliding" else None)
+        flops += stage.layers * stage.loops * streams * (2 * weights + _attention_product_flops(a, stage, keys))
+    if a.has_global_kv:
+        flops += 2 * _global_kv_weights(a)
+    return flops
+
+
+def _attention_product_flops(a: Architecture, stage: Stage, keys: float) -> float:
+    """FLOPs per token of what attention multiplies besides weights, for one layer and stream, over `keys` visible keys."""
     width = a.num_attention_heads * a.head_dim
     if stage.attention == "retention":
         return 4 * width * a.head_dim  # k^T v into the state, q times the state
-    keys = mean_visible_keys(context, _window(a) if stage.attention == "sliding" else None)
     prefix = a.parallel.prefix_tokens if a.parallel else 0
     return 4 * width * (keys + prefix)
 
@@ -209,11 +235,21 @@ def _active_feed_forward_weights(a: Architecture) -> int:
     return visited * _expert_weights(a) + a.hidden_size * a.experts.num_experts
 
 
-def _read_feed_forward_weights(a: Architecture, batch: int) -> float:
-    """Weights of one layer's feed-forward that `batch` tokens need together."""
+def _read_weights(a: Architecture, tokens: int, crossing: int) -> float:
+    """Weights, each as often as it is applied, that a step of `tokens` needs of which `crossing` run the cross-decoder."""
+    weights = float(a.vocab_size * a.hidden_size + _mixer_weights(a))
+    weights += _global_kv_weights(a) if a.has_global_kv else 0
+    for stage in a.stages:
+        met = crossing if stage.attention == "cross" else tokens
+        weights += stage.layers * stage.loops * (_attention_weights(a, stage) + _read_feed_forward_weights(a, met))
+    return weights
+
+
+def _read_feed_forward_weights(a: Architecture, tokens: int) -> float:
+    """Weights of one layer's feed-forward that `tokens` need together."""
     if a.experts is None:
         return 3 * a.hidden_size * a.intermediate_size
-    missed = (1 - a.experts.experts_per_token / a.experts.num_experts) ** batch
+    missed = (1 - a.experts.experts_per_token / a.experts.num_experts) ** tokens
     visited = a.experts.num_experts * (1 - missed) + a.experts.shared_experts
     return visited * _expert_weights(a) + a.hidden_size * a.experts.num_experts
 
@@ -221,6 +257,11 @@ def _read_feed_forward_weights(a: Architecture, batch: int) -> float:
 def _expert_weights(a: Architecture) -> int:
     assert a.experts is not None
     return 3 * a.hidden_size * a.experts.intermediate_size
+
+
+def _row_elements(a: Architecture) -> int:
+    """Numbers in one token's keys and values of one layer."""
+    return 2 * a.num_key_value_heads * a.head_dim
 
 
 def _global_kv_weights(a: Architecture) -> int:

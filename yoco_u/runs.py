@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yoco_u.errors import UserError
-from yoco_u.training.config import RunConfig
 from yoco_u.typed import load_yaml, parse
 
 if TYPE_CHECKING:
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from yoco_u.model import YocoUForCausalLM
+    from yoco_u.training.config import RunConfig
 
 SAMPLES = "samples.json"
 
@@ -30,7 +30,7 @@ class Run:
     """
 
     folder: Path
-    config: RunConfig
+    config: "RunConfig"
     records: list[dict[str, Any]]
     environment: dict[str, Any]
     samples: list[dict[str, Any]]
@@ -45,12 +45,14 @@ def is_run(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / "config.yaml").is_file()
 
 
-def read_run_config(path: str | os.PathLike[str]) -> RunConfig:
+def read_run_config(path: str | os.PathLike[str]) -> "RunConfig":
     """The resolved config of a run folder.
 
     Raises:
         UserError: if the folder holds no run.
     """
+    from yoco_u.training.config import RunConfig
+
     file = Path(path) / "config.yaml"
     if not is_run(path):
         raise UserError(f"{path}: no run here (config.yaml is missing); give a folder that `yoco-u train` wrote")

@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -117,11 +117,16 @@ def _copy(value: Any) -> Any:
 
 
 def describe(cls: type[BaseModel], error: ValidationError) -> str:
-    """The first problem of a ValidationError in one line, with the nearest known name for an unknown key.
+    """The first problem of a ValidationError in one line, with the nearest known name for an unknown key."""
+    return describe_problems(cls, error.errors())
+
+
+def describe_problems(cls: type[BaseModel], problems: Sequence[Mapping[str, Any]]) -> str:
+    """The same of its `errors()`.
 
     Unknown keys come first: a misspelt key is unknown under one name and missing under the other.
     """
-    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = sorted(_known_keys(cls, problem["loc"][:-1]))

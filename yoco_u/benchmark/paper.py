@@ -16,7 +16,7 @@ from rich.table import Table
 
 from yoco_u.benchmark.cases import Case, Decode, Prefill
 from yoco_u.benchmark.run import Measurement
-from yoco_u.benchmark.table import context_label, speed
+from yoco_u.labels import context_label, number
 
 ARCHITECTURES = ("transformer", "yoco", "rins", "yoco_u")
 CHUNK = 2048
@@ -138,5 +138,5 @@ def _cells(both: tuple[dict[str, float], dict[str, float]], name: str, as_ratio:
         if as_ratio:
             texts.append(f"{value / base:.2f}x" if value is not None and base is not None else "-")
         else:
-            texts.append(speed(value))
+            texts.append(number(value))
     return texts[0], f"({texts[1]})" if texts[1] != "-" else ""

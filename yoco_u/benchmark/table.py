@@ -10,6 +10,7 @@ from rich.table import Table
 
 from yoco_u.benchmark.results import Row, rows_of
 from yoco_u.benchmark.run import Measurement
+from yoco_u.labels import context_label, number
 
 _BUSY_CPUS = 0.2  # of others, from which figures are not to be trusted
 
@@ -40,7 +41,7 @@ def print_tables(console: Console, measurement: Measurement, absent: Sequence[st
 def _table(rows: Sequence[Row], rate: str, share: str) -> Table:
     """Rows under a heading for each context and batch."""
     columns: list[tuple[str, Callable[[Row], str]]] = [
-        ("tokens/s", lambda row: speed(row.tokens_per_second) if row.failure is None else row.failure.partition(":")[0]),
+        ("tokens/s", lambda row: number(row.tokens_per_second) if row.failure is None else row.failure.partition(":")[0]),
         (rate, lambda row: _number(row.rate, lambda value: f"{value / 1e9:,.1f}")),
         (share, lambda row: _number(row.of_ceiling, lambda value: f"{value:.0%}")),
         ("ratio", lambda row: _number(row.reference_ratio, lambda value: f"{value:.2f}x")),
@@ -86,16 +87,6 @@ def _failures(rows: Sequence[Row]) -> list[str]:
             batch = f", batch {row.batch}" if row.kind == "decode" else ""
             cases.setdefault((row.engine, row.failure), []).append(f"{row.kind} {context_label(row.context)}{batch}")
     return [f"{engine}: {failure} ({'; '.join(which)})" for (engine, failure), which in cases.items()]
-
-
-def context_label(tokens: int) -> str:
-    """131072 -> 128K"""
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
-
-
-def speed(tokens_per_second: float | None) -> str:
-    """Three figures at least: 1,234 or 56.7"""
-    return _number(tokens_per_second, lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
 
 
 def _number(value: Any, form: Callable[[Any], str]) -> str:

@@ -13,9 +13,11 @@ from yoco_u.cli.experiment import experiment
 from yoco_u.cli.generate import generate
 from yoco_u.cli.needles import needles
 from yoco_u.cli.output import Stopped
+from yoco_u.cli.plan import plan
 from yoco_u.cli.prepare import prepare
 from yoco_u.cli.quickstart import quickstart
 from yoco_u.cli.report import report
+from yoco_u.cli.serve import serve
 from yoco_u.cli.train import train
 from yoco_u.errors import UserError
 
@@ -29,8 +31,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quickstart, prepare, train, evaluate, context, needles, generate, report, analyze, experiment, bench):
-    app.command(no_args_is_help=command not in (quickstart, bench))(command)
+for command in (
+    quickstart,
+    plan,
+    prepare,
+    train,
+    evaluate,
+    context,
+    needles,
+    generate,
+    serve,
+    report,
+    analyze,
+    experiment,
+    bench,
+):
+    app.command(no_args_is_help=command not in (quickstart, plan, bench))(command)
 
 _INTERRUPTED = 130
 

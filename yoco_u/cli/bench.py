@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from yoco_u.cli.arguments import check_can_be_written, names, whole_numbers
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,12 +77,10 @@ def bench(
         raise UserError("--paper measures the paper's architectures; leave out --architectures")
     if paper and plot:
         raise UserError("--plot draws whole prefills, which --paper does not run; leave one of them out")
-    for file, option in ((json, "--json"), (plot, "--plot")):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UserError(f"{option} {file}: no such folder {file.parent}; make it first")
+    check_can_be_written(json=json, plot=plot)
     given: dict[str, Any] = {
-        "size": size, "architectures": _names(architectures), "model": model, "num_loops": num_loops,
-        "contexts": _numbers(contexts, "--contexts"), "batches": _numbers(batches, "--batches"), "dtype": dtype,
+        "size": size, "architectures": names(architectures), "model": model, "num_loops": num_loops,
+        "contexts": whole_numbers(contexts, "--contexts"), "batches": whole_numbers(batches, "--batches"), "dtype": dtype,
         "weights": weights, "rounds": rounds, "time_limit": time_limit,
     }  # fmt: skip
     defaults = (QUICK if quick else {}) | (PAPER if paper else {})
@@ -103,7 +102,7 @@ def _run_with_progress(benchmark: "Benchmark", engines: "list[Engine]", cases: "
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from yoco_u.benchmark.table import context_label
+    from yoco_u.labels import context_label
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -145,19 +144,6 @@ def _report(benchmark: "Benchmark", absent: list[str], paper: bool, json: Path |
         from yoco_u.benchmark.plot import write_plot
 
         write_plot(rows_of(measurement), plot)
-
-
-def _names(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-
-
-def _numbers(text: str | None, option: str) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} is {text!r}; expected whole numbers with commas between, such as 4096,32768") from None
 
 
 def _pythons(given: list[str]) -> dict[str, str]:

@@ -1,0 +1,85 @@
+"""What is loaded when: the command line without torch, the package with its models registered."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from yoco_u import YocoUConfig, YocoUForCausalLM
+from yoco_u.architecture import preset
+
+HEAVY = {"torch", "transformers", "numpy", "matplotlib", "datasets"}
+
+SCRIPT = f"""\
+import sys
+from yoco_u.cli import main
+status = main()
+print("loaded:", *sorted({HEAVY!r} & sys.modules.keys()))
+sys.exit(status)
+"""
+"""What an installed `yoco-u` does, and what it has loaded in the end."""
+
+
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=True)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    YocoUForCausalLM(YocoUConfig.from_architecture(preset("yoco_u", "test"))).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_help_and_plan_load_nothing_heavy(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "run").mkdir()
+    config = "architecture: {preset: yoco_u, size: 8m}\n"
+    (tmp_path / "run" / "config.yaml").write_text(config)
+    command = tmp_path / "yoco-u"
+    command.write_text(SCRIPT)
+    for arguments in (
+        ["--help"],
+        ["bench", "--help"],
+        ["plan", "--json", tmp_path / "plan.json"],
+        ["plan", model, tmp_path / "run", tmp_path / "run" / "config.yaml", "--kv-dtype", "int8"],
+    ):
+        lines = python(command, *arguments).stdout.splitlines()
+        assert lines[-1].strip() == "loaded:", arguments
+        assert len(lines) > 10
+    assert (tmp_path / "plan.json").is_file()
+
+
+def test_plan_as_a_module_loads_nothing_heavy() -> None:
+    found = python("-X", "importtime", "-m", "yoco_u.cli", "plan")
+    loaded = {line.rpartition("|")[2].strip() for line in found.stderr.splitlines()}
+    assert "yoco_u.planning.plan" in loaded
+    assert not HEAVY & loaded
+
+
+def test_plot_loads_no_torch(tmp_path: Path) -> None:
+    command = tmp_path / "yoco-u"
+    command.write_text(SCRIPT)
+    assert python(command, "plan", "--plot", tmp_path / "plan.png").stdout.splitlines()[-1] == "loaded: matplotlib numpy"
+
+
+@pytest.mark.parametrize("order", ["import yoco_u, transformers", "import transformers, yoco_u"])
+def test_auto_classes_work_after_importing_the_package(order: str, model: Path) -> None:
+    code = f"{order}; print(type(transformers.AutoModelForCausalLM.from_pretrained({str(model)!r})).__name__)"
+    assert python("-c", code).stdout.strip() == "YocoUForCausalLM"
+
+
+def test_public_names() -> None:
+    code = """\
+import yoco_u
+for name in yoco_u.__all__:
+    assert getattr(yoco_u, name) is not None
+    assert name in dir(yoco_u)
+assert isinstance(yoco_u.LLM, type)
+try:
+    yoco_u.Nothing
+except AttributeError as error:
+    print(error)
+"""
+    assert python("-c", code).stdout.strip() == "module 'yoco_u' has no attribute 'Nothing'"

@@ -1,0 +1,46 @@
+"""Servers over a tiny model, with and without a chat template."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+from asgi_server import TEMPLATE, TEXTS, Server, engine_of, running
+from models import architecture, build
+from transformers import PreTrainedTokenizerFast
+
+from yoco_u import YocoUForCausalLM
+from yoco_u.data import train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS, 300)
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer: PreTrainedTokenizerFast) -> YocoUForCausalLM:
+    return build(architecture("yoco_u", vocab_size=len(tokenizer) + 3))
+
+
+@pytest.fixture(scope="session")
+def chatty() -> PreTrainedTokenizerFast:
+    """The same tokenizer with a chat template."""
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+async def server(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast, anyio_backend: str) -> AsyncIterator[Server]:
+    async with running(Server(engine_of(model, tokenizer))) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+async def chat_server(model: YocoUForCausalLM, chatty: PreTrainedTokenizerFast, anyio_backend: str) -> AsyncIterator[Server]:
+    async with running(Server(engine_of(model, chatty))) as one:
+        yield one

@@ -1,0 +1,286 @@
+"""Completions: what comes out is what the engine gives, in OpenAI's shape, whole and as a stream."""
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from asgi_server import ENGINE, Server, engine_of
+from transformers import PreTrainedTokenizerFast
+
+from yoco_u import YocoUForCausalLM
+from yoco_u.data import DocumentEncoder
+from yoco_u.inference import RequestOutput, SamplingParams
+
+pytestmark = pytest.mark.anyio
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+PROMPTS = ["def ", '{"name": "', "täglich 数", "x"]
+
+
+@pytest.fixture(scope="module")
+def alone(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """A request by itself, in an engine of its own without a cache of prefixes."""
+
+    def run(prompt: str | list[int], **params: Any) -> RequestOutput:
+        engine = engine_of(model, tokenizer, prefix_caching=False)
+        request = engine.add(prompt, SamplingParams(**params))
+        while engine.unfinished:
+            engine.step()
+        return request
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def encoded(tokenizer: PreTrainedTokenizerFast) -> Any:
+    return lambda text: [int(token) for token in DocumentEncoder(tokenizer).encode([text])[0]]
+
+
+async def test_one_prompt(server: Server, alone: Any) -> None:
+    found = await server.json("completions", model="tiny", prompt="def ", **GREEDY)
+    expected = alone("def ", **GREEDY)
+    [choice] = found["choices"]
+    assert choice == {"index": 0, "text": expected.outputs[0].text, "logprobs": None, "finish_reason": "length"}
+    assert found["object"] == "text_completion" and found["model"] == "tiny" and found["id"].startswith("cmpl-")
+    prompt = len(expected.prompt_token_ids)
+    assert found["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": 12,
+        "total_tokens": prompt + 12,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+async def test_prompts_in_all_forms(server: Server, alone: Any, encoded: Any) -> None:
+    texts = [alone(prompt, **GREEDY).outputs[0].text for prompt in PROMPTS]
+    tokens = [encoded(prompt) for prompt in PROMPTS]
+    for prompt in (PROMPTS, tokens):
+        found = await server.json("completions", prompt=prompt, **GREEDY)
+        assert [choice["text"] for choice in found["choices"]] == texts
+        assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
+        assert found["usage"]["prompt_tokens"] == sum(map(len, tokens))
+    [choice] = (await server.json("completions", prompt=tokens[2], **GREEDY))["choices"]
+    assert choice["text"] == texts[2]
+
+
+async def test_an_empty_prompt_begins_a_document(server: Server, alone: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    expected = alone([tokenizer.eos_token_id], **GREEDY).outputs[0].text
+    for body in ({}, {"prompt": ""}):
+        found = await server.json("completions", **body, **GREEDY)
+        assert found["choices"][0]["text"] == expected and found["usage"]["prompt_tokens"] == 1
+
+
+async def test_defaults_are_openais(server: Server) -> None:
+    found = await server.json("completions", prompt="def ", seed=3)
+    same = await server.json(
+        "completions", prompt="def ", seed=3, max_tokens=16, temperature=1, n=1, top_p=1, stop=None, stream=False,
+        logprobs=None, presence_penalty=None, logit_bias={}, user="somebody", best_of=1, suffix=None, metadata={"a": "b"},
+    )  # fmt: skip
+    assert found["choices"] == same["choices"]
+    assert found["usage"]["completion_tokens"] <= 16
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"seed": 5, "temperature": 0.9, "top_p": 0.8, "top_k": 20, "min_p": 0.01},
+        {"seed": 2**64 - 1, "presence_penalty": 1.5, "frequency_penalty": -0.5, "repetition_penalty": 1.3},
+        {"temperature": 0, "num_loops": 1},
+        {"temperature": 0, "num_loops": 5, "ignore_eos": True, "min_tokens": 3},
+        {"temperature": 0, "stop": ["e", "zz"], "stop_token_ids": [7]},
+        {"seed": 1, "regex": "[a-f]{5,9}"},
+    ],
+)
+async def test_sampling_settings_reach_the_engine(server: Server, alone: Any, settings: dict[str, Any]) -> None:
+    expected = alone("def ", max_tokens=16, **settings).outputs[0]
+    [choice] = (await server.json("completions", prompt="def ", **settings))["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (expected.text, expected.finish_reason)
+
+
+async def test_a_negative_seed_is_a_seed(server: Server) -> None:
+    first, second, other = [
+        (await server.json("completions", prompt="def ", seed=seed))["choices"][0]["text"] for seed in (-1, -1, -2)
+    ]
+    assert first == second != other
+
+
+async def test_several_outputs(server: Server, alone: Any) -> None:
+    found = await server.json("completions", prompt=["def ", "x"], n=3, seed=4, max_tokens=9)
+    expected = [output.text for prompt in ("def ", "x") for output in alone(prompt, n=3, seed=4, max_tokens=9).outputs]
+    assert [choice["text"] for choice in found["choices"]] == expected
+    assert found["usage"]["completion_tokens"] <= 6 * 9
+
+
+async def test_a_stop_string_ends_the_text(server: Server, alone: Any) -> None:
+    whole = alone("def ", **GREEDY).outputs[0].text
+    stop = whole[3:5]
+    [choice] = (await server.json("completions", prompt="def ", stop=stop, **GREEDY))["choices"]
+    assert choice["text"] == whole[: whole.index(stop)] and choice["finish_reason"] == "stop"
+
+
+async def test_json_that_fits_a_schema(server: Server) -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer", "maximum": 99}}, "required": ["age"]}
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}}
+    [choice] = (await server.json("completions", prompt="x", response_format=form, max_tokens=64, seed=1))["choices"]
+    if choice["finish_reason"] == "stop":
+        assert json.loads(choice["text"])["age"] <= 99
+    assert choice["text"].lstrip().startswith("{")
+    [choice] = (await server.json("completions", prompt="x", response_format={"type": "json_object"}, seed=1))["choices"]
+    assert choice["text"].lstrip().startswith("{")
+    await server.json("completions", prompt="x", response_format={"type": "text"}, seed=1)
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"n": 2, "seed": 1, "temperature": 1}, {"echo": True}, {"logprobs": 2}, {"echo": True, "logprobs": 1}]
+)
+async def test_a_stream_adds_up_to_the_whole(server: Server, extra: dict[str, Any]) -> None:
+    body = {"prompt": ["täglich 数🦉", "def "], **GREEDY, **extra}
+    whole = await server.json("completions", **body)
+    chunks = await server.stream("completions", **body)
+    assert len({chunk["id"] for chunk in chunks}) == 1 and all("usage" not in chunk for chunk in chunks)
+    for expected in whole["choices"]:
+        parts = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == expected["index"]]
+        assert "".join(part["text"] for part in parts) == expected["text"]
+        assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + [expected["finish_reason"]]
+        for key in expected["logprobs"] or {}:
+            assert [one for part in parts if part["logprobs"] for one in part["logprobs"][key]] == expected["logprobs"][key]
+
+
+async def test_a_stream_with_counts(server: Server) -> None:
+    body = {"prompt": "täglich ist kein Name für das", **GREEDY}
+    whole = await server.json("completions", **body)
+    *chunks, last = await server.stream("completions", stream_options={"include_usage": True}, **body)
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == []
+    assert {**last["usage"], "prompt_tokens_details": None} == {**whole["usage"], "prompt_tokens_details": None}
+
+
+async def test_a_stream_with_counts_all_along(server: Server) -> None:
+    chunks = await server.stream("completions", stream_options={"continuous_usage_stats": True}, prompt="def ", n=2, **GREEDY)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[-1] == 24 and chunks[-1]["choices"]
+
+
+async def test_log_probabilities(server: Server, alone: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    expected = alone("täglich 数", logprobs=3, **GREEDY).outputs[0]
+    [choice] = (await server.json("completions", prompt="täglich 数", logprobs=3, **GREEDY))["choices"]
+    found = choice["logprobs"]
+    assert found["token_logprobs"] == pytest.approx([one.chosen.logprob for one in expected.logprobs], abs=1e-4)
+    for top, one, token in zip(found["top_logprobs"], expected.logprobs, found["tokens"], strict=True):
+        assert len(top) in (3, 4) and token in top
+        assert max(top.values()) == pytest.approx(one.top[0].logprob, abs=1e-4)
+    check_tokens(choice["text"], found, expected.token_ids, tokenizer)
+
+
+def check_tokens(text: str, found: dict[str, Any], ids: list[int], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each token's name is its text, and lies in the text where its offset says."""
+    assert len(found["tokens"]) == len(ids)
+    assert all(first <= second for first, second in pairwise(found["text_offset"]))
+    before = ""
+    for name, offset, token in zip(found["tokens"], found["text_offset"], ids, strict=True):
+        alone = tokenizer.decode([token])
+        if "\ufffd" in alone:
+            assert name.startswith("bytes:\\x")
+        else:
+            assert name == alone
+            # What becomes of bytes that are no character is known, and counted, with the token after them only.
+            found_at = text.find(name, offset)
+            assert found_at == offset or (found_at > offset and before.startswith("bytes:")) or token == tokenizer.eos_token_id
+        before = name
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 6])
+async def test_echo_with_log_probabilities(
+    server: Server, alone: Any, encoded: Any, tokenizer: PreTrainedTokenizerFast, max_tokens: int
+) -> None:
+    """What lm-eval's local-completions asks for."""
+    ids = encoded("def first(数): return")
+    expected = alone(ids, logprobs=1, prompt_logprobs=1, temperature=0, max_tokens=max(1, max_tokens))
+    new = expected.outputs[0].token_ids[:max_tokens]
+    values = [one.chosen.logprob for one in [*expected.prompt_logprobs[1:], *expected.outputs[0].logprobs[:max_tokens]]]
+    for prompt in (ids, "def first(数): return"):
+        body = {"prompt": prompt, "echo": True, "logprobs": 1, "temperature": 0, "max_tokens": max_tokens, "seed": 1234}
+        found = await server.json("completions", **body)
+        [choice] = found["choices"]
+        assert choice["text"] == "def first(数): return" + tokenizer.decode(new)
+        assert choice["logprobs"]["token_logprobs"][0] is None and choice["logprobs"]["top_logprobs"][0] is None
+        assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(values, abs=1e-4)
+        assert found["usage"]["completion_tokens"] == max_tokens
+        if max_tokens:
+            check_tokens(choice["text"], choice["logprobs"], ids + new, tokenizer)
+
+
+async def test_echo_alone(server: Server, alone: Any) -> None:
+    [choice] = (await server.json("completions", prompt="def ", echo=True, **GREEDY))["choices"]
+    assert choice["text"] == "def " + alone("def ", **GREEDY).outputs[0].text and choice["logprobs"] is None
+    [choice] = (await server.json("completions", prompt="def ", echo=True, max_tokens=0))["choices"]
+    assert choice["text"] == "def "
+
+
+async def test_cached_tokens_are_counted(model: YocoUForCausalLM, server: Server) -> None:
+    prompt = "def second(x):\n    return x * 3  # heute\n" * 2
+    body = {"prompt": [prompt, "x"], "n": 3, "seed": 1, "max_tokens": 3}
+    first, second = [(await server.json("completions", **body))["usage"] for _ in range(2)]
+    assert first["prompt_tokens_details"]["cached_tokens"] == 0
+    assert ENGINE["block_size"] <= second["prompt_tokens_details"]["cached_tokens"] < second["prompt_tokens"] - 2
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "message"),
+    [
+        ({"prompt": []}, 400, "prompt", "the list is empty"),
+        ({"prompt": ["a", 1]}, 400, "prompt", "expected only strings in the list, got int"),
+        ({"prompt": [1, "a"]}, 400, "prompt", "token 'a' is no token id"),
+        ({"prompt": [1, 1.5]}, 400, "prompt", "token 1.5 is no token id"),
+        ({"prompt": [1, True]}, 400, "prompt", "token True is no token id"),
+        ({"prompt": [1, -2]}, 400, "prompt", "token -2 is no token id"),
+        ({"prompt": [[1], []]}, 400, "prompt", "a list of token ids is empty"),
+        ({"prompt": [[1], ["a"]]}, 400, "prompt", "token 'a' is no token id"),
+        ({"prompt": {"a": 1}}, 400, "prompt", "got dict"),
+        ({"prompt": [1, 10**30]}, 400, "prompt", "is not in the vocabulary of"),
+        ({"prompt": "a\ud800b"}, 400, "prompt", "a lone surrogate at character 1"),
+        ({"prompt": "x", "temprature": 1}, 400, "temprature", "did you mean temperature?"),
+        ({"prompt": "x", "\ud800": 1}, 400, None, "must be a JSON object"),
+        ({"prompt": "x", "temperature": 2.1}, 400, "temperature", "less than or equal to 2"),
+        ({"prompt": "x", "temperature": "1"}, 400, "temperature", "expected a number, got '1'"),
+        ({"prompt": "x", "max_tokens": -1}, 400, "max_tokens", "greater than or equal to 0"),
+        ({"prompt": "x", "max_tokens": True}, 400, "max_tokens", "expected a number"),
+        ({"prompt": "x", "max_tokens": 1.5}, 400, "max_tokens", "integer"),
+        ({"prompt": "x", "max_tokens": 5000}, 400, "max_tokens", "max_tokens is 5000, but at most 4096"),
+        ({"prompt": "x", "max_tokens": 10**300}, 400, "max_tokens", "at most 4096"),
+        ({"prompt": "x", "max_tokens": 600}, 400, None, "this model's context is 512 tokens"),
+        ({"prompt": "x" * 600}, 400, None, "shorten the prompt"),
+        ({"prompt": "x", "n": 17}, 400, "n", "at most 16"),
+        ({"prompt": "x", "n": 0}, 400, "n", "greater than or equal to 1"),
+        ({"prompt": "x", "num_loops": 9}, 400, "num_loops", "at most 8"),
+        ({"prompt": "x", "num_loops": 0}, 400, "num_loops", "greater than"),
+        ({"prompt": "x", "best_of": 2}, 400, None, "best_of 2 is not supported"),
+        ({"prompt": "x", "suffix": "y"}, 400, None, "suffix is not supported"),
+        ({"prompt": "x", "logit_bias": {"1": 5}}, 400, None, "logit_bias is not supported"),
+        ({"prompt": "x", "logprobs": 21}, 400, "logprobs", "less than or equal to 20"),
+        ({"prompt": "x", "stop": ["a", ""]}, 400, "stop", "at least 1 character"),
+        ({"prompt": "x", "stop": ["a"] * 65}, 400, "stop", "at most 64"),
+        ({"prompt": "x", "stop": 5}, 400, "stop", "list"),
+        ({"prompt": "x", "stream": "yes"}, 400, "stream", "boolean"),
+        ({"prompt": "x", "seed": 2**64}, 400, "seed", "less than"),
+        ({"prompt": "x", "regex": "("}, 400, None, "regex '('"),
+        ({"prompt": "x", "regex": "a", "response_format": {"type": "json_object"}}, 400, None, "exclude each other"),
+        ({"prompt": "x", "response_format": {"type": "json_schema"}}, 400, "response_format", "belong together"),
+        ({"prompt": "x", "response_format": {"type": "xml"}}, 400, "response_format", "json_object"),
+        ({"prompt": "x", "min_tokens": 20}, 400, None, "min_tokens 20 is more than max_tokens 16"),
+        ({"prompt": "x", "model": "gpt"}, 404, "model", "no model 'gpt' here; there is 'tiny'"),
+        ({"prompt": ["x"] * 300}, 400, None, "300 prompts with 1 outputs each are more"),
+        ({"messages": []}, 400, "messages", "unknown key messages"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+async def test_requests_that_are_refused(
+    server: Server, body: dict[str, Any], status: int, param: str | None, message: str, stream: bool
+) -> None:
+    if "stream" not in body:
+        body = body | {"stream": stream}
+    found, error = await server.error("completions", **body)
+    assert found == status and message in error["message"], error
+    assert error["param"] == param and error["type"] == "invalid_request_error"
+    assert not server.engine.unfinished

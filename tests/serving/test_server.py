@@ -1,0 +1,216 @@
+"""`yoco-u serve` as a process: real sockets, clients that leave, signals, keys, TLS, OpenAI's own client."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from yoco_u import YocoUForCausalLM
+from yoco_u.cli import main
+
+SETTINGS = ("--dtype", "float32", "--cache-tokens", "4096", "--max-num-seqs", "4", "--max-waiting", "4", "--port", "0")
+LONG = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def folder(model: YocoUForCausalLM, chatty: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("served")
+    model.save_pretrained(path)
+    chatty.save_pretrained(path)
+    return path
+
+
+class Process:
+    """A server process and where it listens."""
+
+    def __init__(self, folder: Path, *arguments: str, log: Path, environment: dict[str, str] | None = None) -> None:
+        self.log = log
+        command = [sys.executable, "-m", "yoco_u.cli", "serve", str(folder), "--name", "tiny", *SETTINGS, *arguments]
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "YOCO_U_KERNELS": "off", **(environment or {})},
+            )
+        self.url = self._find_url()
+
+    def _find_url(self) -> str:
+        for _ in range(600):
+            if found := re.search(r"at (https?://\S+:\d+)", self.log.read_text()):
+                return found[1]
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.1)
+        raise AssertionError(self.log.read_text())
+
+    def metric(self, name: str) -> float:
+        text = httpx2.get(f"{self.url}/metrics").text
+        return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+    def wait_for(self, name: str, value: float) -> None:
+        for _ in range(1000):
+            if self.metric(name) == value:
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"{name} is {self.metric(name)}, not {value}")
+
+
+@contextmanager
+def serving(*arguments: Any, **settings: Any) -> Iterator[Process]:
+    process = Process(*arguments, **settings)
+    try:
+        yield process
+    finally:
+        process.process.kill()
+        process.process.wait()
+
+
+@pytest.fixture(scope="module")
+def process(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    with serving(folder, log=tmp_path_factory.mktemp("log") / "log") as found:
+        yield found
+
+
+RUNNING, HELD = 'yoco_u_requests{state="running"}', 'yoco_u_kv_blocks{state="held"}'
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks(process: Process, stream: bool) -> None:
+    with pytest.raises(httpx2.ReadTimeout):  # noqa: SIM117
+        with httpx2.stream("POST", f"{process.url}/v1/completions", json={**LONG, "stream": stream}, timeout=0.3) as response:
+            for _ in response.iter_lines():
+                raise httpx2.ReadTimeout("enough")
+    process.wait_for(RUNNING, 0)
+    process.wait_for(HELD, 0)
+    assert process.metric('yoco_u_outputs_total{reason="unfinished"}') >= 1
+
+
+def test_a_full_queue_and_retries(process: Process) -> None:
+    async def ask() -> list[int]:
+        async with httpx2.AsyncClient(timeout=60) as client:
+            body = {"prompt": "x", "max_tokens": 60, "ignore_eos": True}
+            responses = await asyncio.gather(*[client.post(f"{process.url}/v1/completions", json=body) for _ in range(20)])
+        assert all(response.headers["retry-after"].isdecimal() for response in responses if response.status_code == 429)
+        return [response.status_code for response in responses]
+
+    found = asyncio.run(ask())
+    assert set(found) <= {200, 429} and found.count(200) >= 8
+    process.wait_for(RUNNING, 0)
+
+
+def test_openais_client(process: Process) -> None:
+    with openai.OpenAI(base_url=f"{process.url}/v1", api_key="none") as client:
+        assert [one.id for one in client.models.list()] == ["tiny"]
+        whole = client.completions.create(model="tiny", prompt="def ", temperature=0, max_tokens=9, logprobs=2, echo=True)
+        choice = whole.choices[0]
+        assert choice.text.startswith("def ") and choice.finish_reason == "length" and whole.usage.completion_tokens == 9
+        assert len(choice.logprobs.tokens) == whole.usage.total_tokens
+        stream = client.completions.create(model="tiny", prompt="def ", temperature=0, max_tokens=9, stream=True)
+        assert "def " + "".join(chunk.choices[0].text for chunk in stream) == choice.text
+
+        messages: Any = [{"role": "user", "content": "def "}]
+        schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+        chat = client.chat.completions.create(
+            model="tiny", messages=messages, seed=1, max_tokens=50, extra_body={"num_loops": 2},
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        )  # fmt: skip
+        assert chat.choices[0].message.content.lstrip().startswith("{")
+        assert chat.usage.prompt_tokens_details.cached_tokens == 0
+        chunks = client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=5, stream=True, logprobs=True, stream_options={"include_usage": True}
+        )
+        *parts, last = list(chunks)
+        assert parts[0].choices[0].delta.role == "assistant" and last.usage.completion_tokens <= 5
+        for wrong, error in (
+            ({"model": "gpt"}, openai.NotFoundError),
+            ({"temperature": 9}, openai.BadRequestError),
+            ({"logit_bias": {"1": 1}}, openai.BadRequestError),
+        ):
+            with pytest.raises(error) as raised:
+                client.completions.create(**({"model": "tiny", "prompt": "x"} | wrong))
+            assert raised.value.body["type"] == "invalid_request_error"
+
+
+def test_sigterm_lets_what_runs_end(process: Process) -> None:
+    """The last test of this process."""
+    with httpx2.stream("POST", f"{process.url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        process.process.send_signal(signal.SIGTERM)
+        rest = list(lines)
+    assert rest[-2:] == ["data: [DONE]", ""] and '"finish_reason":"length"' in rest[-4]
+    assert process.process.wait(60) == 0, process.log.read_text()
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(process.url)
+    assert "Traceback" not in process.log.read_text()
+
+
+def test_tls_keys_that_stay_secret_and_a_drain_with_an_end(folder: Path, tmp_path: Path) -> None:
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    try:
+        subprocess.run(
+            [*command, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
+            cwd=tmp_path, check=True, capture_output=True,
+        )  # fmt: skip
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed")
+    certificate, key, keys = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "keys"
+    keys.write_text("from-the-file\n\n")
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    with serving(
+        folder, "--certificate", str(certificate), "--key", str(key), "--drain-seconds", "0.2", "--api-key-file", str(keys),
+        "--api-key", "from-an-option", log=tmp_path / "log", environment={"YOCO_U_API_KEY": "from-the-environment"},
+    ) as process, httpx2.Client(base_url=process.url, verify=trusted) as client:  # fmt: skip
+        assert process.url.startswith("https://127.0.0.1:")
+        for name, status in (
+            ("from-the-file", 200),
+            ("from-the-environment", 200),
+            ("from-an-option", 200),
+            ("guessed-one", 401),
+        ):
+            assert client.get("/v1/models", headers={"Authorization": f"Bearer {name}"}).status_code == status
+        headers = {"Authorization": "Bearer from-the-file"}
+        with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}, headers=headers, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert "shutting down" in rest[-2] and process.process.wait(60) == 0
+        log = process.log.read_text()
+        assert not re.search("from-the-|from-an-|guessed-one", log) and "/v1/models" in log
+
+
+def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*arguments: object) -> str:
+        assert main(["serve", str(folder), "--dtype", "float32", "--cache-tokens", "512", *map(str, arguments)]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.splitlines()[-1].startswith("error: ")
+        return captured.err
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1 port {port}" in error("--port", port)
+    assert "belong together" in error("--certificate", "a.pem")
+    assert "cannot use this certificate" in error("--certificate", tmp_path / "a.pem", "--key", tmp_path / "b.pem", "--port", 0)
+    assert "cannot read it" in error("--api-key-file", tmp_path / "none")
+    (tmp_path / "empty").write_text("\n")
+    assert "no key in it" in error("--api-key-file", tmp_path / "empty")
+    shown = error("--api-key", "secret with spaces")
+    assert "has spaces" in shown and "secret" not in shown
+    assert "an API key is empty" in error("--api-key", "")
+    assert "port: " in error("--port", 99999)
+    assert "time_limit: " in error("--time-limit", 0)

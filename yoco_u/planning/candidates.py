@@ -1,0 +1,67 @@
+"""The architectures that a plan compares, as they are named: a preset, a config, a run or a saved model."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from yoco_u.architecture import STAGES, Architecture, preset
+from yoco_u.errors import UserError
+from yoco_u.runs import is_run, model_folder, read_json
+from yoco_u.typed import apply_overrides, load_yaml, parse
+
+
+def find_architecture(text: str, size: str) -> Architecture:
+    """The architecture of a name.
+
+    Args:
+        text: a preset; or the path of a YAML config, a run folder or a saved model. Settings may follow a colon: any setting of
+            a preset (`yoco_u:loops=5,window=256`), or `loops` of the others (`runs/8m:loops=5`).
+        size: of presets that do not set their own.
+
+    Raises:
+        UserError: for an unknown name, with the nearest one, or settings that make an impossible architecture.
+    """
+    name, settings = _split(text)
+    if name in STAGES:
+        return preset(name, **({"size": size} | settings))
+    architecture = _read(name)
+    if not settings:
+        return architecture
+    if set(settings) != {"loops"}:
+        raise UserError(f"{text}: of a config, a run or a model only loops can be set, got {', '.join(settings)}")
+    return architecture.with_loops(settings["loops"])
+
+
+def _split(text: str) -> tuple[str, dict[str, Any]]:
+    """`yoco_u:loops=5` -> yoco_u, {loops: 5}; a colon with no setting behind it is part of the name."""
+    name, _, settings = text.rpartition(":")
+    return (name, apply_overrides({}, settings.split(","))) if name and "=" in settings else (text, {})
+
+
+def _read(name: str) -> Architecture:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _of_yaml(path / "config.yaml") if is_run(path) else _of_model(path)
+    if path.is_file():
+        return _of_yaml(path)
+    near = difflib.get_close_matches(name, STAGES, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"presets are {', '.join(STAGES)}"
+    raise UserError(f"unknown architecture {name!r}: {hint}; or give a config file, a run folder or a saved model")
+
+
+def _of_yaml(file: Path) -> Architecture:
+    data = load_yaml(file)
+    if "architecture" in data:
+        data = data["architecture"]
+    elif not {"preset", "stages"} & data.keys():
+        raise UserError(f"{file}: no architecture in it; expected a run's config, or the settings of an architecture")
+    return parse(Architecture, data, str(file))
+
+
+def _of_model(folder: Path) -> Architecture:
+    file = model_folder(folder) / "config.json"
+    data = read_json(file, {})
+    if not isinstance(data, dict) or data.get("model_type") != "yoco_u":
+        kind = data.get("model_type") if isinstance(data, dict) else None
+        raise UserError(f"{file}: the model_type is {kind!r}, expected 'yoco_u'; give a model of this project")
+    return parse(Architecture, {key: data[key] for key in Architecture.model_fields if key in data}, str(file))

@@ -1,0 +1,105 @@
+"""What a machine has: memory, and how fast it multiplies and reads. Common GPUs by name."""
+
+import difflib
+import math
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BeforeValidator, ByteSize, PositiveFloat, TypeAdapter, ValidationError
+
+from yoco_u.errors import UserError
+from yoco_u.typed import Config, parse
+
+DType = Literal["bfloat16", "float32"]
+
+THIS = "this"
+"""The name of the machine that the command runs on."""
+
+
+def _amount(value: object) -> object:
+    """A number, or a text such as 900e9, 24GiB or 80GB."""
+    if not isinstance(value, str):
+        return value
+    try:
+        amount = float(value)
+    except ValueError:
+        try:
+            amount = TypeAdapter(ByteSize).validate_python(value)
+        except ValidationError:
+            raise ValueError(
+                f"{value!r} is no amount; expected a number with or without a unit, such as 900e9 or 24GiB"
+            ) from None
+    if not 0 < amount < math.inf:
+        raise ValueError(f"{value!r} is out of range; expected more than 0")
+    return amount
+
+
+_Amount = Annotated[PositiveFloat, BeforeValidator(_amount)]
+
+
+class Hardware(Config):
+    """One device.
+
+    Attributes:
+        memory: bytes.
+        gemm: FLOP/s of matrix products in the dtype that is planned for.
+        bandwidth: bytes per second read from its memory.
+    """
+
+    name: str
+    memory: _Amount
+    gemm: _Amount
+    bandwidth: _Amount
+
+    @property
+    def line(self) -> str:
+        """What `find_hardware` reads back."""
+        return f"memory={self.memory:.0f},gemm={self.gemm:.4g},bandwidth={self.bandwidth:.4g}"
+
+
+class Gpu(NamedTuple):
+    """Data-sheet figures: memory in GB (10^9 bytes), dense products in TFLOP/s, memory in GB/s.
+
+    `bfloat16` is without sparsity and accumulates in float32; `float32` is float32 throughout, without TF32.
+    """
+
+    name: str
+    memory: float
+    bfloat16: float
+    float32: float
+    bandwidth: float
+
+
+GPUS = {
+    "h100": Gpu("NVIDIA H100 SXM 80 GB", 80, 989.4, 66.9, 3350),
+    "h100-pcie": Gpu("NVIDIA H100 PCIe 80 GB", 80, 756, 51.2, 2000),
+    "h200": Gpu("NVIDIA H200 SXM 141 GB", 141, 989.4, 66.9, 4800),
+    "b200": Gpu("NVIDIA B200 SXM 180 GB", 180, 2250, 80, 8000),
+    "a100": Gpu("NVIDIA A100 SXM 80 GB", 80, 312, 19.5, 2039),
+    "a100-40gb": Gpu("NVIDIA A100 SXM 40 GB", 40, 312, 19.5, 1555),
+    "l40s": Gpu("NVIDIA L40S 48 GB", 48, 362, 91.6, 864),
+    "l4": Gpu("NVIDIA L4 24 GB", 24, 121, 30.3, 300),
+    "rtx-4090": Gpu("NVIDIA GeForce RTX 4090 24 GB", 24, 165.2, 82.6, 1008),
+    "rtx-3090": Gpu("NVIDIA GeForce RTX 3090 24 GB", 24, 71, 35.6, 936),
+    "mi300x": Gpu("AMD Instinct MI300X 192 GB", 192, 1307.4, 163.4, 5300),
+    "mi325x": Gpu("AMD Instinct MI325X 256 GB", 256, 1307.4, 163.4, 6000),
+}
+"""By the name that `--hardware` takes."""
+
+
+def find_hardware(text: str, dtype: DType) -> Hardware:
+    """Hardware of a name in `GPUS`, or of a line `memory=24GiB,gemm=900e9,bandwidth=46e9`.
+
+    Raises:
+        UserError: for an unknown name, with the nearest one, or a line that does not say all three.
+    """
+    if "=" in text:
+        pairs = [part.partition("=") for part in text.split(",")]
+        given = {key.strip(): value.strip() for key, _, value in pairs}
+        return parse(Hardware, {"name": text} | given, f"hardware {text!r}")
+    gpu = GPUS.get(text.lower())
+    if gpu is None:
+        near = difflib.get_close_matches(text.lower(), GPUS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(GPUS)} and {THIS}"
+        raise UserError(f"unknown hardware {text!r}: {hint}; or give a line such as memory=24GiB,gemm=900e9,bandwidth=46e9")
+    gemm = gpu.bfloat16 if dtype == "bfloat16" else gpu.float32
+    return Hardware(name=gpu.name, memory=gpu.memory * 1e9, gemm=gemm * 1e12, bandwidth=gpu.bandwidth * 1e9)

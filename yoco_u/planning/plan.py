@@ -1,0 +1,186 @@
+"""A plan: every figure of every architecture at every context, beside each other."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import Field, PositiveInt
+
+from yoco_u.architecture import Architecture
+from yoco_u.budget import (
+    KVType,
+    bytes_per_kv_element,
+    decode_flops,
+    kv_bytes,
+    optimizer_bytes,
+    parameters,
+    prefill_flops,
+    training_flops,
+)
+from yoco_u.planning.hardware import DType, Hardware
+from yoco_u.planning.roofline import decode_rate, largest_batch, largest_context, prefill_rate, training_rate
+from yoco_u.typed import Config
+
+
+class PlanSettings(Config):
+    """What is planned for.
+
+    Attributes:
+        contexts: tokens of a training row, of a prompt, and behind which is decoded.
+        batch: sequences that are decoded together.
+        dtype: of weights and activations.
+        kv_dtype: of the caches; as `dtype` by default.
+    """
+
+    contexts: tuple[PositiveInt, ...] = Field(default=(8192, 65536, 262144), min_length=1)
+    batch: PositiveInt = 32
+    dtype: DType = "bfloat16"
+    kv_dtype: KVType | None = None
+
+    @property
+    def bytes_per_weight(self) -> int:
+        return 2 if self.dtype == "bfloat16" else 4
+
+
+@dataclass(frozen=True)
+class Figures:
+    """An architecture at one context. FLOPs are model FLOPs, see `yoco_u.budget`; rates are bounds, see `roofline`.
+
+    Attributes:
+        prefill_flops_per_token: of a whole prefill, divided by the prompt.
+        kv_bytes_per_sequence, kv_bytes: caches of one sequence, and of the batch.
+        fits: whether weights and the caches of the batch fit into memory.
+        largest_batch: sequences whose caches fit beside the weights.
+        prefill_tokens_per_second: of one prompt.
+        prefill_bound, decode_bound: what holds the rate down, `compute` or `memory`.
+    """
+
+    context: int
+    training_flops_per_token: float
+    prefill_flops_per_token: float
+    decode_flops_per_token: float
+    kv_bytes_per_sequence: int
+    kv_bytes: int
+    fits: bool
+    largest_batch: int
+    training_tokens_per_second: float
+    prefill_tokens_per_second: float
+    prefill_bound: str
+    decode_tokens_per_second: float
+    decode_bound: str
+
+
+RATIOS = (
+    "training_flops_per_token",
+    "prefill_flops_per_token",
+    "decode_flops_per_token",
+    "kv_bytes_per_sequence",
+    "training_tokens_per_second",
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+)
+"""Figures that are told as multiples of the reference's too."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One architecture.
+
+    Attributes:
+        weight_bytes: of the weights in the plan's dtype.
+        training_state_bytes: float32 weights, gradients and AdamW's moments.
+        largest_context: tokens that each sequence of the batch may have beside the weights; None where nothing grows.
+        figures: by context.
+    """
+
+    name: str
+    architecture: Architecture
+    parameters: int
+    active_parameters: int
+    embedding_parameters: int
+    weight_bytes: int
+    training_state_bytes: int
+    largest_context: int | None
+    figures: dict[int, Figures]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Attributes:
+    reference: the column that the others are multiples of: `transformer`, or the first.
+    """
+
+    settings: PlanSettings
+    hardware: Hardware
+    columns: list[Column]
+
+    @property
+    def reference(self) -> Column:
+        return next((column for column in self.columns if column.name == "transformer"), self.columns[0])
+
+    def ratio(self, column: Column, context: int, figure: str) -> float:
+        """A figure as a multiple of the reference's."""
+        return getattr(column.figures[context], figure) / getattr(self.reference.figures[context], figure)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "hardware": {
+                "name": self.hardware.name,
+                "memory_bytes": self.hardware.memory,
+                "gemm_flops_per_second": self.hardware.gemm,
+                "bandwidth_bytes_per_second": self.hardware.bandwidth,
+            },
+            "reference": self.reference.name,
+            "architectures": [self._column_json(column) for column in self.columns],
+        }
+
+    def _column_json(self, column: Column) -> dict[str, Any]:
+        rows = [
+            asdict(figures) | {"ratios": {name: self.ratio(column, context, name) for name in RATIOS}}
+            for context, figures in column.figures.items()
+        ]
+        return vars(column) | {"architecture": column.architecture.model_dump(mode="json"), "figures": rows}
+
+
+def make_plan(architectures: Mapping[str, Architecture], hardware: Hardware, settings: PlanSettings) -> Plan:
+    """All figures of architectures, at least one, by the names they are to have."""
+    return Plan(settings, hardware, [_column(name, a, hardware, settings) for name, a in architectures.items()])
+
+
+def _column(name: str, a: Architecture, hardware: Hardware, settings: PlanSettings) -> Column:
+    counts, element = parameters(a), bytes_per_kv_element(a, settings.kv_dtype or settings.dtype)
+    weights = counts.total * settings.bytes_per_weight
+    return Column(
+        name=name,
+        architecture=a,
+        parameters=counts.total,
+        active_parameters=counts.active,
+        embedding_parameters=counts.embedding,
+        weight_bytes=weights,
+        training_state_bytes=optimizer_bytes(a),
+        largest_context=largest_context(a, settings.batch, hardware.memory - weights, element),
+        figures={context: figures_at(a, context, hardware, settings) for context in sorted(set(settings.contexts))},
+    )
+
+
+def figures_at(a: Architecture, context: int, hardware: Hardware, settings: PlanSettings) -> Figures:
+    weight, element = settings.bytes_per_weight, bytes_per_kv_element(a, settings.kv_dtype or settings.dtype)
+    room, kept = hardware.memory - parameters(a).total * weight, kv_bytes(a, context, element)
+    prefill = prefill_rate(a, hardware, context, weight, element)
+    decode = decode_rate(a, hardware, context, settings.batch, weight, element)
+    return Figures(
+        context=context,
+        training_flops_per_token=training_flops(a, context),
+        prefill_flops_per_token=prefill_flops(a, context) / context,
+        decode_flops_per_token=decode_flops(a, context),
+        kv_bytes_per_sequence=kept,
+        kv_bytes=settings.batch * kept,
+        fits=settings.batch * kept <= room,
+        largest_batch=largest_batch(a, context, room, element),
+        training_tokens_per_second=training_rate(a, hardware, context),
+        prefill_tokens_per_second=prefill.tokens_per_second,
+        prefill_bound=prefill.bound,
+        decode_tokens_per_second=decode.tokens_per_second,
+        decode_bound=decode.bound,
+    )

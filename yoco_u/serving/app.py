@@ -1,0 +1,137 @@
+"""The routes."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI, Query, Request, Response
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import FileResponse
+
+from yoco_u.inference import Engine
+from yoco_u.serving import errors
+from yoco_u.serving.auth import ApiKeys
+from yoco_u.serving.chat import answer_chat
+from yoco_u.serving.completions import complete
+from yoco_u.serving.engine_loop import EngineLoop, NotServing
+from yoco_u.serving.errors import RESPONSES, ApiError
+from yoco_u.serving.limits import BodyLimit
+from yoco_u.serving.metrics import Metrics
+from yoco_u.serving.requests import ChatRequest, CompletionRequest
+from yoco_u.serving.responses import ChatResponse, CompletionResponse, Health, KVBytes, Model, ModelFacts, ModelList
+from yoco_u.serving.served_model import ServedModel
+from yoco_u.serving.settings import ServerSettings
+from yoco_u.version import __version__
+
+PAGE = Path(__file__).parent / "page"
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None] = lambda: None) -> FastAPI:
+    """The server's ASGI application.
+
+    Args:
+        engine: the application's from then on; it runs while the application's lifespan does.
+        died: called if the engine has failed for good; everything is answered with 503 then.
+
+    Returns:
+        The application; `state.loop` is its engine loop.
+
+    Raises:
+        UserError: if the engine has no tokenizer.
+    """
+    metrics = Metrics(engine)
+    loop = EngineLoop(engine, settings.max_waiting, settings.time_limit, metrics, died)
+    model = ServedModel(engine, loop, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loop.start()
+        yield
+        await loop.stop()
+
+    app = FastAPI(
+        title="yoco-u", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=RESPONSES
+    )  # the pages that FastAPI has for documentation load scripts from elsewhere
+    app.state.loop = loop
+    errors.install(app)
+    _add_api(app, model)
+    _add_state(app, model, metrics)
+    _add_page(app)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, seconds=settings.time_limit)
+    if settings.api_keys:
+        app.add_middleware(ApiKeys, keys=[key.get_secret_value() for key in settings.api_keys])
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    return app
+
+
+def _add_api(app: FastAPI, model: ServedModel) -> None:
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        """The one model that is served."""
+        return ModelList(data=[model.describe()])
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Model:
+        """The model, by its name."""
+        if name != model.settings.model_name:
+            raise ApiError(404, f"no model {name!r} here; there is {model.settings.model_name!r}", code="model_not_found")
+        return model.describe()
+
+    @app.post("/v1/completions", response_model=CompletionResponse)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue prompts; with `stream`, as server-sent events of the same shape."""
+        return await complete(body, request, model)
+
+    @app.post("/v1/chat/completions", response_model=ChatResponse)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a chat; with `stream`, as server-sent events (`chat.completion.chunk`)."""
+        return await answer_chat(body, request, model)
+
+
+def _add_state(app: FastAPI, model: ServedModel, metrics: Metrics) -> None:
+    @app.get("/health")
+    async def health() -> Health:
+        """200 while requests are taken, else 503."""
+        if model.loop.failure is not None or model.loop.draining:
+            raise NotServing("the engine has failed" if model.loop.failure is not None else "the server is shutting down")
+        return Health()
+
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)
+    async def prometheus() -> Response:
+        """Counts and times for Prometheus."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/model")
+    async def facts() -> ModelFacts:
+        """What the page shows of the model."""
+        return model.facts()
+
+    @app.get("/kv")
+    async def kv(tokens: int = Query(ge=0, le=2**40), num_loops: int | None = Query(default=None, ge=1, le=1000)) -> KVBytes:
+        """Bytes of keys and values of one sequence, by arithmetic; a Transformer's of the same shape beside them."""
+        return model.kv_bytes(tokens, num_loops or model.engine.num_loops)
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html", headers=_PAGE_HEADERS)
+
+    files = {path.name: path for path in PAGE.iterdir() if path.is_file()}
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def part_of_page(name: str) -> Response:
+        if name not in files:
+            raise ApiError(404, f"the page has no part {name!r}")
+        return FileResponse(files[name], headers=_PAGE_HEADERS)

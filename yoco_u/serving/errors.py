@@ -1,0 +1,139 @@
+"""Errors in the shape of OpenAI's API."""
+
+import json
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from yoco_u.errors import UserError
+from yoco_u.serving.engine_loop import Busy, NotServing, RequestFailed, TimeExceeded
+from yoco_u.serving.requests import REQUESTS
+from yoco_u.serving.responses import ErrorResponse
+from yoco_u.typed import Config, describe_problems
+
+log = logging.getLogger("yoco_u.serving")
+
+_INTERNAL = "internal error; the server's log says more"
+_LONGEST = 500  # characters of a message, which may quote what came
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        param: the request's parameter that it is about.
+        code: a word for programs.
+    """
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """`{"error": ...}` with the type that OpenAI's API gives to such a status."""
+    kinds = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    short = message if len(message) <= _LONGEST else message[:_LONGEST] + "..."
+    return {"error": {"message": short, "type": kind, "param": param, "code": code}}
+
+
+def error_response(
+    status: int, message: str, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    # In ASCII: the message may quote lone surrogates, which no UTF-8 can hold.
+    body = json.dumps(error_body(status, message, param, code))
+    return Response(body, status, dict(headers or {}), media_type="application/json")
+
+
+def stream_error(error: Exception) -> str:
+    """An error that comes when the answer has begun, as a server-sent event."""
+    status, message = _status(error)
+    return f"data: {json.dumps(error_body(status, message))}\n\n"
+
+
+def _status(error: Exception) -> tuple[int, str]:
+    if isinstance(error, (NotServing, TimeExceeded)):
+        return 503, str(error)
+    if isinstance(error, RequestFailed):
+        return 500, str(error)
+    log.error("an answer failed", exc_info=error)
+    return 500, _INTERNAL
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception in OpenAI's shape."""
+
+    @app.exception_handler(ApiError)
+    async def _api(_: Request, error: ApiError) -> Response:
+        return error_response(error.status, error.message, error.param, error.code)
+
+    @app.exception_handler(UserError)
+    async def _user(_: Request, error: UserError) -> Response:
+        return error_response(400, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        return _invalid_request(REQUESTS.get(request.url.path, Config), error)
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        message = str(error.detail)
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            message = f"no such path: {request.method} {request.url.path}"
+        return error_response(error.status_code, message, headers=error.headers)
+
+    @app.exception_handler(Busy)
+    async def _busy(_: Request, error: Busy) -> Response:
+        return error_response(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
+
+    @app.exception_handler(NotServing)
+    async def _not_serving(_: Request, error: NotServing) -> Response:
+        return error_response(503, str(error), headers={"Retry-After": "5"})
+
+    @app.exception_handler(TimeExceeded)
+    async def _too_long(_: Request, error: TimeExceeded) -> Response:
+        return error_response(503, str(error), code="time_exceeded")
+
+    @app.exception_handler(RequestFailed)
+    async def _failed(_: Request, error: RequestFailed) -> Response:
+        return error_response(500, str(error))
+
+    @app.exception_handler(Exception)
+    async def _internal(_: Request, __: Exception) -> Response:
+        return error_response(500, _INTERNAL)
+
+
+def _invalid_request(cls: type[Config], error: RequestValidationError) -> Response:
+    """What does not fit, by the path of the key."""
+    problems = [problem | {"loc": problem["loc"][1:]} for problem in error.errors()]  # without "body"
+    if problems[0]["type"] == "json_invalid":
+        return error_response(
+            400, f"the body is not JSON: {problems[0]['ctx']['error']} at character {error.errors()[0]['loc'][1]}"
+        )
+    if problems[0]["loc"] == () and problems[0]["type"] != "value_error":
+        return error_response(400, "the body must be a JSON object, with Content-Type: application/json")
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    param = next((str(part) for part in first["loc"]), None)
+    return error_response(400, describe_problems(cls, problems), param)
+
+
+_DESCRIPTIONS: dict[int | str, str] = {
+    "4XX": "The request is not possible; 400 unless another status fits.",
+    401: "No API key, or a wrong one.",
+    404: "No such model.",
+    413: "The body is too large.",
+    429: "The queue is full; Retry-After says when to try again.",
+    500: "The model could not compute an answer.",
+    503: "The server is shutting down, or the request took too long.",
+}
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": description} for status, description in _DESCRIPTIONS.items()
+}
+"""For the OpenAPI description."""

@@ -1,0 +1,111 @@
+"""What a server counts, for Prometheus."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from yoco_u.inference import Engine
+from yoco_u.serving.engine_loop import Event, Job, Observer
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+
+@dataclass
+class _Progress:
+    """Of one job: when each output's newest token came, and how many outputs have ended as they should."""
+
+    last: dict[tuple[int, int], float] = field(default_factory=dict)
+    ended: int = 0
+
+
+class Metrics(Observer):
+    """Counts what the engine loop reports; blocks, seats and the queue are read when asked for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self._jobs: dict[Job, _Progress] = {}
+
+        def counter(name: str, meaning: str, *labels: str) -> Counter:
+            return Counter(f"yoco_u_{name}", meaning, labels, registry=self._registry)
+
+        def histogram(name: str, meaning: str) -> Histogram:
+            return Histogram(f"yoco_u_{name}_seconds", meaning, buckets=_SECONDS, registry=self._registry)
+
+        self._outputs = counter("outputs", "Outputs that ended, by how: stop, length, or unfinished.", "reason")
+        self._rejected = counter("rejected", "Jobs that were not taken, by why.", "reason")
+        self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
+        self._cached_tokens = counter("cached_prompt_tokens", "Tokens of prompts that the prefix cache had.")
+        self._new_tokens = counter("generated_tokens", "Tokens of outputs.")
+        self._loops = counter("loops", "Loops run: T for each token that was computed.")
+        self._first = histogram("time_to_first_token", "From a job's arrival to each output's first token.")
+        self._next = histogram("inter_token", "Between two tokens of an output.")
+        self._whole = histogram("job", "From a job's arrival to its end.")
+        self._step = histogram("step", "One step of the engine.")
+        self._registry.register(_EngineState(engine))
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def event(self, job: Job, event: Event) -> None:
+        progress = self._jobs.setdefault(job, _Progress())
+        request, key, now = job.requests[event.prompt], (event.prompt, event.output), time.monotonic()
+        if key in progress.last:
+            self._next.observe(now - progress.last[key])
+            self._loops.inc(len(event.token_ids) * request.num_loops)
+        else:
+            self._first.observe(now - job.begun)
+            if event.output == 0:
+                prompt, cached = len(request.prompt_token_ids), event.cached_tokens
+                self._prompt_tokens.inc(prompt)
+                self._cached_tokens.inc(cached)
+                self._loops.inc((prompt - cached) * request.num_loops)
+        progress.last[key] = now
+        progress.ended += event.finish_reason is not None
+        self._new_tokens.inc(len(event.token_ids))
+        if event.finish_reason is not None:
+            self._outputs.labels(event.finish_reason).inc()
+
+    def ended(self, job: Job) -> None:
+        self._whole.observe(time.monotonic() - job.begun)
+        self._outputs.labels("unfinished").inc(job.num_outputs - self._jobs.pop(job, _Progress()).ended)
+
+    def rejected(self, reason: str) -> None:
+        self._rejected.labels(reason).inc()
+
+    def step(self, seconds: float) -> None:
+        self._step.observe(seconds)
+
+
+class _EngineState(Collector):
+    """What the engine holds at the moment of asking."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        scheduler, statistics = self._engine.scheduler, self._engine.scheduler.statistics
+        running, seats = len(scheduler.running), self._engine.settings.max_num_seqs
+        blocks = scheduler.pool.num_blocks
+        free, cached = statistics.free_blocks, statistics.cached_blocks
+        yield _gauge("requests", "Outputs in the engine.", running=running, waiting=self._engine.unfinished - running)
+        yield _gauge("kv_blocks", "Blocks of the paged caches.", free=free, cached=cached, held=blocks - free - cached)
+        yield _gauge("window_seats", "Rows of the window rings.", held=running, free=seats - running)
+        snapshots = GaugeMetricFamily("yoco_u_snapshot_bytes", "Window states kept for cached prefixes.")
+        snapshots.add_metric([], scheduler.snapshots.bytes)
+        yield snapshots
+        yield CounterMetricFamily(
+            "yoco_u_prefix_hit_tokens", "Tokens that were not computed again.", statistics.prefix_hit_tokens
+        )
+        yield CounterMetricFamily("yoco_u_preemptions", "Requests that gave way and were begun again.", statistics.preemptions)
+
+
+def _gauge(name: str, meaning: str, **values: int) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(f"yoco_u_{name}", meaning, labels=["state"])
+    for state, value in values.items():
+        family.add_metric([state], value)
+    return family

@@ -1,0 +1,114 @@
+// One answer on the page: its text as it comes, and what it costs.
+
+import { get, stream } from "./api.js";
+
+const KV_EVERY = 500; // milliseconds between two questions for the cache's size
+
+const bytes = (count) => {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(1, count)) / 10));
+  const value = count / 1024 ** power;
+  return `${value < 10 && power ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
+};
+
+const times = (ratio) => `${ratio >= 10 ? Math.round(ratio) : ratio.toFixed(1)}x`;
+
+export class Answer {
+  // given: text that stands before the answer, null in a chat.
+  constructor(title, loops, given) {
+    this.element = document.getElementById("answer").content.firstElementChild.cloneNode(true);
+    this.element.querySelector("h3").textContent = title;
+    this.loops = loops;
+    this.text = "";
+    this.output = document.createElement("span");
+    const place = this.element.querySelector(".text");
+    if (given) {
+      const before = document.createElement("span");
+      before.className = "given";
+      before.textContent = given;
+      place.append(before);
+    }
+    place.append(this.output);
+    this.asked = -Infinity;
+  }
+
+  // Runs until the answer has ended, was stopped or failed; says whether it ended.
+  async run(path, body, signal, grown) {
+    const begun = performance.now();
+    let first = 0;
+    this.element.classList.add("running");
+    try {
+      for await (const chunk of stream(path, { ...body, num_loops: this.loops }, signal)) {
+        const now = performance.now();
+        const choice = chunk.choices[0];
+        const text = choice?.text ?? choice?.delta?.content ?? "";
+        if (choice && !first) {
+          first = now;
+          this.figure("first", first - begun < 1000 ? `${Math.round(first - begun)} ms` : `${((first - begun) / 1000).toFixed(1)} s`);
+        }
+        if (text) {
+          this.text += text;
+          this.output.append(text); // a text node: never markup
+        }
+        if (chunk.usage) this.count(chunk.usage, first, now, !choice);
+        grown();
+      }
+      return true;
+    } catch (error) {
+      if (error.name !== "AbortError") {
+        this.fail(error.message);
+        throw error;
+      }
+      return false;
+    } finally {
+      this.element.classList.remove("running");
+      grown();
+    }
+  }
+
+  count(usage, first, now, last) {
+    this.figure("tokens", usage.completion_tokens);
+    if (usage.completion_tokens > 1 && now > first && !last) {
+      this.figure("rate", ((usage.completion_tokens - 1) / ((now - first) / 1000)).toFixed(1));
+    }
+    if (last || now - this.asked > KV_EVERY) {
+      this.asked = now;
+      this.showCache(usage.total_tokens);
+    }
+  }
+
+  async showCache(tokens) {
+    let found;
+    try {
+      found = await get(`/kv?tokens=${tokens}&num_loops=${this.loops}`);
+    } catch {
+      return; // the figure stays as it was
+    }
+    const ratio = found.transformer_bytes / found.bytes;
+    const compared = ratio >= 1 ? `${times(ratio)} less` : `${times(1 / ratio)} more`;
+    this.figure("kv", `${bytes(found.bytes)}, ${compared} than a Transformer's ${bytes(found.transformer_bytes)}`);
+    const bars = this.element.querySelector(".bars");
+    const largest = Math.max(found.bytes, found.transformer_bytes, 1);
+    bars.hidden = false;
+    bars.querySelector(".ours").style.width = `${(100 * found.bytes) / largest}%`;
+    bars.querySelector(".transformer").style.width = `${(100 * found.transformer_bytes) / largest}%`;
+  }
+
+  figure(name, value) {
+    this.element.querySelector(`[data-figure="${name}"]`).textContent = value;
+  }
+
+  fail(message) {
+    const place = this.element.querySelector(".error");
+    place.textContent = message;
+    place.hidden = false;
+  }
+
+  // A button under the answer.
+  offer(label, action) {
+    const button = this.element.querySelector(".again");
+    button.textContent = label;
+    button.onclick = action;
+    button.hidden = false;
+  }
+}

@@ -1,0 +1,206 @@
+// The page: settings, turns, keys.
+
+import { Answer } from "./answer.js";
+import { ApiError, get, setKey } from "./api.js";
+
+const $ = (id) => document.getElementById(id);
+const EXAMPLES = {
+  chat: ["Explain recursion in one sentence.", "Write a haiku about caches."],
+  text: ["def fibonacci(n):", "class Stack:", "import "],
+};
+
+let facts = null;
+let messages = []; // of a chat, as the API takes them
+let running = null; // AbortController of the answers that are being written
+
+// Settings
+
+function number(id) {
+  const value = $(id).value.trim();
+  return value === "" || Number.isNaN(Number(value)) ? null : Number(value);
+}
+
+function sampling() {
+  const seed = number("seed") ?? Math.floor(Math.random() * 2 ** 32); // the same for both answers
+  const body = { model: facts.name, temperature: number("temperature"), top_p: number("top-p"), max_tokens: number("max-tokens"), seed };
+  if ($("stop").value) body.stop = $("stop").value.replaceAll("\\n", "\n");
+  return body;
+}
+
+function loopCounts() {
+  return $("compare").checked ? [number("loops-a"), number("loops-b")] : [number("loops-a")];
+}
+
+function showValues() {
+  for (const id of ["loops-a", "loops-b", "temperature", "top-p"]) $(`${id}-value`).textContent = $(id).value;
+  $("second-dial").hidden = !$("compare").checked;
+}
+
+// Turns
+
+function element(tag, className, text) {
+  const made = document.createElement(tag);
+  made.className = className;
+  made.textContent = text;
+  return made;
+}
+
+function atEnd() {
+  const log = $("log");
+  return log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+}
+
+async function send(text) {
+  if (!facts || running || (facts.chat && !text.trim())) return;
+  $("empty").hidden = true;
+  $("prompt").value = "";
+  const turn = element("div", facts.chat ? "turn chat" : "turn", "");
+  if (facts.chat) turn.append(element("p", "prompt", text));
+  const place = element("div", "answers", "");
+  const answers = loopCounts().map((loops) => new Answer(`T = ${loops}`, loops, facts.chat ? null : text));
+  place.append(...answers.map((answer) => answer.element));
+  turn.append(place);
+  $("log").append(turn);
+  $("log").scrollTop = $("log").scrollHeight;
+
+  const asked = [...messages, { role: "user", content: text }];
+  const [path, body] = facts.chat
+    ? ["/v1/chat/completions", { ...sampling(), messages: asked }]
+    : ["/v1/completions", { ...sampling(), prompt: text }];
+  running = new AbortController();
+  setBusy(true);
+  let follow = true;
+  const grown = () => {
+    if (follow) $("log").scrollTop = $("log").scrollHeight;
+  };
+  $("log").onscroll = () => (follow = atEnd());
+  const results = await Promise.allSettled(answers.map((answer) => answer.run(path, body, running.signal, grown)));
+  running = null;
+  setBusy(false);
+  for (const result of results) if (result.reason instanceof ApiError && result.reason.status === 401) askForKey();
+  finish(text, answers, asked);
+  grown();
+}
+
+function finish(text, answers, asked) {
+  const written = answers.filter((answer) => answer.text);
+  if (!facts.chat) {
+    for (const answer of written) {
+      answer.offer("Go on from here", () => {
+        $("prompt").value = text + answer.text;
+        $("prompt").focus();
+      });
+    }
+    return;
+  }
+  const keep = (answer) => {
+    messages = [...asked, { role: "assistant", content: answer.text }];
+    for (const one of answers) one.element.classList.toggle("kept", one === answer && answers.length > 1);
+  };
+  if (written.length) keep(written[0]);
+  if (written.length > 1) for (const answer of written) answer.offer("Go on with this one", () => keep(answer));
+  if (!written.length) $("prompt").value = text;
+}
+
+function setBusy(busy) {
+  $("send").hidden = busy;
+  $("stop-all").hidden = !busy;
+  if (!busy) $("prompt").focus({ preventScroll: true });
+}
+
+function stop() {
+  running?.abort();
+}
+
+function clear() {
+  stop();
+  messages = [];
+  for (const turn of document.querySelectorAll(".turn")) turn.remove();
+  $("empty").hidden = false;
+  $("prompt").focus();
+}
+
+// The model
+
+async function begin() {
+  try {
+    facts = await get("/model");
+  } catch (error) {
+    $("empty-text").textContent = error.status === 401 ? "This server asks for an API key." : `No model: ${error.message}.`;
+    if (error.status === 401) askForKey();
+    return;
+  }
+  const size = facts.parameters >= 1e9 ? `${(facts.parameters / 1e9).toFixed(1)}B` : facts.parameters >= 1e6 ? `${(facts.parameters / 1e6).toFixed(1)}M` : `${Math.round(facts.parameters / 1e3)}K`;
+  document.title = facts.name;
+  $("model-name").textContent = facts.name;
+  $("model-facts").textContent = [`${size} parameters`, ...facts.stages, ...(facts.window ? [`window ${facts.window}`] : [])].join(" · ");
+  for (const [id, value] of [["loops-a", facts.num_loops], ["loops-b", Math.max(1, facts.num_loops - 1)]]) {
+    $(id).max = Math.max(facts.max_num_loops, facts.num_loops);
+    $(id).value = value;
+  }
+  $("loops-note").textContent = `The model's own T is ${facts.num_loops}. More loops cost time, and little cache.`;
+  $("max-tokens").max = facts.max_output_tokens;
+  $("max-tokens").value = Math.min(Number($("max-tokens").value), facts.max_output_tokens);
+  $("send").textContent = facts.chat ? "Send" : "Continue";
+  $("prompt").placeholder = facts.chat ? "Write to the model" : "A text for the model to continue";
+  $("empty-text").textContent = facts.chat ? "Ask something." : "This is a base model: it continues what you write.";
+  const examples = facts.chat ? EXAMPLES.chat : EXAMPLES.text;
+  $("examples").replaceChildren(...examples.map(example));
+  showValues();
+}
+
+function example(text) {
+  const item = document.createElement("li");
+  const button = element("button", "", text);
+  button.type = "button";
+  button.onclick = () => send(text);
+  item.append(button);
+  return item;
+}
+
+function askForKey() {
+  $("settings").open = true;
+  $("connection").hidden = false;
+  $("key").focus();
+}
+
+// Controls
+
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+}
+
+$("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  send($("prompt").value);
+});
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    send($("prompt").value);
+  }
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") stop();
+  if (event.altKey && event.key.toLowerCase() === "n") clear();
+});
+$("stop-all").addEventListener("click", stop);
+$("clear").addEventListener("click", clear);
+$("theme").addEventListener("click", () => {
+  const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+  setTheme(theme);
+  localStorage.setItem("theme", theme);
+});
+$("settings").addEventListener("input", showValues);
+$("key").addEventListener("change", () => {
+  setKey($("key").value);
+  begin();
+});
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+setTheme(localStorage.getItem("theme") ?? (dark.matches ? "dark" : "light"));
+dark.addEventListener("change", () => {
+  if (!localStorage.getItem("theme")) setTheme(dark.matches ? "dark" : "light");
+});
+if (matchMedia("(max-width: 52rem)").matches) $("settings").open = false;
+begin();

@@ -1,0 +1,273 @@
+"""What clients send: OpenAI's completions and chat completions, with parameters of our own.
+
+Parameters of OpenAI's that only keep books are taken and ignored. Those that would change the answer and that we cannot
+follow are refused, and so are unknown ones, as OpenAI's own server does.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, StrictBool, model_validator
+
+from yoco_u.inference import SamplingParams
+from yoco_u.typed import Config
+
+_IGNORED = frozenset(
+    ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+     "prompt_cache_retention", "parallel_tool_calls"]
+)  # fmt: skip
+_REFUSED: dict[str, tuple[Any, ...]] = {  # unless they say nothing
+    "suffix": ("",), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (),
+    "reasoning_effort": (), "verbosity": (), "moderation": (),
+}  # fmt: skip
+
+
+def _number(value: object) -> object:
+    if isinstance(value, (bool, str)):
+        raise ValueError(f"expected a number, got {value!r}")
+    return value
+
+
+def _tokens_or_texts(value: object) -> object:
+    """One text, one list of tokens, or a list of either."""
+    if isinstance(value, str):
+        return _unicode(value)
+    if not isinstance(value, list):
+        raise ValueError(f"expected a string, token ids, or a list of either, got {type(value).__name__}")
+    if not value:
+        raise ValueError("the list is empty; give at least one token or one prompt")
+    if isinstance(value[0], str):
+        return [_one_text(one) for one in value]
+    if isinstance(value[0], list):
+        return [_tokens(one) for one in value]
+    return _tokens(value)
+
+
+def _one_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected only strings in the list, got {type(value).__name__}")
+    return _unicode(value)
+
+
+def _unicode(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"no Unicode text: a lone surrogate at character {error.start}") from None
+    return value
+
+
+def _tokens(value: object) -> list[int]:
+    if not isinstance(value, list):
+        raise ValueError(f"expected only lists of token ids in the list, got {type(value).__name__}")
+    if not value:
+        raise ValueError("a list of token ids is empty; give at least one")
+    for token in value:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise ValueError(f"token {token!r} is no token id; expected whole numbers of at least 0")
+    return value
+
+
+def _several(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=0)]
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(
+        _tokens_or_texts,
+        json_schema_input_type=str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)],
+    ),
+]
+_StopText = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_unicode)]
+_StopTexts = Annotated[list[_StopText], Field(max_length=64)]
+Stop = Annotated[_StopTexts, BeforeValidator(_several, json_schema_input_type=_StopText | _StopTexts)]
+
+
+class StreamOptions(Config):
+    """What a stream tells besides the text.
+
+    Attributes:
+        include_usage: end with a chunk that has no choices but the token counts of the whole request.
+        continuous_usage_stats: the counts so far in every chunk, as vLLM has it.
+        include_obfuscation: taken, and ignored.
+    """
+
+    include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
+    include_obfuscation: StrictBool | None = None
+
+
+class NamedSchema(Config):
+    """A JSON schema with its name."""
+
+    name: Text | None = None
+    description: Text | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(Config):
+    """The form that the output must have: any text, any JSON object, or JSON that fits a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("type json_schema and the key json_schema belong together; give both or neither")
+        return self
+
+    @property
+    def schema_of_output(self) -> dict[str, Any] | None:
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
+class SampledRequest(Config):
+    """What completions and chats have in common. null is the default everywhere, as in OpenAI's API."""
+
+    model: Text | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[Int, Field(ge=1)] | None = None
+    seed: Annotated[Int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: Stop | None = None
+    temperature: Annotated[Float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Float, Field(gt=0, le=1)] | None = None
+    presence_penalty: Annotated[Float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] | None = None
+    response_format: ResponseFormat | None = None
+    num_loops: Annotated[Int, Field(ge=1)] | None = None
+    top_k: Annotated[Int, Field(ge=0)] | None = None
+    min_p: Annotated[Float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Float, Field(ge=0.01, le=100)] | None = None
+    min_tokens: Annotated[Int, Field(ge=0)] | None = None
+    ignore_eos: StrictBool | None = None
+    stop_token_ids: Annotated[list[Annotated[Int, Field(ge=0)]], Field(max_length=256)] | None = None
+    skip_special_tokens: StrictBool | None = None
+    regex: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _others(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, neutral in _REFUSED.items():
+            if data.get(name) is not None and data[name] not in neutral:
+                raise ValueError(f"{name} is not supported; leave it out")
+        return {key: value for key, value in data.items() if key not in _IGNORED and key not in _REFUSED}
+
+    @property
+    def num_outputs(self) -> int:
+        return self.n or 1
+
+    @property
+    def usage_in_stream(self) -> tuple[bool, bool]:
+        """Whether a stream ends with token counts, and whether all its chunks have them."""
+        options = self.stream_options or StreamOptions()
+        return options.include_usage, options.continuous_usage_stats
+
+    def sampling_params(self, max_tokens: int, **more: Any) -> SamplingParams:
+        """For the engine.
+
+        Raises:
+            UserError: if settings do not go together.
+        """
+        same = ("n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "num_loops", "top_k", "min_p",
+                "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens", "regex",
+                "stop")  # fmt: skip
+        given = {name: value for name in same if (value := getattr(self, name)) is not None}
+        if self.seed is not None:
+            given["seed"] = self.seed % 2**64
+        if self.response_format is not None:
+            given["json_schema"] = self.response_format.schema_of_output
+        return SamplingParams(max_tokens=max_tokens, **given, **more)
+
+
+class CompletionRequest(SampledRequest):
+    """Continue a prompt.
+
+    Attributes:
+        prompt: a text, which begins a document; token ids, taken as they are; or a list of either. An empty text begins a
+            new document.
+        echo: put the prompt before the output.
+        logprobs: report log probabilities of each token, the prompt's too with `echo`, and of so many likeliest ones.
+        num_loops: T, how often the looped layers run; the model's own by default.
+        regex: the output as a whole matches this regular expression.
+    """
+
+    prompt: Prompt = ""
+    max_tokens: Annotated[Int, Field(ge=0)] | None = None
+    echo: StrictBool | None = None
+    logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[Int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _best_of(self) -> "CompletionRequest":
+        if self.best_of not in (None, self.num_outputs):
+            raise ValueError(f"best_of {self.best_of} is not supported; leave it out and set n to get several outputs")
+        return self
+
+
+def _only_text(value: object) -> object:
+    """The text of a message's content, which may come in parts."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError("only parts of the form {type: text, text: ...} are supported")
+    return "".join(part["text"] for part in value)
+
+
+class TextPart(Config):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of a chat; what OpenAI's answers have besides may be sent back."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Text, BeforeValidator(_only_text, json_schema_input_type=str | list[TextPart])] | None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class ChatRequest(SampledRequest):
+    """Answer a chat.
+
+    Attributes:
+        max_completion_tokens: another name of max_tokens, of which it is the newer.
+        logprobs: report the log probability of each token.
+        top_logprobs: and of so many likeliest ones.
+    """
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    max_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens are two names of one thing; give one")
+        return self
+
+
+REQUESTS: dict[str, type[SampledRequest]] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
