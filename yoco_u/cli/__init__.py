@@ -7,6 +7,7 @@ import typer
 
 from yoco_u.cli.analyze import analyze
 from yoco_u.cli.bench import bench
+from yoco_u.cli.chat import chat
 from yoco_u.cli.context import context
 from yoco_u.cli.evaluate import evaluate
 from yoco_u.cli.experiment import experiment
@@ -40,6 +41,7 @@ for command in (
     context,
     needles,
     generate,
+    chat,
     serve,
     report,
     analyze,

@@ -1,0 +1,126 @@
+"""`yoco-u chat`."""
+
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from yoco_u.cli.output import note
+from yoco_u.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from yoco_u.inference import LLM, SamplingParams
+
+_SETTINGS = {"loops": "num_loops", "temperature": "temperature", "tokens": "max_tokens", "top-p": "top_p", "seed": "seed"}
+_HELP = (
+    f"{', '.join(f'/{name} VALUE' for name in _SETTINGS)} for the answers to come; /reset forgets what was said; Ctrl-D ends"
+)
+
+
+def chat(
+    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
+    num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T. \\[default: the model's own]")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.8,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of one answer.")] = 200,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same answers again.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="To compute in.")] = "auto",
+) -> None:
+    """Talk to a model in the terminal.
+
+    A model with a chat template answers; any other continues the text, which
+    grows with what both write. Ctrl-C stops an answer, Ctrl-D ends. Lines that
+    begin with a slash change settings: /help names them.
+
+    [bold]Examples[/bold]
+
+      yoco-u chat runs/quickstart/yoco-u
+
+      yoco-u chat runs/quickstart/yoco-u --num-loops 5 --temperature 0
+    """
+    with suppress(ImportError):
+        import readline  # noqa: F401  (gives input() its line editing)
+
+    from yoco_u.inference import LLM, SamplingParams
+    from yoco_u.typed import parse
+
+    chosen: dict[str, Any] = {
+        "num_loops": num_loops, "temperature": temperature, "max_tokens": max_tokens, "seed": seed
+    }  # fmt: skip
+    params = parse(SamplingParams, chosen, "options")
+    llm = LLM(model, device=device, dtype=dtype)
+    assert llm.engine.tokenizer is not None
+    said = Conversation(llm.engine.tokenizer)
+    note(f"{'chat' if said.has_template else 'no chat template: what you write is continued'}; {_HELP}")
+    while (line := _read()) is not None:
+        try:
+            if line.startswith("/"):
+                params = _command(line, params, said)
+            elif line:
+                said.answer(_answer(llm, said.ask(line), params))
+        except UserError as error:
+            note(str(error))
+
+
+class Conversation:
+    """What was said so far, as the model reads it."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        self._tokenizer = tokenizer
+        self.has_template = bool(tokenizer.chat_template)
+        self.forget()
+
+    def forget(self) -> None:
+        self._messages: list[dict[str, str]] = []
+
+    def ask(self, text: str) -> str | list[int]:
+        """The prompt with what a person says next."""
+        from yoco_u.inference.chat_template import chat_tokens
+
+        self._messages.append({"role": "user", "content": text})
+        if self.has_template:
+            return chat_tokens(self._tokenizer, self._messages)
+        return "".join(message["content"] for message in self._messages)
+
+    def answer(self, text: str) -> None:
+        """Keep what the model said, however far it came."""
+        self._messages.append({"role": "assistant", "content": text})
+
+
+def _read() -> str | None:
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
+
+
+def _command(line: str, params: "SamplingParams", said: Conversation) -> "SamplingParams":
+    from yoco_u.inference import SamplingParams
+    from yoco_u.typed import apply_overrides, parse
+
+    name, _, value = line[1:].partition(" ")
+    if name == "reset":
+        said.forget()
+    elif name in _SETTINGS and value:
+        return parse(SamplingParams, apply_overrides(params.model_dump(), [f"{_SETTINGS[name]}={value}"]), line)
+    else:
+        note(_HELP)
+    return params
+
+
+def _answer(llm: "LLM", prompt: str | list[int], params: "SamplingParams") -> str:
+    """Print an answer as it comes, until it ends or Ctrl-C."""
+    text, error = "", None
+    with closing(llm.stream([prompt], params)) as updates, suppress(KeyboardInterrupt):  # type: ignore[type-var]
+        for update in updates:
+            print(update.text, end="", flush=True)
+            text += update.text
+            error = update.output.error
+    print()
+    if error is not None:
+        raise UserError(f"{error}; the model may be damaged, or too coarse in this dtype (try --dtype float32)")
+    return text
