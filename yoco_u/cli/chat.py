@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.output import note
+from yoco_u.cli.output import check_outputs, note
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,6 +121,5 @@ def _answer(llm: "LLM", prompt: str | list[int], params: "SamplingParams") -> st
             text += update.text
             error = update.output.error
     print()
-    if error is not None:
-        raise UserError(f"{error}; the model may be damaged, or too coarse in this dtype (try --dtype float32)")
+    check_outputs([error])
     return text

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.output import print_json
+from yoco_u.cli.output import check_outputs, print_json
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def generate(
         for request in requests:
             for output in request.outputs:
                 print(f"{request.prompt}{output.text}\n{'-' * 40}")
-    _fail([output.error for request in requests for output in request.outputs])
+    check_outputs([output.error for request in requests for output in request.outputs])
 
 
 def _stream(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
@@ -81,13 +81,7 @@ def _stream(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
         print(update.text, end="", flush=True)
         error = update.output.error
     print()
-    _fail([error])
-
-
-def _fail(errors: list[str | None]) -> None:
-    for error in errors:
-        if error is not None:
-            raise UserError(f"{error}; the model may be damaged, or too coarse in this dtype (try --dtype float32)")
+    check_outputs([error])
 
 
 def _read(path: Path | None) -> str | None:

@@ -3,9 +3,11 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from yoco_u.errors import UserError
 
 
 def print_json(value: Any) -> None:
@@ -21,6 +23,17 @@ def note(message: str) -> None:
     """A line on stderr, which leaves stdout to results."""
     if is_first_process():
         print(message, file=sys.stderr)
+
+
+def check_outputs(errors: Iterable[str | None]) -> None:
+    """Say it if an output failed.
+
+    Raises:
+        UserError: with the first of the errors.
+    """
+    for error in errors:
+        if error is not None:
+            raise UserError(f"{error}; the model may be damaged, or too coarse in this dtype (try --dtype float32)")
 
 
 @contextmanager
