@@ -11,9 +11,10 @@ from torch import Tensor
 
 from yoco_u.inference import Engine, EngineSettings, SamplingParams, batch, kernels, packing
 from yoco_u.inference import engine as engine_module
-from yoco_u.inference.packing import PackedLinear, can_pack, pack
+from yoco_u.inference.packing import OneCallBlock, PackedLinear, can_pack, pack
 
 COARSE = {"experts", "one key-value head, tied"}  # choices of experts flip; logits of a tied head are large
+OTHER_BLOCKS = {"experts", "parscale", "streams with qk norm"}  # that are several calls
 LENGTH = 60
 
 needs_packing = pytest.mark.skipif(not can_pack(build(architecture()).bfloat16()), reason="needs bfloat16 products on a CPU")
@@ -115,6 +116,30 @@ def test_all_kinds_of_cache_under_load(variant: str, kv_dtype: str) -> None:
         for row, token, one in zip(truth, output(request), request.outputs[0].logprobs, strict=True):
             distances.append(abs(float(row[token]) - one.chosen.logprob))
     assert sum(distances) / len(distances) < (0.2 if variant in COARSE else 0.04)
+
+
+@needs_packing
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_blocks_as_one_call_change_no_bit(variant: str, weights: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among prompts in chunks, shared blocks, mixed loops and preemption."""
+    if not kernels.compiled():
+        pytest.skip("needs a C++ compiler")
+    if weights == "int8":
+        pytest.importorskip("torchao")
+    prompts = [[*prompt(9), *prompt(1 + 2 * i, seed=i)] for i in range(6)]
+    params = [SamplingParams(**GREEDY | {"max_tokens": 18, "logprobs": 0, "num_loops": 1 + i % 3}) for i in range(6)]
+
+    def scores_of(subject: Engine) -> list[tuple[int, float]]:
+        found = [request.outputs[0].logprobs or [] for request in run(subject, prompts, params)]
+        return [(one.chosen.token_id, one.chosen.logprob) for own in found for one in own]
+
+    settings = {"weights": weights, "cache_tokens": 80, "max_num_seqs": 6, "max_batched_tokens": 12}
+    subject = bfloat16_engine(variant, **settings)
+    assert any(isinstance(module, OneCallBlock) for module in subject.runner.model.modules()) == (variant not in OTHER_BLOCKS)
+    together = scores_of(subject)
+    monkeypatch.setattr(OneCallBlock, "can_run", lambda block: False)
+    assert scores_of(bfloat16_engine(variant, **settings)) == together
 
 
 @needs_packing

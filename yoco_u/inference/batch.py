@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,26 @@ class StepSequences:
             raise AssertionError("chunks that keep one token come before those that keep more")
         return self._index(rows), StepSequences(narrowed, self.cache, self.slots, self.architecture)
 
+    def of_single_tokens(self, kind: str, slot: int) -> tuple[Any, ...] | None:
+        """Arguments of `run` in `kernels/decode_block.cpp` behind the hidden states, for a block of this kind of attention.
+
+        Returns:
+            None if the step has more than single tokens, or one whose keys and values are in the pages already.
+        """
+        if self.chunks:
+            return None
+        writes: tuple[Tensor | None, Tensor | None]
+        if kind == "sliding":
+            rows, table, lengths, writes = self.cache.rings[self.slots[slot]], *self._ring_reads, self._ring_writes
+        else:
+            rows = self.cache.pages[None if kind == "cross" else self.slots[slot]]
+            table, lengths = self._tables, self._seats[1]
+            writes = (None, None) if kind == "cross" else self._page_writes
+        tokens, places = writes
+        if tokens is not None:
+            return None
+        return *self._rotary, rows.data, rows.scales, table, rows.block_size, lengths, places
+
     def rotate(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and compiled():
             return torch.ops.yoco_u.rotate(x, *self._rotary)
@@ -97,8 +118,7 @@ class StepSequences:
             out[:, rows] = _chunk_attention(q[:, rows], keys, values, self.architecture.window)
         _store(ring, k, v, *self._ring_writes)
         if self.singles:
-            seats, lengths = self._seats
-            self._decode(out, q, ring, seats[:, None], lengths.clamp(max=ring.block_size))
+            self._decode(out, q, ring, *self._ring_reads)
         return out
 
     def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -158,6 +178,13 @@ class StepSequences:
         """Seats (int32) and lengths of the single tokens' sequences."""
         seats = torch.tensor([span.seat for span in self.singles], dtype=torch.int32, device=self.cache.device)
         return seats, self._index([span.end for span in self.singles])
+
+    @cached_property
+    def _ring_reads(self) -> tuple[Tensor, Tensor]:
+        """Which block of a ring is whose, as a table of one block each, and how many of its rows are seen."""
+        assert self.cache.shape.window is not None
+        seats, lengths = self._seats
+        return seats[:, None], lengths.clamp(max=self.cache.shape.window)
 
     @cached_property
     def _tables(self) -> Tensor:

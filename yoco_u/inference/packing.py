@@ -5,16 +5,19 @@ plain layout, for one token, does not. The numbers are the same up to the order 
 """
 
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from yoco_u.inference.batch import StepSequences
 from yoco_u.inference.kernels import compiled
 from yoco_u.inference.quantization import Int8Linear, is_int8
 from yoco_u.model import YocoUForCausalLM
-from yoco_u.model.blocks import GatedRetention, GlobalKVProjection, SelfAttention
+from yoco_u.model.blocks import Block, CrossAttention, GatedRetention, GlobalKVProjection, LoopedStack, SelfAttention
 from yoco_u.model.feed_forward import SwiGLU
 from yoco_u.model.layers import JointLinear, RMSNorm
+from yoco_u.model.sequences import Sequences
 
 
 class PackedLinear(JointLinear):
@@ -67,6 +70,45 @@ class OnePassSwiGLU(nn.Module):
         return self.down(torch.ops.yoco_u.swiglu(self.gate_up(x)))
 
 
+class OneCallBlock(nn.Module):
+    """A packed `Block` that is one call of the kernels where every token continues a sequence of its own."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        attn, mlp = block.attn, block.mlp
+        assert isinstance(attn, SelfAttention | CrossAttention) and isinstance(mlp, OnePassSwiGLU)
+        cross = isinstance(attn, CrossAttention)
+        self.kind = "cross" if cross else "sliding" if attn.sliding else "full"
+        linears: list[Any] = [attn.q_proj, attn.o_proj, mlp.gate_up, mlp.down]
+        norms: list[Any] = [block.attn_norm, block.mlp_norm, attn.q_norm, None if cross else attn.k_norm]
+        queries, keys = [*linears[0].sizes, 0][:2]
+        self.kernel = torch.classes.yoco_u.DecodeBlock(
+            [norm.weight for norm in norms if norm is not None],
+            block.attn_norm.eps,
+            [linear.packed for linear in linears],
+            [linear.scales for linear in linears if isinstance(linear, Int8Linear)],
+            [sum(linear.sizes) for linear in linears],
+            queries // attn.head_dim,
+            keys // attn.head_dim,
+            attn.head_dim,
+            attn.rope if cross else True,
+        )
+
+    @staticmethod
+    def can_run(block: nn.Module) -> TypeGuard[Block]:
+        match block:
+            case Block(attn=SelfAttention(has_prefix=False) | CrossAttention(), mlp=OnePassSwiGLU()):
+                return True
+        return False
+
+    def forward(
+        self, x: Tensor, sequences: Sequences, slot: int, keys: Tensor | None = None, values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        step = sequences.of_single_tokens(self.kind, slot) if isinstance(sequences, StepSequences) else None
+        return self.block(x, sequences, slot, keys, values) if step is None else (self.kernel.run(x, *step), None)
+
+
 def can_pack(model: YocoUForCausalLM) -> bool:
     """Whether a packed layout exists for this model: bfloat16 on a CPU, and for int8 weights the kernel."""
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:
@@ -95,6 +137,8 @@ def pack(model: YocoUForCausalLM) -> None:
                     setattr(parent, name, OnePassRMSNorm(child))
                 elif isinstance(child, SwiGLU):
                     setattr(parent, name, OnePassSwiGLU(child))
+        for stack in [module for module in model.modules() if isinstance(module, LoopedStack)]:
+            stack.layers = nn.ModuleList(OneCallBlock(b) if OneCallBlock.can_run(b) else b for b in stack.layers)
 
 
 def linear_layers(module: nn.Module) -> list[tuple[str, ...]]:

@@ -15,6 +15,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "kernels.h"
 #include "vectors.h"
 
 namespace {
@@ -266,6 +267,8 @@ void attend_all(const at::Tensor& q, Arguments&&... arguments) {
   }
 }
 
+}  // namespace
+
 // q (sequences, heads, head_dim) of float32 or bfloat16; cache (2, kv_heads, rows, head_dim) of float32, bfloat16 or int8;
 // scales (2, kv_heads, rows) float32 for int8; table (sequences, blocks) int32; lengths (sequences) int64, at least 1.
 at::Tensor decode_attention(const at::Tensor& queries, const at::Tensor& cache, const std::optional<at::Tensor>& scales,
@@ -286,6 +289,8 @@ at::Tensor decode_attention(const at::Tensor& queries, const at::Tensor& cache, 
   });
   return out;
 }
+
+namespace {
 
 template <typename Q>
 inline void write_row(const float* from, Q* to, float*, int64_t dim) {
@@ -321,6 +326,8 @@ void write_all(const at::Tensor& k, const at::Tensor& v, const at::Tensor& place
   }
 }
 
+}  // namespace
+
 // k, v (tokens, kv_heads, head_dim) of float32 or bfloat16, rows of the heads contiguous; places (tokens) int64.
 void store_rows(const at::Tensor& k, const at::Tensor& v, const at::Tensor& places, at::Tensor& cache,
                 const std::optional<at::Tensor>& scales) {
@@ -335,8 +342,6 @@ void store_rows(const at::Tensor& k, const at::Tensor& v, const at::Tensor& plac
     }
   });
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
   m.def("decode_attention(Tensor q, Tensor cache, Tensor? scales, Tensor table, int block_size, Tensor lengths) -> Tensor");

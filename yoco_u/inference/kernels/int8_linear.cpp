@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels.h"
 #include "vectors.h"
 
 #ifdef __AVX512BF16__
@@ -115,6 +116,8 @@ void multiply_block(const int8_t* weights, int64_t pairs, const c10::BFloat16* x
   }
 }
 
+}  // namespace
+
 // x (..., inputs) bfloat16; weights (blocks, pairs, 64, 2) int8 and scales (blocks * 64) float32, both filled up with zeros
 // -> (..., outputs) bfloat16.
 at::Tensor int8_linear(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& scales, int64_t outputs) {
@@ -149,8 +152,6 @@ at::Tensor int8_linear(const at::Tensor& input, const at::Tensor& weights, const
   }
   return out;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
   m.def("int8_linear(Tensor x, Tensor weights, Tensor scales, int outputs) -> Tensor");

@@ -7,11 +7,10 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels.h"
 #include "vectors.h"
 
-namespace {
-
-constexpr int64_t PARALLEL = 32;  // rows from which on threads are worth waking
+static constexpr int64_t PARALLEL = 32;  // rows from which on threads are worth waking
 
 // x (..., size) of contiguous rows, weight (size) -> the same.
 at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double eps) {
@@ -106,8 +105,6 @@ at::Tensor swiglu(const at::Tensor& x) {
   });
   return out;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");

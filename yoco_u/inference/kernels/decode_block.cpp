@@ -1,0 +1,80 @@
+// A block of the model over tokens of which each continues a sequence of its own, as one call. For one sequence the weights pass
+// through the caches in which Python's own data lie, so that what Python does between two products costs it a trip to memory.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/custom_class.h>
+
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+using Product = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
+                           c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+
+// Weights as `packing.py` lays them out: oneDNN's layout, or int8 with scales.
+struct Linear {
+  at::Tensor weight;
+  std::optional<at::Tensor> scales;
+  int64_t outputs;
+
+  at::Tensor operator()(const at::Tensor& x) const {
+    if (scales) return int8_linear(x, weight, *scales, outputs);
+    static const auto product = c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Product>();
+    return product.call(x, weight, std::nullopt, "none", c10::List<std::optional<at::Scalar>>(), "");
+  }
+};
+
+class DecodeBlock : public torch::CustomClassHolder {
+ public:
+  // weights, scales (none, or one each) and outputs: of queries with keys and values, of the attention's output, of gate with up,
+  // of down. kv_heads is 0 for a block that writes no keys and values. norms: before attention, before the feed-forward, and of
+  // queries and keys if they have one.
+  DecodeBlock(std::vector<at::Tensor> norms, double eps, const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& scales,
+              const std::vector<int64_t>& outputs, int64_t heads, int64_t kv_heads, int64_t head_dim, bool rotates)
+      : norms_(std::move(norms)), eps_(eps), heads_(heads), kv_heads_(kv_heads), head_dim_(head_dim), rotates_(rotates) {
+    for (size_t i = 0; i < weights.size(); ++i)
+      linears_.push_back({weights[i], scales.empty() ? std::nullopt : std::make_optional(scales[i]), outputs[i]});
+  }
+
+  // x (1, sequences, hidden) bfloat16 -> the same; cos, sin as in `rotate`; places as in `store_rows`, the rest as in
+  // `decode_attention`.
+  at::Tensor run(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, at::Tensor cache, const std::optional<at::Tensor>& scales,
+                 const at::Tensor& table, int64_t block_size, const at::Tensor& lengths, const std::optional<at::Tensor>& places) const {
+    const at::Tensor projected = linears_[0](rms_norm(x, norms_[0], eps_));
+    at::Tensor q = turned(heads_of(projected, 0, heads_), 2, cos, sin);
+    if (kv_heads_) {
+      const at::Tensor k = turned(heads_of(projected, heads_, kv_heads_), 3, cos, sin);
+      store_rows(k[0], heads_of(projected, heads_ + kv_heads_, kv_heads_)[0], *places, cache, scales);
+    }
+    const at::Tensor attended = decode_attention(q[0], cache, scales, table, block_size, lengths);
+    const at::Tensor y = linears_[1](attended.view({1, x.size(1), -1})).add_(x);
+    return linears_[3](swiglu(linears_[2](rms_norm(y, norms_[1], eps_)))).add_(y);
+  }
+
+ private:
+  at::Tensor heads_of(const at::Tensor& x, int64_t first, int64_t count) const {
+    return x.narrow(-1, first * head_dim_, count * head_dim_).unflatten(-1, {count, head_dim_});
+  }
+
+  at::Tensor turned(at::Tensor x, size_t norm, const at::Tensor& cos, const at::Tensor& sin) const {
+    if (norms_.size() > norm) x = rms_norm(x, norms_[norm], eps_);
+    return rotates_ ? rotate(x, cos, sin) : x;
+  }
+
+  std::vector<at::Tensor> norms_;
+  double eps_;
+  std::vector<Linear> linears_;
+  int64_t heads_, kv_heads_, head_dim_;
+  bool rotates_;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
+  m.class_<DecodeBlock>("DecodeBlock")
+      .def(torch::init<std::vector<at::Tensor>, double, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<int64_t>, int64_t,
+                       int64_t, int64_t, bool>())
+      .def("run", &DecodeBlock::run);
+}
