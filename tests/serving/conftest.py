@@ -1,10 +1,12 @@
 """Servers over a tiny model, with and without a chat template."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 from asgi_server import TEMPLATE, TEXTS, Server, engine_of, running
 from models import architecture, build
+from server_process import Process, serving
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u import YocoUForCausalLM
@@ -44,3 +46,17 @@ async def server(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast, an
 async def chat_server(model: YocoUForCausalLM, chatty: PreTrainedTokenizerFast, anyio_backend: str) -> AsyncIterator[Server]:
     async with running(Server(engine_of(model, chatty))) as one:
         yield one
+
+
+@pytest.fixture(scope="session")
+def folder(model: YocoUForCausalLM, chatty: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("served")
+    model.save_pretrained(path)
+    chatty.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def process(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    with serving(folder, log=tmp_path_factory.mktemp("log") / "log") as found:
+        yield found

@@ -1,0 +1,111 @@
+"""The page in a real browser: what a person writes, sees and presses."""
+
+import re
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from server_process import Process
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, process: Process) -> Iterator[Page]:
+    """The page of a server; nothing may have gone wrong on it in the end."""
+    page = browser.new_page(viewport={"width": 1200, "height": 850})
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(process.url)
+    expect(page.locator("#model-facts")).to_contain_text("parameters")
+    yield page
+    page.close()
+    assert wrong == []
+
+
+def ask(page: Page, text: str) -> None:
+    page.locator("#prompt").fill(text)
+    page.locator("#prompt").press("Enter")
+
+
+def test_a_text_streams_in_with_its_figures(page: Page) -> None:
+    page.locator("#max-tokens").fill("12")
+    ask(page, "def first")
+    answer = page.locator(".answer")
+    expect(answer.locator("[data-figure=tokens]")).to_have_text("12")
+    expect(answer.locator("[data-figure=first]")).to_contain_text(re.compile(r"\d+(\.\d+)? m?s"))
+    expect(answer.locator("[data-figure=kv]")).to_contain_text("than a Transformer's")
+    expect(answer.locator(".bars")).to_be_visible()
+    expect(page.locator("#send")).to_be_visible()
+    assert answer.locator(".text span").last.inner_text()
+
+
+def test_two_answers_side_by_side_differ_in_loops_alone(page: Page) -> None:
+    page.locator("#compare").check()
+    page.locator("#max-tokens").fill("12")
+    page.locator("#temperature").fill("0")
+    page.locator("#loops-a").fill("2")
+    page.locator("#loops-b").fill("2")
+    ask(page, "x = ")
+    expect(page.locator(".answer h3")).to_have_text(["T = 2", "T = 2"])
+    expect(page.locator("[data-figure=tokens]")).to_have_text(["12", "12"])
+    left, right = page.locator(".answer").all()
+    assert left.locator(".text").inner_text() == right.locator(".text").inner_text()
+    boxes = [one.bounding_box() for one in (left, right)]
+    assert boxes[0] is not None and boxes[1] is not None
+    assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+
+
+def test_keys_stop_and_begin_anew(page: Page, process: Process) -> None:
+    page.locator("#max-tokens").fill("3000")
+    ask(page, "x")
+    expect(page.locator("#stop-all")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#send")).to_be_visible()
+    process.wait_for('yoco_u_requests{state="running"}', 0)
+    page.keyboard.press("Alt+n")
+    expect(page.locator(".answer")).to_have_count(0)
+    expect(page.locator("#prompt")).to_be_focused()
+
+
+def test_what_a_model_writes_is_never_markup(page: Page) -> None:
+    page.locator("#max-tokens").fill("3")
+    ask(page, "<img src=x onerror=document.title='broken'>")
+    expect(page.locator("[data-figure=tokens]")).to_have_text("3")
+    assert page.locator(".answer img").count() == 0 and page.title() == "tiny"
+
+
+def test_an_error_of_the_server_is_said(browser: Browser, process: Process) -> None:
+    page = browser.new_page()  # not the fixture's: the browser itself tells the console of a 400
+    page.route("**/v1/**", lambda route: route.fulfill(status=400, json={"error": {"message": "no such thing"}}))
+    page.goto(process.url)
+    ask(page, "x")
+    expect(page.locator(".answer .error")).to_contain_text("no such thing")
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone(browser: Browser, process: Process, scheme: str) -> None:
+    page = browser.new_page(viewport={"width": 360, "height": 700}, color_scheme=scheme)  # type: ignore[arg-type]
+    page.goto(process.url)
+    expect(page.locator("#model-facts")).to_contain_text("parameters")
+    page.locator("#settings summary").click()
+    page.locator("#max-tokens").fill("5")
+    page.locator("#settings summary").click()
+    ask(page, "x" * 200)
+    expect(page.locator("[data-figure=tokens]")).to_have_text("5")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    red, *_ = map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor")))
+    assert red < 128 if scheme == "dark" else red >= 128
+    page.close()
