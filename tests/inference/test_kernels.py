@@ -263,23 +263,6 @@ def test_swiglu(seed: int, dtype: torch.dtype, size: int, rows: int) -> None:
     assert_rounded(torch.ops.yoco_u.swiglu(x), gate * gate.sigmoid() * up)
 
 
-@needs_kernels
-@given(
-    seed=seeds,
-    inputs=st.sampled_from([32, 40, 64, 320]),
-    outputs=st.integers(1, 70),
-    tokens=st.sampled_from([1, 2, 7, 8, 9, 17, 32, 33]),
-)
-@settings(max_examples=60, deadline=None)
-def test_linear(seed: int, inputs: int, outputs: int, tokens: int) -> None:
-    """Sums in float32: as exact as their largest terms allow."""
-    generator = torch.Generator().manual_seed(seed)
-    x = random(generator, 1, tokens, inputs, dtype=torch.bfloat16)
-    weight = random(generator, outputs, inputs, dtype=torch.bfloat16)
-    x[0, tokens // 2, inputs // 2] = torch.nan
-    assert_rounded(torch.ops.yoco_u.linear(x, weight), x.double() @ weight.double().T, absolute=1e-4)
-
-
 def test_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YOCO_U_KERNELS", "off")
     assert not compiled.__wrapped__()

@@ -1,9 +1,9 @@
-"""int8 weights: the kernel against float64, layers and whole engines against the same weights dequantized."""
+"""Packed and int8 weights: the kernel against float64, layers and whole engines against the same weights dequantized."""
 
 import copy
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +18,8 @@ from yoco_u import YocoUForCausalLM
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, EngineSettings
 from yoco_u.inference.kernels import compiled
-from yoco_u.inference.packing import can_pack, pack
-from yoco_u.inference.quantization import Int8Linear, is_int8, quantize
+from yoco_u.inference.packing import PackedLinear, can_pack, pack
+from yoco_u.inference.quantization import is_int8, quantize
 
 needs_kernels = pytest.mark.skipif(not compiled(), reason="needs a C++ compiler")
 
@@ -31,9 +31,16 @@ def int8_weight(outputs: int, inputs: int, seed: int = 0) -> Any:
     return SimpleNamespace(qdata=whole, scale=torch.randn(outputs, 1, generator=generator).exp())
 
 
+def bfloat16_weight(outputs: int, inputs: int, seed: int = 0) -> Tensor:
+    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+WEIGHTS: dict[str, Callable[..., Any]] = {"int8": int8_weight, "bfloat16": bfloat16_weight}
+
+
 def assert_products(found: Tensor, x: Tensor, weight: Any) -> None:
     """Those of float64, but for one rounding to bfloat16 and the order of float32 sums."""
-    plain = weight.qdata.double() * weight.scale.double()
+    plain = weight.qdata.double() * weight.scale.double() if is_int8(weight) else weight.double()
     expected, terms = x.double() @ plain.T, x.double().abs() @ plain.abs().T
     assert found.shape == expected.shape
     assert found.dtype == torch.bfloat16
@@ -41,8 +48,10 @@ def assert_products(found: Tensor, x: Tensor, weight: Any) -> None:
 
 
 def check_kernel(tokens: int, inputs: int, outputs: int) -> None:
-    weight, x = int8_weight(outputs, inputs), torch.randn(tokens, inputs).bfloat16()
-    assert_products(Int8Linear([weight])(x), x, weight)
+    x = torch.randn(tokens, inputs).bfloat16()
+    for make in WEIGHTS.values():
+        weight = make(outputs, inputs)
+        assert_products(PackedLinear([weight])(x), x, weight)
 
 
 @needs_kernels
@@ -58,46 +67,35 @@ def test_kernel_of_many_tokens(tokens: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_nan_stays_with_its_token(kind: str) -> None:
+    weight, x = WEIGHTS[kind](70, 40), torch.randn(9, 40).bfloat16()
+    x[4, 20] = torch.nan
+    found = PackedLinear([weight])(x)
+    assert found[4].isnan().all()
+    others = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])
+    assert_products(found[others], x[others], weight)
+
+
+@needs_kernels
 def test_kernel_over_threads_and_leading_dimensions() -> None:
-    weight = int8_weight(700, 130)
     x = torch.randn(2, 3, 5, 260).bfloat16()[..., ::2]
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert_products(Int8Linear([weight])(x), x, weight)
+        for make in WEIGHTS.values():
+            weight = make(700, 130)
+            assert_products(PackedLinear([weight])(x), x, weight)
     finally:
         torch.set_num_threads(before)
 
 
-PORTABLE = """
-import torch
-from torch.utils import cpp_extension
-from test_quantization import check_kernel
-from yoco_u.inference import kernels
-
-source = kernels.__path__[0] + "/int8_linear.cpp"
-flags = [*kernels._FLAGS, "-U__AVX512BF16__"]
-cpp_extension.load("yoco_u_int8_portable", [source], extra_cflags=flags, is_python_module=False)
-for shape in [(1, 64, 64), (7, 33, 65), (70, 300, 130)]:
-    check_kernel(*shape)
-print("portable")
-"""
-
-
 @needs_kernels
-def test_kernel_without_bfloat16_instructions() -> None:
-    """In a process of its own, since an operator has one implementation a process."""
-    code = f"import os, sys; os.environ['YOCO_U_KERNELS'] = 'off'; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    code += f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n{PORTABLE}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "portable\n", done.stderr
-
-
-@needs_kernels
-def test_layers_of_the_same_input_run_as_one() -> None:
-    weights = [int8_weight(outputs, 96, seed=outputs) for outputs in (70, 1, 33)]
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_layers_of_the_same_input_run_as_one(kind: str) -> None:
+    weights = [WEIGHTS[kind](outputs, 96, seed=outputs) for outputs in (70, 1, 33)]
     x = torch.randn(1, 9, 96).bfloat16()
-    for found, weight in zip(Int8Linear(weights).split(x), weights, strict=True):
+    for found, weight in zip(PackedLinear(weights).split(x), weights, strict=True):
         assert_products(found, x, weight)
 
 
@@ -173,7 +171,7 @@ def test_engines_run_every_architecture_on_the_kernel(variant: str) -> None:
     settings = EngineSettings(dtype="bfloat16", weights="int8", cache_tokens=256, block_size=4, max_batched_tokens=16)
     engine = Engine(copy.deepcopy(model(variant)), None, settings)
     assert can_pack(quantized)
-    assert isinstance(engine.runner.model.lm_head, Int8Linear)
+    assert isinstance(engine.runner.model.lm_head, PackedLinear)
     [request] = run(engine, [ids], greedy(prompt_logprobs=0))
     assert request.prompt_logprobs is not None
     found = torch.tensor([one.chosen.logprob for one in request.prompt_logprobs[1:] if one is not None])
@@ -191,9 +189,12 @@ def test_packed_weights_take_a_byte_each() -> None:
     weights = sum(m.weight.numel() for m in whole.modules() if isinstance(m, nn.Linear))
     outputs = sum(len(m.weight) for m in whole.modules() if isinstance(m, nn.Linear))
     pack(whole)
-    packed = {module for module in whole.modules() if isinstance(module, Int8Linear)}
-    filling = sum((-module.outputs % 64) * (module.packed.shape[1] * 2 + 4) for module in packed)
-    assert sum(module.packed.nbytes + module.scales.nbytes for module in packed) == weights + 4 * outputs + filling
+    packed = {module for module in whole.modules() if isinstance(module, PackedLinear)}
+    filling = sum((-sum(module.sizes) % 64) * (module.packed.shape[1] * 2 + 4) for module in packed)
+    assert (
+        sum(module.packed.nbytes + module.scales.nbytes for module in packed if module.scales is not None)
+        == weights + 4 * outputs + filling
+    )
     assert not any(isinstance(module, nn.Linear) for module in whole.modules())
 
 

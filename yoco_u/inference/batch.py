@@ -265,6 +265,8 @@ def _page_rows(span: Span, first: int, block_size: int) -> Tensor | slice:
 def _chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Queries that are the last of the keys' tokens; all (1, tokens, heads, head_dim)."""
     queries, keys = q.shape[1], k.shape[1]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and compiled():
+        return torch.ops.yoco_u.chunk_attention(q, k, v, keys if window is None else window)
     if runs_blockwise(queries, q.device):
         return block_attention(q, k, v, keys if window is None else window, None, None)
     if window is None:

@@ -1,7 +1,7 @@
 """A model rebuilt for the CPU: weights laid out once for its matrix products, what lies between them in one pass each.
 
 Packed weights come near the machine's memory rate for one token and its GEMM rate for a chunk of a prompt (`yoco-u bench`); the
-plain layout, for one token, does not. The numbers are the same up to the order of sums.
+plain layout does neither for a few tokens. The numbers are the same up to the order of sums.
 """
 
 from collections.abc import Sequence
@@ -9,42 +9,62 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from yoco_u.inference.batch import StepSequences
 from yoco_u.inference.kernels import compiled
-from yoco_u.inference.quantization import Int8Linear, is_int8
+from yoco_u.inference.quantization import is_int8
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import Block, CrossAttention, GatedRetention, GlobalKVProjection, LoopedStack, SelfAttention
 from yoco_u.model.feed_forward import SwiGLU
 from yoco_u.model.layers import JointLinear, RMSNorm
 from yoco_u.model.sequences import Sequences
 
+BLOCK = 64
+"""Outputs that the kernel computes together."""
+
 
 class PackedLinear(JointLinear):
-    """Linear layers without bias in oneDNN's packed layout, run as one product.
+    """Linear layers without bias, run as one product by `kernels/packed_linear.cpp`. Inputs are bfloat16.
 
     Args:
-        weights: (outputs, inputs) of each layer; not needed afterwards.
+        weights: (outputs, inputs) of each layer, bfloat16 or from `quantize`; not needed afterwards.
     """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        super().__init__([len(weight) for weight in weights])
-        joint = weights[0] if len(weights) == 1 else torch.cat(list(weights))
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(joint.detach(), 1)
+    def __init__(self, weights: Sequence[Any]) -> None:
+        values = [weight.qdata if is_int8(weight) else weight.detach() for weight in weights]
+        super().__init__([len(value) for value in values])
+        self.packed = packed(values[0] if len(values) == 1 else torch.cat(values))
+        self.scales: Tensor | None = None
+        if is_int8(weights[0]):
+            scales = torch.cat([weight.scale.flatten().float() for weight in weights])
+            self.scales = pad(scales, (0, -len(scales) % BLOCK))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return torch.ops.yoco_u.packed_linear(x, self.packed, self.scales, sum(self.sizes))
 
 
-class TiedLinear(nn.Module):
-    """An LM head whose weights are the embedding's as well, and so stay as they are."""
+class PackedEmbedding(nn.Module):
+    """An embedding that is the LM head's weights, as they are packed there.
 
-    def __init__(self, layer: nn.Linear) -> None:
+    Args:
+        head: bfloat16, without int8 scales.
+        width: of a row.
+    """
+
+    def __init__(self, head: PackedLinear, width: int) -> None:
         super().__init__()
-        self.weight = layer.weight
+        self.packed, self.width = head.packed, width
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.yoco_u.linear(x, self.weight)
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.packed[ids // BLOCK, :, ids % BLOCK].flatten(-2)[..., : self.width]
+
+
+def packed(weight: Tensor) -> Tensor:
+    """(outputs, inputs) -> (blocks, pairs of inputs, 64, 2), filled up with zeros."""
+    outputs, inputs = weight.shape
+    filled = pad(weight, (0, inputs % 2, 0, -outputs % BLOCK))
+    return filled.view(-1, BLOCK, filled.shape[1] // 2, 2).transpose(1, 2).contiguous()
 
 
 class OnePassRMSNorm(nn.Module):
@@ -87,7 +107,7 @@ class OneCallBlock(nn.Module):
             [norm.weight for norm in norms if norm is not None],
             block.attn_norm.eps,
             [linear.packed for linear in linears],
-            [linear.scales for linear in linears if isinstance(linear, Int8Linear)],
+            [linear.scales for linear in linears if linear.scales is not None],
             [sum(linear.sizes) for linear in linears],
             queries // attn.head_dim,
             keys // attn.head_dim,
@@ -110,35 +130,32 @@ class OneCallBlock(nn.Module):
 
 
 def can_pack(model: YocoUForCausalLM) -> bool:
-    """Whether a packed layout exists for this model: bfloat16 on a CPU, and for int8 weights the kernel."""
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
-        return False
-    if is_int8(model.lm_head.weight):
-        return compiled()
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether there are kernels for this model: bfloat16 on a CPU, with a C++ compiler."""
+    return model.device.type == "cpu" and model.dtype == torch.bfloat16 and compiled()
 
 
 @torch.no_grad()
 def pack(model: YocoUForCausalLM) -> None:
     """Replace every linear layer of a model in place; it can only run forward from then on."""
-    if model.lm_head.weight is model.get_input_embeddings().weight and compiled():
-        model.register_module("lm_head", TiedLinear(model.lm_head))
+    embedding = model.get_input_embeddings()
+    tied = model.lm_head.weight is embedding.weight
     for module in list(model.modules()):
         for names in linear_layers(module):
-            layers = [getattr(module, name) for name in names]
-            weights = [layer.weight for layer in layers]
-            joint = Int8Linear(weights) if is_int8(weights[0]) else PackedLinear(weights)
+            joint = PackedLinear([getattr(module, name).weight for name in names])
             for name in names:
                 setattr(module, name, joint)
-    if compiled():
-        for parent in list(model.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, RMSNorm):
-                    setattr(parent, name, OnePassRMSNorm(child))
-                elif isinstance(child, SwiGLU):
-                    setattr(parent, name, OnePassSwiGLU(child))
-        for stack in [module for module in model.modules() if isinstance(module, LoopedStack)]:
-            stack.layers = nn.ModuleList(OneCallBlock(b) if OneCallBlock.can_run(b) else b for b in stack.layers)
+    if tied:
+        head = model.get_submodule("lm_head")
+        assert isinstance(head, PackedLinear)
+        model.model.register_module("embed_tokens", PackedEmbedding(head, embedding.embedding_dim))
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, RMSNorm):
+                setattr(parent, name, OnePassRMSNorm(child))
+            elif isinstance(child, SwiGLU):
+                setattr(parent, name, OnePassSwiGLU(child))
+    for stack in [module for module in model.modules() if isinstance(module, LoopedStack)]:
+        stack.layers = nn.ModuleList(OneCallBlock(b) if OneCallBlock.can_run(b) else b for b in stack.layers)
 
 
 def linear_layers(module: nn.Module) -> list[tuple[str, ...]]:

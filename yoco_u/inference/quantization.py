@@ -1,18 +1,11 @@
-"""Weights in int8: torchao quantizes, and on a CPU one kernel multiplies."""
+"""Weights in int8, by torchao; `packing.py` runs them on a CPU."""
 
 import importlib
-from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from yoco_u.errors import UserError
-from yoco_u.model.layers import JointLinear
-
-BLOCK = 64  # outputs that the kernel computes together
 
 
 def quantize(model: nn.Module) -> None:
@@ -44,29 +37,3 @@ def require_torchao() -> ModuleType:
 def is_int8(weight: Tensor) -> bool:
     """Whether `quantize` made this weight."""
     return hasattr(weight, "qdata")
-
-
-class Int8Linear(JointLinear):
-    """Linear layers without bias and with int8 weights, run as one product by the compiled kernel. Inputs are bfloat16.
-
-    Args:
-        weights: (outputs, inputs) of each layer, from `quantize`; not needed afterwards.
-    """
-
-    def __init__(self, weights: Sequence[Any]) -> None:
-        super().__init__([len(weight.qdata) for weight in weights])
-        whole = torch.cat([weight.qdata for weight in weights])
-        scales = torch.cat([weight.scale.flatten().float() for weight in weights])
-        self.packed = packed_int8(whole)
-        self.scales = pad(scales, (0, -len(scales) % BLOCK))
-        self.outputs = len(whole)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.yoco_u.int8_linear(x, self.packed, self.scales, self.outputs)
-
-
-def packed_int8(weight: Tensor) -> Tensor:
-    """(outputs, inputs) -> (blocks, pairs of inputs, 64, 2), filled up with zeros."""
-    outputs, inputs = weight.shape
-    filled = pad(weight, (0, inputs % 2, 0, -outputs % BLOCK))
-    return filled.view(-1, BLOCK, filled.shape[1] // 2, 2).transpose(1, 2).contiguous()

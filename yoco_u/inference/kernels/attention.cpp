@@ -46,6 +46,12 @@ struct Rows {
     for (int64_t byte = bytes * part / parts / 64 * 64; byte < bytes * (part + 1) / parts; byte += 64) __builtin_prefetch(ahead + byte, 0, 3);
   }
 
+  // One row of what comes AHEAD rows behind another.
+  void fetch_row(int64_t row) const {
+    const char* ahead = reinterpret_cast<const char*>(at(row + AHEAD));
+    for (int64_t byte = 0; byte < dim() * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(ahead + byte, 0, 3);
+  }
+
   void load(int64_t row, int64_t count, float* to) const {
     for (int64_t r = row; r < row + count; ++r, to += padded()) to_float(at(r), to, dim(), scales ? scales[r] : 1.0f);
   }
@@ -108,6 +114,45 @@ inline void accumulate(float* acc, float fade, const float* weights, const float
   for (; d + 8 * LANES <= padded; d += 8 * LANES) accumulate_columns<8>(acc, fade, weights, tile, padded, d);
   for (; d + 4 * LANES <= padded; d += 4 * LANES) accumulate_columns<4>(acc, fade, weights, tile, padded, d);
   for (; d < padded; d += LANES) accumulate_columns<1>(acc, fade, weights, tile, padded, d);
+}
+
+// The same from the rows as they lie in the cache, for GROUPS queries (acc `padded` apart, weights RUN) and 64 columns from d on: a row
+// is widened once for all of them.
+template <int64_t GROUPS, typename T, int64_t DIM>
+inline void accumulate_rows(float* acc, const float* fades, const float* weights, const Rows<T, DIM>& values, int64_t row, int64_t count, int64_t d) {
+  constexpr int64_t WIDTH = 4;
+  Vector parts[GROUPS][WIDTH];
+#pragma GCC unroll 4
+  for (int64_t g = 0; g < GROUPS; ++g)
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < WIDTH; ++i) parts[g][i] = fades[g] * load(acc + g * DIM + d + i * LANES);
+  for (int64_t r = 0; r < count; ++r) {
+    if (d == 0) values.fetch_row(row + r);
+    const T* from = values.at(row + r) + d;
+    const float scale = values.scales ? values.scales[row + r] : 1.0f;
+    Vector wides[WIDTH];
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < WIDTH; ++i) wides[i] = wide(from + i * LANES, scale);
+#pragma GCC unroll 4
+    for (int64_t g = 0; g < GROUPS; ++g)
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < WIDTH; ++i) parts[g][i] += weights[g * RUN + r] * wides[i];
+  }
+#pragma GCC unroll 4
+  for (int64_t g = 0; g < GROUPS; ++g)
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < WIDTH; ++i) store(acc + g * DIM + d + i * LANES, parts[g][i]);
+}
+
+template <typename T, int64_t DIM>
+void accumulate_all(float* acc, const float* fades, const float* weights, const Rows<T, DIM>& values, int64_t row, int64_t count, int64_t groups) {
+  int64_t g = 0;
+  for (; g + 4 <= groups; g += 4)
+    for (int64_t d = 0; d < DIM; d += 4 * LANES)
+      accumulate_rows<4>(acc + g * DIM, fades + g, weights + g * RUN, values, row, count, d);
+  for (; g < groups; ++g)
+    for (int64_t d = 0; d < DIM; d += 4 * LANES)
+      accumulate_rows<1>(acc + g * DIM, fades + g, weights + g * RUN, values, row, count, d);
 }
 
 // What a task needs besides its results.
@@ -184,11 +229,15 @@ void attend(const Q* q, const Rows<T, DIM>& keys, const Rows<T, DIM>& values, co
       sum[g] = sum[g] * own.fades[g] + sum_of(total);
       peak[g] = top;
     }
-    for (int64_t t = 0; t < count; t += TILE) {
-      values.load(row + t, std::min(TILE, count - t), own.tile.data());
-      for (int64_t g = 0; g < groups; ++g) {
-        values.fetch(row + t, g, groups);
-        accumulate(acc + g * padded, t ? 1.0f : own.fades[g], own.weights.data() + g * RUN + t, own.tile.data(), padded);
+    if constexpr (DIM) {
+      accumulate_all(acc, own.fades.data(), own.weights.data(), values, row, count, groups);
+    } else {
+      for (int64_t t = 0; t < count; t += TILE) {
+        values.load(row + t, std::min(TILE, count - t), own.tile.data());
+        for (int64_t g = 0; g < groups; ++g) {
+          values.fetch(row + t, g, groups);
+          accumulate(acc + g * padded, t ? 1.0f : own.fades[g], own.weights.data() + g * RUN + t, own.tile.data(), padded);
+        }
       }
     }
     at += count;

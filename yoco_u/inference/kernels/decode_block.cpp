@@ -1,6 +1,6 @@
 // A block of the model over tokens of which each continues a sequence of its own, as one call. For one sequence the weights pass
 // through the caches in which Python's own data lie, so that what Python does between two products costs it a trip to memory.
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/Tensor.h>
 #include <torch/custom_class.h>
 
 #include <utility>
@@ -10,20 +10,13 @@
 
 namespace {
 
-using Product = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
-                           c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
-
-// Weights as `packing.py` lays them out: oneDNN's layout, or int8 with scales.
+// Weights as `packing.py` lays them out.
 struct Linear {
   at::Tensor weight;
   std::optional<at::Tensor> scales;
   int64_t outputs;
 
-  at::Tensor operator()(const at::Tensor& x) const {
-    if (scales) return int8_linear(x, weight, *scales, outputs);
-    static const auto product = c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Product>();
-    return product.call(x, weight, std::nullopt, "none", c10::List<std::optional<at::Scalar>>(), "");
-  }
+  at::Tensor operator()(const at::Tensor& x) const { return packed_linear(x, weight, scales, outputs); }
 };
 
 class DecodeBlock : public torch::CustomClassHolder {

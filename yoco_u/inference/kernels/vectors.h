@@ -36,18 +36,28 @@ class Floats {
 
 inline void to_float(const float* from, float* to, int64_t n, float) { std::memcpy(to, from, n * sizeof(float)); }
 
-inline void to_float(const c10::BFloat16* from, float* to, int64_t n, float) {
+// Sixteen elements as floats; int8 times its scale.
+inline Vector wide(const float* from, float) { return load(from); }
+
+inline Vector wide(const c10::BFloat16* from, float) {
   typedef uint16_t Bits __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2)));
-  typedef uint32_t Wide __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4)));
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
+  typedef uint32_t Wide __attribute__((vector_size(LANES * sizeof(uint32_t))));
 #ifdef __AVX512F__  // one instruction, which GCC does not find for itself
-    const Wide wide = (Wide)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+  const Wide bits = (Wide)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #else
-    const Wide wide = __builtin_convertvector(*reinterpret_cast<const Bits*>(from + i), Wide);
+  const Wide bits = __builtin_convertvector(*reinterpret_cast<const Bits*>(from), Wide);
 #endif
-    *reinterpret_cast<Wide*>(to + i) = wide << 16;
-  }
+  return (Vector)(bits << 16);
+}
+
+inline Vector wide(const int8_t* from, float scale) {
+  typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1)));
+  return scale * __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Whole), Vector);
+}
+
+inline void to_float(const c10::BFloat16* from, float* to, int64_t n, float) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(to + i, wide(from + i, 1.0f));
   for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
 }
 

@@ -1,0 +1,96 @@
+// Linear layers with bfloat16 or int8 weights for bfloat16 inputs. A decode step reads every weight once, at the memory's rate; a
+// chunk of a prompt runs at the rate of bfloat16 products.
+//
+// Weights are laid out in blocks of 64 outputs, (blocks, pairs of inputs, 64, 2), so that a thread reads one stream. They come a
+// piece at a time into the first-level cache, where the piece serves all tokens; int8 is widened to bfloat16 there, which holds
+// every int8 exactly. Products are summed in float32; int8 weights have one scale an output, applied to the sum.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+#include "products.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t PANEL = 64 * TOKENS;     // tokens whose sums are kept at a time
+constexpr int64_t FEW = 64;                // tokens up to which reading weights counts for more than storing sums
+constexpr int64_t SHORT = 32, LONG = 128;  // pairs of inputs of a piece, for few and for many tokens
+
+// One block for up to PANEL tokens. The passes over a piece share the fetching of the next one.
+template <typename T>
+void multiply_block(const T* weights, int64_t pairs, const c10::BFloat16* x, int64_t tokens, Weights* piece, Sums* sums) {
+  constexpr int64_t lines = 2 * BLOCK * sizeof(T) / LINE;  // of a pair of inputs
+  const int64_t length = tokens <= FEW ? SHORT : LONG, passes = (tokens + TOKENS - 1) / TOKENS;
+  const int64_t share = (lines + passes - 1) / passes;
+  for (int64_t begin = 0; begin < pairs; begin += length) {
+    const int64_t count = std::min(length, pairs - begin);
+    const T* from = weights + begin * 2 * BLOCK;
+    for (int64_t i = 0; i < count * VECTORS; ++i, from += 2 * LANES) piece[i] = widen(from);
+    const char* ahead = reinterpret_cast<const char*>(from);
+    int64_t left = lines;
+    for (int64_t n = 0; n < tokens; n += TOKENS) {
+      const int64_t now = std::min(share, left);
+      multiply_up_to(std::min(TOKENS, tokens - n), piece, count, x + n * 2 * pairs + 2 * begin, 2 * pairs, sums + n, begin == 0, ahead, now);
+      ahead += now * count * LINE, left -= now;
+    }
+  }
+}
+
+template <typename T>
+void multiply_all(const at::Tensor& x, const at::Tensor& weights, const float* scales, int64_t outputs, at::Tensor& out) {
+  const int64_t blocks = weights.size(0), pairs = weights.size(1), tokens = x.numel() / (2 * pairs);
+  const c10::BFloat16* from = x.const_data_ptr<c10::BFloat16>();
+  const T* weight = weights.const_data_ptr<T>();
+  c10::BFloat16* to = out.data_ptr<c10::BFloat16>();
+#pragma omp parallel
+  {
+    std::vector<Sums> sums(std::min(tokens, PANEL));
+    alignas(64) Weights piece[LONG * VECTORS];
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t begin = 0; begin < tokens; begin += PANEL) {
+        const int64_t count = std::min(PANEL, tokens - begin);
+        multiply_block(weight + b * pairs * 2 * BLOCK, pairs, from + begin * 2 * pairs, count, piece, sums.data());
+        for (int64_t n = 0; n < count; ++n) {
+          float* sum = sums[n].of;
+          if (scales)
+            for (int64_t v = 0; v < BLOCK; v += LANES) store(sum + v, load(sum + v) * load(scales + b * BLOCK + v));
+          from_float(sum, to + (begin + n) * outputs + b * BLOCK, std::min(BLOCK, outputs - b * BLOCK));
+        }
+      }
+  }
+}
+
+}  // namespace
+
+// x (..., inputs) bfloat16; weights (blocks, pairs, 64, 2) bfloat16, or int8 with scales (blocks * 64) float32; all filled up with
+// zeros -> (..., outputs) bfloat16.
+at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weights, const std::optional<at::Tensor>& scales, int64_t outputs) {
+  const int64_t blocks = weights.size(0), pairs = weights.size(1), inputs = input.size(-1);
+  TORCH_CHECK(input.scalar_type() == at::kBFloat16 && weights.is_contiguous() && weights.size(2) == BLOCK);
+  TORCH_CHECK((inputs + 1) / 2 == pairs && (outputs + BLOCK - 1) / BLOCK == blocks);
+  const at::Tensor x = (inputs % 2 ? at::constant_pad_nd(input, {0, 1}) : input).contiguous();
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = outputs;
+  at::Tensor out = at::empty(shape, x.options());
+  if (weights.scalar_type() == at::kBFloat16) {
+    multiply_all<c10::BFloat16>(x, weights, nullptr, outputs, out);
+    return out;
+  }
+  TORCH_CHECK(weights.scalar_type() == at::kChar && scales && scales->scalar_type() == at::kFloat && scales->is_contiguous() &&
+              scales->numel() == blocks * BLOCK);
+  multiply_all<int8_t>(x, weights, scales->const_data_ptr<float>(), outputs, out);
+  return out;
+}
+
+TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
+  m.def("packed_linear(Tensor x, Tensor weights, Tensor? scales, int outputs) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(yoco_u, CPU, m) { m.impl("packed_linear", &packed_linear); }
