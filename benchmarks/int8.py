@@ -1,0 +1,66 @@
+"""int8 weights beside bfloat16 ones in our engine, in turns: decode of 1 and 16 sequences, and prefill.
+
+    python benchmarks/int8.py
+
+prints tokens per second of both and their ratio, and writes JSON. Both are the preset `yoco_u` with random weights. What int8
+costs in perplexity, loop count by loop count: `yoco-u evaluate RUN --weights int8 --num-loops 1 --num-loops 3`.
+"""
+
+import statistics
+from collections.abc import Callable
+
+from common import parser, show, write
+from rich.progress import track
+
+from yoco_u.architecture import preset
+from yoco_u.benchmark.engine_adapter import OurEngine
+
+STEPS = 32
+WEIGHTS = ("bfloat16", "int8")
+
+
+def main() -> None:
+    arguments = parser(__doc__, "int8")
+    arguments.add_argument("--size", default="100m")
+    arguments.add_argument("--context", type=int, default=4096)
+    arguments.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    arguments.add_argument("--rounds", type=int, default=7)
+    chosen = arguments.parse_args()
+
+    sequences = max(chosen.batches)
+    engines = {
+        weights: OurEngine(
+            preset("yoco_u", chosen.size),
+            model=None,
+            dtype="bfloat16",
+            weights=weights,
+            cache_tokens=(chosen.context + 2 * STEPS) * sequences,
+            sequences=sequences,
+            num_loops=None,
+        )
+        for weights in WEIGHTS
+    }
+    cases: dict[str, Callable[[OurEngine], float]] = {
+        f"prefill {chosen.context}": lambda e: chosen.context / e.prefill(chosen.context)
+    }
+    for batch in chosen.batches:
+        cases[f"decode, batch {batch}"] = lambda e, b=batch: b * STEPS / e.decode(b, chosen.context, STEPS)
+    rates: dict[tuple[str, str], list[float]] = {}
+    for _ in track(range(chosen.rounds), description="rounds"):
+        for case, measure in cases.items():
+            for weights, engine in engines.items():
+                rates.setdefault((case, weights), []).append(measure(engine))
+
+    rows = []
+    for case in cases:
+        plain, whole = (rates[case, weights] for weights in WEIGHTS)
+        ratio = statistics.median(b / a for a, b in zip(plain, whole, strict=True))
+        rows.append(
+            {"": case, **{f"{w}, tokens/s": statistics.median(rates[case, w]) for w in WEIGHTS}, "int8 to bfloat16": ratio}
+        )
+    show(f"YOCO-U, {chosen.size}, context {chosen.context}", rows)
+    write(chosen.out, {"context": chosen.context, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
