@@ -20,24 +20,29 @@ namespace {
 
 constexpr int64_t PANEL = 64 * TOKENS;     // tokens whose sums are kept at a time
 constexpr int64_t FEW = 64;                // tokens up to which reading weights counts for more than storing sums
-constexpr int64_t SHORT = 32, LONG = 128;  // pairs of inputs of a piece, for few and for many tokens
+constexpr int64_t SHORT = 8192;            // bytes of a piece for few tokens
+constexpr int64_t LONG = 128;              // pairs of inputs of a piece for many
 
-// One block for up to PANEL tokens. The passes over a piece share the fetching of the next one.
+// One block for up to PANEL tokens. The next piece is fetched meanwhile: by the passes over this one, or, where there is but one pass,
+// as this one is laid out.
 template <typename T>
 void multiply_block(const T* weights, int64_t pairs, const c10::BFloat16* x, int64_t tokens, Weights* piece, Sums* sums) {
-  constexpr int64_t lines = 2 * BLOCK * sizeof(T) / LINE;  // of a pair of inputs
-  const int64_t length = tokens <= FEW ? SHORT : LONG, passes = (tokens + TOKENS - 1) / TOKENS;
-  const int64_t share = (lines + passes - 1) / passes;
+  constexpr int64_t pair = 2 * BLOCK * sizeof(T);  // bytes of a pair of inputs
+  const int64_t length = tokens <= FEW ? SHORT / pair : LONG, passes = (tokens + TOKENS - 1) / TOKENS;
+  const int64_t share = (pair / LINE + passes - 1) / passes;
   for (int64_t begin = 0; begin < pairs; begin += length) {
     const int64_t count = std::min(length, pairs - begin);
     const T* from = weights + begin * 2 * BLOCK;
-    for (int64_t i = 0; i < count * VECTORS; ++i, from += 2 * LANES) piece[i] = widen(from);
+    for (int64_t i = 0; i < count * VECTORS; ++i, from += 2 * LANES) {
+      if (passes == 1) __builtin_prefetch(reinterpret_cast<const char*>(from) + SHORT, 0, 3);
+      piece[i] = widen(from);
+    }
     const char* ahead = reinterpret_cast<const char*>(from);
-    int64_t left = lines;
+    int64_t left = passes == 1 ? 0 : pair / LINE;
     for (int64_t n = 0; n < tokens; n += TOKENS) {
-      const int64_t now = std::min(share, left);
-      multiply_up_to(std::min(TOKENS, tokens - n), piece, count, x + n * 2 * pairs + 2 * begin, 2 * pairs, sums + n, begin == 0, ahead, now);
-      ahead += now * count * LINE, left -= now;
+      const int64_t lines = std::min(share, left);
+      multiply_up_to(std::min(TOKENS, tokens - n), piece, count, x + n * 2 * pairs + 2 * begin, 2 * pairs, sums + n, begin == 0, ahead, lines);
+      ahead += lines * count * LINE, left -= lines;
     }
   }
 }
