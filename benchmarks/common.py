@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import random
+import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,16 @@ def seconds(call: Callable[[], object], repeats: int) -> list[float]:
 def bf16_gemm_rate() -> float:
     """Best bfloat16 GEMM rate of the CPU now, FLOP/s."""
     return gemm_rate(torch.device("cpu"), torch.bfloat16)
+
+
+def standard_library_prompts(tokenizer: Any, lengths: Sequence[int]) -> list[list[int]]:
+    """Cuts of so many tokens each from the Python standard library."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    draw = random.Random(0)
+    begins = [draw.randrange(len(tokens) - length) for length in lengths]
+    return [tokens[begin : begin + length] for begin, length in zip(begins, lengths, strict=True)]
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:

@@ -17,7 +17,6 @@ import re
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.request
@@ -31,7 +30,7 @@ from typing import Any
 import openai
 import psutil
 import torch
-from common import parser, show, write
+from common import parser, show, standard_library_prompts, write
 from rich.progress import Progress
 
 from yoco_u import LLM, SamplingParams, YocoUConfig, YocoUForCausalLM
@@ -142,7 +141,8 @@ async def put_under_load(server: Server, prompts: list[list[int]], chosen: Names
 
 def measure_load(chosen: Namespace) -> dict[str, Any]:
     _, tokenizer = load_model(chosen.model, torch.device("cpu"))
-    prompts = standard_library_prompts(tokenizer, chosen.prompts, chosen.longest)
+    draw = random.Random(0)
+    prompts = standard_library_prompts(tokenizer, [round(chosen.longest ** draw.random()) for _ in range(chosen.prompts)])
     with serving(chosen.model, "--dtype", "float32", "--max-waiting", str(chosen.waiting)) as server:
         idle = server.metrics()
         tally = asyncio.run(put_under_load(server, prompts, chosen))
@@ -174,17 +174,6 @@ def measure_load(chosen: Namespace) -> dict[str, Any]:
         "seats held after": int(after['yoco_u_window_seats{state="held"}']),
         "errors": tally.errors[:20],
     }
-
-
-def standard_library_prompts(tokenizer: Any, count: int, longest: int) -> list[list[int]]:
-    """Cuts of 1 to `longest` tokens, as many short ones as long ones by the logarithm."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
-    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    draw = random.Random(0)
-    lengths = [round(longest ** draw.random()) for _ in range(count)]
-    begins = [draw.randrange(len(tokens) - length) for length in lengths]
-    return [tokens[begin : begin + length] for begin, length in zip(begins, lengths, strict=True)]
 
 
 def answers_alone(chosen: Namespace, prompts: list[list[int]]) -> list[list[str]]:

@@ -10,14 +10,12 @@
 runs both, prints tables and writes JSON. `--python` is an environment with vLLM and this package (docs/vllm.md).
 """
 
-import random
-import sysconfig
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, show, write
+from common import parser, show, standard_library_prompts, write
 from rich.console import Console
 
 from yoco_u import LLM, SamplingParams, YocoUConfig
@@ -65,7 +63,8 @@ def main() -> None:
 def compare_tokens(chosen: Namespace) -> list[dict[str, Any]]:
     """One row for each way of running vLLM."""
     model, tokenizer = load_model(chosen.model, torch.device("cpu"))
-    prompts = standard_library_prompts(tokenizer, chosen.prompts, chosen.longest)
+    most = max(chosen.prompts - 1, 1)
+    prompts = standard_library_prompts(tokenizer, [round(chosen.longest ** (i / most)) for i in range(chosen.prompts)])
     ours = LLM(chosen.model, dtype="float32")
     params = SamplingParams(temperature=0, max_tokens=chosen.new, ignore_eos=True)
     expected = [list(request.outputs[0].token_ids) for request in ours.generate(prompts, params)]
@@ -102,17 +101,6 @@ def compare_tokens(chosen: Namespace) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def standard_library_prompts(tokenizer: Any, count: int, longest: int) -> list[list[int]]:
-    """Cuts of 1 to `longest` tokens, as many short ones as long ones by the logarithm."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files[:40])
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    draw = random.Random(0)
-    lengths = [round(longest ** (i / max(count - 1, 1))) for i in range(count)]
-    begins = [draw.randrange(len(tokens) - length) for length in lengths]
-    return [tokens[begin : begin + length] for begin, length in zip(begins, lengths, strict=True)]
 
 
 def parting(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) -> float:
