@@ -214,7 +214,9 @@ async def wait_beside_long(server: Server, chosen: Namespace) -> dict[str, Any]:
         beside = []
         while not long.done():
             beside.append(await first_token(client, prompt(chosen.short)))
-        beside.pop()  # may have outlived the long prompt
+        beside = beside[:-1]  # the last one may have outlived the long prompt
+        if not beside:
+            raise SystemExit(f"a prompt of {chosen.long} tokens is read before a short one is answered; make --long longer")
         seconds = await long
     return {
         "short prompt": chosen.short,

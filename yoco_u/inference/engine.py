@@ -13,6 +13,7 @@ from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.inference.constraints import GrammarCompiler
 from yoco_u.inference.detokenizer import Detokenizer
+from yoco_u.inference.kernels import compiled
 from yoco_u.inference.kv_cache import CacheShape
 from yoco_u.inference.outputs import Completion, RequestOutput, TokenLogprobs, Update
 from yoco_u.inference.packing import can_pack, pack
@@ -63,6 +64,8 @@ class Engine:
             parameter.data = parameter.data.to(settings.torch_dtype(model.device))
         if settings.weights == "int8":
             quantize(model)
+        if model.device.type == "cpu":
+            compiled()  # builds the kernels where they are missing, now and not while a request waits
         if can_pack(model):
             pack(model)
         self.runner = Runner(model, shape)
