@@ -116,7 +116,7 @@ inline void accumulate(float* acc, float fade, const float* weights, const float
   for (; d < padded; d += LANES) accumulate_columns<1>(acc, fade, weights, tile, padded, d);
 }
 
-// The same from the rows as they lie in the cache, for GROUPS queries (acc `padded` apart, weights RUN) and 64 columns from d on: a row
+// The same from the rows as they lie in the cache, for GROUPS queries (acc DIM apart, weights RUN) and 64 columns from d on: a row
 // is widened once for all of them.
 template <int64_t GROUPS, typename T, int64_t DIM>
 inline void accumulate_rows(float* acc, const float* fades, const float* weights, const Rows<T, DIM>& values, int64_t row, int64_t count, int64_t d) {

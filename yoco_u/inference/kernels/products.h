@@ -69,8 +69,8 @@ inline Vector add_products(Vector sum, const Weights& w, const Inputs& x) { retu
 // A piece of a block, for COUNT tokens: x (COUNT, pairs * 2) of rows `stride` apart. Meanwhile `lines` a pair are fetched from
 // `ahead` on: products and memory work at the same time.
 template <int64_t COUNT>
-inline void multiply(const Weights* piece, int64_t pairs, const c10::BFloat16* x, int64_t stride, Sums* sums, bool first, const char* ahead = nullptr,
-                     int64_t lines = 0) {
+inline void multiply(const Weights* piece, int64_t pairs, const c10::BFloat16* x, int64_t stride, Sums* sums, bool first, const char* ahead,
+                     int64_t lines) {
   Vector acc[COUNT][VECTORS];
 #pragma GCC unroll 8
   for (int64_t n = 0; n < COUNT; ++n)
