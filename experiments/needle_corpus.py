@@ -26,7 +26,7 @@ FIRST_SEED = 1_000_000
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
-    arguments.add_argument("--documents", type=int, default=20_000)
+    arguments.add_argument("--documents", type=int, default=10_000)
     arguments.add_argument("--shortest", type=int, default=1100, help="bytes of a document")
     arguments.add_argument("--longest", type=int, default=3000, help="bytes of a document")
     arguments.add_argument("--digits", type=int, default=3)

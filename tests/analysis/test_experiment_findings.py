@@ -157,15 +157,16 @@ def test_loss_against_loops(tmp_path: Path, losses: tuple[float, ...], falls: st
     assert found.numbers["gain per loop, T=3 to 5"].mean == pytest.approx((losses[2] - losses[3]) / 2, abs=0.002)
 
 
+@pytest.mark.parametrize("remedy", ["tamed_loop", "yoco_u"])
 @pytest.mark.parametrize(
     ("lag", "gain", "verdict"),
     [(0.2, 0.19, "confirmed"), (0.2, -0.1, "not confirmed"), (-0.2, 0.1, "not confirmed"), (0.2, 0.0, OPEN)],
 )
-def test_early_lag(tmp_path: Path, lag: float, gain: float, verdict: str) -> None:
+def test_early_lag(tmp_path: Path, lag: float, gain: float, verdict: str, remedy: str) -> None:
     models: dict[str, Any] = {
         "yoco": preset("yoco"),
         "plain": preset("yoco_u", role="plain_loop"),
-        "tamed": preset("yoco_u", role="tamed_loop", label="gates"),
+        "tamed": preset("yoco_u", role=remedy, label="gates"),
     }
     early = {"yoco": 0.0, "plain": lag, "tamed": lag - gain}
 

@@ -62,12 +62,13 @@ def _rungs(ladder: dict[int, Series]) -> list[tuple[int, int]]:
 
 
 def early_lag(results: Results) -> Outcome:
-    """The plain loop's lag behind YOCO early in training, and how much of it each remedy takes away."""
+    """The plain loop's lag behind YOCO early in training, and how much of it each remedy takes away; YOCO-U beside it is one."""
     pairs = results.pairs("plain_loop", "yoco", "tokens")
     if not pairs:
         raise NotDecidable("no plain loop beside a YOCO of equal tokens is finished")
     plain, yoco = pairs[-1]
-    remedies = [series for series in results.of_role("tamed_loop") if near(series.tokens, plain.tokens)]
+    tamed = [*results.of_role("tamed_loop"), *results.of_role("yoco_u", plain.loops)]
+    remedies = [series for series in tamed if near(series.tokens, plain.tokens)]
     if not remedies:
         raise NotDecidable("no loop with a remedy is finished at the tokens of the plain one")
     early = EARLY * plain.tokens
