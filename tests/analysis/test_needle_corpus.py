@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "experiments" / "needle_corpus.py"
 
 
-def test_every_number_is_hidden_once_and_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_is_hidden_once_and_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("needle_corpus", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -23,14 +23,12 @@ def test_every_number_is_hidden_once_and_asked_for_once(tmp_path: Path, monkeypa
         module.main()
         texts.append((tmp_path / name).read_text())
     assert texts[0] == texts[1]
-    asked_first = set()
+    lengths = []
     for line in texts[0].splitlines():
         text = json.loads(line)["text"]
-        hidden = dict(re.findall(r"One of the special magic numbers for (\S+) is: (\d{3})\.", text))
+        [(key, number)] = re.findall(r"One of the special magic numbers for (\S+) is: (\d{3})\.", text)
         asked = re.findall(r"\nWhat is the special magic number for (\S+) mentioned .*? for (\S+) mentioned .*? is (\d+)", text)
-        assert len(hidden) == len(asked) == 4
-        assert {key: value for key, _, value in asked} == hidden
-        assert all(key == again for key, again, _ in asked)
-        asked_first.add(list(hidden).index(asked[0][0]))
-        assert 1000 < len(text) < 3600
-    assert len(asked_first) > 1
+        assert asked == [(key, key, number)]
+        lengths.append(len(text))
+    assert 450 < min(lengths) < 1000
+    assert 2500 < max(lengths) < 4100

@@ -62,7 +62,7 @@ def _rungs(ladder: dict[int, Series]) -> list[tuple[int, int]]:
 
 
 def early_lag(results: Results) -> Outcome:
-    """The plain loop's lag behind YOCO early in training, and how much of it each remedy takes away; YOCO-U beside it is one."""
+    """The plain loop's lag behind YOCO early in training, and what each remedy takes away of it; YOCO-U beside it is one."""
     pairs = results.pairs("plain_loop", "yoco", "tokens")
     if not pairs:
         raise NotDecidable("no plain loop beside a YOCO of equal tokens is finished")
