@@ -1,9 +1,10 @@
-"""Synthetic documents to learn retrieval from: a number under a key, hidden in noise, asked for and answered.
+"""Synthetic documents to learn retrieval from: a number under a key, hidden in noise, asked for and answered again and again.
 
     python experiments/needle_corpus.py --out datasets/needles.jsonl
 
-They are `single_1` needles of `yoco-u needles` with other seeds, at random depths. Half of them are shorter than the geometric
-mean of the shortest and the longest, so that there are many answers to learn from. The same arguments write the same file.
+Each begins as a `single_1` needle of `yoco-u needles`, with a seed of its own, at a random depth. More noise and the same
+question with its answer follow, several times, so that a document holds more than one answer to learn from, near ones and far
+ones. The same arguments write the same file.
 """
 
 import argparse
@@ -17,32 +18,42 @@ from rich.progress import track
 from yoco_u.data import DocumentEncoder
 from yoco_u.data.config import MINIMUM_VOCABULARY
 from yoco_u.data.tokenizer import train_tokenizer
-from yoco_u.evaluation.needles import generate_needle
+from yoco_u.evaluation.needles import NOISE, Needle, generate_needle
 from yoco_u.files import write_text
 
 FIRST_SEED = 1_000_000
-"""Beyond those that needles are evaluated with."""
+"""Far from the seeds that an evaluation counts up from 0."""
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
-    arguments.add_argument("--documents", type=int, default=12_000)
-    arguments.add_argument("--shortest", type=int, default=500, help="bytes of a document")
-    arguments.add_argument("--longest", type=int, default=4000, help="bytes of a document")
+    arguments.add_argument("--documents", type=int, default=6_000)
+    arguments.add_argument("--shortest", type=int, default=500, help="bytes up to the first answer")
+    arguments.add_argument("--longest", type=int, default=3000, help="bytes up to the first answer")
+    arguments.add_argument("--again", type=int, default=5, help="how often a number is asked for again")
     arguments.add_argument("--digits", type=int, default=3)
     chosen = arguments.parse_args()
 
     encoder = DocumentEncoder(train_tokenizer(["a"], MINIMUM_VOCABULARY))  # a token is a byte
     drawn, lines = random.Random(0), []
     for number in track(range(chosen.documents), description="needles"):
-        length = round(math.exp(drawn.uniform(math.log(chosen.shortest), math.log(chosen.longest))))
-        depth, seed = drawn.random(), FIRST_SEED + number
-        needle = generate_needle("single_1", encoder, length, depth, seed, digits=chosen.digits)
-        lines.append(json.dumps({"text": needle.document}))
+        length, depth = log_uniform(drawn, chosen.shortest, chosen.longest), drawn.random()
+        needle = generate_needle("single_1", encoder, length, depth, FIRST_SEED + number, digits=chosen.digits)
+        lines.append(json.dumps({"text": needle.document + "".join(asked_again(needle, drawn) for _ in range(chosen.again))}))
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(chosen.out, "\n".join(lines) + "\n")
     print(f"{chosen.out}: {chosen.documents:,} documents")
+
+
+def asked_again(needle: Needle, drawn: random.Random) -> str:
+    """Up to 15 lines of noise, few of them more often than many, then the needle's question and answer."""
+    question = needle.prompt[needle.prompt.rindex("\nWhat ") :]
+    return "\n" + NOISE * (log_uniform(drawn, 1, 16) - 1) + question.removeprefix("\n") + needle.answer
+
+
+def log_uniform(drawn: random.Random, least: int, most: int) -> int:
+    return round(math.exp(drawn.uniform(math.log(least), math.log(most))))
 
 
 if __name__ == "__main__":
