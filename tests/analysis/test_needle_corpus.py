@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "experiments" / "needle_corpus.py"
 
 
-def test_the_number_is_hidden_once_and_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_is_hidden_once_and_asked_for_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("needle_corpus", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -28,7 +28,7 @@ def test_the_number_is_hidden_once_and_asked_for_once(tmp_path: Path, monkeypatc
         text = json.loads(line)["text"]
         [(key, number)] = re.findall(r"One of the special magic numbers for (\S+) is: (\d{3})\.", text)
         asked = re.findall(r"\nWhat is the special magic number for (\S+) mentioned .*? for (\S+) mentioned .*? is (\d+)", text)
-        assert asked == [(key, key, number)]
+        assert asked == 6 * [(key, key, number)]
         lengths.append(len(text))
-    assert 450 < min(lengths) < 1000
-    assert 2500 < max(lengths) < 4100
+    assert 1300 < min(lengths) < max(lengths) < 12_000
+    assert max(lengths) > 1.5 * min(lengths)
