@@ -32,7 +32,7 @@ def main() -> None:
     arguments.add_argument("--shortest", type=int, default=500, help="bytes up to the first answer")
     arguments.add_argument("--longest", type=int, default=3000, help="bytes up to the first answer")
     arguments.add_argument("--again", type=int, default=5, help="how often a number is asked for again")
-    arguments.add_argument("--digits", type=int, default=3)
+    arguments.add_argument("--digits", type=int, default=2)
     chosen = arguments.parse_args()
 
     encoder = DocumentEncoder(train_tokenizer(["a"], MINIMUM_VOCABULARY))  # a token is a byte
