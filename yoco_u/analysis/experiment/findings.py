@@ -33,13 +33,13 @@ FINDINGS = (
     ),
     Finding(
         "equal-flops",
-        "At equal training FLOPs YOCO-U has a lower loss than YOCO, by 0.033 nats.",
+        "At equal training FLOPs YOCO-U has a lower loss than YOCO (0.033 nats in the paper).",
         "yoco_u and a yoco matched to its FLOPs",
         comparisons.equal_flops,
     ),
     Finding(
         "equal-loss",
-        "YOCO-U needs 62% fewer tokens than YOCO to the same loss.",
+        "YOCO-U needs fewer tokens than YOCO to the same loss (62% fewer in the paper).",
         "yoco_u and yoco, equal tokens",
         comparisons.tokens_to_equal_loss,
     ),
