@@ -3,8 +3,8 @@
     python experiments/needle_corpus.py --out datasets/needles.jsonl
 
 Each begins as a `single_1` needle of `yoco-u needles`, with a seed of its own, at a random depth. More noise and the same
-question with its answer follow, several times, so that a document holds more than one answer to learn from. Numbers have 2 digits
-and more: short ones alone are too small a part of the text to be learned. The same arguments write the same file.
+question with its answer follow, so that a document holds more than one answer to learn from. The same arguments write the same
+file.
 """
 
 import argparse
@@ -28,19 +28,18 @@ FIRST_SEED = 1_000_000
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
-    arguments.add_argument("--documents", type=int, default=8_000)
+    arguments.add_argument("--documents", type=int, default=12_000)
     arguments.add_argument("--shortest", type=int, default=450, help="bytes up to the first answer")
-    arguments.add_argument("--longest", type=int, default=2500, help="bytes up to the first answer")
-    arguments.add_argument("--again", type=int, default=7, help="how often a number is asked for again")
-    arguments.add_argument("--digits", type=int, default=7, help="of the longest numbers; the shortest have 2")
+    arguments.add_argument("--longest", type=int, default=1900, help="bytes up to the first answer")
+    arguments.add_argument("--again", type=int, default=2, help="how often a number is asked for again")
+    arguments.add_argument("--digits", type=int, default=2)
     chosen = arguments.parse_args()
 
     encoder = DocumentEncoder(train_tokenizer(["a"], MINIMUM_VOCABULARY))  # a token is a byte
     drawn, lines = random.Random(0), []
     for number in track(range(chosen.documents), description="needles"):
         length, depth = log_uniform(drawn, chosen.shortest, chosen.longest), drawn.random()
-        digits = drawn.randint(2, chosen.digits)
-        needle = generate_needle("single_1", encoder, length, depth, FIRST_SEED + number, digits=digits)
+        needle = generate_needle("single_1", encoder, length, depth, FIRST_SEED + number, digits=chosen.digits)
         lines.append(json.dumps({"text": needle.document + "".join(asked_again(needle, drawn) for _ in range(chosen.again))}))
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(chosen.out, "\n".join(lines) + "\n")

@@ -26,9 +26,9 @@ def test_the_number_is_hidden_once_and_asked_for_again_and_again(tmp_path: Path,
     lengths = []
     for line in texts[0].splitlines():
         text = json.loads(line)["text"]
-        [(key, number)] = re.findall(r"One of the special magic numbers for (\S+) is: (\d{2,7})\.", text)
+        [(key, number)] = re.findall(r"One of the special magic numbers for (\S+) is: (\d{2})\.", text)
         asked = re.findall(r"\nWhat is the special magic number for (\S+) mentioned .*? for (\S+) mentioned .*? is (\d+)", text)
-        assert asked == 8 * [(key, key, number)]
+        assert asked == 3 * [(key, key, number)]
         lengths.append(len(text))
-    assert 1300 < min(lengths) < max(lengths) < 12_000
+    assert 700 < min(lengths) < max(lengths) < 4000
     assert max(lengths) > 1.5 * min(lengths)
