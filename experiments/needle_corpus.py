@@ -48,8 +48,8 @@ def main() -> None:
 
 def asked_again(needle: Needle, drawn: random.Random) -> str:
     """Up to 4 lines of noise, few of them more often than many, then the needle's question and answer."""
-    question = needle.prompt[needle.prompt.rindex("\nWhat ") :]
-    return "\n" + NOISE * (log_uniform(drawn, 1, 5) - 1) + question.removeprefix("\n") + needle.answer
+    question = needle.prompt[needle.prompt.rindex("What ") :]
+    return "\n" + NOISE * (log_uniform(drawn, 1, 5) - 1) + question + needle.answer
 
 
 def log_uniform(drawn: random.Random, least: int, most: int) -> int:
