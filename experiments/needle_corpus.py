@@ -1,4 +1,4 @@
-"""Synthetic documents to learn retrieval from: a number under a key, hidden in noise, asked for and answered again and again.
+"""Synthetic documents to learn retrieval from: words under a key, hidden in noise, asked for and answered again and again.
 
     python experiments/needle_corpus.py --out datasets/needles.jsonl
 
@@ -31,15 +31,17 @@ def main() -> None:
     arguments.add_argument("--documents", type=int, default=12_000)
     arguments.add_argument("--shortest", type=int, default=450, help="bytes up to the first answer")
     arguments.add_argument("--longest", type=int, default=1900, help="bytes up to the first answer")
-    arguments.add_argument("--again", type=int, default=2, help="how often a number is asked for again")
-    arguments.add_argument("--digits", type=int, default=2)
+    arguments.add_argument("--again", type=int, default=2, help="how often a fact is asked for again")
+    arguments.add_argument("--values", choices=("words", "numbers"), default="words")
+    arguments.add_argument("--digits", type=int, default=2, help="of numbers")
     chosen = arguments.parse_args()
 
     encoder = DocumentEncoder(train_tokenizer(["a"], MINIMUM_VOCABULARY))  # a token is a byte
     drawn, lines = random.Random(0), []
     for number in track(range(chosen.documents), description="needles"):
         length, depth = log_uniform(drawn, chosen.shortest, chosen.longest), drawn.random()
-        needle = generate_needle("single_1", encoder, length, depth, FIRST_SEED + number, digits=chosen.digits)
+        seed = FIRST_SEED + number
+        needle = generate_needle("single_1", encoder, length, depth, seed, digits=chosen.digits, values=chosen.values)
         lines.append(json.dumps({"text": needle.document + "".join(asked_again(needle, drawn) for _ in range(chosen.again))}))
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(chosen.out, "\n".join(lines) + "\n")

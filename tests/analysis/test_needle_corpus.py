@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "experiments" / "needle_corpus.py"
 
 
-def test_the_number_is_hidden_once_and_asked_for_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_are_hidden_once_and_asked_for_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("needle_corpus", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -26,9 +26,9 @@ def test_the_number_is_hidden_once_and_asked_for_again_and_again(tmp_path: Path,
     lengths = []
     for line in texts[0].splitlines():
         text = json.loads(line)["text"]
-        [(key, number)] = re.findall(r"One of the special magic numbers for (\S+) is: (\d{2})\.", text)
-        asked = re.findall(r"\nWhat is the special magic number for (\S+) mentioned .*? for (\S+) mentioned .*? is (\d+)", text)
-        assert asked == 3 * [(key, key, number)]
+        [(key, words)] = re.findall(r"One of the special magic words for (\S+) is: ([a-z]+-[a-z]+)\.", text)
+        asked = re.findall(r"\nWhat is the special magic word for (\S+) mentioned .*? for (\S+) mentioned .*? is (\S+)", text)
+        assert asked == 3 * [(key, key, words)]
         lengths.append(len(text))
     assert 700 < min(lengths) < max(lengths) < 4000
     assert max(lengths) > 1.5 * min(lengths)

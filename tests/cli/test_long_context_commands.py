@@ -88,6 +88,15 @@ def test_needles(run: Any, workspace: Path, book: Path, tmp_path: Path) -> None:
     assert (tmp_path / "needles.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_needles_of_words(run: Any, workspace: Path, tmp_path: Path) -> None:
+    options = ("--kinds", "single_1,variable_tracking", "--lengths", 900, "--depths", 1, "--samples", 2)
+    assert run("needles", workspace / "a", *options, "--values", "words", "--json", tmp_path / "words.json").status == 0
+    assert run("needles", workspace / "a", *options, "--json", tmp_path / "numbers.json").status == 0
+    words, numbers = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("words", "numbers"))
+    assert words["settings"] == numbers["settings"] | {"values": "words"}
+    assert words["cells"][0]["loss"] != numbers["cells"][0]["loss"] and words["cells"][1] == numbers["cells"][1]
+
+
 def test_needles_mistakes(run: Any, workspace: Path, tmp_path: Path) -> None:
     a, out = workspace / "a", ("--json", tmp_path / "n.json", "--plot", tmp_path / "n.png")
     error = run("needles", a, "--kinds", "single_1,single_3", *out).error
@@ -100,6 +109,7 @@ def test_needles_mistakes(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert "lengths" in run("needles", a, "--lengths", "0", *out).error
     assert "depths" in run("needles", a, "--depths", "0", *out).error
     assert "digits" in run("needles", a, "--digits", "1", *out).error
+    assert "names" in run("needles", a, "--values", "names", *out).error
     assert "none.txt" in run("needles", a, "--haystack", tmp_path / "none.txt", *out).error
     assert "no such folder" in run("needles", tmp_path / "none", *out).error
     assert "no such folder" in run("needles", a, "--json", tmp_path / "none" / "n.json").error

@@ -73,6 +73,7 @@ arguments = st.fixed_dictionaries(
         "seed": st.integers(0, 10**6),
         "haystack": st.sampled_from(sorted(HAYSTACKS)).map(HAYSTACKS.__getitem__),
         "digits": st.integers(4, 9),
+        "values": st.sampled_from(["numbers", "words"]),
     }
 )
 
@@ -122,7 +123,8 @@ def test_facts_lie_at_their_depths(given: dict) -> None:
     if needle.kind == "multi_key":
         [(asked, place)] = [(fact, at) for fact, at in zip(needle.facts, found, strict=True) if needle.answers[0] in fact]
         found, wanted = [place], [depth]
-        assert f"special magic number for {asked.split()[7]} mentioned" in needle.prompt
+        name = given["values"].removesuffix("s")
+        assert f"special magic {name} for {asked.split()[7]} mentioned" in needle.prompt
     for place, share in zip(found, wanted, strict=True):
         assert abs(place - share * size) <= PLACE_TOLERANCE + 10
 
@@ -142,10 +144,11 @@ def test_the_answer_is_in_the_text_once(given: dict) -> None:
         assert tuple(names) == needle.answers and len(names) == len(assignments) == 5
         assert len(value) == given["digits"] and body(needle).count(value) == 1
         return
+    name, form = ("number", rf"\d{{{given['digits']}}}") if given["values"] == "numbers" else ("word", "[a-z]+-[a-z]+")
     for answer in needle.answers:
-        assert len(answer) == given["digits"] and needle.prompt.count(answer) == 1
-    [key] = set(re.findall(r"numbers? for (\S+) mentioned", needle.prompt))
-    assert re.findall(rf"for {key} is: (\d+)\.", body(needle)) == list(needle.answers)
+        assert re.fullmatch(form, answer) and needle.prompt.count(answer) == 1
+    [key] = set(re.findall(rf"magic {name}s? for (\S+) mentioned", needle.prompt))
+    assert re.findall(rf"magic {name}s for {key} is: (\S+)\.", body(needle)) == list(needle.answers)
     assert len(needle.facts) == {"single_1": 1, "single_2": 1, "multi_key": 4, "multi_value": 4}[needle.kind]
     assert len(needle.answers) == (4 if needle.kind == "multi_value" else 1)
 
@@ -205,9 +208,11 @@ def test_what_is_not_possible() -> None:
         make(depth=1.5)
     with pytest.raises(UserError, match="1 digits are too few"):
         generate_needle("single_1", BPE, 500, 0.5, 0, digits=1)
+    with pytest.raises(UserError, match="unknown values 'names'; expected numbers or words"):
+        generate_needle("single_1", BPE, 500, 0.5, 0, values="names")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="fewer than 900 tokens"):
         generate_needle("single_2", ENCODERS["words"], 900, 0.5, 0, HAYSTACKS["unbroken"])
-    with pytest.raises(UserError, match="holds nearly every number"):
+    with pytest.raises(UserError, match="holds nearly every value"):
         generate_needle("single_2", BPE, 900, 0.5, 0, " ".join(map(str, range(10, 100))) + "\n", digits=2)
 
 

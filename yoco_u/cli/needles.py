@@ -35,6 +35,9 @@ def needles(
         str, typer.Option("--text-field", help="Column of JSON lines and Parquet files that holds the text.")
     ] = "text",
     digits: Annotated[int | None, typer.Option("--digits", help="Of the hidden numbers. \\[default: 7]")] = None,
+    values: Annotated[
+        Literal["numbers", "words"], typer.Option("--values", help="What is hidden under a key; variables have numbers.")
+    ] = "numbers",
     seed: Annotated[int | None, typer.Option("--seed", help="Another one gives other needles. \\[default: 0]")] = None,
     num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own.")] = None,
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="To compute in.")] = "auto",
@@ -63,7 +66,7 @@ def needles(
     check_can_be_written(json=json, plot=plot)
     given: dict[str, Any] = {
         "kinds": names(kinds), "lengths": whole_numbers(lengths, "--lengths"), "depths": depths, "samples": samples,
-        "digits": digits, "seed": seed,
+        "digits": digits, "values": values, "seed": seed,
     }  # fmt: skip
     settings = parse(NeedleSettings, {name: value for name, value in given.items() if value is not None}, "options")
     llm = LLM(model, device=device, dtype=dtype, num_loops=num_loops, max_model_len=max(settings.lengths))

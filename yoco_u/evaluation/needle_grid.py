@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
-from yoco_u.evaluation.needles import KINDS, Kind, Needle, generate_needle
+from yoco_u.evaluation.needles import KINDS, Kind, Needle, Values, generate_needle
 from yoco_u.inference import LLM, RequestOutput, SamplingParams
 from yoco_u.typed import Config
 
@@ -23,6 +23,7 @@ class NeedleSettings(Config):
         samples: needles of each kind, length and depth; the same ones (but for where they lie) at every depth.
         seed: another one gives other needles.
         digits: of the numbers that are hidden.
+        values: whether numbers or words are hidden; variables have numbers.
     """
 
     kinds: tuple[Kind, ...] = Field(default=KINDS, min_length=1)
@@ -31,6 +32,7 @@ class NeedleSettings(Config):
     samples: PositiveInt = 10
     seed: NonNegativeInt = 0
     digits: int = Field(default=7, ge=2, le=18)
+    values: Values = "numbers"
 
     @property
     def depth_shares(self) -> tuple[float, ...]:
@@ -85,7 +87,7 @@ def needle_grid(
     if longest > llm.engine.max_model_len:
         raise UserError(f"a length of {longest} tokens is more than the {llm.engine.max_model_len} that the engine holds")
     for kind in settings.kinds:
-        generate_needle(kind, encoder, min(settings.lengths), 0, 0, haystack, settings.digits)
+        generate_needle(kind, encoder, min(settings.lengths), 0, 0, haystack, settings.digits, settings.values)
     cells = []
     for kind in settings.kinds:
         for length in settings.lengths:
@@ -121,7 +123,7 @@ def _needles(
     for depth in settings.depth_shares:
         for sample in range(settings.samples):
             seed = settings.seed * settings.samples + sample
-            yield generate_needle(kind, encoder, length, depth, seed, haystack, settings.digits)
+            yield generate_needle(kind, encoder, length, depth, seed, haystack, settings.digits, settings.values)
 
 
 def _ask(llm: LLM, needles: Sequence[Needle], num_loops: int | None) -> list[tuple[float, float, float]]:

@@ -17,6 +17,7 @@ from yoco_u.evaluation.needle_words import ADJECTIVES, NOUNS
 
 Kind = Literal["single_1", "single_2", "multi_key", "multi_value", "variable_tracking"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+Values = Literal["numbers", "words"]
 NOISE_KINDS: tuple[Kind, ...] = ("single_1", "variable_tracking")
 """The kinds that RULER hides in noise whatever the haystack; the others are hidden in a text."""
 
@@ -86,36 +87,41 @@ def generate_needle(
     seed: int,
     haystack: str | None = None,
     digits: int = 7,
+    values: Values = "numbers",
 ) -> Needle:
     """Hide a fact, or several, and ask for it.
 
-    - `single_1`: a number under a key, in noise.
+    - `single_1`: a number, or words, under a key, in noise.
     - `single_2`: the same in a text.
-    - `multi_key`: one such number is asked for, three others under other keys are not; in a text.
-    - `multi_value`: four numbers under one key; in a text.
+    - `multi_key`: one such value is asked for, three others under other keys are not; in a text.
+    - `multi_value`: four values under one key; in a text.
     - `variable_tracking`: a chain of assignments from a number to five variables; all five are asked for; in noise.
 
     Args:
         length: tokens of prompt and output together.
         depth: 0, the beginning of the haystack, to 1, its end: of the one fact that is asked for (the other keys of
             `multi_key` lie anywhere), or of the first of several; the others follow at even distances up to the end.
-        seed: of everything that is drawn: the place in the haystack where it begins, keys, numbers, names.
+        seed: of everything that is drawn: the place in the haystack where it begins, keys, values, names.
         haystack: a text to hide in, read from a random place on and again from its beginning where it ends; needed by the
             kinds that are not in `NOISE_KINDS` (`NOISE` will do), not used by those.
         digits: of the numbers.
+        values: what is hidden under the keys: numbers, or words as the keys are (`adjective-noun`).
 
     Raises:
-        UserError: for an unknown kind, a missing haystack, numbers out of range, or a length that is too short.
+        UserError: for an unknown kind of needle or of values, a missing haystack, numbers out of range, or a length that is too
+            short.
     """
     haystack = _haystack_of(kind, haystack)
     if not 0 <= depth <= 1:
         raise UserError(f"the depth is {depth}; expected a share from 0 to 1")
     if digits < 2:
         raise UserError(f"numbers of {digits} digits are too few to tell needles apart; ask for at least 2")
+    if values not in get_args(Values):
+        raise UserError(f"unknown values {values!r}; expected {' or '.join(get_args(Values))}")
     drawn = random.Random(f"{kind} {seed}")
     start = _place(haystack, drawn.random()) % len(haystack)
     text, ends = _read(encoder, haystack, start, length)
-    task = _task(kind, drawn, depth, digits, text)
+    task = _task(kind, drawn, depth, digits, values, text)
     answer = " " + ", ".join(task.answers)
     answer_ids = _continuation(encoder, task.question, answer)
     room = len(answer_ids) + SLACK
@@ -161,40 +167,42 @@ def _haystack_of(kind: str, given: str | None) -> str:
     return given
 
 
-def _task(kind: Kind, drawn: random.Random, depth: float, digits: int, text: str) -> _Task:
-    """Draw keys, numbers and names, none of which the text holds."""
+def _task(kind: Kind, drawn: random.Random, depth: float, digits: int, what: Values, text: str) -> _Task:
+    """Draw keys, values and names, none of which the text holds."""
 
     def number() -> str:
         return str(drawn.randrange(10 ** (digits - 1), 10**digits))
 
+    def pair_of_words() -> str:
+        return f"{drawn.choice(ADJECTIVES)}-{drawn.choice(NOUNS)}"
+
     if kind == "variable_tracking":
         names = _distinct(lambda: "".join(drawn.choices(ascii_uppercase, k=5)), _HOPS + 1, text)
         return _tracking(depth, names, _distinct(number, 1, text)[0])
-    key, *others = _distinct(lambda: f"{drawn.choice(ADJECTIVES)}-{drawn.choice(NOUNS)}", _NEEDLES, text)
-    values = _distinct(number, _NEEDLES, text)
+    key, *others = keys = _distinct(pair_of_words, _NEEDLES, text)
+    values = _distinct(number, _NEEDLES, text) if what == "numbers" else _distinct(pair_of_words, _NEEDLES, f"{text} {keys}")
     if kind == "multi_value":
-        facts = [(at, _fact(key, value)) for at, value in zip(_spread(depth, len(values)), values, strict=True)]
-        return _magic(key, facts, values)
-    facts = [(depth, _fact(key, values[0]))]
+        facts = [(at, _fact(what, key, value)) for at, value in zip(_spread(depth, len(values)), values, strict=True)]
+        return _magic(what, key, facts, values)
+    facts = [(depth, _fact(what, key, values[0]))]
     if kind == "multi_key":
-        facts += [(drawn.random(), _fact(other, value)) for other, value in zip(others, values[1:], strict=True)]
-    return _magic(key, sorted(facts, key=itemgetter(0)), values[:1])
+        facts += [(drawn.random(), _fact(what, other, value)) for other, value in zip(others, values[1:], strict=True)]
+    return _magic(what, key, sorted(facts, key=itemgetter(0)), values[:1])
 
 
-def _fact(key: str, value: str) -> str:
-    return f"One of the special magic numbers for {key} is: {value}."
+def _fact(what: Values, key: str, value: str) -> str:
+    return f"One of the special magic {what} for {key} is: {value}."
 
 
-def _magic(key: str, facts: Sequence[tuple[float, str]], values: Sequence[str]) -> _Task:
-    if len(values) > 1:
-        hidden, what, are, asked = "Some special magic numbers are", "numbers", "are", "are all the special magic numbers"
-    else:
-        hidden, what, are, asked = "A special magic number is", "number", "is", "is the special magic number"
+def _magic(what: Values, key: str, facts: Sequence[tuple[float, str]], values: Sequence[str]) -> _Task:
+    some, are, asked = ("Some", "are", "are all") if len(values) > 1 else ("A", "is", "is")
+    name = what if len(values) > 1 else what.removesuffix("s")
     return _Task(
-        f"{hidden} hidden within the following text. Make sure to memorize it. I will quiz you about the {what} afterwards.\n",
+        f"{some} special magic {name} {are} hidden within the following text. Make sure to memorize it. I will quiz you about "
+        f"the {name} afterwards.\n",
         tuple(facts),
-        f"\nWhat {asked} for {key} mentioned in the provided text? The special magic {what} for {key} mentioned in the "
-        f"provided text {are}",
+        f"\nWhat {asked} the special magic {name} for {key} mentioned in the provided text? The special magic {name} for {key} "
+        f"mentioned in the provided text {are}",
         tuple(values),
     )
 
@@ -223,7 +231,7 @@ def _distinct(draw: Callable[[], str], count: int, text: str) -> list[str]:
         one = draw()
         if one not in text:
             found[one] = None
-    raise UserError("the haystack holds nearly every number that a needle could have; ask for more digits")
+    raise UserError("the haystack holds nearly every value that a needle could have; ask for more digits, or hide words")
 
 
 def _read(encoder: DocumentEncoder, haystack: str, start: int, tokens: int) -> tuple[str, list[int]]:
