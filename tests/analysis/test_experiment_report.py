@@ -11,6 +11,7 @@ from yoco_u.analysis.experiment.findings import FINDINGS
 from yoco_u.analysis.experiment.plan import expand
 from yoco_u.analysis.experiment.report import write_experiment_report
 from yoco_u.errors import UserError
+from yoco_u.files import write_json
 
 MODELS = {"yoco": preset("yoco", label="YOCO & <b>"), "yoco-u": preset("yoco_u", label="YOCO-U")}
 LOSSES = {"yoco": 2.5, "yoco-u": 2.4}
@@ -85,3 +86,28 @@ def test_report_of_a_grid_under_way(tmp_path: Path) -> None:
         assert state == "finished" or re.search(rf"<th>{name}</th><td>{state}</td>", page)
     assert "1 of 4 runs are finished, 2 seeds." in page
     assert "(one seed)" in page
+
+
+def test_needles_are_maps_of_their_mean_over_the_seeds(tmp_path: Path) -> None:
+    experiment, shares = grid(MODELS), {"yoco": 0.2, "yoco-u": 0.9}
+    cells = write_grid(experiment, tmp_path, finals(LOSSES))
+    write_experiment_report(experiment, cells, tmp_path)
+    assert "<h2>Needles</h2>" not in (tmp_path / "report.html").read_text()
+    for cell in cells:
+        needles = [
+            {
+                "kind": "single_1",
+                "length": length,
+                "depth": depth,
+                "recall": shares[cell.model] * depth + 0.03 * (cell.seed - 1),
+            }
+            for depth in (0.5, 1.0)
+            for length in (256, 512)
+        ]
+        write_json(tmp_path / cell.name / "measures.json", {"needles": {"settings": {}, "result": needles}})
+    write_experiment_report(experiment, cells, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    yoco, looped = page[page.index("<h2>Needles</h2>") :].split("</figure>")[:2]
+    assert "YOCO &amp; &lt;b&gt;" in yoco and "YOCO-U" in looped
+    assert re.findall(r">(\d+%)<", yoco) == ["50%", "100%", "10%", "10%", "20%", "20%"]
+    assert re.findall(r">(\d+%)<", looped)[2:] == ["45%", "45%", "90%", "90%"]

@@ -130,6 +130,14 @@ def test_taken_and_diverging_cells_do_not_stop_the_grid(
     assert asked == CELLS
 
 
+def test_needles_that_cannot_be_made_are_refused_before_training(run: Any, grid: Path, tmp_path: Path) -> None:
+    needles = "measures.needles={kinds: [single_1], lengths: [32]}"
+    outcome = run("experiment", grid, needles, "--out", tmp_path / "out")
+    assert outcome.status == 2
+    assert "error: 32 tokens are too few for a needle of kind single_1" in outcome.err
+    assert not list((tmp_path / "out").glob("*_seed-*"))
+
+
 def test_needles_are_asked_for_once(workspace: Path, tmp_path: Path) -> None:
     shutil.copytree(workspace / "a", tmp_path / "a")
     asked = Measures(needles=NeedleSettings(kinds=("single_1",), lengths=(700,), depths=2, samples=1))

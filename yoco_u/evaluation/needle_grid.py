@@ -86,8 +86,7 @@ def needle_grid(
     encoder, longest = DocumentEncoder(llm.engine.tokenizer), max(settings.lengths)
     if longest > llm.engine.max_model_len:
         raise UserError(f"a length of {longest} tokens is more than the {llm.engine.max_model_len} that the engine holds")
-    for kind in settings.kinds:
-        generate_needle(kind, encoder, min(settings.lengths), 0, 0, haystack, settings.digits, settings.values)
+    check_needles(settings, encoder, haystack)
     cells = []
     for kind in settings.kinds:
         for length in settings.lengths:
@@ -110,6 +109,16 @@ def needle_grid(
                     )
                 )
     return cells
+
+
+def check_needles(settings: NeedleSettings, encoder: DocumentEncoder, haystack: str | None) -> None:
+    """Refuse settings that no needles can be made of.
+
+    Raises:
+        UserError: if a length is too short for a kind, or a kind misses its haystack.
+    """
+    for kind in settings.kinds:
+        generate_needle(kind, encoder, min(settings.lengths), 0, 0, haystack, settings.digits, settings.values)
 
 
 def recall(answers: Sequence[str], output: str) -> float:

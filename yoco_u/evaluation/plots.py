@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
 from yoco_u.curves import ContextPlot
@@ -39,21 +39,23 @@ def write_needle_plot(cells: Sequence[Cell], path: Path) -> None:
             rows[:, column], (f"{kind}: recall", "likeliest tokens"), ("recall", "token_accuracy"), strict=True
         ):
             shares = np.array([[getattr(own[depth, length], key) for length in lengths] for depth in depths])
-            image = _heat_map(axes, shares, lengths, depths)
+            image = heat_map(axes, shares, lengths, depths)
             axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=rows, shrink=0.6, format=lambda share, _: f"{share:.0%}")
     figure.savefig(beside(path), format="png")
     publish(path)
 
 
-def _heat_map(axes: Axes, shares: NDArray[np.float64], lengths: Sequence[int], depths: Sequence[float]) -> AxesImage:
-    """Shares (depths, lengths) from 0 to 1 as colours and as percentages."""
-    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(lengths)), [context_label(length) for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+def heat_map(axes: Axes, shares: NDArray[np.float64], lengths: Sequence[int], depths: Sequence[float]) -> QuadMesh:
+    """Shares (depths, lengths) from 0 to 1 as colours and as percentages, the beginning of the texts on top."""
+    mesh = axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=1)
+    axes.invert_yaxis()
+    axes.set_xticks(np.arange(len(lengths)) + 0.5, [context_label(length) for length in lengths])
+    axes.set_yticks(np.arange(len(depths)) + 0.5, [f"{depth:.0%}" for depth in depths])
     axes.set_xlabel("length, tokens")
     axes.set_ylabel("depth")
     for row, column in np.ndindex(shares.shape):
         share = shares[row, column]
-        axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color="black" if share > 0.55 else "white")
-    return image
+        colour = "black" if share > 0.55 else "white"
+        axes.text(column + 0.5, row + 0.5, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
+    return mesh

@@ -7,16 +7,33 @@ from typing import Any
 
 from yoco_u.analysis.experiment.config import AngularMeasure, Measures, Samples
 from yoco_u.analysis.loops import angular_distances, split_batches
-from yoco_u.data import PackedDataset
-from yoco_u.evaluation.needle_grid import NeedleSettings, needle_grid
+from yoco_u.data import DatasetIndex, DocumentEncoder, PackedDataset, load_tokenizer, prepare
+from yoco_u.evaluation.needle_grid import NeedleSettings, check_needles, needle_grid
 from yoco_u.evaluation.needles import NOISE_KINDS, load_haystack
 from yoco_u.files import write_json
 from yoco_u.inference import LLM
 from yoco_u.runs import SAMPLES, load_model, read_json, read_run_config
+from yoco_u.training.config import RunConfig
 from yoco_u.training.machine import find_device
 from yoco_u.typed import Config
 
 MEASURES = "measures.json"
+
+
+def check_measures(measures: Measures, config: RunConfig, progress: bool) -> None:
+    """Refuse measures that would fail when the models are trained; prepares their dataset, whose tokenizer decides.
+
+    Args:
+        config: of any run of the grid.
+        progress: show that of preparing.
+
+    Raises:
+        UserError: if needles cannot be made to the lengths that are asked for.
+    """
+    if measures.needles is not None:
+        path = Path(config.dataset)
+        index = DatasetIndex.load(path) if config.data is None else prepare(config.data, path, progress)
+        check_needles(measures.needles, DocumentEncoder(load_tokenizer(index.tokenizer)), _haystack(config, measures.needles))
 
 
 def measure(run: Path, measures: Measures) -> None:
@@ -61,7 +78,13 @@ def _angular(run: Path, settings: AngularMeasure) -> dict[str, Any]:
 
 
 def _needles(run: Path, settings: NeedleSettings) -> list[dict[str, Any]]:
-    data = read_run_config(run).data
-    haystack = load_haystack(data.corpus if data else ("stdlib",)) if set(settings.kinds) - set(NOISE_KINDS) else None
+    haystack = _haystack(read_run_config(run), settings)
     llm = LLM(run, dtype="float32", max_model_len=max(settings.lengths))
     return [cell.model_dump() for cell in needle_grid(llm, settings, haystack)]
+
+
+def _haystack(config: RunConfig, settings: NeedleSettings) -> str | None:
+    """What a model was trained on, if there is a kind of needle that is hidden in a text."""
+    if set(settings.kinds) <= set(NOISE_KINDS):
+        return None
+    return load_haystack(config.data.corpus if config.data else ("stdlib",))

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, LogLocator, NullFormatter
 
+from yoco_u.analysis.experiment.needle_maps import needle_maps
 from yoco_u.analysis.experiment.results import Series
 from yoco_u.analysis.experiment.summary import Fit, Row
 from yoco_u.analysis.plots import PALETTE, dashes, svg
 from yoco_u.files import beside, publish
 
+_MAPS_IN_A_ROW = 4
 AXES = (("tokens", "training tokens"), ("flops", "training FLOPs"))
 
 
@@ -90,16 +92,31 @@ def angular_plot(found: Sequence[Series]) -> str | None:
 
 
 def write_png(found: Sequence[Series], path: Path) -> None:
-    """The curves over tokens and over FLOPs as one picture, for documents; whole or not at all."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=130)
+    """The curves over tokens and over FLOPs, above the needles if there are any, as one picture; whole or not at all."""
+    maps = needle_maps(found)
+    rows = -(-len(maps) // _MAPS_IN_A_ROW)
+    heights = [4.6] + [2.6 * rows] * bool(maps)
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained", dpi=130)
+    parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
+    _draw_both_curves(parts[0], found)
+    if maps:
+        grid = parts[1].subplots(rows, _MAPS_IN_A_ROW, squeeze=False).ravel()
+        for axes, needles in zip(grid, maps, strict=False):
+            needles.draw(axes)
+            axes.set_title(f"{needles.title}: needles found", fontsize=9)
+        for axes in grid[len(maps) :]:
+            axes.remove()
+    figure.savefig(beside(path), format="png")
+    publish(path)
+
+
+def _draw_both_curves(figure: SubFigure, found: Sequence[Series]) -> None:
     for axes, (x, label) in zip(figure.subplots(1, 2), AXES, strict=True):
         _draw_curves(axes, found, x, label)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(beside(path), format="png")
-    publish(path)
 
 
 def _draw_curves(axes: Axes, found: Sequence[Series], x: str, label: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from yoco_u.analysis.experiment.config import Experiment
+from yoco_u.analysis.experiment.needle_maps import needle_maps
 from yoco_u.analysis.experiment.plan import Cell
 from yoco_u.analysis.experiment.plots import AXES, angular_plot, budget_plot, curve_plot, final_plot, styles, write_png
 from yoco_u.analysis.experiment.results import read_results
@@ -54,6 +55,7 @@ def render(summary: Summary) -> str:
         if several
         else [],
         angular_plot=angular_plot(series),
+        needle_maps=[(found.title, found.svg()) for found in needle_maps(series)],
         baseline=summary.baseline,
         table=[
             [

@@ -8,7 +8,7 @@ import torch
 from filelock import FileLock
 
 from yoco_u.analysis.experiment.config import Experiment
-from yoco_u.analysis.experiment.measure import measure, write_samples
+from yoco_u.analysis.experiment.measure import check_measures, measure, write_samples
 from yoco_u.analysis.experiment.plan import Cell
 from yoco_u.training import RunFolderTaken, TrainingDiverged, train
 from yoco_u.training.distributed import distributed_session
@@ -35,11 +35,15 @@ def run_cells(
         The cells that are not finished now.
 
     Raises:
-        UserError: as `train` does; also if a folder holds a run of other settings.
+        UserError: as `train` does; also if a folder holds a run of other settings, or the measures cannot be taken.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         dump_yaml(experiment, folder / "experiment.yaml")
+    if experiment.measures is not None and cells:
+        first = cells[0].config
+        with distributed_session(first.training.device) as distributed:
+            distributed.on_main(partial(check_measures, experiment.measures, first, progress))
     unfinished = []
     for number, cell in enumerate(cells, start=1):
         target, steps = folder / cell.name, cell.config.training.steps
