@@ -10,7 +10,7 @@ quickstart: .venv/installed
 	$(BIN)/yoco-u quickstart
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
