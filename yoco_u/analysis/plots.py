@@ -51,7 +51,7 @@ def loss_plot(runs: Sequence[Run], x: str, label: str) -> str:
             bottom += [min([*smooth, *points])]
         room = 0.06 * (max(top) - min(bottom)) or 0.1
         axes.set_ylim(min(bottom) - room, max(top) + room)
-        axes.xaxis.set_major_formatter(EngFormatter(sep="") if x == "tokens" else FuncFormatter(_scientific))
+        axes.xaxis.set_major_formatter(EngFormatter(sep="") if x == "tokens" else FuncFormatter(scientific_tick))
         axes.set_xlabel(label)
         axes.set_ylabel("loss, nats per token")
 
@@ -128,7 +128,8 @@ def svg(draw: Callable[[Axes], None], size: tuple[float, float] = (5.2, 3.5)) ->
     return text
 
 
-def _scientific(value: float, _: float) -> str:
+def scientific_tick(value: float, _: float) -> str:
+    """1.2e13 as `1.2e13`, for a formatter of an axis."""
     if not value:
         return "0"
     mantissa, exponent = f"{value:.1e}".split("e")

@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, LogLocator
 from yoco_u.analysis.experiment.needle_maps import needle_maps
 from yoco_u.analysis.experiment.results import Series
 from yoco_u.analysis.experiment.summary import Fit, Row
-from yoco_u.analysis.plots import PALETTE, dashes, svg
+from yoco_u.analysis.plots import PALETTE, dashes, scientific_tick, svg
 from yoco_u.files import beside, publish
 
 _MAPS_IN_A_ROW = 4
@@ -100,10 +100,11 @@ def write_png(found: Sequence[Series], path: Path) -> None:
     parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
     _draw_both_curves(parts[0], found)
     if maps:
+        parts[1].suptitle("needles found", fontsize=10)
         grid = parts[1].subplots(rows, _MAPS_IN_A_ROW, squeeze=False).ravel()
         for axes, needles in zip(grid, maps, strict=False):
             needles.draw(axes)
-            axes.set_title(f"{needles.title}: needles found", fontsize=9)
+            axes.set_title(needles.title, fontsize=9)
         for axes in grid[len(maps) :]:
             axes.remove()
     figure.savefig(beside(path), format="png")
@@ -143,4 +144,4 @@ def _draw_curves(axes: Axes, found: Sequence[Series], x: str, label: str) -> Non
 def _formatter(x: str) -> Formatter:
     if x == "tokens":
         return EngFormatter(sep="")
-    return FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e") if value else "0")
+    return FuncFormatter(scientific_tick)
