@@ -14,8 +14,8 @@ from yoco_u.analysis.experiment.summary import Fit, Row
 from yoco_u.analysis.plots import PALETTE, dashes, scientific_tick, svg
 from yoco_u.files import beside, publish
 
-_MAPS_IN_A_ROW = 4
 AXES = (("tokens", "training tokens"), ("flops", "training FLOPs"))
+_MAPS_IN_A_ROW = 4
 
 
 def styles(found: Sequence[Series]) -> dict[str, int]:

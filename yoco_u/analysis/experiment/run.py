@@ -40,10 +40,10 @@ def run_cells(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         dump_yaml(experiment, folder / "experiment.yaml")
-    if experiment.measures is not None and cells:
-        first = cells[0].config
-        with distributed_session(first.training.device) as distributed:
-            distributed.on_main(partial(check_measures, experiment.measures, first, progress))
+    next_cell = next((cell for cell in cells if not is_finished(folder / cell.name)), None)
+    if experiment.measures is not None and next_cell is not None:
+        with distributed_session(next_cell.config.training.device) as distributed:
+            distributed.on_main(partial(check_measures, experiment.measures, next_cell.config, progress))
     unfinished = []
     for number, cell in enumerate(cells, start=1):
         target, steps = folder / cell.name, cell.config.training.steps
