@@ -88,7 +88,7 @@ def retrieval(results: Results) -> Outcome:
     """Needles in the first half of the longest texts, by architecture, against a model of windows alone."""
     roles: tuple[Role, ...] = ("window_only", "transformer", "yoco", "yoco_u")
     chosen = {role: _measured(results.of_role(role), "needles") for role in roles}
-    lengths = set.intersection(*({cell["length"] for cell in _needles(series)} for series in chosen.values()))
+    lengths = set.intersection(*({cell["length"] for cell in series.needles} for series in chosen.values()))
     if not lengths:
         raise NotDecidable("the models were not asked for needles of one length")
     length = max(lengths)
@@ -105,10 +105,6 @@ def retrieval(results: Results) -> Outcome:
             verdicts.append(OPEN if beaten == "confirmed" and numbers[role].mean < FOUND else beaten)
     text.append(f". Found means a share of {FOUND:.0%} or more, and more than by windows alone in every interval.")
     return Outcome(together(verdicts), "".join(text), numbers)
-
-
-def _needles(series: Series) -> list[dict[str, Any]]:
-    return [cell for measures in series.measures.values() for cell in measures.get("needles", [])]
 
 
 def _recall(series: Series, length: int) -> dict[int, float]:

@@ -36,12 +36,11 @@ class NeedleMap:
 
 def needle_maps(found: Sequence[Series]) -> list[NeedleMap]:
     """One for each series and kind that was measured."""
-    cells = [(series, cell) for series in found for taken in series.measures.values() for cell in taken.get("needles", [])]
-    kinds = list(dict.fromkeys(cell["kind"] for _, cell in cells))
+    kinds = list(dict.fromkeys(cell["kind"] for series in found for cell in series.needles))
     maps = []
     for series in found:
         for kind in kinds:
-            own = [cell for of, cell in cells if of is series and cell["kind"] == kind]
+            own = [cell for cell in series.needles if cell["kind"] == kind]
             if own:
                 title = series.label if len(kinds) == 1 else f"{series.label}: {kind}"
                 lengths, depths = sorted({cell["length"] for cell in own}), sorted({cell["depth"] for cell in own})

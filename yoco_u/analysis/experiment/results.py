@@ -86,6 +86,11 @@ class Series:
         """Of the last validation losses, over the seeds."""
         return interval(list(self.final.values()))
 
+    @property
+    def needles(self) -> list[dict[str, Any]]:
+        """The cells of `yoco_u.evaluation.needle_grid`, of all seeds; none if they were not measured."""
+        return [cell for taken in self.measures.values() for cell in taken.get("needles", [])]
+
     def at(self, tokens: float) -> dict[int, float]:
         """The loss of the evaluation nearest to so many tokens, by seed."""
         return {seed: min(curve, key=lambda point: abs(point.tokens - tokens)).loss for seed, curve in self.curves.items()}
