@@ -10,12 +10,17 @@ from yoco_u.data import DataConfig, prepare
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus so regular that any model learns something of it in a few steps."""
+    """A corpus so regular that any model learns something of it in a few steps.
+
+    It is named from its own folder, since the split goes by the names of documents: the same data in every run of the tests.
+    """
     folder = tmp_path_factory.mktemp("training-data")
     lines = [json.dumps({"text": f"def add_{n}(left, right):\n    return left + right + {n}\n" * 3}) for n in range(60)]
     (folder / "functions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    config = DataConfig(corpus=str(folder / "functions.jsonl"), vocab_size=300, validation_fraction=0.2)
-    prepare(config, folder / "dataset", progress=False)
+    config = DataConfig(corpus="functions.jsonl", vocab_size=300, validation_fraction=0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        prepare(config, folder / "dataset", progress=False)
     return folder / "dataset"
 
 
