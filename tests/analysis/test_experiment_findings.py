@@ -157,15 +157,17 @@ def test_loss_against_loops(tmp_path: Path, losses: tuple[float, ...], falls: st
     assert found.numbers["gain per loop, T=3 to 5"].mean == pytest.approx((losses[2] - losses[3]) / 2, abs=0.002)
 
 
-@pytest.mark.parametrize("remedy", ["tamed_loop", "yoco_u"])
+@pytest.mark.parametrize(
+    ("plain", "remedy"), [("plain_loop", "tamed_loop"), ("plain_loop", "yoco_u"), ("yoco_u", "tamed_loop")]
+)
 @pytest.mark.parametrize(
     ("lag", "gain", "verdict"),
     [(0.2, 0.19, "confirmed"), (0.2, -0.1, "not confirmed"), (-0.2, 0.1, "not confirmed"), (0.2, 0.0, OPEN)],
 )
-def test_early_lag(tmp_path: Path, lag: float, gain: float, verdict: str, remedy: str) -> None:
+def test_early_lag(tmp_path: Path, lag: float, gain: float, verdict: str, plain: str, remedy: str) -> None:
     models: dict[str, Any] = {
         "yoco": preset("yoco"),
-        "plain": preset("yoco_u", role="plain_loop"),
+        "plain": preset("yoco_u", role=plain),
         "tamed": preset("yoco_u", role=remedy, label="gates"),
     }
     early = {"yoco": 0.0, "plain": lag, "tamed": lag - gain}
@@ -180,6 +182,16 @@ def test_early_lag(tmp_path: Path, lag: float, gain: float, verdict: str, remedy
     assert abs(found.numbers["plain minus YOCO"]["end"].mean) < 0.003
     if verdict == "confirmed":
         assert "95% of the early lag removed" in found.text.replace("94%", "95%").replace("96%", "95%")
+
+
+def test_a_yoco_u_with_gates_is_no_plain_loop(tmp_path: Path) -> None:
+    models = {
+        "yoco": preset("yoco"),
+        "mine": preset("yoco_u", role="yoco_u", loop_gate=0.05),
+        "t": preset("yoco_u", role="tamed_loop"),
+    }
+    results = results_of(grid(models), tmp_path, finals({"yoco": 2.0, "mine": 2.1, "t": 2.0}))
+    assert outcome(results, "early-lag").text.startswith("No plain loop beside a YOCO")
 
 
 def test_a_grid_that_was_made_for_nothing_says_what_is_missing(tmp_path: Path) -> None:

@@ -62,13 +62,10 @@ def _rungs(ladder: dict[int, Series]) -> list[tuple[int, int]]:
 
 
 def early_lag(results: Results) -> Outcome:
-    """The plain loop's lag behind YOCO early in training, and what each remedy takes away of it; YOCO-U beside it is one."""
-    pairs = results.pairs("plain_loop", "yoco", "tokens")
-    if not pairs:
-        raise NotDecidable("no plain loop beside a YOCO of equal tokens is finished")
-    plain, yoco = pairs[-1]
+    """The plain loop's lag behind YOCO early in training, and what each remedy takes away of it; a YOCO-U beside it is one."""
+    plain, yoco = _plain_loop_and_yoco(results)
     tamed = [*results.of_role("tamed_loop"), *results.of_role("yoco_u", plain.loops)]
-    remedies = [series for series in tamed if near(series.tokens, plain.tokens)]
+    remedies = [series for series in tamed if near(series.tokens, plain.tokens) and series is not plain]
     if not remedies:
         raise NotDecidable("no loop with a remedy is finished at the tokens of the plain one")
     early = EARLY * plain.tokens
@@ -98,6 +95,16 @@ def early_lag(results: Results) -> Outcome:
         "confirmed" if "confirmed" in helped else "not confirmed" if set(helped) == {"not confirmed"} else OPEN
     )
     return Outcome(together([lags, best_remedy]), " ".join(text), numbers)
+
+
+def _plain_loop_and_yoco(results: Results) -> tuple[Series, Series]:
+    """At the most tokens. Where no model is called a plain loop, YOCO-U without gates is it, at the remedies' loop count."""
+    pairs = results.pairs("plain_loop", "yoco", "tokens")
+    if not pairs and (tamed := results.of_role("tamed_loop")):
+        pairs = [pair for pair in results.pairs("yoco_u", "yoco", "tokens", tamed[-1].loops) if not pair[0].gated]
+    if not pairs:
+        raise NotDecidable("no plain loop beside a YOCO of equal tokens is finished")
+    return pairs[-1]
 
 
 def _removes(lag: Interval, gain: Interval) -> str:

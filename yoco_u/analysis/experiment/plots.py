@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, LogLocator, NullFormatter
 
 from yoco_u.analysis.experiment.needle_maps import needle_maps
 from yoco_u.analysis.experiment.results import Series
-from yoco_u.analysis.experiment.summary import Fit, Row
+from yoco_u.analysis.experiment.summary import Fit, Row, Summary
 from yoco_u.analysis.plots import PALETTE, dashes, scientific_tick, svg
 from yoco_u.files import beside, publish
 
@@ -30,48 +31,12 @@ def curve_plot(found: Sequence[Series], x: str, label: str) -> str:
 
 def final_plot(rows: Sequence[Row], numbers: dict[str, int]) -> str:
     """Final losses, lowest on top, with their 95% intervals and each seed."""
-
-    def draw(axes: Axes) -> None:
-        for height, row in enumerate(reversed(rows)):
-            colour = PALETTE[numbers[row.series.model] % len(PALETTE)][0]
-            if row.loss.low is not None and row.loss.high is not None:
-                axes.plot([row.loss.low, row.loss.high], [height, height], color=colour, linewidth=1.5)
-            axes.plot([row.loss.mean], [height], color=colour, marker="o", markersize=5)
-            seeds = list(row.series.final.values())
-            axes.plot(seeds, [height] * len(seeds), color=colour, marker="|", markersize=9, linewidth=0)
-        axes.set_yticks(range(len(rows)), [row.series.label for row in reversed(rows)])
-        axes.set_xlabel("final validation loss, nats per token")
-
-    return svg(draw, (7.5, 0.8 + 0.3 * len(rows)))
+    return svg(lambda axes: _draw_finals(axes, rows, numbers), (7.5, _height(rows)))
 
 
 def budget_plot(found: Sequence[Series], fits: Sequence[Fit], x: str, label: str) -> str:
     """Final losses of runs over budgets, with the power laws that fit."""
-    numbers = styles(found)
-
-    def draw(axes: Axes) -> None:
-        axes.set_xscale("log")
-        for model, number in numbers.items():
-            own = sorted((series for series in found if series.model == model), key=lambda series: series.tokens)
-            colour = PALETTE[number % len(PALETTE)][0]
-            budgets = [getattr(series, x) for series in own]
-            law = next((fit.law for fit in fits if fit.model == model and fit.x == x), None)
-            for series, budget in zip(own, budgets, strict=True):
-                seeds = list(series.final.values())
-                axes.plot([budget] * len(seeds), seeds, color=colour, marker="o", markersize=3.5, linewidth=0)
-            if law is not None:
-                between = np.geomspace(budgets[0], 2 * budgets[-1], 60)
-                axes.plot(between, [law(value) for value in between], color=colour, linestyle=dashes(number), linewidth=1.2)
-            else:
-                means = [series.loss.mean for series in own]
-                axes.plot(budgets, means, color=colour, linestyle=dashes(number), linewidth=0.8, alpha=0.6)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(_formatter(x))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(label)
-        axes.set_ylabel("final loss, nats per token")
-
-    return svg(draw)
+    return svg(lambda axes: _draw_budgets(axes, found, fits, x, label))
 
 
 def angular_plot(found: Sequence[Series]) -> str | None:
@@ -91,33 +56,75 @@ def angular_plot(found: Sequence[Series]) -> str | None:
     return svg(draw, (7.5, 3.5)) if measured else None
 
 
-def write_png(found: Sequence[Series], path: Path) -> None:
-    """The curves over tokens and over FLOPs, above the needles if there are any, as one picture; whole or not at all."""
-    maps = needle_maps(found)
+def write_png(summary: Summary, path: Path) -> None:
+    """Curves, final losses (over budgets, if there are several) and needles as one picture; whole or not at all."""
+    series = summary.results.series
+    maps = needle_maps(series)
     rows = -(-len(maps) // _MAPS_IN_A_ROW)
-    heights = [4.6] + [2.6 * rows] * bool(maps)
+    heights = [4.6, 3.6 if summary.several_budgets else _height(summary.rows)] + [2.6 * rows] * bool(maps)
     figure = Figure(figsize=(11, sum(heights)), layout="constrained", dpi=130)
     parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
-    _draw_both_curves(parts[0], found)
+    panels = parts[0].subplots(1, 2)
+    for axes, (x, label) in zip(panels, AXES, strict=True):
+        _draw_curves(axes, series, x, label)
+    parts[0].legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    if summary.several_budgets:
+        for axes, (x, label) in zip(parts[1].subplots(1, 2), AXES, strict=True):
+            _draw_budgets(axes, series, summary.fits, x, label)
+    else:
+        _draw_finals(parts[1].subplots(), summary.rows, styles(series))
+    for axes in figure.axes:
+        axes.grid(alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
     if maps:
-        parts[1].suptitle("needles found", fontsize=10)
-        grid = parts[1].subplots(rows, _MAPS_IN_A_ROW, squeeze=False).ravel()
+        parts[2].suptitle("needles found", fontsize=10)
+        grid = parts[2].subplots(rows, _MAPS_IN_A_ROW, squeeze=False).ravel()
         for axes, needles in zip(grid, maps, strict=False):
             needles.draw(axes)
-            axes.set_title(needles.title, fontsize=9)
+            axes.set_title(fill(needles.title, 28), fontsize=9)
         for axes in grid[len(maps) :]:
             axes.remove()
     figure.savefig(beside(path), format="png")
     publish(path)
 
 
-def _draw_both_curves(figure: SubFigure, found: Sequence[Series]) -> None:
-    for axes, (x, label) in zip(figure.subplots(1, 2), AXES, strict=True):
-        _draw_curves(axes, found, x, label)
-        axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+def _height(rows: Sequence[Row]) -> float:
+    return 0.8 + 0.3 * len(rows)
+
+
+def _draw_finals(axes: Axes, rows: Sequence[Row], numbers: dict[str, int]) -> None:
+    for height, row in enumerate(reversed(rows)):
+        colour = PALETTE[numbers[row.series.model] % len(PALETTE)][0]
+        if row.loss.low is not None and row.loss.high is not None:
+            axes.plot([row.loss.low, row.loss.high], [height, height], color=colour, linewidth=1.5)
+        axes.plot([row.loss.mean], [height], color=colour, marker="o", markersize=5)
+        seeds = list(row.series.final.values())
+        axes.plot(seeds, [height] * len(seeds), color=colour, marker="|", markersize=9, linewidth=0)
+    axes.set_yticks(range(len(rows)), [row.series.label for row in reversed(rows)])
+    axes.set_xlabel("final validation loss, nats per token")
+
+
+def _draw_budgets(axes: Axes, found: Sequence[Series], fits: Sequence[Fit], x: str, label: str) -> None:
+    axes.set_xscale("log")
+    for model, number in styles(found).items():
+        own = sorted((series for series in found if series.model == model), key=lambda series: series.tokens)
+        colour = PALETTE[number % len(PALETTE)][0]
+        budgets = [getattr(series, x) for series in own]
+        law = next((fit.law for fit in fits if fit.model == model and fit.x == x), None)
+        for series, budget in zip(own, budgets, strict=True):
+            seeds = list(series.final.values())
+            axes.plot([budget] * len(seeds), seeds, color=colour, marker="o", markersize=3.5, linewidth=0)
+        if law is not None:
+            between = np.geomspace(budgets[0], 2 * budgets[-1], 60)
+            axes.plot(between, [law(value) for value in between], color=colour, linestyle=dashes(number), linewidth=1.2)
+        else:
+            means = [series.loss.mean for series in own]
+            axes.plot(budgets, means, color=colour, linestyle=dashes(number), linewidth=0.8, alpha=0.6)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(_formatter(x))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(label)
+    axes.set_ylabel("final loss, nats per token")
 
 
 def _draw_curves(axes: Axes, found: Sequence[Series], x: str, label: str) -> None:

@@ -1,4 +1,4 @@
-"""The report of a grid: one HTML page, the same as JSON, and the curves as a picture."""
+"""The report of a grid: one HTML page, the same as JSON, and its plots as one picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,14 +34,13 @@ def write_experiment_report(experiment: Experiment, cells: Sequence[Cell], folde
     summary = summarize(experiment, results)
     write_page(folder / f"{REPORT}.html", render(summary))
     write_json(folder / f"{REPORT}.json", summary.as_json())
-    write_png(results.series, folder / f"{REPORT}.png")
+    write_png(summary, folder / f"{REPORT}.png")
     return summary
 
 
 def render(summary: Summary) -> str:
     """The page as text."""
     series, numbers = summary.results.series, styles(summary.results.series)
-    several = len({s.tokens for s in series if s.model == series[0].model}) > 1
     return render_page(
         "experiment.html.jinja",
         title=summary.experiment.title,
@@ -52,7 +51,7 @@ def render(summary: Summary) -> str:
         curve_plots=[(f"Loss against {_unit(x)}", curve_plot(series, x, label)) for x, label in AXES],
         final_plot=final_plot(summary.rows, numbers),
         budget_plots=[(f"Final loss against {_unit(x)}", budget_plot(series, summary.fits, x, label)) for x, label in AXES]
-        if several
+        if summary.several_budgets
         else [],
         angular_plot=angular_plot(series),
         needle_maps=[(found.title, found.svg()) for found in needle_maps(series)],
@@ -71,7 +70,7 @@ def render(summary: Summary) -> str:
             ]
             for row in summary.rows
         ],
-        fits=[(fit.label, _unit(fit.x), _fit_text(fit)) for fit in summary.fits] if several else [],
+        fits=[(fit.label, _unit(fit.x), _fit_text(fit)) for fit in summary.fits] if summary.several_budgets else [],
         unfinished=[(result.cell.name, result.state) for result in summary.results.unfinished],
         seconds=duration(sum(result.seconds for result in summary.results.cells)),
         settings=yaml.safe_dump(summary.experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),

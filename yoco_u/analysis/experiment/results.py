@@ -56,6 +56,7 @@ class Series:
 
     Attributes:
         loops: the largest loop count of a stage.
+        gated: whether a looped stage has gates.
         parameters: of each model.
         tokens, flops: of each run.
         curves: by seed.
@@ -69,6 +70,7 @@ class Series:
     model_label: str
     role: Role | None
     loops: int
+    gated: bool
     parameters: int
     tokens: int
     flops: float
@@ -196,6 +198,7 @@ def _series(group: Sequence[CellResult]) -> Series:
         model_label=cell.model_label,
         role=cell.role,
         loops=max(stage.loops for stage in architecture.stages),
+        gated=any(stage.loop_gate is not None for stage in architecture.stages),
         parameters=parameters(architecture).total,
         tokens=final.tokens,
         flops=final.flops,

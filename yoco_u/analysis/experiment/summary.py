@@ -57,6 +57,12 @@ class Summary:
     judged: list[Judged]
 
     @property
+    def several_budgets(self) -> bool:
+        """Whether the first model was trained on several numbers of tokens."""
+        series = self.results.series
+        return len({s.tokens for s in series if s.model == series[0].model}) > 1
+
+    @property
     def headline(self) -> str:
         """How far the grid is, and how the findings that it was made for came out."""
         cells, left = self.results.cells, self.results.unfinished
