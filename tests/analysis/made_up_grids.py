@@ -17,14 +17,15 @@ Loss = Callable[[Cell, float], float]
 POINTS = 16
 
 
-def grid(models: dict[str, Any], seeds: Sequence[int] = (0, 1, 2), **settings: Any) -> Experiment:
+def grid(models: dict[str, Any], seeds: Sequence[int] = (0, 1, 2), data: Any = None, **settings: Any) -> Experiment:
     base = {
+        "data": data,
         "architecture": {"size": "test"},
         "optimizer": {"warmup_steps": 0},
         "training": {"steps": 1600, "sequence_length": 32, "batch_rows": 4, "micro_batch_rows": 4},
     }
-    data = {"title": "Made <up>", "base": base, "models": models, "seeds": list(seeds)} | settings
-    return parse(Experiment, data, "grid")
+    experiment = {"title": "Made <up>", "base": base, "models": models, "seeds": list(seeds)} | settings
+    return parse(Experiment, experiment, "grid")
 
 
 def preset(name: str, **settings: Any) -> dict[str, Any]:

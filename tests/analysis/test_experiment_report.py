@@ -10,6 +10,7 @@ from made_up_grids import finals, grid, preset, write_cell, write_grid
 from yoco_u.analysis.experiment.findings import FINDINGS
 from yoco_u.analysis.experiment.plan import expand
 from yoco_u.analysis.experiment.report import write_experiment_report
+from yoco_u.analysis.experiment.results import read_results
 from yoco_u.errors import UserError
 from yoco_u.files import write_json
 
@@ -86,6 +87,17 @@ def test_report_of_a_grid_under_way(tmp_path: Path) -> None:
         assert state == "finished" or re.search(rf"<th>{name}</th><td>{state}</td>", page)
     assert "1 of 4 runs are finished, 2 seeds." in page
     assert "(one seed)" in page
+
+
+def test_a_grid_that_was_moved_is_reported(tmp_path: Path) -> None:
+    experiment = grid({"yoco": preset("yoco")}, data={"vocab_size": 300})
+    write_grid(experiment, tmp_path / "cluster", finals({"yoco": 2.0}))
+    (tmp_path / "cluster").rename(tmp_path / "laptop")
+    results = read_results(expand(experiment, tmp_path / "laptop"), tmp_path / "laptop")
+    assert len(results.series[0].curves) == 3
+    other = grid({"yoco": preset("yoco")}, data={"vocab_size": 301})
+    with pytest.raises(UserError, match=r"holds a run with data.vocab_size = 300, now 301"):
+        read_results(expand(other, tmp_path / "laptop"), tmp_path / "laptop")
 
 
 def test_needles_are_maps_of_their_mean_over_the_seeds(tmp_path: Path) -> None:

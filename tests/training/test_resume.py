@@ -157,6 +157,16 @@ def test_another_config_is_refused(finished: tuple[Path, RunConfig], dataset: Pa
         train(run_config(dataset, architecture={"loops": 2}), folder, progress=False)
 
 
+def test_another_dataset_is_refused_but_not_another_path_to_it(
+    finished: tuple[Path, RunConfig], dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, config = finished
+    monkeypatch.chdir(dataset.parent)
+    assert train(run_config(Path(dataset.name)), folder, progress=False)["steps"] == config.training.steps
+    with pytest.raises(UserError, match=r"holds a run with dataset = '.*', now 'elsewhere'"):
+        train(run_config(Path("elsewhere")), folder, progress=False)
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(
     finished: tuple[Path, RunConfig], dataset: Path, tmp_path: Path
 ) -> None:

@@ -65,8 +65,14 @@ class RunFolder:
         return self.checkpoints.exists() or (self.path / "metrics.jsonl").exists()
 
     def check_same(self, config: RunConfig) -> None:
-        """Raise a UserError if the folder holds a run of another config, naming the first key that differs."""
+        """Raise a UserError if the folder holds a run of another config, naming the first key that differs.
+
+        Where the dataset lies does not count, only what it is made from, if that is known: runs may be moved, or named by
+        another path.
+        """
         old = parse(RunConfig, load_yaml(self.config), str(self.config))
+        if (old.data and config.data) or Path(old.dataset).resolve() == Path(config.dataset).resolve():
+            old = old.model_copy(update={"dataset": config.dataset})
         difference = first_difference(old, config)
         if difference is not None:
             key, before, now = difference
