@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, LogLocator, MaxNLocator
 
 from yoco_u.runs import Run
 
@@ -28,6 +28,11 @@ _POINTS = 400  # drawn of one line, at most
 _numbers = count()
 
 _Record = dict[str, Any]
+
+
+def colour(index: int) -> str:
+    """Of a run, for light pages; `svg` puts the page's own in its place."""
+    return PALETTE[index % len(PALETTE)][0]
 
 
 def dashes(index: int) -> str:
@@ -51,7 +56,7 @@ def loss_plot(runs: Sequence[Run], x: str, label: str) -> str:
             bottom += [min([*smooth, *points])]
         room = 0.06 * (max(top) - min(bottom)) or 0.1
         axes.set_ylim(min(bottom) - room, max(top) + room)
-        axes.xaxis.set_major_formatter(EngFormatter(sep="") if x == "tokens" else FuncFormatter(scientific_tick))
+        axes.xaxis.set_major_formatter(budget_formatter(x))
         axes.set_xlabel(label)
         axes.set_ylabel("loss, nats per token")
 
@@ -94,8 +99,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 def _line(axes: Axes, index: int, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
     stride = -(-len(x) // _POINTS) or 1
     kept = sorted({*range(0, len(x), stride), len(x) - 1} - {-1})
-    colour = PALETTE[index % len(PALETTE)][0]
-    axes.plot([x[i] for i in kept], [y[i] for i in kept], color=colour, linestyle=dashes(index), **style)
+    axes.plot([x[i] for i in kept], [y[i] for i in kept], color=colour(index), linestyle=dashes(index), **style)
 
 
 def svg(draw: Callable[[Axes], None], size: tuple[float, float] = (5.2, 3.5)) -> str:
@@ -128,8 +132,12 @@ def svg(draw: Callable[[Axes], None], size: tuple[float, float] = (5.2, 3.5)) ->
     return text
 
 
-def scientific_tick(value: float, _: float) -> str:
-    """1.2e13 as `1.2e13`, for a formatter of an axis."""
+def budget_formatter(x: str) -> Formatter:
+    """Of an axis of `tokens` (2.5M) or `flops` (1.2e13)."""
+    return EngFormatter(sep="") if x == "tokens" else FuncFormatter(_scientific)
+
+
+def _scientific(value: float, _: float) -> str:
     if not value:
         return "0"
     mantissa, exponent = f"{value:.1e}".split("e")

@@ -7,12 +7,12 @@ from textwrap import fill
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from yoco_u.analysis.experiment.needle_maps import needle_maps
 from yoco_u.analysis.experiment.results import Series
 from yoco_u.analysis.experiment.summary import Fit, Row, Summary
-from yoco_u.analysis.plots import PALETTE, dashes, scientific_tick, svg
+from yoco_u.analysis.plots import budget_formatter, colour, dashes, svg
 from yoco_u.files import beside, publish
 
 AXES = (("tokens", "training tokens"), ("flops", "training FLOPs"))
@@ -48,8 +48,8 @@ def angular_plot(found: Sequence[Series]) -> str | None:
         for series in measured:
             rows = [taken["angular"]["layers"] for taken in series.measures.values() if "angular" in taken]
             number = numbers[series.model]
-            colour, line, x = PALETTE[number % len(PALETTE)][0], dashes(number), range(1, len(rows[0]) + 1)
-            axes.plot(x, np.mean(rows, axis=0), color=colour, linestyle=line, marker="o", markersize=3, linewidth=1.2)
+            line, x = dashes(number), range(1, len(rows[0]) + 1)
+            axes.plot(x, np.mean(rows, axis=0), color=colour(number), linestyle=line, marker="o", markersize=3, linewidth=1.2)
         axes.set_xlabel("layer, unrolled")
         axes.set_ylabel("angular distance, half turns")
 
@@ -94,12 +94,12 @@ def _height(rows: Sequence[Row]) -> float:
 
 def _draw_finals(axes: Axes, rows: Sequence[Row], numbers: dict[str, int]) -> None:
     for height, row in enumerate(reversed(rows)):
-        colour = PALETTE[numbers[row.series.model] % len(PALETTE)][0]
+        own = colour(numbers[row.series.model])
         if row.loss.low is not None and row.loss.high is not None:
-            axes.plot([row.loss.low, row.loss.high], [height, height], color=colour, linewidth=1.5)
-        axes.plot([row.loss.mean], [height], color=colour, marker="o", markersize=5)
+            axes.plot([row.loss.low, row.loss.high], [height, height], color=own, linewidth=1.5)
+        axes.plot([row.loss.mean], [height], color=own, marker="o", markersize=5)
         seeds = list(row.series.final.values())
-        axes.plot(seeds, [height] * len(seeds), color=colour, marker="|", markersize=9, linewidth=0)
+        axes.plot(seeds, [height] * len(seeds), color=own, marker="|", markersize=9, linewidth=0)
     axes.set_yticks(range(len(rows)), [row.series.label for row in reversed(rows)])
     axes.set_xlabel("final validation loss, nats per token")
 
@@ -108,20 +108,19 @@ def _draw_budgets(axes: Axes, found: Sequence[Series], fits: Sequence[Fit], x: s
     axes.set_xscale("log")
     for model, number in styles(found).items():
         own = sorted((series for series in found if series.model == model), key=lambda series: series.tokens)
-        colour = PALETTE[number % len(PALETTE)][0]
         budgets = [getattr(series, x) for series in own]
         law = next((fit.law for fit in fits if fit.model == model and fit.x == x), None)
         for series, budget in zip(own, budgets, strict=True):
             seeds = list(series.final.values())
-            axes.plot([budget] * len(seeds), seeds, color=colour, marker="o", markersize=3.5, linewidth=0)
+            axes.plot([budget] * len(seeds), seeds, color=colour(number), marker="o", markersize=3.5, linewidth=0)
         if law is not None:
             between = np.geomspace(budgets[0], 2 * budgets[-1], 60)
-            axes.plot(between, [law(value) for value in between], color=colour, linestyle=dashes(number), linewidth=1.2)
+            axes.plot(between, [law(value) for value in between], color=colour(number), linestyle=dashes(number), linewidth=1.2)
         else:
             means = [series.loss.mean for series in own]
-            axes.plot(budgets, means, color=colour, linestyle=dashes(number), linewidth=0.8, alpha=0.6)
+            axes.plot(budgets, means, color=colour(number), linestyle=dashes(number), linewidth=0.8, alpha=0.6)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(_formatter(x))
+    axes.xaxis.set_major_formatter(budget_formatter(x))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(label)
     axes.set_ylabel("final loss, nats per token")
@@ -134,21 +133,15 @@ def _draw_curves(axes: Axes, found: Sequence[Series], x: str, label: str) -> Non
         points = [getattr(point, x) for point in curves[0]]
         losses = np.array([np.interp(points, [getattr(p, x) for p in curve], [p.loss for p in curve]) for curve in curves])
         number = numbers[series.model]
-        colour, mean = PALETTE[number % len(PALETTE)][0], losses.mean(axis=0)
+        mean = losses.mean(axis=0)
         legend = series.model_label if series.model not in drawn else None
         drawn.add(series.model)
-        axes.fill_between(points, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.18, linewidth=0)
-        axes.plot(points, mean, color=colour, linestyle=dashes(number), linewidth=1.3, label=legend)
+        axes.fill_between(points, losses.min(axis=0), losses.max(axis=0), color=colour(number), alpha=0.18, linewidth=0)
+        axes.plot(points, mean, color=colour(number), linestyle=dashes(number), linewidth=1.3, label=legend)
         top.append(float(mean[len(mean) // 8]))  # the beginning falls so steeply that it would hide all the rest
         bottom.append(float(losses.min()))
     room = 0.05 * (max(top) - min(bottom)) or 0.1
     axes.set_ylim(min(bottom) - room, max(top) + room)
-    axes.xaxis.set_major_formatter(_formatter(x))
+    axes.xaxis.set_major_formatter(budget_formatter(x))
     axes.set_xlabel(label)
     axes.set_ylabel("validation loss, nats per token")
-
-
-def _formatter(x: str) -> Formatter:
-    if x == "tokens":
-        return EngFormatter(sep="")
-    return FuncFormatter(scientific_tick)

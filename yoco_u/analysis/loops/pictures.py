@@ -15,7 +15,7 @@ from yoco_u.analysis.loops.convergence import Shares
 from yoco_u.analysis.loops.lens import Reading
 from yoco_u.analysis.loops.study import Study
 from yoco_u.analysis.loops.trace import UnrolledLayer
-from yoco_u.analysis.plots import PALETTE, dashes
+from yoco_u.analysis.plots import PALETTE, colour, dashes
 from yoco_u.files import beside, publish
 
 _LEVELS = (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
@@ -140,10 +140,9 @@ def _loss(studies: Sequence[Study]) -> Panel:
             losses = {row.loops: row.loss for row in study.loss}
             _line(axes, i, list(losses), list(losses.values()), study.name)
             if study.trained_loops in losses:
-                colour = PALETTE[i % len(PALETTE)][0]
                 axes.plot(
                     [study.trained_loops], [losses[study.trained_loops]],
-                    marker="o", markersize=10, markerfacecolor="none", color=colour, linewidth=0,
+                    marker="o", markersize=10, markerfacecolor="none", color=colour(i), linewidth=0,
                 )  # fmt: skip
         _over_loops(axes, "loops run")
         axes.set_ylabel("loss, nats per token")
@@ -172,8 +171,8 @@ def _convergence(study: Study) -> list[Panel]:
         for loop in range(found.loops):
             left = [sum(group.prediction[:loop]) for group in groups]
             widths = [group.prediction[loop] for group in groups]
-            colour, hatch = PALETTE[loop % len(PALETTE)][0], None if loop < len(PALETTE) else "//"
-            axes.barh(range(len(groups)), widths, left=left, color=colour, hatch=hatch, label=f"loop {loop + 1}", height=0.75)
+            hatch, label = None if loop < len(PALETTE) else "//", f"loop {loop + 1}"
+            axes.barh(range(len(groups)), widths, left=left, color=colour(loop), hatch=hatch, label=label, height=0.75)
         axes.set_yticks(range(len(groups)), [f"{group.name} ({group.tokens:,})" for group in groups])
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
@@ -254,8 +253,9 @@ def _runs(numbers: Sequence[int]) -> list[list[int]]:
 
 
 def _line(axes: Axes, index: int, x: Sequence[int], y: Sequence[float], label: str) -> None:
-    colour = PALETTE[index % len(PALETTE)][0]
-    axes.plot(x, y, color=colour, linestyle=dashes(index), marker="o", markersize=3.5, linewidth=1.4, label=_plain(label))
+    axes.plot(
+        x, y, color=colour(index), linestyle=dashes(index), marker="o", markersize=3.5, linewidth=1.4, label=_plain(label)
+    )
 
 
 def _plain(label: str) -> str:
