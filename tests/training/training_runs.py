@@ -1,13 +1,17 @@
 """Tiny runs, in this process or in others."""
 
+import gc
 import multiprocessing
 import os
 import socket
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from yoco_u.architecture import preset
 from yoco_u.errors import UserError
@@ -55,7 +59,11 @@ def start(config: RunConfig, folder: Path, rank: int = 0, world_size: int = 1, p
 
 
 def train_on_ranks(config: RunConfig, folder: Path, world_size: int = 2) -> list[int | None]:
-    """Train in processes that see the environment torchrun makes; their exit codes."""
+    """Train in processes that see the environment torchrun makes; their exit codes.
+
+    A process fails if a model is left when its process group ends: whichever is freed last then decides whether it stops at
+    all, since a DDP model that frees the group waits for threads that may wait for it.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -72,8 +80,15 @@ def _child(config: str, folder: Path, rank: int, world_size: int, port: int) -> 
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
+        dist.destroy_process_group = _destroy_without_models
     try:
         train(RunConfig.model_validate_json(config), folder, progress=False)
     except UserError as error:
         (folder / f"error-{rank}.txt").write_text(str(error), encoding="utf-8")
         raise SystemExit(2) from None
+
+
+def _destroy_without_models(destroy: Callable[[], None] = dist.destroy_process_group) -> None:
+    models = [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]
+    destroy()
+    assert not models

@@ -1,6 +1,8 @@
 """Who takes part in a run: one process, or those that torchrun started."""
 
+import gc
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +93,13 @@ def distributed_session(device: str) -> Iterator[Distributed]:
     try:
         yield distributed
         distributed.barrier()  # none leaves while another still reads what it sent
+    except BaseException as error:
+        if world_size > 1:
+            traceback.clear_frames(error.__traceback__)  # they hold the model
+        raise
     finally:
         if world_size > 1:
+            # A DDP model holds the group. Were it freed after this, the group would wait for its threads with the interpreter's
+            # lock held, and they perhaps for the lock.
+            gc.collect()
             dist.destroy_process_group()
