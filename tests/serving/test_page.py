@@ -5,11 +5,12 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from server_process import Process
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+expect.set_options(timeout=60_000)  # milliseconds: busy machines are slow, not wrong
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +92,23 @@ def test_an_error_of_the_server_is_said(browser: Browser, process: Process) -> N
     page = browser.new_page()  # not the fixture's: the browser itself tells the console of a 400
     page.route("**/v1/**", lambda route: route.fulfill(status=400, json={"error": {"message": "no such thing"}}))
     page.goto(process.url)
+    expect(page.locator("#model-facts")).to_contain_text("parameters")
     ask(page, "x")
     expect(page.locator(".answer .error")).to_contain_text("no such thing")
+    page.close()
+
+
+def test_what_is_sent_before_the_model_is_known_waits_for_it(browser: Browser, process: Process) -> None:
+    page = browser.new_page()
+    held: list[Route] = []
+    page.route("**/model", lambda route: held.append(route))
+    with page.expect_request("**/model"):
+        page.goto(process.url)
+    ask(page, "early")
+    expect(page.locator("#prompt")).to_have_value("early")
+    assert page.locator(".answer").count() == 0
+    held[0].continue_()
+    expect(page.locator(".turn .prompt")).to_have_text("early")
     page.close()
 
 

@@ -10,6 +10,7 @@ const EXAMPLES = {
 };
 
 let facts = null;
+let early = false; // something was sent before the facts were there
 let messages = []; // of a chat, as the API takes them
 let running = null; // AbortController of the answers that are being written
 
@@ -51,7 +52,7 @@ function atEnd() {
 }
 
 async function send(text) {
-  if (!facts || running || (facts.chat && !text.trim())) return;
+  if (running || (facts.chat && !text.trim())) return;
   $("empty").hidden = true;
   $("prompt").value = "";
   const turn = element("div", facts.chat ? "turn chat" : "turn", "");
@@ -147,6 +148,8 @@ async function begin() {
   const examples = facts.chat ? EXAMPLES.chat : EXAMPLES.text;
   $("examples").replaceChildren(...examples.map(example));
   showValues();
+  if (early) send($("prompt").value);
+  early = false;
 }
 
 function example(text) {
@@ -170,15 +173,15 @@ function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
 }
 
-$("composer").addEventListener("submit", (event) => {
+function submit(event) {
   event.preventDefault();
-  send($("prompt").value);
-});
+  if (facts) send($("prompt").value);
+  else early = true;
+}
+
+$("composer").addEventListener("submit", submit);
 $("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    send($("prompt").value);
-  }
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
