@@ -1,13 +1,12 @@
 """`yoco-u experiment` end to end: a grid of tiny runs, killed, shared between processes, reported."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -49,6 +48,7 @@ def grid(workspace: Path, tmp_path: Path) -> Path:
     return file
 
 
+TESTS = Path(__file__).parents[1]
 CELLS = ["yoco_seed-0", "yoco-u_seed-0", "yoco_seed-1", "yoco-u_seed-1"]
 
 
@@ -156,13 +156,14 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 def test_killed_in_a_cell_it_goes_on_to_the_same_losses(run: Any, workspace: Path, tmp_path: Path) -> None:
     file, out, whole = tmp_path / "grid.yaml", tmp_path / "out", tmp_path / "whole"
     file.write_text(GRID.format(folder=workspace, steps=12))
-    command = [sys.executable, "-m", "yoco_u.cli", "experiment", str(file), "seeds=[0]", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (out / CELLS[1] / "checkpoints" / "step-00000004").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    killed = f"""
+        from own_signals import signal_at
+        from yoco_u.cli import main
+        signal_at("os.mkdir */{CELLS[1]}/checkpoints/step-00000006.partial")
+        main(["experiment", {str(file)!r}, "seeds=[0]", "--out", {str(out)!r}])
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(killed)], cwd=TESTS, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
     assert (out / CELLS[0] / "summary.json").exists()
     assert not (out / CELLS[1] / "summary.json").exists()
     first = (out / CELLS[0] / "metrics.jsonl").stat().st_mtime_ns

@@ -37,12 +37,12 @@ class Server:
         self.loop = self.app.state.loop
         # Exceptions become answers with status 500, as they do in a real server.
         transport = httpx2.ASGITransport(app=self.app, raise_app_exceptions=False)
-        self.client = httpx2.AsyncClient(transport=transport, base_url="http://test")
+        self.client = httpx2.AsyncClient(transport=transport, base_url="http://test", timeout=60)
 
     async def post(self, path: str, **body: Any) -> httpx2.Response:
         # In ASCII, so that strings which are no Unicode text can be sent.
         headers = {"Content-Type": "application/json"}
-        return await self.client.post(f"/v1/{path}", content=json.dumps(body), headers=headers, timeout=60)
+        return await self.client.post(f"/v1/{path}", content=json.dumps(body), headers=headers)
 
     async def json(self, path: str, **body: Any) -> Any:
         response = await self.post(path, **body)

@@ -58,5 +58,5 @@ def folder(model: YocoUForCausalLM, chatty: PreTrainedTokenizerFast, tmp_path_fa
 
 @pytest.fixture(scope="module")
 def process(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    with serving(folder, log=tmp_path_factory.mktemp("log") / "log") as found:
+    with serving(folder, "--drain-seconds", "600", log=tmp_path_factory.mktemp("log") / "log") as found:
         yield found

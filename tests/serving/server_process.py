@@ -39,7 +39,7 @@ class Process:
         raise AssertionError(self.log.read_text())
 
     def metric(self, name: str) -> float:
-        text = httpx2.get(f"{self.url}/metrics").text
+        text = httpx2.get(f"{self.url}/metrics", timeout=60).text
         return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
 
     def wait_for(self, name: str, value: float) -> None:

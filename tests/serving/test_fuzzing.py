@@ -15,6 +15,6 @@ def test_no_request_makes_the_server_fail(folder: Path, tmp_path: Path) -> None:
         options = ["--checks", "not_a_server_error", "--max-examples", "40", "--seed", "1", "--no-color"]
         done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
         assert done.returncode == 0, done.stdout[-5000:]
-        assert httpx2.get(f"{process.url}/health").status_code == 200
+        assert httpx2.get(f"{process.url}/health", timeout=60).status_code == 200
         process.wait_for('yoco_u_kv_blocks{state="held"}', 0)
         assert "Traceback" not in process.log.read_text()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from own_signals import signal_at
 from torch.nn.parallel import DistributedDataParallel
 
 from yoco_u.architecture import preset
@@ -52,8 +53,12 @@ def deterministic(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(folder)]
 
 
-def start(config: RunConfig, folder: Path, rank: int = 0, world_size: int = 1, port: int = 0) -> BaseProcess:
-    process = FORKS.Process(target=_child, args=(config.model_dump_json(), folder, rank, world_size, port), daemon=True)
+def start(
+    config: RunConfig, folder: Path, rank: int = 0, world_size: int = 1, port: int = 0, *, signals: dict[str, int] | None = None
+) -> BaseProcess:
+    """Train in another process, which sends itself `signals` at their moments (see `signal_at`)."""
+    arguments = (config.model_dump_json(), folder, rank, world_size, port, signals or {})
+    process = FORKS.Process(target=_child, args=arguments, daemon=True)
     process.start()
     return process
 
@@ -73,8 +78,10 @@ def train_on_ranks(config: RunConfig, folder: Path, world_size: int = 2) -> list
     return [process.exitcode for process in ranks]
 
 
-def _child(config: str, folder: Path, rank: int, world_size: int, port: int) -> None:
+def _child(config: str, folder: Path, rank: int, world_size: int, port: int, signals: dict[str, int]) -> None:
     torch.set_num_threads(1)
+    for moment, number in signals.items():
+        signal_at(moment, number)
     if world_size > 1:
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
