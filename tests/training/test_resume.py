@@ -78,6 +78,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint_to_continue_from(datase
     assert process.exitcode == 2
     error = (folder / "error-0.txt").read_text()
     assert f"stopped after step 3 of {STEPS}" in error and "run the same command again to continue" in error
+    assert (folder / "checkpoints" / "step-00000003").is_dir()
     train(config, folder, progress=False)
     assert_same_run(folder, tmp_path / "reference")
 
