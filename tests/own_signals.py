@@ -1,13 +1,12 @@
 """Processes that send themselves a signal at one of their own writes: a moment that no busy machine can miss."""
 
 import os
-import signal
 import sys
 from fnmatch import fnmatchcase
 from typing import Any
 
 
-def signal_at(moment: str, number: int = signal.SIGKILL) -> None:
+def signal_at(moment: str, number: int) -> None:
     """Send this process a signal just before it opens a file for writing, or makes, renames or removes one.
 
     Args:

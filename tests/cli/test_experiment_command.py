@@ -159,7 +159,7 @@ def test_killed_in_a_cell_it_goes_on_to_the_same_losses(run: Any, workspace: Pat
     killed = f"""
         from own_signals import signal_at
         from yoco_u.cli import main
-        signal_at("os.mkdir */{CELLS[1]}/checkpoints/step-00000006.partial")
+        signal_at("os.mkdir */{CELLS[1]}/checkpoints/step-00000006.partial", {signal.SIGKILL:d})
         main(["experiment", {str(file)!r}, "seeds=[0]", "--out", {str(out)!r}])
     """
     done = subprocess.run([sys.executable, "-c", dedent(killed)], cwd=TESTS, capture_output=True, check=False)

@@ -55,7 +55,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_losses_and_weights(datase
     folder = tmp_path / "killed"
     torn = 0
     for moment in MOMENTS:
-        process = start(config, folder, signals={moment: signal.SIGKILL})
+        process = start(config, folder, own_signal=(moment, signal.SIGKILL))
         process.join()
         assert process.exitcode == -signal.SIGKILL, moment
         torn += any(folder.glob("checkpoints/step-????????.partial"))
@@ -73,7 +73,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint_to_continue_from(datase
     config = run_config(dataset)
     train(config, tmp_path / "reference", progress=False)
     folder = tmp_path / "stopped"
-    process = start(config, folder, signals={"os.mkdir */step-00000002.partial": signal.SIGTERM})
+    process = start(config, folder, own_signal=("os.mkdir */step-00000002.partial", signal.SIGTERM))
     process.join()
     assert process.exitcode == 2
     error = (folder / "error-0.txt").read_text()

@@ -54,10 +54,16 @@ def deterministic(folder: Path) -> list[dict[str, Any]]:
 
 
 def start(
-    config: RunConfig, folder: Path, rank: int = 0, world_size: int = 1, port: int = 0, *, signals: dict[str, int] | None = None
+    config: RunConfig,
+    folder: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    port: int = 0,
+    *,
+    own_signal: tuple[str, int] | None = None,
 ) -> BaseProcess:
-    """Train in another process, which sends itself `signals` at their moments (see `signal_at`)."""
-    arguments = (config.model_dump_json(), folder, rank, world_size, port, signals or {})
+    """Train in another process; `own_signal` is a moment at which it sends itself a signal, as `signal_at` takes them."""
+    arguments = (config.model_dump_json(), folder, rank, world_size, port, own_signal)
     process = FORKS.Process(target=_child, args=arguments, daemon=True)
     process.start()
     return process
@@ -78,10 +84,10 @@ def train_on_ranks(config: RunConfig, folder: Path, world_size: int = 2) -> list
     return [process.exitcode for process in ranks]
 
 
-def _child(config: str, folder: Path, rank: int, world_size: int, port: int, signals: dict[str, int]) -> None:
+def _child(config: str, folder: Path, rank: int, world_size: int, port: int, own_signal: tuple[str, int] | None) -> None:
     torch.set_num_threads(1)
-    for moment, number in signals.items():
-        signal_at(moment, number)
+    if own_signal:
+        signal_at(*own_signal)
     if world_size > 1:
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
