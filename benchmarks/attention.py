@@ -21,7 +21,7 @@ from torch import Tensor
 from yoco_u.architecture import preset
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 from yoco_u.model.attention import attend
-from yoco_u.model.block_attention import block_attention
+from yoco_u.model.cpu_attention import block_attention
 
 LENGTHS = [2**power for power in range(12, 17)]
 SHAPE = preset("yoco_u", "100m")

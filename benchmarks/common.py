@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from yoco_u.training.machine import environment, gemm_rate
+from yoco_u.device import environment, gemm_rate
 
 RESULTS = Path(__file__).parent / "results"
 

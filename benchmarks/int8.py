@@ -13,7 +13,7 @@ from common import parser, show, write
 from rich.progress import track
 
 from yoco_u.architecture import preset
-from yoco_u.benchmark.engine_adapter import OurEngine
+from yoco_u.bench.engine_adapter import OurEngine
 
 STEPS = 32
 WEIGHTS = ("bfloat16", "int8")

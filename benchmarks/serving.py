@@ -35,7 +35,7 @@ from rich.progress import Progress
 
 from yoco_u import LLM, SamplingParams, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import preset
-from yoco_u.runs import load_model
+from yoco_u.loading import load_model
 
 Answer = tuple[int, int | None, str]
 """Which prompt, how many tokens were asked for (None if the client went away before the end), and the text."""

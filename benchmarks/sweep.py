@@ -17,9 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from yoco_u.config import load_yaml, parse
 from yoco_u.training import train
 from yoco_u.training.config import RunConfig
-from yoco_u.typed import load_yaml, parse
 
 QUICKSTART = Path(__file__).parent.parent / "yoco_u" / "configs" / "quickstart.yaml"
 

@@ -20,13 +20,13 @@ from rich.console import Console
 
 from yoco_u import LLM, SamplingParams, YocoUConfig
 from yoco_u.architecture import Architecture, preset
-from yoco_u.benchmark.cases import Settings, cases_of
-from yoco_u.benchmark.engines import WORKERS, Engine, peer_engines
-from yoco_u.benchmark.process import Worker
-from yoco_u.benchmark.results import as_json
-from yoco_u.benchmark.run import START_SECONDS, Benchmark
-from yoco_u.benchmark.table import print_tables
-from yoco_u.runs import load_model, model_folder
+from yoco_u.bench.cases import Settings, cases_of
+from yoco_u.bench.engines import WORKERS, Engine, peer_engines
+from yoco_u.bench.process import Worker
+from yoco_u.bench.results import as_json
+from yoco_u.bench.run import START_SECONDS, Benchmark
+from yoco_u.bench.table import print_tables
+from yoco_u.loading import load_model, model_folder
 
 TIE = 1e-3
 """Logits that differ by less may change places where sums are added up in another order."""

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from yoco_u import Architecture, Stage, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import LOOPED, SIZES, STAGES, MixtureOfExperts, ParallelStreams, preset
+from yoco_u.config import apply_overrides, dump_yaml, load_yaml, parse
 from yoco_u.errors import UserError
-from yoco_u.typed import apply_overrides, dump_yaml, load_yaml, parse
 
 TABLE = {
     "transformer": [("full", 20, 1)],

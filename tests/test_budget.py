@@ -120,7 +120,7 @@ def test_attention_flops_against_unmasked_products(name: str, monkeypatch: pytes
     tokens = 12
     a = preset(name, "test", **({"window": 12} if name == "yoco_u" else {}))
     model = model_of(a)
-    monkeypatch.setattr("yoco_u.model.sequences.runs_blockwise", lambda *_: False)  # torch counts only its own operators
+    monkeypatch.setattr("yoco_u.model.backend.runs_blockwise", lambda *_: False)  # torch counts only its own operators
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randint(0, a.vocab_size, (1, tokens)), use_cache=False)
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}

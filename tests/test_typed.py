@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from yoco_u.architecture import Architecture
+from yoco_u.config import apply_overrides, load_yaml, parse
 from yoco_u.errors import UserError
-from yoco_u.typed import apply_overrides, load_yaml, parse
 
 
 def test_only_true_and_false_are_booleans(tmp_path: Path) -> None:

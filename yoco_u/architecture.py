@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from yoco_u.config import Config, describe, parse
 from yoco_u.errors import UserError
-from yoco_u.typed import Config, describe, parse
 
 Attention = Literal["full", "sliding", "retention", "cross"]
 

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from yoco_u.errors import UserError
+
 PARTIAL = ".partial"
 """Suffix of what is not complete; nothing ever reads it, and it may be removed."""
 
@@ -50,6 +52,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """What a JSON file holds, `default` if there is none.
+
+    Raises:
+        UserError: if it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read it as JSON ({error}); the file is damaged") from None
 
 
 def _sync(path: Path) -> None:

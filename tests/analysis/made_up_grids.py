@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from yoco_u.analysis.experiment.config import Experiment
-from yoco_u.analysis.experiment.plan import Cell, expand
-from yoco_u.analysis.experiment.results import Results, read_results
-from yoco_u.typed import dump_yaml, parse
+from yoco_u.config import dump_yaml, parse
+from yoco_u.experiment.config import Experiment
+from yoco_u.experiment.grid import Cell, expand
+from yoco_u.experiment.results import Results, read_results
 
 Loss = Callable[[Cell, float], float]
 """The validation loss of a cell after a share of its tokens, 0 to 1."""

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from made_up_grids import finals, grid, noise, preset, results_of
 
-from yoco_u.analysis.experiment.findings import FINDINGS, judge
-from yoco_u.analysis.experiment.plan import Cell
-from yoco_u.analysis.experiment.results import Results
-from yoco_u.analysis.experiment.verdicts import Outcome
+from yoco_u.experiment.findings.claims import FINDINGS, judge
+from yoco_u.experiment.findings.verdicts import Outcome
+from yoco_u.experiment.grid import Cell
+from yoco_u.experiment.results import Results
 
 OPEN = "not decidable at this scale"
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yoco_u.analysis.experiment.config import Experiment
-from yoco_u.analysis.experiment.plan import Cell, choose, expand
 from yoco_u.budget import forward_flops, parameters
+from yoco_u.config import load_yaml, parse
 from yoco_u.errors import UserError
-from yoco_u.typed import load_yaml, parse
+from yoco_u.experiment.config import Experiment
+from yoco_u.experiment.grid import Cell, choose, expand
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 

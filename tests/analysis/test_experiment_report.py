@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from made_up_grids import finals, grid, preset, write_cell, write_grid
 
-from yoco_u.analysis.experiment.findings import FINDINGS
-from yoco_u.analysis.experiment.plan import expand
-from yoco_u.analysis.experiment.report import write_experiment_report
-from yoco_u.analysis.experiment.results import read_results
 from yoco_u.errors import UserError
+from yoco_u.experiment.findings.claims import FINDINGS
+from yoco_u.experiment.grid import expand
+from yoco_u.experiment.report import write_experiment_report
+from yoco_u.experiment.results import read_results
 from yoco_u.files import write_json
 
 MODELS = {"yoco": preset("yoco", label="YOCO & <b>"), "yoco-u": preset("yoco_u", label="YOCO-U")}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from yoco_u.analysis.experiment.statistics import (
+from yoco_u.experiment.intervals import (
     NotDecidable,
     difference,
     first_reach,

@@ -9,11 +9,11 @@ from loop_models import VARIANTS, batch, make, packed, tolerance
 from recorded_reference import RecordedReference
 from torch import Tensor
 
-from yoco_u.analysis.loops import attention, attention_spans
-from yoco_u.analysis.loops.attention import attention_weights, visible_keys
-from yoco_u.analysis.loops.trace import Attended, last_states, unroll, watch_attention
+from yoco_u.analysis import attention, attention_spans
+from yoco_u.analysis.attention import attention_weights, visible_keys
+from yoco_u.analysis.trace import Attended, last_states, unroll, watch_attention
 from yoco_u.errors import UserError
-from yoco_u.model import sequences
+from yoco_u.model import backend as sequences
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 

@@ -13,7 +13,7 @@ from recorded_reference import RecordedReference
 from torch import Tensor
 
 from yoco_u import YocoUForCausalLM
-from yoco_u.analysis.loops import (
+from yoco_u.analysis import (
     TokenClasses,
     angular_distance,
     angular_distances,
@@ -22,8 +22,8 @@ from yoco_u.analysis.loops import (
     loss_against_loops,
     trace,
 )
-from yoco_u.analysis.loops.convergence import first_steady
-from yoco_u.analysis.loops.loss import counts_around
+from yoco_u.analysis.convergence import first_steady
+from yoco_u.analysis.loss import counts_around
 from yoco_u.errors import UserError
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)

@@ -10,11 +10,11 @@ from loop_models import LOOPED, PLAIN, batch, make
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from yoco_u.analysis.loops.output import JSON, PAGE, About, write_study
-from yoco_u.analysis.loops.pictures import side_by_side
-from yoco_u.analysis.loops.study import COMPARED, MEASURES, Settings, Study, Subject, study, why_not
-from yoco_u.analysis.loops.tables import tables
-from yoco_u.analysis.loops.trace import unroll
+from yoco_u.analysis.output import JSON, PAGE, About, write_study
+from yoco_u.analysis.pictures import side_by_side
+from yoco_u.analysis.study import COMPARED, MEASURES, Settings, Study, Subject, study, why_not
+from yoco_u.analysis.tables import tables
+from yoco_u.analysis.trace import unroll
 from yoco_u.errors import UserError
 
 TOKENIZER = PreTrainedTokenizerFast(

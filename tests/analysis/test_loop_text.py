@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from yoco_u.analysis.loops import document_batches, split_batches, token_classes
+from yoco_u.analysis import document_batches, split_batches, token_classes
 from yoco_u.data import Batch, DataConfig, Document, DocumentEncoder, PackedDataset, load_tokenizer, prepare
 from yoco_u.errors import UserError
 

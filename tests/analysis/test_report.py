@@ -9,14 +9,21 @@ from typing import Any
 
 import pytest
 
-from yoco_u.analysis.figures import compare, duration, scientific, short_bytes, short_count
-from yoco_u.analysis.plots import PALETTE, smoothed
-from yoco_u.analysis.report import write_report
 from yoco_u.architecture import preset
 from yoco_u.budget import kv_bytes, parameters, training_flops
-from yoco_u.runs import Run, read_run
+from yoco_u.config import dump_yaml, parse
+from yoco_u.formatting import (
+    duration,
+    scientific,
+    short_bytes,
+    short_count,
+)
+from yoco_u.plotting import PALETTE
+from yoco_u.report.comparison import compare
+from yoco_u.report.plots import smoothed
+from yoco_u.report.run_report import write_report
 from yoco_u.training.config import RunConfig
-from yoco_u.typed import dump_yaml, parse
+from yoco_u.training.run_folder import Run, read_run
 
 
 def made_up(folder: Path, name: str, loops: int, steps: int, loss: float | None, planned: int | None = None) -> Run:

@@ -7,7 +7,7 @@ import pytest
 
 from yoco_u.cli.chat import Conversation
 from yoco_u.inference import LLM, SamplingParams
-from yoco_u.runs import load_model
+from yoco_u.loading import load_model
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import yoco_u.cli
 from yoco_u.budget import training_flops
 from yoco_u.cli.settings import PACKAGED, load_run_config, packaged_configs
-from yoco_u.runs import read_run
 from yoco_u.training import TrainingInterrupted, read_metrics
+from yoco_u.training.run_folder import read_run
 
 
 def test_prepare_prints_what_it_made(run: Any, workspace: Path, tmp_path: Path) -> None:
@@ -268,9 +268,9 @@ def test_packaged_configs_are_valid() -> None:
 
 
 def test_the_packaged_quickstart_spends_equal_flops() -> None:
-    from yoco_u.analysis.experiment.config import Experiment
-    from yoco_u.analysis.experiment.plan import expand
-    from yoco_u.typed import load_yaml, parse
+    from yoco_u.config import load_yaml, parse
+    from yoco_u.experiment.config import Experiment
+    from yoco_u.experiment.grid import expand
 
     experiment = parse(Experiment, load_yaml(PACKAGED / "quickstart.yaml"), "quickstart")
     configs = {cell.name: cell.config for cell in expand(experiment, Path("anywhere"))}

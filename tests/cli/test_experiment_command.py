@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from yoco_u.analysis.experiment.config import Measures
-from yoco_u.analysis.experiment.measure import measure, read_measures
 from yoco_u.evaluation.needle_grid import NeedleSettings
-from yoco_u.runs import read_run
+from yoco_u.experiment.config import Measures
+from yoco_u.experiment.measure import measure, read_measures
 from yoco_u.training import TrainingDiverged
+from yoco_u.training.run_folder import read_run
 
 GRID = """\
 title: Small
@@ -105,7 +105,7 @@ def test_overrides_are_of_the_experiment(run: Any, grid: Path, tmp_path: Path) -
 def test_taken_and_diverging_cells_do_not_stop_the_grid(
     run: Any, grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from yoco_u.analysis.experiment import run as module
+    from yoco_u.experiment import run as module
 
     train, asked, out = module.train, [], tmp_path / "out"
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from yoco_u.config import dump_yaml, load_yaml, parse
 from yoco_u.data import Corpus, DataConfig, DatasetIndex, check_vocabulary, load_tokenizer, prepare, split_of
 from yoco_u.errors import UserError
-from yoco_u.typed import dump_yaml, load_yaml, parse
 
 module = sys.modules["yoco_u.data.prepare"]
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import softmax
 
-from yoco_u.inference.kernels import compiled
-from yoco_u.model.block_attention import block_attention
+from yoco_u.inference.kernels.cpu import compiled
+from yoco_u.model.cpu_attention import block_attention
 
 needs_kernels = pytest.mark.skipif(not compiled(), reason="needs a C++ compiler")
 

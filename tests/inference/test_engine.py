@@ -123,7 +123,7 @@ def test_requests_that_come_one_by_one(variant: str) -> None:
 @pytest.mark.parametrize("name", ["sliding_attention", "attend"])
 def test_attention_of_other_devices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks through torch's fused attention, as where there is no blockwise one."""
-    from yoco_u.inference import batch
+    from yoco_u.inference import paged_backend as batch
 
     calls = []
     original = getattr(batch, name)

@@ -12,8 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from yoco_u.inference import kernels
-from yoco_u.inference.kernels import compiled, decode_attention, decode_attention_direct, quantized, store_rows
-from yoco_u.model.sequences import rotary_angles, rotate
+from yoco_u.inference.kernels import (
+    decode_attention,
+    decode_attention_direct,
+    quantized,
+    store_rows,
+)
+from yoco_u.inference.kernels.cpu import compiled
+from yoco_u.model.rope import rotary_angles, rotate
 
 needs_kernels = pytest.mark.skipif(not compiled(), reason="needs a C++ compiler")
 

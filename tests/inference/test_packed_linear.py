@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from yoco_u.inference.kernels import compiled
-from yoco_u.inference.packing import PackedLinear
+from yoco_u.inference.kernels.cpu import compiled
+from yoco_u.inference.prepacking import PackedLinear
 from yoco_u.inference.quantization import is_int8
 
 needs_kernels = pytest.mark.skipif(not compiled(), reason="needs a C++ compiler")

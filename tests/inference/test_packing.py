@@ -9,9 +9,20 @@ from engine_runs import GREEDY, VARIANTS, assert_all_free, drain, full_logprobs,
 from models import EXPERTS, architecture, build
 from torch import Tensor
 
-from yoco_u.inference import Engine, EngineSettings, SamplingParams, batch, kernels, packing
+from yoco_u.inference import (
+    Engine,
+    EngineSettings,
+    SamplingParams,
+    kernels,
+)
 from yoco_u.inference import engine as engine_module
-from yoco_u.inference.packing import OneCallBlock, PackedEmbedding, PackedLinear, can_pack, pack
+from yoco_u.inference import (
+    paged_backend as batch,
+)
+from yoco_u.inference import (
+    prepacking as packing,
+)
+from yoco_u.inference.prepacking import OneCallBlock, PackedEmbedding, PackedLinear, can_pack, pack
 
 COARSE = {"experts", "one key-value head, tied"}  # choices of experts flip; logits of a tied head are large
 OTHER_BLOCKS = {"experts", "parscale", "streams with qk norm"}  # that are several calls

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from yoco_u.inference.kernels import compiled
+from yoco_u.inference.kernels.cpu import compiled
 
 CODE = """
 import os, sys

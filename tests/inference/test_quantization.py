@@ -12,8 +12,8 @@ from torch import nn
 from yoco_u import YocoUForCausalLM
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, EngineSettings
-from yoco_u.inference.kernels import compiled
-from yoco_u.inference.packing import PackedLinear, can_pack, pack
+from yoco_u.inference.kernels.cpu import compiled
+from yoco_u.inference.prepacking import PackedLinear, can_pack, pack
 from yoco_u.inference.quantization import is_int8, quantize
 
 needs_kernels = pytest.mark.skipif(not compiled(), reason="needs a C++ compiler")

@@ -1,9 +1,9 @@
 import pytest
 from pydantic import ValidationError
 
+from yoco_u.config import Config, parse
 from yoco_u.errors import UserError
 from yoco_u.inference.sampling_params import SamplingParams
-from yoco_u.typed import Config, parse
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 
-from yoco_u.model import sequences
+from yoco_u.model import backend as sequences
 
 
 @pytest.fixture(params=["blocks", "fused"])

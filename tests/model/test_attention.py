@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from yoco_u.model.attention import sliding_attention, sliding_mask
-from yoco_u.model.block_attention import block_attention, block_attention_backward
+from yoco_u.model.cpu_attention import block_attention, block_attention_backward
 from yoco_u.model.retention import CHUNK, chunked_retention, recurrent_retention
 
 

@@ -9,12 +9,12 @@ import torch
 
 from yoco_u import Architecture, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import SIZES, STAGES, preset
-from yoco_u.benchmark import ceilings
+from yoco_u.bench import ceilings
 from yoco_u.budget import KVType, decode_flops, forward_flops, optimizer_bytes, parameters, prefill_flops, training_flops
 from yoco_u.cli import main
+from yoco_u.config import dump_yaml
 from yoco_u.inference.kv_cache import CacheShape, KVCache
 from yoco_u.planning.hardware import Hardware
-from yoco_u.typed import dump_yaml
 
 PAPER = json.loads((Path(__file__).parents[1] / "paper_figures.json").read_text())["kv_cache_mib_per_sequence"]
 META = torch.device("meta")

@@ -16,10 +16,10 @@ from training_runs import STEPS, run_config
 
 from yoco_u import YocoUForCausalLM, budget
 from yoco_u.data import DatasetIndex, PackedDataset
+from yoco_u.device import gemm_rate
 from yoco_u.errors import UserError
 from yoco_u.training import evaluate, read_metrics, train
 from yoco_u.training.distributed import Distributed
-from yoco_u.training.machine import gemm_rate
 from yoco_u.training.metrics import MetricsWriter
 
 ALONE = Distributed(0, 1, 0, torch.device("cpu"))

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from yoco_u import YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import preset
+from yoco_u.config import parse
 from yoco_u.errors import UserError
 from yoco_u.training import OptimizerConfig, RunConfig
 from yoco_u.training.optimizer import build_optimizer, learning_rate
-from yoco_u.typed import parse
 
 
 def rates(steps: int, **settings: object) -> list[float]:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from yoco_u import YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import STAGES
+from yoco_u.config import parse
 from yoco_u.data import BatchLoader, PackedDataset
 from yoco_u.errors import UserError
 from yoco_u.training import RunConfig, TrainingDiverged, train, trainer
@@ -20,7 +21,6 @@ from yoco_u.training.distributed import Distributed
 from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.parallelize import checkpoint_stages, parallelize
 from yoco_u.training.step import TrainingStep
-from yoco_u.typed import parse
 
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16}
 ALONE = Distributed(0, 1, 0, torch.device("cpu"))

@@ -15,9 +15,9 @@ from own_signals import signal_at
 from torch.nn.parallel import DistributedDataParallel
 
 from yoco_u.architecture import preset
+from yoco_u.config import parse
 from yoco_u.errors import UserError
 from yoco_u.training import RunConfig, read_metrics, train
-from yoco_u.typed import parse
 
 # Children are forked from a server that has torch imported, and no threads.
 FORKS = multiprocessing.get_context("forkserver")

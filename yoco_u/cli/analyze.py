@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-    from yoco_u.analysis.loops.output import About
-    from yoco_u.analysis.loops.study import Study, Subject
+    from yoco_u.analysis.output import About
+    from yoco_u.analysis.study import Study, Subject
     from yoco_u.data import Batch
 
 _DEFAULT_LENGTH = 1024
@@ -71,9 +71,9 @@ def analyze(
 
       yoco-u analyze runs/8m --compare runs/8m-two-loops --compare runs/yoco
     """
-    from yoco_u.analysis.loops.output import About, write_study
-    from yoco_u.analysis.loops.study import COMPARED, Settings, study
-    from yoco_u.training.machine import find_device
+    from yoco_u.analysis.output import About, write_study
+    from yoco_u.analysis.study import COMPARED, Settings, study
+    from yoco_u.device import find_device
 
     if num_loops is not None and num_loops < 1:
         raise UserError(f"--num-loops is {num_loops}; expected a whole number of at least 1")
@@ -106,7 +106,7 @@ def analyze(
 
 
 def _measures(text: str | None) -> list[str]:
-    from yoco_u.analysis.loops.study import MEASURES
+    from yoco_u.analysis.study import MEASURES
 
     wanted = list(MEASURES) if text is None else [name.strip() for name in text.split(",")]
     for name in wanted:
@@ -117,8 +117,9 @@ def _measures(text: str | None) -> list[str]:
 
 def _load(paths: list[Path], num_loops: int | None, device: "torch.device") -> "tuple[list[Subject], PreTrainedTokenizerFast]":
     """The models, named as their runs are, or by their paths where that would not tell them apart; and their tokenizer."""
-    from yoco_u.analysis.loops.study import Subject
-    from yoco_u.runs import is_run, load_model, read_run_config
+    from yoco_u.analysis.study import Subject
+    from yoco_u.loading import is_run, load_model
+    from yoco_u.training.run_folder import read_run_config
 
     loaded = [load_model(path, device) for path in paths]
     names = [read_run_config(path).name if is_run(path) else path.resolve().name for path in paths]
@@ -138,7 +139,7 @@ def _load(paths: list[Path], num_loops: int | None, device: "torch.device") -> "
 
 def _sensible(wanted: list[str], subjects: "list[Subject]", explicit: bool) -> tuple[list[str], dict[str, str]]:
     """The measures that make sense, and why the others do not: an error where they were asked for by name."""
-    from yoco_u.analysis.loops.study import why_not
+    from yoco_u.analysis.study import why_not
 
     reasons = {measure: reason for measure in wanted if (reason := why_not(measure, subjects)) is not None}
     for measure, reason in reasons.items():
@@ -150,9 +151,10 @@ def _sensible(wanted: list[str], subjects: "list[Subject]", explicit: bool) -> t
 def _text(
     model: Path, files: list[str], text_field: str, length: int, tokens: int, tokenizer: "PreTrainedTokenizerFast"
 ) -> "list[Batch]":
-    from yoco_u.analysis.loops.text import document_batches, split_batches
+    from yoco_u.analysis.text import document_batches, split_batches
     from yoco_u.data import Corpus, DocumentEncoder, PackedDataset
-    from yoco_u.runs import is_run, read_run_config
+    from yoco_u.loading import is_run
+    from yoco_u.training.run_folder import read_run_config
 
     if files:
         return document_batches(DocumentEncoder(tokenizer), Corpus(files, text_field).documents(), length, tokens)
@@ -162,7 +164,8 @@ def _text(
 
 
 def _sequence_length(model: Path) -> int:
-    from yoco_u.runs import is_run, read_run_config
+    from yoco_u.loading import is_run
+    from yoco_u.training.run_folder import read_run_config
 
     return read_run_config(model).training.sequence_length if is_run(model) else _DEFAULT_LENGTH
 
@@ -173,7 +176,7 @@ def _print(studies: "list[Study]", about: "About", written: list[Path]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from yoco_u.analysis.loops.tables import tables
+    from yoco_u.analysis.tables import tables
 
     console = Console()
     for shown in tables(studies).values():

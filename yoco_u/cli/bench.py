@@ -11,9 +11,9 @@ from yoco_u.cli.arguments import check_can_be_written, names, whole_numbers
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
-    from yoco_u.benchmark.cases import Case
-    from yoco_u.benchmark.engines import Engine
-    from yoco_u.benchmark.run import Benchmark
+    from yoco_u.bench.cases import Case
+    from yoco_u.bench.engines import Engine
+    from yoco_u.bench.run import Benchmark
 
 
 def bench(
@@ -65,11 +65,11 @@ def bench(
 
       yoco-u bench --paper --size 1.3b
     """
-    from yoco_u.benchmark.cases import QUICK, Settings, cases_of
-    from yoco_u.benchmark.engines import find_peers, our_engines, peer_engines
-    from yoco_u.benchmark.paper import PAPER, paper_cases
-    from yoco_u.benchmark.run import Benchmark
-    from yoco_u.typed import parse
+    from yoco_u.bench.cases import QUICK, Settings, cases_of
+    from yoco_u.bench.engines import find_peers, our_engines, peer_engines
+    from yoco_u.bench.paper import PAPER, paper_cases
+    from yoco_u.bench.run import Benchmark
+    from yoco_u.config import parse
 
     if model is not None and (architectures or size or paper):
         raise UserError("--model measures one checkpoint; leave out --architectures, --size and --paper")
@@ -102,7 +102,7 @@ def _run_with_progress(benchmark: "Benchmark", engines: "list[Engine]", cases: "
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from yoco_u.labels import context_label
+    from yoco_u.formatting import context_label
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -125,9 +125,9 @@ def _report(benchmark: "Benchmark", absent: list[str], paper: bool, json: Path |
     """Print and write what was measured, all of it or what an interrupt left."""
     from rich.console import Console
 
-    from yoco_u.benchmark.paper import paper_json, print_paper_tables
-    from yoco_u.benchmark.results import as_json, rows_of
-    from yoco_u.benchmark.table import print_failures, print_tables
+    from yoco_u.bench.paper import paper_json, print_paper_tables
+    from yoco_u.bench.results import as_json, rows_of
+    from yoco_u.bench.table import print_failures, print_tables
     from yoco_u.files import write_json
 
     measurement, console = benchmark.measurement, Console()
@@ -141,7 +141,7 @@ def _report(benchmark: "Benchmark", absent: list[str], paper: bool, json: Path |
     if json is not None:
         write_json(json, as_json(measurement) | ({"paper": paper_json(measurement)} if paper else {}))
     if plot is not None:
-        from yoco_u.benchmark.plot import write_plot
+        from yoco_u.bench.plot import write_plot
 
         write_plot(rows_of(measurement), plot)
 

@@ -44,8 +44,8 @@ def chat(
     with suppress(ImportError):
         import readline  # noqa: F401  (gives input() its line editing)
 
+    from yoco_u.config import parse
     from yoco_u.inference import LLM, SamplingParams
-    from yoco_u.typed import parse
 
     chosen: dict[str, Any] = {
         "num_loops": num_loops, "temperature": temperature, "max_tokens": max_tokens, "seed": seed
@@ -99,8 +99,8 @@ def _read() -> str | None:
 
 
 def _command(line: str, params: "SamplingParams", said: Conversation) -> "SamplingParams":
+    from yoco_u.config import apply_overrides, parse
     from yoco_u.inference import SamplingParams
-    from yoco_u.typed import apply_overrides, parse
 
     name, _, value = line[1:].partition(" ")
     if name == "reset":

@@ -107,7 +107,8 @@ def _same_texts(
 def _texts(model: Path, files: Sequence[str] | None, text_field: str, tokens: int, limit: int | None) -> list[list[int]]:
     from yoco_u.data import Corpus, DocumentEncoder, PackedDataset
     from yoco_u.evaluation.context import take_texts
-    from yoco_u.runs import is_run, model_folder, read_run_config, read_tokenizer
+    from yoco_u.loading import is_run, model_folder, read_tokenizer
+    from yoco_u.training.run_folder import read_run_config
 
     if files:
         encoder = DocumentEncoder(read_tokenizer(model))

@@ -104,7 +104,7 @@ def evaluate(
       yoco-u evaluate runs/quickstart/yoco-u --tasks yoco_u_stdlib --limit 100
     """
     from yoco_u.inference.quantization import quantize, require_torchao
-    from yoco_u.runs import load_model
+    from yoco_u.loading import load_model
     from yoco_u.training.distributed import distributed_session
 
     for loops in num_loops or []:
@@ -158,7 +158,8 @@ def _score(
 ) -> "Score":
     from yoco_u.data import Corpus, DocumentEncoder, PackedDataset
     from yoco_u.evaluation import score_documents, score_split
-    from yoco_u.runs import is_run, read_run_config
+    from yoco_u.loading import is_run
+    from yoco_u.training.run_folder import read_run_config
 
     if files:
         return score_documents(weights, DocumentEncoder(tokenizer), Corpus(files, text_field).documents(), length, loops)
@@ -180,7 +181,8 @@ def _changes(before: dict[str, Any], after: "Score") -> dict[str, float]:
 
 
 def _sequence_length(model: Path) -> int:
-    from yoco_u.runs import is_run, read_run_config
+    from yoco_u.loading import is_run
+    from yoco_u.training.run_folder import read_run_config
 
     return read_run_config(model).training.sequence_length if is_run(model) else _DEFAULT_LENGTH
 

@@ -9,8 +9,8 @@ from yoco_u.cli.output import is_first_process, note, stops_cleanly
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
-    from yoco_u.analysis.experiment.plan import Cell
-    from yoco_u.analysis.experiment.summary import Summary
+    from yoco_u.experiment.grid import Cell
+    from yoco_u.experiment.summary import Summary
 
 
 def experiment(
@@ -46,10 +46,10 @@ def experiment(
 
       yoco-u experiment grid.yaml --out runs/grid --report
     """
-    from yoco_u.analysis.experiment.config import Experiment
-    from yoco_u.analysis.experiment.plan import choose, expand
-    from yoco_u.analysis.experiment.run import run_cells
-    from yoco_u.typed import apply_overrides, load_yaml, parse
+    from yoco_u.config import apply_overrides, load_yaml, parse
+    from yoco_u.experiment.config import Experiment
+    from yoco_u.experiment.grid import choose, expand
+    from yoco_u.experiment.run import run_cells
 
     if (cell is not None) + (only is not None) + list_ + report > 1:
         raise UserError("--cell, --only, --list and --report exclude each other; give one of them")
@@ -66,7 +66,7 @@ def experiment(
             note(f"not finished: {left.name}")
         if cell is not None or only is not None or not is_first_process():
             return
-    from yoco_u.analysis.experiment.report import REPORT, write_experiment_report
+    from yoco_u.experiment.report import REPORT, write_experiment_report
 
     _print_findings(write_experiment_report(grid, cells, folder))
     print(f"report: {folder / REPORT}.html, .json and .png")
@@ -85,8 +85,8 @@ def _print_findings(summary: "Summary") -> None:
 
 
 def _print_cells(cells: "list[Cell]") -> None:
-    from yoco_u.analysis.figures import scientific, short_count
     from yoco_u.budget import parameters
+    from yoco_u.formatting import scientific, short_count
 
     wide = max(len(cell.name) for cell in cells)
     print(f"{'':>4}  {'cell':<{wide}}  parameters    steps   tokens  training FLOPs")

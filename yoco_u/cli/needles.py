@@ -57,11 +57,11 @@ def needles(
 
       yoco-u needles runs/8m --kinds single_1,multi_key --lengths 512,2048,8192 --samples 50 --num-loops 5 --json needles.json
     """
+    from yoco_u.config import parse
     from yoco_u.evaluation.needle_grid import NeedleSettings, needle_grid
     from yoco_u.evaluation.needles import NOISE_KINDS, load_haystack
     from yoco_u.files import write_json
     from yoco_u.inference import LLM
-    from yoco_u.typed import parse
 
     check_can_be_written(json=json, plot=plot)
     given: dict[str, Any] = {

@@ -55,12 +55,12 @@ def plan(
     """
     from rich.console import Console
 
+    from yoco_u.config import parse
     from yoco_u.files import write_json
     from yoco_u.planning.candidates import find_architecture
     from yoco_u.planning.hardware import THIS, find_hardware
     from yoco_u.planning.plan import PlanSettings, make_plan
     from yoco_u.planning.table import print_plan
-    from yoco_u.typed import parse
 
     check_can_be_written(json=json, plot=plot)
     given: dict[str, Any] = {
@@ -69,7 +69,7 @@ def plan(
     settings = parse(PlanSettings, {key: value for key, value in given.items() if value is not None}, "options")
     candidates = {name: find_architecture(name, size) for name in architectures or _DEFAULT}
     if hardware == THIS:
-        from yoco_u.benchmark.ceilings import this_machine
+        from yoco_u.planning.this_machine import this_machine
 
         machine = this_machine(settings.dtype)
     else:

@@ -8,8 +8,8 @@ import typer
 
 from yoco_u.cli.output import print_json
 from yoco_u.cli.settings import load_run_config
+from yoco_u.config import Config, apply_overrides, parse
 from yoco_u.errors import UserError
-from yoco_u.typed import Config, apply_overrides, parse
 
 
 def prepare(

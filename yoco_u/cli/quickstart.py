@@ -10,7 +10,7 @@ from yoco_u.cli.settings import PACKAGED
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
-    from yoco_u.analysis.figures import Figures
+    from yoco_u.report.comparison import Figures
 
 
 def quickstart(
@@ -36,12 +36,12 @@ def quickstart(
 
       yoco-u quickstart training.steps=200 --out runs/short
     """
-    from yoco_u.analysis.experiment.config import Experiment
-    from yoco_u.analysis.experiment.plan import expand
-    from yoco_u.analysis.experiment.run import run_cells
-    from yoco_u.analysis.report import write_report
-    from yoco_u.runs import read_run
-    from yoco_u.typed import load_yaml, parse
+    from yoco_u.config import load_yaml, parse
+    from yoco_u.experiment.config import Experiment
+    from yoco_u.experiment.grid import expand
+    from yoco_u.experiment.run import run_cells
+    from yoco_u.report.run_report import write_report
+    from yoco_u.training.run_folder import read_run
 
     experiment = parse(Experiment, load_yaml(config), str(config))
     cells = expand(experiment, out, overrides or [])

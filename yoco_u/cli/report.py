@@ -22,8 +22,8 @@ def report(
 
       yoco-u report runs/yoco runs/yoco-u --out comparison.html
     """
-    from yoco_u.analysis.report import write_report
-    from yoco_u.runs import read_run
+    from yoco_u.report.run_report import write_report
+    from yoco_u.training.run_folder import read_run
 
     target = out or runs[0] / "report.html"
     comparison = write_report([read_run(run) for run in runs], target, title)

@@ -83,10 +83,10 @@ def serve(
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if find_spec(package) is None:
             raise UserError(f"serving needs {package}: pip install 'yoco-u[serve]'")
+    from yoco_u.config import parse
     from yoco_u.serving.served_model import name_of
     from yoco_u.serving.server import serve as run
     from yoco_u.serving.settings import Listen, ServerSettings
-    from yoco_u.typed import parse
 
     if (certificate is None) != (key is None):
         raise UserError("--certificate and --key belong together; give both or neither")

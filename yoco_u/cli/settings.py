@@ -6,8 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yoco_u.config import apply_overrides, load_yaml, parse
 from yoco_u.errors import UserError
-from yoco_u.typed import apply_overrides, load_yaml, parse
 
 if TYPE_CHECKING:
     from yoco_u.training.config import RunConfig

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from yoco_u.typed import Config
+from yoco_u.config import Config
 
 MINIMUM_VOCABULARY = 257
 """One token for each byte, and `<|endoftext|>`."""

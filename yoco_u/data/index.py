@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from yoco_u.config import Config, parse
 from yoco_u.data.config import DataConfig
 from yoco_u.errors import UserError
 from yoco_u.files import write_text
-from yoco_u.typed import Config, parse
 
 INDEX = "dataset.json"
 TOKENIZER = "tokenizer"

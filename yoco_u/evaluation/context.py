@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from yoco_u.config import Config
 from yoco_u.errors import UserError
 from yoco_u.inference import LLM, SamplingParams
-from yoco_u.typed import Config
 
 
 class ContextScore(Config):

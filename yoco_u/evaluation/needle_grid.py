@@ -6,11 +6,11 @@ from itertools import islice
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from yoco_u.config import Config
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.evaluation.needles import KINDS, Kind, Needle, Values, generate_needle
 from yoco_u.inference import LLM, RequestOutput, SamplingParams
-from yoco_u.typed import Config
 
 
 class NeedleSettings(Config):

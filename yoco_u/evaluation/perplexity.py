@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from yoco_u.config import Config
 from yoco_u.data import Document, DocumentEncoder, PackedDataset
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.training import evaluate
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.metrics import loss_figures
-from yoco_u.typed import Config
 
 _LOGITS_PER_PASS = 1 << 25
 _DOCUMENTS_PER_BATCH = 64

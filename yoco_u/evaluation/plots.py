@@ -9,11 +9,11 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from yoco_u.curves import ContextPlot
 from yoco_u.evaluation.context import ContextScore
 from yoco_u.evaluation.needle_grid import Cell
 from yoco_u.files import beside, publish
-from yoco_u.labels import context_label
+from yoco_u.formatting import context_label
+from yoco_u.plotting import ContextPlot
 
 
 def write_context_plot(curves: Sequence[tuple[str, Sequence[ContextScore]]], last: int, path: Path) -> None:

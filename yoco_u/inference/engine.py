@@ -13,10 +13,10 @@ from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.inference.constraints import GrammarCompiler
 from yoco_u.inference.detokenizer import Detokenizer
-from yoco_u.inference.kernels import compiled
+from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.inference.kv_cache import CacheShape
 from yoco_u.inference.outputs import Completion, RequestOutput, TokenLogprobs, Update
-from yoco_u.inference.packing import can_pack, pack
+from yoco_u.inference.prepacking import can_pack, pack
 from yoco_u.inference.quantization import quantize
 from yoco_u.inference.request import Request
 from yoco_u.inference.runner import Runner

@@ -5,14 +5,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from yoco_u.config import parse
+from yoco_u.device import find_device
 from yoco_u.errors import UserError
 from yoco_u.inference.engine import Engine
 from yoco_u.inference.outputs import RequestOutput, Update
 from yoco_u.inference.sampling_params import SamplingParams
 from yoco_u.inference.settings import EngineSettings
-from yoco_u.runs import load_model
-from yoco_u.training.machine import find_device
-from yoco_u.typed import parse
+from yoco_u.loading import load_model
 
 Prompt = str | list[int]
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from yoco_u.architecture import Architecture
-from yoco_u.inference.batch import Span, StepSequences
 from yoco_u.inference.kv_cache import CacheShape, KVCache
+from yoco_u.inference.paged_backend import Span, StepSequences
 from yoco_u.inference.request import Request
 from yoco_u.inference.scheduler import Chunk, Step
 from yoco_u.model import YocoUForCausalLM

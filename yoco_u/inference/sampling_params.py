@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
+from yoco_u.config import Config, describe
 from yoco_u.errors import UserError
-from yoco_u.typed import Config, describe
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 

@@ -7,9 +7,9 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import KVType, bytes_per_kv_element, cache_bytes
+from yoco_u.config import Config
 from yoco_u.errors import UserError
 from yoco_u.inference.kv_cache import CacheShape
-from yoco_u.typed import Config
 
 DEFAULT_CACHE_BYTES = 2**30
 

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from yoco_u.architecture import Stage
+from yoco_u.model.backend import Sequences
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.feed_forward import ExpertMixture, feed_forward
 from yoco_u.model.layers import ResidualLinear, RMSNorm, project
-from yoco_u.model.sequences import Sequences
 
 GlobalKV = tuple[Tensor, Tensor]
 """The global keys and values, each (batch, tokens, kv_heads, head_dim)."""

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from yoco_u.architecture import Architecture, preset
-from yoco_u.typed import parse
+from yoco_u.config import parse
 
 _DEFAULT = preset("yoco_u", "8m").model_dump(mode="json")
 

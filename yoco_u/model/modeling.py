@@ -17,12 +17,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from yoco_u.architecture import Architecture, ParallelStreams
 from yoco_u.errors import UserError
+from yoco_u.model.backend import Sequences, prepare_sequences
 from yoco_u.model.blocks import Block, GlobalKVProjection, LoopedStack
 from yoco_u.model.cache import YocoUCache
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.initialization import initialize
 from yoco_u.model.layers import RMSNorm
-from yoco_u.model.sequences import Sequences, prepare_sequences
 
 
 class YocoUPreTrainedModel(PreTrainedModel):

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from yoco_u.architecture import STAGES, Architecture, preset
+from yoco_u.config import apply_overrides, load_yaml, parse
 from yoco_u.errors import UserError
-from yoco_u.runs import is_run, model_folder, read_json
-from yoco_u.typed import apply_overrides, load_yaml, parse
+from yoco_u.files import read_json
+from yoco_u.loading import is_run, model_folder
 
 
 def find_architecture(text: str, size: str) -> Architecture:

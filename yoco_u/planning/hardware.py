@@ -6,8 +6,8 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, ByteSize, PositiveFloat, TypeAdapter, ValidationError
 
+from yoco_u.config import Config, parse
 from yoco_u.errors import UserError
-from yoco_u.typed import Config, parse
 
 DType = Literal["bfloat16", "float32"]
 

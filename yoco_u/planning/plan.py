@@ -17,9 +17,9 @@ from yoco_u.budget import (
     prefill_flops,
     training_flops,
 )
+from yoco_u.config import Config
 from yoco_u.planning.hardware import DType, Hardware
 from yoco_u.planning.roofline import decode_rate, largest_batch, largest_context, prefill_rate, training_rate
-from yoco_u.typed import Config
 
 
 class PlanSettings(Config):

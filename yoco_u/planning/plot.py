@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from yoco_u.curves import ContextPlot
 from yoco_u.planning.plan import Plan, figures_at
+from yoco_u.plotting import ContextPlot
 
 _POINTS = 65
 

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from yoco_u.architecture import STAGES
-from yoco_u.labels import context_label, number
+from yoco_u.formatting import context_label, number
 from yoco_u.planning.plan import Column, Figures, Plan
 
 _LABEL_WIDTH, _COLUMN_WIDTH = 26, 14

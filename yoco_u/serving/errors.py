@@ -10,11 +10,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from yoco_u.config import Config, describe_problems
 from yoco_u.errors import UserError
 from yoco_u.serving.engine_loop import Busy, NotServing, RequestFailed, TimeExceeded
 from yoco_u.serving.requests import REQUESTS
 from yoco_u.serving.responses import ErrorResponse
-from yoco_u.typed import Config, describe_problems
 
 log = logging.getLogger("yoco_u.serving")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr
 
-from yoco_u.typed import Config
+from yoco_u.config import Config
 
 
 class ServerSettings(Config):

@@ -1,10 +1,10 @@
 """Training: the loop, its optimizer and schedule, distributed set-up, checkpoints, metrics."""
 
 from yoco_u.training.config import OptimizerConfig, RunConfig, TrainingConfig
-from yoco_u.training.evaluate import Evaluation, evaluate
 from yoco_u.training.metrics import read_metrics
 from yoco_u.training.run_folder import RunFolderTaken
 from yoco_u.training.trainer import TrainingDiverged, TrainingInterrupted, train
+from yoco_u.training.validation import Evaluation, evaluate
 
 __all__ = [
     "Evaluation",

@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from yoco_u.architecture import Architecture
+from yoco_u.config import Config, first_difference, parse
 from yoco_u.errors import UserError
 from yoco_u.files import PARTIAL, beside, discard, fresh_folder, publish, write_json
 from yoco_u.training.distributed import Distributed
-from yoco_u.typed import Config, parse
 
 TRAINER = "trainer.json"
 STEP = "step-"
@@ -155,24 +155,6 @@ def read_state(path: Path) -> TrainerState:
 def full_weights(model: nn.Module) -> dict[str, Any]:
     """All weights, whole, on the CPU of rank 0; empty elsewhere. Every rank calls it."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def first_difference(old: Config, new: Config) -> tuple[str, Any, Any] | None:
-    """The first key, dotted, in which two configs differ, and its two values."""
-    return _difference(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
-
-
-def _difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any] | None:
-    if old == new:
-        return None
-    if isinstance(old, dict) and isinstance(new, dict):
-        pairs = [(str(key), old.get(key), new.get(key)) for key in old | new]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
-    else:
-        return path, old, new
-    found = (_difference(a, b, f"{path}.{key}" if path else key) for key, a, b in pairs)
-    return next(difference for difference in found if difference is not None)
 
 
 @contextmanager

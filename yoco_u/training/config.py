@@ -7,8 +7,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import training_flops
+from yoco_u.config import Config
 from yoco_u.data.config import DataConfig
-from yoco_u.typed import Config
 
 
 class OptimizerConfig(Config):

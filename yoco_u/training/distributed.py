@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from yoco_u.training.machine import find_device
+from yoco_u.device import find_device
 
 T = TypeVar("T")
 

@@ -1,20 +1,24 @@
 """The folder of a run: what is where, and that only one run at a time writes there."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from yoco_u.config import dump_yaml, first_difference, load_yaml, parse
 from yoco_u.errors import UserError
-from yoco_u.files import fresh_folder, publish, write_json
-from yoco_u.training.checkpoint import first_difference
+from yoco_u.files import fresh_folder, publish, read_json, write_json
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed
-from yoco_u.typed import dump_yaml, load_yaml, parse
+from yoco_u.training.metrics import METRICS, read_metrics
+
+SAMPLES = "samples.json"
 
 
 class RunFolderTaken(UserError):  # noqa: N818
@@ -98,3 +102,54 @@ class RunFolder:
         first = json.loads(self.environment.read_text(encoding="utf-8"))
         first["resumed"].append({"step": step} | environment)
         write_json(self.environment, first)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder tells.
+
+    Attributes:
+        records: the lines of metrics.jsonl, see `yoco_u.training.metrics`.
+        environment: what the run ran on; empty if unknown.
+        samples: `{"prompt": ..., "text": ...}` each, the text without the prompt; empty if none were made.
+    """
+
+    folder: Path
+    config: RunConfig
+    records: list[dict[str, Any]]
+    environment: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+    def kind(self, kind: str) -> list[dict[str, Any]]:
+        """The records of one kind: `train` or `evaluation`."""
+        return [record for record in self.records if record["kind"] == kind]
+
+
+def read_run_config(path: str | os.PathLike[str]) -> RunConfig:
+    """The resolved config of a run folder.
+
+    Raises:
+        UserError: if the folder holds no run.
+    """
+    file = Path(path) / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{path}: no run here (config.yaml is missing); give a folder that `yoco-u train` wrote")
+    return parse(RunConfig, load_yaml(file), str(file))
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """Read a run folder, finished or not.
+
+    Raises:
+        UserError: if it holds no run, a run without a step, or a damaged file.
+    """
+    folder = Path(path)
+    config = read_run_config(folder)
+    try:
+        records = read_metrics(folder)
+    except ValueError as error:
+        raise UserError(f"{folder / METRICS}: not JSON lines ({error}); the file is damaged") from None
+    if not records:
+        raise UserError(f"{folder}: the run has no metrics yet; run `yoco-u train` first")
+    environment, samples = read_json(folder / "environment.json", {}), read_json(folder / SAMPLES, [])
+    return Run(folder, config, records, environment, samples)

@@ -14,9 +14,9 @@ from yoco_u.errors import UserError
 from yoco_u.model.feed_forward import ExpertMixture
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed
-from yoco_u.training.evaluate import DTYPES
 from yoco_u.training.optimizer import learning_rate
 from yoco_u.training.parallelize import unwrap, without_gradient_sync
+from yoco_u.training.validation import DTYPES
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,21 @@ from rich.console import Console
 
 from yoco_u import budget
 from yoco_u.data import BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
+from yoco_u.device import environment, gemm_rate, peak_memory_bytes
 from yoco_u.errors import UserError
 from yoco_u.files import write_json
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 from yoco_u.training.checkpoint import Checkpoints, TrainerState, step_name
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed, distributed_session
-from yoco_u.training.evaluate import DTYPES, evaluate
 from yoco_u.training.export import export_model
-from yoco_u.training.machine import environment, gemm_rate, peak_memory_bytes
 from yoco_u.training.metrics import MetricsWriter, Record, loss_figures, read_metrics
 from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.parallelize import parallelize
 from yoco_u.training.progress import progress_report
 from yoco_u.training.run_folder import RunFolder
 from yoco_u.training.step import Gradients, TrainingStep
+from yoco_u.training.validation import DTYPES, evaluate
 
 
 class TrainingDiverged(UserError):  # noqa: N818

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from yoco_u.architecture import Architecture, Stage
 from yoco_u.integrations.vllm.layers import GlobalKVProjection, LoopedStack
-from yoco_u.model.sequences import rotary_angles
+from yoco_u.model.rope import rotary_angles
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import (
 from yoco_u.architecture import Architecture, Stage
 from yoco_u.errors import UserError
 from yoco_u.integrations.vllm.experts import ExpertMixture
-from yoco_u.model.sequences import rotate
+from yoco_u.model.rope import rotate
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin of the tokens, (tokens, 1, head_dim), float32."""

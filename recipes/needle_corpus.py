@@ -1,0 +1,62 @@
+"""Synthetic documents to learn retrieval from: words under a key, hidden in noise, asked for and answered again and again.
+
+    python recipes/needle_corpus.py --out datasets/needles.jsonl
+
+Each begins as a `single_1` needle of `yoco-u needles`, with a seed of its own, at a random depth. More noise and the same
+question with its answer follow, so that a document holds more than one answer to learn from. The same arguments write the same
+file.
+"""
+
+import argparse
+import json
+import math
+import random
+from pathlib import Path
+
+from rich.progress import track
+
+from yoco_u.data import DocumentEncoder
+from yoco_u.data.config import MINIMUM_VOCABULARY
+from yoco_u.data.tokenizer import train_tokenizer
+from yoco_u.evaluation.needles import NOISE, Needle, generate_needle
+from yoco_u.files import write_text
+
+FIRST_SEED = 1_000_000
+"""Far from the seeds that an evaluation counts up from 0."""
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--out", type=Path, required=True)
+    arguments.add_argument("--documents", type=int, default=12_000)
+    arguments.add_argument("--shortest", type=int, default=450, help="bytes up to the first answer")
+    arguments.add_argument("--longest", type=int, default=1900, help="bytes up to the first answer")
+    arguments.add_argument("--again", type=int, default=2, help="how often a fact is asked for again")
+    arguments.add_argument("--values", choices=("words", "numbers"), default="words")
+    arguments.add_argument("--digits", type=int, default=2, help="of numbers")
+    chosen = arguments.parse_args()
+
+    encoder = DocumentEncoder(train_tokenizer(["a"], MINIMUM_VOCABULARY))  # a token is a byte
+    drawn, lines = random.Random(0), []
+    for number in track(range(chosen.documents), description="needles"):
+        length, depth = log_uniform(drawn, chosen.shortest, chosen.longest), drawn.random()
+        seed = FIRST_SEED + number
+        needle = generate_needle("single_1", encoder, length, depth, seed, digits=chosen.digits, values=chosen.values)
+        lines.append(json.dumps({"text": needle.document + "".join(asked_again(needle, drawn) for _ in range(chosen.again))}))
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(chosen.out, "\n".join(lines) + "\n")
+    print(f"{chosen.out}: {chosen.documents:,} documents")
+
+
+def asked_again(needle: Needle, drawn: random.Random) -> str:
+    """Up to 4 lines of noise, few of them more often than many, then the needle's question and answer."""
+    question = needle.prompt[needle.prompt.rindex("What ") :]
+    return "\n" + NOISE * (log_uniform(drawn, 1, 5) - 1) + question + needle.answer
+
+
+def log_uniform(drawn: random.Random, least: int, most: int) -> int:
+    return round(math.exp(drawn.uniform(math.log(least), math.log(most))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The paper's tables: the figures themselves, and prompts timed by chunks at depths."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from yoco_u.architecture import preset
+from yoco_u.bench.cases import Decode, Prefill, Settings
+from yoco_u.bench.ceilings import Ceilings
+from yoco_u.bench.engines import our_engines
+from yoco_u.bench.paper import CHUNK, KV, PAPER, our_figures, paper_cases, print_paper_tables, whole_prefill_seconds
+from yoco_u.bench.run import Measurement, Outcome
+from yoco_u.budget import kv_bytes, prefill_flops
+
+RECORDED = json.loads((Path(__file__).parents[1] / "paper_figures.json").read_text())
+
+
+def test_kv_figures_are_the_recorded_ones_and_the_computed_ones() -> None:
+    assert {str(context): values for context, values in KV.items()} == RECORDED["kv_cache_mib_per_sequence"]
+    for context, values in KV.items():
+        for name, mebibytes in values.items():
+            assert kv_bytes(preset(name, "1.3b"), context) == mebibytes * 2**20
+
+
+@pytest.mark.parametrize("name", ["transformer", "yoco_u"])
+@pytest.mark.parametrize("context", [CHUNK, 4 * CHUNK, 4 * CHUNK + 100])
+def test_a_prompt_from_its_chunks(name: str, context: int) -> None:
+    """Exact where a chunk's cost grows linearly with its depth: seconds that are the model FLOPs themselves."""
+    a = preset(name, "test")
+    depths = [0, *([2 * CHUNK] if context > CHUNK else []), *([context - CHUNK] if context > CHUNK else [])]
+    depths = sorted(set(depths))
+    head = prefill_flops(a, 1) - (prefill_flops(a, 2) - prefill_flops(a, 1))
+
+    def seconds(depth: int) -> float:
+        return prefill_flops(a, depth + CHUNK) - (prefill_flops(a, depth) if depth else head)
+
+    found = whole_prefill_seconds(context, CHUNK, depths, [seconds(depth) for depth in depths])
+    assert found == pytest.approx(prefill_flops(a, context), rel=0.02)
+
+
+def test_cases_cover_every_context() -> None:
+    cases = paper_cases((8192, 16384), 2, 32)
+    assert cases == [Prefill(CHUNK, 0), Prefill(CHUNK, 6144), Prefill(CHUNK, 14336), Decode(8192, 2, 32), Decode(16384, 2, 32)]
+
+
+def test_tables() -> None:
+    settings = Settings(**PAPER | {"size": "1.3b", "contexts": (8192, 16384)})
+    outcomes = {}
+    for engine in our_engines(settings):
+        for case in paper_cases(settings.contexts, 1, 32):
+            outcome = Outcome(engine, case, kv_bytes(engine.architecture, case.context))
+            if engine.name != "rins":
+                outcome.seconds = [0.1, 2.0 if engine.name == "transformer" else 1.0, 9.0]
+            else:
+                outcome.failure = "no memory: not enough"
+            outcomes[engine.name, case] = outcome
+    measurement = Measurement(settings, outcomes, [Ceilings(1e12, 1e10)])
+    prefill, decode, kv = our_figures(measurement)
+    assert prefill[8192] == {"transformer": CHUNK / 2, "yoco": CHUNK, "yoco_u": CHUNK}
+    assert decode[16384] == {"transformer": 16, "yoco": 32, "yoco_u": 32}
+    assert kv[16384] == {"transformer": 640, "yoco": 42, "rins": 1280, "yoco_u": 62}
+    text = io.StringIO()
+    print_paper_tables(Console(file=text, width=120), measurement)
+    lines = {line.split()[0]: line.split() for line in text.getvalue().splitlines() if line.strip().startswith(("8K", "16K"))}
+    assert lines["16K"] == ["16K", "640", "(640)", "42", "1,280", "(1,280)", "62", "(62)"]
+    assert "2.00x (1.14x)" in text.getvalue()  # prefill at 16K: YOCO-U over Transformer, here and in the paper
+    assert "8K" in lines

@@ -1,0 +1,147 @@
+"""The order of a benchmark, what it leaves out, and what becomes of engines that fail."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+from scripted_engines import scripted_engine
+
+from yoco_u.bench import run as run_module
+from yoco_u.bench.cases import Case, Decode, Prefill, Settings, cases_of
+from yoco_u.bench.ceilings import Ceilings
+from yoco_u.bench.engines import Engine
+from yoco_u.bench.results import Row, rows_of
+from yoco_u.bench.run import Benchmark, Measurement
+from yoco_u.budget import decode_bytes, kv_bytes, parameters, prefill_flops
+from yoco_u.device import memory_read_rate
+
+SETTINGS = Settings(size="test", contexts=(64, 256), batches=(1, 2), steps=4, rounds=2, time_limit=30)
+
+
+@pytest.fixture(autouse=True)
+def _ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter(Ceilings(n * 1e9, 20e9 / n) for n in range(1, 100))
+    monkeypatch.setattr(run_module, "measure_ceilings", lambda dtype: next(rates))
+
+
+def measured(
+    engines: list[Engine], settings: Settings = SETTINGS, log: list[tuple[str, Case | None]] | None = None
+) -> Measurement:
+    benchmark = Benchmark(settings, engines, cases_of(settings))
+    return benchmark.run(lambda engine, case: log.append((engine.name, case)) if log is not None else None)
+
+
+def row_of(measurement: Measurement, engine: str, kind: str, context: int, batch: int = 1) -> Row:
+    [row] = [r for r in rows_of(measurement) if (r.engine, r.kind, r.context, r.batch) == (engine, kind, context, batch)]
+    return row
+
+
+def test_figures_by_hand(tmp_path: Path) -> None:
+    engines = [scripted_engine(tmp_path, "a", run="seconds = 0.25", architecture="yoco_u"), scripted_engine(tmp_path, "b")]
+    measurement = measured(engines)
+    a, b = (engine.architecture for engine in engines)
+    prefill, decode = row_of(measurement, "b", "prefill", 64), row_of(measurement, "b", "decode", 256, batch=2)
+    assert prefill.seconds == [0.5, 0.5]
+    assert prefill.tokens_per_second == 64 / 0.5
+    assert prefill.rate == prefill_flops(b, 64) / 0.5
+    assert prefill.of_ceiling == pytest.approx(prefill.rate / 2.5e9)  # the median of two rounds of two engines
+    assert prefill.reference_ratio == 2
+    assert prefill.parameters == parameters(b).total
+    assert decode.tokens_per_second == 2 * 4 / 0.5
+    assert decode.rate == 4 * decode_bytes(b, 256, 2) / 0.5
+    assert decode.of_ceiling == pytest.approx(decode.rate / ((20e9 / 2 + 20e9 / 3) / 2))
+    assert decode.kv_bytes == 2 * kv_bytes(b, 256)
+    assert row_of(measurement, "a", "decode", 256).kv_bytes == kv_bytes(a, 256)
+    assert row_of(measurement, "a", "decode", 256).reference_ratio == 1
+
+
+def test_weights_count_as_the_worker_says(tmp_path: Path) -> None:
+    engine = scripted_engine(tmp_path, "a")
+    measurement = measured([engine])
+    measurement.about["a"] = {"bytes_per_weight": 34 / 32}
+    expected = decode_bytes(engine.architecture, 64, 1, 34 / 32)
+    assert row_of(measurement, "a", "decode", 64).rate == pytest.approx(4 * expected / 0.5)
+
+
+def test_rounds_go_over_all_engines_and_each_is_loaded_once(tmp_path: Path) -> None:
+    log: list[tuple[str, Case | None]] = []
+    measured([scripted_engine(tmp_path, name) for name in ("a", "b")], log=log)
+    assert [name for name, case in log if case == Prefill(64)] == ["a", "b", "a", "b"]
+    assert [name for name, case in log if case is None] == ["a", "b"]
+
+
+def test_large_models_are_measured_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Benchmark, "_keeps_all_loaded", False)
+    log: list[tuple[str, Case | None]] = []
+    measured([scripted_engine(tmp_path, name) for name in ("a", "b")], log=log)
+    assert [name for name, case in log if case == Prefill(64)] == ["a", "a", "b", "b"]
+    assert [name for name, case in log if case is None] == ["a", "b"]
+
+
+def test_no_process_is_left(tmp_path: Path) -> None:
+    before = psutil.Process().children(recursive=True)
+
+    def interrupt(engine: Engine, case: Case | None) -> None:
+        if case == Decode(64, 1, 4):
+            raise KeyboardInterrupt
+
+    benchmark = Benchmark(SETTINGS, [scripted_engine(tmp_path, "a")], cases_of(SETTINGS))
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.run(interrupt)
+    assert psutil.Process().children(recursive=True) == before
+    assert row_of(benchmark.measurement, "a", "prefill", 64).tokens_per_second == 128
+    assert row_of(benchmark.measurement, "a", "decode", 64).tokens_per_second is None
+
+
+def test_a_failing_engine_does_not_end_the_run(tmp_path: Path) -> None:
+    engines = [
+        scripted_engine(tmp_path, "good"),
+        scripted_engine(tmp_path, "absent", start="import nowhere_to_be_found"),
+        scripted_engine(tmp_path, "dying", run="os._exit(1) if case['kind'] == 'prefill' else None"),
+        scripted_engine(tmp_path, "complaining", run="assert case['kind'] == 'decode', 'no prefill here'"),
+    ]
+    measurement = measured(engines)
+    assert row_of(measurement, "absent", "decode", 64).failure.startswith("failed: could not start: ModuleNotFoundError")
+    assert row_of(measurement, "dying", "prefill", 64).failure == "failed: ended with status 1: chatter on stdout"
+    assert row_of(measurement, "complaining", "prefill", 64).failure == "failed: AssertionError: no prefill here"
+    for name in ("good", "dying", "complaining"):
+        assert row_of(measurement, name, "decode", 64).tokens_per_second == 8
+    assert all(
+        outcome.engine.name == "good" or not outcome.seconds or outcome.case.kind == "decode"
+        for outcome in measurement.outcomes.values()
+    )
+
+
+def test_a_late_answer_ends_longer_prefills_only(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"time_limit": 3})
+    engine = scripted_engine(tmp_path, "slow", run="time.sleep(600 if case['kind'] == 'prefill' else 0)")
+    measurement = measured([engine], settings)
+    assert row_of(measurement, "slow", "prefill", 64).failure == "timed out: no answer within 3 s"
+    assert row_of(measurement, "slow", "prefill", 256).failure == "too long: 64 tokens took over 3 s"
+    assert row_of(measurement, "slow", "decode", 64).tokens_per_second == 8
+
+
+def test_a_prefill_that_would_take_too_long_is_left_out(tmp_path: Path) -> None:
+    engine = scripted_engine(tmp_path, "slow", run="seconds = 12 * case.get('tokens', 1) / 64")
+    measurement = measured([engine])
+    assert row_of(measurement, "slow", "prefill", 64).tokens_per_second is not None
+    expected = 12 * prefill_flops(engine.architecture, 256) / prefill_flops(engine.architecture, 64)
+    assert f"about {expected:,.0f} s by its rate at 64 tokens" in (row_of(measurement, "slow", "prefill", 256).failure or "")
+
+
+def test_dear_cases_are_not_repeated(tmp_path: Path) -> None:
+    measurement = measured([scripted_engine(tmp_path, "a", run="seconds = 25 if case['kind'] == 'decode' else 1")])
+    assert row_of(measurement, "a", "prefill", 64).seconds == [1, 1]
+    assert row_of(measurement, "a", "decode", 64).seconds == [25]
+
+
+def test_what_cannot_fit_is_not_tried(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"contexts": (64, 2**40)})
+    engine = scripted_engine(tmp_path, "a", start="assert all(c.get('context', 64) == 64 for c in job['cases'])")
+    measurement = measured([engine], settings)
+    assert row_of(measurement, "a", "decode", 64).tokens_per_second == 8
+    assert "GiB" in (row_of(measurement, "a", "decode", 2**40).failure or "")
+
+
+def test_memory_read_rate_is_plausible() -> None:
+    assert 1e8 < memory_read_rate(2**22, 2) < 1e14

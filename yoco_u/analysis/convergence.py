@@ -1,0 +1,139 @@
+"""Loops to convergence, token by token: how many loops a token needs before the rest change nothing."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from yoco_u.analysis.classes import TokenClasses
+from yoco_u.analysis.loss import trained_loops
+from yoco_u.analysis.trace import at_loops, last_states, log_probabilities, one_looped_stage, pieces, watch_loops
+from yoco_u.data import Batch
+from yoco_u.errors import UserError
+from yoco_u.model import YocoUForCausalLM
+
+TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How some tokens converge; loop by loop, the share of them for which it is the first steady one. Each list sums to 1.
+
+    Attributes:
+        name: which tokens.
+        prediction: steady from loop t on means that the likeliest next token at loops t .. T is the same one.
+        state: steady from loop t on means that no later loop moves the state of the looped stage by more than the tolerance,
+            as a share of its length.
+    """
+
+    name: str
+    tokens: int
+    prediction: list[float]
+    state: list[float]
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """
+    Attributes:
+        loops: T of the passes. What is steady only at T may not be steady at all.
+        tolerance: for states.
+        changes: mean length of the change that each loop, from 1, makes to the stage's state, over the length of the result.
+        all: every token.
+        classes: by kind of the token to be predicted; empty without classes.
+        quarters: by loss at T, from the quarter of the tokens with the lowest to that with the highest.
+    """
+
+    loops: int
+    tolerance: float
+    changes: list[float]
+    all: Shares
+    classes: list[Shares]
+    quarters: list[Shares]
+
+
+@torch.no_grad()
+def loops_to_convergence(
+    model: YocoUForCausalLM,
+    batches: Iterable[Batch],
+    num_loops: int | None = None,
+    tolerance: float = TOLERANCE,
+    classes: TokenClasses | None = None,
+) -> Convergence:
+    """Find every token's first steady loop, of its prediction and of its state.
+
+    Predictions are those of the whole network run with 1 .. T loops.
+
+    Raises:
+        UserError: if there is not exactly one looped stage, or the tolerance is not positive.
+    """
+    architecture = at_loops(model, num_loops)
+    stage, last = one_looped_stage(architecture), trained_loops(architecture)
+    if tolerance <= 0:
+        raise UserError(f"tolerance is {tolerance:g}; expected more than 0, such as {TOLERANCE}")
+    gathered: list[tuple[Tensor, ...]] = []
+    changes = torch.zeros(last, dtype=torch.float64)
+    for batch in batches:
+        with watch_loops(model, stage) as states:
+            end = last_states(model, batch, last)
+        targets = batch["shift_labels"].flatten()
+        predictions = [_predictions(model, last_states(model, batch, loops)) for loops in range(1, last)]
+        best, losses = _predictions_and_losses(model, end, targets)
+        moved = torch.stack([relative_change(*pair) for pair in pairwise(states)])  # (loops, tokens)
+        changes += moved.sum(dim=1, dtype=torch.float64).cpu()
+        steady = first_steady(torch.stack([a != b for a, b in pairwise([*predictions, best])]))
+        gathered.append((steady.cpu(), first_steady(moved[1:] > tolerance).cpu(), losses.cpu(), targets))
+    prediction, state, loss, target = (torch.cat(parts) for parts in zip(*gathered, strict=True))
+
+    def shares(name: str, chosen: Tensor) -> Shares:
+        count = int(chosen.sum())
+        found = [(torch.bincount(steady[chosen], minlength=last + 1)[1:] / count).tolist() for steady in (prediction, state)]
+        return Shares(name, count, *found)
+
+    everything = torch.ones(len(loss), dtype=torch.bool)
+    by_class = []
+    if classes is not None:
+        kinds = classes.of[target]
+        by_class = [shares(name, kinds == i) for i, name in enumerate(classes.names) if (kinds == i).any()]
+    rank = loss.argsort(stable=True).argsort()
+    quarter = rank * len(_QUARTERS) // len(loss)
+    by_loss = [shares(name, quarter == i) for i, name in enumerate(_QUARTERS) if (quarter == i).any()]
+    return Convergence(last, tolerance, (changes / len(loss)).tolist(), shares("all", everything), by_class, by_loss)
+
+
+_QUARTERS = ("lowest loss", "low loss", "high loss", "highest loss")
+
+
+def first_steady(changed: Tensor) -> Tensor:
+    """The first loop after which nothing changes, from 1.
+
+    Args:
+        changed: (T - 1, tokens), whether something changed from loop t to loop t + 1.
+
+    Returns:
+        (tokens,), 1 .. T
+    """
+    after = torch.arange(2, len(changed) + 2, device=changed.device)[:, None]
+    return (changed * after).amax(dim=0).clamp(min=1)
+
+
+def relative_change(before: Tensor, after: Tensor) -> Tensor:
+    """`|after - before| / |after|` of each token, (rows * tokens,); a token's streams count as one vector."""
+    before, after = (x.flatten(2).flatten(0, 1) for x in (before, after))
+    dtype = torch.promote_types(after.dtype, torch.float32)
+    return (after.to(dtype) - before.to(dtype)).norm(dim=-1) / after.to(dtype).norm(dim=-1)
+
+
+def _predictions(model: YocoUForCausalLM, states: Tensor) -> Tensor:
+    return torch.cat([model.lm_head(states[piece]).argmax(dim=-1) for piece in pieces(model, len(states))])
+
+
+def _predictions_and_losses(model: YocoUForCausalLM, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    found = []
+    for piece in pieces(model, len(states)):
+        log_p = log_probabilities(model, states[piece])
+        found.append((log_p.argmax(dim=-1), -log_p.gather(-1, targets[piece, None].to(log_p.device))[:, 0]))
+    best, losses = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return best, losses

@@ -1,0 +1,51 @@
+"""Loss against the number of loops run at test time, on either side of the number that the model was trained with."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from yoco_u.analysis.trace import last_states, log_probabilities, pieces
+from yoco_u.architecture import Architecture
+from yoco_u.data import Batch
+from yoco_u.model import YocoUForCausalLM
+
+
+@dataclass(frozen=True)
+class LoopLoss:
+    """Nats per token, and its exponential, of the model run with so many loops."""
+
+    loops: int
+    loss: float
+    perplexity: float
+
+
+def trained_loops(architecture: Architecture) -> int:
+    """T, the loop count of the model itself: the largest of its stages."""
+    return max(stage.loops for stage in architecture.stages)
+
+
+def counts_around(architecture: Architecture) -> list[int]:
+    """1 .. 2T + 2"""
+    return list(range(1, 2 * trained_loops(architecture) + 3))
+
+
+def loss_against_loops(model: YocoUForCausalLM, batches: Iterable[Batch], counts: Sequence[int]) -> list[LoopLoss]:
+    """The mean loss over all targets at each loop count, as `yoco-u evaluate --num-loops` has it."""
+    totals, tokens = dict.fromkeys(counts, 0.0), 0
+    for batch in batches:
+        targets = batch["shift_labels"].flatten().to(model.device)
+        for loops in totals:
+            states = last_states(model, batch, loops)
+            for piece in pieces(model, len(targets)):
+                totals[loops] += float(_nats(model, states[piece], targets[piece]))
+        tokens += len(targets)
+    means = {loops: total / tokens for loops, total in totals.items()}
+    return [LoopLoss(loops, loss, math.exp(min(loss, 700.0))) for loops, loss in means.items()]
+
+
+def _nats(model: YocoUForCausalLM, states: Tensor, targets: Tensor) -> Tensor:
+    """Sum over the targets, (tokens,), from hidden states after the final norm, (tokens, hidden)."""
+    return -log_probabilities(model, states).gather(-1, targets[:, None]).sum(dtype=torch.float64)

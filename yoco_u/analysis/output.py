@@ -1,0 +1,111 @@
+"""What a study leaves: one JSON file, one page, a PNG a measure."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from yoco_u.analysis.pictures import pictures, write_png
+from yoco_u.analysis.study import Study
+from yoco_u.analysis.tables import tables
+from yoco_u.errors import UserError
+from yoco_u.files import write_json
+from yoco_u.plotting import svg
+from yoco_u.report.page import render_page, write_page
+
+JSON, PAGE = "analysis.json", "analysis.html"
+
+
+@dataclass(frozen=True)
+class About:
+    """What was looked at.
+
+    Attributes:
+        text: in words: the files, or the validation split.
+        tokens: targets in it.
+        left_out: measures that make no sense for the model, and why.
+    """
+
+    text: str
+    tokens: int
+    sequence_length: int
+    left_out: dict[str, str]
+
+
+def write_study(studies: Sequence[Study], about: About, folder: Path) -> list[Path]:
+    """Write all files, each beside and then renamed; others in the folder are left alone.
+
+    Args:
+        studies: the one that is shown whole, and those that it is compared with.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: if the folder cannot be made or written to.
+    """
+    drawn = pictures(studies)
+    page = _page(studies, about)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / JSON, {"about": asdict(about), "studies": [study.as_json() for study in studies]})
+        for picture in drawn.values():
+            write_png(picture, folder / picture.file)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the analysis ({error.strerror}); choose another --out") from None
+    write_page(folder / PAGE, page)
+    return [folder / name for name in (JSON, PAGE, *(picture.file for picture in drawn.values()))]
+
+
+def _page(studies: Sequence[Study], about: About) -> str:
+    drawn, shown = pictures(studies), tables(studies)
+    sections = [
+        {
+            "measure": measure,
+            "title": _TITLES[measure],
+            "how": _HOW[measure],
+            "plots": [(panel.title, svg(panel.draw, panel.size), panel.size[0] > 7) for panel in picture.panels],
+            "tables": shown[measure],
+        }
+        for measure, picture in drawn.items()
+    ]
+    return render_page(
+        "analysis.html.jinja",
+        title=f"Inside the loops of {studies[0].name}",
+        studies=studies,
+        about=about,
+        sections=sections,
+    )
+
+
+_TITLES = {
+    "angular": "Angular distance",
+    "lens": "Logit lens",
+    "loss": "Loss against loops",
+    "convergence": "Loops to convergence",
+    "attention": "Attention span",
+}
+_HOW = {
+    "angular": (
+        "arccos of the cosine similarity of what a layer reads and what it writes, over pi, averaged over all tokens: "
+        "0 is the same direction, 0.5 a right angle. Dotted lines part loops, solid ones stages."
+    ),
+    "lens": (
+        "What the model predicts after each loop: directly, by final norm and LM head on the state of that loop, or by the "
+        "rest of the network run from it, which is the model at this loop count. KL is that of the final prediction from the "
+        "loop's."
+    ),
+    "loss": (
+        "The same weights run with fewer and with more loops than they were trained with. A model without a loop is one point."
+    ),
+    "convergence": (
+        "A token's prediction is steady from the first loop whose likeliest next token is also that of every later loop; its "
+        "state, from the first loop after which no loop moves it by more than the tolerance, as a share of its length. The "
+        "last loop counts those that change to the end. Kinds are of the token to be predicted; quarters of tokens are by "
+        "their loss."
+    ),
+    "attention": (
+        "Softmax weights from captured queries and keys, at evenly spaced positions of every row, averaged over heads. "
+        "Even weights are what a layer would have if it looked at all tokens it sees alike. The first token is the document's, "
+        "over positions that see it behind themselves."
+    ),
+}

@@ -1,0 +1,142 @@
+"""The paper's inference tables (arXiv 2604.01220, Tables 8 to 10) beside ours, as ratios to the Transformer.
+
+A prefill of 256K tokens by a Transformer takes a CPU the better part of an hour. So one chunk is timed at several depths of a
+cache that is filled without computing, and the time of a whole prompt is the sum over its chunks, interpolated between
+the depths. What a chunk costs grows linearly with its depth where attention is full, and not at all where it slides.
+"""
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from yoco_u.bench.cases import Case, Decode, Prefill
+from yoco_u.bench.run import Measurement
+from yoco_u.formatting import context_label, number
+
+ARCHITECTURES = ("transformer", "yoco", "rins", "yoco_u")
+CHUNK = 2048
+
+PAPER: dict[str, Any] = {
+    "architectures": ARCHITECTURES,
+    "contexts": tuple(2**power for power in range(13, 19)),
+    "batches": (1,),
+}
+"""What `--paper` changes."""
+
+Figures = dict[int, dict[str, float]]
+"""Value by context and architecture."""
+
+PREFILL: Figures = {
+    8192: {"transformer": 85707, "yoco_u": 75637},
+    16384: {"transformer": 66342, "rins": 33276, "yoco_u": 75694},
+    65536: {"transformer": 27276, "rins": 13630, "yoco_u": 76148},
+    262144: {"transformer": 7475, "rins": 3739, "yoco_u": 76301},
+}
+"""Tokens per second of the 1.3B models on an H100-80GB in bfloat16."""
+
+DECODE: Figures = {
+    8192: {"yoco": 3356, "yoco_u": 2410},
+    16384: {"transformer": 1795, "rins": 580, "yoco_u": 1966},
+    65536: {"transformer": 450, "rins": 118, "yoco_u": 865},
+    262144: {"transformer": 137, "rins": 56, "yoco_u": 303},
+}
+"""Tokens per second of 32 sequences together, on the same machine."""
+
+KV: Figures = {
+    16384: {"transformer": 640, "rins": 1280, "yoco_u": 62},
+    65536: {"transformer": 2560, "rins": 5120, "yoco_u": 158},
+    262144: {"transformer": 10240, "rins": 20480, "yoco": 522, "yoco_u": 542},
+}
+"""MiB per sequence."""
+
+
+def paper_cases(contexts: Sequence[int], batch: int, steps: int) -> list[Case]:
+    """Chunks at the depths that the contexts end at, and decodes behind the contexts."""
+    depths = sorted({0, *(max(0, context - CHUNK) for context in contexts)})
+    return [*(Prefill(CHUNK, depth) for depth in depths), *(Decode(context, batch, steps) for context in sorted(contexts))]
+
+
+def whole_prefill_seconds(context: int, chunk: int, depths: Sequence[int], seconds: Sequence[float]) -> float:
+    """Time of a prefill of `context` tokens, from that of a chunk at several increasing depths."""
+    starts = np.arange(0, context, chunk)
+    lengths = np.minimum(chunk, context - starts)
+    return float((np.interp(starts, depths, seconds) * lengths / chunk).sum())
+
+
+def our_figures(measurement: Measurement) -> tuple[Figures, Figures, Figures]:
+    """Prefill and decode tokens per second and KV in MiB, as far as they were measured."""
+    contexts = measurement.settings.contexts
+    prefill: Figures = {context: {} for context in contexts}
+    decode: Figures = {context: {} for context in contexts}
+    kv: Figures = {context: {} for context in contexts}
+    for name in dict.fromkeys(engine for engine, _ in measurement.outcomes):
+        own = [outcome for (engine, _), outcome in measurement.outcomes.items() if engine == name]
+        chunks = [(o.case.depth, median(o.seconds)) for o in own if isinstance(o.case, Prefill) and o.seconds]
+        for context in contexts:
+            if chunks and chunks[-1][0] + CHUNK >= context:
+                depths, seconds = zip(*chunks, strict=True)
+                prefill[context][name] = context / whole_prefill_seconds(context, CHUNK, depths, seconds)
+        for outcome in own:
+            case = outcome.case
+            if isinstance(case, Decode):
+                kv[case.context][name] = outcome.kv_bytes / case.batch / 2**20
+                if outcome.seconds:
+                    decode[case.context][name] = case.batch * case.steps / median(outcome.seconds)
+    return prefill, decode, kv
+
+
+def paper_json(measurement: Measurement) -> dict[str, Any]:
+    """The tables by name: ours and the paper's, by context and architecture."""
+    names = ("prefill_tokens_per_second", "decode_tokens_per_second", "kv_mebibytes")
+    tables = zip(names, our_figures(measurement), (PREFILL, DECODE, KV), strict=True)
+    return {name: {"ours": ours, "paper": paper} for name, ours, paper in tables}
+
+
+def print_paper_tables(console: Console, measurement: Measurement) -> None:
+    """Ours, the paper's in brackets behind."""
+    prefill, decode, kv = our_figures(measurement)
+    size, dtype = measurement.settings.size, measurement.settings.dtype
+    batch = next(o.case.batch for o in measurement.outcomes.values() if isinstance(o.case, Decode))
+    depths = {o.case.depth for o in measurement.outcomes.values() if isinstance(o.case, Prefill)}
+    where = f"{size}, {dtype} here (1.3B on an H100)"
+
+    def show(title: str, table: Table) -> None:
+        console.print(f"\n[bold]{title}[/bold]", table, highlight=False)
+
+    show(f"Table 8. Prefill, tokens/s; {where}", _table(prefill, PREFILL, as_ratios=True))
+    show(f"Table 9. Decode, tokens/s; batch {batch}, {where[:-1]}, batch 32)", _table(decode, DECODE, as_ratios=True))
+    show(f"Table 10. KV cache, MiB per sequence; {size} here (1.3B)", _table(kv, KV, as_ratios=False))
+    console.print(
+        "In brackets the paper's figures. Tokens/s of the Transformer, and of the others as multiples of it. Prefill here: a "
+        f"chunk of {CHUNK:,} tokens is timed at {len(depths)} depths of a cache that is filled without computing, and its time "
+        "summed over the prompt.",
+        highlight=False,
+    )
+
+
+def _table(ours: Figures, papers: Figures, as_ratios: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("context", *ARCHITECTURES):
+        table.add_column(heading, justify="right")
+    for context in sorted(ours):
+        both = ours[context], papers.get(context, {})
+        cells = [" ".join(_cells(both, name, as_ratios and name != "transformer")) for name in ARCHITECTURES]
+        table.add_row(context_label(context), *cells)
+    return table
+
+
+def _cells(both: tuple[dict[str, float], dict[str, float]], name: str, as_ratio: bool) -> tuple[str, str]:
+    """Our figure, and the paper's in brackets, which is empty where the paper has none."""
+    texts = []
+    for figures in both:
+        value, base = figures.get(name), figures.get("transformer")
+        if as_ratio:
+            texts.append(f"{value / base:.2f}x" if value is not None and base is not None else "-")
+        else:
+            texts.append(number(value))
+    return texts[0], f"({texts[1]})" if texts[1] != "-" else ""

@@ -1,0 +1,115 @@
+"""From seconds to what is compared: tokens per second, shares of the machine's ceilings, ratios to ours."""
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from yoco_u.bench.cases import Case, Prefill
+from yoco_u.bench.run import Measurement, Outcome
+from yoco_u.budget import decode_bytes, parameters, prefill_flops
+from yoco_u.device import environment
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine on one case, as the table and the JSON have it.
+
+    Attributes:
+        kind: prefill or decode.
+        context: tokens of the prompt, or behind which was decoded.
+        failure: why there are no figures, `word: explanation`.
+        seconds: of each round.
+        tokens_per_second: by the median of the rounds; of all sequences together.
+        rate: model FLOP/s of a prefill, bytes per second that a decode must read.
+        of_ceiling: `rate` over the GEMM rate, or over the memory's read rate.
+        reference_ratio: how many times as fast the benchmark's first engine is on this case.
+        peak_bytes, kv_bytes: see `Outcome`.
+        way: how, where an engine has several ways.
+    """
+
+    engine: str
+    is_ours: bool
+    parameters: int
+    kind: str
+    context: int
+    depth: int
+    batch: int
+    failure: str | None
+    seconds: list[float]
+    tokens_per_second: float | None
+    rate: float | None
+    of_ceiling: float | None
+    reference_ratio: float | None
+    peak_bytes: int | None
+    kv_bytes: int
+    way: str | None
+
+
+def rows_of(measurement: Measurement) -> list[Row]:
+    """Rows by case, engines in the order of the benchmark."""
+    outcomes = measurement.outcomes
+    engines = list(dict.fromkeys(name for name, _ in outcomes))
+    cases = list(dict.fromkeys(case for _, case in outcomes))
+    return [_row(measurement, outcomes[name, case], outcomes[engines[0], case]) for case in cases for name in engines]
+
+
+def _row(measurement: Measurement, outcome: Outcome, reference: Outcome) -> Row:
+    case, engine = outcome.case, outcome.engine
+    prefill = isinstance(case, Prefill)
+    seconds = median(outcome.seconds) if outcome.seconds else None
+    rate = ceiling = None
+    if seconds is not None:
+        rate = _work(measurement, outcome) / seconds
+        ceiling = measurement.ceiling.gemm if prefill else measurement.ceiling.memory
+    return Row(
+        engine=engine.name,
+        is_ours=engine.is_ours,
+        parameters=parameters(engine.architecture).total,
+        kind=case.kind,
+        context=case.context,
+        depth=case.depth if isinstance(case, Prefill) else 0,
+        batch=case.batch,
+        failure=None if seconds is not None else outcome.failure,
+        seconds=outcome.seconds,
+        tokens_per_second=None if seconds is None else _new_tokens(case) / seconds,
+        rate=rate,
+        of_ceiling=None if rate is None or ceiling is None else rate / ceiling,
+        reference_ratio=seconds / median(reference.seconds) if seconds is not None and reference.seconds else None,
+        peak_bytes=outcome.peak_bytes,
+        kv_bytes=outcome.kv_bytes,
+        way=outcome.details.get("way"),
+    )
+
+
+def _new_tokens(case: Case) -> int:
+    return case.tokens if isinstance(case, Prefill) else case.batch * case.steps
+
+
+def _work(measurement: Measurement, outcome: Outcome) -> float:
+    """Model FLOPs of a prefill, or bytes that all steps of a decode read."""
+    a, case, size = outcome.engine.architecture, outcome.case, measurement.settings.bytes_per_element
+    if isinstance(case, Prefill):
+        return prefill_flops(a, case.context) - (prefill_flops(a, case.depth) if case.depth else 0)
+    bytes_per_weight = measurement.about[outcome.engine.name].get("bytes_per_weight", size)
+    return case.steps * decode_bytes(a, case.context, case.batch, bytes_per_weight, size)
+
+
+def as_json(measurement: Measurement) -> dict[str, Any]:
+    """Environment, settings, ceilings, engines and rows; what is measured so far, if the run was interrupted."""
+    ceilings = [
+        {"gemm_flops_per_second": c.gemm, "memory_bytes_per_second": c.memory, "busy_cpus": c.busy}
+        for c in measurement.ceilings
+    ]
+    engines = {outcome.engine.name: outcome.engine for outcome in measurement.outcomes.values()}
+    return {
+        "environment": environment(torch.device("cpu")),
+        "settings": measurement.settings.model_dump(mode="json"),
+        "ceilings": ceilings,
+        "engines": {
+            name: {"architecture": engine.architecture.model_dump(mode="json"), "about": measurement.about.get(name)}
+            for name, engine in engines.items()
+        },
+        "rows": [vars(row) for row in rows_of(measurement)],
+    }

@@ -1,0 +1,187 @@
+"""The measuring itself: engines in turn, cases from cheap to dear, and what failed, did not fit or would take too long."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+
+from yoco_u.bench.cases import Case, Prefill, Settings, as_job
+from yoco_u.bench.ceilings import Ceilings, measure_ceilings
+from yoco_u.bench.engines import Engine
+from yoco_u.bench.process import Worker, WorkerFailed, WorkerTimedOut
+from yoco_u.budget import kv_bytes, parameters, prefill_flops
+
+CHEAP_SECONDS = 20.0
+"""A case that took longer is not repeated in further rounds."""
+
+START_SECONDS = 600.0
+"""Time that an engine may take to load and compile, whatever the limit of a case."""
+
+_SHARE_OF_MEMORY = 0.7
+
+
+@dataclass
+class Outcome:
+    """One engine on one case.
+
+    Attributes:
+        seconds: of every round that measured it.
+        failure: why there is none, in one line; the word of the table comes before the colon.
+        peak_bytes: the most memory that the engine's processes held during the case.
+        kv_bytes: of all sequences, as the architecture has it.
+        details: what the worker said besides.
+    """
+
+    engine: Engine
+    case: Case
+    kv_bytes: int
+    seconds: list[float] = field(default_factory=list)
+    failure: str | None = None
+    peak_bytes: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Measurement:
+    """Everything measured so far.
+
+    Attributes:
+        ceilings: measured before each turn of an engine.
+        about: what each engine's worker told of itself.
+    """
+
+    settings: Settings
+    outcomes: dict[tuple[str, Case], Outcome]
+    ceilings: list[Ceilings] = field(default_factory=list)
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def ceiling(self) -> Ceilings:
+        """The median of all turns."""
+        gemm, memory, busy = map(median, zip(*self.ceilings, strict=True))
+        return Ceilings(gemm, memory, busy)
+
+
+Progress = Callable[[Engine, Case | None], None]
+"""Called before each case, and with None before an engine is loaded."""
+
+
+class Benchmark:
+    """Runs all cases on all engines; `measurement` holds what is known at any time.
+
+    Args:
+        engines: names must differ.
+        cases: of each engine, those of one kind from the cheapest on.
+    """
+
+    def __init__(self, settings: Settings, engines: Sequence[Engine], cases: Sequence[Case]) -> None:
+        self.settings, self.engines, self.cases = settings, engines, cases
+        size = settings.bytes_per_element
+        self.measurement = Measurement(
+            settings,
+            {(e.name, c): Outcome(e, c, c.batch * kv_bytes(e.architecture, c.context, size)) for e in engines for c in cases},
+        )
+        self._workers: dict[str, Worker] = {}
+        self._broken: dict[str, str] = {}
+
+    def run(self, progress: Progress) -> Measurement:
+        """Measure everything. What a peer does wrong ends up in its outcomes; only an interrupt ends the run."""
+        try:
+            for number, engine in self._turns():
+                self.measurement.ceilings.append(measure_ceilings(self.settings.dtype))
+                for case in self.cases:
+                    progress(engine, case)
+                    self._measure(engine, case, progress)
+                if number == self.settings.rounds:
+                    self._close(engine)
+        finally:
+            for engine in self.engines:
+                self._close(engine)
+        return self.measurement
+
+    def _turns(self) -> Iterator[tuple[int, Engine]]:
+        """Rounds over all engines, so that a noisy machine is noisy for all; or one engine after the other."""
+        rounds = range(1, self.settings.rounds + 1)
+        if self._keeps_all_loaded:
+            yield from ((number, engine) for number in rounds for engine in self.engines)
+        else:
+            yield from ((number, engine) for engine in self.engines for number in rounds)
+
+    @property
+    def _keeps_all_loaded(self) -> bool:
+        """Whether all engines can wait for their turns with their weights in memory."""
+        weights = sum(parameters(engine.architecture).total * self.settings.bytes_per_element for engine in self.engines)
+        largest = max(self._fitting_kv_bytes(engine) for engine in self.engines)
+        return weights + 2 * largest < 0.5 * psutil.virtual_memory().total
+
+    def _fitting_kv_bytes(self, engine: Engine) -> int:
+        outcomes = [self.measurement.outcomes[engine.name, case] for case in self.cases]
+        return max((outcome.kv_bytes for outcome in outcomes if _fits(outcome)), default=0)
+
+    def _measure(self, engine: Engine, case: Case, progress: Progress) -> None:
+        outcome = self.measurement.outcomes[engine.name, case]
+        if outcome.failure or (outcome.seconds and min(outcome.seconds) > CHEAP_SECONDS):
+            return
+        outcome.failure = self._broken.get(engine.name) or self._hopeless(outcome)
+        if outcome.failure:
+            return
+        try:
+            worker = self._workers.get(engine.name) or self._load(engine, progress)
+            answer = worker.run(as_job(case), self.settings.time_limit)
+        except WorkerFailed as failure:
+            self._workers.pop(engine.name, None)
+            word = "timed out" if isinstance(failure, WorkerTimedOut) else "failed"
+            outcome.failure = self._broken.get(engine.name) or f"{word}: {failure}"
+            return
+        if "error" in answer:
+            outcome.failure = f"failed: {answer['error']}"
+            return
+        outcome.seconds.append(answer.pop("seconds"))
+        outcome.peak_bytes = max(answer.pop("peak_bytes") or 0, outcome.peak_bytes or 0) or None
+        answer.pop("max_rss_bytes", None)
+        outcome.details = answer
+
+    def _load(self, engine: Engine, progress: Progress) -> Worker:
+        progress(engine, None)
+        cases = [case for case in self.cases if _fits(self.measurement.outcomes[engine.name, case])]
+        job = engine.job | {"cases": [as_job(case) for case in cases]}
+        worker = self._workers[engine.name] = Worker(engine.python, engine.script, job, torch.get_num_threads())
+        try:
+            self.measurement.about[engine.name] = worker.about(START_SECONDS)
+        except WorkerFailed as failure:
+            self._broken[engine.name] = f"failed: could not start: {failure}"
+            raise
+        return worker
+
+    def _close(self, engine: Engine) -> None:
+        worker = self._workers.pop(engine.name, None)
+        if worker is not None:
+            worker.close()
+
+    def _hopeless(self, outcome: Outcome) -> str | None:
+        """Why a case need not be tried."""
+        if not _fits(outcome):
+            there = psutil.virtual_memory().total
+            return f"no memory: the KV takes {outcome.kv_bytes / 2**30:.1f} GiB, the machine has {there / 2**30:.1f}"
+        case, engine, limit = outcome.case, outcome.engine, self.settings.time_limit
+        if not isinstance(case, Prefill) or case.depth:
+            return None
+        for other in self.cases:
+            if not isinstance(other, Prefill) or other.depth or other.tokens >= case.tokens:
+                continue
+            smaller = self.measurement.outcomes[engine.name, other]
+            if smaller.failure and smaller.failure.startswith("timed out"):
+                return f"too long: {other.tokens:,} tokens took over {limit:g} s"
+            if smaller.seconds:
+                more = prefill_flops(engine.architecture, case.tokens) / prefill_flops(engine.architecture, other.tokens)
+                expected = min(smaller.seconds) * more
+                if expected > limit:
+                    return f"too long: about {expected:,.0f} s by its rate at {other.tokens:,} tokens, the limit is {limit:g}"
+        return None
+
+
+def _fits(outcome: Outcome) -> bool:
+    return outcome.kv_bytes < _SHARE_OF_MEMORY * psutil.virtual_memory().total

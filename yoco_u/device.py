@@ -1,0 +1,109 @@
+"""What a run ran on, and how fast that multiplies matrices: the measure of MFU."""
+
+import os
+import platform
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from yoco_u.errors import UserError
+from yoco_u.version import __version__
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+_TENSOR_BYTES = 512 * 2**20
+
+
+def find_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a name: `auto`, or one that torch knows; a GPU without a number is the one of the local rank.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"device {name!r} cannot be used ({reason}); expected auto, cpu or a GPU of this machine") from None
+    return device
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """FLOP/s of square matrix products of this device and dtype: the best of those that fit into `seconds`, at least 3."""
+    n = 8192 if device.type == "cuda" else 1024
+    generator = torch.Generator(device).manual_seed(0)  # its own, so that a resumed run draws what it would have drawn
+    a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
+    best = float("inf")
+    runs, start = 0, time.perf_counter()
+    while runs < 4 or time.perf_counter() - start < seconds:
+        _wait(device)
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        if runs > 0:  # the first one warms up
+            best = min(best, time.perf_counter() - begin)
+        runs += 1
+    return 2 * n**3 / best
+
+
+def memory_read_rate(bytes_: int = _TENSOR_BYTES, repeats: int = 5, device: torch.device | None = None) -> float:
+    """Bytes per second: the best of summing and of taking the maximum over a tensor too large for any cache."""
+    values = torch.ones(bytes_ // 4, device=device)
+    best = float("inf")
+    for reduce in (torch.sum, torch.amax):
+        for _ in range(repeats + 1):  # the first one warms up
+            begin = time.perf_counter()
+            reduce(values).item()  # which waits for a GPU
+            best = min(best, time.perf_counter() - begin)
+    return values.nbytes / best
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, for `environment.json`."""
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "yoco_u": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far: of the GPU, or resident in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):
+        return int(memory.peak_wset)
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

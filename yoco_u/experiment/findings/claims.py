@@ -1,0 +1,117 @@
+"""The paper's findings as data: what it says, what a grid needs to judge it, and the test that does."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from yoco_u.experiment.findings import comparisons, inside, loops
+from yoco_u.experiment.findings.verdicts import OPEN, Outcome
+from yoco_u.experiment.intervals import NotDecidable
+from yoco_u.experiment.results import Results
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    Attributes:
+        statement: of the paper (arXiv 2604.01220), with its figure.
+        needs: roles that the grid's models must have.
+        test: raises `NotDecidable` if the grid does not have them.
+    """
+
+    id: str
+    statement: str
+    needs: str
+    test: Callable[[Results], Outcome]
+
+
+FINDINGS = (
+    Finding(
+        "equal-steps",
+        "At equal steps YOCO-U has a lower loss than YOCO.",
+        "yoco_u and yoco, equal tokens",
+        comparisons.equal_tokens,
+    ),
+    Finding(
+        "equal-flops",
+        "At equal training FLOPs YOCO-U has a lower loss than YOCO (0.033 nats in the paper).",
+        "yoco_u and a yoco matched to its FLOPs",
+        comparisons.equal_flops,
+    ),
+    Finding(
+        "equal-loss",
+        "YOCO-U needs fewer tokens than YOCO to the same loss (62% fewer in the paper).",
+        "yoco_u and yoco, equal tokens",
+        comparisons.tokens_to_equal_loss,
+    ),
+    Finding(
+        "order",
+        "The order of the 1.3B comparison, from low to high perplexity: RINS, YOCO-U, Deeper, Universal Transformer, Deep, "
+        "Upper Loop without shared KV, Upper Loop, YOCO, Transformer, ParScale.",
+        "three or more of the paper's architectures, equal tokens",
+        comparisons.order,
+    ),
+    Finding(
+        "lower-half",
+        "Looping the lower half (YOCO-U) is better than looping the upper half, with shared KV or without.",
+        "yoco_u, upper_loop and upper_loop_without_shared_kv, equal tokens",
+        comparisons.lower_half,
+    ),
+    Finding(
+        "rins",
+        "YOCO-U is on a par with RINS, which loops full attention.",
+        "yoco_u and rins, equal tokens",
+        comparisons.on_a_par_with_rins,
+    ),
+    Finding(
+        "loops",
+        "The loss keeps falling with T = 1, 2, 3, 5.",
+        "yoco_u at three or more loop counts (yoco counts as one loop), equal tokens",
+        loops.falls_with_loops,
+    ),
+    Finding(
+        "less-by-loop",
+        "Each further loop gains less than the one before.",
+        "yoco_u at three or more loop counts (yoco counts as one loop), equal tokens",
+        loops.each_by_less,
+    ),
+    Finding(
+        "angular",
+        "The angular distances between consecutive layers repeat a pattern in each loop, shrink loop by loop, and jump at the "
+        "border of self- and cross-decoder.",
+        "yoco_u with measures.angular",
+        inside.angular,
+    ),
+    Finding(
+        "retrieval",
+        "YOCO-U and YOCO find needles far behind their window, as a Transformer does; a model of windows alone does not.",
+        "window_only, transformer, yoco and yoco_u with measures.needles",
+        inside.retrieval,
+    ),
+    Finding(
+        "early-lag",
+        "Not of the paper, which trains looped models without trouble: a plain loop starts slower than YOCO at this scale, and "
+        "gates, a growing T, the initialisation or the learning rate remove that.",
+        "yoco, plain_loop and tamed_loop or yoco_u (without gates it is a plain loop itself), equal tokens",
+        loops.early_lag,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A finding, and what this grid says about it."""
+
+    finding: Finding
+    outcome: Outcome
+
+
+def judge(results: Results) -> list[Judged]:
+    """Every finding; those that the grid is not made for are not decidable, and say what is missing."""
+    return [Judged(finding, _outcome(finding, results)) for finding in FINDINGS]
+
+
+def _outcome(finding: Finding, results: Results) -> Outcome:
+    try:
+        return finding.test(results)
+    except NotDecidable as reason:
+        return Outcome(OPEN, f"{str(reason)[0].upper()}{str(reason)[1:]} (needed: {finding.needs}).")

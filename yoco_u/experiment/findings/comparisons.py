@@ -1,0 +1,242 @@
+"""YOCO-U against the other architectures: at equal steps, at equal FLOPs, at equal loss, in the paper's order."""
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from yoco_u.experiment.config import Role
+from yoco_u.experiment.findings.verdicts import (
+    OPEN,
+    Outcome,
+    Verdict,
+    difference_text,
+    loss_text,
+    of_sign,
+    together,
+    trend_text,
+)
+from yoco_u.experiment.intervals import (
+    NotDecidable,
+    Trend,
+    difference,
+    first_reach,
+    gap_trend,
+    interval,
+    simultaneous_half_width,
+)
+from yoco_u.experiment.results import Results, Series, best, near
+from yoco_u.formatting import short_count
+
+PAPER_LOOPS = 3
+
+PAPER_PERPLEXITY: dict[Role, float] = {
+    "rins": 20.98, "yoco_u": 21.01, "deeper": 21.42, "universal_transformer": 21.56, "deep": 22.04,
+    "upper_loop_without_shared_kv": 22.06, "upper_loop": 22.15, "yoco": 22.25, "transformer": 22.52, "parscale": 23.13,
+}  # fmt: skip
+"""WikiText perplexity of the paper's 1.3B models (arXiv 2604.01220)."""
+
+PAPER_TIE = 0.01
+"""Share by which two of these may differ and count as equal."""
+
+PAR = 0.02
+"""Nats within which two losses are called on a par."""
+
+EARLY = 0.25
+"""Share of the tokens at which a trend begins to be followed: before that the loss falls too steeply."""
+
+
+def paper_loops(results: Results) -> int:
+    """The loop count at which YOCO-U is compared: the paper's if the grid has it, otherwise the largest.
+
+    Raises:
+        NotDecidable: if no YOCO-U with a loop is finished.
+    """
+    counts = {series.loops for series in results.of_role("yoco_u")} - {1}
+    if not counts:
+        raise NotDecidable("no YOCO-U is finished")
+    return PAPER_LOOPS if PAPER_LOOPS in counts else max(counts)
+
+
+def equal_tokens(results: Results) -> Outcome:
+    return _against_yoco(results, "tokens")
+
+
+def equal_flops(results: Results) -> Outcome:
+    return _against_yoco(results, "flops")
+
+
+def _against_yoco(results: Results, equal: Literal["tokens", "flops"]) -> Outcome:
+    pairs = results.pairs("yoco_u", "yoco", equal, paper_loops(results))
+    unit = "FLOPs" if equal == "flops" else "tokens"
+    if not pairs:
+        raise NotDecidable(f"no YOCO with the {unit} of a YOCO-U is finished")
+    looped, plain = pairs[-1]
+    found = difference(looped.final, plain.final)
+    text = [
+        f"{looped.label} {loss_text(looped.loss)}, {plain.label} {loss_text(plain.loss)} nats per token, after "
+        f"{short_count(looped.tokens)} and {short_count(plain.tokens)} tokens ({looped.tokens / looped.parameters:.0f} per "
+        f"parameter): {difference_text(found)}."
+    ]
+    numbers: dict[str, Any] = {"difference": found, "gaps": [_gap(*pair) for pair in pairs]}
+    try:
+        trend = trend_of(pairs, equal)
+    except NotDecidable:
+        trend = None
+    if trend is not None:
+        text.append(trend_text(trend, found.mean, unit))
+        numbers["trend"] = trend
+    return Outcome(of_sign(found), " ".join(text), numbers)
+
+
+def _gap(series: Series, other: Series) -> dict[str, Any]:
+    return {
+        "tokens": series.tokens,
+        "flops": series.flops,
+        "other_tokens": other.tokens,
+        "difference": difference(series.final, other.final),
+    }
+
+
+def trend_of(pairs: Sequence[tuple[Series, Series]], x: Literal["tokens", "flops"]) -> Trend:
+    """How the gap moves: over the budgets where there are three or more, otherwise along the last pair's runs.
+
+    Along runs of equal cost both are at the same share of their schedules at every point.
+
+    Raises:
+        NotDecidable: if there are too few points.
+    """
+    if len(pairs) >= 3:
+        seeds = set.intersection(*({*a.final} & {*b.final} for a, b in pairs))
+        if seeds:
+            gaps = [[a.final[seed] - b.final[seed] for a, b in pairs] for seed in sorted(seeds)]
+            return gap_trend([getattr(a, x) for a, _ in pairs], gaps)
+    series, other = pairs[-1]
+    xs = [getattr(point, x) for point in next(iter(series.curves.values()))]
+    xs = [value for value in xs if value >= EARLY * xs[-1]]
+    seeds = series.curves.keys() & other.curves.keys()
+    gaps = [np.subtract(_losses(series, seed, x, xs), _losses(other, seed, x, xs)).tolist() for seed in sorted(seeds)]
+    return gap_trend(xs, gaps)
+
+
+def _losses(series: Series, seed: int, x: str, xs: Sequence[float]) -> list[float]:
+    curve = series.curves[seed]
+    known = [math.log(getattr(point, x)) for point in curve]
+    return np.interp(np.log(xs), known, [point.loss for point in curve]).tolist()
+
+
+def tokens_to_equal_loss(results: Results) -> Outcome:
+    """Tokens that YOCO-U needs to come down to YOCO's final loss, relative to YOCO's."""
+    pairs = results.pairs("yoco_u", "yoco", "tokens", paper_loops(results))
+    if not pairs:
+        raise NotDecidable("no YOCO with the tokens of a YOCO-U is finished")
+    looped, plain = pairs[-1]
+    over_budgets = len(pairs) >= 3
+    seeds = sorted(looped.final.keys() & plain.final.keys())
+    needed = {}
+    for seed in seeds:
+        if over_budgets:
+            points = [(a.tokens, a.final[seed]) for a, _ in pairs if seed in a.final]
+        else:
+            points = [(point.tokens, point.loss) for point in looped.curves[seed]]
+        tokens, losses = zip(*points, strict=True)
+        needed[seed] = first_reach(tokens, losses, plain.final[seed])
+    how = (
+        "Over runs of different lengths, each with a schedule of its own."
+        if over_budgets
+        else "Along the runs: before its own end YOCO-U has not decayed its learning rate, so this understates it."
+    )
+    reached = {seed: tokens for seed, tokens in needed.items() if tokens is not None}
+    numbers: dict[str, Any] = {"tokens_needed": needed, "tokens_of_yoco": plain.tokens}
+    if len(reached) < len(seeds):
+        share = f"{len(reached)} of {len(seeds)} seeds"
+        text = f"YOCO-U reaches the final loss of YOCO within its {short_count(looped.tokens)} tokens in {share}. {how}"
+        return Outcome(OPEN if reached or len(seeds) < 2 else "not confirmed", text, numbers)
+    saving = interval([1 - tokens / plain.tokens for tokens in reached.values()])
+    numbers["saving"] = saving
+    bounds = "one seed, no interval" if saving.low is None else f"95%: {saving.low:.0%} to {saving.high:.0%}"
+    text = (
+        f"YOCO-U needs {saving.mean:.0%} fewer tokens than the {short_count(plain.tokens)} of YOCO ({bounds}); the paper found "
+        f"62%. {how}"
+    )
+    return Outcome(of_sign(-saving), text, numbers)
+
+
+def order(results: Results) -> Outcome:
+    """Every pair of architectures that the paper tells apart: none may come out turned round, and most must be told apart."""
+    ranked = _at_equal_tokens(results)
+    half = simultaneous_half_width([series.final for series in ranked.values()])
+    agree, contradict, open_ = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
+    for low, high in combinations(sorted(ranked, key=lambda role: PAPER_PERPLEXITY[role]), 2):
+        if PAPER_PERPLEXITY[high] / PAPER_PERPLEXITY[low] - 1 <= PAPER_TIE:
+            continue
+        found = difference(ranked[low].final, ranked[high].final)
+        pair = {"lower_in_paper": low, "higher_in_paper": high, "difference": found.mean}
+        (open_ if abs(found.mean) <= half else agree if found.mean < 0 else contradict).append(pair)
+    tau = float(kendalltau([PAPER_PERPLEXITY[role] for role in ranked], [s.loss.mean for s in ranked.values()]).statistic)
+    ours = ", ".join(f"{s.label} {s.loss.mean:.4f}" for s in sorted(ranked.values(), key=lambda s: s.loss.mean))
+    against = f" ({_pairs_text(contradict, ranked)})" if contradict else ""
+    text = (
+        f"From low to high loss: {ours}. Differences of over {half:.4f} nats count, at 95% for all pairs together. Of the "
+        f"pairs that differ by over {PAPER_TIE:.0%} in the paper, {len(agree)} come out in its order, {len(contradict)} in "
+        f"the opposite one{against}, {len(open_)} cannot be told apart. Kendall's tau with the paper's order is {tau:.2f} "
+        "(1 is the same order)."
+    )
+    numbers = {"agree": agree, "contradict": contradict, "open": open_, "half_width": half, "kendall_tau": tau}
+    held: Verdict = "confirmed" if len(agree) > len(open_) else OPEN
+    return Outcome("not confirmed" if contradict else held, text, numbers)
+
+
+def _pairs_text(pairs: Sequence[dict[str, Any]], ranked: dict[Role, Series]) -> str:
+    return ", ".join(f"{ranked[p['higher_in_paper']].label} below {ranked[p['lower_in_paper']].label}" for p in pairs)
+
+
+def _at_equal_tokens(results: Results) -> dict[Role, Series]:
+    """The best series of each of the paper's architectures, at the most tokens at which there are three."""
+    candidates: dict[Role, list[Series]] = {role: results.of_role(role) for role in PAPER_PERPLEXITY}
+    if candidates["yoco_u"]:
+        loops = paper_loops(results)
+        candidates["yoco_u"] = results.of_role("yoco_u", loops)
+    for tokens in sorted({series.tokens for found in candidates.values() for series in found}, reverse=True):
+        there = {role: [s for s in found if near(s.tokens, tokens)] for role, found in candidates.items()}
+        ranked = {role: best(found) for role, found in there.items() if found}
+        if len(ranked) >= 3:
+            return ranked
+    raise NotDecidable("fewer than three of the paper's architectures are finished at equal tokens")
+
+
+def lower_half(results: Results) -> Outcome:
+    """Looping the lower half against looping the upper one."""
+    verdicts, text, numbers = list[Verdict](), [], {}
+    for role in ("upper_loop", "upper_loop_without_shared_kv"):
+        pairs = results.pairs("yoco_u", role, "tokens", paper_loops(results))
+        if not pairs:
+            raise NotDecidable(f"no {role.replace('_', ' ')} with the tokens of a YOCO-U is finished")
+        lower, upper = pairs[-1]
+        found = difference(lower.final, upper.final)
+        verdicts.append(of_sign(found))
+        text.append(f"{lower.label} {loss_text(lower.loss)}, {upper.label} {loss_text(upper.loss)}: {difference_text(found)}.")
+        numbers[role] = found
+    return Outcome(together(verdicts), " ".join(text), numbers)
+
+
+def on_a_par_with_rins(results: Results) -> Outcome:
+    pairs = results.pairs("yoco_u", "rins", "tokens", paper_loops(results))
+    if not pairs:
+        raise NotDecidable("no RINS with the tokens of a YOCO-U is finished")
+    ours, rins = pairs[-1]
+    found = difference(ours.final, rins.final)
+    text = (
+        f"{ours.label} {loss_text(ours.loss)}, {rins.label} {loss_text(rins.loss)}: {difference_text(found)}. On a par means "
+        f"an interval within {PAR} nats of zero."
+    )
+    verdict: Verdict = OPEN
+    if found.low is not None and found.high is not None:
+        if found.low > -PAR and found.high < PAR:
+            verdict = "confirmed"
+        elif found.low > PAR or found.high < -PAR:
+            verdict = "not confirmed"
+    return Outcome(verdict, text, {"difference": found})

@@ -1,0 +1,117 @@
+"""Findings beyond the loss: how the layers of each loop turn the states, and what is found far behind the window."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yoco_u.experiment.config import Role
+from yoco_u.experiment.findings.comparisons import paper_loops
+from yoco_u.experiment.findings.verdicts import OPEN, Outcome, Verdict, difference_text, of_sign, together
+from yoco_u.experiment.intervals import Interval, NotDecidable, difference, interval
+from yoco_u.experiment.results import Results, Series, best
+
+FOUND = 0.9
+"""Recall from which on needles count as found."""
+
+FAR = 0.5
+"""Needles at this share of the length or before count as far behind the window."""
+
+
+def angular(results: Results) -> Outcome:
+    """The paper's Figure 8: one loop's pattern comes again in the next, smaller, and the cross-decoder begins with a jump."""
+    loops = paper_loops(results)
+    series = _measured(results.of_role("yoco_u", loops), "angular")
+    looped, other = _by_loop(series)  # seed -> (loops, layers), (layers,)
+    means = {seed: found.mean(axis=1) for seed, found in looped.items()}
+    verdicts, text, numbers = list[Verdict](), [], dict[str, Any]()
+    shown = np.mean(list(looped.values()), axis=0)
+    text.append(f"{series.label}: " + "; ".join(f"loop {t} {_row(row)}" for t, row in enumerate(shown, start=1)))
+    text.append(f"; cross-decoder {_row(np.mean(list(other.values()), axis=0))} half turns, layer by layer. ")
+
+    def claim(name: str, claimed_negative: Interval, shown: str) -> None:
+        verdicts.append(of_sign(claimed_negative))
+        numbers[name] = claimed_negative
+        text.append(shown)
+
+    if shown.shape[1] >= 3:
+        alike = interval([_alikeness(found) for found in looped.values()])
+        claim(
+            "alikeness of loops, negated",
+            -alike,
+            f"Correlation of a loop's pattern with the next: {_plain(alike)}. ",
+        )
+    for t in range(loops - 1):
+        change = interval([float(mean[t + 1] - mean[t]) for mean in means.values()])
+        claim(f"loop {t + 2} minus loop {t + 1}", change, f"Loop {t + 2} minus loop {t + 1}: {difference_text(change)}. ")
+    jump = interval([float(other[seed][0] - looped[seed][-1, -1]) for seed in looped])
+    claim(
+        "jump at the border, negated",
+        -jump,
+        f"From the last looped to the first cross layer: {difference_text(jump)}.",
+    )
+    return Outcome(together(verdicts), "".join(text), numbers)
+
+
+def _measured(candidates: list[Series], measure: str) -> Series:
+    """The best of those that have a measure."""
+    found = [series for series in candidates if any(measure in taken for taken in series.measures.values())]
+    if not found:
+        raise NotDecidable(f"an architecture that this needs has no measures.{measure}")
+    return best(found)
+
+
+def _by_loop(series: Series) -> tuple[dict[int, NDArray[np.float64]], dict[int, NDArray[np.float64]]]:
+    looped, other, layers = {}, {}, series.layers[0]
+    for seed, measures in series.measures.items():
+        if "angular" in measures:
+            found = np.asarray(measures["angular"]["layers"])
+            looped[seed] = found[: series.loops * layers].reshape(series.loops, layers)
+            other[seed] = found[series.loops * layers :]
+    return looped, other
+
+
+def _alikeness(found: NDArray[np.float64]) -> float:
+    """The mean correlation of consecutive rows."""
+    return float(np.mean([np.corrcoef(found[t], found[t + 1])[0, 1] for t in range(len(found) - 1)]))
+
+
+def _row(values: NDArray[np.float64]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
+
+
+def _plain(found: Interval) -> str:
+    return f"{found.mean:.2f}" + ("" if found.low is None else f" (95%: {found.low:.2f} to {found.high:.2f})")
+
+
+def retrieval(results: Results) -> Outcome:
+    """Needles in the first half of the longest texts, by architecture, against a model of windows alone."""
+    roles: tuple[Role, ...] = ("window_only", "transformer", "yoco", "yoco_u")
+    chosen = {role: _measured(results.of_role(role), "needles") for role in roles}
+    lengths = set.intersection(*({cell["length"] for cell in series.needles} for series in chosen.values()))
+    if not lengths:
+        raise NotDecidable("the models were not asked for needles of one length")
+    length = max(lengths)
+    recalls = {role: _recall(series, length) for role, series in chosen.items()}
+    text = [f"Needles in the first half of {length:,} tokens, share that is found: "]
+    text.append("; ".join(f"{chosen[role].label} {_plain(interval(list(found.values())))}" for role, found in recalls.items()))
+    verdicts, numbers = list[Verdict](), dict[str, Any]()
+    for role, found in recalls.items():
+        numbers[role] = interval(list(found.values()))
+        if role != "window_only":
+            missed = difference(recalls["window_only"], found)
+            numbers[f"window_only minus {role}"] = missed
+            beaten = of_sign(missed)
+            verdicts.append(OPEN if beaten == "confirmed" and numbers[role].mean < FOUND else beaten)
+    text.append(f". Found means a share of {FOUND:.0%} or more, and more than by windows alone in every interval.")
+    return Outcome(together(verdicts), "".join(text), numbers)
+
+
+def _recall(series: Series, length: int) -> dict[int, float]:
+    """Mean over kinds and depths, by seed."""
+    found = {}
+    for seed, measures in series.measures.items():
+        cells = [cell for cell in measures.get("needles", []) if cell["length"] == length and cell["depth"] <= FAR]
+        if cells:
+            found[seed] = sum(cell["recall"] for cell in cells) / len(cells)
+    return found

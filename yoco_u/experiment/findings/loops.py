@@ -1,0 +1,112 @@
+"""What loops do: loss against their number, and the slow start of a looped model with what removes it."""
+
+from itertools import pairwise
+from typing import Any
+
+from yoco_u.experiment.findings.verdicts import OPEN, Outcome, Verdict, difference_text, loss_text, of_sign, together
+from yoco_u.experiment.intervals import Interval, NotDecidable, difference, interval
+from yoco_u.experiment.results import Results, Series, best, near
+from yoco_u.formatting import short_count
+
+EARLY = 0.25
+"""Share of the tokens at which the slow start is looked at."""
+
+
+def falls_with_loops(results: Results) -> Outcome:
+    """Each larger loop count against the one before."""
+    ladder = _ladder(results)
+    steps = [(low, high, difference(ladder[high].final, ladder[low].final)) for low, high in _rungs(ladder)]
+    losses = ", ".join(f"T={loops} {loss_text(series.loss)}" for loops, series in ladder.items())
+    text = [f"After {short_count(next(iter(ladder.values())).tokens)} tokens: {losses}."]
+    text += [f"T={low} to {high}: {difference_text(found)}." for low, high, found in steps]
+    numbers = {f"T={low} to {high}": found for low, high, found in steps}
+    return Outcome(together(of_sign(found) for _, _, found in steps), " ".join(text), numbers)
+
+
+def each_by_less(results: Results) -> Outcome:
+    """The gain of one more loop, from each loop count to the next."""
+    ladder = _ladder(results)
+    seeds = set.intersection(*(set(series.final) for series in ladder.values()))
+    if not seeds:
+        raise NotDecidable("the loop counts have no seed in common")
+    gains = [
+        {seed: (ladder[low].final[seed] - ladder[high].final[seed]) / (high - low) for seed in seeds}
+        for low, high in _rungs(ladder)
+    ]
+    names = [f"{low} to {high}" for low, high in _rungs(ladder)]
+    verdicts, text, numbers = list[Verdict](), [], {}
+    for name, gain in zip(names, gains, strict=True):
+        numbers[f"gain per loop, T={name}"] = interval(list(gain.values()))
+    told = ", ".join(f"T={name} {interval(list(gain.values())).mean:.4f}" for name, gain in zip(names, gains, strict=True))
+    text.append(f"Nats gained by each loop more: {told}.")
+    for i in range(len(gains) - 1):
+        found = difference(gains[i + 1], gains[i])
+        verdicts.append(of_sign(found))
+        text.append(f"The gain of T={names[i + 1]} minus that of T={names[i]}: {difference_text(found)}.")
+    return Outcome(together(verdicts), " ".join(text), numbers)
+
+
+def _ladder(results: Results) -> dict[int, Series]:
+    """The best series of each loop count at the most tokens at which there are three; YOCO is the one of one loop."""
+    found = [*results.of_role("yoco_u"), *results.of_role("yoco")]
+    for tokens in sorted({series.tokens for series in found}, reverse=True):
+        there = [series for series in found if near(series.tokens, tokens)]
+        counts = sorted({series.loops for series in there})
+        if len(counts) >= 3:
+            return {loops: best(series for series in there if series.loops == loops) for loops in counts}
+    raise NotDecidable("fewer than three loop counts are finished at equal tokens")
+
+
+def _rungs(ladder: dict[int, Series]) -> list[tuple[int, int]]:
+    return list(pairwise(ladder))
+
+
+def early_lag(results: Results) -> Outcome:
+    """The plain loop's lag behind YOCO early in training, and what each remedy takes away of it; a YOCO-U beside it is one."""
+    plain, yoco = _plain_loop_and_yoco(results)
+    tamed = [*results.of_role("tamed_loop"), *results.of_role("yoco_u", plain.loops)]
+    remedies = [series for series in tamed if near(series.tokens, plain.tokens) and series is not plain]
+    if not remedies:
+        raise NotDecidable("no loop with a remedy is finished at the tokens of the plain one")
+    early = EARLY * plain.tokens
+    lag, end = difference(plain.at(early), yoco.at(early)), difference(plain.final, yoco.final)
+    text = [
+        f"The plain loop minus YOCO: {difference_text(lag)} after {short_count(early)} tokens, {difference_text(end)} after "
+        f"{short_count(plain.tokens)}."
+    ]
+    numbers: dict[str, Any] = {"plain minus YOCO": {"early": lag, "end": end}}
+    helped = list[Verdict]()
+    for series in sorted(remedies, key=lambda series: series.loss.mean):
+        gain, final = difference(series.at(early), plain.at(early)), difference(series.final, plain.final)
+        left, left_at_end = difference(series.at(early), yoco.at(early)), difference(series.final, yoco.final)
+        helped.append(of_sign(gain))
+        numbers[series.label] = {
+            "early, minus plain": gain,
+            "end, minus plain": final,
+            "early, minus YOCO": left,
+            "end, minus YOCO": left_at_end,
+        }
+        text.append(
+            f"With {series.label}: {_removes(lag, gain)}{difference_text(gain)} against the plain loop early, "
+            f"{difference_text(final)} at the end ({difference_text(left_at_end)} against YOCO)."
+        )
+    lags = of_sign(-lag)
+    best_remedy: Verdict = (
+        "confirmed" if "confirmed" in helped else "not confirmed" if set(helped) == {"not confirmed"} else OPEN
+    )
+    return Outcome(together([lags, best_remedy]), " ".join(text), numbers)
+
+
+def _plain_loop_and_yoco(results: Results) -> tuple[Series, Series]:
+    """At the most tokens. Where no model is called a plain loop, YOCO-U without gates is it, at the remedies' loop count."""
+    pairs = results.pairs("plain_loop", "yoco", "tokens")
+    if not pairs and (tamed := results.of_role("tamed_loop")):
+        pairs = [pair for pair in results.pairs("yoco_u", "yoco", "tokens", tamed[-1].loops) if not pair[0].gated]
+    if not pairs:
+        raise NotDecidable("no plain loop beside a YOCO of equal tokens is finished")
+    return pairs[-1]
+
+
+def _removes(lag: Interval, gain: Interval) -> str:
+    """Only where there is a lag that the gain is a share of."""
+    return f"{-gain.mean / lag.mean:.0%} of the early lag removed, " if lag.low is not None and lag.low > 0 else ""

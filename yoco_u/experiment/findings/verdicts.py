@@ -1,0 +1,97 @@
+"""How a finding comes out: three verdicts, and the words for intervals and trends."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from yoco_u.experiment.intervals import Interval, Trend
+from yoco_u.formatting import short_count
+
+Verdict = Literal["confirmed", "not confirmed", "not decidable at this scale"]
+
+OPEN: Literal["not decidable at this scale"] = "not decidable at this scale"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    Attributes:
+        text: what was compared and what came out, in sentences with the numbers.
+        numbers: the same for machines.
+    """
+
+    verdict: Verdict
+    text: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+def of_sign(claimed_negative: Interval) -> Verdict:
+    """Whether a difference that is claimed to be below zero is: its 95% interval must lie on one side."""
+    low, high = claimed_negative.low, claimed_negative.high
+    if low is None or high is None or low <= 0 <= high:
+        return OPEN
+    return "confirmed" if high < 0 else "not confirmed"
+
+
+def together(verdicts: Iterable[Verdict]) -> Verdict:
+    """Of a claim with several parts: one part that fails refutes it, all must hold to confirm it."""
+    found = set(verdicts)
+    for verdict in ("not confirmed", OPEN):
+        if verdict in found:
+            return verdict
+    return "confirmed"
+
+
+def signed(value: float) -> str:
+    """Nats with a true minus sign."""
+    return f"{value:+.4f}".replace("-", "\u2212")
+
+
+def difference_text(found: Interval) -> str:
+    """−0.0123 (95%: −0.0200 to −0.0046, 3 seeds)"""
+    if found.low is None or found.high is None:
+        return f"{signed(found.mean)} (one seed, no interval)"
+    return f"{signed(found.mean)} (95%: {signed(found.low)} to {signed(found.high)}, {found.count} seeds)"
+
+
+def loss_text(found: Interval) -> str:
+    """2.4123 ± 0.0041"""
+    return f"{found.mean:.4f}{_half_text(found)}"
+
+
+def short_difference_text(found: Interval) -> str:
+    """−0.0123 ± 0.0077"""
+    return f"{signed(found.mean)}{_half_text(found)}"
+
+
+def _half_text(found: Interval) -> str:
+    return " (one seed)" if found.high is None else f" ± {found.high - found.mean:.4f}"
+
+
+def trend_text(trend: Trend, gap: float, unit: str) -> str:
+    """What a gap does as x doubles, and where it would close.
+
+    Args:
+        gap: at the end; negative is a lead.
+        unit: of x: `tokens` or `FLOPs`.
+    """
+    low, high, rate = trend.per_doubling.low, trend.per_doubling.high, trend.per_doubling.mean
+    moves = f"{difference_text(trend.per_doubling)} nats whenever the {unit} double"
+    if low is None or high is None or low <= 0 <= high:
+        return f"Whether it grows or shrinks cannot be told: {moves}."
+    if gap < 0:
+        return f"The lead {'grows' if rate < 0 else 'shrinks'}: {moves}."
+    if rate >= 0:
+        return f"The lag does not close: {moves}."
+    if trend.crossing is None:
+        return f"The lag closes: {moves}."
+    return f"The lag closes: {moves}; carried on in a straight line it would cross zero at {_range_text(trend.crossing, unit)}."
+
+
+def _range_text(found: Interval, unit: str) -> str:
+    def amount(value: float) -> str:
+        return short_count(value) if unit == "tokens" else f"{value:.2g}"
+
+    if found.low is None or found.high is None:
+        return f"about {amount(found.mean)} {unit}"
+    return f"about {amount(found.mean)} {unit} (95%: {amount(found.low)} to {amount(found.high)})"

@@ -1,0 +1,261 @@
+"""From an experiment to its cells: one checked run config each, in an order and under names that do not change as it grows."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+from yoco_u.architecture import Architecture
+from yoco_u.budget import parameters
+from yoco_u.config import apply_overrides, merged, parse
+from yoco_u.errors import UserError
+from yoco_u.experiment.config import Experiment, Match, Matches, ModelPlan, Role, Scalar
+from yoco_u.formatting import short_count
+from yoco_u.training.config import RunConfig
+
+_FEED_FORWARD_MULTIPLE = 8  # widths that a match by parameters chooses from
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Attributes:
+        name: of its folder, inside the experiment's.
+        series: the name without the seed; cells of one series differ in nothing else.
+        model: the name of its entry in `models` with the varied values, without tokens and seed.
+        model_label: the model's name for people.
+        label: of the series, the model's with the tokens that it reads where these are an axis.
+        tokens: its value on the axis of training tokens, if there is one.
+        seed: its value on the axis of seeds, or that of its settings.
+    """
+
+    name: str
+    series: str
+    model: str
+    model_label: str
+    label: str
+    role: Role | None
+    tokens: int | None
+    seed: int
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A model with one combination of its varied values."""
+
+    name: str
+    label: str
+    entry: str
+    plan: ModelPlan
+    values: dict[str, Scalar]
+    match: Matches
+
+
+def expand(experiment: Experiment, folder: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+    """All cells: seeds outermost, then tokens, then the models in their order with the last varied setting fastest.
+
+    So the first seed's comparison is complete before the second begins, and new seeds come last. The dataset that all cells
+    share is `folder`/data.
+
+    Args:
+        overrides: `key=value` settings that win in every run.
+
+    Raises:
+        UserError: if settings do not fit, a reference names no model or several, or two cells come out with one name.
+    """
+    variants = list(_variants(experiment))
+    grid = _Grid(experiment, variants, folder, overrides)
+    cells = [
+        grid.cell(variant, tokens, seed)
+        for seed, tokens, variant in product(experiment.seeds or (None,), experiment.tokens or (None,), variants)
+    ]
+    _check(cells)
+    return cells
+
+
+def choose(cells: Sequence[Cell], cell: str | None = None, only: str | None = None) -> list[Cell]:
+    """Some of the cells.
+
+    Args:
+        cell: the name of one, or its number in the list, from 0.
+        only: `SHARD/COUNT`: every COUNT-th cell from the SHARD-th on, SHARD = 1 .. COUNT.
+
+    Raises:
+        UserError: if there is no such cell, or `only` is not of that form.
+    """
+    if cell is not None:
+        found = [c for number, c in enumerate(cells) if cell in (c.name, str(number))]
+        if not found:
+            raise UserError(f"--cell {cell}: no such cell; give a number from 0 to {len(cells) - 1} or a name, see --list")
+        return found
+    if only is not None:
+        parts = re.fullmatch(r"(\d+)/(\d+)", only)
+        shard, count = map(int, parts.groups()) if parts else (0, 0)
+        if not 1 <= shard <= count:
+            raise UserError(f"--only {only}: expected SHARD/COUNT with SHARD from 1 to COUNT, such as 2/8")
+        return list(cells[shard - 1 :: count])
+    return list(cells)
+
+
+def with_steps(config: RunConfig, steps: int) -> RunConfig:
+    """The config with another number of steps, checked anew; at least one."""
+    data = config.model_dump()
+    data["training"]["steps"] = max(1, steps)
+    return parse(RunConfig, data, config.name)
+
+
+def with_equal_flops(config: RunConfig, reference: RunConfig) -> RunConfig:
+    """The config with as many steps as spend the training FLOPs of the reference, to the nearest step."""
+    per_step = config.training_flops() / config.training.steps
+    return with_steps(config, round(reference.training_flops() / per_step))
+
+
+def with_equal_tokens(config: RunConfig, tokens: int) -> RunConfig:
+    """The config with as many steps as read so many tokens, to the nearest step."""
+    return with_steps(config, round(tokens / config.tokens_per_step))
+
+
+def with_equal_parameters(config: RunConfig, reference: Architecture) -> RunConfig:
+    """The config with the width of its feed-forward, a multiple of 8, that brings its parameters nearest to the reference's.
+
+    Raises:
+        UserError: for a mixture of experts, or if even the smallest width has more parameters.
+    """
+    a, multiple = config.architecture, _FEED_FORWARD_MULTIPLE
+    if a.experts is not None:
+        raise UserError(f"{config.name}: a mixture of experts cannot be matched by parameters; set its widths yourself")
+
+    def total(width: int) -> int:
+        return parameters(a.model_copy(update={"intermediate_size": width})).total
+
+    wanted, per_width = parameters(reference).total, total(2) - total(1)
+    width = multiple * round((wanted - total(0)) / per_width / multiple)
+    if width < multiple:
+        raise UserError(
+            f"{config.name}: has {total(multiple):,} parameters even with intermediate_size {multiple}, more than the "
+            f"{wanted:,} to match; choose other widths"
+        )
+    return config.model_copy(update={"architecture": a.model_copy(update={"intermediate_size": width})})
+
+
+class _Grid:
+    """Makes cells, each with the references that it is matched to."""
+
+    def __init__(self, experiment: Experiment, variants: list[_Variant], folder: Path, overrides: Sequence[str]) -> None:
+        self.experiment, self.variants, self.folder, self.overrides = experiment, variants, folder, overrides
+
+    def cell(self, variant: _Variant, tokens: int | None, seed: int | None) -> Cell:
+        parts = [variant.name, *([f"tokens-{_count(tokens)}"] if tokens is not None else [])]
+        series, config = "_".join(parts), self._matched(variant, tokens, seed)
+        name = series if seed is None else f"{series}_seed-{seed}"
+        read = f", {short_count(config.training.steps * config.tokens_per_step)} tokens" if tokens is not None else ""
+        label = f"{variant.label}{read}"
+        config = config.model_copy(update={"name": label if seed is None else f"{label}, seed {seed}"})
+        role = variant.plan.role or next((role for role in get_args(Role) if role == variant.entry.replace("-", "_")), None)
+        return Cell(name, series, variant.name, variant.label, label, role, tokens, config.training.seed, config)
+
+    def _matched(self, variant: _Variant, tokens: int | None, seed: int | None) -> RunConfig:
+        config = self._plain(variant, tokens, seed)
+        for match in sorted(variant.match, key=lambda match: match.by != "parameters"):
+            other = self._reference(variant, match)
+            if match.by == "parameters":
+                config = with_equal_parameters(config, self._plain(other, tokens, seed).architecture)
+                continue
+            reference = self._matched(other, tokens, seed)
+            if match.by == "flops":
+                config = with_equal_flops(config, reference)
+            else:
+                config = with_equal_tokens(config, reference.training.steps * reference.tokens_per_step)
+        return config
+
+    def _plain(self, variant: _Variant, tokens: int | None, seed: int | None) -> RunConfig:
+        """The settings of a cell, before it is matched."""
+        settings = merged(self.experiment.base, variant.plan.settings)
+        settings = apply_overrides(_set(settings, variant.values), self.overrides)
+        settings = _without_useless_gate(settings) | {"name": variant.name, "dataset": str(self.folder / "data")}
+        if seed is not None:
+            settings = merged(settings, {"training": {"seed": seed}})
+        if tokens is not None:
+            settings = merged(settings, {"training": {"steps": 10**9}})  # until the length of a step is known
+        config = parse(RunConfig, settings, f"model {variant.name}")
+        return config if tokens is None else with_equal_tokens(config, tokens)
+
+    def _reference(self, variant: _Variant, match: Match) -> _Variant:
+        """The one variant that `match` names and whose varied values agree with those of `variant`."""
+        where, models = f"models.{variant.entry}.match", self.experiment.models
+        named = [other for other in self.variants if match.reference in (other.name, other.entry)]
+        if not named:
+            raise UserError(f"{where}: no model {match.reference!r}; the models are {', '.join(models)}")
+        found = [other for other in named if other.name == match.reference or _agree(other.values, variant.values)]
+        if len(found) != 1:
+            names = ", ".join(other.name for other in found or named)
+            raise UserError(f"{where}: {match.reference} could be any of {names}; name one of them")
+        if any((own.by == "parameters") == (match.by == "parameters") for own in found[0].match):
+            raise UserError(f"{where}: {match.reference} is itself matched so; name a model that is not")
+        return found[0]
+
+
+def _agree(some: dict[str, Scalar], others: dict[str, Scalar]) -> bool:
+    return all(some[key] == others[key] for key in some.keys() & others.keys())
+
+
+def _variants(experiment: Experiment) -> Iterator[_Variant]:
+    for entry, plan in experiment.models.items():
+        vary = experiment.vary | plan.vary
+        match = plan.match
+        if match is None:
+            match = tuple(match for match in experiment.match if match.reference != entry)
+        for values in product(*vary.values()):
+            chosen = dict(zip(vary, values, strict=True))
+            parts = [f"{_last(key).replace('_', '-')}-{_text(value)}" for key, value in chosen.items()]
+            words = [f"{_last(key).replace('_', ' ')} {_text(value)}" for key, value in chosen.items()]
+            label = ", ".join([plan.label or entry, *words])
+            yield _Variant("_".join([entry, *parts]), label, entry, plan, chosen, match)
+
+
+def _set(settings: dict[str, Any], values: dict[str, Scalar]) -> dict[str, Any]:
+    for dotted, value in values.items():
+        group: Any = value
+        for key in reversed(dotted.split(".")):
+            group = {key: group}
+        settings = merged(settings, group)
+    return settings
+
+
+def _without_useless_gate(settings: dict[str, Any]) -> dict[str, Any]:
+    """A preset at one loop has no gate, so that a model with gates can be varied over loops from 1 on."""
+    architecture = settings.get("architecture")
+    if not isinstance(architecture, dict) or architecture.get("loops") != 1:
+        return settings
+    return settings | {"architecture": {key: value for key, value in architecture.items() if key != "loop_gate"}}
+
+
+def _check(cells: Sequence[Cell]) -> None:
+    seen: set[str] = set()
+    for cell in cells:
+        if cell.name in seen:
+            raise UserError(f"two cells come out as {cell.name}; rename a model, or drop a value that is there twice")
+        seen.add(cell.name)
+        if cell.config.data != cells[0].config.data:
+            raise UserError(f"{cell.name} and {cells[0].name} differ in data; all cells read one dataset, set data in the base")
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _text(value: Scalar) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^A-Za-z0-9.-]", "-", text)
+
+
+def _count(tokens: int) -> str:
+    """1_500_000 -> 1500K; whole, so that names differ where numbers do."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)

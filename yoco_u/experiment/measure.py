@@ -1,0 +1,91 @@
+"""What is looked at in each trained model besides its loss: angular distances inside, and facts found in long texts."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from yoco_u.analysis import angular_distances, split_batches
+from yoco_u.config import Config
+from yoco_u.data import DatasetIndex, DocumentEncoder, PackedDataset, load_tokenizer, prepare
+from yoco_u.device import find_device
+from yoco_u.evaluation.needle_grid import NeedleSettings, check_needles, needle_grid
+from yoco_u.evaluation.needles import NOISE_KINDS, load_haystack
+from yoco_u.experiment.config import AngularMeasure, Measures, Samples
+from yoco_u.files import read_json, write_json
+from yoco_u.inference import LLM
+from yoco_u.loading import load_model
+from yoco_u.training.config import RunConfig
+from yoco_u.training.run_folder import SAMPLES, read_run_config
+
+MEASURES = "measures.json"
+
+
+def check_measures(measures: Measures, config: RunConfig, progress: bool) -> None:
+    """Refuse measures that would fail when the models are trained; prepares their dataset, whose tokenizer decides.
+
+    Args:
+        config: of any run of the grid.
+        progress: show that of preparing.
+
+    Raises:
+        UserError: if needles cannot be made to the lengths that are asked for.
+    """
+    if measures.needles is not None:
+        path = Path(config.dataset)
+        index = DatasetIndex.load(path) if config.data is None else prepare(config.data, path, progress)
+        check_needles(measures.needles, DocumentEncoder(load_tokenizer(index.tokenizer)), _haystack(config, measures.needles))
+
+
+def measure(run: Path, measures: Measures) -> None:
+    """Measure the model of a run, and keep it in measures.json; what was measured before in the same way is left."""
+    ways: Mapping[str, tuple[Config | None, Callable[[Path, Any], Any]]] = {
+        "angular": (measures.angular, _angular),
+        "needles": (measures.needles, _needles),
+    }
+    found = read_json(run / MEASURES, {})
+    for name, (settings, take) in ways.items():
+        asked = None if settings is None else settings.model_dump(mode="json")
+        if asked is not None and found.get(name, {}).get("settings") != asked:
+            found[name] = {"settings": asked, "result": take(run, settings)}
+            write_json(run / MEASURES, found)
+
+
+def read_measures(run: Path) -> dict[str, Any]:
+    """The results by name; empty if none were taken."""
+    return {name: found["result"] for name, found in read_json(run / MEASURES, {}).items()}
+
+
+def write_samples(run: Path, samples: Samples) -> None:
+    """Let the model of a run write, and keep it in samples.json; nothing happens if the same was asked before."""
+    settings = samples.sampling.model_dump(mode="json")
+    found = read_json(run / SAMPLES, [])
+    if [(sample["prompt"], sample["settings"]) for sample in found] == [(prompt, settings) for prompt in samples.prompts]:
+        return
+    requests = LLM(run, dtype="float32").generate(samples.prompts, samples.sampling)
+    written = [
+        {"prompt": prompt, "text": output.text, "tokens": len(output.token_ids), "settings": settings}
+        for prompt, request in zip(samples.prompts, requests, strict=True)
+        for output in request.outputs
+    ]
+    write_json(run / SAMPLES, written)
+
+
+def _angular(run: Path, settings: AngularMeasure) -> dict[str, Any]:
+    config = read_run_config(run)
+    validation = PackedDataset(config.dataset, "validation", config.training.sequence_length, shuffle=False)
+    model, _ = load_model(run, find_device(config.training.device))
+    return asdict(angular_distances(model, split_batches(validation, settings.tokens)))
+
+
+def _needles(run: Path, settings: NeedleSettings) -> list[dict[str, Any]]:
+    haystack = _haystack(read_run_config(run), settings)
+    llm = LLM(run, dtype="float32", max_model_len=max(settings.lengths))
+    return [cell.model_dump() for cell in needle_grid(llm, settings, haystack)]
+
+
+def _haystack(config: RunConfig, settings: NeedleSettings) -> str | None:
+    """What a model was trained on, if there is a kind of needle that is hidden in a text."""
+    if set(settings.kinds) <= set(NOISE_KINDS):
+        return None
+    return load_haystack(config.data.corpus if config.data else ("stdlib",))

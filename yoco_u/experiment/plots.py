@@ -1,0 +1,152 @@
+"""Pictures of a grid: mean curves with the range of the seeds, final losses with their intervals, losses over budgets."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from yoco_u.experiment.needle_maps import needle_maps
+from yoco_u.experiment.results import Series
+from yoco_u.experiment.summary import Fit, Row, Summary
+from yoco_u.files import beside, publish
+from yoco_u.plotting import (
+    budget_formatter,
+    colour,
+    dashes,
+    svg,
+)
+
+AXES = (("tokens", "training tokens"), ("flops", "training FLOPs"))
+_MAPS_IN_A_ROW = 4
+
+
+def styles(found: Sequence[Series]) -> dict[str, int]:
+    """A number for each model, which stands for its colour and line."""
+    return {model: number for number, model in enumerate(dict.fromkeys(series.model for series in found))}
+
+
+def curve_plot(found: Sequence[Series], x: str, label: str) -> str:
+    """Mean validation loss over `tokens` or `flops`."""
+    return svg(lambda axes: _draw_curves(axes, found, x, label))
+
+
+def final_plot(rows: Sequence[Row], numbers: dict[str, int]) -> str:
+    """Final losses, lowest on top, with their 95% intervals and each seed."""
+    return svg(lambda axes: _draw_finals(axes, rows, numbers), (7.5, _height(rows)))
+
+
+def budget_plot(found: Sequence[Series], fits: Sequence[Fit], x: str, label: str) -> str:
+    """Final losses of runs over budgets, with the power laws that fit."""
+    return svg(lambda axes: _draw_budgets(axes, found, fits, x, label))
+
+
+def angular_plot(found: Sequence[Series]) -> str | None:
+    """Mean angular distance of each unrolled layer, over the seeds; None if it was not measured."""
+    numbers = styles(found)
+    measured = [series for series in found if any("angular" in taken for taken in series.measures.values())]
+
+    def draw(axes: Axes) -> None:
+        for series in measured:
+            rows = [taken["angular"]["layers"] for taken in series.measures.values() if "angular" in taken]
+            number = numbers[series.model]
+            line, x = dashes(number), range(1, len(rows[0]) + 1)
+            axes.plot(x, np.mean(rows, axis=0), color=colour(number), linestyle=line, marker="o", markersize=3, linewidth=1.2)
+        axes.set_xlabel("layer, unrolled")
+        axes.set_ylabel("angular distance, half turns")
+
+    return svg(draw, (7.5, 3.5)) if measured else None
+
+
+def write_png(summary: Summary, path: Path) -> None:
+    """Curves, final losses (over budgets, if there are several) and needles as one picture; whole or not at all."""
+    series = summary.results.series
+    maps = needle_maps(series)
+    rows = -(-len(maps) // _MAPS_IN_A_ROW)
+    heights = [4.6, 3.6 if summary.several_budgets else _height(summary.rows)] + [2.6 * rows] * bool(maps)
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained", dpi=130)
+    parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
+    panels = parts[0].subplots(1, 2)
+    for axes, (x, label) in zip(panels, AXES, strict=True):
+        _draw_curves(axes, series, x, label)
+    parts[0].legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    if summary.several_budgets:
+        for axes, (x, label) in zip(parts[1].subplots(1, 2), AXES, strict=True):
+            _draw_budgets(axes, series, summary.fits, x, label)
+    else:
+        _draw_finals(parts[1].subplots(), summary.rows, styles(series))
+    for axes in figure.axes:
+        axes.grid(alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    if maps:
+        parts[2].suptitle("needles found", fontsize=10)
+        grid = parts[2].subplots(rows, _MAPS_IN_A_ROW, squeeze=False).ravel()
+        for axes, needles in zip(grid, maps, strict=False):
+            needles.draw(axes)
+            axes.set_title(fill(needles.title, 28), fontsize=9)
+        for axes in grid[len(maps) :]:
+            axes.remove()
+    figure.savefig(beside(path), format="png")
+    publish(path)
+
+
+def _height(rows: Sequence[Row]) -> float:
+    return 0.8 + 0.3 * len(rows)
+
+
+def _draw_finals(axes: Axes, rows: Sequence[Row], numbers: dict[str, int]) -> None:
+    for height, row in enumerate(reversed(rows)):
+        own = colour(numbers[row.series.model])
+        if row.loss.low is not None and row.loss.high is not None:
+            axes.plot([row.loss.low, row.loss.high], [height, height], color=own, linewidth=1.5)
+        axes.plot([row.loss.mean], [height], color=own, marker="o", markersize=5)
+        seeds = list(row.series.final.values())
+        axes.plot(seeds, [height] * len(seeds), color=own, marker="|", markersize=9, linewidth=0)
+    axes.set_yticks(range(len(rows)), [row.series.label for row in reversed(rows)])
+    axes.set_xlabel("final validation loss, nats per token")
+
+
+def _draw_budgets(axes: Axes, found: Sequence[Series], fits: Sequence[Fit], x: str, label: str) -> None:
+    axes.set_xscale("log")
+    for model, number in styles(found).items():
+        own = sorted((series for series in found if series.model == model), key=lambda series: series.tokens)
+        budgets = [getattr(series, x) for series in own]
+        law = next((fit.law for fit in fits if fit.model == model and fit.x == x), None)
+        for series, budget in zip(own, budgets, strict=True):
+            seeds = list(series.final.values())
+            axes.plot([budget] * len(seeds), seeds, color=colour(number), marker="o", markersize=3.5, linewidth=0)
+        if law is not None:
+            between = np.geomspace(budgets[0], 2 * budgets[-1], 60)
+            axes.plot(between, [law(value) for value in between], color=colour(number), linestyle=dashes(number), linewidth=1.2)
+        else:
+            means = [series.loss.mean for series in own]
+            axes.plot(budgets, means, color=colour(number), linestyle=dashes(number), linewidth=0.8, alpha=0.6)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(budget_formatter(x))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(label)
+    axes.set_ylabel("final loss, nats per token")
+
+
+def _draw_curves(axes: Axes, found: Sequence[Series], x: str, label: str) -> None:
+    numbers, drawn, top, bottom = styles(found), set[str](), [], []
+    for series in found:
+        curves = list(series.curves.values())
+        points = [getattr(point, x) for point in curves[0]]
+        losses = np.array([np.interp(points, [getattr(p, x) for p in curve], [p.loss for p in curve]) for curve in curves])
+        number = numbers[series.model]
+        mean = losses.mean(axis=0)
+        legend = series.model_label if series.model not in drawn else None
+        drawn.add(series.model)
+        axes.fill_between(points, losses.min(axis=0), losses.max(axis=0), color=colour(number), alpha=0.18, linewidth=0)
+        axes.plot(points, mean, color=colour(number), linestyle=dashes(number), linewidth=1.3, label=legend)
+        top.append(float(mean[len(mean) // 8]))  # the beginning falls so steeply that it would hide all the rest
+        bottom.append(float(losses.min()))
+    room = 0.05 * (max(top) - min(bottom)) or 0.1
+    axes.set_ylim(min(bottom) - room, max(top) + room)
+    axes.xaxis.set_major_formatter(budget_formatter(x))
+    axes.set_xlabel(label)
+    axes.set_ylabel("validation loss, nats per token")

@@ -1,0 +1,92 @@
+"""The report of a grid: one HTML page, the same as JSON, and its plots as one picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from yoco_u.errors import UserError
+from yoco_u.experiment.config import Experiment
+from yoco_u.experiment.findings.verdicts import loss_text, short_difference_text
+from yoco_u.experiment.grid import Cell
+from yoco_u.experiment.needle_maps import needle_maps
+from yoco_u.experiment.plots import AXES, angular_plot, budget_plot, curve_plot, final_plot, styles, write_png
+from yoco_u.experiment.results import read_results
+from yoco_u.experiment.summary import Fit, Summary, summarize
+from yoco_u.files import write_json
+from yoco_u.formatting import duration, scientific, short_count
+from yoco_u.plotting import PALETTE, dashes
+from yoco_u.report.page import render_page, write_page
+
+REPORT = "report"
+"""Name of the report's files in the experiment's folder, without the endings html, json and png."""
+
+
+def write_experiment_report(experiment: Experiment, cells: Sequence[Cell], folder: Path) -> Summary:
+    """Write report.html, report.json and report.png into the experiment's folder, from what is finished.
+
+    Raises:
+        UserError: if no cell is finished, a run folder is damaged, or the files cannot be written.
+    """
+    results = read_results(cells, folder)
+    if not results.series:
+        raise UserError(f"{folder}: none of the {len(cells)} cells is finished yet; train them without --report first")
+    summary = summarize(experiment, results)
+    write_page(folder / f"{REPORT}.html", render(summary))
+    write_json(folder / f"{REPORT}.json", summary.as_json())
+    write_png(summary, folder / f"{REPORT}.png")
+    return summary
+
+
+def render(summary: Summary) -> str:
+    """The page as text."""
+    series, numbers = summary.results.series, styles(summary.results.series)
+    return render_page(
+        "experiment.html.jinja",
+        title=summary.experiment.title,
+        headline=summary.headline,
+        findings=[(j.outcome.verdict, j.finding.statement, j.outcome.text, bool(j.outcome.numbers)) for j in summary.judged],
+        styles=[{"colour": number % len(PALETTE), "dash": dashes(number)} for number in numbers.values()],
+        legend=[(numbers[s.model], s.model_label) for s in {s.model: s for s in series}.values()],
+        curve_plots=[(f"Loss against {_unit(x)}", curve_plot(series, x, label)) for x, label in AXES],
+        final_plot=final_plot(summary.rows, numbers),
+        budget_plots=[(f"Final loss against {_unit(x)}", budget_plot(series, summary.fits, x, label)) for x, label in AXES]
+        if summary.several_budgets
+        else [],
+        angular_plot=angular_plot(series),
+        needle_maps=[(found.title, found.svg()) for found in needle_maps(series)],
+        baseline=summary.baseline,
+        table=[
+            [
+                row.series.label,
+                short_count(row.series.parameters),
+                str(row.series.loops),
+                short_count(row.series.tokens),
+                f"{row.series.tokens / row.series.parameters:.0f}",
+                scientific(row.series.flops),
+                str(len(row.series.curves)),
+                loss_text(row.loss),
+                "" if row.difference is None else short_difference_text(row.difference),
+            ]
+            for row in summary.rows
+        ],
+        fits=[(fit.label, _unit(fit.x), _fit_text(fit)) for fit in summary.fits] if summary.several_budgets else [],
+        unfinished=[(result.cell.name, result.state) for result in summary.results.unfinished],
+        seconds=duration(sum(result.seconds for result in summary.results.cells)),
+        settings=yaml.safe_dump(summary.experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),
+    )
+
+
+def _unit(x: str) -> str:
+    return {"flops": "FLOPs"}.get(x, x)
+
+
+def _fit_text(fit: Fit) -> str:
+    law = fit.law
+    if law is None:
+        return str(fit.reason)
+    (low, high), (shallow, steep) = law.floor_interval, law.exponent_interval
+    return (
+        f"{law.floor:.3f} + {law.scale:.3g} / {_unit(fit.x)}^{law.exponent:.3f} (95%: floor {low:.3f} to {high:.3f}, exponent "
+        f"{shallow:.3f} to {steep:.3f}; {law.points} runs, residual {law.residual:.4f} nats)"
+    )

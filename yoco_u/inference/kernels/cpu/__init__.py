@@ -1,0 +1,37 @@
+"""The C++ kernels: built on first use (some seconds), kept in torch's cache of extensions, registered as `torch.ops.yoco_u`."""
+
+import os
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+
+from filelock import FileLock
+
+_NAME = "yoco_u_kernels"
+_FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fopenmp", "-Wno-psabi"]
+
+
+@cache
+def compiled() -> bool:
+    """Whether the C++ kernels are there; builds them if they can be built."""
+    from torch.utils import cpp_extension
+
+    if os.environ.get("YOCO_U_KERNELS", "on") == "off":
+        return False
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        print(f"no C++ compiler ({compiler}) here: decoding is slower than it could be", file=sys.stderr)
+        return False
+    sources = [str(path) for path in sorted(Path(__file__).parent.glob("*.cpp"))]
+    folder = Path(cpp_extension._get_build_directory(_NAME, verbose=False))
+    try:
+        # torch's own lock is a file that outlives a process which is killed, and then nobody gets past it.
+        with FileLock(folder.with_suffix(".lock")):
+            (folder / "lock").unlink(missing_ok=True)
+            cpp_extension.load(_NAME, sources, extra_cflags=_FLAGS, is_python_module=False)
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        print(f"the C++ kernels could not be built ({reason}): decoding is slower than it could be", file=sys.stderr)
+        return False
+    return True

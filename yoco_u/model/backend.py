@@ -1,0 +1,222 @@
+"""What the blocks of one forward pass share: rotary angles, masks, and the cache that new keys and values go to."""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from yoco_u.architecture import Architecture
+from yoco_u.model.attention import attend, full_mask, sliding_attention, sliding_mask
+from yoco_u.model.cache import YocoUCache
+from yoco_u.model.cpu_attention import block_attention
+from yoco_u.model.retention import chunked_retention, recurrent_retention
+from yoco_u.model.rope import rotary_angles, rotate
+
+
+class Sequences(Protocol):
+    """The sequences of a batch, as the blocks see them.
+
+    Attention modules compute queries, keys and values and hand them over together with the number of their cache slot;
+    what is remembered between calls, and how, is decided behind this interface and not in the modules.
+
+    Slots are numbered in the order in which a forward pass meets them: stage, loop, layer.
+
+    Attributes:
+        has_cache: whether slots matter.
+    """
+
+    @property
+    def has_cache(self) -> bool: ...
+
+    def in_loop(self, loop: int) -> "tuple[Tensor | None, Sequences]":
+        """Tokens that a looped stage still runs on in this loop (indices; None: all), and sequences as these see them."""
+        ...
+
+    def kept(self) -> "tuple[Tensor | None, Sequences]":
+        """The same for the tokens whose logits are asked for: those that the cross-decoder runs on."""
+        ...
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(batch, tokens, heads, head_dim), rotated to the tokens' positions."""
+        ...
+
+    def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+    def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`prefix`: learned keys and values before the first token, each (prefix, kv_heads, head_dim)."""
+        ...
+
+    def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What cross attention is to be given as global keys and values, from those of the new tokens."""
+        ...
+
+    def cross_attention(self, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor: ...
+
+    def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor: ...
+
+
+@dataclass
+class PaddedBatch:
+    """Rows of equal length with or without padding, documents and a `YocoUCache`: `Sequences` of training and `generate()`.
+
+    Attributes:
+        rotary: cos and sin of the tokens, (batch or 1, tokens, 1, head_dim), float32.
+        kept_tokens: indices of the tokens that the cross-decoder runs on; None for all.
+        window: of the sliding layers.
+        blockwise: attention of new tokens goes block by block and needs no masks; see `yoco_u.model.cpu_attention`.
+        segments: of the new tokens and of all tokens so far, see `yoco_u.model.attention`; None where there is one document.
+        sliding, full, cross: masks, see `yoco_u.model.attention`; None where causal attention or none is the same.
+        documents: (batch, tokens), for retention, never decreasing; None where there is one document.
+        padding: (batch, tokens), true where a token is padding; None where none is.
+        cache: where keys and values of new tokens go; None without a cache.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    kept_tokens: Tensor | None
+    window: int | None
+    blockwise: bool
+    segments: tuple[Tensor, Tensor] | None
+    sliding: Tensor | None
+    full: Tensor | None
+    cross: Tensor | None
+    documents: Tensor | None
+    padding: Tensor | None
+    cache: YocoUCache | None
+
+    @property
+    def has_cache(self) -> bool:
+        return self.cache is not None
+
+    def in_loop(self, loop: int) -> tuple[None, "PaddedBatch"]:
+        return None, self
+
+    def kept(self) -> tuple[Tensor | None, "PaddedBatch"]:
+        if self.kept_tokens is None:
+            return None, self
+        cos, sin = self.rotary
+        return self.kept_tokens, replace(self, rotary=(cos[:, self.kept_tokens], sin[:, self.kept_tokens]))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        return rotate(x, self.rotary)
+
+    def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert self.window is not None
+        if self.cache is not None:
+            k, v = self.cache.append(slot, k, v)
+            seen = q.shape[1] + self.window - 1
+            k, v = k[:, -seen:], v[:, -seen:]
+        if self.blockwise:
+            return self._block_attention(q, k, v, self.window)
+        return sliding_attention(q, k, v, self.window, self.sliding)
+
+    def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+        if self.cache is not None:
+            k, v = self.cache.append(slot, k, v)
+        if prefix is not None:
+            k, v = (
+                torch.cat([p.to(x.dtype).expand(x.shape[0], -1, -1, -1), x], dim=1) for p, x in zip(prefix, (k, v), strict=True)
+            )
+        elif self.blockwise:
+            return self._block_attention(q, k, v, k.shape[1])
+        return attend(q, k, v, self.full, causal=self.full is None and q.shape[1] > 1)
+
+    def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return (k, v) if self.cache is None else self.cache.append(len(self.cache) - 1, k, v)
+
+    def cross_attention(self, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
+        if self.blockwise and self.kept_tokens is None:
+            return self._block_attention(q, *global_kv, global_kv[0].shape[1])
+        return attend(q, *global_kv, self.cross, causal=self.cross is None and self.kept_tokens is None and q.shape[1] > 1)
+
+    def _block_attention(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        if self.segments is None:
+            return block_attention(q, k, v, window, None, None)
+        queries, keys = self.segments
+        return block_attention(q, k, v, window, queries, keys[:, -k.shape[1] :])
+
+    def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        if self.padding is not None:
+            k = k.masked_fill(self.padding[..., None, None], 0)
+            log_decay = log_decay.masked_fill(self.padding[..., None], 0)
+        state = self.cache.retention_state(slot) if self.cache is not None else None
+        if state is None:
+            state = q.new_zeros(q.shape[0], q.shape[2], k.shape[-1], v.shape[-1])
+        if q.shape[1] == 1:
+            out, state = recurrent_retention(q, k, v, log_decay, state)
+        else:
+            out, state = chunked_retention(q, k, v, log_decay, state, self.documents)
+        if self.cache is not None:
+            self.cache.set_retention_state(slot, state, q.shape[1])
+        return out
+
+
+def prepare_sequences(
+    architecture: Architecture,
+    position_ids: Tensor,
+    segments: Tensor | None,
+    kept: Tensor | None,
+    cache: YocoUCache | None,
+    dtype: torch.dtype,
+) -> PaddedBatch:
+    """Work out once per forward pass what every block needs.
+
+    Args:
+        position_ids: of the new tokens, (batch or 1, tokens).
+        segments: of all tokens so far, cached ones included, (batch, past + tokens): 0 is padding, documents count from 1.
+        kept: indices of the new tokens that the cross-decoder runs on, (kept,); None for all.
+        dtype: of queries and keys.
+    """
+    tokens, device = position_ids.shape[1], position_ids.device
+    past = cache.get_seq_length() if cache is not None else 0
+    kinds = {stage.attention for stage in architecture.stages}
+    new = segments[:, past:] if segments is not None else None
+    pair = (new, segments) if segments is not None and new is not None else None
+    positions = torch.arange(past, past + tokens, device=device)
+    blockwise = runs_blockwise(tokens, device)
+
+    sliding = full = cross = None
+    if "sliding" in kinds and not blockwise:
+        assert architecture.window is not None
+        seen = min(past, architecture.window - 1)
+        visible = (pair[0], pair[1][:, past - seen :]) if pair is not None else None
+        sliding = sliding_mask(tokens, seen, architecture.window, visible, dtype, device)
+    needs_mask = pair is not None or bool(past and tokens > 1)
+    if "full" in kinds and (architecture.parallel or (needs_mask and not blockwise)):
+        full = full_mask(positions, past + tokens, pair, dtype)
+        if architecture.parallel:
+            full = torch.nn.functional.pad(full, (architecture.parallel.prefix_tokens, 0))
+    if "cross" in kinds and not (blockwise and kept is None):
+        cross = _cross_mask(positions, kept, past + tokens, pair, dtype)
+
+    return PaddedBatch(
+        rotary=rotary_angles(position_ids, architecture.head_dim, architecture.rope_theta),
+        kept_tokens=kept,
+        window=architecture.window,
+        blockwise=blockwise,
+        segments=pair,
+        sliding=sliding,
+        full=full,
+        cross=cross,
+        documents=new.cummax(dim=1).values if new is not None else None,
+        padding=new == 0 if new is not None else None,
+        cache=cache,
+    )
+
+
+def runs_blockwise(tokens: int, device: torch.device) -> bool:
+    """Whether so many new tokens attend by `yoco_u.model.cpu_attention` rather than through torch's fused attention."""
+    return device.type == "cpu" and tokens > 1
+
+
+def _cross_mask(
+    positions: Tensor, kept: Tensor | None, keys: int, segments: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+) -> Tensor | None:
+    """The mask of the cross-decoder's queries, or None where the only query is the last token or causal is the same."""
+    at = positions if kept is None else positions[kept]
+    if segments is not None:
+        queries = segments[0] if kept is None else segments[0][:, kept]
+        return full_mask(at, keys, (queries, segments[1]), dtype)
+    only_last = at.numel() == 1 and int(at[0]) == keys - 1
+    all_new = kept is None and positions.numel() == keys
+    return None if only_last or all_new else full_mask(at, keys, None, dtype)

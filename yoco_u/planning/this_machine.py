@@ -1,0 +1,19 @@
+"""The machine that a command runs on, measured for a plan. Unlike the rest of planning this needs torch."""
+
+import psutil
+import torch
+
+from yoco_u.device import environment, find_device, gemm_rate, memory_read_rate
+from yoco_u.planning.hardware import DType, Hardware
+
+
+def this_machine(dtype: DType) -> Hardware:
+    """The GPU of this machine if it has one, else the machine itself, measured now."""
+    device = find_device("auto")
+    gpu = device.type == "cuda"
+    return Hardware(
+        name=f"this machine ({environment(device)['device_name']})",
+        memory=torch.cuda.get_device_properties(device).total_memory if gpu else psutil.virtual_memory().total,
+        gemm=gemm_rate(device, getattr(torch, dtype), seconds=0.5),
+        bandwidth=memory_read_rate(device=device),
+    )

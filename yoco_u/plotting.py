@@ -1,0 +1,142 @@
+"""Curves over the context as a PNG, panels side by side, over a logarithmic axis."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from yoco_u.files import beside, publish
+from yoco_u.formatting import context_label
+
+PALETTE = (
+    ("#0072b2", "#5ab4f0"),
+    ("#d55e00", "#ff8f4d"),
+    ("#009e73", "#3dcca3"),
+    ("#b5609a", "#e69ccb"),
+    ("#a67500", "#f0c04a"),
+    ("#5a5a5a", "#b4b4b4"),
+)
+"""Okabe and Ito's colour-blind-safe colours, for light and for dark pages; further runs use them again, dashed."""
+
+_MARKERS = ("o", "s", "^", "D")
+_INK = "#0a0b0c"  # stands for the page's text colour
+_numbers = count()
+
+
+class ContextPlot:
+    """Panels by title, and one legend for all of them.
+
+    Args:
+        x_label: of the axis of contexts.
+        logarithmic: whether values are shown on a logarithmic axis too.
+
+    Attributes:
+        axes: of each panel.
+    """
+
+    def __init__(self, titles: Sequence[str], x_label: str = "context, tokens", logarithmic: bool = True) -> None:
+        self.x_label, self.logarithmic = x_label, logarithmic
+        self.figure = Figure(figsize=(13 / 3 * len(titles), 4.2), layout="constrained", dpi=150)
+        self.axes: list[Axes] = list(self.figure.subplots(1, len(titles), squeeze=False)[0])
+        for axes, title in zip(self.axes, titles, strict=True):
+            axes.set_title(title)
+
+    def line(
+        self,
+        panel: int,
+        index: int,
+        points: Sequence[tuple[int, float | None]],
+        label: str = "",
+        style: str = "-",
+        marker: str = "o",
+    ) -> None:
+        """Curve number `index` through (context, value); None leaves a gap. Lines without a label are not in the legend."""
+        x = [context for context, _ in points]
+        y = [float("nan") if value is None else value for _, value in points]
+        marker = marker and _MARKERS[index // len(PALETTE) % len(_MARKERS)]
+        self.axes[panel].plot(
+            x, y, color=colour(index), label=label, marker=marker, markersize=3.5, linewidth=1.5, linestyle=style
+        )
+
+    def write(self, path: Path, contexts: Sequence[int]) -> None:
+        """Label the axes, with ticks at `contexts`, and save."""
+        for axes in self.axes:
+            _finish(axes, contexts, self.logarithmic)
+            axes.set_xlabel(self.x_label)
+        handles, labels = self.axes[0].get_legend_handles_labels()
+        columns = min(len(labels), 8 * len(self.axes) // 3)
+        self.figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+        self.figure.savefig(beside(path), format="png")
+        publish(path)
+
+
+def _finish(axes: Axes, contexts: Sequence[int], logarithmic: bool) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: context_label(round(value))))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.grid(alpha=0.2, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def colour(index: int) -> str:
+    """Of a run, for light pages; `svg` puts the page's own in its place."""
+    return PALETTE[index % len(PALETTE)][0]
+
+
+def dashes(index: int) -> str:
+    """Line style of a run."""
+    return ("-", "--", ":", "-.")[index // len(PALETTE) % 4]
+
+
+def svg(draw: Callable[[Axes], None], size: tuple[float, float] = (5.2, 3.5)) -> str:
+    """An `<svg>` for the middle of a page: no fonts, no identifiers shared with another plot, no address of anything.
+
+    Args:
+        size: width and height in inches at a font of 10.5 points; on the page it is as wide as there is room.
+    """
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK)
+    settings = {"svg.fonttype": "none", "svg.hashsalt": f"plot {next(_numbers)}", "font.size": 10.5, **ink}
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(alpha=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        draw(axes)
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', text, count=1)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = text.replace(_INK, "currentColor")
+    for number, (light, _) in enumerate(PALETTE):
+        text = text.replace(light, f"var(--run-{number})")
+    return text
+
+
+def budget_formatter(x: str) -> Formatter:
+    """Of an axis of `tokens` (2.5M) or `flops` (1.2e13)."""
+    return EngFormatter(sep="") if x == "tokens" else FuncFormatter(_scientific)
+
+
+def _scientific(value: float, _: float) -> str:
+    if not value:
+        return "0"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

@@ -1,0 +1,185 @@
+"""The numbers of a comparison, from run folders: one record a run, the gaps between comparable runs, one honest sentence."""
+
+import statistics
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+from yoco_u.architecture import Architecture, Stage
+from yoco_u.budget import forward_flops, kv_bytes, parameters
+from yoco_u.formatting import duration, scientific, short_bytes, short_count
+from yoco_u.training.run_folder import Run
+
+KV_CONTEXT = 16_384
+"""Tokens at which the report compares the bytes of KV of a sequence (bfloat16)."""
+
+_ALIKE = 0.01  # share by which tokens or FLOPs of two runs may differ and still be called equal
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """One run; losses are in nats per token and of the last evaluation, None before the first one.
+
+    Attributes:
+        planned_steps: of the config; `steps` are done.
+        flops: model FLOPs of training so far, forward and backward.
+        tokens_per_second, mfu: medians over the steps.
+        kv_bytes: of a sequence of KV_CONTEXT tokens.
+    """
+
+    name: str
+    architecture: str
+    parameters: int
+    steps: int
+    planned_steps: int
+    tokens: int
+    flops: float
+    flops_per_token: float
+    loss: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    learning_rate: float
+    tokens_per_second: float
+    mfu: float
+    seconds: float
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Two runs that spent equal tokens or equal FLOPs.
+
+    Attributes:
+        run, other: names; `run` is the one with more FLOPs per token.
+        equal: what they have in common: `steps`, `tokens`, `FLOPs` or two of them.
+        gap: loss of `run` minus loss of `other`: negative where `run` is better.
+        flops_ratio, tokens_ratio: of `run` to `other`.
+    """
+
+    run: str
+    other: str
+    equal: str
+    run_loss: float
+    other_loss: float
+    gap: float
+    flops_ratio: float
+    tokens_ratio: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    runs: list[RunFigures]
+    gaps: list[Gap]
+    headline: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> list[tuple[str, list[str]]]:
+        """Rows of the comparison table: a label, and one cell a run."""
+        rows = (
+            ("architecture", lambda r: r.architecture),
+            ("parameters", lambda r: short_count(r.parameters)),
+            ("steps", lambda r: f"{r.steps:,}" + (f" of {r.planned_steps:,}" if r.steps < r.planned_steps else "")),
+            ("tokens", lambda r: short_count(r.tokens)),
+            ("training FLOPs", lambda r: scientific(r.flops)),
+            ("validation loss", lambda r: _optional(r.loss, ".4f")),
+            ("perplexity", lambda r: _optional(r.perplexity, ".2f")),
+            ("bits per byte", lambda r: _optional(r.bits_per_byte, ".4f")),
+            ("peak learning rate", lambda r: f"{r.learning_rate:g}"),
+            ("tokens/s", lambda r: f"{r.tokens_per_second:,.0f}"),
+            ("MFU", lambda r: f"{r.mfu:.0%}"),
+            ("training time", lambda r: duration(r.seconds)),
+            (f"KV at {KV_CONTEXT // 1024}K tokens", lambda r: short_bytes(r.kv_bytes)),
+        )
+        return [(label, [cell(run) for run in self.runs]) for label, cell in rows]
+
+
+def compare(runs: list[Run]) -> Figures:
+    """The figures of one run or more."""
+    found = [run_figures(run) for run in runs]
+    gaps = find_gaps(found)
+    return Figures(found, gaps, headline(found, gaps))
+
+
+def run_figures(run: Run) -> RunFigures:
+    a, training = run.config.architecture, run.config.training
+    steps, evaluations = run.kind("train"), run.kind("evaluation")
+    last, evaluation = run.records[-1], evaluations[-1] if evaluations else {}
+    return RunFigures(
+        name=run.config.name,
+        architecture=describe(a),
+        parameters=parameters(a).total,
+        steps=last["step"],
+        planned_steps=training.steps,
+        tokens=last["tokens"],
+        flops=last["flops"],
+        flops_per_token=3 * forward_flops(a, training.sequence_length),
+        loss=evaluation.get("loss"),
+        perplexity=evaluation.get("perplexity"),
+        bits_per_byte=evaluation.get("bits_per_byte"),
+        learning_rate=run.config.optimizer.learning_rate,
+        tokens_per_second=statistics.median(step["tokens_per_second"] for step in steps),
+        mfu=statistics.median(step["mfu"] for step in steps),
+        seconds=steps[-1]["seconds"],
+        kv_bytes=kv_bytes(a, KV_CONTEXT),
+    )
+
+
+def find_gaps(runs: list[RunFigures]) -> list[Gap]:
+    """Every pair of runs whose tokens or FLOPs are equal to within 1%."""
+    gaps = []
+    for pair in combinations(runs, 2):
+        other, run = sorted(pair, key=lambda r: r.flops_per_token)
+        if run.loss is None or other.loss is None:
+            continue
+        tokens, flops = run.tokens / other.tokens, run.flops / other.flops
+        equal = ["steps" if run.steps == other.steps else "tokens"] if abs(tokens - 1) <= _ALIKE else []
+        equal += ["FLOPs"] if abs(flops - 1) <= _ALIKE else []
+        if equal:
+            gap = Gap(run.name, other.name, " and ".join(equal), run.loss, other.loss, run.loss - other.loss, flops, tokens)
+            gaps.append(gap)
+    return gaps
+
+
+def headline(runs: list[RunFigures], gaps: list[Gap]) -> str:
+    """What came out, whichever way."""
+    unfinished = [run.name for run in runs if run.steps < run.planned_steps]
+    before = f"Not finished yet: {', '.join(unfinished)}. " if unfinished else ""
+    scored = [run for run in runs if run.loss is not None]
+    if not scored:
+        return before + "No run has been evaluated yet."
+    if gaps:
+        return before + " ".join(_sentence(gap) for gap in gaps)
+    best = min(scored, key=lambda run: run.loss or 0)
+    loss = f"{best.loss:.4f} nats per token on the validation split after {short_count(best.tokens)} tokens"
+    if len(runs) == 1:
+        return f"{before}{best.name} reaches {loss}."
+    return f"{before}The lowest loss is that of {best.name}: {loss}. No two runs spent equal tokens or equal FLOPs."
+
+
+def _sentence(gap: Gap) -> str:
+    losses = f"{gap.run_loss:.4f} against {gap.other_loss:.4f} nats per token"
+    if "FLOPs" in gap.equal:
+        cost = "" if "and" in gap.equal else f", with {gap.tokens_ratio:.2f}x its tokens"
+    else:
+        cost = f", at {gap.flops_ratio:.2f}x its FLOPs"
+    if round(gap.gap, 4) == 0:
+        return f"At equal {gap.equal}, {gap.run} and {gap.other} have the same validation loss ({losses}){cost}."
+    direction = "lower" if gap.gap < 0 else "higher"
+    verdict = f"the validation loss of {gap.run} is {abs(gap.gap):.4f} {direction} than that of {gap.other}"
+    return f"At equal {gap.equal}, {verdict} ({losses}){cost}."
+
+
+def describe(a: Architecture) -> str:
+    """Stages and width in a few words: `3 sliding x3 (gated) + 3 cross, width 128`."""
+    return f"{' + '.join(_stage(stage) for stage in a.stages)}, width {a.hidden_size}"
+
+
+def _stage(stage: Stage) -> str:
+    loops = f" x{stage.loops}" if stage.loops > 1 else ""
+    return f"{stage.layers} {stage.attention}{loops}{' gated' if stage.loop_gate is not None else ''}"
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,43 @@
+"""Self-contained HTML pages: a template each, one style for all, nothing loaded from anywhere."""
+
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from yoco_u.errors import UserError
+from yoco_u.files import write_text
+from yoco_u.plotting import PALETTE
+from yoco_u.version import __version__
+
+
+def render_page(template: str, **values: Any) -> str:
+    """The text of a page.
+
+    Args:
+        template: its file in this folder.
+        values: what it shows; text is escaped.
+    """
+    environment = Environment(
+        loader=PackageLoader("yoco_u", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    written = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return environment.get_template(template).render(version=__version__, written=written, palette=PALETTE, **values)
+
+
+def write_page(target: Path, page: str) -> None:
+    """Write a page beside, then rename.
+
+    Raises:
+        UserError: if that is not possible.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, page)
+    except OSError as error:
+        raise UserError(f"{target}: cannot write the report ({error.strerror}); choose another --out") from None

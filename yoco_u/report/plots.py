@@ -1,0 +1,80 @@
+"""The report's plots: SVG that takes its text and line colours from the page around it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
+
+from yoco_u.plotting import budget_formatter, colour, dashes, svg
+from yoco_u.training.run_folder import Run
+
+_POINTS = 400  # drawn of one line, at most
+
+_Record = dict[str, Any]
+
+
+def loss_plot(runs: Sequence[Run], x: str, label: str) -> str:
+    """Smoothed training loss (lines) and validation loss (points) over `tokens` or `flops`."""
+
+    def draw(axes: Axes) -> None:
+        top, bottom = [], []
+        for i, run in enumerate(runs):
+            steps, evaluations = run.kind("train"), run.kind("evaluation")
+            smooth = smoothed([step["loss"] for step in steps])
+            _line(axes, i, [step[x] for step in steps], smooth, linewidth=1.2, alpha=0.75)
+            points = [e["loss"] for e in evaluations]
+            _line(axes, i, [e[x] for e in evaluations], points, marker="o", markersize=3.5, linewidth=0, zorder=3)
+            # The first steps fall so steeply that they would hide all the rest.
+            top += smooth[len(smooth) // 12 : len(smooth) // 12 + 1] + points[:1]
+            bottom += [min([*smooth, *points])]
+        room = 0.06 * (max(top) - min(bottom)) or 0.1
+        axes.set_ylim(min(bottom) - room, max(top) + room)
+        axes.xaxis.set_major_formatter(budget_formatter(x))
+        axes.set_xlabel(label)
+        axes.set_ylabel("loss, nats per token")
+
+    return svg(draw)
+
+
+def step_plot(runs: Sequence[Run], key: str, label: str, smooth: bool = False, log: bool = False) -> str:
+    """One figure of the training steps, over steps."""
+
+    def draw(axes: Axes) -> None:
+        for i, run in enumerate(runs):
+            steps = run.kind("train")
+            values = [step[key] for step in steps]
+            _line(axes, i, [step["step"] for step in steps], smoothed(values) if smooth else values, linewidth=1.2)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                axis_formatter(FuncFormatter(_plain))
+        else:
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(EngFormatter(sep="") if key == "tokens_per_second" else FuncFormatter(_plain))
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+
+    return svg(draw)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over about a fiftieth of the values, without the pull towards the first one."""
+    decay = 1 - 1 / max(1.0, len(values) / 50)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        result.append(total / weight)
+    return result
+
+
+def _line(axes: Axes, index: int, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    stride = -(-len(x) // _POINTS) or 1
+    kept = sorted({*range(0, len(x), stride), len(x) - 1} - {-1})
+    axes.plot([x[i] for i in kept], [y[i] for i in kept], color=colour(index), linestyle=dashes(index), **style)
+
+
+def _plain(value: float, _: float) -> str:
+    return f"{value:g}"
