@@ -20,8 +20,8 @@ from rich.console import Console
 
 from yoco_u import LLM, SamplingParams, YocoUConfig
 from yoco_u.architecture import Architecture, preset
-from yoco_u.bench.cases import Settings, cases_of
-from yoco_u.bench.engines import WORKERS, Engine, peer_engines
+from yoco_u.bench.cases import BenchSettings, cases_of
+from yoco_u.bench.engines import WORKERS, BenchEngine, peer_engines
 from yoco_u.bench.process import Worker
 from yoco_u.bench.results import as_json
 from yoco_u.bench.run import START_SECONDS, Benchmark
@@ -35,7 +35,7 @@ BLOCK, CHUNK = 128, 2048
 """Tokens of a block, and of a chunk of a prompt, as vLLM is started here."""
 
 WAYS: dict[str, dict[str, Any]] = {"plain": {}, "fast prefill": {"kv_sharing_fast_prefill": True}}
-"""Settings of vLLM."""
+"""BenchSettings of vLLM."""
 
 
 def main() -> None:
@@ -112,7 +112,7 @@ def parting(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) -
 
 
 def measure_speed(chosen: Namespace) -> dict[str, Any]:
-    settings = Settings(
+    settings = BenchSettings(
         size=chosen.size, architectures=("yoco_u",), contexts=tuple(chosen.contexts), batches=tuple(chosen.batches),
         steps=chosen.steps, rounds=chosen.rounds, time_limit=chosen.time_limit,
     )  # fmt: skip
@@ -123,7 +123,7 @@ def measure_speed(chosen: Namespace) -> dict[str, Any]:
     console = Console()
     with console.status("measuring") as status:
 
-        def progress(engine: Engine, case: Any) -> None:
+        def progress(engine: BenchEngine, case: Any) -> None:
             status.update(f"{engine.name}: {'starting' if case is None else case}")
 
         measurement = benchmark.run(progress)
@@ -131,7 +131,7 @@ def measure_speed(chosen: Namespace) -> dict[str, Any]:
     return as_json(measurement)
 
 
-def ours_in_vllm(name: str, a: Architecture, way: str, python: str, settings: Settings) -> Engine:
+def ours_in_vllm(name: str, a: Architecture, way: str, python: str, settings: BenchSettings) -> BenchEngine:
     row = 2 * a.num_key_value_heads * a.head_dim * settings.bytes_per_element
     blocks = blocks_needed(a, max(settings.batches), max(settings.contexts) + settings.steps)
     config = YocoUConfig.from_architecture(a, architectures=["YocoUForCausalLM"], dtype=settings.dtype).to_dict()
@@ -141,7 +141,7 @@ def ours_in_vllm(name: str, a: Architecture, way: str, python: str, settings: Se
         "dtype": settings.dtype,
         "settings": WAYS[way] | {"block_size": BLOCK, "kv_cache_memory_bytes": blocks * BLOCK * row},
     }
-    return Engine(name, a, python, WORKERS / "vllm_engine.py", job, is_ours=True)
+    return BenchEngine(name, a, python, WORKERS / "vllm_engine.py", job, is_ours=True)
 
 
 def blocks_needed(a: Architecture, sequences: int, tokens: int) -> int:

@@ -1,8 +1,5 @@
 """The arithmetic against models, FLOP counters and caches that do not know of it."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,8 +19,8 @@ from yoco_u.budget import (
     prefill_flops,
     training_flops,
 )
+from yoco_u.paper import KV_MEBIBYTES
 
-PAPER = json.loads((Path(__file__).parent / "paper_figures.json").read_text())
 EXPERTS = {"num_experts": 6, "experts_per_token": 2, "shared_experts": 1, "intermediate_size": 16}
 VARIANTS = {
     "gated": preset("yoco_u", "test", loops=3, loop_gate=0.1),
@@ -231,10 +228,10 @@ def test_mean_visible_keys(context: int, window: int | None) -> None:
     assert mean_visible_keys(context, window) == pytest.approx(visible_pairs(context, window) / context)
 
 
-@pytest.mark.parametrize("context", PAPER["kv_cache_mib_per_sequence"])
-def test_kv_bytes_of_the_paper(context: str) -> None:
-    for name, mebibytes in PAPER["kv_cache_mib_per_sequence"][context].items():
-        assert kv_bytes(preset(name, "1.3b"), int(context)) == mebibytes * 2**20
+@pytest.mark.parametrize("context", KV_MEBIBYTES)
+def test_kv_bytes_of_the_paper(context: int) -> None:
+    for name, mebibytes in KV_MEBIBYTES[context].items():
+        assert kv_bytes(preset(name, "1.3b"), context) == mebibytes * 2**20
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 30])

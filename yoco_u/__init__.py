@@ -1,15 +1,14 @@
 """yoco-u: the open implementation of Universal YOCO (arXiv 2604.01220).
 
-Importing the package registers its models with transformers, which loads torch. Only the command line goes without: there every
-command loads what it needs, and `yoco-u --help` or `yoco-u plan` need neither. Public names are loaded when they are used.
+Importing the package is quick and loads neither torch nor transformers. Its names are loaded when they are used, and its models
+are registered with transformers as soon as transformers' Auto classes are loaded, whether before or after this package.
 """
 
 import importlib
 import logging
-import sys
-from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from wrapt import register_post_import_hook
 
 from yoco_u.version import __version__
 
@@ -52,10 +51,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _is_command_line() -> bool:
-    """Whether this process is `yoco-u` or `python -m yoco_u.cli`."""
-    return Path(sys.argv[0]).stem == "yoco-u" or ("-m", "yoco_u.cli") in pairwise(sys.orig_argv)
-
-
-if not _is_command_line():
+def _register_models(_: Any) -> None:
     importlib.import_module("yoco_u.model")
+
+
+register_post_import_hook(_register_models, "transformers.models.auto.modeling_auto")

@@ -4,14 +4,13 @@ A stage is so many blocks, one kind of attention, so many loops. The forward pas
 names are all derived from an `Architecture`. Plain data: nothing here needs torch.
 """
 
-import difflib
 from collections.abc import Callable
 from math import gcd
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from yoco_u.config import Config, describe, parse
+from yoco_u.config import Config, describe, did_you_mean, parse
 from yoco_u.errors import UserError
 
 Attention = Literal["full", "sliding", "retention", "cross"]
@@ -39,6 +38,12 @@ class Stage(Config):
         if self.loop_gate is not None and self.loops == 1:
             raise ValueError("loop_gate gates the loops after the first, but loops is 1; set loops >= 2 or drop loop_gate")
         return self
+
+    @property
+    def in_words(self) -> str:
+        """`3 sliding x3 gated`"""
+        loops = f" x{self.loops}" if self.loops > 1 else ""
+        return f"{self.layers} {self.attention}{loops}{' gated' if self.loop_gate is not None else ''}"
 
 
 class MixtureOfExperts(Config):
@@ -82,6 +87,27 @@ class ParallelStreams(Config):
     streams: int = Field(ge=2)
     prefix_tokens: PositiveInt = 48
     smoothing: float = Field(default=0.01, ge=0, lt=1)
+
+
+class Slot(NamedTuple):
+    """One application of a block in a forward pass; see `Architecture.slots`.
+
+    Attributes:
+        stage: index of the stage, from 0.
+        loop: which of the stage's loops, from 0.
+        layer: which of the stage's blocks, from 0.
+        attention: kind of attention of the stage.
+    """
+
+    stage: int
+    loop: int
+    layer: int
+    attention: Attention
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether this application keeps keys and values, or a state, of its own. Cross blocks do not."""
+        return self.attention != "cross"
 
 
 class Architecture(Config):
@@ -142,14 +168,54 @@ class Architecture(Config):
 
     @property
     def looped_stages(self) -> tuple[int, ...]:
-        """Indices of the stages that a loop count chosen at call time applies to.
+        """Indices of the stages that loop; empty for an architecture without a loop."""
+        return tuple(i for i, stage in enumerate(self.stages) if stage.loops > 1)
 
-        Those that loop; where none does (T=1), the first stage, which is what every recursive variant of YOCO loops.
+    @property
+    def num_loops(self) -> int:
+        """T, the loop count that the model was made with: the largest of its stages."""
+        return max(stage.loops for stage in self.stages)
+
+    def slots(self) -> tuple[Slot, ...]:
+        """Every application of a block, in the order of a forward pass: by stage, then by loop, then by layer.
+
+        Whatever belongs to one (stage, loop, layer), such as a cache or a measurement, is numbered by this order. Cross
+        blocks are among them, behind all others, although they own no cache: they read the global KV.
         """
-        return tuple(i for i, stage in enumerate(self.stages) if stage.loops > 1) or (0,)
+        return tuple(
+            Slot(index, loop, layer, stage.attention)
+            for index, stage in enumerate(self.stages)
+            for loop in range(stage.loops)
+            for layer in range(stage.layers)
+        )
+
+    @property
+    def in_words(self) -> str:
+        """Stages and width in a few words: `3 sliding x3 gated + 3 cross, width 128`."""
+        return f"{' + '.join(stage.in_words for stage in self.stages)}, width {self.hidden_size}"
+
+    def dense_transformer(self) -> "Architecture":
+        """The plain Transformer to compare with: the same widths, and as many layers of full attention, applied once.
+
+        A mixture of experts becomes a SwiGLU as wide as the experts that one token visits. QK norms and ParScale streams are
+        left out.
+        """
+        inner = self.intermediate_size
+        if self.experts is not None:
+            inner = self.experts.intermediate_size * (self.experts.experts_per_token + self.experts.shared_experts)
+        layers = sum(stage.layers for stage in self.stages)
+        return Architecture(
+            vocab_size=self.vocab_size, hidden_size=self.hidden_size, intermediate_size=inner,
+            num_attention_heads=self.num_attention_heads, num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim, stages=(Stage(attention="full", layers=layers),), rope_theta=self.rope_theta,
+            tie_word_embeddings=self.tie_word_embeddings, rms_norm_eps=self.rms_norm_eps,
+        )  # fmt: skip
 
     def with_loops(self, loops: int) -> "Architecture":
         """The same weights run with another loop count T >= 1.
+
+        T is that of the stages that loop. Where none does, it is the first stage's, which every recursive variant of YOCO
+        loops.
 
         Raises:
             UserError: if `loops` is not a whole number of at least 1.
@@ -157,9 +223,8 @@ class Architecture(Config):
         if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
             raise UserError(f"num_loops is {loops!r}; expected a whole number of at least 1")
         change = {"loops": loops} if loops > 1 else {"loops": 1, "loop_gate": None}
-        stages = tuple(
-            stage.model_copy(update=change) if i in self.looped_stages else stage for i, stage in enumerate(self.stages)
-        )
+        looped = self.looped_stages or (0,)
+        stages = tuple(stage.model_copy(update=change) if i in looped else stage for i, stage in enumerate(self.stages))
         return self.model_copy(update={"stages": stages})
 
 
@@ -291,14 +356,10 @@ def preset(name: str, /, size: str = "8m", **settings: Any) -> Architecture:
     """
     for value, known, what in ((name, STAGES, "preset"), (size, SIZES, "size")):
         if not isinstance(value, str) or value not in known:
-            near = difflib.get_close_matches(str(value), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise UserError(f"unknown {what} {value!r}: {hint}")
+            raise UserError(f"unknown {what} {value!r}: {did_you_mean(str(value), known)}")
     keys = [*Architecture.model_fields, "layers", "loops", "loop_gate", "streams", "prefix_tokens"]
     for key in settings.keys() - keys:
-        near = difflib.get_close_matches(key, keys, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(keys)}"
-        raise UserError(f"preset {name}: unknown key {key}: {hint}")
+        raise UserError(f"preset {name}: unknown key {key}: {did_you_mean(key, keys)}")
     shape = SIZES[size] | settings
     if name in DEPTH_FACTOR:
         shape = _deepened(SIZES[size], DEPTH_FACTOR[name]) | settings

@@ -140,14 +140,13 @@ def cache_bytes(a: Architecture, tokens: int, sequences: int, window: int, bytes
     """Bytes of an engine's caches: `tokens` rows of all that grows, rings of `window` rows and states for `sequences`."""
     row = _row_elements(a) * bytes_per_element
     total = tokens * row if a.has_global_kv else 0.0
-    for stage in a.stages:
-        slots = stage.layers * stage.loops
-        if stage.attention == "full":
-            total += slots * tokens * row * (a.parallel.streams if a.parallel else 1)
-        elif stage.attention == "sliding":
-            total += slots * sequences * window * row
-        elif stage.attention == "retention":
-            total += slots * sequences * a.num_attention_heads * a.head_dim**2 * _RETENTION_BYTES_PER_ELEMENT
+    for slot in a.slots():
+        if slot.attention == "full":
+            total += tokens * row * (a.parallel.streams if a.parallel else 1)
+        elif slot.attention == "sliding":
+            total += sequences * window * row
+        elif slot.attention == "retention":
+            total += sequences * a.num_attention_heads * a.head_dim**2 * _RETENTION_BYTES_PER_ELEMENT
     return round(total)
 
 

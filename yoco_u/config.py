@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -84,9 +84,8 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
     """Return `data` with dotted overrides such as `training.steps=100` applied; values are YAML.
 
     Raises:
-        UserError: if an override is not of the form `key=value` or goes through something that is no mapping.
+        UserError: if an override is not of the form `key=value`, or names a key inside something that is no mapping.
     """
-    result: dict[str, Any] = _copy(data)
     for override in overrides:
         dotted, separator, text = override.partition("=")
         if not separator or not dotted:
@@ -95,25 +94,27 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
             value = yaml.load(text, _Loader)
         except yaml.YAMLError:
             raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
-        *parents, leaf = dotted.split(".")
-        node = result
-        for parent in parents:
-            child = node.get(parent)
-            if child is None:
-                child = node[parent] = {}
-            if not isinstance(child, dict):
-                raise UserError(f"override {override!r}: {parent} is {child!r}, not a group of settings")
-            node = child
-        node[leaf] = value
-    return result
+        data = with_value(data, dotted, value, f"override {override!r}")
+    return data
 
 
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copy(item) for item in value]
-    return value
+def with_value(data: dict[str, Any], dotted: str, value: Any, source: str) -> dict[str, Any]:
+    """Return `data` with one value replaced; mappings on the way to it are made where they are missing.
+
+    Args:
+        dotted: where the value goes, such as `training.steps`.
+        source: where the value comes from, named in the error.
+
+    Raises:
+        UserError: if the way leads through something that is no mapping.
+    """
+    key, _, rest = dotted.partition(".")
+    if not rest:
+        return data | {key: value}
+    group = data.get(key)
+    if group is not None and not isinstance(group, dict):
+        raise UserError(f"{source}: {key} is {group!r}, not a group of settings")
+    return data | {key: with_value(group or {}, rest, value, source)}
 
 
 def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -125,22 +126,37 @@ def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def first_difference(old: Config, new: Config) -> tuple[str, Any, Any] | None:
-    """The first key, dotted, in which two configs differ, and its two values."""
-    return _difference(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
+def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Every key, dotted, in which two configs differ, with its old and its new value."""
+    return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
 
 
-def _difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any] | None:
+def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
     if old == new:
-        return None
+        return
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = [(str(key), old.get(key), new.get(key)) for key in old | new]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
     else:
-        return path, old, new
-    found = (_difference(a, b, f"{path}.{key}" if path else key) for key, a, b in pairs)
-    return next(difference for difference in found if difference is not None)
+        yield path, old, new
+        return
+    for key, a, b in pairs:
+        yield from _differences(a, b, f"{path}.{key}" if path else key)
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None, most: int = 1) -> str:
+    """The end of an error about an unknown name: the known names that are spelt nearly like it.
+
+    Args:
+        otherwise: what to say where no name is near; by default the names that are known.
+        most: how many near names to offer.
+    """
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=most)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known are {', '.join(names)}" if otherwise is None else otherwise
 
 
 def describe(cls: type[BaseModel], error: ValidationError) -> str:
@@ -157,9 +173,7 @@ def describe_problems(cls: type[BaseModel], problems: Sequence[Mapping[str, Any]
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = sorted(_known_keys(cls, problem["loc"][:-1]))
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-        return f"unknown key {path}: {hint}"
+        return f"unknown key {path}: {did_you_mean(str(problem['loc'][-1]), known)}"
     if problem["type"] == "missing":
         return f"{path} is missing"
     message = problem["msg"].removeprefix("Value error, ")

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import time
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, first_line
 from yoco_u.version import __version__
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
@@ -30,9 +31,19 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"device {name!r} cannot be used ({reason}); expected auto, cpu or a GPU of this machine") from None
+        raise UserError(
+            f"device {name!r} cannot be used ({first_line(error)}); expected auto, cpu or a GPU of this machine"
+        ) from None
     return device
+
+
+def cxx_compiler() -> str | None:
+    """The path of the C++ compiler that torch.compile and our own kernels use; None where there is none.
+
+    It is the one that the environment variable CXX names, otherwise the first of c++, g++ and clang++ that is installed.
+    """
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear line, no traceback."""
+"""Errors that the user can mend: one clear line instead of a traceback."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command line prints the message on one line and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the exception's name where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

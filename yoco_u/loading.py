@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
     raise UserError(f"{folder}: neither a run folder (with model/config.json) nor a saved model (with config.json)")
 
 
+def model_name(path: str | os.PathLike[str]) -> str:
+    """What a folder's model is called: the run's name where the model lies in a run."""
+    folder = Path(path).resolve()
+    return folder.parent.name if folder.name == "model" and folder.parent.name else folder.name or "model"
+
+
 def load_model(
     path: str | os.PathLike[str], device: "torch.device", dtype: "torch.dtype | None" = None
 ) -> tuple["YocoUForCausalLM", "PreTrainedTokenizerFast"]:
@@ -63,8 +69,7 @@ def load_model(
     except UserError:
         raise
     except Exception as error:  # safetensors, json and transformers raise nearly anything on damaged files
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{folder}: cannot load the model ({reason}); the folder is damaged") from None
+        raise UserError(f"{folder}: cannot load the model ({first_line(error)}); the folder is damaged") from None
     if info["missing_keys"]:
         raise UserError(f"{folder}: the weights lack {min(info['missing_keys'])}; the folder is damaged")
     return model.eval().to(device), load_tokenizer(_tokenizer_folder(folder))

@@ -8,10 +8,10 @@ from typing import Any
 
 from yoco_u.config import dump_yaml, parse
 from yoco_u.experiment.config import Experiment
-from yoco_u.experiment.grid import Cell, expand
+from yoco_u.experiment.grid import GridRun, expand
 from yoco_u.experiment.results import Results, read_results
 
-Loss = Callable[[Cell, float], float]
+Loss = Callable[[GridRun, float], float]
 """The validation loss of a cell after a share of its tokens, 0 to 1."""
 
 POINTS = 16
@@ -33,7 +33,7 @@ def preset(name: str, **settings: Any) -> dict[str, Any]:
     return {"settings": {"architecture": {"preset": name} | settings}} | plan
 
 
-def write_cell(cell: Cell, folder: Path, loss: Loss, done: float = 1.0) -> None:
+def write_cell(cell: GridRun, folder: Path, loss: Loss, done: float = 1.0) -> None:
     """A run folder as training leaves it, `done` of it over."""
     target, config = folder / cell.name, cell.config
     target.mkdir(parents=True)
@@ -51,7 +51,7 @@ def write_cell(cell: Cell, folder: Path, loss: Loss, done: float = 1.0) -> None:
         (target / "summary.json").write_text("{}")
 
 
-def write_grid(experiment: Experiment, folder: Path, loss: Loss) -> list[Cell]:
+def write_grid(experiment: Experiment, folder: Path, loss: Loss) -> list[GridRun]:
     cells = expand(experiment, folder)
     for cell in cells:
         write_cell(cell, folder, loss)
@@ -62,7 +62,7 @@ def results_of(experiment: Experiment, folder: Path, loss: Loss) -> Results:
     return read_results(write_grid(experiment, folder, loss), folder)
 
 
-def noise(cell: Cell, scale: float = 0.002) -> float:
+def noise(cell: GridRun, scale: float = 0.002) -> float:
     """Small, the same every time, different for every cell."""
     return random.Random(cell.name).uniform(-scale, scale)
 
@@ -70,7 +70,7 @@ def noise(cell: Cell, scale: float = 0.002) -> float:
 def finals(losses: dict[str, float], spread: float = 0.002) -> Loss:
     """Curves that fall to a final loss for each model (by the start of the cell's name), which every seed shifts alike."""
 
-    def loss(cell: Cell, share: float) -> float:
+    def loss(cell: GridRun, share: float) -> float:
         return losses[cell.model] + 0.05 * cell.seed + noise(cell, spread) + 0.4 * (1 / share - 1) * 0.1
 
     return loss

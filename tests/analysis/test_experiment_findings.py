@@ -9,7 +9,7 @@ from made_up_grids import finals, grid, noise, preset, results_of
 
 from yoco_u.experiment.findings.claims import FINDINGS, judge
 from yoco_u.experiment.findings.verdicts import Outcome
-from yoco_u.experiment.grid import Cell
+from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.results import Results
 
 OPEN = "not decidable at this scale"
@@ -66,7 +66,7 @@ def test_where_the_gap_closes_the_crossing_is_told(tmp_path: Path) -> None:
     models = {"yoco": preset("yoco"), "yoco-u": preset("yoco_u")}
     tokens = [102_400 * 2**i for i in range(4)]
 
-    def loss(cell: Cell, share: float) -> float:
+    def loss(cell: GridRun, share: float) -> float:
         doublings = tokens.index(cell.tokens or 0)
         lag = 0.1 - 0.02 * doublings if cell.model == "yoco-u" else 0
         return 3 - 0.2 * doublings + lag + noise(cell, 0.0005) + 0.1 * (1 / share - 1)
@@ -83,7 +83,7 @@ def test_tokens_to_equal_loss_over_budgets(tmp_path: Path) -> None:
     models = {"yoco": preset("yoco"), "yoco-u": preset("yoco_u")}
     tokens = [102_400 * 2**i for i in range(4)]
 
-    def loss(cell: Cell, share: float) -> float:
+    def loss(cell: GridRun, share: float) -> float:
         return 3 - 0.2 * tokens.index(cell.tokens or 0) - (0.2 if cell.model == "yoco-u" else 0) + noise(cell) + (1 - share)
 
     found = outcome(results_of(grid(models, tokens=tokens), tmp_path, loss), "equal-loss")
@@ -172,7 +172,7 @@ def test_early_lag(tmp_path: Path, lag: float, gain: float, verdict: str, plain:
     }
     early = {"yoco": 0.0, "plain": lag, "tamed": lag - gain}
 
-    def loss(cell: Cell, share: float) -> float:
+    def loss(cell: GridRun, share: float) -> float:
         return 2.5 + 0.05 * cell.seed + noise(cell, 0.001) + (early[cell.model] if share <= 0.5 else 0) + 0.1 * (1 - share)
 
     found = outcome(results_of(grid(models), tmp_path, loss), "early-lag")

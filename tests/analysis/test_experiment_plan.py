@@ -11,7 +11,7 @@ from yoco_u.budget import forward_flops, parameters
 from yoco_u.config import load_yaml, parse
 from yoco_u.errors import UserError
 from yoco_u.experiment.config import Experiment
-from yoco_u.experiment.grid import Cell, choose, expand
+from yoco_u.experiment.grid import GridRun, choose, expand
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -31,11 +31,11 @@ def model(preset: str, **settings: Any) -> dict[str, Any]:
     return {"settings": {"architecture": {"preset": preset} | settings}} | plan
 
 
-def cells_of(models: dict[str, Any], **settings: Any) -> dict[str, Cell]:
+def cells_of(models: dict[str, Any], **settings: Any) -> dict[str, GridRun]:
     return {cell.name: cell for cell in expand(experiment(models, **settings), Path("runs/x"))}
 
 
-def flops(cell: Cell) -> float:
+def flops(cell: GridRun) -> float:
     """Three forward passes over every token."""
     training = cell.config.training
     tokens = training.steps * training.batch_rows * training.sequence_length

@@ -71,7 +71,7 @@ def test_weights_times_values_are_the_models_attention(variant: str, path: str, 
     wanted: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor]] = []
     for name in ("sliding_attention", "full_attention", "cross_attention"):
-        monkeypatch.setattr(sequences.PaddedBatch, name, recorded(getattr(sequences.PaddedBatch, name), pairs, name))
+        monkeypatch.setattr(sequences.PaddedBackend, name, recorded(getattr(sequences.PaddedBackend, name), pairs, name))
     with watch_attention(model, lambda _, attended: wanted.append(attention_weights(attended, positions))):
         last_states(model, text)
     assert len(wanted) == len(pairs) > 0

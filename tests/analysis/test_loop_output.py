@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from yoco_u.analysis.output import JSON, PAGE, About, write_study
 from yoco_u.analysis.pictures import side_by_side
-from yoco_u.analysis.study import COMPARED, MEASURES, Settings, Study, Subject, study, why_not
+from yoco_u.analysis.study import COMPARED, MEASURES, Study, StudySettings, Subject, study, why_not
 from yoco_u.analysis.tables import tables
 from yoco_u.analysis.trace import unroll
 from yoco_u.errors import UserError
@@ -25,7 +25,7 @@ TOKENIZER = PreTrainedTokenizerFast(
 def studied(variant: str, name: str = "", num_loops: int | None = None, chosen: tuple[str, ...] = MEASURES) -> Study:
     subject = Subject(name or variant, make(variant), num_loops)
     wanted = [measure for measure in chosen if why_not(measure, [subject]) is None]
-    return study(subject, lambda: [batch(2)], Settings(wanted), TOKENIZER)
+    return study(subject, lambda: [batch(2)], StudySettings(wanted), TOKENIZER)
 
 
 def about(**left_out: str) -> About:
@@ -83,7 +83,7 @@ def test_why_not_says_it_in_a_line() -> None:
 def test_several_models_in_one_picture(tmp_path: Path) -> None:
     first = studied("yoco_u", "_odd $name$")
     others = [studied(variant, variant, None, COMPARED) for variant in ("gated", "rins")]
-    plain = study(Subject("yoco", make("yoco")), lambda: [batch()], Settings(COMPARED), TOKENIZER)
+    plain = study(Subject("yoco", make("yoco")), lambda: [batch()], StudySettings(COMPARED), TOKENIZER)
     assert [row.loops for row in plain.loss or []] == [1]
     studies = [first, *others, plain]
     write_study(studies, about(convergence="x has no loop"), tmp_path)

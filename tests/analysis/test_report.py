@@ -1,4 +1,4 @@
-"""Figures, gaps and the page, from run folders with made-up metrics."""
+"""Comparison, gaps and the page, from run folders with made-up metrics."""
 
 import json
 import re

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from yoco_u.architecture import preset
-from yoco_u.bench.engines import WORKERS, Engine
+from yoco_u.bench.engines import WORKERS, BenchEngine
 
 SCRIPT = """\
 import os, sys, time
@@ -26,8 +26,8 @@ serve(start)
 
 def scripted_engine(
     folder: Path, name: str, start: str = "pass", run: str = "pass", architecture: str = "transformer"
-) -> Engine:
+) -> BenchEngine:
     """An engine whose worker runs these statements when it starts, and before it answers a case with half a second."""
     script = folder / f"{name}.py"
     script.write_text(SCRIPT.format(workers=str(WORKERS), start=start, run=run), encoding="utf-8")
-    return Engine(name, preset(architecture, "test"), sys.executable, script, {})
+    return BenchEngine(name, preset(architecture, "test"), sys.executable, script, {})

@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from yoco_u.architecture import STAGES, preset
-from yoco_u.bench.cases import Decode, Prefill, Settings, as_job
+from yoco_u.bench.cases import BenchSettings, Decode, Prefill, as_job
 from yoco_u.bench.engine_adapter import OurEngine
-from yoco_u.bench.engines import Engine, find_peers, llama_like, our_engines, peer_engines
+from yoco_u.bench.engines import BenchEngine, find_peers, our_engines, peer_engines
 from yoco_u.bench.process import Worker
 from yoco_u.budget import parameters
 from yoco_u.errors import UserError
@@ -20,7 +20,7 @@ from yoco_u.inference.kernels import decode_attention
 CASES = [Prefill(40), Prefill(16, depth=20), Decode(30, 2, 3)]
 
 
-def answers(engine: Engine) -> list[dict]:
+def answers(engine: BenchEngine) -> list[dict]:
     worker = Worker(engine.python, engine.script, engine.job | {"cases": [as_job(case) for case in CASES]}, threads=1)
     try:
         assert worker.about(120)["version"]
@@ -31,7 +31,7 @@ def answers(engine: Engine) -> list[dict]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_our_worker(dtype: str) -> None:
-    [engine] = our_engines(Settings(size="test", architectures=("yoco_u",), dtype=dtype, num_loops=2))
+    [engine] = our_engines(BenchSettings(size="test", architectures=("yoco_u",), dtype=dtype, num_loops=2))
     assert engine.architecture == preset("yoco_u", "test", loops=2)
     for answer in answers(engine):
         assert answer["seconds"] > 0
@@ -74,7 +74,7 @@ def test_behind_a_made_up_context_every_row_is_read(monkeypatch: pytest.MonkeyPa
 
 
 def test_transformers_worker() -> None:
-    settings = Settings(size="test", compile_peers=False)
+    settings = BenchSettings(size="test", compile_peers=False)
     [engine] = peer_engines(settings, preset("yoco_u", "test"), ["transformers"], {})
     for answer in answers(engine):
         assert answer["seconds"] > 0
@@ -83,8 +83,8 @@ def test_transformers_worker() -> None:
 
 @pytest.mark.parametrize("name", ["transformer", "yoco", "yoco_u", "rins"])
 def test_peers_have_the_parameters_of_our_transformer(name: str) -> None:
-    assert llama_like(preset(name, "100m")) == preset("transformer", "100m")
-    shape = peer_engines(Settings(), preset(name, "100m"), ["vllm"], {})[0].job["model"]
+    assert preset(name, "100m").dense_transformer() == preset("transformer", "100m")
+    shape = peer_engines(BenchSettings(), preset(name, "100m"), ["vllm"], {})[0].job["model"]
     config = transformers.LlamaConfig(
         vocab_size=shape["vocab_size"], hidden_size=shape["hidden_size"], intermediate_size=shape["intermediate_size"],
         num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"], num_key_value_heads=shape["kv_heads"],
@@ -98,7 +98,7 @@ def test_peers_have_the_parameters_of_our_transformer(name: str) -> None:
 def test_peers_of_a_mixture_are_as_wide_as_what_a_token_visits() -> None:
     experts = preset("yoco_u", "10b-moe")
     assert experts.experts is not None
-    assert llama_like(experts).intermediate_size == 9 * experts.experts.intermediate_size
+    assert experts.dense_transformer().intermediate_size == 9 * experts.experts.intermediate_size
 
 
 def test_finding_peers() -> None:

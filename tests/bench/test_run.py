@@ -7,15 +7,15 @@ import pytest
 from scripted_engines import scripted_engine
 
 from yoco_u.bench import run as run_module
-from yoco_u.bench.cases import Case, Decode, Prefill, Settings, cases_of
+from yoco_u.bench.cases import BenchSettings, Case, Decode, Prefill, cases_of
 from yoco_u.bench.ceilings import Ceilings
-from yoco_u.bench.engines import Engine
+from yoco_u.bench.engines import BenchEngine
 from yoco_u.bench.results import Row, rows_of
 from yoco_u.bench.run import Benchmark, Measurement
 from yoco_u.budget import decode_bytes, kv_bytes, parameters, prefill_flops
 from yoco_u.device import memory_read_rate
 
-SETTINGS = Settings(size="test", contexts=(64, 256), batches=(1, 2), steps=4, rounds=2, time_limit=30)
+SETTINGS = BenchSettings(size="test", contexts=(64, 256), batches=(1, 2), steps=4, rounds=2, time_limit=30)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(
-    engines: list[Engine], settings: Settings = SETTINGS, log: list[tuple[str, Case | None]] | None = None
+    engines: list[BenchEngine], settings: BenchSettings = SETTINGS, log: list[tuple[str, Case | None]] | None = None
 ) -> Measurement:
     benchmark = Benchmark(settings, engines, cases_of(settings))
     return benchmark.run(lambda engine, case: log.append((engine.name, case)) if log is not None else None)
@@ -81,7 +81,7 @@ def test_large_models_are_measured_one_after_the_other(tmp_path: Path, monkeypat
 def test_no_process_is_left(tmp_path: Path) -> None:
     before = psutil.Process().children(recursive=True)
 
-    def interrupt(engine: Engine, case: Case | None) -> None:
+    def interrupt(engine: BenchEngine, case: Case | None) -> None:
         if case == Decode(64, 1, 4):
             raise KeyboardInterrupt
 
@@ -107,8 +107,8 @@ def test_a_failing_engine_does_not_end_the_run(tmp_path: Path) -> None:
     for name in ("good", "dying", "complaining"):
         assert row_of(measurement, name, "decode", 64).tokens_per_second == 8
     assert all(
-        outcome.engine.name == "good" or not outcome.seconds or outcome.case.kind == "decode"
-        for outcome in measurement.outcomes.values()
+        result.engine.name == "good" or not result.seconds or result.case.kind == "decode"
+        for result in measurement.results.values()
     )
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from yoco_u.data import DocumentEncoder, train_tokenizer
 from yoco_u.errors import UserError
-from yoco_u.evaluation.needle_grid import Cell, NeedleSettings, needle_grid, recall
+from yoco_u.evaluation.needle_grid import NeedleScore, NeedleSettings, needle_grid, recall
 from yoco_u.evaluation.needles import KINDS, generate_needle
 from yoco_u.inference import LLM, Completion, RequestOutput, SamplingParams, TokenLogprobs
 from yoco_u.inference.sampler import Logprob
@@ -60,7 +60,7 @@ def test_recall_by_hand() -> None:
     assert recall(["ABC", "DEF", "GHI", "JKL"], "abc, Def and xGHIx") == 0.75
 
 
-def grid(llm: Any, **settings: Any) -> list[Cell]:
+def grid(llm: Any, **settings: Any) -> list[NeedleScore]:
     chosen = NeedleSettings(**{"lengths": (600, 700), "depths": 3, "samples": 2} | settings)
     done: list[int] = []
     cells = needle_grid(llm, chosen, TEXT, None, done.append)

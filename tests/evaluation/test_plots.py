@@ -9,7 +9,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from yoco_u.evaluation.context import context_scores
-from yoco_u.evaluation.needle_grid import Cell
+from yoco_u.evaluation.needle_grid import NeedleScore
 from yoco_u.evaluation.plots import write_context_plot, write_needle_plot
 
 
@@ -35,7 +35,7 @@ def assert_is_png(path: Path) -> None:
 @pytest.mark.parametrize("lengths", [(512,), (512, 1000, 4096)])
 def test_needles(tmp_path: Path, figures: list[Figure], lengths: tuple[int, ...]) -> None:
     cells = [
-        Cell(kind=kind, length=length, depth=depth, samples=3, recall=depth, token_accuracy=1 - depth, loss=1.0)
+        NeedleScore(kind=kind, length=length, depth=depth, samples=3, recall=depth, token_accuracy=1 - depth, loss=1.0)
         for kind in ("single_1", "multi_key")
         for length in lengths
         for depth in (0.0, 0.5, 1.0)

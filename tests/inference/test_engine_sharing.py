@@ -105,7 +105,8 @@ def test_shared_blocks_are_not_written_again() -> None:
     subject = engine(snapshot_bytes=0, max_batched_tokens=7)
     ids = prompt(26)
     run(subject, [ids], greedy(max_tokens=1))
-    pages = subject.cache.pages[None].data
+    assert subject.cache.global_kv is not None
+    pages = subject.cache.global_kv.data
     before = pages.clone()
     second = subject.add(ids, greedy(max_tokens=1))
     subject.step()

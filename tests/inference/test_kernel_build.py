@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch.utils import cpp_extension
 
-from yoco_u.inference import kernels
+from yoco_u.inference.kernels.cpu import compiled
 
 
 def test_the_lock_of_a_killed_process_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -21,5 +21,5 @@ def test_the_lock_of_a_killed_process_holds_nobody_up(monkeypatch: pytest.Monkey
         loaded.append(name)
 
     monkeypatch.setattr(cpp_extension, "load", load)
-    assert kernels.compiled.__wrapped__()
+    assert compiled.__wrapped__()
     assert loaded == ["yoco_u_kernels"]

@@ -11,13 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from yoco_u.inference import kernels
-from yoco_u.inference.kernels import (
-    decode_attention,
-    decode_attention_direct,
-    quantized,
-    store_rows,
-)
+from yoco_u.inference.kernels import decode_attention, direct, store_rows
 from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.model.rope import rotary_angles, rotate
 
@@ -67,8 +61,8 @@ class Case:
             out[i, head] = (k @ self.q[i, head].double() * self.q.shape[-1] ** -0.5).softmax(0) @ v
         return out
 
-    def found(self, direct: bool = False) -> Tensor:
-        call = decode_attention_direct if direct else decode_attention
+    def found(self, direct_twin: bool = False) -> Tensor:
+        call = direct.decode_attention if direct_twin else decode_attention
         return call(self.q, self.cache, self.scales, self.table, self.block_size, self.lengths)
 
 
@@ -95,7 +89,7 @@ def paged(
         table[i, :own], order = order[:own], order[own:]
         cache[:, :, case.rows(i)] = random(generator, 2, kv_heads, length, head_dim)
     if kind == torch.int8:
-        case.cache, case.scales = quantized(cache)
+        case.cache, case.scales = direct.quantized(cache)
     else:
         case.cache = cache.to(kind)
     return case
@@ -119,7 +113,7 @@ cases = st.builds(
 @given(cases)
 def test_decode_attention(case: Case) -> None:
     assert_rounded(case.found(), case.exact)
-    assert_rounded(case.found(direct=True), case.exact)
+    assert_rounded(case.found(direct_twin=True), case.exact)
 
 
 @contextmanager
@@ -161,7 +155,7 @@ def test_decode_attention_keeps_nan_where_it_is(place: str, kind: torch.dtype, d
         found = case.found()
         assert bool(found[sequence, groups].isnan().all())
         assert_rounded(found, case.exact)
-        assert_rounded(case.found(direct=True), case.exact)
+        assert_rounded(case.found(direct_twin=True), case.exact)
         others = found[[i for i in range(3) if i != sequence]]
         assert not bool(others.isnan().any()) and not bool(found[sequence, :groups].isnan().any())
 
@@ -209,7 +203,7 @@ def test_store_rows(
     scales = [torch.full((2, heads, 90), 5.0) if kind == torch.int8 else None for _ in range(2)]
     store_rows(k, v, rows, caches[0], scales[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "compiled", lambda: False)
+        patch.setattr("yoco_u.inference.kernels.compiled", lambda: False)
         store_rows(k, v, rows, caches[1], scales[1])
     if scales[0] is None or scales[1] is None:
         torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
@@ -281,14 +275,14 @@ def test_no_compiler_and_a_failing_one_are_said_and_done_without(
 
     monkeypatch.setenv("YOCO_U_KERNELS", "on")
     with monkeypatch.context() as patch:
-        patch.setattr(kernels.shutil, "which", lambda name: None)
+        patch.setattr("yoco_u.device.shutil.which", lambda name: None)
         assert not compiled.__wrapped__()
     assert "no C++ compiler" in capsys.readouterr().err
 
     def fail(*args: object, **settings: object) -> None:
         raise RuntimeError("Error building extension\nninja: out of luck")
 
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: name)
+    monkeypatch.setattr("yoco_u.device.shutil.which", lambda name: name)
     monkeypatch.setattr(cpp_extension, "load", fail)
     assert not compiled.__wrapped__()
     assert capsys.readouterr().err == (

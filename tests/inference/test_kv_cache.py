@@ -16,14 +16,18 @@ from engine_runs import (
 from models import PRESETS
 
 from yoco_u import Architecture
-from yoco_u.architecture import preset
+from yoco_u.architecture import Slot, preset
 from yoco_u.budget import KVType, bytes_per_kv_element, cache_bytes, kv_bytes
 from yoco_u.inference import Engine, EngineSettings
-from yoco_u.inference.kv_cache import CacheShape, KVCache, Rows
+from yoco_u.inference.kv_cache import CacheShape, KVCache, KVStorage
 
 MIB = 2**20
 META = torch.device("meta")
 KINDS: tuple[KVType, ...] = ("float32", "bfloat16", "int8")
+
+
+def storages(cache: KVCache) -> dict[Slot | None, KVStorage]:
+    return cache.pages | cache.rings | ({None: cache.global_kv} if cache.global_kv is not None else {})
 
 
 def allocated(a: Architecture, tokens: int, sequences: int = 1, block_size: int = 256, kind: KVType = "bfloat16") -> int:
@@ -50,7 +54,7 @@ def test_an_engine_allocates_what_the_planner_says(variant: str, kind: KVType) -
         window = min(a.window, rows) if a.window else 0
         expected = cache_bytes(a, rows, shape.max_num_seqs, window, bytes_per_kv_element(a, kind))
         assert subject.cache.nbytes == expected
-        tensors = [tensor for rows in (*subject.cache.pages.values(), *subject.cache.rings.values()) for tensor in rows.tensors]
+        tensors = [tensor for rows in storages(subject.cache).values() for tensor in rows.tensors]
         assert expected == sum(tensor.untyped_storage().nbytes() for tensor in [*tensors, *subject.cache.states.values()])
 
 
@@ -58,14 +62,14 @@ def test_an_engine_allocates_what_the_planner_says(variant: str, kind: KVType) -
 def test_more_loops_add_what_they_need_and_leave_what_is_there(variant: str) -> None:
     subject = engine(variant)
     cache, a = subject.cache, subject.architecture.with_loops(6)
-    before = {name: rows.data for name, rows in (cache.pages | cache.rings).items()}
+    before = {name: rows.data for name, rows in storages(cache).items()}
     cache.grow(6)
     assert cache.nbytes == cache_bytes(a, 512, cache.shape.max_num_seqs, a.window or 0, 4)
-    after = cache.pages | cache.rings
+    after = storages(cache)
     assert all(after[name].data is data for name, data in before.items())
     looped = a.looped_stages[0]
     added = {"yoco_u": 3 * 2, "rins": 3 * 2, "upper_loop": 0}[variant]  # loops times layers; cross stages own nothing
-    assert [name[0] for name in after if name not in before and name is not None] == [looped] * added
+    assert [name.stage for name in after if name not in before and name is not None] == [looped] * added
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,18 +85,18 @@ def test_the_default_size_is_a_gibibyte(kind: KVType) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_read_what_was_stored_as_the_writer_saw_it(kind: KVType) -> None:
-    rows = Rows(2, 4, 5, 8, kind, torch.device("cpu"))
+    rows = KVStorage(2, 4, 5, 8, kind, torch.device("cpu"))
     k, v = torch.randn(2, 6, 2, 8)
     k[3] = 0
     places = torch.tensor([4, 19, 0, 7, 8, 12])
     rows.store(places, k, v)
     read_k, read_v = rows.read(places, torch.float32)
-    assert torch.equal(read_k[0], rows.seen(k)) and torch.equal(read_v[0], rows.seen(v))
+    assert torch.equal(read_k[0], rows.as_stored(k)) and torch.equal(read_v[0], rows.as_stored(v))
     step = {"float32": 0, "bfloat16": 2**-8, "int8": 0.5 / 127}[kind]  # half a unit, of each number or of a row's largest
     largest = k.abs() if kind != "int8" else k.abs().amax(-1, keepdim=True)
-    assert bool(((rows.seen(k) - k).abs() <= step * largest * 1.001).all())
+    assert bool(((rows.as_stored(k) - k).abs() <= step * largest * 1.001).all())
     slice_k, _ = rows.read(slice(7, 9), torch.float32)
-    assert torch.equal(slice_k[0], rows.seen(k)[3:5])
+    assert torch.equal(slice_k[0], rows.as_stored(k)[3:5])
     assert int((rows.data != 0).any(-1).any(0).any(0).sum()) == 6
 
 

@@ -13,14 +13,14 @@ import os, sys
 os.environ["YOCO_U_KERNELS"] = "off"
 sys.path[:0] = sys.argv[1:]
 from torch.utils import cpp_extension
-import test_chunk_attention, test_packed_linear
-from yoco_u.inference import kernels
+import test_chunk_attention, test_prepacked_linear
+from yoco_u.inference.kernels import cpu
 
-sources = [f"{kernels.__path__[0]}/{name}.cpp" for name in ("packed_linear", "chunk_attention")]
-flags = [*kernels._FLAGS, "-U__AVX512BF16__"]
+sources = [f"{cpu.__path__[0]}/{name}.cpp" for name in ("prepacked_linear", "chunk_attention")]
+flags = [*cpu._FLAGS, "-U__AVX512BF16__"]
 cpp_extension.load("yoco_u_portable", sources, extra_cflags=flags, is_python_module=False)
 for shape in [(1, 64, 64), (7, 33, 65), (70, 300, 130)]:
-    test_packed_linear.check_kernel(*shape)
+    test_prepacked_linear.check_kernel(*shape)
 for shape, window in [((1, 1, 1, 1, 2), 1), ((70, 150, 2, 3, 40), 60), ((9, 200, 1, 4, 64), 200)]:
     test_chunk_attention.check(*test_chunk_attention.inputs(*shape), window)
 print("portable")

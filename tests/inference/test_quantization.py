@@ -13,7 +13,7 @@ from yoco_u import YocoUForCausalLM
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, EngineSettings
 from yoco_u.inference.kernels.cpu import compiled
-from yoco_u.inference.prepacking import PackedLinear, can_pack, pack
+from yoco_u.inference.prepacking import PrepackedLinear, can_prepack, prepack
 from yoco_u.inference.quantization import is_int8, quantize
 
 needs_kernels = pytest.mark.skipif(not compiled(), reason="needs a C++ compiler")
@@ -90,8 +90,8 @@ def test_engines_run_every_architecture_on_the_kernel(variant: str) -> None:
         plain = quantized(row).logits[0].float().log_softmax(-1)
     settings = EngineSettings(dtype="bfloat16", weights="int8", cache_tokens=256, block_size=4, max_batched_tokens=16)
     engine = Engine(copy.deepcopy(model(variant)), None, settings)
-    assert can_pack(quantized)
-    assert isinstance(engine.runner.model.lm_head, PackedLinear)
+    assert can_prepack(quantized)
+    assert isinstance(engine.runner.model.lm_head, PrepackedLinear)
     [request] = run(engine, [ids], greedy(prompt_logprobs=0))
     assert request.prompt_logprobs is not None
     found = torch.tensor([one.chosen.logprob for one in request.prompt_logprobs[1:] if one is not None])
@@ -108,11 +108,11 @@ def test_packed_weights_take_a_byte_each() -> None:
     quantize(whole)
     weights = sum(m.weight.numel() for m in whole.modules() if isinstance(m, nn.Linear))
     outputs = sum(len(m.weight) for m in whole.modules() if isinstance(m, nn.Linear))
-    pack(whole)
-    packed = {module for module in whole.modules() if isinstance(module, PackedLinear)}
-    filling = sum((-sum(module.sizes) % 64) * (module.packed.shape[1] * 2 + 4) for module in packed)
+    prepack(whole)
+    prepacked = {module for module in whole.modules() if isinstance(module, PrepackedLinear)}
+    filling = sum((-sum(module.sizes) % 64) * (module.prepacked.shape[1] * 2 + 4) for module in prepacked)
     assert (
-        sum(module.packed.nbytes + module.scales.nbytes for module in packed if module.scales is not None)
+        sum(module.prepacked.nbytes + module.scales.nbytes for module in prepacked if module.scales is not None)
         == weights + 4 * outputs + filling
     )
     assert not any(isinstance(module, nn.Linear) for module in whole.modules())

@@ -14,9 +14,9 @@ from yoco_u.budget import KVType, decode_flops, forward_flops, optimizer_bytes, 
 from yoco_u.cli import main
 from yoco_u.config import dump_yaml
 from yoco_u.inference.kv_cache import CacheShape, KVCache
+from yoco_u.paper import KV_MEBIBYTES
 from yoco_u.planning.hardware import Hardware
 
-PAPER = json.loads((Path(__file__).parents[1] / "paper_figures.json").read_text())["kv_cache_mib_per_sequence"]
 META = torch.device("meta")
 
 
@@ -40,9 +40,9 @@ def by_name(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_kv_figure_of_the_paper(plan: Any) -> None:
-    names = {name for figures in PAPER.values() for name in figures}
-    found = by_name(plan(*names, "--size", "1.3b", "--context", ",".join(PAPER)))
-    for context, figures in PAPER.items():
+    names = {name for figures in KV_MEBIBYTES.values() for name in figures}
+    found = by_name(plan(*names, "--size", "1.3b", "--context", ",".join(map(str, KV_MEBIBYTES))))
+    for context, figures in KV_MEBIBYTES.items():
         for name, mebibytes in figures.items():
             assert found[name]["figures"][int(context)]["kv_bytes_per_sequence"] == mebibytes * 2**20
             assert found[name]["figures"][int(context)]["kv_bytes"] == 32 * mebibytes * 2**20

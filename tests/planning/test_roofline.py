@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from yoco_u import Architecture, Stage
 from yoco_u.architecture import STAGES, preset
-from yoco_u.bench.paper import DECODE, PREFILL
 from yoco_u.budget import decode_bytes, decode_flops, kv_bytes, parameters, prefill_bytes, prefill_flops, training_flops
+from yoco_u.paper import DECODE_TOKENS_PER_SECOND as DECODE
+from yoco_u.paper import PREFILL_TOKENS_PER_SECOND as PREFILL
 from yoco_u.planning.hardware import Hardware, find_hardware
 from yoco_u.planning.roofline import decode_rate, largest_batch, largest_context, prefill_rate, training_rate
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yoco_u.analysis.trace import at_loops, last_states, looped_stages, unroll, watch_layers, watch_loops
+from yoco_u.analysis.trace import at_loops, last_states, unroll, watch_layers, watch_loops
 from yoco_u.data import Batch
 from yoco_u.model import YocoUForCausalLM
 
@@ -45,7 +45,7 @@ def angular_distances(model: YocoUForCausalLM, batches: Iterable[Batch], num_loo
         num_loops: loop count of the passes; the model's own by default.
     """
     architecture = at_loops(model, num_loops)
-    stages = looped_stages(architecture)
+    stages = architecture.looped_stages
     layers = torch.zeros(len(unroll(architecture)), dtype=torch.float64)
     loops = {stage: torch.zeros(architecture.stages[stage].loops, dtype=torch.float64) for stage in stages}
     tokens = 0

@@ -17,7 +17,7 @@ _EDGES = (0, *(1 << i for i in range(48)))  # shortest distances of the buckets
 
 
 @dataclass(frozen=True)
-class Span:
+class AttentionSpan:
     """Where one unrolled layer looks; means over queries and heads.
 
     Attributes:
@@ -52,7 +52,7 @@ class AttentionSpans:
 
     buckets: list[int]
     queries: int
-    layers: list[Span]
+    layers: list[AttentionSpan]
 
 
 @torch.no_grad()
@@ -156,9 +156,9 @@ class _Sums:
         self.far_queries += int(behind.sum())
         self.first += float((mass.gather(-1, first) * behind).sum(dtype=torch.float64))
 
-    def mean(self, layer: int, buckets: int) -> Span:
+    def mean(self, layer: int, buckets: int) -> AttentionSpan:
         n = self.queries
-        return Span(
+        return AttentionSpan(
             layer=layer,
             distance=self.distance / n,
             even_distance=self.even_distance / n,

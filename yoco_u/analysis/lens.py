@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from yoco_u.analysis.loss import trained_loops
 from yoco_u.analysis.trace import (
     at_loops,
     last_states,
@@ -121,7 +120,7 @@ def logit_lens(model: YocoUForCausalLM, batches: Iterable[Batch], num_loops: int
         UserError: if there is not exactly one looped stage.
     """
     architecture = at_loops(model, num_loops)
-    stage, last = one_looped_stage(architecture), trained_loops(architecture)
+    stage, last = one_looped_stage(architecture), architecture.num_loops
     direct, rest = ([_Sums() for _ in range(last)] for _ in range(2))
     tokens, chosen = 0, []
     for batch in batches:

@@ -22,14 +22,9 @@ class LoopLoss:
     perplexity: float
 
 
-def trained_loops(architecture: Architecture) -> int:
-    """T, the loop count of the model itself: the largest of its stages."""
-    return max(stage.loops for stage in architecture.stages)
-
-
 def counts_around(architecture: Architecture) -> list[int]:
     """1 .. 2T + 2"""
-    return list(range(1, 2 * trained_loops(architecture) + 3))
+    return list(range(1, 2 * architecture.num_loops + 3))
 
 
 def loss_against_loops(model: YocoUForCausalLM, batches: Iterable[Batch], counts: Sequence[int]) -> list[LoopLoss]:

@@ -11,12 +11,11 @@ from yoco_u.analysis.attention import QUERIES, AttentionSpans, attention_spans
 from yoco_u.analysis.classes import token_classes
 from yoco_u.analysis.convergence import TOLERANCE, Convergence, loops_to_convergence
 from yoco_u.analysis.lens import LogitLens, Sample, logit_lens
-from yoco_u.analysis.loss import LoopLoss, counts_around, loss_against_loops, trained_loops
-from yoco_u.analysis.trace import UnrolledLayer, at_loops, looped_stages, unroll
+from yoco_u.analysis.loss import LoopLoss, counts_around, loss_against_loops
+from yoco_u.analysis.trace import UnrolledLayer, at_loops, unroll
 from yoco_u.architecture import Architecture
 from yoco_u.data import Batch
 from yoco_u.model import YocoUForCausalLM
-from yoco_u.report.comparison import describe
 
 MEASURES = ("angular", "lens", "loss", "convergence", "attention")
 COMPARED = ("angular", "loss")
@@ -39,7 +38,7 @@ class Subject:
     @property
     def is_looped(self) -> bool:
         """Whether the model was trained with loops, or is run with some."""
-        return bool(looped_stages(self.architecture) or looped_stages(self.model.model.architecture))
+        return bool(self.architecture.looped_stages or self.model.model.architecture.looped_stages)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Settings:
+class StudySettings:
     """
     Attributes:
         measures: of `MEASURES`.
@@ -96,7 +95,7 @@ class Settings:
 
 def why_not(measure: str, subjects: Sequence[Subject]) -> str | None:
     """Why a measure makes no sense, in words; None if it does. All but `COMPARED` are about the first subject alone."""
-    first, stages = subjects[0], len(looped_stages(subjects[0].architecture))
+    first, stages = subjects[0], len(subjects[0].architecture.looped_stages)
     if measure == "loss" and not any(subject.is_looped for subject in subjects):
         return f"{first.name} has no loop"
     if measure in ("lens", "convergence") and stages != 1:
@@ -108,7 +107,7 @@ def why_not(measure: str, subjects: Sequence[Subject]) -> str | None:
 
 
 def study(
-    subject: Subject, batches: Callable[[], Iterable[Batch]], settings: Settings, tokenizer: PreTrainedTokenizerFast
+    subject: Subject, batches: Callable[[], Iterable[Batch]], settings: StudySettings, tokenizer: PreTrainedTokenizerFast
 ) -> Study:
     """Run the measures, all on the same batches, which are asked for once a measure."""
     model, loops, own = subject.model, subject.num_loops, subject.model.model.architecture
@@ -124,9 +123,9 @@ def study(
     lens = results.get("lens")
     return Study(
         name=subject.name,
-        architecture=describe(own),
-        trained_loops=trained_loops(own),
-        num_loops=trained_loops(subject.architecture),
+        architecture=own.in_words,
+        trained_loops=own.num_loops,
+        num_loops=subject.architecture.num_loops,
         unrolled=unroll(subject.architecture),
         samples=[_as_text(sample, tokenizer) for sample in lens.samples] if lens else [],
         **results,

@@ -14,7 +14,7 @@ from yoco_u.architecture import Architecture
 from yoco_u.data import Batch
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
-from yoco_u.model.backend import PaddedBatch
+from yoco_u.model.backend import PaddedBackend
 from yoco_u.model.blocks import Block, LoopedStack
 
 _LOGITS_ALIVE = 1 << 23
@@ -39,19 +39,11 @@ class UnrolledLayer:
 
 
 def unroll(architecture: Architecture) -> list[UnrolledLayer]:
-    """The blocks in the order of a forward pass: stage, loop, layer."""
-    places = (
-        (s, loop + 1, layer + 1, stage.attention)
-        for s, stage in enumerate(architecture.stages)
-        for loop in range(stage.loops)
-        for layer in range(stage.layers)
-    )
-    return [UnrolledLayer(number, *place) for number, place in enumerate(places, start=1)]
-
-
-def looped_stages(architecture: Architecture) -> list[int]:
-    """Indices of the stages that loop; none where nothing does."""
-    return [i for i, stage in enumerate(architecture.stages) if stage.loops > 1]
+    """The blocks in the order of a forward pass, see `Architecture.slots`."""
+    return [
+        UnrolledLayer(number, slot.stage, slot.loop + 1, slot.layer + 1, slot.attention)
+        for number, slot in enumerate(architecture.slots(), start=1)
+    ]
 
 
 def at_loops(model: YocoUForCausalLM, num_loops: int | None) -> Architecture:
@@ -66,7 +58,7 @@ def one_looped_stage(architecture: Architecture) -> int:
     Raises:
         UserError: if none loops, or more than one.
     """
-    found = looped_stages(architecture)
+    found = architecture.looped_stages
     if len(found) == 1:
         return found[0]
     stages = f"stages {', '.join(map(str, found))} loop" if found else "no stage loops"
@@ -162,7 +154,7 @@ class Attended:
 class _Watched:
     """The sequences of a batch for one block, which shows the queries and keys that come by; all else is the batch's own."""
 
-    def __init__(self, batch: PaddedBatch, see: Callable[[Attended], None]) -> None:
+    def __init__(self, batch: PaddedBackend, see: Callable[[Attended], None]) -> None:
         self._batch, self._see = batch, see
 
     def __getattr__(self, name: str) -> Any:
@@ -176,9 +168,9 @@ class _Watched:
         self._show(q, k, prefix=prefix[0] if prefix is not None else None)
         return self._batch.full_attention(slot, q, k, v, prefix)
 
-    def cross_attention(self, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
+    def cross_attention(self, slot: int, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
         self._show(q, global_kv[0])
-        return self._batch.cross_attention(q, global_kv)
+        return self._batch.cross_attention(slot, q, global_kv)
 
     def _show(self, q: Tensor, k: Tensor, window: int | None = None, prefix: Tensor | None = None) -> None:
         if prefix is not None:
@@ -196,8 +188,8 @@ def watch_attention(model: YocoUForCausalLM, see: Callable[[int, Attended], None
     numbers = count(1)
 
     def before(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, sequences, *rest = args
-        return (x, _Watched(sequences, partial(see, next(numbers))), *rest)
+        x, backend, *rest = args
+        return (x, _Watched(backend, partial(see, next(numbers))), *rest)
 
     with _removed([block.register_forward_pre_hook(before) for block in _blocks(model)]):
         yield

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from yoco_u.config import Config
 
 
-class Settings(Config):
+class BenchSettings(Config):
     """Everything that a benchmark is asked for.
 
     Attributes:
@@ -83,7 +83,7 @@ class Decode:
 Case = Prefill | Decode
 
 
-def cases_of(settings: Settings) -> list[Case]:
+def cases_of(settings: BenchSettings) -> list[Case]:
     """Prefills, then decodes, each from the cheapest on."""
     prefills = [Prefill(tokens) for tokens in sorted(set(settings.contexts))]
     decodes = [Decode(c, b, settings.steps) for b in sorted(set(settings.batches)) for c in sorted(set(settings.contexts))]

@@ -7,11 +7,9 @@ import torch
 
 from yoco_u.architecture import Architecture
 from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
-from yoco_u.inference.kv_cache import Rows
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
 WARM_STEPS = 4
-_CERTAINLY_FRESH = 2**26  # bytes from which an allocation comes from the system itself, zero and not yet in memory
 
 
 class OurEngine:
@@ -58,7 +56,7 @@ class OurEngine:
         self.engine = Engine(loaded.eval(), None, settings)
         self.vocab_size = architecture.vocab_size
         self.bytes_per_weight = 1 if weights == "int8" else as_dtype.itemsize
-        self._forget_caches()
+        self.engine.cache.release()
 
     def prefill(self, tokens: int, depth: int = 0) -> float:
         """Seconds from a prompt of `tokens` to its first new token.
@@ -66,35 +64,29 @@ class OurEngine:
         Args:
             depth: tokens before the prompt, whose keys and values are random.
         """
-        if depth:
-            for rows in self._storage():
-                self._fill(rows, torch.arange(rows.data.shape[2]))
         prompt = self._tokens(depth + tokens)
         begin = time.perf_counter()
-        request = self.engine.add(prompt, self._params(1), assume_computed=depth)
+        request = self.engine.add(prompt, self._params(1))
+        elapsed = time.perf_counter() - begin
+        if depth:
+            self.engine.fill_cache(depth)
+        begin = time.perf_counter()
         while not request.finished:
             self.engine.step()
-        elapsed = time.perf_counter() - begin
-        self._forget_caches()
+        elapsed += time.perf_counter() - begin
+        self.engine.cache.release()
         return elapsed
 
     def decode(self, batch: int, context: int, steps: int) -> float:
         """Seconds of `steps` decode steps of `batch` sequences, each behind `context` tokens of random keys and values."""
         params = self._params(1 + WARM_STEPS + steps)
-        requests = [self.engine.add(self._tokens(context), params, assume_computed=context - 1) for _ in range(batch)]
-        self._step(requests, 1)  # admits all of them, and so gives them their rows
-        for request in self.engine.scheduler.running:
-            for rows in self._storage():
-                if rows in self.engine.cache.rings.values():
-                    first = torch.tensor([request.seat])
-                else:
-                    first = torch.tensor(request.blocks)
-                self._fill(rows, (first[:, None] * rows.block_size + torch.arange(rows.block_size)).flatten())
-        self._step(requests, WARM_STEPS)
+        requests = [self.engine.add(self._tokens(context), params) for _ in range(batch)]
+        self.engine.fill_cache(context - 1)
+        self._step(requests, 1 + WARM_STEPS)
         begin = time.perf_counter()
         self._step(requests, steps)
         elapsed = time.perf_counter() - begin
-        self._forget_caches()
+        self.engine.cache.release()
         return elapsed
 
     def _step(self, requests: list[RequestOutput], steps: int) -> None:
@@ -109,19 +101,3 @@ class OurEngine:
 
     def _tokens(self, count: int) -> list[int]:
         return torch.randint(self.vocab_size, (count,)).tolist()
-
-    def _storage(self) -> list[Rows]:
-        return [*self.engine.cache.pages.values(), *self.engine.cache.rings.values()]
-
-    def _fill(self, rows: Rows, at: torch.Tensor) -> None:
-        """Write random keys and values to some rows."""
-        heads, width = rows.data.shape[1], rows.data.shape[3]
-        for part in at.split(4096):
-            k, v = (torch.randn(len(part), heads, width).to(self.engine.runner.model.dtype) for _ in range(2))
-            rows.store(part, k, v)
-
-    def _forget_caches(self) -> None:
-        """Give the caches' memory back, so that each case shows what it needs itself."""
-        for rows in self._storage():
-            make = torch.empty_like if rows.data.nbytes >= _CERTAINLY_FRESH else torch.zeros_like
-            rows.data = make(rows.data)

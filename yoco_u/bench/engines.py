@@ -1,7 +1,5 @@
 """The engines of a benchmark: ours by architecture, and the peers that are installed."""
 
-import difflib
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,15 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from yoco_u.architecture import LOOPED, Architecture, Stage, preset
-from yoco_u.bench.cases import Settings
+from yoco_u.architecture import LOOPED, Architecture, preset
+from yoco_u.bench.cases import BenchSettings
+from yoco_u.config import did_you_mean
+from yoco_u.device import cxx_compiler
 from yoco_u.errors import UserError
 
 WORKERS = Path(__file__).parent / "workers"
 
 
 @dataclass(frozen=True)
-class Engine:
+class BenchEngine:
     """One line of the tables.
 
     Attributes:
@@ -48,24 +48,23 @@ PEERS = {
 }
 
 
-def our_engines(settings: Settings) -> list[Engine]:
+def our_engines(settings: BenchSettings) -> list[BenchEngine]:
     """One engine an architecture, or one for the checkpoint.
 
     Raises:
         UserError: for an unknown preset or size, or a folder that is no model.
     """
     if settings.model is not None:
-        from yoco_u.loading import model_folder
+        from yoco_u.loading import model_folder, model_name
         from yoco_u.model import YocoUConfig
 
         folder = model_folder(settings.model)
         architecture = YocoUConfig.from_pretrained(folder).architecture
-        name = folder.parent.name if folder.name == "model" else folder.name
-        return [_ours(name, architecture, settings, str(folder.resolve()))]
+        return [_ours(model_name(folder), architecture, settings, str(folder.resolve()))]
     return [_ours(name, preset(name, settings.size), settings, None) for name in settings.architectures]
 
 
-def _ours(name: str, architecture: Architecture, settings: Settings, checkpoint: str | None) -> Engine:
+def _ours(name: str, architecture: Architecture, settings: BenchSettings, checkpoint: str | None) -> BenchEngine:
     loops = settings.num_loops if checkpoint is not None or name in LOOPED else None
     job = {
         "model": architecture.model_dump(mode="json"),
@@ -75,12 +74,14 @@ def _ours(name: str, architecture: Architecture, settings: Settings, checkpoint:
         "weights": settings.weights,
     }
     run = architecture if loops is None else architecture.with_loops(loops)
-    return Engine(name, run, sys.executable, WORKERS / "ours.py", job, is_ours=True)
+    return BenchEngine(name, run, sys.executable, WORKERS / "ours.py", job, is_ours=True)
 
 
-def peer_engines(settings: Settings, of: Architecture, names: Sequence[str], pythons: Mapping[str, str]) -> list[Engine]:
+def peer_engines(
+    settings: BenchSettings, of: Architecture, names: Sequence[str], pythons: Mapping[str, str]
+) -> list[BenchEngine]:
     """Peers on a Llama with the parameters of `of`."""
-    llama = llama_like(of)
+    llama = of.dense_transformer()
     shape = {
         "vocab_size": llama.vocab_size, "hidden_size": llama.hidden_size, "intermediate_size": llama.intermediate_size,
         "layers": llama.unrolled_layers, "heads": llama.num_attention_heads, "kv_heads": llama.num_key_value_heads,
@@ -91,26 +92,12 @@ def peer_engines(settings: Settings, of: Architecture, names: Sequence[str], pyt
         "model": shape,
         "dtype": settings.dtype,
         "weights": settings.weights,
-        "compile": settings.compile_peers and _can_compile(),
+        "compile": settings.compile_peers and cxx_compiler() is not None,
     }
     return [
-        Engine(f"llama in {name}", llama, pythons.get(name, sys.executable), WORKERS / PEERS[name].script, job)
+        BenchEngine(f"llama in {name}", llama, pythons.get(name, sys.executable), WORKERS / PEERS[name].script, job)
         for name in names
     ]
-
-
-def llama_like(a: Architecture) -> Architecture:
-    """The dense Llama of the same widths and layers; of a mixture of experts, as wide as what a token visits."""
-    inner = a.intermediate_size
-    if a.experts is not None:
-        inner = a.experts.intermediate_size * (a.experts.experts_per_token + a.experts.shared_experts)
-    layers = sum(stage.layers for stage in a.stages)
-    return Architecture(
-        vocab_size=a.vocab_size, hidden_size=a.hidden_size, intermediate_size=inner,
-        num_attention_heads=a.num_attention_heads, num_key_value_heads=a.num_key_value_heads, head_dim=a.head_dim,
-        stages=(Stage(attention="full", layers=layers),), rope_theta=a.rope_theta,
-        tie_word_embeddings=a.tie_word_embeddings, rms_norm_eps=a.rms_norm_eps,
-    )  # fmt: skip
 
 
 def find_peers(wanted: str, pythons: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -144,8 +131,7 @@ def find_peers(wanted: str, pythons: Mapping[str, str]) -> tuple[list[str], list
 
 def _known(name: str) -> None:
     if name not in PEERS:
-        near = difflib.get_close_matches(name, PEERS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(PEERS)}, auto and none"
+        hint = did_you_mean(name, PEERS, f"known are {', '.join(PEERS)}, auto and none")
         raise UserError(f"unknown peer {name!r}: {hint}")
 
 
@@ -153,7 +139,3 @@ def _is_installed(name: str, python: str) -> bool:
     code = "import sys; from importlib.util import find_spec; sys.exit(not all(find_spec(name) for name in sys.argv[1:]))"
     found = subprocess.run([python, "-c", code, *PEERS[name].modules], capture_output=True, check=False)
     return found.returncode == 0
-
-
-def _can_compile() -> bool:
-    return any(shutil.which(compiler) for compiler in ("g++", "c++", "clang++"))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from yoco_u.bench.cases import Case, Prefill
-from yoco_u.bench.run import Measurement, Outcome
+from yoco_u.bench.run import CaseResult, Measurement
 from yoco_u.budget import decode_bytes, parameters, prefill_flops
 from yoco_u.device import environment
 
@@ -25,7 +25,7 @@ class Row:
         rate: model FLOP/s of a prefill, bytes per second that a decode must read.
         of_ceiling: `rate` over the GEMM rate, or over the memory's read rate.
         reference_ratio: how many times as fast the benchmark's first engine is on this case.
-        peak_bytes, kv_bytes: see `Outcome`.
+        peak_bytes, kv_bytes: see `CaseResult`.
         way: how, where an engine has several ways.
     """
 
@@ -48,20 +48,20 @@ class Row:
 
 
 def rows_of(measurement: Measurement) -> list[Row]:
-    """Rows by case, engines in the order of the benchmark."""
-    outcomes = measurement.outcomes
-    engines = list(dict.fromkeys(name for name, _ in outcomes))
-    cases = list(dict.fromkeys(case for _, case in outcomes))
-    return [_row(measurement, outcomes[name, case], outcomes[engines[0], case]) for case in cases for name in engines]
+    """KVStorage by case, engines in the order of the benchmark."""
+    results = measurement.results
+    engines = list(dict.fromkeys(name for name, _ in results))
+    cases = list(dict.fromkeys(case for _, case in results))
+    return [_row(measurement, results[name, case], results[engines[0], case]) for case in cases for name in engines]
 
 
-def _row(measurement: Measurement, outcome: Outcome, reference: Outcome) -> Row:
-    case, engine = outcome.case, outcome.engine
+def _row(measurement: Measurement, result: CaseResult, reference: CaseResult) -> Row:
+    case, engine = result.case, result.engine
     prefill = isinstance(case, Prefill)
-    seconds = median(outcome.seconds) if outcome.seconds else None
+    seconds = median(result.seconds) if result.seconds else None
     rate = ceiling = None
     if seconds is not None:
-        rate = _work(measurement, outcome) / seconds
+        rate = _work(measurement, result) / seconds
         ceiling = measurement.ceiling.gemm if prefill else measurement.ceiling.memory
     return Row(
         engine=engine.name,
@@ -71,15 +71,15 @@ def _row(measurement: Measurement, outcome: Outcome, reference: Outcome) -> Row:
         context=case.context,
         depth=case.depth if isinstance(case, Prefill) else 0,
         batch=case.batch,
-        failure=None if seconds is not None else outcome.failure,
-        seconds=outcome.seconds,
+        failure=None if seconds is not None else result.failure,
+        seconds=result.seconds,
         tokens_per_second=None if seconds is None else _new_tokens(case) / seconds,
         rate=rate,
         of_ceiling=None if rate is None or ceiling is None else rate / ceiling,
         reference_ratio=seconds / median(reference.seconds) if seconds is not None and reference.seconds else None,
-        peak_bytes=outcome.peak_bytes,
-        kv_bytes=outcome.kv_bytes,
-        way=outcome.details.get("way"),
+        peak_bytes=result.peak_bytes,
+        kv_bytes=result.kv_bytes,
+        way=result.details.get("way"),
     )
 
 
@@ -87,12 +87,12 @@ def _new_tokens(case: Case) -> int:
     return case.tokens if isinstance(case, Prefill) else case.batch * case.steps
 
 
-def _work(measurement: Measurement, outcome: Outcome) -> float:
+def _work(measurement: Measurement, result: CaseResult) -> float:
     """Model FLOPs of a prefill, or bytes that all steps of a decode read."""
-    a, case, size = outcome.engine.architecture, outcome.case, measurement.settings.bytes_per_element
+    a, case, size = result.engine.architecture, result.case, measurement.settings.bytes_per_element
     if isinstance(case, Prefill):
         return prefill_flops(a, case.context) - (prefill_flops(a, case.depth) if case.depth else 0)
-    bytes_per_weight = measurement.about[outcome.engine.name].get("bytes_per_weight", size)
+    bytes_per_weight = measurement.about[result.engine.name].get("bytes_per_weight", size)
     return case.steps * decode_bytes(a, case.context, case.batch, bytes_per_weight, size)
 
 
@@ -102,7 +102,7 @@ def as_json(measurement: Measurement) -> dict[str, Any]:
         {"gemm_flops_per_second": c.gemm, "memory_bytes_per_second": c.memory, "busy_cpus": c.busy}
         for c in measurement.ceilings
     ]
-    engines = {outcome.engine.name: outcome.engine for outcome in measurement.outcomes.values()}
+    engines = {result.engine.name: result.engine for result in measurement.results.values()}
     return {
         "environment": environment(torch.device("cpu")),
         "settings": measurement.settings.model_dump(mode="json"),

@@ -8,9 +8,9 @@ from typing import Any
 import psutil
 import torch
 
-from yoco_u.bench.cases import Case, Prefill, Settings, as_job
+from yoco_u.bench.cases import BenchSettings, Case, Prefill, as_job
 from yoco_u.bench.ceilings import Ceilings, measure_ceilings
-from yoco_u.bench.engines import Engine
+from yoco_u.bench.engines import BenchEngine
 from yoco_u.bench.process import Worker, WorkerFailed, WorkerTimedOut
 from yoco_u.budget import kv_bytes, parameters, prefill_flops
 
@@ -24,7 +24,7 @@ _SHARE_OF_MEMORY = 0.7
 
 
 @dataclass
-class Outcome:
+class CaseResult:
     """One engine on one case.
 
     Attributes:
@@ -35,7 +35,7 @@ class Outcome:
         details: what the worker said besides.
     """
 
-    engine: Engine
+    engine: BenchEngine
     case: Case
     kv_bytes: int
     seconds: list[float] = field(default_factory=list)
@@ -53,8 +53,8 @@ class Measurement:
         about: what each engine's worker told of itself.
     """
 
-    settings: Settings
-    outcomes: dict[tuple[str, Case], Outcome]
+    settings: BenchSettings
+    results: dict[tuple[str, Case], CaseResult]
     ceilings: list[Ceilings] = field(default_factory=list)
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -65,7 +65,7 @@ class Measurement:
         return Ceilings(gemm, memory, busy)
 
 
-Progress = Callable[[Engine, Case | None], None]
+Progress = Callable[[BenchEngine, Case | None], None]
 """Called before each case, and with None before an engine is loaded."""
 
 
@@ -77,18 +77,22 @@ class Benchmark:
         cases: of each engine, those of one kind from the cheapest on.
     """
 
-    def __init__(self, settings: Settings, engines: Sequence[Engine], cases: Sequence[Case]) -> None:
+    def __init__(self, settings: BenchSettings, engines: Sequence[BenchEngine], cases: Sequence[Case]) -> None:
         self.settings, self.engines, self.cases = settings, engines, cases
         size = settings.bytes_per_element
         self.measurement = Measurement(
             settings,
-            {(e.name, c): Outcome(e, c, c.batch * kv_bytes(e.architecture, c.context, size)) for e in engines for c in cases},
+            {
+                (e.name, c): CaseResult(e, c, c.batch * kv_bytes(e.architecture, c.context, size))
+                for e in engines
+                for c in cases
+            },
         )
         self._workers: dict[str, Worker] = {}
         self._broken: dict[str, str] = {}
 
     def run(self, progress: Progress) -> Measurement:
-        """Measure everything. What a peer does wrong ends up in its outcomes; only an interrupt ends the run."""
+        """Measure everything. What a peer does wrong ends up in its results; only an interrupt ends the run."""
         try:
             for number, engine in self._turns():
                 self.measurement.ceilings.append(measure_ceilings(self.settings.dtype))
@@ -102,7 +106,7 @@ class Benchmark:
                 self._close(engine)
         return self.measurement
 
-    def _turns(self) -> Iterator[tuple[int, Engine]]:
+    def _turns(self) -> Iterator[tuple[int, BenchEngine]]:
         """Rounds over all engines, so that a noisy machine is noisy for all; or one engine after the other."""
         rounds = range(1, self.settings.rounds + 1)
         if self._keeps_all_loaded:
@@ -117,16 +121,16 @@ class Benchmark:
         largest = max(self._fitting_kv_bytes(engine) for engine in self.engines)
         return weights + 2 * largest < 0.5 * psutil.virtual_memory().total
 
-    def _fitting_kv_bytes(self, engine: Engine) -> int:
-        outcomes = [self.measurement.outcomes[engine.name, case] for case in self.cases]
-        return max((outcome.kv_bytes for outcome in outcomes if _fits(outcome)), default=0)
+    def _fitting_kv_bytes(self, engine: BenchEngine) -> int:
+        results = [self.measurement.results[engine.name, case] for case in self.cases]
+        return max((result.kv_bytes for result in results if _fits(result)), default=0)
 
-    def _measure(self, engine: Engine, case: Case, progress: Progress) -> None:
-        outcome = self.measurement.outcomes[engine.name, case]
-        if outcome.failure or (outcome.seconds and min(outcome.seconds) > CHEAP_SECONDS):
+    def _measure(self, engine: BenchEngine, case: Case, progress: Progress) -> None:
+        result = self.measurement.results[engine.name, case]
+        if result.failure or (result.seconds and min(result.seconds) > CHEAP_SECONDS):
             return
-        outcome.failure = self._broken.get(engine.name) or self._hopeless(outcome)
-        if outcome.failure:
+        result.failure = self._broken.get(engine.name) or self._hopeless(result)
+        if result.failure:
             return
         try:
             worker = self._workers.get(engine.name) or self._load(engine, progress)
@@ -134,19 +138,19 @@ class Benchmark:
         except WorkerFailed as failure:
             self._workers.pop(engine.name, None)
             word = "timed out" if isinstance(failure, WorkerTimedOut) else "failed"
-            outcome.failure = self._broken.get(engine.name) or f"{word}: {failure}"
+            result.failure = self._broken.get(engine.name) or f"{word}: {failure}"
             return
         if "error" in answer:
-            outcome.failure = f"failed: {answer['error']}"
+            result.failure = f"failed: {answer['error']}"
             return
-        outcome.seconds.append(answer.pop("seconds"))
-        outcome.peak_bytes = max(answer.pop("peak_bytes") or 0, outcome.peak_bytes or 0) or None
+        result.seconds.append(answer.pop("seconds"))
+        result.peak_bytes = max(answer.pop("peak_bytes") or 0, result.peak_bytes or 0) or None
         answer.pop("max_rss_bytes", None)
-        outcome.details = answer
+        result.details = answer
 
-    def _load(self, engine: Engine, progress: Progress) -> Worker:
+    def _load(self, engine: BenchEngine, progress: Progress) -> Worker:
         progress(engine, None)
-        cases = [case for case in self.cases if _fits(self.measurement.outcomes[engine.name, case])]
+        cases = [case for case in self.cases if _fits(self.measurement.results[engine.name, case])]
         job = engine.job | {"cases": [as_job(case) for case in cases]}
         worker = self._workers[engine.name] = Worker(engine.python, engine.script, job, torch.get_num_threads())
         try:
@@ -156,23 +160,23 @@ class Benchmark:
             raise
         return worker
 
-    def _close(self, engine: Engine) -> None:
+    def _close(self, engine: BenchEngine) -> None:
         worker = self._workers.pop(engine.name, None)
         if worker is not None:
             worker.close()
 
-    def _hopeless(self, outcome: Outcome) -> str | None:
+    def _hopeless(self, result: CaseResult) -> str | None:
         """Why a case need not be tried."""
-        if not _fits(outcome):
+        if not _fits(result):
             there = psutil.virtual_memory().total
-            return f"no memory: the KV takes {outcome.kv_bytes / 2**30:.1f} GiB, the machine has {there / 2**30:.1f}"
-        case, engine, limit = outcome.case, outcome.engine, self.settings.time_limit
+            return f"no memory: the KV takes {result.kv_bytes / 2**30:.1f} GiB, the machine has {there / 2**30:.1f}"
+        case, engine, limit = result.case, result.engine, self.settings.time_limit
         if not isinstance(case, Prefill) or case.depth:
             return None
         for other in self.cases:
             if not isinstance(other, Prefill) or other.depth or other.tokens >= case.tokens:
                 continue
-            smaller = self.measurement.outcomes[engine.name, other]
+            smaller = self.measurement.results[engine.name, other]
             if smaller.failure and smaller.failure.startswith("timed out"):
                 return f"too long: {other.tokens:,} tokens took over {limit:g} s"
             if smaller.seconds:
@@ -183,5 +187,5 @@ class Benchmark:
         return None
 
 
-def _fits(outcome: Outcome) -> bool:
-    return outcome.kv_bytes < _SHARE_OF_MEMORY * psutil.virtual_memory().total
+def _fits(result: CaseResult) -> bool:
+    return result.kv_bytes < _SHARE_OF_MEMORY * psutil.virtual_memory().total

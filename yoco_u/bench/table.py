@@ -39,7 +39,7 @@ def print_tables(console: Console, measurement: Measurement, absent: Sequence[st
 
 
 def _table(rows: Sequence[Row], rate: str, share: str) -> Table:
-    """Rows under a heading for each context and batch."""
+    """KVStorage under a heading for each context and batch."""
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("tokens/s", lambda row: number(row.tokens_per_second) if row.failure is None else row.failure.partition(":")[0]),
         (rate, lambda row: _number(row.rate, lambda value: f"{value / 1e9:,.1f}")),

@@ -72,7 +72,7 @@ def analyze(
       yoco-u analyze runs/8m --compare runs/8m-two-loops --compare runs/yoco
     """
     from yoco_u.analysis.output import About, write_study
-    from yoco_u.analysis.study import COMPARED, Settings, study
+    from yoco_u.analysis.study import COMPARED, StudySettings, study
     from yoco_u.device import find_device
 
     if num_loops is not None and num_loops < 1:
@@ -96,7 +96,7 @@ def analyze(
                 advance(1)
 
         studies = [
-            study(subject, counted, Settings(mine, tolerance, queries), tokenizer)
+            study(subject, counted, StudySettings(mine, tolerance, queries), tokenizer)
             for subject, mine in zip(subjects, chosen, strict=True)
         ]
     count = sum(batch["input_ids"].numel() for batch in batches)
@@ -118,11 +118,11 @@ def _measures(text: str | None) -> list[str]:
 def _load(paths: list[Path], num_loops: int | None, device: "torch.device") -> "tuple[list[Subject], PreTrainedTokenizerFast]":
     """The models, named as their runs are, or by their paths where that would not tell them apart; and their tokenizer."""
     from yoco_u.analysis.study import Subject
-    from yoco_u.loading import is_run, load_model
+    from yoco_u.loading import is_run, load_model, model_name
     from yoco_u.training.run_folder import read_run_config
 
     loaded = [load_model(path, device) for path in paths]
-    names = [read_run_config(path).name if is_run(path) else path.resolve().name for path in paths]
+    names = [read_run_config(path).name if is_run(path) else model_name(path) for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     tokenizer = loaded[0][1]

@@ -12,7 +12,7 @@ from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
     from yoco_u.bench.cases import Case
-    from yoco_u.bench.engines import Engine
+    from yoco_u.bench.engines import BenchEngine
     from yoco_u.bench.run import Benchmark
 
 
@@ -65,9 +65,9 @@ def bench(
 
       yoco-u bench --paper --size 1.3b
     """
-    from yoco_u.bench.cases import QUICK, Settings, cases_of
+    from yoco_u.bench.cases import QUICK, BenchSettings, cases_of
     from yoco_u.bench.engines import find_peers, our_engines, peer_engines
-    from yoco_u.bench.paper import PAPER, paper_cases
+    from yoco_u.bench.paper_tables import PAPER, paper_cases
     from yoco_u.bench.run import Benchmark
     from yoco_u.config import parse
 
@@ -84,7 +84,7 @@ def bench(
         "weights": weights, "rounds": rounds, "time_limit": time_limit,
     }  # fmt: skip
     defaults = (QUICK if quick else {}) | (PAPER if paper else {})
-    settings = parse(Settings, defaults | {k: v for k, v in given.items() if v is not None}, "options")
+    settings = parse(BenchSettings, defaults | {k: v for k, v in given.items() if v is not None}, "options")
     engines, absent = our_engines(settings), list[str]()
     if not paper:
         pythons = _pythons(peer_python or [])
@@ -98,7 +98,7 @@ def bench(
         _report(benchmark, absent, paper, json, plot)
 
 
-def _run_with_progress(benchmark: "Benchmark", engines: "list[Engine]", cases: "list[Case]") -> None:
+def _run_with_progress(benchmark: "Benchmark", engines: "list[BenchEngine]", cases: "list[Case]") -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -109,7 +109,7 @@ def _run_with_progress(benchmark: "Benchmark", engines: "list[Engine]", cases: "
         task = bar.add_task("ceilings", total=len(engines) * len(cases) * benchmark.settings.rounds)
         seen = -1
 
-        def show(engine: "Engine", case: "Case | None") -> None:
+        def show(engine: "BenchEngine", case: "Case | None") -> None:
             nonlocal seen
             if case is None:
                 bar.update(task, description=f"{engine.name}: starting")
@@ -125,7 +125,7 @@ def _report(benchmark: "Benchmark", absent: list[str], paper: bool, json: Path |
     """Print and write what was measured, all of it or what an interrupt left."""
     from rich.console import Console
 
-    from yoco_u.bench.paper import paper_json, print_paper_tables
+    from yoco_u.bench.paper_tables import paper_json, print_paper_tables
     from yoco_u.bench.results import as_json, rows_of
     from yoco_u.bench.table import print_failures, print_tables
     from yoco_u.files import write_json

@@ -129,7 +129,7 @@ def evaluate(
     with distributed_session(device) as distributed:
         network, tokenizer = load_model(model, distributed.device)
         length = sequence_length or _sequence_length(model)
-        counts = num_loops or [_own_loops(network)]
+        counts = num_loops or [network.config.architecture.num_loops]
 
         def scores() -> "list[Score]":
             return [_score(network, tokenizer, model, files or [], text_field, length, n, distributed) for n in counts]
@@ -185,11 +185,6 @@ def _sequence_length(model: Path) -> int:
     from yoco_u.training.run_folder import read_run_config
 
     return read_run_config(model).training.sequence_length if is_run(model) else _DEFAULT_LENGTH
-
-
-def _own_loops(weights: "YocoUForCausalLM") -> int:
-    architecture = weights.config.architecture
-    return max(architecture.stages[i].loops for i in architecture.looped_stages)
 
 
 def _print_table(results: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from yoco_u.cli.output import is_first_process, note, stops_cleanly
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
-    from yoco_u.experiment.grid import Cell
+    from yoco_u.experiment.grid import GridRun
     from yoco_u.experiment.summary import Summary
 
 
@@ -84,7 +84,7 @@ def _print_findings(summary: "Summary") -> None:
     console.print()
 
 
-def _print_cells(cells: "list[Cell]") -> None:
+def _print_cells(cells: "list[GridRun]") -> None:
     from yoco_u.budget import parameters
     from yoco_u.formatting import scientific, short_count
 

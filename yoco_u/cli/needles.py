@@ -10,7 +10,7 @@ from yoco_u.cli.arguments import check_can_be_written, names, whole_numbers
 from yoco_u.cli.output import progress_bar
 
 if TYPE_CHECKING:
-    from yoco_u.evaluation.needle_grid import Cell
+    from yoco_u.evaluation.needle_grid import NeedleScore
 
 
 def needles(
@@ -89,7 +89,7 @@ def needles(
         write_needle_plot(cells, plot)
 
 
-def _print_tables(cells: "Sequence[Cell]") -> None:
+def _print_tables(cells: "Sequence[NeedleScore]") -> None:
     """A table for each kind: recall at each depth, then the means over the depths."""
     from rich import box
     from rich.console import Console

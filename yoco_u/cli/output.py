@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from yoco_u.errors import UserError
-
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
@@ -31,9 +29,11 @@ def check_outputs(errors: Iterable[str | None]) -> None:
     Raises:
         UserError: with the first of the errors.
     """
+    from yoco_u.inference.outputs import failed_output
+
     for error in errors:
         if error is not None:
-            raise UserError(f"{error}; the model may be damaged, or too coarse in this dtype (try --dtype float32)")
+            raise failed_output(error)
 
 
 @contextmanager

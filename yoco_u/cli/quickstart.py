@@ -10,7 +10,7 @@ from yoco_u.cli.settings import PACKAGED
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
-    from yoco_u.report.comparison import Figures
+    from yoco_u.report.comparison import Comparison
 
 
 def quickstart(
@@ -57,7 +57,7 @@ def quickstart(
     _print(figures, out, report, cells[-1].name)
 
 
-def _print(figures: "Figures", out: Path, report: Path, model: str) -> None:
+def _print(figures: "Comparison", out: Path, report: Path, model: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

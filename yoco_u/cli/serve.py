@@ -84,7 +84,7 @@ def serve(
         if find_spec(package) is None:
             raise UserError(f"serving needs {package}: pip install 'yoco-u[serve]'")
     from yoco_u.config import parse
-    from yoco_u.serving.served_model import name_of
+    from yoco_u.loading import model_name
     from yoco_u.serving.server import serve as run
     from yoco_u.serving.settings import Listen, ServerSettings
 
@@ -92,7 +92,7 @@ def serve(
         raise UserError("--certificate and --key belong together; give both or neither")
     keys = _keys(api_key or [], api_key_file)
     given: dict[str, Any] = {
-        "model_name": name or name_of(model), "api_keys": keys, "cors_origins": cors_origin,
+        "model_name": name or model_name(model), "api_keys": keys, "cors_origins": cors_origin,
         "max_num_loops": max_num_loops, "max_waiting": max_waiting, "max_body_bytes": max_body_bytes, "max_n": max_n,
         "max_output_tokens": max_output_tokens, "time_limit": time_limit, "drain_seconds": drain_seconds,
     }  # fmt: skip

@@ -1,12 +1,11 @@
 """Configs as they are named on the command line: a YAML file or a packaged name, and dotted overrides."""
 
-import difflib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yoco_u.config import apply_overrides, load_yaml, parse
+from yoco_u.config import apply_overrides, did_you_mean, load_yaml, parse
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,8 +32,7 @@ def find_config(name: str) -> Path:
     known = packaged_configs()
     if name in known:
         return PACKAGED / f"{name}.yaml"
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"packaged are {', '.join(known)}"
+    hint = did_you_mean(name, known, f"packaged are {', '.join(known)}")
     raise UserError(f"{name}: neither a file nor a packaged config; {hint}")
 
 

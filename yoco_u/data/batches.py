@@ -28,9 +28,14 @@ def as_batch(rows: NDArray[np.int64], eot_id: int) -> Batch:
     """Rows of tokens (rows, sequence_length + 1), the last one of each only a target, as a batch."""
     tokens = torch.from_numpy(rows)
     input_ids = tokens[:, :-1].contiguous()
+    return Batch(input_ids=input_ids, shift_labels=tokens[:, 1:].contiguous(), document_ids=document_ids(input_ids, eot_id))
+
+
+def document_ids(input_ids: torch.Tensor, eot_id: int) -> torch.Tensor:
+    """The document of each token of packed rows, (rows, tokens): from 1 in each row, one more at each `<|endoftext|>`."""
     begins = input_ids == eot_id
-    begins[:, 0] = True  # a row that begins within a document
-    return Batch(input_ids=input_ids, shift_labels=tokens[:, 1:].contiguous(), document_ids=begins.long().cumsum(dim=1))
+    begins[:, 0] = True  # a row may begin within a document
+    return begins.long().cumsum(dim=1)
 
 
 class BatchLoader:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, first_line
 
 Advance = Callable[[int], None]
 """Told how many more bytes of the file have been read."""
@@ -83,8 +83,9 @@ def read_parquet(path: Path, name: str, field: str, advance: Advance) -> Iterato
     except UnicodeDecodeError as error:
         raise UserError(f"{name}:{row}: the text is not UTF-8 ({error.reason}); write the file again") from None
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name}: corrupt Parquet file, after row {row} ({reason}); fetch or write it again") from None
+        raise UserError(
+            f"{name}: corrupt Parquet file, after row {row} ({first_line(error)}); fetch or write it again"
+        ) from None
 
 
 def read_hugging_face(name: str, dataset: str, config: str | None, split: str, field: str) -> Iterator[Document]:
@@ -100,7 +101,7 @@ def read_hugging_face(name: str, dataset: str, config: str | None, split: str, f
             found = datasets.load_dataset(dataset, config, split=split, streaming=True)
     except Exception as error:  # the library and the hub raise nearly anything
         raise UserError(
-            f"{name}: cannot load split {split!r} ({_first_line(error)}); expected hf:dataset[:config[:split]]"
+            f"{name}: cannot load split {split!r} ({first_line(error)}); expected hf:dataset[:config[:split]]"
         ) from None
     row = 0
     batches = iter(found.iter(batch_size=256))
@@ -108,7 +109,7 @@ def read_hugging_face(name: str, dataset: str, config: str | None, split: str, f
         try:
             batch = next(batches, None)
         except Exception as error:
-            raise UserError(f"{name}: reading failed after row {row} ({_first_line(error)})") from None
+            raise UserError(f"{name}: reading failed after row {row} ({first_line(error)})") from None
         if batch is None:
             return
         if field not in batch:
@@ -168,7 +169,3 @@ def _read_bytes(path: Path, name: str) -> bytes:
 
 def _no_field(field: str, known: list[str]) -> str:
     return f"no field {field!r}, there are {', '.join(map(repr, known)) or 'none'}; set text_field"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from yoco_u.config import differences
 from yoco_u.data.config import DataConfig
 from yoco_u.data.corpus import Corpus
 from yoco_u.data.formats import Advance, Document
@@ -73,8 +74,7 @@ def _existing(config: DataConfig, out: Path, console: Console) -> DatasetIndex |
         return None
     index = DatasetIndex.load(out)
     if index.config != config:
-        old, new = index.config.model_dump(), config.model_dump()
-        differ = "; ".join(f"{key} {old[key]!r}, now {new[key]!r}" for key in new if old[key] != new[key])
+        differ = "; ".join(f"{key} {old!r}, now {new!r}" for key, old, new in differences(index.config, config))
         raise UserError(f"{out}: holds a dataset of another config ({differ}); choose another folder or remove it")
     console.print(f"Using the dataset in {out}, prepared before from this config; remove it to read the corpus anew.")
     return index

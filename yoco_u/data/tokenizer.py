@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -60,9 +60,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
     except Exception as error:  # the library, the hub and the parsers raise nearly anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{name}: cannot load a tokenizer ({reason}); expected a folder with tokenizer.json or a Hugging Face name"
+            f"{name}: cannot load a tokenizer ({first_line(error)}); "
+            "expected a folder with tokenizer.json or a Hugging Face name"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{name}: {type(tokenizer).__name__} is no fast tokenizer; choose one with tokenizer.json")

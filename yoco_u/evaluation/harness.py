@@ -20,6 +20,7 @@ from tqdm import tqdm
 from yoco_u.data import end_of_text_id
 from yoco_u.errors import UserError
 from yoco_u.inference import LLM, RequestOutput, SamplingParams
+from yoco_u.inference.outputs import failed_output
 from yoco_u.inference.shared_prefixes import run_shared
 
 MAX_LENGTH = 2048
@@ -148,7 +149,7 @@ class EngineLM(TemplateLM):
         def finish(index: int, request: RequestOutput) -> None:
             [output] = request.outputs
             if output.error is not None:
-                raise _broken(output.error)
+                raise failed_output(output.error)
             text = self.tokenizer.decode(output.token_ids, skip_special_tokens=True)
             texts[index] = postprocess_generated_text(text, stops[index], None)
             self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
@@ -173,7 +174,7 @@ class EngineLM(TemplateLM):
             scored = [one for one in request.prompt_logprobs or () if one is not None]
             total = math.fsum(one.chosen.logprob for one in scored)
             if math.isnan(total):
-                raise _broken("the model's logits hold NaN or infinity")
+                raise failed_output("the model's logits hold NaN or infinity")
             answers[index] = total, all(one.top[0].token_id == one.chosen.token_id for one in scored)
             if requests[index][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
@@ -206,7 +207,3 @@ def _sampling(kwargs: dict[str, Any], seed: int) -> dict[str, Any]:
     if not sampled:
         return {"temperature": 0.0}
     return {key: value for key, value in kwargs.items() if value is not None} | {"seed": seed}
-
-
-def _broken(error: str) -> UserError:
-    return UserError(f"{error}; the model may be damaged, or too coarse in this dtype (try float32)")

@@ -1,7 +1,6 @@
 """Tasks of lm-evaluation-harness by name, run on our engine: the harness's own, ours, and those of a user's folder."""
 
 import contextlib
-import difflib
 import logging
 import random
 import sys
@@ -17,7 +16,8 @@ from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
-from yoco_u.errors import UserError
+from yoco_u.config import did_you_mean
+from yoco_u.errors import UserError, first_line
 from yoco_u.evaluation.math_sets import MATH_GROUP, is_math, math_group, math_names, math_tasks
 
 TASKS = Path(__file__).with_name("tasks")
@@ -73,8 +73,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None, data: Pat
             found += _math(manager, name, data)
             continue
         if name not in manager.all_tasks and not Path(name).is_file():
-            near = difflib.get_close_matches(name, [*manager.all_tasks, *math_names()], n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
+            hint = did_you_mean(name, [*manager.all_tasks, *math_names()], "`lm_eval ls tasks` lists them", most=3)
             raise UserError(f"{name}: no task or group of this name; {hint}")
         try:
             loaded = manager.load([name])
@@ -163,7 +162,7 @@ def _math(manager: Any, name: str, data: Path | None) -> list[Any]:
 
 
 def _cannot_load(name: str, error: Exception) -> UserError:
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    reason = first_line(error)
     if isinstance(error, ImportError):
         return UserError(f"{name} needs a package that is not installed ({reason}); install it")
     return UserError(

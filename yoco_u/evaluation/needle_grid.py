@@ -11,6 +11,7 @@ from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.evaluation.needles import KINDS, Kind, Needle, Values, generate_needle
 from yoco_u.inference import LLM, RequestOutput, SamplingParams
+from yoco_u.inference.outputs import failed_output
 
 
 class NeedleSettings(Config):
@@ -44,7 +45,7 @@ class NeedleSettings(Config):
         return len(self.kinds) * len(self.lengths) * self.depths * self.samples
 
 
-class Cell(Config):
+class NeedleScore(Config):
     """Means over the samples of one kind, length and depth.
 
     Attributes:
@@ -68,7 +69,7 @@ def needle_grid(
     haystack: str | None,
     num_loops: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
-) -> list[Cell]:
+) -> list[NeedleScore]:
     """Ask a model for every needle.
 
     Args:
@@ -98,7 +99,7 @@ def needle_grid(
             means = np.array(scores).reshape(settings.depths, settings.samples, 3).mean(axis=1)
             for depth, (found, accuracy, loss) in zip(settings.depth_shares, means.tolist(), strict=True):
                 cells.append(
-                    Cell(
+                    NeedleScore(
                         kind=kind,
                         length=length,
                         depth=depth,
@@ -160,7 +161,7 @@ def _ask(llm: LLM, needles: Sequence[Needle], num_loops: int | None) -> list[tup
 def _text(request: RequestOutput) -> str:
     [output] = request.outputs
     if output.error is not None:
-        raise UserError(f"{output.error}; the model may be damaged, or too coarse in this dtype")
+        raise failed_output(output.error)
     return output.text
 
 

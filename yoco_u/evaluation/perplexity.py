@@ -5,17 +5,17 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from yoco_u.config import Config
-from yoco_u.data import Document, DocumentEncoder, PackedDataset
+from yoco_u.data import Batch, Document, DocumentEncoder, PackedDataset
+from yoco_u.data.batches import document_ids
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.training import evaluate
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.metrics import loss_figures
+from yoco_u.training.validation import batch_nats
 
 _LOGITS_PER_PASS = 1 << 25
 _DOCUMENTS_PER_BATCH = 64
@@ -78,23 +78,19 @@ def score_split(
     return Score(**asdict(found), documents=dataset.split.documents, bytes=bytes_scored)
 
 
-@torch.no_grad()
 def _score_rows(
     model: YocoUForCausalLM, rows: Iterator[NDArray[np.int64]], sequence_length: int, eot_id: int, num_loops: int | None = None
 ) -> tuple[float, int]:
-    """Sum of the nats of all targets, and their number.
+    """The loss of all targets together in nats, and their number.
 
     Args:
         rows: each of up to sequence_length + 1 tokens, the last of which is only a target.
     """
-    device = next(model.parameters()).device
     count = _rows_per_pass(model, sequence_length)
     nats, total = 0.0, 0
-    for inputs, targets, document_ids in _batches(rows, count, eot_id):
-        documents = document_ids.to(device)
-        logits = model(inputs.to(device), document_ids=documents, num_loops=num_loops, use_cache=False).logits
-        nats += F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="sum").item()
-        total += int((targets != -100).sum())
+    for batch in _batches(rows, count, eot_id):
+        nats += batch_nats(model, batch, model.device, "float32", num_loops).item()
+        total += int((batch["shift_labels"] != -100).sum())
     return nats, total
 
 
@@ -136,8 +132,8 @@ def _rows(stream: Iterator[NDArray[np.uint32]], length: int) -> Iterator[NDArray
         yield held
 
 
-def _batches(rows: Iterator[NDArray[np.int64]], count: int, eot_id: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Inputs, targets and document ids, each (up to count, tokens); a short row is filled up, its filling has no targets."""
+def _batches(rows: Iterator[NDArray[np.int64]], count: int, eot_id: int) -> Iterator[Batch]:
+    """Batches of `count` rows, the last one of fewer. A short row is filled up, and its filling has no targets."""
     held: list[NDArray[np.int64]] = []
     for row in rows:
         held.append(row)
@@ -148,13 +144,11 @@ def _batches(rows: Iterator[NDArray[np.int64]], count: int, eot_id: int) -> Iter
         yield _batch(held, eot_id)
 
 
-def _batch(rows: list[NDArray[np.int64]], eot_id: int) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(rows: list[NDArray[np.int64]], eot_id: int) -> Batch:
     length = max(len(row) for row in rows) - 1
     inputs = torch.full((len(rows), length), eot_id)
     targets = torch.full((len(rows), length), -100)
     for i, row in enumerate(rows):
         inputs[i, : len(row) - 1] = torch.from_numpy(row[:-1])
         targets[i, : len(row) - 1] = torch.from_numpy(row[1:])
-    begins = inputs == eot_id
-    begins[:, 0] = True
-    return inputs, targets, begins.long().cumsum(dim=1)
+    return Batch(input_ids=inputs, shift_labels=targets, document_ids=document_ids(inputs, eot_id))

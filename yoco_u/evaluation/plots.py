@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from yoco_u.evaluation.context import ContextScore
-from yoco_u.evaluation.needle_grid import Cell
+from yoco_u.evaluation.needle_grid import NeedleScore
 from yoco_u.files import beside, publish
 from yoco_u.formatting import context_label
 from yoco_u.plotting import ContextPlot
@@ -26,7 +26,7 @@ def write_context_plot(curves: Sequence[tuple[str, Sequence[ContextScore]]], las
     plot.write(path, [score.prefix for score in curves[0][1]])
 
 
-def write_needle_plot(cells: Sequence[Cell], path: Path) -> None:
+def write_needle_plot(cells: Sequence[NeedleScore], path: Path) -> None:
     """A column for each kind: recall above, the share of the answer's tokens that are the likeliest below."""
     kinds = list(dict.fromkeys(cell.kind for cell in cells))
     lengths, depths = sorted({cell.length for cell in cells}), sorted({cell.depth for cell in cells})

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import parameters
-from yoco_u.config import apply_overrides, merged, parse
+from yoco_u.config import apply_overrides, merged, parse, with_value
 from yoco_u.errors import UserError
 from yoco_u.experiment.config import Experiment, Match, Matches, ModelPlan, Role, Scalar
 from yoco_u.formatting import short_count
@@ -19,7 +19,7 @@ _FEED_FORWARD_MULTIPLE = 8  # widths that a match by parameters chooses from
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridRun:
     """One run of the grid.
 
     Attributes:
@@ -55,7 +55,7 @@ class _Variant:
     match: Matches
 
 
-def expand(experiment: Experiment, folder: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+def expand(experiment: Experiment, folder: Path, overrides: Sequence[str] = ()) -> list[GridRun]:
     """All cells: seeds outermost, then tokens, then the models in their order with the last varied setting fastest.
 
     So the first seed's comparison is complete before the second begins, and new seeds come last. The dataset that all cells
@@ -77,7 +77,7 @@ def expand(experiment: Experiment, folder: Path, overrides: Sequence[str] = ()) 
     return cells
 
 
-def choose(cells: Sequence[Cell], cell: str | None = None, only: str | None = None) -> list[Cell]:
+def choose(cells: Sequence[GridRun], cell: str | None = None, only: str | None = None) -> list[GridRun]:
     """Some of the cells.
 
     Args:
@@ -148,7 +148,7 @@ class _Grid:
     def __init__(self, experiment: Experiment, variants: list[_Variant], folder: Path, overrides: Sequence[str]) -> None:
         self.experiment, self.variants, self.folder, self.overrides = experiment, variants, folder, overrides
 
-    def cell(self, variant: _Variant, tokens: int | None, seed: int | None) -> Cell:
+    def cell(self, variant: _Variant, tokens: int | None, seed: int | None) -> GridRun:
         parts = [variant.name, *([f"tokens-{_count(tokens)}"] if tokens is not None else [])]
         series, config = "_".join(parts), self._matched(variant, tokens, seed)
         name = series if seed is None else f"{series}_seed-{seed}"
@@ -156,7 +156,7 @@ class _Grid:
         label = f"{variant.label}{read}"
         config = config.model_copy(update={"name": label if seed is None else f"{label}, seed {seed}"})
         role = variant.plan.role or next((role for role in get_args(Role) if role == variant.entry.replace("-", "_")), None)
-        return Cell(name, series, variant.name, variant.label, label, role, tokens, config.training.seed, config)
+        return GridRun(name, series, variant.name, variant.label, label, role, tokens, config.training.seed, config)
 
     def _matched(self, variant: _Variant, tokens: int | None, seed: int | None) -> RunConfig:
         config = self._plain(variant, tokens, seed)
@@ -175,7 +175,9 @@ class _Grid:
     def _plain(self, variant: _Variant, tokens: int | None, seed: int | None) -> RunConfig:
         """The settings of a cell, before it is matched."""
         settings = merged(self.experiment.base, variant.plan.settings)
-        settings = apply_overrides(_set(settings, variant.values), self.overrides)
+        for key, value in variant.values.items():
+            settings = with_value(settings, key, value, f"models.{variant.entry}.vary")
+        settings = apply_overrides(settings, self.overrides)
         settings = _without_useless_gate(settings) | {"name": variant.name, "dataset": str(self.folder / "data")}
         if seed is not None:
             settings = merged(settings, {"training": {"seed": seed}})
@@ -217,15 +219,6 @@ def _variants(experiment: Experiment) -> Iterator[_Variant]:
             yield _Variant("_".join([entry, *parts]), label, entry, plan, chosen, match)
 
 
-def _set(settings: dict[str, Any], values: dict[str, Scalar]) -> dict[str, Any]:
-    for dotted, value in values.items():
-        group: Any = value
-        for key in reversed(dotted.split(".")):
-            group = {key: group}
-        settings = merged(settings, group)
-    return settings
-
-
 def _without_useless_gate(settings: dict[str, Any]) -> dict[str, Any]:
     """A preset at one loop has no gate, so that a model with gates can be varied over loops from 1 on."""
     architecture = settings.get("architecture")
@@ -234,7 +227,7 @@ def _without_useless_gate(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"architecture": {key: value for key, value in architecture.items() if key != "loop_gate"}}
 
 
-def _check(cells: Sequence[Cell]) -> None:
+def _check(cells: Sequence[GridRun]) -> None:
     seen: set[str] = set()
     for cell in cells:
         if cell.name in seen:

@@ -8,7 +8,7 @@ import yaml
 from yoco_u.errors import UserError
 from yoco_u.experiment.config import Experiment
 from yoco_u.experiment.findings.verdicts import loss_text, short_difference_text
-from yoco_u.experiment.grid import Cell
+from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.needle_maps import needle_maps
 from yoco_u.experiment.plots import AXES, angular_plot, budget_plot, curve_plot, final_plot, styles, write_png
 from yoco_u.experiment.results import read_results
@@ -22,7 +22,7 @@ REPORT = "report"
 """Name of the report's files in the experiment's folder, without the endings html, json and png."""
 
 
-def write_experiment_report(experiment: Experiment, cells: Sequence[Cell], folder: Path) -> Summary:
+def write_experiment_report(experiment: Experiment, cells: Sequence[GridRun], folder: Path) -> Summary:
     """Write report.html, report.json and report.png into the experiment's folder, from what is finished.
 
     Raises:

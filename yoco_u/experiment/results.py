@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from yoco_u.budget import parameters
 from yoco_u.experiment.config import Role
-from yoco_u.experiment.grid import Cell
+from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.intervals import Interval, interval
 from yoco_u.experiment.measure import read_measures
 from yoco_u.experiment.run import has_diverged, is_finished
@@ -30,7 +30,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class CellResult:
+class RunResult:
     """
     Attributes:
         curve: all evaluations so far, in their order.
@@ -38,7 +38,7 @@ class CellResult:
         measures: by name, see `yoco_u.experiment.measure`.
     """
 
-    cell: Cell
+    cell: GridRun
     state: State
     curve: tuple[Point, ...]
     seconds: float
@@ -101,11 +101,11 @@ class Series:
 class Results:
     """A grid as far as it is trained."""
 
-    cells: tuple[CellResult, ...]
+    cells: tuple[RunResult, ...]
     series: tuple[Series, ...]
 
     @property
-    def unfinished(self) -> list[CellResult]:
+    def unfinished(self) -> list[RunResult]:
         return [result for result in self.cells if result.state != "finished"]
 
     def of_role(self, role: Role, loops: int | None = None) -> list[Series]:
@@ -150,23 +150,23 @@ def _by_cost(found: Sequence[Series], cost: str) -> list[tuple[float, list[Serie
     return groups
 
 
-def read_results(cells: Sequence[Cell], folder: Path) -> Results:
+def read_results(cells: Sequence[GridRun], folder: Path) -> Results:
     """Read the cells' run folders, whatever their state.
 
     Raises:
         UserError: if a folder is damaged, or holds a run of other settings than the cell's.
     """
     results = tuple(_read_cell(cell, folder / cell.name) for cell in cells)
-    groups: dict[str, list[CellResult]] = {}
+    groups: dict[str, list[RunResult]] = {}
     for result in results:
         if result.state == "finished":
             groups.setdefault(result.cell.series, []).append(result)
     return Results(results, tuple(_series(group) for group in groups.values()))
 
 
-def _read_cell(cell: Cell, folder: Path) -> CellResult:
+def _read_cell(cell: GridRun, folder: Path) -> RunResult:
     if not _has_records(folder / METRICS):
-        return CellResult(cell, "not begun", (), 0.0, {})
+        return RunResult(cell, "not begun", (), 0.0, {})
     RunFolder(folder).check_same(cell.config)
     run = read_run(folder)
     curve = tuple(Point(record["tokens"], record["flops"], record["loss"]) for record in run.kind("evaluation"))
@@ -176,7 +176,7 @@ def _read_cell(cell: Cell, folder: Path) -> CellResult:
     elif has_diverged(folder):
         state = "diverged"
     steps = run.kind("train")
-    return CellResult(cell, state, curve, steps[-1]["seconds"] if steps else 0.0, read_measures(folder))
+    return RunResult(cell, state, curve, steps[-1]["seconds"] if steps else 0.0, read_measures(folder))
 
 
 def _has_records(metrics: Path) -> bool:
@@ -187,7 +187,7 @@ def _has_records(metrics: Path) -> bool:
         return False
 
 
-def _series(group: Sequence[CellResult]) -> Series:
+def _series(group: Sequence[RunResult]) -> Series:
     cell, final = group[0].cell, group[0].final
     architecture = cell.config.architecture
     return Series(
@@ -196,7 +196,7 @@ def _series(group: Sequence[CellResult]) -> Series:
         model=cell.model,
         model_label=cell.model_label,
         role=cell.role,
-        loops=max(stage.loops for stage in architecture.stages),
+        loops=architecture.num_loops,
         gated=any(stage.loop_gate is not None for stage in architecture.stages),
         parameters=parameters(architecture).total,
         tokens=final.tokens,

@@ -9,7 +9,7 @@ from filelock import FileLock
 
 from yoco_u.config import dump_yaml
 from yoco_u.experiment.config import Experiment
-from yoco_u.experiment.grid import Cell
+from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.measure import check_measures, measure, write_samples
 from yoco_u.training import RunFolderTaken, TrainingDiverged, train
 from yoco_u.training.distributed import distributed_session
@@ -19,11 +19,11 @@ Say = Callable[[str], None]
 
 def run_cells(
     experiment: Experiment,
-    cells: Sequence[Cell],
+    cells: Sequence[GridRun],
     folder: Path,
     progress: bool = True,
     say: Say = lambda _: None,
-) -> list[Cell]:
+) -> list[GridRun]:
     """Train every cell that is not finished, each in `folder`/name, let its model write the samples, and measure it.
 
     A cell that another process is training, or whose loss is not finite, is passed over.

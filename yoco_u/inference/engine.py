@@ -16,7 +16,7 @@ from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.inference.kv_cache import CacheShape
 from yoco_u.inference.outputs import Completion, RequestOutput, TokenLogprobs, Update
-from yoco_u.inference.prepacking import can_pack, pack
+from yoco_u.inference.prepacking import can_prepack, prepack
 from yoco_u.inference.quantization import quantize
 from yoco_u.inference.request import Request
 from yoco_u.inference.runner import Runner
@@ -43,7 +43,7 @@ class Engine:
     """Runs many requests at once, each to its own length, with its own sampling and its own loop count.
 
     Args:
-        model: in evaluation mode on its device. It is the engine's from then on: its weights may be quantized or packed.
+        model: in evaluation mode on its device. It is the engine's from then on: its weights may be quantized or prepacked.
         tokenizer: None for requests in tokens only, without text, stop strings or grammars.
 
     Raises:
@@ -57,7 +57,9 @@ class Engine:
     def __init__(self, model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast | None, settings: EngineSettings) -> None:
         self.architecture = model.config.architecture
         self.settings, self.tokenizer = settings, tokenizer
-        self.num_loops = settings.num_loops or _own_loops(self.architecture)
+        self.num_loops = settings.num_loops or self.architecture.num_loops
+        if settings.num_loops is None:
+            _check_one_loop_count(self.architecture)
         shape = settings.cache_shape(self.architecture.with_loops(self.num_loops), model.device)
         _check_memory(self.architecture, shape, self.num_loops, 0, model.device)
         for parameter in model.parameters():  # not the buffers: the experts' choice biases stay float32
@@ -66,8 +68,8 @@ class Engine:
             quantize(model)
         if model.device.type == "cpu":
             compiled()  # builds the kernels where they are missing, now and not while a request waits
-        if can_pack(model):
-            pack(model)
+        if can_prepack(model):
+            prepack(model)
         self.runner = Runner(model, shape)
         self.cache = self.runner.cache
         self._make_room(self.num_loops)
@@ -96,15 +98,12 @@ class Engine:
         """Requests that wait or run, each of `n` outputs counted."""
         return len(self._outputs)
 
-    def add(
-        self, prompt: str | list[int], params: SamplingParams, request_id: str | None = None, assume_computed: int = 0
-    ) -> RequestOutput:
+    def add(self, prompt: str | list[int], params: SamplingParams, request_id: str | None = None) -> RequestOutput:
         """Queue a request.
 
         Args:
             prompt: a text, which begins a document, or token ids as they are.
             request_id: must not be one that still runs; by default a number.
-            assume_computed: for measurements: take so many tokens of the prompt for computed, whatever the caches hold.
 
         Returns:
             The request, whose outputs grow with every step.
@@ -134,7 +133,6 @@ class Engine:
                     parent,
                 )
             )
-            outputs[-1].request.assumed = assume_computed
         first, *others = outputs
         self.scheduler.add(first.request)
         if params.prompt_logprobs is not None:
@@ -157,6 +155,24 @@ class Engine:
         """End a request, wherever it is; its memory is free at once. A finished one is left as it is."""
         for output in [output for output in self._outputs.values() if output.parent is request]:
             self._end(output, "abort")
+
+    def fill_cache(self, tokens: int) -> None:
+        """Let all waiting requests begin behind `tokens` tokens that are not computed: their keys and values are random.
+
+        For measurements, in which the context in front of what is timed need not be computed.
+
+        Raises:
+            UserError: if prefixes are cached, which would then be random too, or if not all requests can run at once.
+        """
+        if self.settings.prefix_caching:
+            raise UserError(
+                "fill_cache writes random keys and values, which the prefix cache would share; set prefix_caching off"
+            )
+        for request in self.scheduler.admit_behind(tokens):
+            assert request.seat is not None
+            self.cache.fill(request.seat, request.blocks, self.runner.model.dtype)
+        if self.scheduler.waiting:
+            raise UserError(f"{len(self.scheduler.waiting)} requests cannot run beside the others; enlarge the caches")
 
     def step(self) -> list[Update]:
         """Run one step: some tokens of every request that runs.
@@ -291,15 +307,14 @@ def _check_memory(a: Architecture, shape: CacheShape, loops: int, allocated: int
         )
 
 
-def _own_loops(a: Architecture) -> int:
-    """The loop count that a model was made with."""
+def _check_one_loop_count(a: Architecture) -> None:
+    """Refuse a model whose stages loop unequally often: a request has one loop count for all of them."""
     loops = {a.stages[index].loops for index in a.looped_stages}
     if len(loops) > 1:
         raise UserError(
             f"the model's stages loop {' and '.join(map(str, sorted(loops)))} times, but a request loops all of them as often; "
             "set num_loops"
         )
-    return loops.pop()
 
 
 def _end_tokens(model: YocoUForCausalLM, encoder: DocumentEncoder | None) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """The engine's memory: pages for what grows with the context, rings for windows, states for retention; nothing else.
 
-Every slot, that is every (stage, loop, layer) that remembers, and the global KV, has storage of its own, and one block table
-per sequence serves all slots that grow. A window needs no table: a sequence's seat is its row of every ring.
+Every slot of the architecture, a (stage, loop, layer), has storage of its own, and so has the global KV. A sequence has one
+block table, which serves all its slots that grow with the context. Windows need no table: a sequence has a seat, a number below
+`max_num_seqs`, which is its place in every ring and every state.
 """
 
 from dataclasses import dataclass
@@ -9,23 +10,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from yoco_u.architecture import Architecture
+from yoco_u.architecture import Architecture, Slot
 from yoco_u.budget import KVType
-from yoco_u.inference.kernels import quantized, store_rows
+from yoco_u.inference.kernels import store_rows
+from yoco_u.inference.kernels.direct import quantized
 
 STORAGE: dict[KVType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-class Rows:
-    """Keys and values of one slot, one row a token.
+_FRESH_BYTES = 2**26  # an allocation of so many bytes or more comes from the system, which maps pages as they are written
 
-    An int8 cache holds each key and value as head_dim whole numbers times one float32 scale. What has been stored is what is
-    seen, by the token that wrote it too, so results do not depend on how a prompt was cut.
+
+class KVStorage:
+    """Keys and values of one slot, one row for each token, in blocks of rows.
+
+    An int8 cache holds each key and value as head_dim whole numbers times one float32 scale. Every token attends to keys and
+    values as they were rounded for storage, even to its own, so that results do not depend on how a prompt was cut into chunks.
 
     Attributes:
         data: (2, kv_heads, rows, head_dim).
         scales: (2, kv_heads, rows), float32, of an int8 cache.
-        block_size: rows per block; those of a window ring for a ring.
+        block_size: rows of a block. A ring is one block of `window` rows.
     """
 
     def __init__(self, kv_heads: int, blocks: int, block_size: int, head_dim: int, kind: KVType, device: torch.device) -> None:
@@ -46,12 +51,25 @@ class Rows:
         k, v = kv.to(dtype).transpose(1, 2).unbind(0)
         return k[None], v[None]
 
-    def seen(self, x: Tensor) -> Tensor:
-        """Keys or values (..., head_dim) as they will be read after being stored."""
+    def as_stored(self, x: Tensor) -> Tensor:
+        """Keys or values (..., head_dim) rounded as storing and reading them would."""
         if self.scales is None:
             return x if x.dtype == self.data.dtype else x.to(self.data.dtype).to(x.dtype)
         whole, scales = quantized(x)
         return (whole * scales[..., None]).to(x.dtype)
+
+    def fill(self, blocks: Tensor, dtype: torch.dtype) -> None:
+        """Write random keys and values, drawn in `dtype`, to all rows of some blocks (blocks,)."""
+        rows = (blocks[:, None] * self.block_size + torch.arange(self.block_size, device=blocks.device)).flatten()
+        _, heads, _, head_dim = self.data.shape
+        for part in rows.split(4096):
+            k, v = (torch.randn(len(part), heads, head_dim, device=part.device).to(dtype) for _ in range(2))
+            self.store(part, k, v)
+
+    def release(self) -> None:
+        """Give the memory back to the system until it is written again; what was stored is lost."""
+        make = torch.empty_like if self.data.nbytes >= _FRESH_BYTES else torch.zeros_like
+        self.data = make(self.data)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -64,7 +82,7 @@ class CacheShape:
 
     Attributes:
         num_blocks, block_size: of the pages, in tokens.
-        max_num_seqs: seats: sequences that have rings and states at a time.
+        max_num_seqs: seats, that is, how many sequences have rings and states at a time.
         window: rows of a ring: the model's window, or the longest context if that is shorter.
         kind: of keys and values.
     """
@@ -77,68 +95,92 @@ class CacheShape:
 
 
 class KVCache:
-    """Storage of all slots, none before `grow`. Slots are named (stage, loop, layer), and None for the global KV."""
+    """Storage of all slots and of the global KV; there is none before `grow`.
+
+    Attributes:
+        global_kv: of an architecture with a cross-decoder.
+        pages: of the slots of full attention.
+        rings: of the sliding slots.
+        states: of the retention slots, each (seats, heads, head_dim, head_dim), float32.
+    """
 
     def __init__(self, architecture: Architecture, shape: CacheShape, device: torch.device) -> None:
         self.architecture, self.shape, self.device = architecture, shape, device
-        self.pages: dict[tuple[int, int, int] | None, Rows] = {}
-        self.rings: dict[tuple[int, int, int], Rows] = {}
-        self.states: dict[tuple[int, int, int], Tensor] = {}
+        self.global_kv: KVStorage | None = None
+        self.pages: dict[Slot, KVStorage] = {}
+        self.rings: dict[Slot, KVStorage] = {}
+        self.states: dict[Slot, Tensor] = {}
 
     def grow(self, num_loops: int) -> None:
-        """Make room for the slots of so many loops; what is there stays."""
+        """Make storage for the slots of so many loops; what is there stays as it is."""
         a = self.architecture.with_loops(num_loops)
-        if a.has_global_kv and None not in self.pages:
-            self.pages[None] = self._pages()
-        for index, stage in enumerate(a.stages):
-            for slot in ((index, loop, layer) for loop in range(stage.loops) for layer in range(stage.layers)):
-                if stage.attention == "full" and slot not in self.pages:
-                    self.pages[slot] = self._pages()
-                elif stage.attention == "sliding" and slot not in self.rings:
-                    assert self.shape.window is not None
-                    self.rings[slot] = self._rows(self.shape.max_num_seqs, self.shape.window)
-                elif stage.attention == "retention" and slot not in self.states:
-                    size = (self.shape.max_num_seqs, a.num_attention_heads, a.head_dim, a.head_dim)
-                    self.states[slot] = torch.zeros(size, device=self.device)
+        if a.has_global_kv and self.global_kv is None:
+            self.global_kv = self._pages()
+        for slot in a.slots():
+            if slot.attention == "full" and slot not in self.pages:
+                self.pages[slot] = self._pages()
+            elif slot.attention == "sliding" and slot not in self.rings:
+                assert self.shape.window is not None
+                self.rings[slot] = self._storage(self.shape.max_num_seqs, self.shape.window)
+            elif slot.attention == "retention" and slot not in self.states:
+                size = (self.shape.max_num_seqs, a.num_attention_heads, a.head_dim, a.head_dim)
+                self.states[slot] = torch.zeros(size, device=self.device)
 
     def window_state(self, seat: int, num_loops: int) -> list[Tensor]:
-        """A copy of all that a sequence of so many loops has in its seat."""
+        """A copy of all that a sequence of so many loops keeps in its seat: the rows of its rings, and its retention states."""
         return [tensor.clone() for tensor in self._of_seat(seat, num_loops)]
 
     def restore(self, seat: int, num_loops: int, state: list[Tensor]) -> None:
-        """Put a copy of a window state into a seat."""
+        """Copy a window state into a seat."""
         for tensor, kept in zip(self._of_seat(seat, num_loops), state, strict=True):
             tensor.copy_(kept)
 
     def clear(self, seat: int) -> None:
-        """Empty the retention states of a seat; rings need not be, as no row is read before it was written."""
+        """Set the retention states of a seat to zero. Rings can stay: no row of theirs is read before it is written."""
         for state in self.states.values():
             state[seat].zero_()
 
+    def fill(self, seat: int, blocks: list[int], dtype: torch.dtype) -> None:
+        """Write random keys and values, drawn in `dtype`, to a sequence's rings and blocks, for measurements."""
+        for ring in self.rings.values():
+            ring.fill(torch.tensor([seat], device=self.device), dtype)
+        for storage in self._paged:
+            storage.fill(torch.tensor(blocks, device=self.device), dtype)
+
+    def release(self) -> None:
+        """Give the memory of all keys and values back to the system until it is written again; what was stored is lost."""
+        for storage in (*self._paged, *self.rings.values()):
+            storage.release()
+
     @property
     def has_window_state(self) -> bool:
+        """Whether a sequence keeps anything in its seat."""
         return bool(self.rings or self.states)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated; what `yoco_u.budget.cache_bytes` says."""
-        rows = [tensor for slot in (*self.pages.values(), *self.rings.values()) for tensor in slot.tensors]
-        return sum(tensor.nbytes for tensor in (*rows, *self.states.values()))
+        kept = [tensor for storage in (*self._paged, *self.rings.values()) for tensor in storage.tensors]
+        return sum(tensor.nbytes for tensor in (*kept, *self.states.values()))
+
+    @property
+    def _paged(self) -> list[KVStorage]:
+        return [*self.pages.values(), *([self.global_kv] if self.global_kv is not None else [])]
 
     def _of_seat(self, seat: int, num_loops: int) -> list[Tensor]:
         loops = [stage.loops for stage in self.architecture.with_loops(num_loops).stages]
         found = []
-        for (stage, loop, _), ring in self.rings.items():
-            if loop < loops[stage]:
+        for slot, ring in self.rings.items():
+            if slot.loop < loops[slot.stage]:
                 rows = slice(seat * ring.block_size, (seat + 1) * ring.block_size)
                 found += [tensor[:, :, rows] for tensor in ring.tensors]
-        found += [state[seat] for (stage, loop, _), state in self.states.items() if loop < loops[stage]]
+        found += [state[seat] for slot, state in self.states.items() if slot.loop < loops[slot.stage]]
         return found
 
-    def _pages(self) -> Rows:
-        return self._rows(self.shape.num_blocks, self.shape.block_size)
+    def _pages(self) -> KVStorage:
+        return self._storage(self.shape.num_blocks, self.shape.block_size)
 
-    def _rows(self, blocks: int, block_size: int) -> Rows:
+    def _storage(self, blocks: int, block_size: int) -> KVStorage:
         a = self.architecture
         heads = a.num_key_value_heads * (a.parallel.streams if a.parallel else 1)
-        return Rows(heads, blocks, block_size, a.head_dim, self.shape.kind, self.device)
+        return KVStorage(heads, blocks, block_size, a.head_dim, self.shape.kind, self.device)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from yoco_u.errors import UserError
 from yoco_u.inference.sampler import Logprob
 
 
@@ -74,3 +75,8 @@ class Update:
     text: str
     token_ids: list[int]
     finish_reason: str | None = None
+
+
+def failed_output(error: str) -> UserError:
+    """The error to raise for an output that ended with an `error`."""
+    return UserError(f"{error}; the model may be damaged, or its dtype too coarse for it: try float32")

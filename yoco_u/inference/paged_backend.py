@@ -1,40 +1,37 @@
-"""The sequences of one engine step, as the model's blocks see them: tokens of many requests side by side, no padding.
+"""The engine's attention backend: the tokens of many requests side by side, over paged caches and window rings.
 
-A step is one row of tokens, (1, tokens): first the requests that run a single token, which is decoding, then those that run a
-chunk of their prompt. Single tokens attend together, whatever their lengths, through `yoco_u.inference.kernels`; each chunk
-attends to its own past and itself through `yoco_u.model.cpu_attention`.
+A step is one row of tokens, (1, tokens), without padding. First come the decodes, requests that run a single token, then the
+prefills, requests that run a chunk of their prompt. Decodes attend together, whatever their lengths, through
+`yoco_u.inference.kernels`. Each prefill attends by itself, to what its request has cached and to its own chunk.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from yoco_u.architecture import Architecture
-from yoco_u.inference.kernels import decode_attention
-from yoco_u.inference.kernels.cpu import compiled
-from yoco_u.inference.kv_cache import KVCache, Rows
-from yoco_u.model.attention import attend, full_mask, sliding_attention, sliding_mask
-from yoco_u.model.backend import runs_blockwise
-from yoco_u.model.cpu_attention import block_attention
+from yoco_u.inference.kernels import chunk_attention, decode_attention, rotate
+from yoco_u.inference.kv_cache import KVCache, KVStorage
+from yoco_u.model.backend import AttentionBackend
 from yoco_u.model.retention import chunked_retention, recurrent_retention
-from yoco_u.model.rope import rotary_angles, rotate
+from yoco_u.model.rope import rotary_angles
 
 
 @dataclass(frozen=True)
-class Span:
-    """What one request runs in a step.
+class SequenceSlice:
+    """What one request runs in a step: the tokens start .. start + count - 1 of its sequence.
 
     Attributes:
-        start, count: its tokens start .. start + count - 1.
-        kept: how many of them, the last ones, have their logits asked for.
-        written: keys and values before this position are in the pages already, in blocks that others share.
-        seat: row of the rings.
-        table: its blocks, (blocks,) int32.
+        kept: for how many of them, the last ones, logits are asked for.
+        written: the keys and values before this position are in the pages already, in blocks shared with other requests, and
+            must not be written again.
+        seat: the request's row in every window ring and retention state.
+        block_table: the request's blocks of the pages, (blocks,) int32.
         num_loops: T of the request.
     """
 
@@ -43,7 +40,7 @@ class Span:
     kept: int
     written: int
     seat: int
-    table: Tensor
+    block_table: Tensor
     num_loops: int
 
     @property
@@ -51,227 +48,217 @@ class Span:
         return self.start + self.count
 
 
-class StepSequences:
-    """`Sequences` of one step over the engine's caches.
+class PagedBackend(AttentionBackend):
+    """`AttentionBackend` of one step of the engine.
 
     Args:
-        spans: single tokens first.
-        slots: names of the model's slots by number, see `KVCache`.
+        slices: decodes first.
+        architecture: at the largest loop count of the step.
     """
 
     has_cache = True
 
-    def __init__(self, spans: Sequence[Span], cache: KVCache, slots: Sequence[tuple[int, int, int]], a: Architecture) -> None:
-        self.spans, self.cache, self.slots, self.architecture = spans, cache, slots, a
-        ends = list(accumulate(span.count for span in spans))
-        self.rows = [range(end - span.count, end) for span, end in zip(spans, ends, strict=True)]  # of the step, by span
-        self.singles = [span for span in spans if span.count == 1]
-        self.chunks = [(span, slice(rows.start, rows.stop)) for span, rows in self._with_rows() if span.count > 1]
-        self._in_loop: dict[int, tuple[Tensor | None, StepSequences]] = {}
+    def __init__(self, slices: Sequence[SequenceSlice], cache: KVCache, architecture: Architecture) -> None:
+        self.slices, self.cache, self.architecture, self.slots = slices, cache, architecture, architecture.slots()
+        ends = list(accumulate(one.count for one in slices))
+        self.tokens = [range(end - one.count, end) for one, end in zip(slices, ends, strict=True)]  # of the step, by slice
+        self.decodes = [one for one in slices if one.count == 1]
+        self.prefills = [(one, slice(own.start, own.stop)) for one, own in self._with_tokens() if one.count > 1]
+        self._in_loop: dict[int, tuple[Tensor | None, PagedBackend]] = {}  # by how many slices are left
 
-    def in_loop(self, loop: int) -> "tuple[Tensor | None, StepSequences]":
-        remaining = [span for span in self.spans if span.num_loops > loop]
-        if len(remaining) not in self._in_loop:
-            self._in_loop[len(remaining)] = self._select(remaining, [span.num_loops > loop for span in self.spans])
-        return self._in_loop[len(remaining)]
+    def in_loop(self, loop: int) -> "tuple[Tensor | None, PagedBackend]":
+        running = [one.num_loops > loop for one in self.slices]
+        left = sum(running)
+        if left not in self._in_loop:
+            tokens = [token for own, runs in zip(self.tokens, running, strict=True) if runs for token in own]
+            slices = [one for one, runs in zip(self.slices, running, strict=True) if runs]
+            self._in_loop[left] = (None, self) if all(running) else (self._index(tokens), self._of(slices))
+        return self._in_loop[left]
 
-    def kept(self) -> "tuple[Tensor | None, StepSequences]":
-        narrowed = [replace(span, start=span.end - span.kept, count=span.kept) for span in self.spans if span.kept]
-        if all(span.kept == span.count for span in self.spans):
+    def kept(self) -> "tuple[Tensor | None, PagedBackend]":
+        if all(one.kept == one.count for one in self.slices):
             return None, self
-        rows = [row for span, own in self._with_rows() for row in own[span.count - span.kept :]]
-        order = sorted(range(len(narrowed)), key=lambda i: narrowed[i].count > 1)  # a chunk may have become a single token
-        if order != list(range(len(narrowed))):
-            raise AssertionError("chunks that keep one token come before those that keep more")
-        return self._index(rows), StepSequences(narrowed, self.cache, self.slots, self.architecture)
+        kept = [replace(one, start=one.end - one.kept, count=one.kept) for one in self.slices if one.kept]
+        if any(before.count > 1 and after.count == 1 for before, after in pairwise(kept)):
+            raise AssertionError("a prefill that keeps one token becomes a decode, so it has to come before the other prefills")
+        return self._index([token for one, own in self._with_tokens() for token in own[one.count - one.kept :]]), self._of(kept)
 
-    def of_single_tokens(self, kind: str, slot: int) -> tuple[Any, ...] | None:
-        """Arguments of `run` in `kernels/decode_block.cpp` behind the hidden states, for a block of this kind of attention.
-
-        Returns:
-            None if the step has more than single tokens, or one whose keys and values are in the pages already.
-        """
-        if self.chunks:
+    def decode_block_arguments(self, slot: int) -> tuple[Any, ...] | None:
+        """The arguments of `run` in `kernels/cpu/decode_block.cpp`, for a step of decodes that all write to the caches."""
+        if self.prefills:
             return None
-        writes: tuple[Tensor | None, Tensor | None]
+        kind = self.slots[slot].attention
+        tokens: Tensor | None
+        slot_mapping: Tensor | None
         if kind == "sliding":
-            rows, table, lengths, writes = self.cache.rings[self.slots[slot]], *self._ring_reads, self._ring_writes
+            storage, (block_table, lengths) = self.cache.rings[self.slots[slot]], self._ring_reads
+            tokens, slot_mapping = self._ring_slot_mapping
         else:
-            rows = self.cache.pages[None if kind == "cross" else self.slots[slot]]
-            table, lengths = self._tables, self._seats[1]
-            writes = (None, None) if kind == "cross" else self._page_writes
-        tokens, places = writes
+            storage = self._global_kv if kind == "cross" else self.cache.pages[self.slots[slot]]
+            block_table, lengths = self._block_tables, self._seats_and_lengths[1]
+            tokens, slot_mapping = self._page_slot_mapping if kind != "cross" else (None, None)
         if tokens is not None:
             return None
-        return *self._rotary, rows.data, rows.scales, table, rows.block_size, lengths, places
+        return *self._rotary, storage.data, storage.scales, block_table, storage.block_size, lengths, slot_mapping
 
     def rotate(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and compiled():
-            return torch.ops.yoco_u.rotate(x, *self._rotary)
         return rotate(x, self._rotary)
 
     def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ring = self.cache.rings[self.slots[slot]]
         out = torch.empty_like(q)
-        for span, rows in self.chunks:
-            past_k, past_v = ring.read(self._ring_past(span), q.dtype)
-            keys, values = (torch.cat([p, ring.seen(x[:, rows])], dim=1) for p, x in ((past_k, k), (past_v, v)))
-            assert self.architecture.window is not None
-            out[:, rows] = _chunk_attention(q[:, rows], keys, values, self.architecture.window)
-        _store(ring, k, v, *self._ring_writes)
-        if self.singles:
+        for one, tokens in self.prefills:  # before their own keys overwrite what they still see
+            past_k, past_v = ring.read(self._ring_past(one), q.dtype)
+            keys, values = (torch.cat([p, ring.as_stored(x[:, tokens])], dim=1) for p, x in ((past_k, k), (past_v, v)))
+            out[:, tokens] = chunk_attention(q[:, tokens], keys, values, self.architecture.window)
+        _store(ring, k, v, *self._ring_slot_mapping)
+        if self.decodes:
             self._decode(out, q, ring, *self._ring_reads)
         return out
 
     def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
         pages = self.cache.pages[self.slots[slot]]
-        _store(pages, k, v, *self._page_writes)
+        _store(pages, k, v, *self._page_slot_mapping)
         return self._attend_pages(pages, q, prefix)
 
     def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        _store(self.cache.pages[None], k, v, *self._page_writes)
+        _store(self._global_kv, k, v, *self._page_slot_mapping)
         return k, v
 
-    def cross_attention(self, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
-        return self._attend_pages(self.cache.pages[None], q, None)
+    def cross_attention(self, slot: int, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
+        return self._attend_pages(self._global_kv, q, None)
 
     def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         states = self.cache.states[self.slots[slot]]
         out = torch.empty_like(q)
-        if self.singles:
-            seats, _ = self._seats
-            n = len(self.singles)
+        if self.decodes:
+            seats, _ = self._seats_and_lengths
+            n = len(self.decodes)
             new, states[seats] = recurrent_retention(
                 q[0, :n, None], k[0, :n, None], v[0, :n, None], log_decay[0, :n, None], states[seats]
             )
             out[0, :n] = new[:, 0]
-        for span, rows in self.chunks:
-            out[:, rows], states[span.seat, None] = chunked_retention(
-                q[:, rows], k[:, rows], v[:, rows], log_decay[:, rows], states[span.seat, None]
+        for one, tokens in self.prefills:
+            out[:, tokens], states[one.seat, None] = chunked_retention(
+                q[:, tokens], k[:, tokens], v[:, tokens], log_decay[:, tokens], states[one.seat, None]
             )
         return out
 
-    def _attend_pages(self, pages: Rows, q: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+    @property
+    def _global_kv(self) -> KVStorage:
+        assert self.cache.global_kv is not None
+        return self.cache.global_kv
+
+    def _attend_pages(self, pages: KVStorage, q: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
         out = torch.empty_like(q)
-        alone = [] if prefix is None else [(span, slice(i, i + 1)) for i, span in enumerate(self.singles)]
-        for span, rows in alone + self.chunks:
-            k, v = pages.read(_page_rows(span, 0, pages.block_size), q.dtype)
+        by_itself = self.prefills
+        if prefix is not None:  # the decode kernel knows no prefix
+            by_itself = [(one, slice(i, i + 1)) for i, one in enumerate(self.decodes)] + by_itself
+        for one, tokens in by_itself:
+            k, v = pages.read(_page_rows(one, 0, pages.block_size), q.dtype)
             if prefix is not None:
                 k, v = (torch.cat([p.to(x.dtype)[None], x], dim=1) for p, x in zip(prefix, (k, v), strict=True))
-            out[:, rows] = _chunk_attention(q[:, rows], k, v, None)
-        if self.singles and prefix is None:
-            self._decode(out, q, pages, self._tables, self._seats[1])
+            out[:, tokens] = chunk_attention(q[:, tokens], k, v, None)
+        if self.decodes and prefix is None:
+            self._decode(out, q, pages, self._block_tables, self._seats_and_lengths[1])
         return out
 
-    def _decode(self, out: Tensor, q: Tensor, rows: Rows, table: Tensor, lengths: Tensor) -> None:
-        n = len(self.singles)
-        out[0, :n] = decode_attention(q[0, :n], rows.data, rows.scales, table, rows.block_size, lengths)
+    def _decode(self, out: Tensor, q: Tensor, storage: KVStorage, block_table: Tensor, lengths: Tensor) -> None:
+        n = len(self.decodes)
+        out[0, :n] = decode_attention(q[0, :n], storage.data, storage.scales, block_table, storage.block_size, lengths)
 
-    # What follows is worked out once a step and used by every layer.
+    # What follows is made once a step and used by every layer.
 
     @cached_property
     def _rotary(self) -> tuple[Tensor, Tensor]:
-        chunks = [torch.arange(span.start, span.end, device=self.cache.device) for span, _ in self.chunks]
-        positions = torch.cat([self._index([span.start for span in self.singles]), *chunks])
+        chunks = [torch.arange(one.start, one.end, device=self.cache.device) for one, _ in self.prefills]
+        positions = torch.cat([self._index([one.start for one in self.decodes]), *chunks])
         return rotary_angles(positions[None], self.architecture.head_dim, self.architecture.rope_theta)
 
     @cached_property
-    def _seats(self) -> tuple[Tensor, Tensor]:
-        """Seats (int32) and lengths of the single tokens' sequences."""
-        seats = torch.tensor([span.seat for span in self.singles], dtype=torch.int32, device=self.cache.device)
-        return seats, self._index([span.end for span in self.singles])
+    def _seats_and_lengths(self) -> tuple[Tensor, Tensor]:
+        """Of the decodes: their seats, (decodes,) int32, and how many tokens each sees, (decodes,) int64."""
+        seats = torch.tensor([one.seat for one in self.decodes], dtype=torch.int32, device=self.cache.device)
+        return seats, self._index([one.end for one in self.decodes])
 
     @cached_property
     def _ring_reads(self) -> tuple[Tensor, Tensor]:
-        """Which block of a ring is whose, as a table of one block each, and how many of its rows are seen."""
-        assert self.cache.shape.window is not None
-        seats, lengths = self._seats
-        return seats[:, None], lengths.clamp(max=self.cache.shape.window)
+        """Rings as the decode kernel reads them: block tables with the seat as the only block, and how many rows are seen."""
+        seats, lengths = self._seats_and_lengths
+        return seats[:, None], lengths.clamp(max=self._ring_rows)
 
     @cached_property
-    def _tables(self) -> Tensor:
-        """Block tables of the single tokens' sequences, (sequences, blocks) int32; unused behind a sequence's end."""
-        longest = max(len(span.table) for span in self.singles)
-        return torch.stack([torch.nn.functional.pad(span.table, (0, longest - len(span.table))) for span in self.singles])
+    def _block_tables(self) -> Tensor:
+        """Of the decodes, (decodes, blocks) int32, zero behind the end of a shorter one."""
+        longest = max(len(one.block_table) for one in self.decodes)
+        tables = [torch.nn.functional.pad(one.block_table, (0, longest - len(one.block_table))) for one in self.decodes]
+        return torch.stack(tables)
 
     @cached_property
-    def _page_writes(self) -> tuple[Tensor | None, Tensor]:
-        """Which tokens of the step go to which rows of the pages; None for all tokens."""
+    def _page_slot_mapping(self) -> tuple[Tensor | None, Tensor]:
+        """Which tokens of the step are written to the pages, None for all of them, and to which rows."""
         size = self.cache.shape.block_size
-        tokens: list[int] = []
-        places = []
-        for span, own in self._with_rows():
-            first = min(max(span.start, span.written), span.end)
-            tokens += own[first - span.start :]
-            if first < span.end:
-                rows = _page_rows(span, first, size)
-                places.append(
-                    rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop, device=self.cache.device)
-                )
-        found = torch.cat(places) if places else self._index([])
-        return self._tokens(tokens), found
+        written: list[int] = []
+        mapping = []
+        for one, own in self._with_tokens():
+            first = min(max(one.start, one.written), one.end)
+            written += own[first - one.start :]
+            if first < one.end:
+                rows = _page_rows(one, first, size)
+                if isinstance(rows, slice):
+                    rows = torch.arange(rows.start, rows.stop, device=self.cache.device)
+                mapping.append(rows)
+        return self._all_or(written), torch.cat(mapping) if mapping else self._index([])
 
     @cached_property
-    def _ring_writes(self) -> tuple[Tensor | None, Tensor]:
-        """The same for the rings: of a chunk longer than the window only the end stays."""
-        window = self.cache.shape.window
-        assert window is not None
-        tokens: list[int] = []
-        places = []
-        for span, own in self._with_rows():
-            stays = min(span.count, window)
-            tokens += own[span.count - stays :]
-            places.append(torch.arange(span.end - stays, span.end, device=self.cache.device) % window + span.seat * window)
-        return self._tokens(tokens), torch.cat(places)
+    def _ring_slot_mapping(self) -> tuple[Tensor | None, Tensor]:
+        """The same of the rings, where only the last `window` tokens of a longer chunk are written."""
+        window = self._ring_rows
+        written: list[int] = []
+        mapping = []
+        for one, own in self._with_tokens():
+            stays = min(one.count, window)
+            written += own[one.count - stays :]
+            positions = torch.arange(one.end - stays, one.end, device=self.cache.device)
+            mapping.append(positions % window + one.seat * window)
+        return self._all_or(written), torch.cat(mapping)
 
-    def _ring_past(self, span: Span) -> Tensor:
-        """Rows of the ring with what a chunk's tokens see before the chunk, in order."""
-        window = self.cache.shape.window
-        assert window is not None
-        past = torch.arange(max(0, span.start - window + 1), span.start, device=self.cache.device)
-        return past % window + span.seat * window
+    def _ring_past(self, one: SequenceSlice) -> Tensor:
+        """The rows of a ring that hold what a chunk sees from before itself, oldest first."""
+        window = self._ring_rows
+        past = torch.arange(max(0, one.start - window + 1), one.start, device=self.cache.device)
+        return past % window + one.seat * window
 
-    def _select(self, spans: list[Span], chosen: list[bool]) -> "tuple[Tensor | None, StepSequences]":
-        if all(chosen):
-            return None, self
-        rows = [row for own, runs in zip(self.rows, chosen, strict=True) if runs for row in own]
-        return self._index(rows), StepSequences(spans, self.cache, self.slots, self.architecture)
+    @property
+    def _ring_rows(self) -> int:
+        assert self.cache.shape.window is not None
+        return self.cache.shape.window
 
-    def _with_rows(self) -> Iterator[tuple[Span, range]]:
-        return zip(self.spans, self.rows, strict=True)
+    def _of(self, slices: Sequence[SequenceSlice]) -> "PagedBackend":
+        return PagedBackend(slices, self.cache, self.architecture)
 
-    def _tokens(self, chosen: list[int]) -> Tensor | None:
-        """Some tokens of the step; None for all."""
-        return None if len(chosen) == self.rows[-1].stop else self._index(chosen)
+    def _with_tokens(self) -> Iterator[tuple[SequenceSlice, range]]:
+        return zip(self.slices, self.tokens, strict=True)
+
+    def _all_or(self, tokens: list[int]) -> Tensor | None:
+        """Indices of some of the step's tokens; None where it is all of them."""
+        return None if len(tokens) == self.tokens[-1].stop else self._index(tokens)
 
     def _index(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.cache.device)
 
 
-def _store(rows: Rows, k: Tensor, v: Tensor, tokens: Tensor | None, places: Tensor) -> None:
-    """Write keys and values (1, tokens, kv_heads, head_dim) of some tokens of a step, None for all, to their places."""
-    rows.store(places, *((k[0], v[0]) if tokens is None else (k[0, tokens], v[0, tokens])))
+def _store(storage: KVStorage, k: Tensor, v: Tensor, tokens: Tensor | None, slot_mapping: Tensor) -> None:
+    """Write the keys and values (1, tokens, kv_heads, head_dim) of some tokens of a step, None for all, to their rows."""
+    storage.store(slot_mapping, *((k[0], v[0]) if tokens is None else (k[0, tokens], v[0, tokens])))
 
 
-def _page_rows(span: Span, first: int, block_size: int) -> Tensor | slice:
-    """Rows of the pages that hold a sequence's tokens first .. end - 1; a slice where its blocks follow each other."""
+def _page_rows(one: SequenceSlice, first: int, block_size: int) -> Tensor | slice:
+    """Rows of the pages that hold tokens first .. end - 1 of a sequence; a slice where its blocks follow each other."""
     skipped = first // block_size
-    blocks = span.table[skipped : -(-span.end // block_size)].long()
+    blocks = one.block_table[skipped : -(-one.end // block_size)].long()
     if bool((blocks.diff() == 1).all()):
         start = int(blocks[0]) * block_size + first - skipped * block_size
-        return slice(start, start + span.end - first)
+        return slice(start, start + one.end - first)
     rows = blocks[:, None] * block_size + torch.arange(block_size, device=blocks.device)
-    return rows.flatten()[first - skipped * block_size :][: span.end - first]
-
-
-def _chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Queries that are the last of the keys' tokens; all (1, tokens, heads, head_dim)."""
-    queries, keys = q.shape[1], k.shape[1]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and compiled():
-        return torch.ops.yoco_u.chunk_attention(q, k, v, keys if window is None else window)
-    if runs_blockwise(queries, q.device):
-        return block_attention(q, k, v, keys if window is None else window, None, None)
-    if window is None:
-        positions = torch.arange(keys - queries, keys, device=q.device)
-        return attend(q, k, v, full_mask(positions, keys, None, q.dtype))
-    return sliding_attention(q, k, v, window, sliding_mask(queries, keys - queries, window, None, q.dtype, q.device))
+    return rows.flatten()[first - skipped * block_size :][: one.end - first]

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from yoco_u.inference.kernels.cpu import compiled
-from yoco_u.inference.paged_backend import StepSequences
 from yoco_u.inference.quantization import is_int8
 from yoco_u.model import YocoUForCausalLM
-from yoco_u.model.backend import Sequences
+from yoco_u.model.backend import AttentionBackend
 from yoco_u.model.blocks import Block, CrossAttention, GatedRetention, GlobalKVProjection, LoopedStack, SelfAttention
 from yoco_u.model.feed_forward import SwiGLU
 from yoco_u.model.layers import JointLinear, RMSNorm
@@ -24,8 +23,8 @@ BLOCK = 64
 """Outputs that the kernel computes together."""
 
 
-class PackedLinear(JointLinear):
-    """Linear layers without bias, run as one product by `kernels/packed_linear.cpp`. Inputs are bfloat16.
+class PrepackedLinear(JointLinear):
+    """Linear layers without bias, run as one product by `kernels/prepacked_linear.cpp`. Inputs are bfloat16.
 
     Args:
         weights: (outputs, inputs) of each layer, bfloat16 or from `quantize`; not needed afterwards.
@@ -34,33 +33,33 @@ class PackedLinear(JointLinear):
     def __init__(self, weights: Sequence[Any]) -> None:
         values = [weight.qdata if is_int8(weight) else weight.detach() for weight in weights]
         super().__init__([len(value) for value in values])
-        self.packed = packed(values[0] if len(values) == 1 else torch.cat(values))
+        self.prepacked = prepacked(values[0] if len(values) == 1 else torch.cat(values))
         self.scales: Tensor | None = None
         if is_int8(weights[0]):
             scales = torch.cat([weight.scale.flatten().float() for weight in weights])
             self.scales = pad(scales, (0, -len(scales) % BLOCK))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.yoco_u.packed_linear(x, self.packed, self.scales, sum(self.sizes))
+        return torch.ops.yoco_u.prepacked_linear(x, self.prepacked, self.scales, sum(self.sizes))
 
 
-class PackedEmbedding(nn.Module):
-    """An embedding that is the LM head's weights, as they are packed there.
+class PrepackedEmbedding(nn.Module):
+    """An embedding that is the LM head's weights, as they are prepacked there.
 
     Args:
         head: bfloat16, without int8 scales.
         width: of a row.
     """
 
-    def __init__(self, head: PackedLinear, width: int) -> None:
+    def __init__(self, head: PrepackedLinear, width: int) -> None:
         super().__init__()
-        self.packed, self.width = head.packed, width
+        self.prepacked, self.width = head.prepacked, width
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.packed[ids // BLOCK, :, ids % BLOCK].flatten(-2)[..., : self.width]
+        return self.prepacked[ids // BLOCK, :, ids % BLOCK].flatten(-2)[..., : self.width]
 
 
-def packed(weight: Tensor) -> Tensor:
+def prepacked(weight: Tensor) -> Tensor:
     """(outputs, inputs) -> (blocks, pairs of inputs, 64, 2), filled up with zeros."""
     outputs, inputs = weight.shape
     filled = pad(weight, (0, inputs % 2, 0, -outputs % BLOCK))
@@ -80,7 +79,7 @@ class OnePassRMSNorm(nn.Module):
 
 
 class OnePassSwiGLU(nn.Module):
-    """`SwiGLU` over packed weights, its activation in one pass."""
+    """`SwiGLU` over prepacked weights, its activation in one pass."""
 
     def __init__(self, layer: SwiGLU) -> None:
         super().__init__()
@@ -90,8 +89,8 @@ class OnePassSwiGLU(nn.Module):
         return self.down(torch.ops.yoco_u.swiglu(self.gate_up(x)))
 
 
-class OneCallBlock(nn.Module):
-    """A packed `Block` that is one call of the kernels where every token continues a sequence of its own."""
+class FusedDecodeBlock(nn.Module):
+    """A prepacked `Block` that is one call of the kernels where every token continues a sequence of its own."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -99,14 +98,13 @@ class OneCallBlock(nn.Module):
         attn, mlp = block.attn, block.mlp
         assert isinstance(attn, SelfAttention | CrossAttention) and isinstance(mlp, OnePassSwiGLU)
         cross = isinstance(attn, CrossAttention)
-        self.kind = "cross" if cross else "sliding" if attn.sliding else "full"
         linears: list[Any] = [attn.q_proj, attn.o_proj, mlp.gate_up, mlp.down]
         norms: list[Any] = [block.attn_norm, block.mlp_norm, attn.q_norm, None if cross else attn.k_norm]
         queries, keys = [*linears[0].sizes, 0][:2]
         self.kernel = torch.classes.yoco_u.DecodeBlock(
             [norm.weight for norm in norms if norm is not None],
             block.attn_norm.eps,
-            [linear.packed for linear in linears],
+            [linear.prepacked for linear in linears],
             [linear.scales for linear in linears if linear.scales is not None],
             [sum(linear.sizes) for linear in linears],
             queries // attn.head_dim,
@@ -123,31 +121,33 @@ class OneCallBlock(nn.Module):
         return False
 
     def forward(
-        self, x: Tensor, sequences: Sequences, slot: int, keys: Tensor | None = None, values: Tensor | None = None
+        self, x: Tensor, backend: AttentionBackend, slot: int, keys: Tensor | None = None, values: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        step = sequences.of_single_tokens(self.kind, slot) if isinstance(sequences, StepSequences) else None
-        return self.block(x, sequences, slot, keys, values) if step is None else (self.kernel.run(x, *step), None)
+        arguments = backend.decode_block_arguments(slot)
+        if arguments is None:
+            return self.block(x, backend, slot, keys, values)
+        return self.kernel.run(x, *arguments), None
 
 
-def can_pack(model: YocoUForCausalLM) -> bool:
+def can_prepack(model: YocoUForCausalLM) -> bool:
     """Whether there are kernels for this model: bfloat16 on a CPU, with a C++ compiler."""
     return model.device.type == "cpu" and model.dtype == torch.bfloat16 and compiled()
 
 
 @torch.no_grad()
-def pack(model: YocoUForCausalLM) -> None:
+def prepack(model: YocoUForCausalLM) -> None:
     """Replace every linear layer of a model in place; it can only run forward from then on."""
     embedding = model.get_input_embeddings()
     tied = model.lm_head.weight is embedding.weight
     for module in list(model.modules()):
         for names in linear_layers(module):
-            joint = PackedLinear([getattr(module, name).weight for name in names])
+            joint = PrepackedLinear([getattr(module, name).weight for name in names])
             for name in names:
                 setattr(module, name, joint)
     if tied:
         head = model.get_submodule("lm_head")
-        assert isinstance(head, PackedLinear)
-        model.model.register_module("embed_tokens", PackedEmbedding(head, embedding.embedding_dim))
+        assert isinstance(head, PrepackedLinear)
+        model.model.register_module("embed_tokens", PrepackedEmbedding(head, embedding.embedding_dim))
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, RMSNorm):
@@ -155,7 +155,7 @@ def pack(model: YocoUForCausalLM) -> None:
             elif isinstance(child, SwiGLU):
                 setattr(parent, name, OnePassSwiGLU(child))
     for stack in [module for module in model.modules() if isinstance(module, LoopedStack)]:
-        stack.layers = nn.ModuleList(OneCallBlock(b) if OneCallBlock.can_run(b) else b for b in stack.layers)
+        stack.layers = nn.ModuleList(FusedDecodeBlock(b) if FusedDecodeBlock.can_run(b) else b for b in stack.layers)
 
 
 def linear_layers(module: nn.Module) -> list[tuple[str, ...]]:

@@ -28,7 +28,7 @@ class Request:
         blocks: the block table: block i holds the rows i * block_size and on.
         written: rows before this lie in shared blocks already and must not be written again.
         seat: row of the window rings while running.
-        assumed: leading tokens that are taken for computed when it is admitted, for measurements.
+        admissions: how often it was let in to run. A request that was preempted and let in again has other blocks.
         hashes: chain hashes of the leading full blocks, as far as they were needed.
         snapshot_at: numbers of tokens after which the window state is to be kept while the prompt is computed.
         decode_snapshot: key of the snapshot that the next block boundary of the output replaces.
@@ -44,7 +44,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     written: int = 0
     seat: int | None = None
-    assumed: int = 0
+    admissions: int = 0
     hashes: list[bytes] = field(default_factory=list)
     snapshot_at: tuple[int, ...] = ()
     decode_snapshot: bytes | None = None

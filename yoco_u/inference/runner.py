@@ -5,9 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from yoco_u.architecture import Architecture
 from yoco_u.inference.kv_cache import CacheShape, KVCache
-from yoco_u.inference.paged_backend import Span, StepSequences
+from yoco_u.inference.paged_backend import PagedBackend, SequenceSlice
 from yoco_u.inference.request import Request
 from yoco_u.inference.scheduler import Chunk, Step
 from yoco_u.model import YocoUForCausalLM
@@ -25,8 +24,9 @@ class Runner:
         self.device = model.device
         self.cache = KVCache(self.architecture, shape, self.device)
         self._tables = torch.zeros(shape.max_num_seqs, shape.num_blocks, dtype=torch.int32)
-        self._seated: list[tuple[list[int] | None, int]] = [(None, 0)] * shape.max_num_seqs  # whose blocks, and how many
-        self._at_loops = lru_cache(self._slots)
+        # By seat: whose blocks the table's row holds, as (request id, admissions), and how many of them.
+        self._tabled: list[tuple[tuple[str, int] | None, int]] = [(None, 0)] * shape.max_num_seqs
+        self._at_loops = lru_cache(self.architecture.with_loops)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[tuple[Chunk, Tensor]]:
@@ -46,11 +46,11 @@ class Runner:
 
         chunks = sorted(step.chunks, key=lambda chunk: (chunk.count > 1, kept_positions(chunk) > 1))
         loops = max(chunk.request.num_loops for chunk in chunks)
-        architecture, slots = self._at_loops(loops)
-        sequences = StepSequences([self._span(chunk) for chunk in chunks], self.cache, slots, architecture)
+        architecture = self._at_loops(loops)
+        backend = PagedBackend([self._slice(chunk) for chunk in chunks], self.cache, architecture)
         ids = [token for c in chunks for token in c.request.token_slice(c.start, c.end)]
         x = self.model.model.embed_tokens(torch.tensor([ids], device=self.device))
-        hidden, _ = self.model.model.run_stages(x, sequences, architecture)
+        hidden, _ = self.model.model.run_stages(x, backend, architecture)
         logits = self.model.lm_head(hidden)[0] if hidden.shape[1] else hidden[0]  # (kept of all chunks, vocab)
         asked = [chunk for chunk in chunks if kept_positions(chunk)]
         return list(zip(asked, logits.split([kept_positions(chunk) for chunk in asked]), strict=True))
@@ -61,38 +61,30 @@ class Runner:
         state = self.cache.window_state(request.seat, request.num_loops)
         return state, sum(tensor.nbytes for tensor in state)
 
-    def _span(self, chunk: Chunk) -> Span:
+    def _slice(self, chunk: Chunk) -> SequenceSlice:
         request = chunk.request
         assert request.seat is not None
-        return Span(
+        return SequenceSlice(
             start=chunk.start,
             count=chunk.count,
             kept=kept_positions(chunk),
             written=request.written,
             seat=request.seat,
-            table=self._table(request.seat, request.blocks).to(self.device),
+            block_table=self._block_table(request).to(self.device),
             num_loops=request.num_loops,
         )
 
-    def _table(self, seat: int, blocks: list[int]) -> Tensor:
-        """A sequence's block table, of which only what is new is copied."""
-        owner, known = self._seated[seat]
-        known = known if owner is blocks else 0
+    def _block_table(self, request: Request) -> Tensor:
+        """A request's block table, of which only the blocks that are new since the last step are copied."""
+        assert request.seat is not None
+        owner = request.id, request.admissions
+        known_owner, known = self._tabled[request.seat]
+        known = known if known_owner == owner else 0
+        blocks, table = request.blocks, self._tables[request.seat]
         if len(blocks) > known:
-            self._tables[seat, known : len(blocks)] = torch.tensor(blocks[known:], dtype=torch.int32)
-        self._seated[seat] = blocks, len(blocks)
-        return self._tables[seat, : len(blocks)]
-
-    def _slots(self, loops: int) -> tuple[Architecture, list[tuple[int, int, int]]]:
-        """The architecture at so many loops, and the names of its slots by number."""
-        architecture = self.architecture.with_loops(loops)
-        names = [
-            (index, loop, layer)
-            for index, stage in enumerate(architecture.stages)
-            for loop in range(stage.loops)
-            for layer in range(stage.layers)
-        ]
-        return architecture, names
+            table[known : len(blocks)] = torch.tensor(blocks[known:], dtype=torch.int32)
+        self._tabled[request.seat] = owner, len(blocks)
+        return table[: len(blocks)]
 
 
 def kept_positions(chunk: Chunk) -> int:

@@ -222,6 +222,21 @@ class Scheduler:
         """Keep the window state that `step.snapshots` asked for, as far as the byte budget allows."""
         self.snapshots.keep(key, state, nbytes)
 
+    def admit_behind(self, tokens: int) -> list[Request]:
+        """Let waiting requests in as `schedule` would, and take the first `tokens` tokens of each for computed.
+
+        For measurements, which fill the caches themselves; see `Engine.fill_cache`.
+
+        Returns:
+            The requests that were let in.
+        """
+        before = len(self.running)
+        self._admit(Step())
+        admitted = self.running[before:]
+        for request in admitted:
+            request.computed = tokens
+        return admitted
+
     def _grow(self, request: Request, step: Step) -> None:
         """Make sure of the block of a request's newest token, at the cost of the one who came last."""
         if self._num_blocks(request.num_tokens) <= len(request.blocks):
@@ -268,9 +283,10 @@ class Scheduler:
             self.pool.share(shared)
             request.blocks = shared + self.pool.allocate(needed - len(shared), after=shared[-1] if shared else None)
             request.seat = heapq.heappop(self._seats)
-            request.computed = max(computed * self.block_size, request.assumed)
+            request.computed = computed * self.block_size
             request.written = len(shared) * self.block_size
             request.status = Status.RUNNING
+            request.admissions += 1
             self.running.append(request)
             self._prefix_hit_tokens += request.computed
             if self._takes_snapshots:

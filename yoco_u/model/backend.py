@@ -1,7 +1,19 @@
-"""What the blocks of one forward pass share: rotary angles, masks, and the cache that new keys and values go to."""
+"""Attention backends: where blocks hand their queries, keys and values, and where these are remembered between calls.
 
+The blocks of the model know nothing about masks, caches or batches. They compute queries, keys and values, give them to an
+`AttentionBackend` together with the number of their cache slot, and get back what they attended to. Four hosts run the same
+blocks, each with a backend of its own:
+
+- training and `generate()`: `PaddedBackend`, below;
+- the engine: `yoco_u.inference.paged_backend.PagedBackend`;
+- vLLM: `yoco_u.integrations.vllm.backend.VllmBackend`, for the blocks on vLLM's layers.
+
+A backend for another device is one more class behind this protocol.
+"""
+
+from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,61 +26,91 @@ from yoco_u.model.retention import chunked_retention, recurrent_retention
 from yoco_u.model.rope import rotary_angles, rotate
 
 
-class Sequences(Protocol):
-    """The sequences of a batch, as the blocks see them.
+class AttentionBackend(Protocol):
+    """Everything that a forward pass knows about the sequences of its batch: positions, masks and caches.
 
-    Attention modules compute queries, keys and values and hand them over together with the number of their cache slot;
-    what is remembered between calls, and how, is decided behind this interface and not in the modules.
-
-    Slots are numbered in the order in which a forward pass meets them: stage, loop, layer.
+    `slot` is the number of the calling block's slot in `Architecture.slots()`. Queries, keys and values are
+    (batch, tokens, heads, head_dim), and so is what attention returns.
 
     Attributes:
-        has_cache: whether slots matter.
+        has_cache: whether slot numbers matter. Without a cache every block is called with slot 0, so that torch.compile makes
+            one graph for all layers and loops.
     """
 
     @property
+    @abstractmethod
     def has_cache(self) -> bool: ...
 
-    def in_loop(self, loop: int) -> "tuple[Tensor | None, Sequences]":
-        """Tokens that a looped stage still runs on in this loop (indices; None: all), and sequences as these see them."""
+    @abstractmethod
+    def in_loop(self, loop: int) -> "tuple[Tensor | None, AttentionBackend]":
+        """The tokens that a looped stage still runs in this loop, since sequences may have different loop counts.
+
+        Returns:
+            Indices of these tokens, None for all of them; and the backend for a pass over these tokens alone.
+        """
         ...
 
-    def kept(self) -> "tuple[Tensor | None, Sequences]":
-        """The same for the tokens whose logits are asked for: those that the cross-decoder runs on."""
+    @abstractmethod
+    def kept(self) -> "tuple[Tensor | None, AttentionBackend]":
+        """The tokens whose logits are asked for, which are all that the cross-decoder has to run. Returns as `in_loop` does."""
         ...
 
+    @abstractmethod
     def rotate(self, x: Tensor) -> Tensor:
-        """(batch, tokens, heads, head_dim), rotated to the tokens' positions."""
+        """Apply RoPE at the tokens' positions to queries or keys."""
         ...
 
-    def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+    @abstractmethod
+    def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Remember the keys and values of the new tokens; attend to the last `window` ones of each token."""
+        ...
 
+    @abstractmethod
     def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
-        """`prefix`: learned keys and values before the first token, each (prefix, kv_heads, head_dim)."""
+        """Remember the keys and values of the new tokens; attend to all up to each token.
+
+        Args:
+            prefix: learned keys and values before the first token (ParScale), each (prefix, kv_heads, head_dim).
+        """
         ...
 
+    @abstractmethod
     def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """What cross attention is to be given as global keys and values, from those of the new tokens."""
+        """Remember the new tokens' global keys and values. Returns what `cross_attention` is to be given."""
         ...
 
-    def cross_attention(self, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor: ...
+    @abstractmethod
+    def cross_attention(self, slot: int, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
+        """Attend to the global keys and values up to each token."""
+        ...
 
-    def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor: ...
+    @abstractmethod
+    def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        """Run gated retention from the remembered state, and remember the new state; see `yoco_u.model.retention`."""
+        ...
+
+    def decode_block_arguments(self, slot: int) -> tuple[Any, ...] | None:
+        """What the fused decode kernel takes besides the hidden states; None where a block has to run operation by operation.
+
+        A backend without such a kernel leaves this as it is.
+        """
+        return None
 
 
 @dataclass
-class PaddedBatch:
-    """Rows of equal length with or without padding, documents and a `YocoUCache`: `Sequences` of training and `generate()`.
+class PaddedBackend(AttentionBackend):
+    """The backend of training and `generate()`: rows of equal length, with or without padding, packed documents and a cache.
 
     Attributes:
-        rotary: cos and sin of the tokens, (batch or 1, tokens, 1, head_dim), float32.
+        rotary: cos and sin of the tokens' positions, (batch or 1, tokens, 1, head_dim), float32.
         kept_tokens: indices of the tokens that the cross-decoder runs on; None for all.
-        window: of the sliding layers.
-        blockwise: attention of new tokens goes block by block and needs no masks; see `yoco_u.model.cpu_attention`.
-        segments: of the new tokens and of all tokens so far, see `yoco_u.model.attention`; None where there is one document.
-        sliding, full, cross: masks, see `yoco_u.model.attention`; None where causal attention or none is the same.
-        documents: (batch, tokens), for retention, never decreasing; None where there is one document.
-        padding: (batch, tokens), true where a token is padding; None where none is.
+        window: keys that a token sees in the sliding layers, itself included.
+        blockwise: attend block by block and without masks, as CPUs do for more than one new token; see
+            `yoco_u.model.cpu_attention`.
+        segments: of the new tokens and of all tokens so far, see `yoco_u.model.attention`; None where each row is one document.
+        sliding, full, cross: masks, see `yoco_u.model.attention`; None where causal attention or none does the same.
+        documents: document of each new token, (batch, tokens), never decreasing, for retention; None where each row is one.
+        padding: true where a new token is padding, (batch, tokens); None where none is.
         cache: where keys and values of new tokens go; None without a cache.
     """
 
@@ -88,10 +130,10 @@ class PaddedBatch:
     def has_cache(self) -> bool:
         return self.cache is not None
 
-    def in_loop(self, loop: int) -> tuple[None, "PaddedBatch"]:
+    def in_loop(self, loop: int) -> tuple[None, "PaddedBackend"]:
         return None, self
 
-    def kept(self) -> tuple[Tensor | None, "PaddedBatch"]:
+    def kept(self) -> tuple[Tensor | None, "PaddedBackend"]:
         if self.kept_tokens is None:
             return None, self
         cos, sin = self.rotary
@@ -124,7 +166,7 @@ class PaddedBatch:
     def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return (k, v) if self.cache is None else self.cache.append(len(self.cache) - 1, k, v)
 
-    def cross_attention(self, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
+    def cross_attention(self, slot: int, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
         if self.blockwise and self.kept_tokens is None:
             return self._block_attention(q, *global_kv, global_kv[0].shape[1])
         return attend(q, *global_kv, self.cross, causal=self.cross is None and self.kept_tokens is None and q.shape[1] > 1)
@@ -151,15 +193,15 @@ class PaddedBatch:
         return out
 
 
-def prepare_sequences(
+def prepare_backend(
     architecture: Architecture,
     position_ids: Tensor,
     segments: Tensor | None,
     kept: Tensor | None,
     cache: YocoUCache | None,
     dtype: torch.dtype,
-) -> PaddedBatch:
-    """Work out once per forward pass what every block needs.
+) -> PaddedBackend:
+    """Make the masks and rotary angles of one forward pass, which all its blocks share.
 
     Args:
         position_ids: of the new tokens, (batch or 1, tokens).
@@ -189,7 +231,7 @@ def prepare_sequences(
     if "cross" in kinds and not (blockwise and kept is None):
         cross = _cross_mask(positions, kept, past + tokens, pair, dtype)
 
-    return PaddedBatch(
+    return PaddedBackend(
         rotary=rotary_angles(position_ids, architecture.head_dim, architecture.rope_theta),
         kept_tokens=kept,
         window=architecture.window,
@@ -205,14 +247,14 @@ def prepare_sequences(
 
 
 def runs_blockwise(tokens: int, device: torch.device) -> bool:
-    """Whether so many new tokens attend by `yoco_u.model.cpu_attention` rather than through torch's fused attention."""
+    """Whether so many new tokens attend through `yoco_u.model.cpu_attention` rather than torch's fused attention."""
     return device.type == "cpu" and tokens > 1
 
 
 def _cross_mask(
     positions: Tensor, kept: Tensor | None, keys: int, segments: tuple[Tensor, Tensor] | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """The mask of the cross-decoder's queries, or None where the only query is the last token or causal is the same."""
+    """The mask of the cross-decoder's queries; None where the only query is the last token, or where causal does the same."""
     at = positions if kept is None else positions[kept]
     if segments is not None:
         queries = segments[0] if kept is None else segments[0][:, kept]

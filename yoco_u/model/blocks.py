@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from yoco_u.architecture import Stage
-from yoco_u.model.backend import Sequences
+from yoco_u.model.backend import AttentionBackend
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.feed_forward import ExpertMixture, feed_forward
 from yoco_u.model.layers import ResidualLinear, RMSNorm, project
@@ -38,16 +38,16 @@ class SelfAttention(nn.Module):
             self.prefix_values = nn.Parameter(torch.empty(prefix))
         self.has_prefix = a.parallel is not None
 
-    def forward(self, x: Tensor, sequences: Sequences, slot: int, global_kv: GlobalKV | None) -> Tensor:
+    def forward(self, x: Tensor, backend: AttentionBackend, slot: int, global_kv: GlobalKV | None) -> Tensor:
         q, k, v = (_heads(y, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = sequences.rotate(q), sequences.rotate(k)
+        q, k = backend.rotate(q), backend.rotate(k)
         if self.sliding:
-            out = sequences.sliding_attention(slot, q, k, v)
+            out = backend.sliding_attention(slot, q, k, v)
         else:
             prefix = (self.prefix_keys, self.prefix_values) if self.has_prefix else None
-            out = sequences.full_attention(slot, q, k, v, prefix)
+            out = backend.full_attention(slot, q, k, v, prefix)
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
 
 
@@ -67,14 +67,14 @@ class GatedRetention(nn.Module):
         self.decay_proj = nn.Linear(a.hidden_size, a.num_attention_heads, bias=False)
         self.o_proj = ResidualLinear(a.num_attention_heads * a.head_dim, a.hidden_size)
 
-    def forward(self, x: Tensor, sequences: Sequences, slot: int, global_kv: GlobalKV | None) -> Tensor:
+    def forward(self, x: Tensor, backend: AttentionBackend, slot: int, global_kv: GlobalKV | None) -> Tensor:
         q, k, v = (_heads(y, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         gate, decay = self.gate_proj(x), self.decay_proj(x)
         with torch.autocast(x.device.type, enabled=False):
-            q, k = sequences.rotate(q.float()), sequences.rotate(k.float()) * self.head_dim**-0.5
+            q, k = backend.rotate(q.float()), backend.rotate(k.float()) * self.head_dim**-0.5
             k, v = (kv.repeat_interleave(self.groups, dim=2) for kv in (k, v.float()))
             log_decay = F.logsigmoid(decay.float()) / self.TEMPERATURE  # (batch, tokens, heads)
-            out = sequences.retention(slot, q, k, v, log_decay)
+            out = backend.retention(slot, q, k, v, log_decay)
             out = F.rms_norm(out, (self.head_dim,), eps=self.eps).flatten(-2)
         return self.o_proj(F.silu(gate) * out.to(gate.dtype))
 
@@ -90,14 +90,14 @@ class CrossAttention(nn.Module):
         self.o_proj = ResidualLinear(a.num_attention_heads * a.head_dim, a.hidden_size)
         self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
 
-    def forward(self, x: Tensor, sequences: Sequences, slot: int, global_kv: GlobalKV | None) -> Tensor:
+    def forward(self, x: Tensor, backend: AttentionBackend, slot: int, global_kv: GlobalKV | None) -> Tensor:
         assert global_kv is not None
         q = _heads(self.q_proj(x), self.head_dim)
         if self.q_norm is not None:
             q = self.q_norm(q)
         if self.rope:
-            q = sequences.rotate(q)
-        return self.o_proj(sequences.cross_attention(q, global_kv).flatten(-2))
+            q = backend.rotate(q)
+        return self.o_proj(backend.cross_attention(slot, q, global_kv).flatten(-2))
 
 
 class GlobalKVProjection(nn.Module):
@@ -112,12 +112,12 @@ class GlobalKVProjection(nn.Module):
         self.v_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
         self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
 
-    def forward(self, x: Tensor, sequences: Sequences) -> GlobalKV:
+    def forward(self, x: Tensor, backend: AttentionBackend) -> GlobalKV:
         x = self.norm(x)
         k, v = (_heads(y, self.head_dim) for y in project(x, self.k_proj, self.v_proj))
         if self.k_norm is not None:
             k = self.k_norm(k)
-        return sequences.rotate(k) if self.rope else k, v
+        return backend.rotate(k) if self.rope else k, v
 
 
 class Block(GradientCheckpointingLayer):
@@ -136,7 +136,7 @@ class Block(GradientCheckpointingLayer):
         self.mlp = feed_forward(config)
 
     def forward(
-        self, x: Tensor, sequences: Sequences, slot: int, keys: Tensor | None = None, values: Tensor | None = None
+        self, x: Tensor, backend: AttentionBackend, slot: int, keys: Tensor | None = None, values: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The new hidden states, and the feed-forward's auxiliary loss if it has one.
 
@@ -147,7 +147,7 @@ class Block(GradientCheckpointingLayer):
                 tensors but not tuples of them.
         """
         global_kv = (keys, values) if keys is not None and values is not None else None
-        x = x + self.attn(self.attn_norm(x), sequences, slot, global_kv)
+        x = x + self.attn(self.attn_norm(x), backend, slot, global_kv)
         out = self.mlp(self.mlp_norm(x))
         if isinstance(self.mlp, ExpertMixture):
             return x + out[0], out[1]
@@ -168,17 +168,17 @@ class LoopedStack(nn.Module):
         self.loop_gates = nn.Parameter(torch.empty(stage.loops - 1)) if stage.loop_gate is not None else None
 
     def forward(
-        self, x: Tensor, sequences: Sequences, loops: int, first_slot: int = 0, global_kv: GlobalKV | None = None
+        self, x: Tensor, backend: AttentionBackend, loops: int, first_slot: int = 0, global_kv: GlobalKV | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The hidden states after the last loop, and the auxiliary losses met on the way."""
         losses = []
         for loop in range(loops):
-            tokens, in_loop = sequences.in_loop(loop) if loops > 1 else (None, sequences)
+            tokens, in_loop = backend.in_loop(loop) if loops > 1 else (None, backend)
             if tokens is not None and len(tokens) == 0:  # those that loop on keep no token of this stage
                 break
             before = out = x if tokens is None else x[:, tokens]
             for i, layer in enumerate(self.layers):
-                slot = first_slot + loop * len(self.layers) + i if sequences.has_cache else 0
+                slot = first_slot + loop * len(self.layers) + i if backend.has_cache else 0
                 out, loss = layer(out, in_loop, slot, *(global_kv or ()))
                 if loss is not None:
                     losses.append(loss)

@@ -88,15 +88,14 @@ class YocoUCache(Cache):
 
     def __init__(self, architecture: Architecture) -> None:
         layers: list[CacheLayerMixin] = []
-        for stage in architecture.stages:
-            if stage.attention == "cross":
-                continue
-            for _ in range(stage.layers * stage.loops):
-                if stage.attention == "sliding":
-                    assert architecture.window is not None
-                    layers.append(SlidingLayer(architecture.window))
-                else:
-                    layers.append(DynamicLayer() if stage.attention == "full" else RetentionLayer())
+        for slot in architecture.slots():
+            if slot.attention == "sliding":
+                assert architecture.window is not None
+                layers.append(SlidingLayer(architecture.window))
+            elif slot.attention == "full":
+                layers.append(DynamicLayer())
+            elif slot.attention == "retention":
+                layers.append(RetentionLayer())
         if architecture.has_global_kv:
             layers.append(DynamicLayer())
         super().__init__(layers=layers)

@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from yoco_u.architecture import Architecture, ParallelStreams
 from yoco_u.errors import UserError
-from yoco_u.model.backend import Sequences, prepare_sequences
+from yoco_u.model.backend import AttentionBackend, prepare_backend
 from yoco_u.model.blocks import Block, GlobalKVProjection, LoopedStack
 from yoco_u.model.cache import YocoUCache
 from yoco_u.model.configuration import YocoUConfig
@@ -119,19 +119,19 @@ class YocoUModel(YocoUPreTrainedModel):
             position_ids = _positions(attention_mask, segments if document_ids is not None else None, tokens, past, x.device)
         kept = _kept_positions(logits_to_keep, tokens, x.device)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        sequences = prepare_sequences(architecture, position_ids, segments, kept, past_key_values, dtype)
+        backend = prepare_backend(architecture, position_ids, segments, kept, past_key_values, dtype)
 
-        x, losses = self.run_stages(x, sequences, architecture)
+        x, losses = self.run_stages(x, backend, architecture)
         output = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
         output["auxiliary_loss"] = sum(losses) if losses else None
         return output
 
-    def run_stages(self, x: Tensor, sequences: Sequences, architecture: Architecture) -> tuple[Tensor, list[Tensor]]:
+    def run_stages(self, x: Tensor, backend: AttentionBackend, architecture: Architecture) -> tuple[Tensor, list[Tensor]]:
         """The one forward pass, whoever runs it and whatever remembers keys and values.
 
         Args:
             x: embedded tokens, (batch, tokens, hidden).
-            sequences: what the tokens belong to and which of them are kept.
+            backend: what the tokens belong to and which of them are kept.
             architecture: the model's own, at the loop count of this pass.
 
         Returns:
@@ -143,16 +143,16 @@ class YocoUModel(YocoUPreTrainedModel):
         for stack, stage in zip(self.stages, architecture.stages, strict=True):
             if stage.attention == "cross" and global_kv is None:
                 assert self.global_kv is not None
-                global_kv = sequences.global_kv(*self.global_kv(x, sequences))
-                kept, sequences = sequences.kept()
+                global_kv = backend.global_kv(*self.global_kv(x, backend))
+                kept, backend = backend.kept()
                 x = x if kept is None else x[:, kept]
                 if x.shape[1] == 0:
                     break
-            x, stage_losses = stack(x, sequences, stage.loops, slot, global_kv)
+            x, stage_losses = stack(x, backend, stage.loops, slot, global_kv)
             losses += stage_losses
             slot += stage.layers * stage.loops
         if global_kv is None:
-            kept, sequences = sequences.kept()
+            kept, backend = backend.kept()
             x = x if kept is None else x[:, kept]
         if self.stream_mixer is not None:
             x = self.stream_mixer(x)

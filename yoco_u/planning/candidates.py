@@ -1,11 +1,10 @@
 """The architectures that a plan compares, as they are named: a preset, a config, a run or a saved model."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from yoco_u.architecture import STAGES, Architecture, preset
-from yoco_u.config import apply_overrides, load_yaml, parse
+from yoco_u.config import apply_overrides, did_you_mean, load_yaml, parse
 from yoco_u.errors import UserError
 from yoco_u.files import read_json
 from yoco_u.loading import is_run, model_folder
@@ -45,8 +44,7 @@ def _read(name: str) -> Architecture:
         return _of_yaml(path / "config.yaml") if is_run(path) else _of_model(path)
     if path.is_file():
         return _of_yaml(path)
-    near = difflib.get_close_matches(name, STAGES, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"presets are {', '.join(STAGES)}"
+    hint = did_you_mean(name, STAGES, f"presets are {', '.join(STAGES)}")
     raise UserError(f"unknown architecture {name!r}: {hint}; or give a config file, a run folder or a saved model")
 
 

@@ -1,12 +1,11 @@
 """What a machine has: memory, and how fast it multiplies and reads. Common GPUs by name."""
 
-import difflib
 import math
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, ByteSize, PositiveFloat, TypeAdapter, ValidationError
 
-from yoco_u.config import Config, parse
+from yoco_u.config import Config, did_you_mean, parse
 from yoco_u.errors import UserError
 
 DType = Literal["bfloat16", "float32"]
@@ -98,8 +97,7 @@ def find_hardware(text: str, dtype: DType) -> Hardware:
         return parse(Hardware, {"name": text} | given, f"hardware {text!r}")
     gpu = GPUS.get(text.lower())
     if gpu is None:
-        near = difflib.get_close_matches(text.lower(), GPUS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(GPUS)} and {THIS}"
+        hint = did_you_mean(text.lower(), GPUS, f"known are {', '.join(GPUS)} and {THIS}")
         raise UserError(f"unknown hardware {text!r}: {hint}; or give a line such as memory=24GiB,gemm=900e9,bandwidth=46e9")
     gemm = gpu.bfloat16 if dtype == "bfloat16" else gpu.float32
     return Hardware(name=gpu.name, memory=gpu.memory * 1e9, gemm=gemm * 1e12, bandwidth=gpu.bandwidth * 1e9)

@@ -43,7 +43,7 @@ class PlanSettings(Config):
 
 
 @dataclass(frozen=True)
-class Figures:
+class ContextFigures:
     """An architecture at one context. FLOPs are model FLOPs, see `yoco_u.budget`; rates are bounds, see `roofline`.
 
     Attributes:
@@ -79,7 +79,7 @@ RATIOS = (
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
 )
-"""Figures that are told as multiples of the reference's too."""
+"""ContextFigures that are told as multiples of the reference's too."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Column:
     weight_bytes: int
     training_state_bytes: int
     largest_context: int | None
-    figures: dict[int, Figures]
+    figures: dict[int, ContextFigures]
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,12 @@ def _column(name: str, a: Architecture, hardware: Hardware, settings: PlanSettin
     )
 
 
-def figures_at(a: Architecture, context: int, hardware: Hardware, settings: PlanSettings) -> Figures:
+def figures_at(a: Architecture, context: int, hardware: Hardware, settings: PlanSettings) -> ContextFigures:
     weight, element = settings.bytes_per_weight, bytes_per_kv_element(a, settings.kv_dtype or settings.dtype)
     room, kept = hardware.memory - parameters(a).total * weight, kv_bytes(a, context, element)
     prefill = prefill_rate(a, hardware, context, weight, element)
     decode = decode_rate(a, hardware, context, settings.batch, weight, element)
-    return Figures(
+    return ContextFigures(
         context=context,
         training_flops_per_token=training_flops(a, context),
         prefill_flops_per_token=prefill_flops(a, context) / context,

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from yoco_u.architecture import STAGES
 from yoco_u.formatting import context_label, number
-from yoco_u.planning.plan import Column, Figures, Plan
+from yoco_u.planning.plan import Column, ContextFigures, Plan
 
 _LABEL_WIDTH, _COLUMN_WIDTH = 26, 14
 
@@ -51,7 +51,7 @@ def _table(plan: Plan, columns: Sequence[Column]) -> Table:
         def told(figure: str, unit: float = 1, context: int = context) -> Callable[[Column], str]:
             return lambda column: _with_ratio(plan, column, context, figure, unit)
 
-        def plain(value: Callable[[Figures], str], context: int = context) -> Callable[[Column], str]:
+        def plain(value: Callable[[ContextFigures], str], context: int = context) -> Callable[[Column], str]:
             return lambda column: value(column.figures[context])
 
         add(" training GFLOP/token", told("training_flops_per_token", 1e9))

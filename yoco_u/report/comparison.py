@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-from yoco_u.architecture import Architecture, Stage
 from yoco_u.budget import forward_flops, kv_bytes, parameters
 from yoco_u.formatting import duration, scientific, short_bytes, short_count
 from yoco_u.training.run_folder import Run
@@ -67,7 +66,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Comparison:
     runs: list[RunFigures]
     gaps: list[Gap]
     headline: str
@@ -95,11 +94,11 @@ class Figures:
         return [(label, [cell(run) for run in self.runs]) for label, cell in rows]
 
 
-def compare(runs: list[Run]) -> Figures:
+def compare(runs: list[Run]) -> Comparison:
     """The figures of one run or more."""
     found = [run_figures(run) for run in runs]
     gaps = find_gaps(found)
-    return Figures(found, gaps, headline(found, gaps))
+    return Comparison(found, gaps, headline(found, gaps))
 
 
 def run_figures(run: Run) -> RunFigures:
@@ -108,7 +107,7 @@ def run_figures(run: Run) -> RunFigures:
     last, evaluation = run.records[-1], evaluations[-1] if evaluations else {}
     return RunFigures(
         name=run.config.name,
-        architecture=describe(a),
+        architecture=a.in_words,
         parameters=parameters(a).total,
         steps=last["step"],
         planned_steps=training.steps,
@@ -169,16 +168,6 @@ def _sentence(gap: Gap) -> str:
     direction = "lower" if gap.gap < 0 else "higher"
     verdict = f"the validation loss of {gap.run} is {abs(gap.gap):.4f} {direction} than that of {gap.other}"
     return f"At equal {gap.equal}, {verdict} ({losses}){cost}."
-
-
-def describe(a: Architecture) -> str:
-    """Stages and width in a few words: `3 sliding x3 (gated) + 3 cross, width 128`."""
-    return f"{' + '.join(_stage(stage) for stage in a.stages)}, width {a.hidden_size}"
-
-
-def _stage(stage: Stage) -> str:
-    loops = f" x{stage.loops}" if stage.loops > 1 else ""
-    return f"{stage.layers} {stage.attention}{loops}{' gated' if stage.loop_gate is not None else ''}"
 
 
 def _optional(value: float | None, form: str) -> str:

@@ -8,7 +8,7 @@ import yaml
 
 from yoco_u.errors import UserError
 from yoco_u.plotting import PALETTE, dashes
-from yoco_u.report.comparison import Figures, compare
+from yoco_u.report.comparison import Comparison, compare
 from yoco_u.report.page import render_page, write_page
 from yoco_u.report.plots import loss_plot, step_plot
 from yoco_u.training.run_folder import Run
@@ -16,7 +16,7 @@ from yoco_u.training.run_folder import Run
 _LABELS = {"memory_bytes": "memory", "gemm_flops_per_second": "matrix products"}
 
 
-def write_report(runs: list[Run], out: str | os.PathLike[str], title: str | None = None) -> Figures:
+def write_report(runs: list[Run], out: str | os.PathLike[str], title: str | None = None) -> Comparison:
     """Write the page beside, then rename.
 
     Args:
@@ -34,7 +34,7 @@ def write_report(runs: list[Run], out: str | os.PathLike[str], title: str | None
     return figures
 
 
-def render(runs: list[Run], figures: Figures, title: str) -> str:
+def render(runs: list[Run], figures: Comparison, title: str) -> str:
     """The page as text."""
     return render_page(
         "report.html.jinja",

@@ -3,9 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from yoco_u.architecture import Architecture, Stage
 from yoco_u.budget import bytes_per_kv_element, kv_bytes, parameters
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
@@ -110,7 +108,7 @@ class ServedModel:
     def kv_bytes(self, tokens: int, num_loops: int) -> KVBytes:
         """Bytes of keys and values of one sequence: what this model keeps, and what a Transformer of its shape would."""
         kind = self.engine.cache.shape.kind
-        a, twin = self.engine.architecture.with_loops(num_loops), _transformer(self.engine.architecture)
+        a, twin = self.engine.architecture.with_loops(num_loops), self.engine.architecture.dense_transformer()
         kept, usual = (kv_bytes(one, tokens, bytes_per_kv_element(one, kind)) for one in (a, twin))
         return KVBytes(bytes=kept, transformer_bytes=usual)
 
@@ -134,15 +132,3 @@ class ServedModel:
 
     def _encode(self, text: str) -> list[int]:
         return [int(token) for token in self._encoder.encode([text])[0]]
-
-
-def _transformer(a: Architecture) -> Architecture:
-    """The same widths and as many layers, all of full attention, applied once."""
-    layers = sum(stage.layers for stage in a.stages)
-    return a.model_copy(update={"stages": (Stage(attention="full", layers=layers),), "parallel": None})
-
-
-def name_of(path: Path) -> str:
-    """What a folder's model is called: the run's name where the model lies in a run."""
-    folder = path.resolve()
-    return folder.parent.name if folder.name == "model" and folder.parent.name else folder.name or "model"

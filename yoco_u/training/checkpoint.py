@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from yoco_u.architecture import Architecture
-from yoco_u.config import Config, first_difference, parse
-from yoco_u.errors import UserError
+from yoco_u.config import Config, differences, parse
+from yoco_u.errors import UserError, first_line
 from yoco_u.files import PARTIAL, beside, discard, fresh_folder, publish, write_json
 from yoco_u.training.distributed import Distributed
 
@@ -111,7 +111,7 @@ class Checkpoints:
             UserError: if it is of another architecture, or damaged.
         """
         state = read_state(path)
-        difference = first_difference(state.architecture, architecture)
+        difference = next(differences(state.architecture, architecture), None)
         if difference is not None:
             key, saved, wanted = difference
             raise UserError(
@@ -123,8 +123,9 @@ class Checkpoints:
             with _alone(self.distributed) as single:
                 load(tensors, checkpoint_id=path, no_dist=single)
         except (OSError, CheckpointException) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{path}: the checkpoint is damaged ({reason}); remove it to go on from the one before") from None
+            raise UserError(
+                f"{path}: the checkpoint is damaged ({first_line(error)}); remove it to go on from the one before"
+            ) from None
         set_model_state_dict(model, tensors["model"])
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
         rng = path / _rng_file(self.distributed.rank)

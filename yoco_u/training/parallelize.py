@@ -3,7 +3,6 @@
 The model itself knows nothing of it. The order matters: recomputation, then compilation, then DDP or FSDP2 around both.
 """
 
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from yoco_u.device import cxx_compiler
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import Block
 from yoco_u.training.config import TrainingConfig
@@ -59,8 +59,8 @@ def compile_model(model: YocoUForCausalLM, setting: str) -> None:
     Args:
         setting: of `TrainingConfig.compile`; `auto` compiles where a C++ compiler or a GPU is at hand.
     """
-    compiler = torch.cuda.is_available() or any(map(shutil.which, ("g++", "clang++", "c++")))
-    if setting == "off" or (setting == "auto" and not compiler):
+    can_compile = torch.cuda.is_available() or cxx_compiler() is not None
+    if setting == "off" or (setting == "auto" and not can_compile):
         return
     for block in _blocks(model):
         block.compile(dynamic=False)

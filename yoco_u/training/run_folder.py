@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from yoco_u.config import dump_yaml, first_difference, load_yaml, parse
+from yoco_u.config import differences, dump_yaml, load_yaml, parse
 from yoco_u.errors import UserError
 from yoco_u.files import fresh_folder, publish, read_json, write_json
 from yoco_u.training.config import RunConfig
@@ -77,7 +77,7 @@ class RunFolder:
         old = parse(RunConfig, load_yaml(self.config), str(self.config))
         if (old.data and config.data) or Path(old.dataset).resolve() == Path(config.dataset).resolve():
             old = old.model_copy(update={"dataset": config.dataset})
-        difference = first_difference(old, config)
+        difference = next(differences(old, config), None)
         if difference is not None:
             key, before, now = difference
             raise UserError(

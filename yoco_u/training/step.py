@@ -1,4 +1,4 @@
-"""One optimizer step: gradients of a batch over micro-batches and ranks, and the update they lead to."""
+"""One optimizer step: the gradients of a batch over micro-batches and ranks, and the update that they lead to."""
 
 import math
 from contextlib import nullcontext
@@ -20,15 +20,18 @@ from yoco_u.training.validation import DTYPES
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """
+class StepResult:
+    """What the forward and backward passes of a step came to. The gradients themselves lie in the parameters.
+
     Attributes:
         loss: nats per target token, over all micro-batches and ranks.
         norm: of the gradient of all parameters, before clipping.
+        norm_tensor: the same on the device, for clipping.
     """
 
     loss: float
     norm: float
+    norm_tensor: Tensor
 
     @property
     def finite(self) -> bool:
@@ -36,7 +39,9 @@ class Gradients:
 
 
 class TrainingStep:
-    """Computes gradients, then updates. In between the caller may look at them and leave the weights as they were.
+    """`gradients` runs the forward and backward passes, `update` changes the weights by what they came to.
+
+    Between the two the caller may look at the result, and leave the weights as they were.
 
     Raises:
         UserError: if the rows of a step do not divide among ranks and micro-batches.
@@ -47,8 +52,8 @@ class TrainingStep:
         self.micro_batch_rows = micro_batch_rows(config, distributed.world_size)
         self.mixtures = [module for module in model.modules() if isinstance(module, ExpertMixture)]
 
-    def gradients(self, batch: Batch, num_loops: int | None = None) -> Gradients:
-        """Gradients of the mean loss over the target tokens of all ranks, left in the parameters.
+    def gradients(self, batch: Batch, num_loops: int | None = None) -> StepResult:
+        """StepResult of the mean loss over the target tokens of all ranks, left in the parameters.
 
         Each micro-batch counts by its share of the targets, so that neither accumulation nor the number of processes changes
         the result beyond rounding.
@@ -73,15 +78,15 @@ class TrainingStep:
                 # DDP and FSDP average the gradients of the ranks, where the sum is wanted.
                 (output.loss * (share * self.distributed.world_size)).backward()
             loss += output.loss.detach() * share
-        self._norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        return Gradients(self.distributed.sum(loss.item()), _whole(self._norm).item())
+        norm = _whole(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+        return StepResult(self.distributed.sum(loss.item()), norm.item(), norm)
 
-    def update(self, step: int) -> float:
-        """Clip and take step `step` = 0, 1, ... Returns its learning rate."""
+    def update(self, result: StepResult, step: int) -> float:
+        """Clip the gradients of `result` and take step `step` = 0, 1, ... with them. Returns its learning rate."""
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        clip_grads_with_norm_(self.model.parameters(), self.config.optimizer.clip_norm, _whole(self._norm))
+        clip_grads_with_norm_(self.model.parameters(), self.config.optimizer.clip_norm, result.norm_tensor)
         self.optimizer.step()
         self._balance_experts()
         return rate

@@ -28,7 +28,7 @@ from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.parallelize import parallelize
 from yoco_u.training.progress import progress_report
 from yoco_u.training.run_folder import RunFolder
-from yoco_u.training.step import Gradients, TrainingStep
+from yoco_u.training.step import StepResult, TrainingStep
 from yoco_u.training.validation import DTYPES, evaluate
 
 
@@ -166,16 +166,16 @@ class _Run:
 
     def _step(self, batches: Iterator[Any]) -> None:
         start = time.perf_counter()
-        gradients = self.step.gradients(next(batches), self.config.loops_at(self.state.step))
-        if not gradients.finite:
-            self._stop_diverged(gradients)
-        rate = self.step.update(self.state.step)
+        result = self.step.gradients(next(batches), self.config.loops_at(self.state.step))
+        if not result.finite:
+            self._stop_diverged(result)
+        rate = self.step.update(result, self.state.step)
         seconds = time.perf_counter() - start
         tokens = self.config.tokens_per_step
         self.state = self.state.after_step(tokens, seconds)
         speed = (self.config.training_flops(self.state.step) - self.config.training_flops(self.state.step - 1)) / seconds
-        self._record("train", gradients.loss, self.dataset, {
-            "gradient_norm": gradients.norm,
+        self._record("train", result.loss, self.dataset, {
+            "gradient_norm": result.norm,
             "learning_rate": rate,
             "tokens_per_second": tokens / seconds,
             "model_flops_per_second": speed,
@@ -206,12 +206,12 @@ class _Run:
         self.saved = self.checkpoints.save(step_name(self.state.step), self.model, self.optimizer, self.state)
         self.checkpoints.prune(self.config.training.keep_checkpoints)
 
-    def _stop_diverged(self, gradients: Gradients) -> NoReturn:
+    def _stop_diverged(self, result: StepResult) -> NoReturn:
         rows, names = self.config.training.batch_rows, self.step.non_finite_gradients()
         where = f" (first in {names[0]}, {len(names)} parameters in all)" if names else ""
         first = self.state.step * rows
         self._diverged(
-            f"the loss is {gradients.loss} and the gradient norm {gradients.norm}{where} in step {self.state.step + 1}, at "
+            f"the loss is {result.loss} and the gradient norm {result.norm}{where} in step {self.state.step + 1}, at "
             f"learning rate {self.step.learning_rate(self.state.step):.3g}, on rows {first} to {first + rows - 1} of the data"
         )
 

@@ -1,11 +1,11 @@
-"""Loss on held-out rows: the same rows every time, whatever the number of processes."""
+"""Validation loss during training: on the same held-out rows every time, whatever the number of processes."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from yoco_u.data import BatchLoader, PackedDataset
+from yoco_u.data import Batch, BatchLoader, PackedDataset
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.metrics import loss_figures
 
@@ -59,12 +59,18 @@ def evaluate(
         batch = loader.batch(step)
         row = step * loader.rows_per_step + distributed.rank * batch_rows + torch.arange(batch_rows)
         batch["shift_labels"].masked_fill_(row[:, None] >= rows, -100)
-        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-            # num_items_in_batch=1 asks for the sum over the targets instead of their mean.
-            inputs = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
-            output = model(**inputs, num_loops=num_loops, use_cache=False, num_items_in_batch=1)
-        total += output.loss.double().cpu()
+        total += batch_nats(model, batch, device, dtype, num_loops)
     model.train(was_training)
     tokens = rows * length
     loss = distributed.sum(total.item()) / tokens
     return Evaluation(tokens=tokens, **loss_figures(loss, dataset.split.bytes_per_token))
+
+
+@torch.no_grad()
+def batch_nats(model: nn.Module, batch: Batch, device: torch.device, dtype: str, num_loops: int | None) -> torch.Tensor:
+    """The loss of all targets of a batch together, in nats: a number, float64, on the CPU. Arguments as in `evaluate`."""
+    with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+        # num_items_in_batch=1 asks for the sum over the targets instead of their mean.
+        inputs = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
+        output = model(**inputs, num_loops=num_loops, use_cache=False, num_items_in_batch=1)
+    return output.loss.double().cpu()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from yoco_u import paper
 from yoco_u.experiment.findings import comparisons, inside, loops
 from yoco_u.experiment.findings.verdicts import OPEN, Outcome
 from yoco_u.experiment.intervals import NotDecidable
@@ -33,13 +34,13 @@ FINDINGS = (
     ),
     Finding(
         "equal-flops",
-        "At equal training FLOPs YOCO-U has a lower loss than YOCO (0.033 nats in the paper).",
+        f"At equal training FLOPs YOCO-U has a lower loss than YOCO ({paper.EQUAL_FLOPS_GAIN} nats in the paper).",
         "yoco_u and a yoco matched to its FLOPs",
         comparisons.equal_flops,
     ),
     Finding(
         "equal-loss",
-        "YOCO-U needs fewer tokens than YOCO to the same loss (62% fewer in the paper).",
+        f"YOCO-U needs fewer tokens than YOCO to the same loss ({paper.TOKEN_SAVING:.0%} fewer in the paper).",
         "yoco_u and yoco, equal tokens",
         comparisons.tokens_to_equal_loss,
     ),

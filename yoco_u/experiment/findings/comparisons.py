@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import kendalltau
 
-from yoco_u.experiment.config import Role
+from yoco_u import paper
 from yoco_u.experiment.findings.verdicts import (
     OPEN,
     Outcome,
@@ -31,14 +31,6 @@ from yoco_u.experiment.intervals import (
 from yoco_u.experiment.results import Results, Series, best, near
 from yoco_u.formatting import short_count
 
-PAPER_LOOPS = 3
-
-PAPER_PERPLEXITY: dict[Role, float] = {
-    "rins": 20.98, "yoco_u": 21.01, "deeper": 21.42, "universal_transformer": 21.56, "deep": 22.04,
-    "upper_loop_without_shared_kv": 22.06, "upper_loop": 22.15, "yoco": 22.25, "transformer": 22.52, "parscale": 23.13,
-}  # fmt: skip
-"""WikiText perplexity of the paper's 1.3B models (arXiv 2604.01220)."""
-
 PAPER_TIE = 0.01
 """Share by which two of these may differ and count as equal."""
 
@@ -58,7 +50,7 @@ def paper_loops(results: Results) -> int:
     counts = {series.loops for series in results.of_role("yoco_u")} - {1}
     if not counts:
         raise NotDecidable("no YOCO-U is finished")
-    return PAPER_LOOPS if PAPER_LOOPS in counts else max(counts)
+    return paper.LOOPS if paper.LOOPS in counts else max(counts)
 
 
 def equal_tokens(results: Results) -> Outcome:
@@ -160,7 +152,7 @@ def tokens_to_equal_loss(results: Results) -> Outcome:
     bounds = "one seed, no interval" if saving.low is None else f"95%: {saving.low:.0%} to {saving.high:.0%}"
     text = (
         f"YOCO-U needs {saving.mean:.0%} fewer tokens than the {short_count(plain.tokens)} of YOCO ({bounds}); the paper found "
-        f"62%. {how}"
+        f"{paper.TOKEN_SAVING:.0%}. {how}"
     )
     return Outcome(of_sign(-saving), text, numbers)
 
@@ -170,13 +162,15 @@ def order(results: Results) -> Outcome:
     ranked = _at_equal_tokens(results)
     half = simultaneous_half_width([series.final for series in ranked.values()])
     agree, contradict, open_ = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
-    for low, high in combinations(sorted(ranked, key=lambda role: PAPER_PERPLEXITY[role]), 2):
-        if PAPER_PERPLEXITY[high] / PAPER_PERPLEXITY[low] - 1 <= PAPER_TIE:
+    for low, high in combinations(sorted(ranked, key=lambda role: paper.WIKITEXT_PERPLEXITY[role]), 2):
+        if paper.WIKITEXT_PERPLEXITY[high] / paper.WIKITEXT_PERPLEXITY[low] - 1 <= PAPER_TIE:
             continue
         found = difference(ranked[low].final, ranked[high].final)
         pair = {"lower_in_paper": low, "higher_in_paper": high, "difference": found.mean}
         (open_ if abs(found.mean) <= half else agree if found.mean < 0 else contradict).append(pair)
-    tau = float(kendalltau([PAPER_PERPLEXITY[role] for role in ranked], [s.loss.mean for s in ranked.values()]).statistic)
+    tau = float(
+        kendalltau([paper.WIKITEXT_PERPLEXITY[role] for role in ranked], [s.loss.mean for s in ranked.values()]).statistic
+    )
     ours = ", ".join(f"{s.label} {s.loss.mean:.4f}" for s in sorted(ranked.values(), key=lambda s: s.loss.mean))
     against = f" ({_pairs_text(contradict, ranked)})" if contradict else ""
     text = (
@@ -190,13 +184,13 @@ def order(results: Results) -> Outcome:
     return Outcome("not confirmed" if contradict else held, text, numbers)
 
 
-def _pairs_text(pairs: Sequence[dict[str, Any]], ranked: dict[Role, Series]) -> str:
+def _pairs_text(pairs: Sequence[dict[str, Any]], ranked: dict[paper.Name, Series]) -> str:
     return ", ".join(f"{ranked[p['higher_in_paper']].label} below {ranked[p['lower_in_paper']].label}" for p in pairs)
 
 
-def _at_equal_tokens(results: Results) -> dict[Role, Series]:
+def _at_equal_tokens(results: Results) -> dict[paper.Name, Series]:
     """The best series of each of the paper's architectures, at the most tokens at which there are three."""
-    candidates: dict[Role, list[Series]] = {role: results.of_role(role) for role in PAPER_PERPLEXITY}
+    candidates: dict[paper.Name, list[Series]] = {role: results.of_role(role) for role in paper.WIKITEXT_PERPLEXITY}
     if candidates["yoco_u"]:
         loops = paper_loops(results)
         candidates["yoco_u"] = results.of_role("yoco_u", loops)

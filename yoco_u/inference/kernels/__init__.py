@@ -1,14 +1,16 @@
-"""What a decode step does besides matrix products: compiled C++ on a CPU, plain torch wherever that is missing.
+"""What an engine step does besides matrix products: each kernel by its name, run by the fastest implementation there is.
 
-The C++ is built on first use (some seconds) and kept in torch's cache of extensions. `YOCO_U_KERNELS=off` does without. Each
-kernel has its direct twin beside it or in `yoco_u.model`, and the tests compare them.
+`cpu/` holds the C++ for CPUs; `direct.py` holds the same in plain torch, for every device and for the tests. Kernels for
+another device come in here: a folder beside `cpu/`, and a branch in each function below. `YOCO_U_KERNELS=off` does without the
+fast ones.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from yoco_u.inference.kernels import direct
 from yoco_u.inference.kernels.cpu import compiled
+from yoco_u.model import rope
 
 
 def store_rows(k: Tensor, v: Tensor, rows: Tensor, cache: Tensor, scales: Tensor | None) -> None:
@@ -16,59 +18,50 @@ def store_rows(k: Tensor, v: Tensor, rows: Tensor, cache: Tensor, scales: Tensor
 
     Args:
         k, v: (tokens, kv_heads, head_dim).
-        rows: of the cache, (tokens,), int64.
+        rows: the slot mapping: the row of the cache that each token goes to, (tokens,), int64.
         cache, scales: as in `decode_attention`.
     """
     if k.device.type == "cpu" and compiled():
         torch.ops.yoco_u.store_rows(k, v, rows, cache, scales)
-        return
-    kv = torch.stack([k, v]).transpose(1, 2)  # (2, kv_heads, tokens, head_dim)
-    if scales is None:
-        cache.index_copy_(2, rows, kv.to(cache.dtype))
-        return
-    whole, factors = quantized(kv)
-    cache.index_copy_(2, rows, whole)
-    scales.index_copy_(2, rows, factors)
-
-
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 of (..., head_dim), and one float32 scale a row."""
-    scales = x.float().abs().amax(-1).clamp(min=1e-30) / 127
-    return (x.float() / scales[..., None]).round_().to(torch.int8), scales
+    else:
+        direct.store_rows(k, v, rows, cache, scales)
 
 
 def decode_attention(
-    q: Tensor, cache: Tensor, scales: Tensor | None, table: Tensor, block_size: int, lengths: Tensor
+    q: Tensor, cache: Tensor, scales: Tensor | None, block_table: Tensor, block_size: int, lengths: Tensor
 ) -> Tensor:
-    """Attention of one query per sequence over the rows of its blocks.
+    """Attention of one query per sequence over the rows of that sequence's blocks.
 
     Args:
         q: (sequences, heads, head_dim).
         cache: keys and values, (2, kv_heads, blocks * block_size, head_dim), float32, bfloat16 or int8.
-        scales: of an int8 cache, (2, kv_heads, blocks * block_size), float32.
-        table: block numbers, (sequences, blocks), int32.
+        scales: of an int8 cache, (2, kv_heads, blocks * block_size), float32; None for other caches.
+        block_table: block numbers, (sequences, blocks), int32.
         lengths: rows that each query sees, (sequences,), int64, at least 1.
 
     Returns:
         (sequences, heads, head_dim), in the dtype of q; computed in float32.
     """
-    if q.device.type != "cpu" or not compiled():
-        return decode_attention_direct(q, cache, scales, table, block_size, lengths)
-    return torch.ops.yoco_u.decode_attention(q, cache, scales, table, block_size, lengths)
+    if q.device.type == "cpu" and compiled():
+        return torch.ops.yoco_u.decode_attention(q, cache, scales, block_table, block_size, lengths)
+    return direct.decode_attention(q, cache, scales, block_table, block_size, lengths)
 
 
-def decode_attention_direct(
-    q: Tensor, cache: Tensor, scales: Tensor | None, table: Tensor, block_size: int, lengths: Tensor
-) -> Tensor:
-    """The same, sequence by sequence, gathering the rows."""
-    out = torch.empty_like(q)
-    within = torch.arange(block_size, device=q.device)
-    for i, length in enumerate(lengths.tolist()):
-        blocks = table[i, : -(-length // block_size)].long()
-        rows = (blocks[:, None] * block_size + within).flatten()[:length]
-        kv = cache[:, :, rows].float()  # (2, kv_heads, length, head_dim)
-        if scales is not None:
-            kv = kv * scales[:, :, rows, None]
-        query = q[i].float().view(kv.shape[1], -1, q.shape[-1])  # (kv_heads, groups, head_dim)
-        out[i] = scaled_dot_product_attention(query, kv[0], kv[1]).flatten(0, 1).to(q.dtype)
-    return out
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Causal attention of a chunk of one sequence, whose queries belong to the last of the keys' tokens.
+
+    Args:
+        q: (1, queries, heads, head_dim).
+        k, v: (1, keys, kv_heads, head_dim), keys >= queries.
+        window: keys that a token sees, itself included; None for all.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and compiled():
+        return torch.ops.yoco_u.chunk_attention(q, k, v, k.shape[1] if window is None else window)
+    return direct.chunk_attention(q, k, v, window)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE, as `yoco_u.model.rope.rotate` defines it."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and compiled():
+        return torch.ops.yoco_u.rotate(x, *rotary)
+    return rope.rotate(x, rotary)

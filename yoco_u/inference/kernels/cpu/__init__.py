@@ -1,12 +1,13 @@
 """The C++ kernels: built on first use (some seconds), kept in torch's cache of extensions, registered as `torch.ops.yoco_u`."""
 
 import os
-import shutil
 import sys
 from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
+
+from yoco_u.device import cxx_compiler
 
 _NAME = "yoco_u_kernels"
 _FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fopenmp", "-Wno-psabi"]
@@ -19,9 +20,8 @@ def compiled() -> bool:
 
     if os.environ.get("YOCO_U_KERNELS", "on") == "off":
         return False
-    compiler = cpp_extension.get_cxx_compiler()
-    if shutil.which(compiler) is None:
-        print(f"no C++ compiler ({compiler}) here: decoding is slower than it could be", file=sys.stderr)
+    if cxx_compiler() is None:
+        print("no C++ compiler here: decoding is slower than it could be", file=sys.stderr)
         return False
     sources = [str(path) for path in sorted(Path(__file__).parent.glob("*.cpp"))]
     folder = Path(cpp_extension._get_build_directory(_NAME, verbose=False))

@@ -16,7 +16,7 @@ struct Linear {
   std::optional<at::Tensor> scales;
   int64_t outputs;
 
-  at::Tensor operator()(const at::Tensor& x) const { return packed_linear(x, weight, scales, outputs); }
+  at::Tensor operator()(const at::Tensor& x) const { return prepacked_linear(x, weight, scales, outputs); }
 };
 
 class DecodeBlock : public torch::CustomClassHolder {

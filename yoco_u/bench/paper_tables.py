@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from yoco_u import paper
 from yoco_u.bench.cases import Case, Decode, Prefill
 from yoco_u.bench.run import Measurement
 from yoco_u.formatting import context_label, number
@@ -27,32 +28,6 @@ PAPER: dict[str, Any] = {
     "batches": (1,),
 }
 """What `--paper` changes."""
-
-Figures = dict[int, dict[str, float]]
-"""Value by context and architecture."""
-
-PREFILL: Figures = {
-    8192: {"transformer": 85707, "yoco_u": 75637},
-    16384: {"transformer": 66342, "rins": 33276, "yoco_u": 75694},
-    65536: {"transformer": 27276, "rins": 13630, "yoco_u": 76148},
-    262144: {"transformer": 7475, "rins": 3739, "yoco_u": 76301},
-}
-"""Tokens per second of the 1.3B models on an H100-80GB in bfloat16."""
-
-DECODE: Figures = {
-    8192: {"yoco": 3356, "yoco_u": 2410},
-    16384: {"transformer": 1795, "rins": 580, "yoco_u": 1966},
-    65536: {"transformer": 450, "rins": 118, "yoco_u": 865},
-    262144: {"transformer": 137, "rins": 56, "yoco_u": 303},
-}
-"""Tokens per second of 32 sequences together, on the same machine."""
-
-KV: Figures = {
-    16384: {"transformer": 640, "rins": 1280, "yoco_u": 62},
-    65536: {"transformer": 2560, "rins": 5120, "yoco_u": 158},
-    262144: {"transformer": 10240, "rins": 20480, "yoco": 522, "yoco_u": 542},
-}
-"""MiB per sequence."""
 
 
 def paper_cases(contexts: Sequence[int], batch: int, steps: int) -> list[Case]:
@@ -68,49 +43,57 @@ def whole_prefill_seconds(context: int, chunk: int, depths: Sequence[int], secon
     return float((np.interp(starts, depths, seconds) * lengths / chunk).sum())
 
 
-def our_figures(measurement: Measurement) -> tuple[Figures, Figures, Figures]:
+def our_figures(measurement: Measurement) -> tuple[paper.Table, paper.Table, paper.Table]:
     """Prefill and decode tokens per second and KV in MiB, as far as they were measured."""
     contexts = measurement.settings.contexts
-    prefill: Figures = {context: {} for context in contexts}
-    decode: Figures = {context: {} for context in contexts}
-    kv: Figures = {context: {} for context in contexts}
-    for name in dict.fromkeys(engine for engine, _ in measurement.outcomes):
-        own = [outcome for (engine, _), outcome in measurement.outcomes.items() if engine == name]
+    prefill: paper.Table = {context: {} for context in contexts}
+    decode: paper.Table = {context: {} for context in contexts}
+    kv: paper.Table = {context: {} for context in contexts}
+    for name in dict.fromkeys(engine for engine, _ in measurement.results):
+        own = [result for (engine, _), result in measurement.results.items() if engine == name]
         chunks = [(o.case.depth, median(o.seconds)) for o in own if isinstance(o.case, Prefill) and o.seconds]
         for context in contexts:
             if chunks and chunks[-1][0] + CHUNK >= context:
                 depths, seconds = zip(*chunks, strict=True)
                 prefill[context][name] = context / whole_prefill_seconds(context, CHUNK, depths, seconds)
-        for outcome in own:
-            case = outcome.case
+        for result in own:
+            case = result.case
             if isinstance(case, Decode):
-                kv[case.context][name] = outcome.kv_bytes / case.batch / 2**20
-                if outcome.seconds:
-                    decode[case.context][name] = case.batch * case.steps / median(outcome.seconds)
+                kv[case.context][name] = result.kv_bytes / case.batch / 2**20
+                if result.seconds:
+                    decode[case.context][name] = case.batch * case.steps / median(result.seconds)
     return prefill, decode, kv
 
 
 def paper_json(measurement: Measurement) -> dict[str, Any]:
     """The tables by name: ours and the paper's, by context and architecture."""
     names = ("prefill_tokens_per_second", "decode_tokens_per_second", "kv_mebibytes")
-    tables = zip(names, our_figures(measurement), (PREFILL, DECODE, KV), strict=True)
-    return {name: {"ours": ours, "paper": paper} for name, ours, paper in tables}
+    tables = zip(
+        names,
+        our_figures(measurement),
+        (paper.PREFILL_TOKENS_PER_SECOND, paper.DECODE_TOKENS_PER_SECOND, paper.KV_MEBIBYTES),
+        strict=True,
+    )
+    return {name: {"ours": ours, "paper": theirs} for name, ours, theirs in tables}
 
 
 def print_paper_tables(console: Console, measurement: Measurement) -> None:
     """Ours, the paper's in brackets behind."""
     prefill, decode, kv = our_figures(measurement)
     size, dtype = measurement.settings.size, measurement.settings.dtype
-    batch = next(o.case.batch for o in measurement.outcomes.values() if isinstance(o.case, Decode))
-    depths = {o.case.depth for o in measurement.outcomes.values() if isinstance(o.case, Prefill)}
+    batch = next(o.case.batch for o in measurement.results.values() if isinstance(o.case, Decode))
+    depths = {o.case.depth for o in measurement.results.values() if isinstance(o.case, Prefill)}
     where = f"{size}, {dtype} here (1.3B on an H100)"
 
     def show(title: str, table: Table) -> None:
         console.print(f"\n[bold]{title}[/bold]", table, highlight=False)
 
-    show(f"Table 8. Prefill, tokens/s; {where}", _table(prefill, PREFILL, as_ratios=True))
-    show(f"Table 9. Decode, tokens/s; batch {batch}, {where[:-1]}, batch 32)", _table(decode, DECODE, as_ratios=True))
-    show(f"Table 10. KV cache, MiB per sequence; {size} here (1.3B)", _table(kv, KV, as_ratios=False))
+    show(f"Table 8. Prefill, tokens/s; {where}", _table(prefill, paper.PREFILL_TOKENS_PER_SECOND, as_ratios=True))
+    show(
+        f"Table 9. Decode, tokens/s; batch {batch}, {where[:-1]}, batch 32)",
+        _table(decode, paper.DECODE_TOKENS_PER_SECOND, as_ratios=True),
+    )
+    show(f"Table 10. KV cache, MiB per sequence; {size} here (1.3B)", _table(kv, paper.KV_MEBIBYTES, as_ratios=False))
     console.print(
         "In brackets the paper's figures. Tokens/s of the Transformer, and of the others as multiples of it. Prefill here: a "
         f"chunk of {CHUNK:,} tokens is timed at {len(depths)} depths of a cache that is filled without computing, and its time "
@@ -119,7 +102,7 @@ def print_paper_tables(console: Console, measurement: Measurement) -> None:
     )
 
 
-def _table(ours: Figures, papers: Figures, as_ratios: bool) -> Table:
+def _table(ours: paper.Table, papers: paper.Table, as_ratios: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("context", *ARCHITECTURES):
         table.add_column(heading, justify="right")

@@ -1,4 +1,4 @@
-"""bfloat16 engines: packed weights and compiled kernels against the plain model, and both against float32."""
+"""bfloat16 engines: prepacked weights and compiled kernels against the plain model, and both against float32."""
 
 import itertools
 from typing import Any
@@ -22,13 +22,13 @@ from yoco_u.inference import (
 from yoco_u.inference import (
     prepacking as packing,
 )
-from yoco_u.inference.prepacking import OneCallBlock, PackedEmbedding, PackedLinear, can_pack, pack
+from yoco_u.inference.prepacking import FusedDecodeBlock, PrepackedEmbedding, PrepackedLinear, can_prepack, prepack
 
 COARSE = {"experts", "one key-value head, tied"}  # choices of experts flip; logits of a tied head are large
 OTHER_BLOCKS = {"experts", "parscale", "streams with qk norm"}  # that are several calls
 LENGTH = 60
 
-needs_packing = pytest.mark.skipif(not can_pack(build(architecture()).bfloat16()), reason="needs a C++ compiler")
+needs_prepacking = pytest.mark.skipif(not can_prepack(build(architecture()).bfloat16()), reason="needs a C++ compiler")
 
 
 def bfloat16_engine(variant: str, **settings: Any) -> Engine:
@@ -37,17 +37,17 @@ def bfloat16_engine(variant: str, **settings: Any) -> Engine:
     return Engine(build(architecture(name, **shape)), None, EngineSettings(**chosen))
 
 
-@needs_packing
+@needs_prepacking
 @pytest.mark.parametrize(("vocabulary", "width"), [(70, 24), (64, 7), (129, 33)])
 def test_a_tied_head_is_the_embedding_itself(vocabulary: int, width: int) -> None:
     weight = torch.randn(vocabulary, width).bfloat16()
-    head = PackedLinear([weight])
-    embedding = PackedEmbedding(head, width)
-    assert embedding.packed is head.packed
+    head = PrepackedLinear([weight])
+    embedding = PrepackedEmbedding(head, width)
+    assert embedding.prepacked is head.prepacked
     ids = torch.randint(vocabulary, (2, 9))
     assert torch.equal(embedding(ids), weight[ids])
     subject = bfloat16_engine("one key-value head, tied").runner.model
-    assert subject.model.embed_tokens.packed is subject.lm_head.packed
+    assert subject.model.embed_tokens.prepacked is subject.lm_head.prepacked
 
 
 def scores(subject: Engine) -> Tensor:
@@ -63,13 +63,13 @@ def float32_scores(variant: str) -> Tensor:
 
 
 def is_packed(subject: Engine) -> bool:
-    return any(isinstance(module, PackedLinear) for module in subject.runner.model.modules())
+    return any(isinstance(module, PrepackedLinear) for module in subject.runner.model.modules())
 
 
 def plain_scores(variant: str) -> Tensor:
     """Of a bfloat16 engine whose model is as it was given."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "can_pack", lambda model: False)
+        patch.setattr(engine_module, "can_prepack", lambda model: False)
         for module in (kernels, batch, packing):
             patch.setattr(module, "compiled", lambda: False)
         subject = bfloat16_engine(variant)
@@ -81,7 +81,7 @@ def mean_distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().mean())
 
 
-@needs_packing
+@needs_prepacking
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_weights_and_kernels_are_as_near_to_float32_as_plain_bfloat16(variant: str) -> None:
     """On average within 0.03 of a nat of both (0.15 where experts are chosen or logits are large), at chunks of all sizes."""
@@ -100,7 +100,7 @@ LOADS = [(variant, "bfloat16") for variant in VARIANTS]
 LOADS += itertools.product(["yoco_u", "rins", "yoco_retention", "parscale"], ["float32", "int8"])
 
 
-@needs_packing
+@needs_prepacking
 @pytest.mark.parametrize(("variant", "kv_dtype"), LOADS)
 def test_all_kinds_of_cache_under_load(variant: str, kv_dtype: str) -> None:
     """Batches of mixed loops, preemption, sharing: every reported log-probability is near that of float32."""
@@ -119,7 +119,7 @@ def test_all_kinds_of_cache_under_load(variant: str, kv_dtype: str) -> None:
     assert sum(distances) / len(distances) < (0.2 if variant in COARSE else 0.04)
 
 
-@needs_packing
+@needs_prepacking
 @pytest.mark.parametrize("weights", [None, "int8"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_blocks_as_one_call_change_no_bit(variant: str, weights: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,27 +135,29 @@ def test_blocks_as_one_call_change_no_bit(variant: str, weights: str | None, mon
 
     settings = {"weights": weights, "cache_tokens": 80, "max_num_seqs": 6, "max_batched_tokens": 12}
     subject = bfloat16_engine(variant, **settings)
-    assert any(isinstance(module, OneCallBlock) for module in subject.runner.model.modules()) == (variant not in OTHER_BLOCKS)
+    assert any(isinstance(module, FusedDecodeBlock) for module in subject.runner.model.modules()) == (
+        variant not in OTHER_BLOCKS
+    )
     together = scores_of(subject)
-    monkeypatch.setattr(OneCallBlock, "can_run", lambda block: False)
+    monkeypatch.setattr(FusedDecodeBlock, "can_run", lambda block: False)
     assert scores_of(bfloat16_engine(variant, **settings)) == together
 
 
-@needs_packing
+@needs_prepacking
 def test_a_packed_model_runs_forward() -> None:
     plain = build(architecture()).bfloat16()
-    packed = build(architecture()).bfloat16()
-    pack(packed)
+    prepacked = build(architecture()).bfloat16()
+    prepack(prepacked)
     ids = torch.tensor([prompt(20), prompt(20, seed=2)])
     with torch.inference_mode():
-        distance = (packed(ids).logits.float() - plain(ids).logits.float()).abs()
+        distance = (prepacked(ids).logits.float() - plain(ids).logits.float()).abs()
     assert float(distance.mean()) < 0.03
-    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    assert not any(isinstance(module, torch.nn.Linear) for module in prepacked.modules())
 
 
 def test_only_bfloat16_on_a_cpu_is_packed() -> None:
-    assert not can_pack(model("yoco_u"))
-    assert not can_pack(build(architecture()).bfloat16().to("meta"))
+    assert not can_prepack(model("yoco_u"))
+    assert not can_prepack(build(architecture()).bfloat16().to("meta"))
 
 
 def test_choice_biases_of_experts_stay_float32() -> None:

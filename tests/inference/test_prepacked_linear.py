@@ -1,4 +1,4 @@
-"""Matrix products of packed bfloat16 and int8 weights, against float64."""
+"""Matrix products of prepacked bfloat16 and int8 weights, against float64."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from yoco_u.inference.kernels.cpu import compiled
-from yoco_u.inference.prepacking import PackedLinear
+from yoco_u.inference.prepacking import PrepackedLinear
 from yoco_u.inference.quantization import is_int8
 
 needs_kernels = pytest.mark.skipif(not compiled(), reason="needs a C++ compiler")
@@ -44,7 +44,7 @@ def check_kernel(tokens: int, inputs: int, outputs: int) -> None:
     x = torch.randn(tokens, inputs).bfloat16()
     for make in WEIGHTS.values():
         weight = make(outputs, inputs)
-        assert_products(PackedLinear([weight])(x), x, weight)
+        assert_products(PrepackedLinear([weight])(x), x, weight)
 
 
 @needs_kernels
@@ -64,7 +64,7 @@ def test_kernel_of_many_tokens(tokens: int) -> None:
 def test_nan_stays_with_its_token(kind: str) -> None:
     weight, x = WEIGHTS[kind](70, 40), torch.randn(9, 40).bfloat16()
     x[4, 20] = torch.nan
-    found = PackedLinear([weight])(x)
+    found = PrepackedLinear([weight])(x)
     assert found[4].isnan().all()
     others = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])
     assert_products(found[others], x[others], weight)
@@ -78,7 +78,7 @@ def test_kernel_over_threads_and_leading_dimensions() -> None:
     try:
         for make in WEIGHTS.values():
             weight = make(700, 130)
-            assert_products(PackedLinear([weight])(x), x, weight)
+            assert_products(PrepackedLinear([weight])(x), x, weight)
     finally:
         torch.set_num_threads(before)
 
@@ -88,5 +88,5 @@ def test_kernel_over_threads_and_leading_dimensions() -> None:
 def test_layers_of_the_same_input_run_as_one(kind: str) -> None:
     weights = [WEIGHTS[kind](outputs, 96, seed=outputs) for outputs in (70, 1, 33)]
     x = torch.randn(1, 9, 96).bfloat16()
-    for found, weight in zip(PackedLinear(weights).split(x), weights, strict=True):
+    for found, weight in zip(PrepackedLinear(weights).split(x), weights, strict=True):
         assert_products(found, x, weight)

@@ -76,7 +76,7 @@ void multiply_all(const at::Tensor& x, const at::Tensor& weights, const float* s
 
 // x (..., inputs) bfloat16; weights (blocks, pairs, 64, 2) bfloat16, or int8 with scales (blocks * 64) float32; all filled up with
 // zeros -> (..., outputs) bfloat16.
-at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weights, const std::optional<at::Tensor>& scales, int64_t outputs) {
+at::Tensor prepacked_linear(const at::Tensor& input, const at::Tensor& weights, const std::optional<at::Tensor>& scales, int64_t outputs) {
   const int64_t blocks = weights.size(0), pairs = weights.size(1), inputs = input.size(-1);
   TORCH_CHECK(input.scalar_type() == at::kBFloat16 && weights.is_contiguous() && weights.size(2) == BLOCK);
   TORCH_CHECK((inputs + 1) / 2 == pairs && (outputs + BLOCK - 1) / BLOCK == blocks);
@@ -95,7 +95,7 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weights, con
 }
 
 TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
-  m.def("packed_linear(Tensor x, Tensor weights, Tensor? scales, int outputs) -> Tensor");
+  m.def("prepacked_linear(Tensor x, Tensor weights, Tensor? scales, int outputs) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(yoco_u, CPU, m) { m.impl("packed_linear", &packed_linear); }
+TORCH_LIBRARY_IMPL(yoco_u, CPU, m) { m.impl("prepacked_linear", &prepacked_linear); }
