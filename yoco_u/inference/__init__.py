@@ -1,4 +1,8 @@
-"""The inference engine: paged global KV, window rings, continuous batching, a loop count per request. Start at `engine.py`."""
+"""The inference engine: many requests at once, over paged caches and window rings, each with its own loop count.
+
+A model and prompts go in, tokens and text come out. `LLM` (`llm.py`) is the door for Python, and the server uses `Engine` itself.
+Start at `engine.py`: a step is schedule, run, sample. What blocks hand their keys and values to is `paged_backend.py`.
+"""
 
 from yoco_u.inference.engine import Engine
 from yoco_u.inference.llm import LLM

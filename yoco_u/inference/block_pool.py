@@ -8,12 +8,13 @@ from collections.abc import Iterable, Sequence
 
 
 def root_hash(num_loops: int) -> bytes:
-    """Where the chain of a request's block hashes begins: caches of another loop count are other caches."""
+    """The hash that a request's first block is chained to. Requests of different loop counts get different ones, since their
+    keys and values differ although their tokens are equal."""
     return hashlib.sha256(b"num_loops=%d" % num_loops).digest()
 
 
 def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Names the content of a block by its own tokens and, through the hash of the block before, all earlier ones."""
+    """The hash of a block's content: of its own tokens and, through the hash of the block before, of all earlier tokens."""
     return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
 
 
@@ -59,9 +60,9 @@ class BlockPool:
         Args:
             after: the block that the first one should follow; None for a new sequence.
 
-        The block behind the previous one is taken if it is free. Otherwise the longest free run is entered, in its middle if
-        half of it is enough, so that whoever ends before it and whoever begins there both have room to grow. Cached blocks
-        are given up, least recently used first, only as far as the free ones do not suffice.
+        The block behind the previous one is taken if it is free. Otherwise allocation goes on in the longest free run, in its
+        middle if half of it is enough: then the sequence that ends before the run and the sequence that begins in it both have
+        room to grow. Cached blocks lose their content, least recently used first, only as far as free ones do not suffice.
         """
         assert count <= self.num_available, f"{count} blocks asked for, {self.num_available} available"
         for _ in range(count - self.num_free):
@@ -80,13 +81,13 @@ class BlockPool:
         return blocks
 
     def _start_of_run(self, count: int) -> int:
-        """Where in the longest free run `count` blocks should begin; the first such run if there are several."""
+        """The block of the longest free run at which `count` blocks should begin; of equally long runs the first counts."""
         runs = (match.span() for match in re.finditer(rb"\x01+", self._is_free))
         start, stop = max(runs, key=lambda run: run[1] - run[0])
         return (start + stop) // 2 if 2 * count <= stop - start else start
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give one reference to each block back. The last blocks of a sequence are the first to lose their content."""
+        """Give back one reference to each block. A sequence's last blocks will lose their content before its earlier ones."""
         self.changes += 1
         for block in reversed(blocks):
             assert self.refcounts[block] > 0, f"block {block} was released more often than taken"
@@ -98,7 +99,7 @@ class BlockPool:
                     self._cached[block] = None
 
     def register(self, block: int, content: bytes) -> None:
-        """Make a held block, now full, known by its hash; of several blocks of the same content the first is known."""
+        """Make a held block that is full now known by its hash. Of several blocks of the same content the first stays known."""
         assert self.refcounts[block] > 0, f"block {block} is registered but not held"
         if content not in self._by_hash:
             assert self._hashes[block] is None, f"block {block} is registered with another content already"

@@ -1,4 +1,4 @@
-"""Output that fits a JSON schema or a regular expression, through llguidance: which tokens may come next."""
+"""Grammars: which tokens may come next so that the output fits a JSON schema or a regular expression, through llguidance."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Matcher:
-    """Where one output stands in its grammar."""
+    """The state of one output in its grammar."""
 
     def __init__(self, state: "LLMatcher", vocab_size: int) -> None:
         self._state = state
@@ -35,7 +35,7 @@ class Matcher:
         return torch.from_numpy(np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_))
 
     def append(self, token: int) -> None:
-        """Take the next token, which must be an allowed one."""
+        """Take in the next token, which must be an allowed one."""
         taken = self._state.consume_token(token)
         assert taken, f"token {token} does not fit the grammar: {self.error}"
 

@@ -1,4 +1,4 @@
-"""Text from tokens as they come: whole characters only, and ended by stop strings wherever the tokens' borders lie."""
+"""Text from tokens as they come: only whole characters, up to the first stop string, however tokens cut it."""
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
@@ -34,7 +34,7 @@ class Detokenizer:
         return self._shown[0]
 
     def append(self, token: int) -> str:
-        """Take the next token and return the new text that is safe to show, often empty."""
+        """Take in the next token and return the new text that is safe to show, which is often empty."""
         if self.stopped is not None:
             return ""
         new = self._decode(token)

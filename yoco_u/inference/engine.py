@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens out. `step()` is schedule, run, sample."""
+"""The engine: requests in, tokens out. `Engine.step` is schedule (`scheduler.py`), run (`runner.py`), sample (`sampler.py`)."""
 
 import itertools
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from yoco_u.model import YocoUForCausalLM
 
 @dataclass(eq=False)
 class _Output:
-    """One output while it runs: what is scheduled, and what becomes of its tokens."""
+    """One output while it runs: the request that the scheduler sees, and everything that its tokens go through."""
 
     request: Request
     sampler: SamplerState
@@ -178,10 +178,10 @@ class Engine:
         """Run one step: some tokens of every request that runs.
 
         Returns:
-            What was added to which output, ended ones included; empty when there is nothing to do.
+            What was added to which output, outputs that ended included; empty when there is nothing to do.
 
         Raises:
-            Exception: whatever the model raised; the requests of this step have ended with an error then, the others go on.
+            Exception: whatever the model raised. The requests of this step have then ended with an error, the others go on.
         """
         step = self.scheduler.schedule()
         if not step.chunks:
@@ -194,7 +194,7 @@ class Engine:
         try:
             scored = self.runner.run(step)
         except BaseException:
-            for chunk in step.chunks:  # their caches are in no known state
+            for chunk in step.chunks:  # what their caches hold is not known any more
                 self._end(self._outputs[chunk.request.id], "error")
             raise
         for request, key in step.snapshots:
@@ -255,7 +255,7 @@ class Engine:
             found += [TokenLogprobs(*one) for one in score(logits[: len(targets)], targets, top)]
 
     def _release_siblings(self) -> None:
-        """Let the other outputs of a prompt in once the first has computed it, so that they find it cached."""
+        """Queue the other outputs of a prompt once the first output has computed it, so that they find the prompt cached."""
         for first in list(self._siblings):
             output = self._outputs.get(first)
             if output is None or output.request.computed >= len(output.request.prompt):
@@ -282,7 +282,7 @@ class Engine:
         return list(prompt)
 
     def _make_room(self, loops: int) -> None:
-        """Allocate what requests of so many loops need, unless it is there.
+        """Allocate the caches that requests of `loops` loops need, unless they are there.
 
         Raises:
             UserError: if the machine has not the memory for it.

@@ -1,4 +1,4 @@
-"""What the engine gives back."""
+"""What the engine returns: requests with their outputs, and what each step adds to them."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from yoco_u.inference.sampler import Logprob
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """The log-probability of one token, and of the likeliest ones at its place; see `SamplingParams`."""
+    """The log-probability of one token, and those of the likeliest tokens in its place; see `SamplingParams.logprobs`."""
 
     chosen: Logprob
     top: tuple[Logprob, ...]
@@ -19,7 +19,7 @@ class Completion:
     """One output of a request, growing until it has a finish reason.
 
     Attributes:
-        index: among the request's `n`.
+        index: which of the request's `n` outputs this is.
         text: without the stop string or end token; empty without a tokenizer.
         token_ids: all sampled tokens, the end token included.
         logprobs: one a token, if asked for.
@@ -42,8 +42,9 @@ class RequestOutput:
     """One request and its outputs so far.
 
     Attributes:
-        prompt: as it was given, None if as tokens.
-        prompt_logprobs: one a prompt token, None for the first and those before `prompt_logprobs_start`; if asked for.
+        prompt: the text as it was given; None if the request came as tokens.
+        prompt_logprobs: if asked for, one entry for each prompt token; None for the first token, and for those before
+            `prompt_logprobs_start`.
         cached_tokens: prompt tokens that were not computed again because an earlier request or output had, over all outputs.
     """
 

@@ -1,4 +1,4 @@
-"""One request: its tokens, where it stands, and what it holds of the caches."""
+"""One request: its tokens, how far they are computed, and the blocks and the seat that it holds."""
 
 import enum
 from dataclasses import dataclass, field
@@ -25,13 +25,13 @@ class Request:
         computed: leading tokens of prompt and output whose state is in the caches.
         unscored: the first prompt token whose log probability is asked for and not known yet; the prompt's length or more
             where there is none.
-        blocks: the block table: block i holds the rows i * block_size and on.
-        written: rows before this lie in shared blocks already and must not be written again.
-        seat: row of the window rings while running.
+        blocks: the block table: block i holds the tokens from i * block_size on.
+        written: keys and values before this position lie in shared blocks already, and must not be written again.
+        seat: its place in the window rings and retention states while it runs.
         admissions: how often it was let in to run. A request that was preempted and let in again has other blocks.
         hashes: chain hashes of the leading full blocks, as far as they were needed.
-        snapshot_at: numbers of tokens after which the window state is to be kept while the prompt is computed.
-        decode_snapshot: key of the snapshot that the next block boundary of the output replaces.
+        snapshot_at: positions in the prompt at which the window state is kept as a snapshot.
+        decode_snapshot: key of the snapshot at the output's last block boundary, which the next boundary's replaces.
         finish_reason: "stop", "length", "abort" or "error".
     """
 
@@ -71,7 +71,7 @@ class Request:
 
     @property
     def num_needed(self) -> int:
-        """How many tokens have to be computed; the last one only to sample after it."""
+        """How many tokens have to be computed. Without sampling the last one need not be: nobody asks what follows it."""
         return self.num_tokens if self.params.max_tokens else self.num_tokens - 1
 
     def token_slice(self, start: int, stop: int) -> list[int]:

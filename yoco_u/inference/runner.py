@@ -1,4 +1,4 @@
-"""Runs the model on one step of the scheduler."""
+"""From a step of the scheduler to logits: the one place where the engine calls the model."""
 
 from functools import lru_cache
 
@@ -16,7 +16,7 @@ class Runner:
     """The model and its caches.
 
     Attributes:
-        cache: of all sequences.
+        cache: the memory of all sequences.
     """
 
     def __init__(self, model: YocoUForCausalLM, shape: CacheShape) -> None:
@@ -33,8 +33,8 @@ class Runner:
         """Compute all chunks of a step.
 
         Returns:
-            The chunks that have logits to look at, each with those of its last positions, (kept, vocab): one for each prompt
-            token that is scored, one to sample from.
+            The chunks that logits are asked of, each with the logits of its last positions, (kept, vocab): one row for each
+            prompt token that is scored, and one to sample from.
         """
         for request, state in step.restores:
             assert request.seat is not None

@@ -1,7 +1,8 @@
-"""From logits to tokens: penalties, constraints and filters over all rows at once, the random number each row's own.
+"""From logits to tokens: penalties, grammars, temperature, top-k, top-p and min-p, over all rows of a step at once.
 
-A row's token depends on that row alone. Random numbers come from the row's own counter-based generator, one a token, and
-choose by the cumulative probabilities in the order of the vocabulary; every tensor operation works row by row.
+The token of a row depends on that row alone, whatever else is in the batch: every tensor operation works row by row, and each
+row has a counter-based random generator of its own. One random number a token picks the token by the cumulative probabilities
+in the order of the vocabulary.
 """
 
 import math
@@ -18,8 +19,8 @@ from torch import Tensor
 from yoco_u.inference.constraints import Matcher
 from yoco_u.inference.sampling_params import SamplingParams
 
-_GREEDY = 1e-5  # temperatures below this one would overflow float32
-_CANDIDATES = 1024  # top-p looks at so many likeliest tokens before it looks further
+_GREEDY = 1e-5  # lower temperatures count as 0: dividing logits by them would overflow float32
+_CANDIDATES = 1024  # top-p first looks at so many likeliest tokens, and further only where they do not suffice
 _FORBIDDEN = -math.inf
 
 
@@ -45,9 +46,9 @@ class SamplerState:
     """What the sampler knows of one output.
 
     Args:
-        params: of the request.
-        prompt_ids: counted by the repetition penalty.
-        index: which of the request's `n` outputs; the same seed gives each its own random numbers.
+        params: the request's parameters.
+        prompt_ids: the prompt's tokens, on which the repetition penalty falls too.
+        index: which of the request's `n` outputs this is; outputs of one seed have different random numbers.
         eos_token_ids: the model's end tokens.
         matcher: at the beginning of the output's grammar, None without one.
 
@@ -80,7 +81,7 @@ class SamplerState:
         self._random = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
 
     def append(self, token: int) -> None:
-        """Take the output's next token; `sample` does it for the tokens that it chooses."""
+        """Take in the output's next token. `sample` calls this for the tokens that it chooses."""
         self.num_tokens += 1
         if self.penalized:
             place = self._places.setdefault(token, len(self._tokens))

@@ -1,9 +1,9 @@
-"""Which tokens of which requests run in the next step, and where their state lies.
+"""Continuous batching: which tokens of which requests run in the next step, and which blocks and seats the requests hold.
 
-Requests are served first come, first served, and share every step: each running request gets one token, so that decoding
-never waits for another's prompt, and the rest of the token budget is split evenly over the prompts. `running` and `waiting`
-are always in the order of arrival, all of `running` before all of `waiting`; whoever arrived last gives way when blocks run
-out, so the oldest request always goes on.
+Requests are served in the order of their arrival and share every step. Each running request gets one token, so that decoding
+never waits for another request's prompt; the rest of the token budget is split evenly over the prompts. `running` and `waiting`
+are always in the order of arrival, all of `running` before all of `waiting`. When blocks run out, the request that arrived last
+is preempted, so the oldest request always goes on.
 """
 
 import heapq
@@ -31,12 +31,12 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """The last known token is computed, so a new one is to be sampled; true until that one is appended."""
+        """Whether the last known token is computed, so that a new one is to be sampled; true until the new one is appended."""
         return self.end == self.request.num_tokens
 
     @property
     def completes(self) -> bool:
-        """The request samples nothing, and all that it needs is computed."""
+        """Whether the request samples nothing and this chunk computes the last token that it needs."""
         return not self.request.params.max_tokens and self.end == self.request.num_needed
 
 
@@ -45,7 +45,7 @@ class Step:
     """What the engine does in one step.
 
     Attributes:
-        chunks: at most one per request, shortest first. One that starts at 0 begins with an empty window state.
+        chunks: at most one per request, shortest first. A chunk that starts at 0 begins with an empty window state.
         restores: before the step runs, load the window state into the request's seat.
         snapshots: after it ran, copy the window state of the request's seat and give it to `Scheduler.keep_snapshot`.
         preempted: requests that lost their blocks and seat and wait again.
@@ -59,7 +59,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Blocks now, and counts since the start; `prefix_hit_tokens` did not have to be computed."""
+    """Blocks at this moment, and counts since the start.
+
+    Attributes:
+        prefix_hit_tokens: tokens that the prefix cache held, so that they were not computed.
+        preemptions: how often a running request lost its blocks to an older one.
+    """
 
     free_blocks: int
     cached_blocks: int
@@ -81,7 +86,8 @@ class Scheduler:
         max_model_len: tokens of one request, prompt and output together.
         prefix_caching: share the blocks of equal prefixes.
         snapshot_bytes: budget of the window states kept so that equal prefixes need not be computed again.
-        has_window_state: a request has state in its seat besides its blocks, so shared blocks alone do not suffice to go on.
+        has_window_state: whether requests keep rings or states in their seats. Shared blocks alone then do not suffice to go on
+            from a cached prefix: a snapshot of that state is needed as well.
 
     Raises:
         UserError: if a step could not give every running request a token.
@@ -164,7 +170,7 @@ class Scheduler:
         return request
 
     def finish(self, request: Request, reason: str) -> None:
-        """End a request and take back its blocks and its seat. Nothing that a failed request ("error") computed is reused."""
+        """End a request and take back its blocks and its seat. Nothing that a failed request ("error") computed is shared."""
         assert request.status is not Status.FINISHED, f"request {request.id} is finished already"
         if reason == "error":
             self.pool.forget(request.blocks)
@@ -188,7 +194,7 @@ class Scheduler:
         wanted = sorted(((self._next_stop(request) - request.computed, request) for request in self.running), key=itemgetter(0))
         budget = self.max_batched_tokens
         for served, (tokens, request) in enumerate(wanted):
-            # What a short one leaves of its even share goes to the longer ones.
+            # The shortest come first, so that what they leave of their even share goes to the longer ones.
             count = min(tokens, -(-budget // (len(wanted) - served)))
             budget -= count
             chunk = Chunk(request, request.computed, count)
@@ -198,7 +204,7 @@ class Scheduler:
         return step
 
     def advance(self, step: Step) -> None:
-        """The model has run: count the tokens of the step as computed, and let others share the blocks that became full."""
+        """Count the tokens of a step that has run as computed, and let other requests share the blocks that it filled."""
         for chunk in step.chunks:
             request = chunk.request
             if request.status is not Status.RUNNING:  # aborted meanwhile
@@ -238,11 +244,11 @@ class Scheduler:
         return admitted
 
     def _grow(self, request: Request, step: Step) -> None:
-        """Make sure of the block of a request's newest token, at the cost of the one who came last."""
+        """Give a request the block of its newest token; where none is available, preempt the request that arrived last."""
         if self._num_blocks(request.num_tokens) <= len(request.blocks):
             return
         if not self.pool.num_available:
-            latest = self.running[-1]  # nobody else holds its last block, so that one becomes available
+            latest = self.running[-1]  # no other request holds its last block, so that block becomes available
             self._preempt(latest)
             step.preempted.append(latest)
             if latest is request:
@@ -265,9 +271,10 @@ class Scheduler:
         request.computed = request.written = 0
 
     def _admit(self, step: Step) -> None:
-        """Let waiting requests in, in order, while there is a seat and room for all their tokens and the next one.
+        """Let waiting requests in, in order, while there is a seat, and room for all their tokens and the next one.
 
-        One block for each running request is left, or the next blocks that these need would drive the new one out again.
+        One block for each running request stays free. Otherwise a new request could be preempted at once, when the running ones
+        need their next blocks.
         """
         while self.waiting and self._seats:
             request = self.waiting[0]
@@ -290,19 +297,24 @@ class Scheduler:
             self.running.append(request)
             self._prefix_hit_tokens += request.computed
             if self._takes_snapshots:
-                # Where this request leaves what is known, for the next of the same prefix; and its own prompt, as far as
-                # others may go on from it: what is only scored is not theirs.
+                # The window state is kept where this request leaves the cached prefix, because the next request of that prefix
+                # may leave it there too; and at the end of its prompt, for requests that go on from it. A prompt that is only
+                # scored is continued from its first scored token, so there the state is kept before that token.
                 prompt = request.unscored if request.scores and not request.params.max_tokens else len(request.prompt)
                 request.snapshot_at = (request.written, self._last_boundary(prompt))
             if self.has_window_state and computed:
                 step.restores.append((request, self.snapshots.use(request.hashes[computed - 1])))
 
     def _reusable(self, request: Request) -> tuple[list[int], int]:
-        """The blocks that a request can share, and how many of them need not be computed again for the window state."""
+        """The cached blocks that a request can share, and how many of them it need not compute again.
+
+        The second number is smaller where the window state is needed and no snapshot lies at the end of the shared blocks: the
+        tokens behind the last snapshot are computed again, without being written again.
+        """
         if not self.prefix_caching:
             return [], 0
         needed = request.unscored if request.scores else request.num_needed
-        limit = (needed - 1) // self.block_size  # the last token runs in any case, and all that give log probabilities
+        limit = (needed - 1) // self.block_size  # the last token always runs, and so does every token that is scored
         self._hash_blocks(request, limit)
         blocks = self.pool.match(request.hashes[:limit])
         if not self.has_window_state:
@@ -311,7 +323,7 @@ class Scheduler:
         return blocks, next(kept, 0)
 
     def _next_stop(self, request: Request) -> int:
-        """Where the request's next chunk ends at the latest."""
+        """The position where the request's next chunk ends at the latest: at a snapshot, or when all is computed."""
         return min((stop for stop in request.snapshot_at if stop > request.computed), default=request.num_needed)
 
     def _plan_snapshot(self, chunk: Chunk, step: Step) -> None:
@@ -331,7 +343,7 @@ class Scheduler:
         step.snapshots.append((request, key))
 
     def _hash_blocks(self, request: Request, count: int) -> None:
-        """Know the chain hashes of a request's first `count` blocks, all full; each is computed once."""
+        """Make sure that a request has the chain hashes of its first `count` blocks, which must be full."""
         for index in range(len(request.hashes), count):
             parent = request.hashes[-1] if index else root_hash(request.num_loops)
             tokens = request.token_slice(index * self.block_size, (index + 1) * self.block_size)
@@ -341,5 +353,5 @@ class Scheduler:
         return -(-tokens // self.block_size)
 
     def _last_boundary(self, tokens: int) -> int:
-        """The last block boundary before the last of so many tokens, which always runs."""
+        """The last block boundary that lies before the last of `tokens` tokens. The last token always runs, boundary or not."""
         return (tokens - 1) // self.block_size * self.block_size

@@ -18,19 +18,19 @@ class EngineSettings(Config):
     """Settings of an engine.
 
     Attributes:
-        dtype: of weights and activations; auto is bfloat16 where the machine multiplies it in hardware, else float32.
-        weights: int8 keeps linear layers as 8-bit whole numbers with one scale an output (weight-only); see `quantize`.
-        kv_dtype: of the caches; as `dtype` by default.
+        dtype: data type of weights and activations; auto is bfloat16 where the machine multiplies it in hardware, else float32.
+        weights: int8 keeps the weights of linear layers as 8-bit whole numbers, with one scale for each output; see `quantize`.
+        kv_dtype: data type of the caches; as `dtype` by default.
         num_loops: T of requests that name none; the model's own by default.
-        cache_tokens: tokens that the paged caches hold, over all requests; by default what 1 GiB holds, and `max_model_len` at
-            least.
-        max_model_len: tokens of one request, prompt and output together; as many as the cache holds by default.
-        max_num_seqs: requests that run at once.
-        max_batched_tokens: tokens of one step, prompts and outputs together: fewer give running requests their next token
-            sooner while a prompt is computed, more make a long prompt a little faster.
-        block_size: tokens of a block of the paged caches.
-        prefix_caching: compute prompts that begin alike once.
-        snapshot_bytes: memory for the window states that go with cached prefixes.
+        cache_tokens: tokens that the paged caches hold, all requests together; by default as many as 1 GiB holds, and at least
+            `max_model_len`.
+        max_model_len: most tokens of one request, prompt and output together; by default as many as the cache holds.
+        max_num_seqs: how many requests run at once.
+        max_batched_tokens: most tokens of one step, over all requests. Fewer let running requests have their next token sooner
+            while a prompt is computed; more make a long prompt a little faster.
+        block_size: tokens in a block of the paged caches.
+        prefix_caching: compute common beginnings of prompts once, and share their blocks.
+        snapshot_bytes: memory for the window states that cached prefixes need.
     """
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

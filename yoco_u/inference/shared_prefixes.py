@@ -1,8 +1,8 @@
 """Run many prompts of which some begin alike: each common beginning is computed once, ahead of the prompts that go on from it.
 
-Requests that arrive together cannot find each other's beginnings in the prefix cache, which knows what has been computed. So
-the prompts are ordered as a tree of common beginnings, whole blocks of the cache long; each inner node is a request without an
-output, and what lies below it runs when it is done, depth first, while it is in the cache for sure.
+The prefix cache only knows what has been computed, so requests that arrive together do not find their common beginnings in it.
+Here the prompts are ordered as a tree of common beginnings, each a whole number of cache blocks long. An inner node of the tree
+becomes a request without an output. When it is done, the nodes below it run, depth first, while it is certainly still cached.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,25 +13,25 @@ from yoco_u.inference.engine import Engine
 from yoco_u.inference.outputs import RequestOutput
 from yoco_u.inference.sampling_params import SamplingParams
 
-_WORTH_TOKENS = 64  # a beginning is computed ahead if that saves so many tokens
+_WORTH_TOKENS = 64  # a common beginning is computed ahead if that saves at least so many tokens
 
 
 @dataclass
-class _Run:
-    """A prompt to run, and what can run when it is done.
+class _Node:
+    """A prompt, or a common beginning of several, and the nodes that can run when it is done.
 
     Attributes:
-        index: among the prompts; None for a beginning.
+        index: which of the prompts it is; None for a common beginning.
     """
 
     prompt: list[int]
     params: SamplingParams
     index: int | None
-    then: list["_Run"] = field(default_factory=list)
+    then: list["_Node"] = field(default_factory=list)
 
 
-_Member = tuple[list[int], _Run]
-"""A run behind the tokens that it can share: whole blocks before the first position whose logits it needs."""
+_Member = tuple[list[int], _Node]
+"""A prompt's node, behind the tokens that others can share: the whole blocks before the first position that needs logits."""
 
 
 def run_shared(
@@ -55,7 +55,7 @@ def run_shared(
     """
     found: list[RequestOutput | None] = [None] * len(prompts)
     ready = _plan(engine, prompts, params)[::-1]  # a stack
-    running: dict[int, tuple[RequestOutput, _Run]] = {}
+    running: dict[int, tuple[RequestOutput, _Node]] = {}
     try:
         while ready or running:
             while ready and len(running) < engine.settings.max_num_seqs:
@@ -76,9 +76,9 @@ def run_shared(
     return [request for request in found if request is not None]
 
 
-def _plan(engine: Engine, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[_Run]:
-    """What can run at once; all else hangs below it."""
-    runs = [_Run(prompt, own, index) for index, (prompt, own) in enumerate(zip(prompts, params, strict=True))]
+def _plan(engine: Engine, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[_Node]:
+    """The nodes at the top of the tree, which can run at once."""
+    runs = [_Node(prompt, own, index) for index, (prompt, own) in enumerate(zip(prompts, params, strict=True))]
     if not engine.settings.prefix_caching:
         return runs
     block = engine.settings.block_size
@@ -90,8 +90,12 @@ def _plan(engine: Engine, prompts: Sequence[list[int]], params: Sequence[Samplin
     return [run for group in members.values() for run in _split(sorted(group, key=lambda one: one[0]), 0, 0, block)]
 
 
-def _split(members: list[_Member], known: int, at: int, block: int) -> Iterator[_Run]:
-    """Runs of members that agree in their first `at` tokens, of which `known` are computed; in the order of their tokens."""
+def _split(members: list[_Member], known: int, at: int, block: int) -> Iterator[_Node]:
+    """The nodes of members that agree in their first `at` tokens, in the order of their tokens.
+
+    Args:
+        known: how many of these tokens the node above computes.
+    """
     for head, group in groupby(members, key=lambda one: one[0][at : at + block]):
         alike = list(group)
         if not head:
@@ -103,9 +107,9 @@ def _split(members: list[_Member], known: int, at: int, block: int) -> Iterator[
             continue
         _, first = alike[0]
         params = SamplingParams(max_tokens=0, num_loops=first.params.num_loops)
-        yield _Run(first.prompt[: shared + 1], params, None, list(_split(alike, shared, shared, block)))
+        yield _Node(first.prompt[: shared + 1], params, None, list(_split(alike, shared, shared, block)))
 
 
 def _agreement(a: list[int], b: list[int]) -> int:
-    """How many leading tokens are the same."""
+    """The length of the common beginning of two lists."""
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

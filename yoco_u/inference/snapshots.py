@@ -1,4 +1,4 @@
-"""Window states kept for reuse: what a sequence needs besides its shared blocks to go on from a block boundary."""
+"""Snapshots: the window states that a sequence needs, besides shared blocks, to go on from the end of a cached prefix."""
 
 from collections import OrderedDict
 from typing import TypeAlias
