@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "needle_corpus.py"
+SCRIPT = Path(__file__).parents[2] / "recipes" / "needle_corpus.py"
 
 
 def test_words_are_hidden_once_and_asked_for_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from yoco_u.errors import UserError
 from yoco_u.experiment.config import Experiment
 from yoco_u.experiment.grid import GridRun, choose, expand
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 BASE = {
     "architecture": {"size": "test"},
@@ -209,8 +209,8 @@ def test_mistakes_are_told_in_one_line(models: dict[str, Any], settings: dict[st
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_our_own_experiments_are_valid(file: Path) -> None:
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_own_recipes_are_valid(file: Path) -> None:
     cells = expand(parse(Experiment, load_yaml(file), file.name), Path("runs/x"))
     counts = [parameters(cell.config.architecture).total for cell in cells]
     assert max(counts) < 1.06 * min(counts)
