@@ -1,6 +1,6 @@
 """The inference engine: many requests at once, over paged caches and window rings, each with its own loop count.
 
-A model and prompts go in, tokens and text come out. `LLM` (`llm.py`) is the door for Python, and the server uses `Engine` itself.
+A model and prompts go in, tokens and text come out. `LLM` (`llm.py`) is the door for Python; the server uses `Engine` itself.
 Start at `engine.py`: a step is schedule, run, sample. What blocks hand their keys and values to is `paged_backend.py`.
 """
 
