@@ -1,4 +1,4 @@
-"""Intervals against scipy's own, fits and crossings against laws that are known."""
+"""Intervals against their formula written out, fits and crossings against laws that are known."""
 
 import math
 
@@ -20,13 +20,23 @@ from yoco_u.experiment.intervals import (
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=8))
-def test_an_interval_is_that_of_scipy(values: list[float]) -> None:
-    found = interval(values)
-    assert found.mean == pytest.approx(np.mean(values), abs=1e-12)
+def test_an_interval_is_students(values: list[float]) -> None:
+    """The mean, plus and minus the t quantile times the standard error."""
+    found, count = interval(values), len(values)
+    mean = math.fsum(values) / count
+    assert found.mean == pytest.approx(mean, abs=1e-12)
     if np.ptp(values) > 1e-6:
-        low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-        assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
-    assert found.count == len(values)
+        error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+        half = stats.t.ppf(0.975, count - 1) * error
+        assert (found.low, found.high) == pytest.approx((mean - half, mean + half), abs=1e-9)
+    assert found.count == count
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("values", [[0.1] * 3, [0.0] * 4, [0.1 + 0.2, 0.3]])
+def test_equal_values_have_an_interval_without_width(values: list[float]) -> None:
+    found = interval(values)
+    assert found.low == found.mean == found.high == pytest.approx(values[0])
 
 
 def test_the_interval_of_a_table() -> None:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import curve_fit
-from scipy.stats import studentized_range
+from scipy.stats import studentized_range, ttest_1samp
 from scipy.stats import t as student_t
 
 CONFIDENCE = 0.95
@@ -53,9 +53,10 @@ def interval(values: Sequence[float]) -> Interval:
     mean = math.fsum(values) / count
     if count == 1:
         return Interval(mean, None, None, 1)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    half = float(student_t.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count)
-    return Interval(mean, mean - half, mean + half, count)
+    if math.isclose(min(values), max(values), rel_tol=1e-12):  # scipy's t divides by the spread, which is 0 or rounding here
+        return Interval(mean, mean, mean, count)
+    low, high = ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
+    return Interval(mean, float(low), float(high), count)
 
 
 def difference(values: Mapping[int, float], others: Mapping[int, float]) -> Interval:
