@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import EXPERTS, architecture, build, tokens
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from yoco_u import Architecture, Stage, YocoUConfig, YocoUForCausalLM
+from yoco_u import Architecture, Stage, YocoUCache, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import LOOPED, SIZES, STAGES, MixtureOfExperts, ParallelStreams, preset
 from yoco_u.config import apply_overrides, dump_yaml, load_yaml, parse
 from yoco_u.errors import UserError
@@ -249,6 +251,93 @@ def test_overrides() -> None:
         with pytest.raises(UserError) as error:
             apply_overrides(data, [wrong])
         assert "\n" not in str(error.value)
+
+
+# What follows from the stages
+
+SMALL = {name: architecture(name) for name in STAGES} | {
+    "gated": architecture("yoco_u", loop_gate=0.2),
+    "gated upper loop": architecture("upper_loop", loops=2, loop_gate=0.2),
+    "two looped stages": architecture("rins").model_copy(
+        update={"stages": (*architecture("rins", loops=2).stages, Stage(attention="cross", layers=3, loops=4))}
+    ),
+    "experts": architecture("yoco_u", experts=EXPERTS),
+}
+every_architecture = pytest.mark.parametrize("name", SMALL)
+
+
+@every_architecture
+def test_slots_are_the_blocks_in_the_order_of_a_forward_pass(name: str) -> None:
+    model, met = build(SMALL[name]), []
+    for index, stack in enumerate(model.model.stages):
+        for layer, block in enumerate(stack.layers):
+            block.register_forward_hook(lambda *_, at=(index, layer): met.append(at))
+    with torch.no_grad():
+        model(tokens(1, 3), use_cache=False)
+    slots = SMALL[name].slots()
+    assert [(slot.stage, slot.layer) for slot in slots] == met
+    assert len(slots) == len(set(slots)) == SMALL[name].unrolled_layers
+    for number, slot in enumerate(slots):  # the loop's index is how often the same block was met before
+        assert slot.loop == met[:number].count((slot.stage, slot.layer))
+        assert slot.attention == SMALL[name].stages[slot.stage].attention
+
+
+@every_architecture
+def test_the_slots_with_a_cache_are_the_caches_of_a_real_cache(name: str) -> None:
+    arch = SMALL[name]
+    length, cache = 20, YocoUCache(arch)
+    with torch.no_grad():
+        build(arch)(tokens(1, length), past_key_values=cache, use_cache=True)
+    with_cache = [slot for slot in arch.slots() if slot.has_cache]
+    assert with_cache == list(arch.slots()[: len(with_cache)])  # so that slot numbers are the numbers of caches
+    assert len(cache.layers) == len(with_cache) + arch.has_global_kv
+    assert all(layer.is_initialized for layer in cache.layers)
+    rows = {"full": length, "sliding": SMALL["yoco_u"].window - 1, "retention": arch.head_dim}
+    assert [layer.keys.shape[2] for layer in cache.layers[: len(with_cache)]] == [rows[slot.attention] for slot in with_cache]
+    if arch.has_global_kv:
+        assert cache.layers[-1].keys.shape[2] == length
+
+
+def test_looped_stages_and_the_models_own_loop_count() -> None:
+    expected: dict[str, tuple[tuple[int, ...], int]] = {
+        "transformer": ((), 1), "yoco": ((), 1), "parscale": ((), 1), "yoco_u": ((0,), 3), "universal_transformer": ((0,), 2),
+        "upper_loop": ((1,), 3), "gated upper loop": ((1,), 2), "two looped stages": ((0, 2), 4),
+    }  # fmt: skip
+    for name, found in expected.items():
+        assert (SMALL[name].looped_stages, SMALL[name].num_loops) == found
+    assert {name for name in STAGES if SMALL[name].looped_stages} == LOOPED
+    assert (SMALL["yoco_u"].with_loops(1).looped_stages, SMALL["yoco_u"].with_loops(1).num_loops) == ((), 1)
+    assert (SMALL["yoco"].with_loops(5).looped_stages, SMALL["yoco"].with_loops(5).num_loops) == ((0,), 5)
+
+
+def test_architectures_in_words() -> None:
+    words = {
+        "transformer": "4 full, width 32",
+        "yoco": "2 sliding + 2 cross, width 32",
+        "yoco_u": "2 sliding x3 + 2 cross, width 32",
+        "gated": "2 sliding x3 gated + 2 cross, width 32",
+        "two looped stages": "2 full x2 + 2 full + 3 cross x4, width 32",
+    }
+    assert {name: SMALL[name].in_words for name in words} == words
+
+
+@every_architecture
+def test_the_dense_transformer_is_as_wide_and_has_as_many_layers(name: str) -> None:
+    """Against a Llama of the same shape: the two have the same number of parameters."""
+    arch, dense = SMALL[name], SMALL[name].dense_transformer()
+    assert [(stage.attention, stage.loops) for stage in dense.stages] == [("full", 1)]
+    layers, width = sum(stage.layers for stage in arch.stages), arch.intermediate_size
+    if name == "experts":
+        width = EXPERTS["intermediate_size"] * (EXPERTS["experts_per_token"] + EXPERTS["shared_experts"])
+    llama = LlamaConfig(
+        vocab_size=arch.vocab_size, hidden_size=arch.hidden_size, intermediate_size=width, num_hidden_layers=layers,
+        num_attention_heads=arch.num_attention_heads, num_key_value_heads=arch.num_key_value_heads, head_dim=arch.head_dim,
+        tie_word_embeddings=arch.tie_word_embeddings,
+    )  # fmt: skip
+    with torch.device("meta"):
+        twin = LlamaForCausalLM(llama)
+    assert parameters(dense) == sum(p.numel() for p in twin.parameters())
+    assert dense.dense_transformer() == dense
 
 
 # Loops

@@ -13,7 +13,7 @@ from yoco_u.analysis import attention, attention_spans
 from yoco_u.analysis.attention import attention_weights, visible_keys
 from yoco_u.analysis.trace import Attended, last_states, unroll, watch_attention
 from yoco_u.errors import UserError
-from yoco_u.model import backend as sequences
+from yoco_u.model import backend
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -65,13 +65,13 @@ def test_spans_of_every_layer_token_by_token(variant: str) -> None:
 @every_variant
 def test_weights_times_values_are_the_models_attention(variant: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In packed rows, on both ways that the model itself attends."""
-    monkeypatch.setattr(sequences, "runs_blockwise", lambda tokens, device: path == "blocks" and tokens > 1)
+    monkeypatch.setattr(backend, "runs_blockwise", lambda tokens, device: path == "blocks" and tokens > 1)
     model, text = make(variant), packed([list(range(1, 12)), list(range(20, 45)), [7]])
     positions = torch.arange(text["input_ids"].shape[1])
     wanted: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor]] = []
     for name in ("sliding_attention", "full_attention", "cross_attention"):
-        monkeypatch.setattr(sequences.PaddedBackend, name, recorded(getattr(sequences.PaddedBackend, name), pairs, name))
+        monkeypatch.setattr(backend.PaddedBackend, name, recorded(getattr(backend.PaddedBackend, name), pairs, name))
     with watch_attention(model, lambda _, attended: wanted.append(attention_weights(attended, positions))):
         last_states(model, text)
     assert len(wanted) == len(pairs) > 0

@@ -1,4 +1,4 @@
-"""Reading settings: YAML's words stay words, and mistakes are one line."""
+"""Reading config files: words such as `off` stay text, and every mistake is an error of one line."""
 
 from pathlib import Path
 
