@@ -1,10 +1,11 @@
-"""A model is a list of stages; everything else about it follows from that list.
+"""The architecture of a model: a list of stages, from which everything else follows.
 
-A stage is so many blocks, one kind of attention, so many loops. The forward pass, the caches, the cost and the tensor
-names are all derived from an `Architecture`. Plain data: nothing here needs torch.
+A stage is a stack of blocks with one kind of attention, applied a number of times (its loops). The forward pass, the caches,
+the cost and the tensor names are all derived from an `Architecture`. It is plain data, so nothing here needs torch.
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import gcd
 from typing import Any, Literal, NamedTuple
 
@@ -22,10 +23,10 @@ class Stage(Config):
     Attributes:
         attention: `full` (causal, RoPE), `sliding` (causal, the last `window` keys, RoPE), `retention` (gated retention of
             YOCO 2024, RoPE) or `cross` (causal attention to the one global KV cache).
-        layers: blocks that own parameters.
+        layers: how many blocks, each with parameters of its own.
         loops: how often the whole stack is applied; the output of one loop is the input of the next.
-        loop_gate: if set, every loop after the first is let in through a learned scalar, `h + g_t (f(h) - h)`, that
-            starts at this value. The paper's models have none.
+        loop_gate: initial value of the learned scalars g_t that let the change of every loop after the first in:
+            `h + g_t (f(h) - h)`. None for no gates, as in the paper's models.
     """
 
     attention: Attention
@@ -41,7 +42,7 @@ class Stage(Config):
 
     @property
     def in_words(self) -> str:
-        """`3 sliding x3 gated`"""
+        """Layers, attention and loops, such as `3 sliding x3 gated`."""
         loops = f" x{self.loops}" if self.loops > 1 else ""
         return f"{self.layers} {self.attention}{loops}{' gated' if self.loop_gate is not None else ''}"
 
@@ -51,8 +52,8 @@ class MixtureOfExperts(Config):
 
     Attributes:
         num_experts: routed SwiGLU experts per block.
-        experts_per_token: routed experts that each token visits; none is ever dropped.
-        shared_experts: experts that every token visits besides.
+        experts_per_token: routed experts that each token visits; no token is ever dropped.
+        shared_experts: further experts, which every token visits.
         intermediate_size: inner width of one expert.
         auxiliary_loss_weight: weight of the load-balancing loss; 0 turns it off.
         bias_update_rate: step of the auxiliary-loss-free balancing bias; 0 turns it off.
@@ -79,7 +80,7 @@ class ParallelStreams(Config):
     """ParScale (arXiv 2505.10475): streams of the same weights, told apart by learned key and value prefixes.
 
     Attributes:
-        streams: how many streams run in parallel; their outputs are mixed by learned weights.
+        streams: how many streams run in parallel; a small network computes the weights that mix their outputs.
         prefix_tokens: length of the learned prefix of each stream and layer.
         smoothing: share of the mixing weight that is spread evenly over the streams.
     """
@@ -106,7 +107,7 @@ class Slot(NamedTuple):
 
     @property
     def has_cache(self) -> bool:
-        """Whether this application keeps keys and values, or a state, of its own. Cross blocks do not."""
+        """Whether this application keeps its own keys and values, or its own state. Cross blocks read the global KV instead."""
         return self.attention != "cross"
 
 
@@ -114,10 +115,11 @@ class Architecture(Config):
     """Everything that determines the shape of a model and its forward pass.
 
     Attributes:
-        window: keys that a sliding layer sees, the token itself included; needed exactly where a stage slides.
-        rope_theta: base of the rotary embedding of all but the cross-decoder.
-        rope_cross: rotate the cross-decoder's queries and the global keys as well (YOCO 2024 does, YOCO-U does not).
-        qk_norm: RMSNorm over head_dim of queries and keys, before rotation.
+
+        window: keys that a token sees in a sliding layer, itself included; set if and only if a stage is sliding.
+        rope_theta: base of the rotary embedding (RoPE) of self-attention, and of the cross-decoder with `rope_cross`.
+        rope_cross: apply RoPE in the cross-decoder too, to its queries and the global keys (YOCO 2024 does, YOCO-U does not).
+        qk_norm: apply RMSNorm over head_dim to queries and keys, before RoPE.
         tie_word_embeddings: the LM head reuses the embedding.
         experts: mixture of experts in place of the SwiGLU of width `intermediate_size`.
         parallel: ParScale streams; all stages must then be `full`.
@@ -142,7 +144,7 @@ class Architecture(Config):
     @model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, data: Any) -> Any:
-        """Config files may name a preset and a size, with any field on top: `{preset: yoco_u, size: 100m, loops: 5}`."""
+        """Let config files name a preset and a size, and override any field: `{preset: yoco_u, size: 100m, loops: 5}`."""
         if not isinstance(data, dict) or "preset" not in data:
             return data
         settings = dict(data)
@@ -168,19 +170,19 @@ class Architecture(Config):
 
     @property
     def looped_stages(self) -> tuple[int, ...]:
-        """Indices of the stages that loop; empty for an architecture without a loop."""
+        """Indices of the stages whose loop count is above 1; empty for an architecture without a loop."""
         return tuple(i for i, stage in enumerate(self.stages) if stage.loops > 1)
 
     @property
     def num_loops(self) -> int:
-        """T, the loop count that the model was made with: the largest of its stages."""
+        """T, the loop count of the model: the largest loop count of any stage."""
         return max(stage.loops for stage in self.stages)
 
     def slots(self) -> tuple[Slot, ...]:
         """Every application of a block, in the order of a forward pass: by stage, then by loop, then by layer.
 
-        Whatever belongs to one (stage, loop, layer), such as a cache or a measurement, is numbered by this order. Cross
-        blocks are among them, behind all others, although they own no cache: they read the global KV.
+        Whatever belongs to one (stage, loop, layer), such as a cache or a measurement, is numbered by this order. Cross blocks
+        own no cache, but have slots too; cross stages come last, so the numbers of all slots with a cache stay 0, 1, 2 ...
         """
         return tuple(
             Slot(index, loop, layer, stage.attention)
@@ -191,14 +193,14 @@ class Architecture(Config):
 
     @property
     def in_words(self) -> str:
-        """Stages and width in a few words: `3 sliding x3 gated + 3 cross, width 128`."""
+        """Stages and width, such as `3 sliding x3 gated + 3 cross, width 128`."""
         return f"{' + '.join(stage.in_words for stage in self.stages)}, width {self.hidden_size}"
 
     def dense_transformer(self) -> "Architecture":
-        """The plain Transformer to compare with: the same widths, and as many layers of full attention, applied once.
+        """The plain Transformer to compare with: the same widths and the same number of layers, all full, all applied once.
 
-        A mixture of experts becomes a SwiGLU as wide as the experts that one token visits. QK norms and ParScale streams are
-        left out.
+        A mixture of experts becomes one SwiGLU as wide as all experts that a token visits. There are no QK norms and no
+        ParScale streams.
         """
         inner = self.intermediate_size
         if self.experts is not None:
@@ -212,10 +214,9 @@ class Architecture(Config):
         )  # fmt: skip
 
     def with_loops(self, loops: int) -> "Architecture":
-        """The same weights run with another loop count T >= 1.
+        """The architecture of the same weights when they run with another loop count T >= 1.
 
-        T is that of the stages that loop. Where none does, it is the first stage's, which every recursive variant of YOCO
-        loops.
+        All looped stages get this T. If no stage loops, the first one does.
 
         Raises:
             UserError: if `loops` is not a whole number of at least 1.
@@ -261,12 +262,8 @@ def transformer(layers: int) -> tuple[Stage, ...]:
     return (Stage(attention="full", layers=layers),)
 
 
-def yoco(layers: int) -> tuple[Stage, ...]:
-    return (Stage(attention="sliding", layers=layers // 2), Stage(attention="cross", layers=layers // 2))
-
-
-def yoco_retention(layers: int) -> tuple[Stage, ...]:
-    return (Stage(attention="retention", layers=layers // 2), Stage(attention="cross", layers=layers // 2))
+def yoco(layers: int, attention: Attention = "sliding") -> tuple[Stage, ...]:
+    return (Stage(attention=attention, layers=layers // 2), Stage(attention="cross", layers=layers // 2))
 
 
 def yoco_u(layers: int, loops: int = 3, loop_gate: float | None = None) -> tuple[Stage, ...]:
@@ -296,7 +293,7 @@ def upper_loop_without_shared_kv(layers: int, loops: int = 3, loop_gate: float |
 STAGES: dict[str, Callable[..., tuple[Stage, ...]]] = {
     "transformer": transformer,
     "yoco": yoco,
-    "yoco_retention": yoco_retention,
+    "yoco_retention": partial(yoco, attention="retention"),
     "yoco_u": yoco_u,
     "universal_transformer": universal_transformer,
     "rins": rins,
@@ -306,9 +303,12 @@ STAGES: dict[str, Callable[..., tuple[Stage, ...]]] = {
     "deeper": yoco,
     "parscale": transformer,
 }
-"""Stage lists by architecture name: a function of the layer count, and of loops where the architecture loops."""
+"""By architecture name, the function that makes its stages from the layer count and, if the name is in `LOOPED`, from
+`loops` and `loop_gate`."""
 
 LOOPED = frozenset({"yoco_u", "universal_transformer", "rins", "upper_loop", "upper_loop_without_shared_kv"})
+
+DEPTH_FACTOR = {"deep": 1.5, "deeper": 2.0}
 
 SIZES: dict[str, dict[str, Any]] = {
     "test": {
@@ -337,9 +337,9 @@ SIZES: dict[str, dict[str, Any]] = {
         "experts": {"intermediate_size": 960},
     },
 }  # fmt: skip
-"""Shapes by size. `1.3b` and `10b-moe` are the paper's models; it gives layers, hidden size, window, experts and the KV width,
-the feed-forward widths and the vocabulary here are chosen so that the parameter counts come out. Of `10b-moe` 1.3B parameters
-are active in the experts alone, 1.9B with attention and embedding."""
+"""Shapes by size. `1.3b` and `10b-moe` are the paper's models. Their layers, hidden size, window, experts and KV width are from
+the paper; their feed-forward widths and vocabulary, which it does not give, are chosen to meet its parameter counts. A token of
+`10b-moe` meets 1.3B parameters in the experts, and 1.9B with attention and embedding."""
 
 
 def preset(name: str, /, size: str = "8m", **settings: Any) -> Architecture:
@@ -348,8 +348,8 @@ def preset(name: str, /, size: str = "8m", **settings: Any) -> Architecture:
     Args:
         name: one of `STAGES`.
         size: one of `SIZES`.
-        settings: `loops` and `loop_gate` where the architecture loops, `layers`, `streams` and `prefix_tokens` for `parscale`,
-            and any field of `Architecture`, which then replaces the size's own.
+        settings: `layers`; `loops` and `loop_gate` for a looped architecture; `streams` and `prefix_tokens` for `parscale`; and
+            any field of `Architecture`. They replace the size's own values.
 
     Raises:
         UserError: for an unknown name or size, or settings that make an impossible architecture.
@@ -372,24 +372,17 @@ def preset(name: str, /, size: str = "8m", **settings: Any) -> Architecture:
     if name == "parscale":
         streams = {key: shape.pop(key) for key in ("streams", "prefix_tokens") if key in shape}
         shape.setdefault("parallel", {"streams": 2} | streams)
-    stages = _build(STAGES[name], layers, looping)
+    try:
+        stages = STAGES[name](layers, **looping)
+    except ValidationError as error:
+        raise UserError(describe(Stage, error)) from None
     if all(stage.attention != "sliding" for stage in stages) and "window" not in settings:
         shape.pop("window", None)
     return parse(Architecture, {"stages": [stage.model_dump() for stage in stages]} | shape, f"preset {name}")
 
 
-def _build(stages: Callable[..., tuple[Stage, ...]], layers: int, looping: dict[str, Any]) -> tuple[Stage, ...]:
-    try:
-        return stages(layers, **looping)
-    except ValidationError as error:
-        raise UserError(describe(Stage, error)) from None
-
-
-DEPTH_FACTOR = {"deep": 1.5, "deeper": 2.0}
-
-
 def _deepened(shape: dict[str, Any], factor: float) -> dict[str, Any]:
-    """The same parameters at `factor` times the depth, in whole heads; 1.3b deeper is the paper's 40 layers of 1792."""
+    """About the same parameters at `factor` times the depth, in whole heads; `1.3b` at 2 is the paper's 40 layers of 1792."""
     narrower = factor**-0.5
     heads = max(1, round(shape["num_attention_heads"] * narrower))
     experts = shape.get("experts")

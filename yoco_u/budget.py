@@ -1,7 +1,7 @@
-"""What an architecture costs: parameters, FLOPs, and bytes, by arithmetic on its stage list. Nothing here needs torch.
+"""What an architecture costs in parameters, FLOPs and bytes, by arithmetic on its stage list. Nothing here needs torch.
 
-FLOPs are model FLOPs: two for each weight of a matrix product and each time it is applied, and those of the attention
-products over the keys that are visible. Norms, activations, rotations, masked work and recomputation are not counted.
+FLOPs are model FLOPs: two per weight of a matrix product each time the weight is applied, plus the attention products over
+visible keys. Norms, activations, rotations, masked work and recomputation are not counted.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple
 from yoco_u.architecture import Architecture, Stage
 
 KVType = Literal["float32", "bfloat16", "int8"]
-"""What a cache holds its keys and values as."""
+"""The formats in which a cache can hold its keys and values."""
 
 OPTIMIZER_BYTES_PER_PARAMETER = 16
-"""float32 training by AdamW: the weight, its gradient and two moments, 4 bytes each."""
+"""float32 training with AdamW holds the weight, its gradient and two moments, 4 bytes each."""
 
 _RETENTION_BYTES_PER_ELEMENT = 4  # the recurrent state is float32 whatever the model's dtype
 
@@ -22,9 +22,9 @@ class Parameters(NamedTuple):
     """Parameter counts.
 
     Attributes:
-        total: all of them; tied embeddings count once.
-        active: those that one token meets: all but the experts that it does not visit.
-        embedding: the token embedding alone, which is the LM head as well where they are tied.
+        total: all parameters; a tied embedding and LM head count once.
+        active: the parameters that one token meets: all but the experts that it does not visit.
+        embedding: the parameters of the token embedding, which are also those of a tied LM head.
     """
 
     total: int
@@ -33,6 +33,7 @@ class Parameters(NamedTuple):
 
 
 def parameters(a: Architecture) -> Parameters:
+    """Count the parameters of a model; loops share theirs, so only loop gates depend on the loop count."""
     embedding = a.vocab_size * a.hidden_size
     total = embedding * (1 if a.tie_word_embeddings else 2) + a.hidden_size  # and the final norm
     unvisited = 0
@@ -49,30 +50,30 @@ def parameters(a: Architecture) -> Parameters:
 
 
 def forward_flops(a: Architecture, context: int) -> float:
-    """Model FLOPs per token of a forward pass over `context` tokens, all of whose logits are computed.
+    """Model FLOPs per token of a forward pass over `context` tokens that computes the logits of all of them.
 
-    Loops and the LM head are counted, the embedding's look-up is not. Each kind of attention is averaged over the positions:
-    full and cross see (context + 1) / 2 keys, sliding the mean of min(i, window). A recurrent step of retention updates and
-    reads one head_dim x head_dim state a head.
+    Loops and the LM head are counted, the embedding's look-up is not. Attention is averaged over the positions: full and cross
+    attention see (context + 1) / 2 keys, sliding attention the mean of min(i, window). Retention is counted as a recurrent
+    step, which updates and reads one head_dim x head_dim state per head.
     """
     return _token_flops(a, lambda window: mean_visible_keys(context, window))
 
 
 def decode_flops(a: Architecture, context: int) -> float:
-    """Model FLOPs of one new token that sees `context` tokens, itself included, up to the logits of the next."""
+    """Model FLOPs of decoding one token that sees `context` tokens, itself included. The LM head is counted."""
     return _token_flops(a, lambda window: context if window is None else min(context, window))
 
 
 def training_flops(a: Architecture, sequence_length: int) -> float:
-    """Model FLOPs per token of a forward and a backward pass over rows of `sequence_length`: three forward passes."""
+    """Model FLOPs per token of training on rows of `sequence_length`; a backward pass counts as two forward passes."""
     return 3 * forward_flops(a, sequence_length)
 
 
 def prefill_flops(a: Architecture, context: int) -> float:
-    """Model FLOPs of a whole prefill: from `context` prompt tokens to the logits of the first new one.
+    """Model FLOPs of a whole prefill, from `context` prompt tokens to the logits of the first new token.
 
-    All tokens run the stages that write caches, and the global KV projection. The cross-decoder, which writes none, and the
-    LM head run for the last token alone.
+    All tokens run the self-decoder, which writes caches, and the global KV projection. The cross-decoder, which writes none,
+    and the LM head run for the last token alone.
     """
     streams = a.parallel.streams if a.parallel else 1
     every, last = 0.0, 2.0 * (a.vocab_size * a.hidden_size + _mixer_weights(a))
@@ -91,16 +92,16 @@ def prefill_flops(a: Architecture, context: int) -> float:
 def decode_bytes(
     a: Architecture, context: int, batch: int = 1, bytes_per_weight: float = 2, bytes_per_element: float = 2
 ) -> float:
-    """Bytes that one decode step of `batch` sequences must read: weights once a step, and every sequence's keys and values.
+    """Bytes that one decode step of `batch` sequences must read: the weights, and every sequence's keys and values.
 
-    Weights are counted each time they are applied, so once a loop, and the LM head is among them; vectors (norms, gates) and
-    the embedding's row are left out. Of routed experts, as many are read as the batch visits on average if all are as likely.
-    Each cross layer and loop reads the whole global KV. Retention reads its float32 states.
+    Weights are counted each time they are applied: once per loop for the whole batch, LM head included. Vectors (norms, gates)
+    and the embedding's rows are left out. The count of routed experts is the mean number of distinct experts that the batch
+    visits if all are equally likely. Each cross layer and loop reads the whole global KV; retention reads its float32 states.
 
     Args:
         context: tokens that a new token sees, itself included.
-        bytes_per_weight: 2 for bfloat16; a fraction where scales come with quantized weights.
-        bytes_per_element: of the caches.
+        bytes_per_weight: 2 for bfloat16; more than 1 for int8, whose scales are read too.
+        bytes_per_element: bytes of one number in the caches of keys and values.
     """
     rows, states = 0, 0
     for stage in a.stages:
@@ -117,10 +118,10 @@ def decode_bytes(
 
 
 def prefill_bytes(a: Architecture, context: int, bytes_per_weight: float = 2, bytes_per_element: float = 2) -> float:
-    """Bytes that a prefill of one prompt must move, however well it keeps the rest in the processor.
+    """Bytes that the prefill of one prompt must at least move, even if all intermediate results stay in the processor's caches.
 
-    Weights each time they are applied, by the whole prompt together, as in `decode_bytes`; the caches once, as they are
-    written; and the global KV once for each cross layer and loop, which the last token reads.
+    The weights count each time they are applied, as in `decode_bytes`, but once for the whole prompt. The caches count once,
+    when they are written, and the global KV once more for each cross layer and loop, in which the last token reads it.
     """
     crossing = sum(stage.layers * stage.loops for stage in a.stages if stage.attention == "cross")
     read = crossing * context * _row_elements(a) * bytes_per_element
@@ -130,14 +131,21 @@ def prefill_bytes(a: Architecture, context: int, bytes_per_weight: float = 2, by
 def kv_bytes(a: Architecture, tokens: int, bytes_per_element: float = 2) -> int:
     """Bytes that one sequence of `tokens` keeps for decoding.
 
-    The global KV, one ring of `window` rows per (loop, sliding layer), all rows per (loop, full layer) and ParScale stream,
-    and one float32 state per (loop, retention layer).
+    These are the global KV, the last `window` rows of each sliding slot, all rows of each full slot and ParScale stream, and
+    one float32 state of each retention slot.
     """
     return cache_bytes(a, tokens, 1, min(tokens, a.window) if a.window else 0, bytes_per_element)
 
 
 def cache_bytes(a: Architecture, tokens: int, sequences: int, window: int, bytes_per_element: float = 2) -> int:
-    """Bytes of an engine's caches: `tokens` rows of all that grows, rings of `window` rows and states for `sequences`."""
+    """Bytes of an engine's caches.
+
+    Args:
+        tokens: rows of the global KV and of each full slot, which all sequences share.
+        sequences: how many sequences have a ring in each sliding slot and a state in each retention slot.
+        window: rows of one ring.
+        bytes_per_element: bytes of one number in the keys and values.
+    """
     row = _row_elements(a) * bytes_per_element
     total = tokens * row if a.has_global_kv else 0.0
     for slot in a.slots():
@@ -151,7 +159,7 @@ def cache_bytes(a: Architecture, tokens: int, sequences: int, window: int, bytes
 
 
 def bytes_per_kv_element(a: Architecture, kind: KVType) -> float:
-    """Of keys and values kept as `kind`; int8 has one float32 scale per key and per value of `head_dim`."""
+    """Bytes of one number in keys and values kept as `kind`; int8 has a float32 scale for each vector of `head_dim` numbers."""
     return {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / a.head_dim}[kind]
 
 
@@ -161,10 +169,11 @@ def optimizer_bytes(a: Architecture) -> int:
 
 
 def mean_visible_keys(context: int, window: int | None = None) -> float:
-    """Keys that a token sees causally, the token itself included, averaged over the positions of a row.
+    """Mean number of keys that a token sees in causal attention, itself included, over the positions of a row.
 
     Args:
-        window: most keys that are seen; None for all.
+        context: tokens of the row.
+        window: the most keys that a token sees; None for no limit.
     """
     if window is None or window >= context:
         return (context + 1) / 2
@@ -176,10 +185,10 @@ def _mean_keys(a: Architecture, stage: Stage, context: int) -> float:
 
 
 def _token_flops(a: Architecture, visible_keys: Callable[[int | None], float]) -> float:
-    """FLOPs of one token through everything, LM head included.
+    """FLOPs of one token through the whole model, LM head included.
 
     Args:
-        visible_keys: how many keys it sees through a window, or without one.
+        visible_keys: how many keys the token sees, as a function of the window, which is None outside sliding stages.
     """
     streams = a.parallel.streams if a.parallel else 1
     flops = 2.0 * (a.vocab_size * a.hidden_size + _mixer_weights(a))
@@ -193,7 +202,7 @@ def _token_flops(a: Architecture, visible_keys: Callable[[int | None], float]) -
 
 
 def _attention_product_flops(a: Architecture, stage: Stage, keys: float) -> float:
-    """FLOPs per token of what attention multiplies besides weights, for one layer and stream, over `keys` visible keys."""
+    """FLOPs per token of the attention products, which involve no weights, in one layer and stream, over `keys` keys."""
     width = a.num_attention_heads * a.head_dim
     if stage.attention == "retention":
         return 4 * width * a.head_dim  # k^T v into the state, q times the state
@@ -208,7 +217,7 @@ def _attention_weights(a: Architecture, stage: Stage) -> int:
         return a.hidden_size * 2 * queries
     weights = a.hidden_size * (2 * queries + 2 * keys)
     if stage.attention == "retention":
-        weights += a.hidden_size * (queries + a.num_attention_heads)  # the output's gate, the decay
+        weights += a.hidden_size * (queries + a.num_attention_heads)  # output gate, decay
     return weights
 
 
@@ -235,7 +244,12 @@ def _active_feed_forward_weights(a: Architecture) -> int:
 
 
 def _read_weights(a: Architecture, tokens: int, crossing: int) -> float:
-    """Weights, each as often as it is applied, that a step of `tokens` needs of which `crossing` run the cross-decoder."""
+    """Weights that a step reads, each counted as often as it is applied.
+
+    Args:
+        tokens: tokens of the step.
+        crossing: how many of them run the cross-decoder.
+    """
     weights = float(a.vocab_size * a.hidden_size + _mixer_weights(a))
     weights += _global_kv_weights(a) if a.has_global_kv else 0
     for stage in a.stages:
@@ -245,7 +259,7 @@ def _read_weights(a: Architecture, tokens: int, crossing: int) -> float:
 
 
 def _read_feed_forward_weights(a: Architecture, tokens: int) -> float:
-    """Weights of one layer's feed-forward that `tokens` need together."""
+    """Weights of one layer's feed-forward that `tokens` need together: each visited expert once, and the router."""
     if a.experts is None:
         return 3 * a.hidden_size * a.intermediate_size
     missed = (1 - a.experts.experts_per_token / a.experts.num_experts) ** tokens

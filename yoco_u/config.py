@@ -1,4 +1,7 @@
-"""Typed configuration: pydantic models read from YAML, with one-line errors that name the nearest known key."""
+"""Typed configuration: pydantic models read from YAML, with one-line errors that suggest the nearest known key.
+
+The usual path of a config file is `load_yaml`, then `apply_overrides` with what the command line adds, then `parse`.
+"""
 
 import difflib
 import os
@@ -16,7 +19,7 @@ from yoco_u.files import write_text
 
 
 class Config(BaseModel):
-    """Base of every configuration object: immutable, and closed to unknown keys."""
+    """Base of every configuration object: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,7 +28,7 @@ C = TypeVar("C", bound=Config)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which only true and false are booleans, as in YAML 1.2: `compile: off` is the word."""
+    """YAML in which only true and false are booleans, as in YAML 1.2, so `compile: off` reads as the text "off"."""
 
 
 _BOOL = "tag:yaml.org,2002:bool"
@@ -41,10 +44,10 @@ def parse(cls: type[C], data: object, source: str) -> C:
 
     Args:
         data: what a YAML or JSON file holds, normally a mapping.
-        source: where it came from, named in the error.
+        source: where the data came from, which the error names.
 
     Raises:
-        UserError: on the first thing that does not fit, with the path of the key.
+        UserError: if something does not fit; it names the path of one such key.
     """
     if not isinstance(data, dict):
         raise UserError(f"{source}: expected a mapping of settings, got {type(data).__name__}")
@@ -58,7 +61,7 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a YAML mapping; an empty file is an empty mapping.
 
     Raises:
-        UserError: if the file is missing, is not YAML, or holds something else than a mapping.
+        UserError: if the file cannot be read, is not YAML, or holds anything but a mapping.
     """
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
@@ -99,14 +102,14 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
 
 
 def with_value(data: dict[str, Any], dotted: str, value: Any, source: str) -> dict[str, Any]:
-    """Return `data` with one value replaced; mappings on the way to it are made where they are missing.
+    """Return a copy of `data` with one value replaced. Missing mappings on the path of its key are added.
 
     Args:
-        dotted: where the value goes, such as `training.steps`.
-        source: where the value comes from, named in the error.
+        dotted: path of the key, such as `training.steps`.
+        source: where the value comes from, which the error names.
 
     Raises:
-        UserError: if the way leads through something that is no mapping.
+        UserError: if the path leads through something that is no mapping.
     """
     key, _, rest = dotted.partition(".")
     if not rest:
@@ -118,7 +121,7 @@ def with_value(data: dict[str, Any], dotted: str, value: Any, source: str) -> di
 
 
 def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Mappings joined group by group; where both have a value, that of `top`."""
+    """Merge two nested mappings; for a key that both have, the value in `top` wins unless both values are mappings."""
     result = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
@@ -127,7 +130,7 @@ def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
-    """Every key, dotted, in which two configs differ, with its old and its new value."""
+    """Yield (dotted key, old value, new value) for each key whose values differ between two configs."""
     return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
 
 
@@ -146,11 +149,13 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None, most: int = 1) -> str:
-    """The end of an error about an unknown name: the known names that are spelt nearly like it.
+    """The end of an error about an unknown name: a suggestion of known names that are spelt almost alike.
 
     Args:
-        otherwise: what to say where no name is near; by default the names that are known.
-        most: how many near names to offer.
+        name: the unknown name.
+        known: all known names.
+        otherwise: what to say if no known name is close; by default a list of the known names.
+        most: how many names to suggest at most.
     """
     names = list(known)
     near = difflib.get_close_matches(name, names, n=most)
@@ -160,14 +165,15 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None, 
 
 
 def describe(cls: type[BaseModel], error: ValidationError) -> str:
-    """The first problem of a ValidationError in one line, with the nearest known name for an unknown key."""
+    """One problem of a ValidationError in one line, with the nearest known name for an unknown key."""
     return describe_problems(cls, error.errors())
 
 
 def describe_problems(cls: type[BaseModel], problems: Sequence[Mapping[str, Any]]) -> str:
-    """The same of its `errors()`.
+    """One of the problems that `ValidationError.errors()` lists, in one line.
 
-    Unknown keys come first: a misspelt key is unknown under one name and missing under the other.
+    An unknown key goes before any other problem: a misspelt key is both unknown and, under its right name, missing, and only
+    the unknown one tells the user what to change.
     """
     problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     path = ".".join(str(part) for part in problem["loc"])
@@ -183,7 +189,7 @@ def describe_problems(cls: type[BaseModel], problems: Sequence[Mapping[str, Any]
 
 
 def _known_keys(cls: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
-    """The field names of the model found by walking `location` down from `cls`."""
+    """The field names of the models that may stand at `location`, a path of keys and list indices from `cls`."""
     models = [cls]
     for part in location:
         if isinstance(part, int):
@@ -195,6 +201,7 @@ def _known_keys(cls: type[BaseModel], location: tuple[int | str, ...]) -> set[st
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models in a type annotation, such as `Stage` in `tuple[Stage, ...] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in (Union, UnionType, tuple, list, dict) or get_args(annotation):
