@@ -9,12 +9,12 @@ import torch
 
 from yoco_u import Architecture, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import SIZES, STAGES, preset
-from yoco_u.bench import ceilings
 from yoco_u.budget import KVType, decode_flops, forward_flops, optimizer_bytes, parameters, prefill_flops, training_flops
 from yoco_u.cli import main
 from yoco_u.config import dump_yaml
 from yoco_u.inference.kv_cache import CacheShape, KVCache
 from yoco_u.paper import KV_MEBIBYTES
+from yoco_u.planning import this_machine
 from yoco_u.planning.hardware import Hardware
 
 META = torch.device("meta")
@@ -198,9 +198,9 @@ def test_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_this_machine(plan: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(ceilings, "gemm_rate", lambda device, dtype, seconds: 2e12 if dtype == torch.bfloat16 else 1e12)
-    monkeypatch.setattr(ceilings, "memory_read_rate", lambda device: 5e10)
-    assert isinstance(ceilings.this_machine("float32"), Hardware)
+    monkeypatch.setattr(this_machine, "gemm_rate", lambda device, dtype, seconds: 2e12 if dtype == torch.bfloat16 else 1e12)
+    monkeypatch.setattr(this_machine, "memory_read_rate", lambda device: 5e10)
+    assert isinstance(this_machine.this_machine("float32"), Hardware)
     found = plan("yoco_u", "--size", "8m", "--context", "1024", "--hardware", "this")
     out = " ".join(capsys.readouterr().out.split())
     assert found["hardware"]["gemm_flops_per_second"] == 2e12

@@ -1,4 +1,4 @@
-"""The architectures that a plan compares, as they are named: a preset, a config, a run or a saved model."""
+"""From a name on the command line to an architecture: a preset, a config file, a run folder or a saved model."""
 
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,15 @@ from yoco_u.loading import is_run, model_folder
 
 
 def find_architecture(text: str, size: str) -> Architecture:
-    """The architecture of a name.
+    """The architecture that a name stands for.
 
     Args:
-        text: a preset; or the path of a YAML config, a run folder or a saved model. Settings may follow a colon: any setting of
-            a preset (`yoco_u:loops=5,window=256`), or `loops` of the others (`runs/8m:loops=5`).
-        size: of presets that do not set their own.
+        text: a preset; or the path of a YAML config, a run folder or a saved model. Settings may follow a colon: a preset takes
+            any of its settings (`yoco_u:loops=5,window=256`), a path takes `loops` only (`runs/8m:loops=5`).
+        size: the size of a preset whose settings name none.
 
     Raises:
-        UserError: for an unknown name, with the nearest one, or settings that make an impossible architecture.
+        UserError: if the name is unknown, with the nearest known one, or if the settings make an impossible architecture.
     """
     name, settings = _split(text)
     if name in STAGES:
@@ -33,7 +33,7 @@ def find_architecture(text: str, size: str) -> Architecture:
 
 
 def _split(text: str) -> tuple[str, dict[str, Any]]:
-    """`yoco_u:loops=5` -> yoco_u, {loops: 5}; a colon with no setting behind it is part of the name."""
+    """`yoco_u:loops=5` -> yoco_u, {loops: 5}; a colon without a setting behind it belongs to the name, as in a path."""
     name, _, settings = text.rpartition(":")
     return (name, apply_overrides({}, settings.split(","))) if name and "=" in settings else (text, {})
 

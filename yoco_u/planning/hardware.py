@@ -1,4 +1,4 @@
-"""What a machine has: memory, and how fast it multiplies and reads. Common GPUs by name."""
+"""A machine as a plan sees it: how much memory it has, and how fast it multiplies and reads. Common GPUs are known by name."""
 
 import math
 from typing import Annotated, Literal, NamedTuple
@@ -11,11 +11,11 @@ from yoco_u.errors import UserError
 DType = Literal["bfloat16", "float32"]
 
 THIS = "this"
-"""The name of the machine that the command runs on."""
+"""The name that `--hardware` takes for the machine that the command runs on."""
 
 
 def _amount(value: object) -> object:
-    """A number, or a text such as 900e9, 24GiB or 80GB."""
+    """A number as it is; a text such as 900e9, 24GiB or 80GB as the number that it says."""
     if not isinstance(value, str):
         return value
     try:
@@ -39,9 +39,9 @@ class Hardware(Config):
     """One device.
 
     Attributes:
-        memory: bytes.
-        gemm: FLOP/s of matrix products in the dtype that is planned for.
-        bandwidth: bytes per second read from its memory.
+        memory: its size in bytes.
+        gemm: FLOP/s of matrix products, in the dtype that is planned for.
+        bandwidth: bytes per second that it reads from its memory.
     """
 
     name: str
@@ -51,14 +51,18 @@ class Hardware(Config):
 
     @property
     def line(self) -> str:
-        """What `find_hardware` reads back."""
+        """The three figures as text, from which `find_hardware` makes the same hardware again."""
         return f"memory={self.memory:.0f},gemm={self.gemm:.4g},bandwidth={self.bandwidth:.4g}"
 
 
 class Gpu(NamedTuple):
-    """Data-sheet figures: memory in GB (10^9 bytes), dense products in TFLOP/s, memory in GB/s.
+    """A GPU by the figures of its data sheet.
 
-    `bfloat16` is without sparsity and accumulates in float32; `float32` is float32 throughout, without TF32.
+    Attributes:
+        memory: GB, of 10^9 bytes each.
+        bfloat16: TFLOP/s of dense matrix products that accumulate in float32; no structured sparsity.
+        float32: TFLOP/s of products that are float32 throughout; no TF32.
+        bandwidth: GB/s of its memory.
     """
 
     name: str
@@ -82,14 +86,17 @@ GPUS = {
     "mi300x": Gpu("AMD Instinct MI300X 192 GB", 192, 1307.4, 163.4, 5300),
     "mi325x": Gpu("AMD Instinct MI325X 256 GB", 256, 1307.4, 163.4, 6000),
 }
-"""By the name that `--hardware` takes."""
+"""GPUs by the names that `--hardware` takes."""
 
 
 def find_hardware(text: str, dtype: DType) -> Hardware:
-    """Hardware of a name in `GPUS`, or of a line `memory=24GiB,gemm=900e9,bandwidth=46e9`.
+    """The hardware that a text describes: a name in `GPUS`, or a line such as `memory=24GiB,gemm=900e9,bandwidth=46e9`.
+
+    Args:
+        dtype: chooses which of a GPU's rates counts; a line gives the rate itself.
 
     Raises:
-        UserError: for an unknown name, with the nearest one, or a line that does not say all three.
+        UserError: if the name is unknown, with the nearest known one, or if the line lacks one of the three figures.
     """
     if "=" in text:
         pairs = [part.partition("=") for part in text.split(",")]

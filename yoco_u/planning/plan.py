@@ -1,4 +1,4 @@
-"""A plan: every figure of every architecture at every context, beside each other."""
+"""A plan: the figures of several architectures at several context lengths, and their ratios to a reference."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,10 +26,11 @@ class PlanSettings(Config):
     """What is planned for.
 
     Attributes:
-        contexts: tokens of a training row, of a prompt, and behind which is decoded.
-        batch: sequences that are decoded together.
-        dtype: of weights and activations.
-        kv_dtype: of the caches; as `dtype` by default.
+        contexts: lengths in tokens. Each counts as the length of a training row, as that of a prompt to prefill, and as that of
+            the context behind which a token is decoded.
+        batch: number of sequences that are decoded together.
+        dtype: data type of weights and activations.
+        kv_dtype: data type of the caches; `dtype` by default.
     """
 
     contexts: tuple[PositiveInt, ...] = Field(default=(8192, 65536, 262144), min_length=1)
@@ -44,15 +45,18 @@ class PlanSettings(Config):
 
 @dataclass(frozen=True)
 class ContextFigures:
-    """An architecture at one context. FLOPs are model FLOPs, see `yoco_u.budget`; rates are bounds, see `roofline`.
+    """The figures of an architecture at one context length.
+
+    FLOPs are model FLOPs, see `yoco_u.budget`. Rates are upper bounds, see `roofline`.
 
     Attributes:
-        prefill_flops_per_token: of a whole prefill, divided by the prompt.
-        kv_bytes_per_sequence, kv_bytes: caches of one sequence, and of the batch.
-        fits: whether weights and the caches of the batch fit into memory.
-        largest_batch: sequences whose caches fit beside the weights.
-        prefill_tokens_per_second: of one prompt.
-        prefill_bound, decode_bound: what holds the rate down, `compute` or `memory`.
+        prefill_flops_per_token: FLOPs of a whole prefill, divided by the tokens of the prompt.
+        kv_bytes_per_sequence, kv_bytes: bytes of the caches of one sequence, and of the batch.
+        fits: whether the weights and the caches of the batch fit into memory together.
+        largest_batch: how many sequences' caches fit beside the weights.
+        prefill_tokens_per_second: prompt tokens per second when one prompt is computed alone.
+        decode_tokens_per_second: new tokens per second, of all sequences of the batch together.
+        prefill_bound, decode_bound: what limits the rate, `compute` or `memory`.
     """
 
     context: int
@@ -79,18 +83,20 @@ RATIOS = (
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
 )
-"""ContextFigures that are told as multiples of the reference's too."""
+"""The figures of `ContextFigures` that are also given as multiples of the reference's."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One architecture.
+    """One architecture: a column of the table.
 
     Attributes:
-        weight_bytes: of the weights in the plan's dtype.
-        training_state_bytes: float32 weights, gradients and AdamW's moments.
-        largest_context: tokens that each sequence of the batch may have beside the weights; None where nothing grows.
-        figures: by context.
+        active_parameters: parameters that one token meets; less than `parameters` for a mixture of experts.
+        weight_bytes: bytes of the weights in the plan's dtype.
+        training_state_bytes: bytes of float32 weights, gradients and AdamW's moments.
+        largest_context: how many tokens each sequence of the batch can have in the memory that the weights leave; None if no
+            cache grows with the context.
+        figures: the figures by context length.
     """
 
     name: str
@@ -106,9 +112,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Plan:
-    """Attributes:
-    reference: the column that the others are multiples of: `transformer`, or the first.
-    """
+    """The columns of all architectures, and what they were planned for."""
 
     settings: PlanSettings
     hardware: Hardware
@@ -116,13 +120,15 @@ class Plan:
 
     @property
     def reference(self) -> Column:
+        """The column that ratios refer to: the one named `transformer`, or else the first."""
         return next((column for column in self.columns if column.name == "transformer"), self.columns[0])
 
     def ratio(self, column: Column, context: int, figure: str) -> float:
-        """A figure as a multiple of the reference's."""
+        """A column's figure, by its name in `ContextFigures`, as a multiple of the reference's."""
         return getattr(column.figures[context], figure) / getattr(self.reference.figures[context], figure)
 
     def as_json(self) -> dict[str, Any]:
+        """The plan as `--json` writes it."""
         return {
             "settings": self.settings.model_dump(mode="json"),
             "hardware": {
@@ -144,7 +150,11 @@ class Plan:
 
 
 def make_plan(architectures: Mapping[str, Architecture], hardware: Hardware, settings: PlanSettings) -> Plan:
-    """All figures of architectures, at least one, by the names they are to have."""
+    """Compute all figures.
+
+    Args:
+        architectures: at least one, by the names that their columns get.
+    """
     return Plan(settings, hardware, [_column(name, a, hardware, settings) for name, a in architectures.items()])
 
 
@@ -165,6 +175,7 @@ def _column(name: str, a: Architecture, hardware: Hardware, settings: PlanSettin
 
 
 def figures_at(a: Architecture, context: int, hardware: Hardware, settings: PlanSettings) -> ContextFigures:
+    """The figures of an architecture at one context length."""
     weight, element = settings.bytes_per_weight, bytes_per_kv_element(a, settings.kv_dtype or settings.dtype)
     room, kept = hardware.memory - parameters(a).total * weight, kv_bytes(a, context, element)
     prefill = prefill_rate(a, hardware, context, weight, element)

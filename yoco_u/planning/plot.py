@@ -1,4 +1,4 @@
-"""A plan as a PNG: predicted prefill and decode rates and the caches' size over the context."""
+"""A plan as a PNG: the bounds of the prefill and decode rates and the size of the caches, over the context length."""
 
 from pathlib import Path
 
@@ -9,7 +9,10 @@ _POINTS = 65
 
 
 def write_plot(plan: Plan, path: Path) -> None:
-    """One line an architecture, with dots at the plan's contexts. Decode is dashed where the caches exceed the memory."""
+    """Draw one line per architecture, with dots at the plan's contexts.
+
+    Decode is dashed where weights and caches exceed the memory.
+    """
     contexts = sorted(set(plan.settings.contexts))
     plot = ContextPlot(["prefill, tokens/s", f"decode, tokens/s, batch {plan.settings.batch}", "KV, MiB per sequence"])
     plot.figure.suptitle(f"{plan.hardware.name}, roofline", fontsize=10)
@@ -28,5 +31,5 @@ def write_plot(plan: Plan, path: Path) -> None:
 
 
 def _between(first: int, last: int) -> list[int]:
-    """Contexts on a logarithmic grid, ends included."""
+    """Context lengths from `first` to `last`, both included, evenly spaced on a logarithmic axis."""
     return sorted({round(first * (last / first) ** (i / (_POINTS - 1))) for i in range(_POINTS)})

@@ -1,8 +1,8 @@
-"""The most that hardware allows: rates by roofline, and what fits into memory.
+"""The most that hardware allows: rates by the roofline model, and what fits into memory.
 
-A roofline (Williams, Waterman and Patterson 2009) lets a piece of work take the longer of two times: that of its FLOPs at
-the machine's best matrix products, and that of its bytes at the memory's best rate. Nothing runs faster; what really runs is
-as much slower as its kernels are imperfect.
+The roofline model (Williams, Waterman and Patterson 2009) bounds the time of a piece of work from below by the longer of two
+times: its FLOPs at the machine's best rate of matrix products, and its bytes at the best rate of the memory. Real kernels
+reach a part of that.
 """
 
 from bisect import bisect_right
@@ -14,9 +14,11 @@ from yoco_u.planning.hardware import Hardware
 
 
 class Rate(NamedTuple):
-    """Attributes:
-    tokens_per_second: at most.
-    bound: which of the two times it is.
+    """An upper bound of a rate.
+
+    Attributes:
+        tokens_per_second: the rate that the hardware allows at most.
+        bound: which of the two times is the longer one and so limits the rate.
     """
 
     tokens_per_second: float
@@ -24,31 +26,46 @@ class Rate(NamedTuple):
 
 
 def prefill_rate(a: Architecture, hardware: Hardware, context: int, weight: float, element: float) -> Rate:
-    """Prompt tokens per second of one prompt of `context` tokens, up to its first new token.
+    """Prompt tokens per second of the prefill of one prompt of `context` tokens, up to its first new token.
 
     Args:
-        weight, element: bytes of a weight, and of a number in the caches.
+        weight, element: bytes of one weight, and of one number in the caches.
     """
     return _rate(hardware, context, prefill_flops(a, context), prefill_bytes(a, context, weight, element))
 
 
 def decode_rate(a: Architecture, hardware: Hardware, context: int, batch: int, weight: float, element: float) -> Rate:
-    """New tokens per second of `batch` sequences together, each behind a context."""
+    """New tokens per second of `batch` sequences that are decoded together, each behind `context` tokens.
+
+    Args:
+        weight, element: bytes of one weight, and of one number in the caches.
+    """
     return _rate(hardware, batch, batch * decode_flops(a, context), decode_bytes(a, context, batch, weight, element))
 
 
 def training_rate(a: Architecture, hardware: Hardware, sequence_length: int) -> float:
-    """Tokens per second of training at the rate of matrix products; batches are large enough for memory not to matter."""
+    """Tokens per second of training. Matrix products alone bound it: batches are taken to be too large for memory to matter."""
     return hardware.gemm / training_flops(a, sequence_length)
 
 
 def largest_batch(a: Architecture, context: int, room: float, element: float) -> int:
-    """How many sequences of `context` tokens the caches hold in `room` bytes."""
+    """How many sequences of `context` tokens have caches that fit into `room` bytes.
+
+    Args:
+        element: bytes of one number in the caches.
+    """
     return max(0, int(room // kv_bytes(a, context, element)))
 
 
 def largest_context(a: Architecture, batch: int, room: float, element: float) -> int | None:
-    """How many tokens each of `batch` sequences may have in `room` bytes; None where nothing grows with the context."""
+    """How many tokens each of `batch` sequences can have so that their caches fit into `room` bytes.
+
+    Args:
+        element: bytes of one number in the caches.
+
+    Returns:
+        The number of tokens, 0 if not even one fits; None if no cache grows with the context, and they fit at any length.
+    """
     if not any(stage.attention in ("full", "cross") for stage in a.stages):
         return None if batch * kv_bytes(a, a.window or 1, element) <= room else 0
     return bisect_right(range(1, 2**50), room, key=lambda tokens: batch * kv_bytes(a, tokens, element))

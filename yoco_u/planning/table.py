@@ -1,4 +1,4 @@
-"""A plan as tables: a row a figure, a column an architecture."""
+"""A plan as tables: one row per figure, one column per architecture."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ _LABEL_WIDTH, _COLUMN_WIDTH = 26, 14
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """As many architectures beside each other as the console is wide, the rest below."""
+    """Print a plan: as many architectures side by side as fit the console's width, the others in further tables below."""
     hardware, settings = plan.hardware, plan.settings
     console.print(
         f"\n[bold]{escape(hardware.name)}[/bold]: {number(hardware.memory / 1e9)} GB, {number(hardware.gemm / 1e12)} TFLOP/s, "
@@ -67,7 +67,7 @@ def _table(plan: Plan, columns: Sequence[Column]) -> Table:
 
 
 def _heading(name: str) -> str:
-    """A preset's name in words, which can be broken between them."""
+    """A preset's name with spaces, at which a narrow column can break it; any other name as it is."""
     if name.partition(":")[0] not in STAGES:
         return name
     return name.replace("_", " ").replace(":", ": ").replace(",", ", ")

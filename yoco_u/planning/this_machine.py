@@ -1,4 +1,4 @@
-"""The machine that a command runs on, measured for a plan. Unlike the rest of planning this needs torch."""
+"""The machine that the command runs on, measured for a plan. Unlike the rest of planning this needs torch."""
 
 import psutil
 import torch
@@ -8,7 +8,7 @@ from yoco_u.planning.hardware import DType, Hardware
 
 
 def this_machine(dtype: DType) -> Hardware:
-    """The GPU of this machine if it has one, else the machine itself, measured now."""
+    """Measure the GPU of this machine if there is one, else its CPU and main memory."""
     device = find_device("auto")
     gpu = device.type == "cuda"
     return Hardware(
