@@ -1,4 +1,7 @@
-"""What a run ran on, and how fast that multiplies matrices: the measure of MFU."""
+"""The machine: which device and compiler it has, how fast it multiplies and reads, and how much memory a process took.
+
+The rate of matrix products is the denominator of MFU; the benchmark's shares and `yoco-u plan --hardware this` use both rates.
+"""
 
 import os
 import platform
@@ -20,7 +23,11 @@ _TENSOR_BYTES = 512 * 2**20
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a name: `auto`, or one that torch knows; a GPU without a number is the one of the local rank.
+    """The torch device of a name.
+
+    Args:
+        name: `auto`, which is the GPU if there is one and else the CPU, or a device as torch names it.
+        local_rank: number of the GPU that `cuda` without a number means.
 
     Raises:
         UserError: if there is no such device.
@@ -38,18 +45,22 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def cxx_compiler() -> str | None:
-    """The path of the C++ compiler that torch.compile and our own kernels use; None where there is none.
+    """The path of the C++ compiler that torch.compile and our own kernels use; None where none is installed.
 
-    It is the one that the environment variable CXX names, otherwise the first of c++, g++ and clang++ that is installed.
+    It is the compiler that the environment variable CXX names, otherwise the first of c++, g++ and clang++ that is installed.
     """
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
     return next(filter(None, map(shutil.which, names)), None)
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of square matrix products of this device and dtype: the best of those that fit into `seconds`, at least 3."""
+    """FLOP/s of square matrix products on a device: that of the fastest product.
+
+    Args:
+        seconds: how long to repeat the product; it is timed three times at least.
+    """
     n = 8192 if device.type == "cuda" else 1024
-    generator = torch.Generator(device).manual_seed(0)  # its own, so that a resumed run draws what it would have drawn
+    generator = torch.Generator(device).manual_seed(0)  # not torch's own one, whose state a resumed run has just restored
     a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
     best = float("inf")
     runs, start = 0, time.perf_counter()
@@ -58,26 +69,32 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) ->
         begin = time.perf_counter()
         torch.mm(a, b)
         _wait(device)
-        if runs > 0:  # the first one warms up
+        if runs > 0:  # the first product warms up
             best = min(best, time.perf_counter() - begin)
         runs += 1
     return 2 * n**3 / best
 
 
 def memory_read_rate(bytes_: int = _TENSOR_BYTES, repeats: int = 5, device: torch.device | None = None) -> float:
-    """Bytes per second: the best of summing and of taking the maximum over a tensor too large for any cache."""
+    """Bytes per second that a device reads from its memory: the fastest sum or maximum over a tensor too large for any cache.
+
+    Args:
+        bytes_: size of the tensor.
+        repeats: how often each of the two is timed.
+        device: the CPU by default, which reads with all of torch's threads.
+    """
     values = torch.ones(bytes_ // 4, device=device)
     best = float("inf")
     for reduce in (torch.sum, torch.amax):
-        for _ in range(repeats + 1):  # the first one warms up
+        for _ in range(repeats + 1):  # the first pass warms up
             begin = time.perf_counter()
-            reduce(values).item()  # which waits for a GPU
+            reduce(values).item()  # `item` waits for a GPU
             best = min(best, time.perf_counter() - begin)
     return values.nbytes / best
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, for `environment.json`."""
+    """Time, versions and hardware, as runs and benchmarks record them beside their results."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "yoco_u": __version__,
@@ -94,7 +111,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held so far: of the GPU, or resident in main memory."""
+    """The most bytes that this process has held so far: memory of the GPU that torch allocated, or resident main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     memory = psutil.Process().memory_info()

@@ -1,4 +1,4 @@
-"""Values of options: lists with commas between, and files that will be written."""
+"""What several commands ask of their options: lists with commas between, and checks of files that will be written."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ from yoco_u.errors import UserError
 
 
 def names(text: str | None) -> tuple[str, ...] | None:
-    """`a,b` -> (a, b), each once."""
+    """`a,b` -> (a, b), without repetitions; None for an option that was not given."""
     return None if text is None else tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
 def whole_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
-    """`4096,32768` -> (4096, 32768)
+    """`4096,32768` -> (4096, 32768); None for an option that was not given.
 
     Raises:
-        UserError: if there is something else in it.
+        UserError: if a part is no whole number.
     """
     if text is None:
         return None
@@ -25,10 +25,13 @@ def whole_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
 
 
 def check_can_be_written(**files: Path | None) -> None:
-    """Files of options such as `json=path`, before the work whose results go there.
+    """Check the files that options name, before the work whose results go there is begun.
+
+    Args:
+        files: paths by the name of their option, such as `json=path`; None where it was not given.
 
     Raises:
-        UserError: if one has no folder to lie in, or is a folder.
+        UserError: if the folder of a file does not exist, or a file is a folder itself.
     """
     for option, file in files.items():
         if file is not None and not file.absolute().parent.is_dir():
