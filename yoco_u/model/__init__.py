@@ -1,4 +1,8 @@
-"""The model: configuration, attention, feed-forward, the looped stages, the causal LM and its cache."""
+"""The model: one forward pass for every architecture, as a causal language model of transformers.
+
+Token ids go in, logits and a filled cache come out. Start reading at `YocoUModel.run_stages` in `modeling.py`, go on to the
+blocks in `blocks.py`, and then to `backend.py`, where blocks hand their queries, keys and values.
+"""
 
 from yoco_u.model.cache import YocoUCache
 from yoco_u.model.configuration import YocoUConfig

@@ -1,10 +1,10 @@
-"""Attention over queries, keys and values: full, sliding in bands, cross. No parameters and no caches here.
+"""Attention by torch's fused kernels: full, cross, and sliding in bands. There are no parameters and no caches here.
 
-Tensors are laid out (batch, tokens, heads, head_dim). Masks are additive, 0 or -inf, in the dtype of the queries. A mask of
-None means causal, or that nothing needs masking.
+Tensors are laid out (batch, tokens, heads, head_dim). Masks are additive, 0 or -inf, in the dtype of the queries. Where a mask
+is None, attention is plainly causal, or the queries see all keys.
 
-Segments are whole numbers per token, (batch, tokens): a token sees only tokens of its own segment. 0 is padding, which sees
-only padding, so that no row of a softmax is ever empty; documents count from 1.
+Segments are integers, one per token, (batch, tokens): a token sees only tokens of its own segment. Segment 0 is padding, which
+sees only padding, so that no row of a softmax is ever empty; documents are numbered from 1.
 """
 
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 
 
 def full_mask(query_positions: Tensor, keys: int, segments: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
-    """Causal mask of some queries against all keys.
+    """The causal mask of some queries against all keys.
 
     Args:
         query_positions: index of each query among the keys, (queries,).
-        segments: of the queries and of the keys.
+        keys: how many keys there are.
+        segments: segments of the queries, (batch, queries), and of the keys, (batch, keys); None for one segment.
+        dtype: dtype of the queries.
 
     Returns:
         (batch or 1, 1, queries, keys)
@@ -36,8 +38,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
     Args:
         q: (batch, queries, heads, head_dim); k, v: (batch, keys, kv_heads, head_dim), heads a multiple of kv_heads.
-        mask: (batch or 1, 1, queries, keys), additive.
-        causal: queries and keys are the same tokens, each sees itself and what is before.
+        mask: additive, (batch or 1, 1, queries, keys); None if nothing needs masking beyond `causal`.
+        causal: whether each token sees itself and the tokens before it alone; queries and keys are then the same tokens.
 
     Returns:
         (batch, queries, heads, head_dim)
@@ -54,27 +56,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 
 def band_block(window: int) -> int:
-    """Queries per block of a band. Half a window wastes least where windows are wide; narrow ones need work per block."""
+    """Queries per block. Blocks of half a window waste the least work; narrow windows take larger blocks, to keep each busy."""
     return window // 2 if window >= 256 else max(window, 32)
 
 
 def is_banded(queries: int, window: int) -> bool:
-    """Whether so many queries are worth cutting into bands; a short row is cheaper as one masked block."""
+    """Whether a row of this many queries is cut into bands; a shorter row is cheaper as one masked block."""
     return queries > window + band_block(window)
 
 
 def sliding_mask(
     queries: int, past: int, window: int, segments: tuple[Tensor, Tensor] | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    """The mask that `sliding_attention` expects for so many queries behind `past` cached keys.
+    """The mask that `sliding_attention` expects.
 
     Args:
-        past: keys before the first query, at most window - 1.
-        segments: of the queries, (batch, queries), and of the keys, (batch, past + queries).
+        queries: number of new tokens.
+        past: number of cached keys before the first query, at most window - 1.
+        window: keys that a token sees, itself included.
+        segments: segments of the queries, (batch, queries), and of the keys, (batch, past + queries); None for one segment.
+        dtype: dtype of the queries.
 
     Returns:
-        None where plain causal attention is the same; for short rows (batch or 1, 1, queries, past + queries); for bands
-        (batch or 1, blocks, block, keys of a block): linear in the number of queries, never queries x keys.
+        None where plain causal attention does the same; (batch or 1, 1, queries, past + queries) for short rows;
+        (batch or 1, blocks, block, keys of a block) for bands, whose size is linear in the number of queries.
     """
     if not is_banded(queries, window):
         if segments is None and past + queries <= window and (past == 0 or queries == 1):
@@ -96,7 +101,7 @@ def sliding_mask(
     if segments is not None:
         query_blocks = _query_blocks(segments[0], block, blocks)  # (batch, blocks, block)
         key_blocks = _key_blocks(segments[1], past, block, before, blocks)  # (batch, blocks, keys of a block)
-        # The queries that only fill up the last block keep sight of themselves, whatever their segment.
+        # Queries that only fill up the last block ignore segments and so see themselves at least: no softmax is empty.
         same = query_blocks[..., :, None] == key_blocks[..., None, :]
         filler = torch.arange(blocks * block, device=device).view(blocks, block, 1) >= queries
         allowed = allowed & (same | filler)
@@ -106,12 +111,13 @@ def sliding_mask(
 def sliding_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None) -> Tensor:
     """Causal attention in which token i sees the `window` keys i - window + 1 .. i, itself included.
 
-    Long rows are cut into blocks of queries, each against its own band of keys, so time and memory are linear in tokens.
+    A long row is cut into blocks of queries, and each block attends to its own band of keys, so time and memory are linear in
+    the number of tokens.
 
     Args:
         q: (batch, queries, heads, head_dim).
         k, v: (batch, past + queries, kv_heads, head_dim), with at most window - 1 past keys.
-        mask: what `sliding_mask` made for these lengths.
+        mask: what `sliding_mask` returns for these lengths.
 
     Returns:
         (batch, queries, heads, head_dim)
@@ -131,19 +137,19 @@ def sliding_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor
 
 
 def _layout(queries: int, window: int) -> tuple[int, int, int]:
-    """Queries per block, blocks of keys needed before a block's own, number of blocks."""
+    """Queries per block; how many blocks of keys a block of queries sees before its own; number of blocks of queries."""
     block = band_block(window)
     return block, -(-(window - 1) // block), -(-queries // block)
 
 
 def _query_blocks(x: Tensor, block: int, blocks: int) -> Tensor:
-    """(batch, queries, ...) -> (batch, blocks, block, ...), filled up with zeros."""
+    """(batch, queries, ...) -> (batch, blocks, block, ...), padded with zeros."""
     x = _pad_tokens(x, 0, blocks * block - x.shape[1])
     return x.unflatten(1, (blocks, block))
 
 
 def _key_blocks(x: Tensor, past: int, block: int, before: int, blocks: int) -> Tensor:
-    """(batch, past + queries, ...) -> (batch, blocks, (before + 1) * block, ...): each block of queries' own keys."""
+    """(batch, past + queries, ...) -> (batch, blocks, (before + 1) * block, ...): the keys that each block of queries sees."""
     x = _pad_tokens(x, before * block - past, (blocks * block + past) - x.shape[1])
     x = x.unflatten(1, (before + blocks, block))
     return torch.cat([x[:, j : j + blocks] for j in range(before + 1)], dim=2)

@@ -1,14 +1,14 @@
-"""Attention backends: where blocks hand their queries, keys and values, and where these are remembered between calls.
+"""Attention backends: they attend for the blocks of the model, and remember keys and values between calls.
 
-The blocks of the model know nothing about masks, caches or batches. They compute queries, keys and values, give them to an
-`AttentionBackend` together with the number of their cache slot, and get back what they attended to. Four hosts run the same
-blocks, each with a backend of its own:
+The blocks know nothing about masks, caches or batches. A block computes queries, keys and values, gives them to an
+`AttentionBackend` together with the number of its slot, and gets back the attention's output. The same model runs in several
+hosts, each with a backend of its own:
 
 - training and `generate()`: `PaddedBackend`, below;
 - the engine: `yoco_u.inference.paged_backend.PagedBackend`;
 - vLLM: `yoco_u.integrations.vllm.backend.VllmBackend`, for the blocks on vLLM's layers.
 
-A backend for another device is one more class behind this protocol.
+A backend for another device is one more class that implements this protocol.
 """
 
 from abc import abstractmethod
@@ -29,8 +29,8 @@ from yoco_u.model.rope import rotary_angles, rotate
 class AttentionBackend(Protocol):
     """Everything that a forward pass knows about the sequences of its batch: positions, masks and caches.
 
-    `slot` is the number of the calling block's slot in `Architecture.slots()`. Queries, keys and values are
-    (batch, tokens, heads, head_dim), and so is what attention returns.
+    In all methods `slot` is the index of the calling block's slot in `Architecture.slots()`. Queries, keys, values and the
+    output of attention are (batch, tokens, heads, head_dim).
 
     Attributes:
         has_cache: whether slot numbers matter. Without a cache every block is called with slot 0, so that torch.compile makes
@@ -43,16 +43,16 @@ class AttentionBackend(Protocol):
 
     @abstractmethod
     def in_loop(self, loop: int) -> "tuple[Tensor | None, AttentionBackend]":
-        """The tokens that a looped stage still runs in this loop, since sequences may have different loop counts.
+        """Select the tokens that still run in this loop of a looped stage: sequences may have different loop counts.
 
         Returns:
-            Indices of these tokens, None for all of them; and the backend for a pass over these tokens alone.
+            Indices of these tokens, or None for all tokens; and the backend of a pass over these tokens alone.
         """
         ...
 
     @abstractmethod
     def kept(self) -> "tuple[Tensor | None, AttentionBackend]":
-        """The tokens whose logits are asked for, which are all that the cross-decoder has to run. Returns as `in_loop` does."""
+        """Select the tokens whose logits are asked for; the cross-decoder runs on these alone. Returns what `in_loop` does."""
         ...
 
     @abstractmethod
@@ -62,37 +62,37 @@ class AttentionBackend(Protocol):
 
     @abstractmethod
     def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Remember the keys and values of the new tokens; attend to the last `window` ones of each token."""
+        """Remember the keys and values of the new tokens; attend from each token to the last `window` ones, itself included."""
         ...
 
     @abstractmethod
     def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Remember the keys and values of the new tokens; attend to all up to each token.
+        """Remember the keys and values of the new tokens; attend from each token to all tokens so far, itself included.
 
         Args:
-            prefix: learned keys and values before the first token (ParScale), each (prefix, kv_heads, head_dim).
+            prefix: learned keys and values (ParScale) that every token sees, each (prefix, kv_heads, head_dim).
         """
         ...
 
     @abstractmethod
     def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember the new tokens' global keys and values. Returns what `cross_attention` is to be given."""
+        """Remember the global keys and values of the new tokens. Returns the `global_kv` to call `cross_attention` with."""
         ...
 
     @abstractmethod
     def cross_attention(self, slot: int, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
-        """Attend to the global keys and values up to each token."""
+        """Attend from each token to the global keys and values of all tokens so far, itself included."""
         ...
 
     @abstractmethod
     def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-        """Run gated retention from the remembered state, and remember the new state; see `yoco_u.model.retention`."""
+        """Run gated retention from the remembered state and remember the new state; see `yoco_u.model.retention`."""
         ...
 
     def decode_block_arguments(self, slot: int) -> tuple[Any, ...] | None:
-        """What the fused decode kernel takes besides the hidden states; None where a block has to run operation by operation.
+        """The arguments of the fused decode kernel after the hidden states; None if the block must run operation by operation.
 
-        A backend without such a kernel leaves this as it is.
+        A backend without such a kernel keeps this default.
         """
         return None
 
@@ -105,12 +105,14 @@ class PaddedBackend(AttentionBackend):
         rotary: cos and sin of the tokens' positions, (batch or 1, tokens, 1, head_dim), float32.
         kept_tokens: indices of the tokens that the cross-decoder runs on; None for all.
         window: keys that a token sees in the sliding layers, itself included.
-        blockwise: attend block by block and without masks, as CPUs do for more than one new token; see
+        blockwise: whether to attend block by block, without masks, as CPUs do for more than one new token; see
             `yoco_u.model.cpu_attention`.
-        segments: of the new tokens and of all tokens so far, see `yoco_u.model.attention`; None where each row is one document.
-        sliding, full, cross: masks, see `yoco_u.model.attention`; None where causal attention or none does the same.
-        documents: document of each new token, (batch, tokens), never decreasing, for retention; None where each row is one.
-        padding: true where a new token is padding, (batch, tokens); None where none is.
+        segments: segments of the new tokens and of all tokens so far, see `yoco_u.model.attention`; None if each row is one
+            document without padding.
+        sliding, full, cross: masks of the three kinds of attention, see `yoco_u.model.attention`; None where plain causal
+            attention, or attention without a mask, does the same.
+        documents: document of each new token, (batch, tokens), never decreasing, for retention; None as for `segments`.
+        padding: true where a new token is padding, (batch, tokens); None as for `segments`.
         cache: where keys and values of new tokens go; None without a cache.
     """
 
@@ -201,13 +203,14 @@ def prepare_backend(
     cache: YocoUCache | None,
     dtype: torch.dtype,
 ) -> PaddedBackend:
-    """Make the masks and rotary angles of one forward pass, which all its blocks share.
+    """Make the backend of one forward pass, with the masks and rotary angles that all its blocks share.
 
     Args:
-        position_ids: of the new tokens, (batch or 1, tokens).
-        segments: of all tokens so far, cached ones included, (batch, past + tokens): 0 is padding, documents count from 1.
+        position_ids: positions of the new tokens for RoPE, (batch or 1, tokens).
+        segments: segments of all tokens so far, cached ones included, (batch, past + tokens): 0 is padding, documents count
+            from 1. None if each row is one document without padding.
         kept: indices of the new tokens that the cross-decoder runs on, (kept,); None for all.
-        dtype: of queries and keys.
+        dtype: dtype of queries and keys.
     """
     tokens, device = position_ids.shape[1], position_ids.device
     past = cache.get_seq_length() if cache is not None else 0
@@ -247,14 +250,14 @@ def prepare_backend(
 
 
 def runs_blockwise(tokens: int, device: torch.device) -> bool:
-    """Whether so many new tokens attend through `yoco_u.model.cpu_attention` rather than torch's fused attention."""
+    """Whether this many new tokens per row attend through `yoco_u.model.cpu_attention` instead of torch's fused attention."""
     return device.type == "cpu" and tokens > 1
 
 
 def _cross_mask(
     positions: Tensor, kept: Tensor | None, keys: int, segments: tuple[Tensor, Tensor] | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """The mask of the cross-decoder's queries; None where the only query is the last token, or where causal does the same."""
+    """The mask of the cross-decoder's queries; None if the last token is the only query, or if plain causal does the same."""
     at = positions if kept is None else positions[kept]
     if segments is not None:
         queries = segments[0] if kept is None else segments[0][:, kept]

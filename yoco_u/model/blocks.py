@@ -1,4 +1,4 @@
-"""The blocks of the three kinds of stage, and the stack that loops them."""
+"""The blocks of every kind of stage, and the stack of blocks that a looped stage applies several times."""
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ GlobalKV = tuple[Tensor, Tensor]
 class SelfAttention(nn.Module):
     """Full or sliding causal attention with RoPE and grouped key and value heads.
 
-    Hidden states are (batch, tokens, hidden) or, with ParScale streams, (batch, tokens, streams, hidden): the streams' heads
-    lie side by side in one attention call.
+    Hidden states are (batch, tokens, hidden) or, with ParScale streams, (batch, tokens, streams, hidden). One attention call
+    serves all streams: their heads lie side by side.
     """
 
     def __init__(self, config: YocoUConfig, kind: str) -> None:
@@ -80,7 +80,7 @@ class GatedRetention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries of this layer against the one global KV; keys and values are not projected here."""
+    """Attention of this layer's own queries to the one global KV; the layer projects no keys and values."""
 
     def __init__(self, config: YocoUConfig) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class CrossAttention(nn.Module):
 
 
 class GlobalKVProjection(nn.Module):
-    """`K = RMSNorm(X) W_K`, `V = RMSNorm(X) W_V` from the self-decoder's output: written once, whatever the loop count."""
+    """The global KV from the self-decoder's output X: `K = RMSNorm(X) W_K`, `V = RMSNorm(X) W_V`, once for all loops."""
 
     def __init__(self, config: YocoUConfig) -> None:
         super().__init__()
@@ -138,13 +138,16 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self, x: Tensor, backend: AttentionBackend, slot: int, keys: Tensor | None = None, values: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The new hidden states, and the feed-forward's auxiliary loss if it has one.
+        """Run attention and the feed-forward.
 
         Args:
             x: (batch, tokens, hidden), or (batch, tokens, streams, hidden).
-            slot: of the cache; without a cache it does not matter.
-            keys, values: the global KV, for cross blocks. Two arguments, because reentrant gradient checkpointing follows
-                tensors but not tuples of them.
+            slot: index of this application of the block in `Architecture.slots()`; ignored by a backend without a cache.
+            keys, values: the global KV, for cross blocks. They are two arguments because reentrant gradient checkpointing
+                follows tensors, but not tuples of tensors.
+
+        Returns:
+            The new hidden states, and the auxiliary loss of a mixture of experts or None.
         """
         global_kv = (keys, values) if keys is not None and values is not None else None
         x = x + self.attn(self.attn_norm(x), backend, slot, global_kv)
@@ -157,8 +160,8 @@ class Block(GradientCheckpointingLayer):
 class LoopedStack(nn.Module):
     """The blocks of one stage, applied `loops` times with the same parameters.
 
-    With gates, every loop after the first is let in by a learned scalar: `h + g_t (f(h) - h)`. Loops beyond those that the
-    model was configured with use the last gate.
+    With gates, a learned scalar scales the change that each loop after the first makes: `h + g_t (f(h) - h)`. Loops beyond the
+    loop count of the config use the last gate.
     """
 
     def __init__(self, config: YocoUConfig, stage: Stage) -> None:
@@ -170,11 +173,21 @@ class LoopedStack(nn.Module):
     def forward(
         self, x: Tensor, backend: AttentionBackend, loops: int, first_slot: int = 0, global_kv: GlobalKV | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The hidden states after the last loop, and the auxiliary losses met on the way."""
+        """Run all loops.
+
+        Args:
+            x: (batch, tokens, hidden), or (batch, tokens, streams, hidden).
+            loops: loop count T of this call.
+            first_slot: index of the stage's first slot in `Architecture.slots()`.
+            global_kv: for cross stages, what `AttentionBackend.global_kv` returned.
+
+        Returns:
+            The hidden states after the last loop, and the auxiliary losses of all blocks and loops.
+        """
         losses = []
         for loop in range(loops):
             tokens, in_loop = backend.in_loop(loop) if loops > 1 else (None, backend)
-            if tokens is not None and len(tokens) == 0:  # those that loop on keep no token of this stage
+            if tokens is not None and len(tokens) == 0:  # none of the kept tokens needs another loop
                 break
             before = out = x if tokens is None else x[:, tokens]
             for i, layer in enumerate(self.layers):
@@ -186,7 +199,7 @@ class LoopedStack(nn.Module):
                 out = before + self.loop_gates[min(loop, len(self.loop_gates)) - 1] * (out - before)
             x = out if tokens is None else x.index_copy(1, tokens, out)
         if self.training and loops == 1 and self.loop_gates is not None:
-            x = x + 0 * self.loop_gates.sum()  # a gradient of zero: DDP and the optimizer wait for every parameter
+            x = x + 0 * self.loop_gates.sum()  # unused gates need a gradient, of zero: DDP waits for every parameter's
         return x, losses
 
 

@@ -1,4 +1,4 @@
-"""The cache of `generate()`: one slot per (loop, layer) that owns state, and one for the global KV."""
+"""The cache of `generate()`: one layer of transformers' `Cache` for each slot with a cache, and one for the global KV."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from yoco_u.errors import UserError
 
 
 class RetentionLayer(CacheLayerMixin):
-    """The recurrent state of one gated-retention layer; its size does not depend on the tokens seen.
+    """The recurrent state of one gated-retention slot; its size does not depend on the number of tokens.
 
-    The base class reorders and repeats `keys` and `values` for beams, so the state is kept in `keys`.
+    The state is kept in `keys`, because transformers reorders and repeats `keys` and `values` for beam search.
     """
 
     is_sliding = False
@@ -32,8 +32,8 @@ class RetentionLayer(CacheLayerMixin):
 
         Args:
             key_states: the new state, (batch, heads, head_dim, head_dim).
-            value_states: an empty tensor (batch, 0) whose only use is to be as reorderable as the state.
-            kwargs: `tokens`, how many tokens the new state has seen beyond the old one.
+            value_states: an empty tensor, (batch, 0), so that `values` can be reordered too.
+            kwargs: `tokens`, the number of tokens by which the new state is ahead of the old one.
         """
         self.lazy_initialization(key_states, value_states)
         self.cumulative_length += kwargs["tokens"]
@@ -65,10 +65,10 @@ class RetentionLayer(CacheLayerMixin):
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):
-    """The last window - 1 keys and values of one sliding layer and loop.
+    """The last window - 1 keys and values of one sliding slot.
 
-    transformers' own layer keeps a slice, which holds all of a long prefill in memory until the next token, and for a window
-    of 1 it keeps everything.
+    transformers' own layer keeps them as a slice, and so keeps all of a long prefill in memory until the next token comes; for
+    a window of 1 it keeps all tokens for ever. This layer copies what it keeps.
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -80,10 +80,13 @@ class SlidingLayer(DynamicSlidingWindowLayer):
 
 
 class YocoUCache(Cache):
-    """Caches of one batch of sequences, laid out by the stage list.
+    """The caches of one batch of sequences.
 
-    Slots are numbered in the order in which a forward pass meets them: stage, loop, layer; the global KV is the last slot.
-    Its size in tokens grows in the global KV and in `full` stages only.
+    Layer i of the cache belongs to slot i of `Architecture.slots()`; the last layer holds the global KV, if there is one. Only
+    the global KV and the layers of `full` stages grow with the number of tokens.
+
+    Attributes:
+        loops: loop count of each stage, for which the cache was laid out; every call with it must use the same.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -102,9 +105,9 @@ class YocoUCache(Cache):
         self.loops = tuple(stage.loops for stage in architecture.stages)
 
     def append(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of new tokens and return those that the new tokens may see.
+        """Add the keys and values of new tokens, and return all that the new tokens may see.
 
-        All tensors (batch, tokens, kv_heads, head_dim).
+        All tensors are (batch, tokens, kv_heads, head_dim).
         """
         keys, values = self.update(k.transpose(1, 2), v.transpose(1, 2), slot)
         return keys.transpose(1, 2), values.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The Hugging Face configuration: an `Architecture`, flat, plus what only a checkpoint needs."""
+"""The configuration class for transformers: the fields of `Architecture`, and what only a checkpoint needs."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ _DEFAULT = preset("yoco_u", "8m").model_dump(mode="json")
 class YocoUConfig(PreTrainedConfig):
     """Configuration of every architecture of this project.
 
-    The fields of `Architecture` under the same names, so `config.json` shows the whole model; `config.architecture` is the
-    validated object. The window is not called `sliding_window`, a name from which other software infers that every layer
-    slides. `initializer_range`, the standard deviation of the initial matrices, is 1 / sqrt(hidden_size) unless given.
+    It has the fields of `Architecture` under the same names, so `config.json` shows the whole model; `config.architecture` is
+    the validated object. The window is not called `sliding_window`, because other software infers from that name that every
+    layer slides. `initializer_range`, the standard deviation of the initial matrices, is 1 / sqrt(hidden_size) unless given.
 
     Raises:
         UserError: when built with fields that make an impossible architecture.
@@ -73,5 +73,5 @@ class YocoUConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Blocks that a token passes through, each loop counted."""
+        """How many blocks a token passes through; each loop counts."""
         return self.architecture.unrolled_layers

@@ -1,11 +1,11 @@
-"""Causal and sliding attention on a CPU, one block of queries at a time: matrix products that stay in the cache.
+"""Causal and sliding attention on a CPU, one block of queries at a time, with scores that fit into the processor's cache.
 
-For each block of queries the keys it can see are one slice, so scores are (block, slice) and die before the next block's
-are made; the backward pass makes them again. Time and memory are linear in the tokens for a window, memory is linear without
-one. bfloat16 matrix products and softmax run at several times the speed of the fused CPU kernel of torch, which is why this
-exists; on other devices `yoco_u.model.attention` is used.
+The keys that a block of queries can see are one slice of all keys, so its scores are (block, slice). They are freed before the
+next block's are computed, and the backward pass computes them again. With a window, time and memory are linear in the tokens;
+without one, memory is. In bfloat16 this is several times as fast as torch's fused attention on a CPU, which is why it exists;
+other devices use `yoco_u.model.attention`.
 
-The operators are opaque to torch.compile, which would unroll the loop.
+The two functions are custom operators, so that torch.compile does not look inside, where it would unroll the loop over blocks.
 """
 
 from functools import lru_cache
@@ -15,22 +15,22 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Queries per block: fewer waste less work at the edges of the window, more make better matrix products."""
+"""Queries per block: smaller blocks compute fewer masked scores at the edges of a window, larger ones multiply faster."""
 
 SCORES = 2**21
-"""Scores alive at a time, over rows and heads: what a core's share of the cache can hold."""
+"""The most scores in memory at a time, over rows and heads: as many as a core's share of the processor's cache can hold."""
 
 
 @torch.library.custom_op("yoco_u::block_attention", mutates_args=())
 def block_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int, query_segments: Tensor | None, key_segments: Tensor | None
 ) -> Tensor:
-    """Token i sees keys i - window + 1 .. i of its own segment.
+    """Attention in which token i sees the keys i - window + 1 .. i of its own segment.
 
     Args:
-        q: (batch, queries, heads, head_dim), the last of the keys' tokens.
+        q: (batch, queries, heads, head_dim); the queries belong to the last of the tokens that have keys.
         k, v: (batch, keys, kv_heads, head_dim), keys >= queries.
-        window: keys seen, the token itself included; as many as there are keys for none.
+        window: keys that a token sees, itself included; the number of keys for attention without a window.
         query_segments, key_segments: (batch, queries) and (batch, keys), see `yoco_u.model.attention`.
 
     Returns:
@@ -50,7 +50,7 @@ def block_attention(
 def block_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, query_segments: Tensor | None, key_segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; the keys' are summed in float32 at least."""
+    """Gradients of q, k and v. Those of k and v are sums over blocks of queries, which are kept in float32 at least."""
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
     groups = q.shape[2] // k.shape[2]
@@ -68,7 +68,7 @@ def block_attention_backward(
 
 
 def _pieces(q: Tensor, k: Tensor, window: int) -> list[tuple[slice, slice, slice]]:
-    """Rows of the batch, queries and the slice of keys that those can see."""
+    """Cut the work into pieces: some rows of the batch, a block of queries, and the slice of keys that these can see."""
     batch, queries, heads, _ = q.shape
     past = k.shape[1] - queries
     pieces = []
@@ -96,7 +96,7 @@ def _probabilities(
     size, seen = block.stop - block.start, keys.stop - keys.start
     by_query = scores.view(-1, size, seen)
     by_query[:, :, seen - size :].masked_fill_(_reached(size, size, -1).T, float("-inf"))
-    first_seen = past + block.start - window + 1 - keys.start  # of the first query; below 0 where the row begins
+    first_seen = past + block.start - window + 1 - keys.start  # the first query's first key; negative at the row's beginning
     left = first_seen + size - 1
     if left > 0:
         by_query[:, :, :left].masked_fill_(_reached(size, left, first_seen - 1), float("-inf"))
@@ -108,12 +108,12 @@ def _probabilities(
 
 @lru_cache(maxsize=64)
 def _reached(queries: int, keys: int, ahead: int) -> Tensor:
-    """True where key <= query + ahead, (queries, keys)."""
+    """A mask (queries, keys) that is true where key <= query + ahead."""
     return torch.ones(queries, keys, dtype=torch.bool).tril_(ahead)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    """(rows, block, heads, head_dim) -> (rows * kv_heads, groups * block, head_dim): one product per key head."""
+    """(rows, block, heads, head_dim) -> (rows * kv_heads, groups * block, head_dim), for one product per row and KV head."""
     rows, block, heads, head_dim = x.shape
     x = x.view(rows, block, heads // groups, groups, head_dim).permute(0, 2, 3, 1, 4)
     return x.reshape(rows * (heads // groups), groups * block, head_dim)

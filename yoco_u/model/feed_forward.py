@@ -26,12 +26,13 @@ class SwiGLU(nn.Module):
 class ExpertMixture(nn.Module):
     """Each token visits its best `experts_per_token` experts and all shared ones; no token is dropped.
 
-    Scores are sigmoids of a float32 router; the chosen ones, scaled to sum to 1, weigh the experts' outputs. Tokens are sorted
-    by expert, so that all experts run as one grouped matrix product.
+    Scores are sigmoids of a float32 router. The scores of the chosen experts, scaled to sum to 1, weigh their outputs. Tokens
+    are sorted by expert, so that all experts run as one grouped matrix product.
 
-    Load is balanced without an auxiliary loss by a bias that only the choice sees (arXiv 2408.15664), or with one
-    (arXiv 2101.03961, eq. 4), or both; see `MixtureOfExperts`. `tokens_per_expert` counts the visits since the last step; with
-    gradient checkpointing, which runs blocks twice, every visit counts twice, and the balance between experts is the same.
+    Two ways to balance the load can be used alone or together, see `MixtureOfExperts`: a bias that is added to the scores for
+    the choice of experts only (arXiv 2408.15664), and an auxiliary loss (arXiv 2101.03961, eq. 4). `tokens_per_expert` counts
+    the visits since the last step. With gradient checkpointing, which runs blocks twice, every visit counts twice; that does
+    not change the balance.
     """
 
     def __init__(self, hidden_size: int, experts: MixtureOfExperts) -> None:
@@ -47,7 +48,7 @@ class ExpertMixture(nn.Module):
         self.tokens_per_expert = nn.Buffer(torch.zeros(experts.num_experts, dtype=torch.long), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(..., hidden) -> the same, and the weighted auxiliary loss of these tokens (None without one)."""
+        """(..., hidden) -> outputs of the same shape, and the weighted auxiliary loss of these tokens, or None without one."""
         tokens = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             scores = torch.sigmoid(F.linear(tokens.float(), self.router.weight.float()))  # (tokens, experts)
@@ -65,7 +66,7 @@ class ExpertMixture(nn.Module):
 
     def _experts(self, tokens: Tensor, chosen: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else tokens.dtype
-        order = chosen.flatten().argsort(stable=True)  # (tokens * experts_per_token,) grouped by expert
+        order = chosen.flatten().argsort(stable=True)  # (tokens * experts_per_token,), grouped by expert
         ends = counts.cumsum(0).to(torch.int32)
         visits = tokens.to(dtype)[order // self.experts_per_token]
         gate, up = _grouped_product(visits, self.gate_up_proj.to(dtype), ends).chunk(2, dim=-1)
@@ -82,20 +83,21 @@ class ExpertMixture(nn.Module):
 
     @torch.no_grad()
     def balance(self) -> None:
-        """Move the choice bias one step towards an even load and start counting anew; called after an optimizer step."""
+        """Move the choice bias one step towards an even load, and reset the counts; called after each optimizer step."""
         if self.bias_update_rate:
             overloaded = self.tokens_per_expert - self.tokens_per_expert.double().mean()
             self.choice_bias.sub_(self.bias_update_rate * overloaded.sign())
         self.tokens_per_expert.zero_()
 
 
-@torch.compiler.disable  # tracing refuses float32, which the operator itself takes (torch 2.13)
+@torch.compiler.disable  # torch 2.13 refuses to trace the operator in float32, although it runs in float32
 def _grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Rows up to ends[0] times weights[0], those from there to ends[1] times weights[1], and so on."""
+    """Multiply rows 0 .. ends[0] - 1 by weights[0], rows ends[0] .. ends[1] - 1 by weights[1], and so on."""
     return F.grouped_mm(x, weights, offs=ends)
 
 
 def feed_forward(config: YocoUConfig) -> nn.Module:
+    """The feed-forward of a block, as the config has it."""
     architecture = config.architecture
     if architecture.experts is None:
         return SwiGLU(architecture.hidden_size, architecture.intermediate_size)

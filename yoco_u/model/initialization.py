@@ -1,4 +1,4 @@
-"""Every weight's initial value, in one place."""
+"""The initial values of all weights, in one place."""
 
 import math
 
@@ -14,12 +14,12 @@ from yoco_u.model.layers import ResidualLinear, RMSNorm
 
 @torch.no_grad()
 def initialize(module: nn.Module, config: YocoUConfig) -> None:
-    """Initialise one module's own parameters; transformers calls this for every module that a checkpoint did not fill.
+    """Initialise one module's own parameters; transformers calls this for every module that no checkpoint has filled.
 
     - Matrices: normal, std `initializer_range`, by default 1 / sqrt(hidden_size): 0.02 at the paper's 2560.
-    - Matrices that write to the residual stream: divided by sqrt(2 x unrolled depth), because a block of a stage looped T
-      times adds to the stream T times. Depth is layers x loops, not layers.
-    - Norms 1, loop gates at the stage's `loop_gate`, ParScale prefixes like matrices.
+    - Matrices that write to the residual stream: std divided by sqrt(2 x unrolled depth). Unrolled depth is layers x loops,
+      not layers, because a block of a stage looped T times adds to the stream T times.
+    - Norms: 1. Loop gates: the stage's `loop_gate`. ParScale prefixes: like matrices.
     """
     std = config.initializer_range
     assert std is not None

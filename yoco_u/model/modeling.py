@@ -1,8 +1,8 @@
 """The causal language model: one forward pass for every architecture.
 
 - Stages run in order; a looped stage runs its blocks T times with the same weights.
-- Before the first cross stage the global KV is written once and handed to the cross stages as tensors.
-- Cross stages run only on the positions whose logits are asked for: prefill exits early.
+- Before the first cross stage, the global KV is written once; the cross stages receive it as tensors.
+- Cross stages run only on the positions whose logits are asked for, so most tokens of a prefill skip them.
 """
 
 from typing import Any
@@ -26,6 +26,8 @@ from yoco_u.model.layers import RMSNorm
 
 
 class YocoUPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about our models."""
+
     config: YocoUConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -39,7 +41,7 @@ class YocoUPreTrainedModel(PreTrainedModel):
 
 
 class StreamMixer(nn.Module):
-    """Mixes the outputs of ParScale's streams by weights that a small network reads off all of them (arXiv 2505.10475)."""
+    """Mixes the outputs of ParScale's streams; a small network computes the weights from all of them (arXiv 2505.10475)."""
 
     def __init__(self, config: YocoUConfig, parallel: ParallelStreams) -> None:
         super().__init__()
@@ -85,21 +87,21 @@ class YocoUModel(YocoUPreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states after the final norm, of the positions asked for.
+        """Compute the hidden states after the final norm, for the positions asked for.
 
         Args:
             input_ids: (batch, tokens); or inputs_embeds: (batch, tokens, hidden).
             attention_mask: (batch, cached + tokens), 0 where a token is padding, on either side.
-            position_ids: (batch, tokens) for the rotary embedding; by default counted over what is not padding, anew in each
-                document.
-            past_key_values: the cache of an earlier call, made with the same loop count.
-            document_ids: (batch, tokens), never decreasing; no attention crosses from one id to another.
+            position_ids: positions for RoPE, (batch, tokens); by default the tokens of each document are counted from 0,
+                without padding.
+            past_key_values: the cache of an earlier call with the same loop count.
+            document_ids: (batch, tokens), never decreasing; tokens of different documents do not see each other.
             num_loops: loop count T >= 1 of this call; the config's by default.
-            logits_to_keep: how many last positions, or which (a 1-D tensor of indices), to return; 0 is all. The cross-decoder
-                runs on these alone.
+            logits_to_keep: the positions to return: the last n for an int n, all for 0, or those in a 1-D tensor of indices.
+                The cross-decoder runs on these alone.
 
         Raises:
-            UserError: for inputs that contradict each other, each named in the message.
+            UserError: if inputs contradict each other; the message names them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -127,15 +129,15 @@ class YocoUModel(YocoUPreTrainedModel):
         return output
 
     def run_stages(self, x: Tensor, backend: AttentionBackend, architecture: Architecture) -> tuple[Tensor, list[Tensor]]:
-        """The one forward pass, whoever runs it and whatever remembers keys and values.
+        """Run all stages and the final norm: the one forward pass of training, `generate()`, the engine and analysis.
 
         Args:
             x: embedded tokens, (batch, tokens, hidden).
-            backend: what the tokens belong to and which of them are kept.
-            architecture: the model's own, at the loop count of this pass.
+            backend: attends, remembers keys and values, and knows which tokens are kept (their logits are asked for).
+            architecture: the model's own, with the loop count of this pass.
 
         Returns:
-            Hidden states of the kept tokens after the final norm, (batch, kept, hidden), and auxiliary losses.
+            Hidden states of the kept tokens after the final norm, (batch, kept, hidden), and the auxiliary losses of blocks.
         """
         if architecture.parallel:
             x = x[:, :, None].expand(-1, -1, architecture.parallel.streams, -1)
@@ -160,10 +162,10 @@ class YocoUModel(YocoUPreTrainedModel):
 
 
 class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
-    """The language model: `YocoUModel` and a head.
+    """The language model: `YocoUModel` and an LM head.
 
-    `generate()`, `save_pretrained`, `from_pretrained` and the Auto classes work as for any model of transformers; in addition
-    `num_loops=` chooses the loop count of a call and `document_ids=` packs documents into a row.
+    `generate()`, `save_pretrained`, `from_pretrained` and the Auto classes work as for any model of transformers. In addition,
+    `num_loops=` sets the loop count of a call, and `document_ids=` says which document of a packed row each token belongs to.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -177,13 +179,13 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """transformers' own cache does not know the slots of loops."""
+        """No: the cache that transformers would make has one layer per block, not one per slot."""
         return False
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Give `generate()` a cache for the call's loop count from the start, as prefill in chunks and assistants need one."""
+        """Make the cache for the call's loop count before the first pass, as chunked prefill and assisted decoding require."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
             return
@@ -207,16 +209,16 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss if there are labels. Arguments as in `YocoUModel.forward`; besides:
+        """Compute logits, and the loss if there are labels. The arguments not named here are those of `YocoUModel.forward`.
 
         Args:
-            labels: (batch, tokens), the input tokens themselves, which are shifted here; or `shift_labels`, (batch, tokens),
-                the targets as they are. -100 is ignored.
-            logits_to_keep: must leave all positions if there are labels.
+            labels: the input tokens, (batch, tokens), which are shifted here. Alternatively `shift_labels`, (batch, tokens),
+                the target of each token. -100 is ignored in both.
+            logits_to_keep: must keep all positions if there are labels.
 
         Returns:
-            logits (batch, positions, vocab); loss in nats per token, with the weighted auxiliary loss of the experts added in
-            training.
+            logits (batch, positions, vocab); loss in nats per token, to which training adds the weighted auxiliary loss of the
+            experts.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -259,7 +261,7 @@ def _check_cache(cache: YocoUCache | None, loops: tuple[int, ...], document_ids:
 
 
 def _segments(attention_mask: Tensor | None, document_ids: Tensor | None, shape: tuple[int, int], past: int) -> Tensor | None:
-    """Segments of all tokens so far, (batch, past + tokens), see `yoco_u.model.attention`; None for one document each."""
+    """Segments of all tokens so far, (batch, past + tokens), see `yoco_u.model.attention`; None if each row is one document."""
     segments = None
     if document_ids is not None:
         if document_ids.shape != shape:
@@ -279,6 +281,7 @@ def _segments(attention_mask: Tensor | None, document_ids: Tensor | None, shape:
 
 
 def _positions(attention_mask: Tensor | None, documents: Tensor | None, tokens: int, past: int, device: torch.device) -> Tensor:
+    """Positions of the new tokens for RoPE, (batch or 1, tokens): from 0 in each document, padding not counted."""
     if documents is not None:
         index = torch.arange(tokens, device=device)
         begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
@@ -289,7 +292,7 @@ def _positions(attention_mask: Tensor | None, documents: Tensor | None, tokens: 
 
 
 def _kept_positions(logits_to_keep: int | Tensor, tokens: int, device: torch.device) -> Tensor | None:
-    """Indices of the positions whose logits are asked for; None for all."""
+    """Indices of the positions whose logits are asked for, (kept,); None for all."""
     if isinstance(logits_to_keep, Tensor):
         return logits_to_keep.to(device)
     if logits_to_keep == 0 or logits_to_keep >= tokens:
@@ -297,6 +300,6 @@ def _kept_positions(logits_to_keep: int | Tensor, tokens: int, device: torch.dev
     return torch.arange(tokens - logits_to_keep, tokens, device=device)
 
 
-AutoConfig.register("yoco_u", YocoUConfig)
+AutoConfig.register("yoco_u", YocoUConfig, exist_ok=True)  # in the place of the package's stand-in
 AutoModel.register(YocoUConfig, YocoUModel)
 AutoModelForCausalLM.register(YocoUConfig, YocoUForCausalLM)

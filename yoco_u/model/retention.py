@@ -1,7 +1,7 @@
-"""Gated retention (YOCO, arXiv 2405.05254, section 3): a linear attention whose state decays by a gate of the token.
+"""Gated retention (YOCO, arXiv 2405.05254, section 3): a linear attention whose state decays by a factor that each token sets.
 
-`S_n = gamma_n S_(n-1) + k_n^T v_n`, `o_n = q_n S_n`. Training works in chunks, decoding one token at a time; both are here
-and agree. Everything in float32.
+`S_n = gamma_n S_(n-1) + k_n^T v_n`, `o_n = q_n S_n`. There are two implementations with the same results: token by token, for
+decoding, and in chunks, for training and prefill. Both compute in float32.
 """
 
 import torch
@@ -11,12 +11,12 @@ CHUNK = 128
 
 
 def recurrent_retention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition, token by token: what decoding runs.
+    """Retention token by token, as it is defined; decoding runs this.
 
     Args:
-        q, k, v: (batch, tokens, heads, head_dim); k already scaled.
+        q, k, v: (batch, tokens, heads, head_dim); k is already scaled.
         log_decay: log of gamma, (batch, tokens, heads), at most 0.
-        state: (batch, heads, head_dim of k, head_dim of v).
+        state: the state before the first token, (batch, heads, head_dim of k, head_dim of v).
 
     Returns:
         Outputs (batch, tokens, heads, head_dim) and the state after the last token.
@@ -31,13 +31,15 @@ def recurrent_retention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, stat
 def chunked_retention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, documents: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same in chunks: matrix products inside a chunk, one step of the recurrence between chunks.
+    """Retention in chunks: matrix products inside a chunk, one step of the recurrence from chunk to chunk.
 
     Args:
-        documents: (batch, tokens), never decreasing; the state is emptied where a document begins. `state` then has to be
-            empty.
+        q, k, v, log_decay, state: as in `recurrent_retention`.
+        documents: document of each token, (batch, tokens), never decreasing; the state is reset to zero where a document
+            begins. `state` is that of the first token's document.
 
-    Shapes as in `recurrent_retention`.
+    Returns:
+        As `recurrent_retention`.
     """
     if documents is None:
         documents = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
@@ -47,7 +49,7 @@ def chunked_retention(
         part = slice(start, start + CHUNK)
         q_c, k_c, v_c = (x[:, part].transpose(1, 2) for x in (q, k, v))  # (batch, heads, chunk, head_dim)
         document = documents[:, None, part]  # (batch, 1, chunk)
-        decay = log_decay[:, part].transpose(1, 2).cumsum(-1)  # (batch, heads, chunk): since the chunk began
+        decay = log_decay[:, part].transpose(1, 2).cumsum(-1)  # (batch, heads, chunk), summed from the chunk's beginning
 
         from_state = decay.exp() * (document == last[..., None])
         out = (q_c @ state) * from_state[..., None]
