@@ -49,14 +49,14 @@ def grid(workspace: Path, tmp_path: Path) -> Path:
 
 
 TESTS = Path(__file__).parents[1]
-CELLS = ["yoco_seed-0", "yoco-u_seed-0", "yoco_seed-1", "yoco-u_seed-1"]
+RUNS = ["yoco_seed-0", "yoco-u_seed-0", "yoco_seed-1", "yoco-u_seed-1"]
 
 
 def test_list_trains_nothing(run: Any, grid: Path, tmp_path: Path) -> None:
     outcome = run("experiment", grid, "--out", tmp_path / "out", "--list")
     assert outcome.status == 0
     assert [line.split()[:2] for line in outcome.out.splitlines() if "seed" in line] == [
-        [str(i), c] for i, c in enumerate(CELLS)
+        [str(i), c] for i, c in enumerate(RUNS)
     ]
     assert not (tmp_path / "out").exists()
 
@@ -67,14 +67,14 @@ def test_a_grid_is_trained_reported_and_not_trained_again(run: Any, grid: Path, 
     assert outcome.status == 0
     assert f"report: {out}/report.html" in outcome.out
     data = json.loads((out / "report.json").read_text())
-    assert [cell["cell"] for cell in data["cells"]] == CELLS
+    assert [cell["cell"] for cell in data["cells"]] == RUNS
     assert {cell["state"] for cell in data["cells"]} == {"finished"}
-    runs = [read_run(out / cell) for cell in CELLS]
+    runs = [read_run(out / name) for name in RUNS]
     assert [r.config.training.seed for r in runs] == [0, 0, 1, 1]
     assert len({r.config.dataset for r in runs}) == 1
     for cell, found in zip(data["cells"], runs, strict=True):
         assert cell["curve"][-1][2] == pytest.approx(found.kind("evaluation")[-1]["loss"], abs=1e-6)
-    distances = json.loads((out / CELLS[1] / "measures.json").read_text())["angular"]["result"]
+    distances = json.loads((out / RUNS[1] / "measures.json").read_text())["angular"]["result"]
     assert len(distances["layers"]) == 2 * 2 + 2
     assert "repeat a pattern in each loop" in " ".join(outcome.out.split())
     written = {path: path.stat().st_mtime_ns for path in out.rglob("m*s.json*")}
@@ -86,10 +86,10 @@ def test_a_grid_is_trained_reported_and_not_trained_again(run: Any, grid: Path, 
     assert run("experiment", grid, "--out", out, "--report").err == ""
 
 
-def test_cells_by_number_name_and_shard(run: Any, grid: Path, tmp_path: Path) -> None:
+def test_runs_by_number_name_and_shard(run: Any, grid: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run("experiment", grid, "--out", out, "--cell", "1").out == ""
-    assert run("experiment", grid, "--out", out, "--cell", "yoco-u_seed-0").err.count("nothing to do") == 1
+    assert run("experiment", grid, "--out", out, "--run", "1").out == ""
+    assert run("experiment", grid, "--out", out, "--run", "yoco-u_seed-0").err.count("nothing to do") == 1
     run("experiment", grid, "--out", out, "--only", "1/4")
     assert {path.parent.name for path in out.glob("*/summary.json")} == {"yoco-u_seed-0", "yoco_seed-0"}
     outcome = run("experiment", grid, "--out", out, "--report")
@@ -99,10 +99,10 @@ def test_cells_by_number_name_and_shard(run: Any, grid: Path, tmp_path: Path) ->
 def test_overrides_are_of_the_experiment(run: Any, grid: Path, tmp_path: Path) -> None:
     outcome = run("experiment", grid, "seeds=[5]", "base.training.steps=3", "--out", tmp_path / "out", "--list")
     assert "yoco_seed-5" in outcome.out
-    assert "2 cells" in outcome.out
+    assert "2 runs" in outcome.out
 
 
-def test_taken_and_diverging_cells_do_not_stop_the_grid(
+def test_taken_and_diverging_runs_do_not_stop_the_grid(
     run: Any, grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from yoco_u.experiment import run as module
@@ -111,23 +111,23 @@ def test_taken_and_diverging_cells_do_not_stop_the_grid(
 
     def diverge(config: Any, folder: Path, progress: bool) -> Any:
         asked.append(folder.name)
-        if folder.name == CELLS[0]:
+        if folder.name == RUNS[0]:
             (folder / "checkpoints" / "non-finite-step-00000001").mkdir(parents=True)
             raise TrainingDiverged("the loss is nan")
         return train(config, folder, progress=progress)
 
     monkeypatch.setattr(module, "train", diverge)
-    (out / CELLS[1]).mkdir(parents=True)
-    with FileLock(out / CELLS[1] / ".lock"):
+    (out / RUNS[1]).mkdir(parents=True)
+    with FileLock(out / RUNS[1] / ".lock"):
         outcome = run("experiment", grid, "--out", out)
     assert outcome.status == 0
-    assert asked == CELLS
-    assert "the loss is nan; going on with the next cell" in outcome.err
+    assert asked == RUNS
+    assert "the loss is nan; going on with the next run" in outcome.err
     assert "another process is training there" in outcome.err
-    assert [line for line in outcome.err.splitlines() if "not finished" in line] == [f"not finished: {c}" for c in CELLS[:2]]
-    assert {path.parent.name for path in out.glob("*/summary.json")} == {*CELLS[2:]}
-    assert "passed over" in run("experiment", grid, "--out", out, "--cell", "0").err
-    assert asked == CELLS
+    assert [line for line in outcome.err.splitlines() if "not finished" in line] == [f"not finished: {c}" for c in RUNS[:2]]
+    assert {path.parent.name for path in out.glob("*/summary.json")} == {*RUNS[2:]}
+    assert "passed over" in run("experiment", grid, "--out", out, "--run", "0").err
+    assert asked == RUNS
 
 
 def test_needles_that_cannot_be_made_are_refused_before_training(run: Any, grid: Path, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_needles_are_asked_for_once(workspace: Path, tmp_path: Path) -> None:
     shutil.copytree(workspace / "a", tmp_path / "a")
     asked = Measures(needles=NeedleSettings(kinds=("single_1",), lengths=(700,), depths=2, samples=1))
     measure(tmp_path / "a", asked)
-    assert [(cell["length"], cell["depth"]) for cell in read_measures(tmp_path / "a")["needles"]] == [(700, 0.0), (700, 1.0)]
+    assert [(score["length"], score["depth"]) for score in read_measures(tmp_path / "a")["needles"]] == [(700, 0.0), (700, 1.0)]
     written = (tmp_path / "a" / "measures.json").stat().st_mtime_ns
     measure(tmp_path / "a", asked)
     assert (tmp_path / "a" / "measures.json").stat().st_mtime_ns == written
@@ -153,41 +153,41 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in read_run(folder).records]
 
 
-def test_killed_in_a_cell_it_goes_on_to_the_same_losses(run: Any, workspace: Path, tmp_path: Path) -> None:
+def test_killed_in_a_run_it_goes_on_to_the_same_losses(run: Any, workspace: Path, tmp_path: Path) -> None:
     file, out, whole = tmp_path / "grid.yaml", tmp_path / "out", tmp_path / "whole"
     file.write_text(GRID.format(folder=workspace, steps=12))
     killed = f"""
         from own_signals import signal_at
         from yoco_u.cli import main
-        signal_at("os.mkdir */{CELLS[1]}/checkpoints/step-00000006.partial", {signal.SIGKILL:d})
+        signal_at("os.mkdir */{RUNS[1]}/checkpoints/step-00000006.partial", {signal.SIGKILL:d})
         main(["experiment", {str(file)!r}, "seeds=[0]", "--out", {str(out)!r}])
     """
     done = subprocess.run([sys.executable, "-c", dedent(killed)], cwd=TESTS, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert (out / CELLS[0] / "summary.json").exists()
-    assert not (out / CELLS[1] / "summary.json").exists()
-    first = (out / CELLS[0] / "metrics.jsonl").stat().st_mtime_ns
+    assert (out / RUNS[0] / "summary.json").exists()
+    assert not (out / RUNS[1] / "summary.json").exists()
+    first = (out / RUNS[0] / "metrics.jsonl").stat().st_mtime_ns
 
     assert run("experiment", file, "seeds=[0]", "--out", out).status == 0
-    assert (out / CELLS[0] / "metrics.jsonl").stat().st_mtime_ns == first
+    assert (out / RUNS[0] / "metrics.jsonl").stat().st_mtime_ns == first
     assert run("experiment", file, "seeds=[0]", "--out", whole).status == 0
-    for cell in CELLS[:2]:
-        expected = [(step, pytest.approx(loss, rel=1e-6)) for step, loss in losses(whole / cell)]
-        assert losses(out / cell) == expected
+    for name in RUNS[:2]:
+        expected = [(step, pytest.approx(loss, rel=1e-6)) for step, loss in losses(whole / name)]
+        assert losses(out / name) == expected
 
 
 def test_mistakes(run: Any, grid: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "exclude each other" in run("experiment", grid, "--list", "--report").error
-    assert "none of the 4 cells is finished" in run("experiment", grid, "--out", out, "--report").error
-    assert "no such cell" in run("experiment", grid, "--out", out, "--cell", "x").error
+    assert "none of the 4 runs is finished" in run("experiment", grid, "--out", out, "--report").error
+    assert "no such run" in run("experiment", grid, "--out", out, "--run", "x").error
     assert "SHARD/COUNT" in run("experiment", grid, "--out", out, "--only", "3").error
     assert "cannot read" in run("experiment", tmp_path / "none.yaml").error
     assert "did you mean models" in run("experiment", grid, "modls={}").error
     assert "unknown preset 'yoc'" in run("experiment", grid, "models.x={settings: {architecture: {preset: yoc}}}").error
     assert not out.exists()
-    assert run("experiment", grid, "--out", out, "--cell", "0").status == 0
-    for choice in (("--cell", "0"), ("--report",)):
+    assert run("experiment", grid, "--out", out, "--run", "0").status == 0
+    for choice in (("--run", "0"), ("--report",)):
         changed = run("experiment", grid, "base.optimizer.learning_rate=0.5", "--out", out, *choice)
         assert "optimizer.learning_rate = 0.001, now 0.5" in changed.err
         assert changed.status == 2

@@ -12,7 +12,7 @@ from yoco_u.experiment.grid import GridRun, expand
 from yoco_u.experiment.results import Results, read_results
 
 Loss = Callable[[GridRun, float], float]
-"""The validation loss of a cell after a share of its tokens, 0 to 1."""
+"""The validation loss of a run after a share of its tokens, 0 to 1."""
 
 POINTS = 16
 
@@ -33,9 +33,9 @@ def preset(name: str, **settings: Any) -> dict[str, Any]:
     return {"settings": {"architecture": {"preset": name} | settings}} | plan
 
 
-def write_cell(cell: GridRun, folder: Path, loss: Loss, done: float = 1.0) -> None:
+def write_run(run: GridRun, folder: Path, loss: Loss, done: float = 1.0) -> None:
     """A run folder as training leaves it, `done` of it over."""
-    target, config = folder / cell.name, cell.config
+    target, config = folder / run.name, run.config
     target.mkdir(parents=True)
     dump_yaml(config, target / "config.yaml")
     records = []
@@ -45,32 +45,32 @@ def write_cell(cell: GridRun, folder: Path, loss: Loss, done: float = 1.0) -> No
             break
         common = {"step": step, "tokens": step * config.tokens_per_step, "flops": config.training_flops(step)}
         records.append({"kind": "train", "loss": 3.0, "seconds": 0.5 * number} | common)
-        records.append({"kind": "evaluation", "loss": loss(cell, number / POINTS)} | common)
+        records.append({"kind": "evaluation", "loss": loss(run, number / POINTS)} | common)
     (target / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if done == 1:
         (target / "summary.json").write_text("{}")
 
 
 def write_grid(experiment: Experiment, folder: Path, loss: Loss) -> list[GridRun]:
-    cells = expand(experiment, folder)
-    for cell in cells:
-        write_cell(cell, folder, loss)
-    return cells
+    runs = expand(experiment, folder)
+    for run in runs:
+        write_run(run, folder, loss)
+    return runs
 
 
 def results_of(experiment: Experiment, folder: Path, loss: Loss) -> Results:
     return read_results(write_grid(experiment, folder, loss), folder)
 
 
-def noise(cell: GridRun, scale: float = 0.002) -> float:
-    """Small, the same every time, different for every cell."""
-    return random.Random(cell.name).uniform(-scale, scale)
+def noise(run: GridRun, scale: float = 0.002) -> float:
+    """Small, the same every time, different for every run."""
+    return random.Random(run.name).uniform(-scale, scale)
 
 
 def finals(losses: dict[str, float], spread: float = 0.002) -> Loss:
-    """Curves that fall to a final loss for each model (by the start of the cell's name), which every seed shifts alike."""
+    """Curves that fall to a final loss for each model (by the start of the run's name), which every seed shifts alike."""
 
-    def loss(cell: GridRun, share: float) -> float:
-        return losses[cell.model] + 0.05 * cell.seed + noise(cell, spread) + 0.4 * (1 / share - 1) * 0.1
+    def loss(run: GridRun, share: float) -> float:
+        return losses[run.model] + 0.05 * run.seed + noise(run, spread) + 0.4 * (1 / share - 1) * 0.1
 
     return loss

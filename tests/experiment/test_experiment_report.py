@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from made_up_grids import finals, grid, preset, write_cell, write_grid
+from made_up_grids import finals, grid, preset, write_grid, write_run
 
 from yoco_u.errors import UserError
 from yoco_u.experiment.findings.claims import FINDINGS
@@ -20,8 +20,8 @@ LOSSES = {"yoco": 2.5, "yoco-u": 2.4}
 
 def test_report_of_a_finished_grid(tmp_path: Path) -> None:
     experiment = grid(MODELS)
-    cells = write_grid(experiment, tmp_path, finals(LOSSES))
-    summary = write_experiment_report(experiment, cells, tmp_path)
+    runs = write_grid(experiment, tmp_path, finals(LOSSES))
+    summary = write_experiment_report(experiment, runs, tmp_path)
     page, data = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
@@ -43,7 +43,7 @@ def test_report_of_a_finished_grid(tmp_path: Path) -> None:
     assert f"{looped['loss']['mean']:.4f}" in page
     assert len(data["cells"]) == 6
     tokens, flops, loss = data["cells"][-1]["curve"][-1]
-    assert (tokens, flops) == (204_800, pytest.approx(cells[-1].config.training_flops()))
+    assert (tokens, flops) == (204_800, pytest.approx(runs[-1].config.training_flops()))
     assert loss == pytest.approx(looped["loss_by_seed"]["2"], abs=1e-6)
     assert all(fit["law"] is None and "there are 1" in fit["reason"] for fit in data["fits"])
 
@@ -51,8 +51,8 @@ def test_report_of_a_finished_grid(tmp_path: Path) -> None:
 def test_budgets_are_fitted(tmp_path: Path) -> None:
     tokens = [102_400 * 2**i for i in range(5)]
     experiment = grid(MODELS, tokens=tokens)
-    cells = write_grid(experiment, tmp_path, lambda cell, share: 1.5 + 30 * (cell.tokens or 0) ** -0.3 + (1 - share))
-    write_experiment_report(experiment, cells, tmp_path)
+    runs = write_grid(experiment, tmp_path, lambda run, share: 1.5 + 30 * (run.tokens or 0) ** -0.3 + (1 - share))
+    write_experiment_report(experiment, runs, tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
     fits = {(fit["model"], fit["x"]): fit["law"] for fit in data["fits"]}
     assert fits.keys() == {(model, x) for model in LOSSES for x in ("tokens", "flops")}
@@ -64,18 +64,18 @@ def test_budgets_are_fitted(tmp_path: Path) -> None:
 
 def test_report_of_a_grid_under_way(tmp_path: Path) -> None:
     experiment = grid(MODELS, seeds=(0, 1))
-    cells = expand(experiment, tmp_path)
-    with pytest.raises(UserError, match="none of the 4 cells is finished yet"):
-        write_experiment_report(experiment, cells, tmp_path)
+    runs = expand(experiment, tmp_path)
+    with pytest.raises(UserError, match="none of the 4 runs is finished yet"):
+        write_experiment_report(experiment, runs, tmp_path)
     assert not (tmp_path / "report.html").exists()
-    write_cell(cells[0], tmp_path, finals(LOSSES))
-    write_cell(cells[1], tmp_path, finals(LOSSES), done=0.5)
-    write_cell(cells[2], tmp_path, finals(LOSSES), done=0.25)
-    write_cell(cells[3], tmp_path, finals(LOSSES), done=0)  # has begun, without a step
-    (tmp_path / cells[2].name / "checkpoints" / "non-finite-step-00000400").mkdir(parents=True)
-    write_experiment_report(experiment, cells, tmp_path)
+    write_run(runs[0], tmp_path, finals(LOSSES))
+    write_run(runs[1], tmp_path, finals(LOSSES), done=0.5)
+    write_run(runs[2], tmp_path, finals(LOSSES), done=0.25)
+    write_run(runs[3], tmp_path, finals(LOSSES), done=0)  # has begun, without a step
+    (tmp_path / runs[2].name / "checkpoints" / "non-finite-step-00000400").mkdir(parents=True)
+    write_experiment_report(experiment, runs, tmp_path)
     page, data = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
-    states = {cell["cell"]: cell["state"] for cell in data["cells"]}
+    states = {run["cell"]: run["state"] for run in data["cells"]}
     assert states == {
         "yoco_seed-0": "finished",
         "yoco-u_seed-0": "unfinished",
@@ -102,22 +102,22 @@ def test_a_grid_that_was_moved_is_reported(tmp_path: Path) -> None:
 
 def test_needles_are_maps_of_their_mean_over_the_seeds(tmp_path: Path) -> None:
     experiment, shares = grid(MODELS), {"yoco": 0.2, "yoco-u": 0.9}
-    cells = write_grid(experiment, tmp_path, finals(LOSSES))
-    write_experiment_report(experiment, cells, tmp_path)
+    runs = write_grid(experiment, tmp_path, finals(LOSSES))
+    write_experiment_report(experiment, runs, tmp_path)
     assert "<h2>Needles</h2>" not in (tmp_path / "report.html").read_text()
-    for cell in cells:
+    for run in runs:
         needles = [
             {
                 "kind": "single_1",
                 "length": length,
                 "depth": depth,
-                "recall": shares[cell.model] * depth + 0.03 * (cell.seed - 1),
+                "recall": shares[run.model] * depth + 0.03 * (run.seed - 1),
             }
             for depth in (0.5, 1.0)
             for length in (256, 512)
         ]
-        write_json(tmp_path / cell.name / "measures.json", {"needles": {"settings": {}, "result": needles}})
-    write_experiment_report(experiment, cells, tmp_path)
+        write_json(tmp_path / run.name / "measures.json", {"needles": {"settings": {}, "result": needles}})
+    write_experiment_report(experiment, runs, tmp_path)
     page = (tmp_path / "report.html").read_text()
     yoco, looped = page[page.index("<h2>Needles</h2>") :].split("</figure>")[:2]
     assert "YOCO &amp; &lt;b&gt;" in yoco and "YOCO-U" in looped

@@ -66,10 +66,10 @@ def test_where_the_gap_closes_the_crossing_is_told(tmp_path: Path) -> None:
     models = {"yoco": preset("yoco"), "yoco-u": preset("yoco_u")}
     tokens = [102_400 * 2**i for i in range(4)]
 
-    def loss(cell: GridRun, share: float) -> float:
-        doublings = tokens.index(cell.tokens or 0)
-        lag = 0.1 - 0.02 * doublings if cell.model == "yoco-u" else 0
-        return 3 - 0.2 * doublings + lag + noise(cell, 0.0005) + 0.1 * (1 / share - 1)
+    def loss(run: GridRun, share: float) -> float:
+        doublings = tokens.index(run.tokens or 0)
+        lag = 0.1 - 0.02 * doublings if run.model == "yoco-u" else 0
+        return 3 - 0.2 * doublings + lag + noise(run, 0.0005) + 0.1 * (1 / share - 1)
 
     found = outcome(results_of(grid(models, tokens=tokens), tmp_path, loss), "equal-steps")
     assert found.verdict == "not confirmed"
@@ -83,8 +83,8 @@ def test_tokens_to_equal_loss_over_budgets(tmp_path: Path) -> None:
     models = {"yoco": preset("yoco"), "yoco-u": preset("yoco_u")}
     tokens = [102_400 * 2**i for i in range(4)]
 
-    def loss(cell: GridRun, share: float) -> float:
-        return 3 - 0.2 * tokens.index(cell.tokens or 0) - (0.2 if cell.model == "yoco-u" else 0) + noise(cell) + (1 - share)
+    def loss(run: GridRun, share: float) -> float:
+        return 3 - 0.2 * tokens.index(run.tokens or 0) - (0.2 if run.model == "yoco-u" else 0) + noise(run) + (1 - share)
 
     found = outcome(results_of(grid(models, tokens=tokens), tmp_path, loss), "equal-loss")
     assert found.verdict == "confirmed"
@@ -172,8 +172,8 @@ def test_early_lag(tmp_path: Path, lag: float, gain: float, verdict: str, plain:
     }
     early = {"yoco": 0.0, "plain": lag, "tamed": lag - gain}
 
-    def loss(cell: GridRun, share: float) -> float:
-        return 2.5 + 0.05 * cell.seed + noise(cell, 0.001) + (early[cell.model] if share <= 0.5 else 0) + 0.1 * (1 - share)
+    def loss(run: GridRun, share: float) -> float:
+        return 2.5 + 0.05 * run.seed + noise(run, 0.001) + (early[run.model] if share <= 0.5 else 0) + 0.1 * (1 - share)
 
     found = outcome(results_of(grid(models), tmp_path, loss), "early-lag")
     assert found.verdict == verdict

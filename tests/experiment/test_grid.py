@@ -1,4 +1,4 @@
-"""From a file to cells: names, order, axes, and the arithmetic of matching."""
+"""From a file to runs: names, order, axes, and the arithmetic of matching."""
 
 from pathlib import Path
 from typing import Any
@@ -31,38 +31,38 @@ def model(preset: str, **settings: Any) -> dict[str, Any]:
     return {"settings": {"architecture": {"preset": preset} | settings}} | plan
 
 
-def cells_of(models: dict[str, Any], **settings: Any) -> dict[str, GridRun]:
-    return {cell.name: cell for cell in expand(experiment(models, **settings), Path("runs/x"))}
+def runs_of(models: dict[str, Any], **settings: Any) -> dict[str, GridRun]:
+    return {run.name: run for run in expand(experiment(models, **settings), Path("runs/x"))}
 
 
-def flops(cell: GridRun) -> float:
+def flops(run: GridRun) -> float:
     """Three forward passes over every token."""
-    training = cell.config.training
+    training = run.config.training
     tokens = training.steps * training.batch_rows * training.sequence_length
-    return 3 * forward_flops(cell.config.architecture, training.sequence_length) * tokens
+    return 3 * forward_flops(run.config.architecture, training.sequence_length) * tokens
 
 
-def test_without_axes_a_cell_is_named_like_its_model() -> None:
-    cells = cells_of({"yoco": model("yoco"), "yoco-u": model("yoco_u", label="YOCO-U")})
-    assert list(cells) == ["yoco", "yoco-u"]
-    assert [cell.config.name for cell in cells.values()] == ["yoco", "YOCO-U"]
-    assert [cell.role for cell in cells.values()] == ["yoco", "yoco_u"]
-    assert {cell.config.dataset for cell in cells.values()} == {"runs/x/data"}
+def test_without_axes_a_run_is_named_like_its_model() -> None:
+    runs = runs_of({"yoco": model("yoco"), "yoco-u": model("yoco_u", label="YOCO-U")})
+    assert list(runs) == ["yoco", "yoco-u"]
+    assert [run.config.name for run in runs.values()] == ["yoco", "YOCO-U"]
+    assert [run.role for run in runs.values()] == ["yoco", "yoco_u"]
+    assert {run.config.dataset for run in runs.values()} == {"runs/x/data"}
 
 
 def test_names_say_every_axis_that_the_file_has() -> None:
-    cells = cells_of(
+    runs = runs_of(
         {"yoco-u": model("yoco_u", vary={"architecture.loops": [1, 3], "optimizer.learning_rate": [0.01]})},
         tokens=[6400, 1_024_000],
         seeds=[0, 7],
     )
-    assert list(cells) == [
+    assert list(runs) == [
         f"yoco-u_loops-{loops}_learning-rate-0.01_tokens-{tokens}_seed-{seed}"
         for seed in (0, 7)
         for tokens in ("6400", "1024K")
         for loops in (1, 3)
     ]
-    first = cells["yoco-u_loops-3_learning-rate-0.01_tokens-1024K_seed-7"]
+    first = runs["yoco-u_loops-3_learning-rate-0.01_tokens-1024K_seed-7"]
     assert first.series == "yoco-u_loops-3_learning-rate-0.01_tokens-1024K"
     assert first.config.training.seed == first.seed == 7
     assert first.config.training.steps == 8000
@@ -75,29 +75,29 @@ axis = st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True)
 
 
 @given(seeds=axis, tokens=axis, loops=axis, more=st.integers(100, 120))
-def test_a_grid_that_grows_keeps_its_cells(seeds: list[int], tokens: list[int], loops: list[int], more: int) -> None:
+def test_a_grid_that_grows_keeps_its_runs(seeds: list[int], tokens: list[int], loops: list[int], more: int) -> None:
     models = {"a": model("yoco"), "b": model("yoco_u", vary={"architecture.loops": [n + 1 for n in loops]})}
     counts = [1280 * (n + 1) for n in tokens]
-    before = cells_of(models, seeds=seeds, tokens=counts)
+    before = runs_of(models, seeds=seeds, tokens=counts)
     assert len(before) == len(seeds) * len(tokens) * (1 + len(loops))
-    assert before == cells_of(models, seeds=seeds, tokens=counts)
-    after = cells_of(models, seeds=[*seeds, more], tokens=counts)
+    assert before == runs_of(models, seeds=seeds, tokens=counts)
+    after = runs_of(models, seeds=[*seeds, more], tokens=counts)
     assert list(after)[: len(before)] == list(before)
-    grown = cells_of(models | {"c": model("transformer")}, seeds=seeds, tokens=[*counts, 1280 * 200])
-    assert all(grown[name] == cell for name, cell in before.items())
+    grown = runs_of(models | {"c": model("transformer")}, seeds=seeds, tokens=[*counts, 1280 * 200])
+    assert all(grown[name] == run for name, run in before.items())
 
 
 def test_a_gate_is_dropped_where_there_is_one_loop() -> None:
-    cells = cells_of({"yoco-u": model("yoco_u", loop_gate=0.1, vary={"architecture.loops": [1, 2]})})
-    assert [cell.config.architecture.stages[0].loop_gate for cell in cells.values()] == [None, 0.1]
+    runs = runs_of({"yoco-u": model("yoco_u", loop_gate=0.1, vary={"architecture.loops": [1, 2]})})
+    assert [run.config.architecture.stages[0].loop_gate for run in runs.values()] == [None, 0.1]
 
 
 @given(loops=st.integers(2, 6), steps=st.integers(20, 5000), rows=st.sampled_from([1, 2, 4, 8]))
 def test_equal_flops_to_the_nearest_step(loops: int, steps: int, rows: int) -> None:
     plain = model("yoco", match={"by": "flops", "reference": "looped"})
     plain["settings"]["training"] = {"batch_rows": rows, "micro_batch_rows": rows}
-    cells = cells_of({"plain": plain, "looped": model("yoco_u", loops=loops)}, tokens=[steps * 128], seeds=[1])
-    matched, reference = cells.values()
+    runs = runs_of({"plain": plain, "looped": model("yoco_u", loops=loops)}, tokens=[steps * 128], seeds=[1])
+    matched, reference = runs.values()
     per_step = flops(matched) / matched.config.training.steps
     assert abs(flops(matched) - flops(reference)) <= per_step / 2 * (1 + 1e-9)
     assert flops(reference) == pytest.approx(reference.config.training_flops())
@@ -107,9 +107,9 @@ def test_equal_flops_to_the_nearest_step(loops: int, steps: int, rows: int) -> N
 def test_equal_tokens_whatever_the_batch() -> None:
     wide = model("yoco", match={"by": "tokens", "reference": "yoco-u"})
     wide["settings"]["training"] = {"batch_rows": 16, "micro_batch_rows": 16, "steps": 5}
-    cells = cells_of({"wide": wide, "yoco-u": model("yoco_u")})
-    assert cells["wide"].config.training.steps == 25
-    assert cells["wide"].config.training.steps * 16 == cells["yoco-u"].config.training.steps * 4
+    runs = runs_of({"wide": wide, "yoco-u": model("yoco_u")})
+    assert runs["wide"].config.training.steps == 25
+    assert runs["wide"].config.training.steps * 16 == runs["yoco-u"].config.training.steps * 4
 
 
 @pytest.mark.parametrize("preset", ["transformer", "yoco", "parscale", "upper_loop_without_shared_kv", "deeper"])
@@ -128,17 +128,17 @@ def test_equal_parameters_are_the_nearest_of_all_widths(preset: str) -> None:
 def test_parameters_and_flops_together_and_a_match_of_one_models_own() -> None:
     matches = [{"by": "flops", "reference": "yoco-u"}, {"by": "parameters", "reference": "yoco-u"}]
     models = {"long": model("yoco", match=matches), "yoco-u": model("yoco_u"), "short": model("yoco")}
-    cells = cells_of(models, match={"by": "parameters", "reference": "yoco-u"})
-    assert cells["long"].config.architecture == cells["short"].config.architecture
-    assert flops(cells["long"]) == pytest.approx(flops(cells["yoco-u"]), rel=0.01)
-    assert cells["short"].config.training.steps == 100
+    runs = runs_of(models, match={"by": "parameters", "reference": "yoco-u"})
+    assert runs["long"].config.architecture == runs["short"].config.architecture
+    assert flops(runs["long"]) == pytest.approx(flops(runs["yoco-u"]), rel=0.01)
+    assert runs["short"].config.training.steps == 100
 
 
 def test_a_reference_follows_the_varied_values() -> None:
     models = {"long": model("yoco", match={"by": "flops", "reference": "yoco-u"}), "yoco-u": model("yoco_u")}
-    cells = cells_of(models, vary={"training.sequence_length": [16, 32]})
+    runs = runs_of(models, vary={"training.sequence_length": [16, 32]})
     for length in (16, 32):
-        long, looped = (cells[f"{name}_sequence-length-{length}"] for name in ("long", "yoco-u"))
+        long, looped = (runs[f"{name}_sequence-length-{length}"] for name in ("long", "yoco-u"))
         assert flops(long) == pytest.approx(flops(looped), rel=0.01)
 
 
@@ -146,23 +146,23 @@ def test_the_loop_schedule_counts_in_equal_flops() -> None:
     grown = model("yoco_u")
     grown["settings"]["training"] = {"loop_schedule": [{"until": 0.5, "loops": 1}]}
     models = {"grown": grown | {"match": {"by": "flops", "reference": "yoco-u"}}, "yoco-u": model("yoco_u")}
-    cells = cells_of(models)
-    one, three = (forward_flops(cells["yoco-u"].config.architecture.with_loops(t), 32) for t in (1, 3))
-    assert cells["grown"].config.training.steps == round(100 * three / ((one + three) / 2))
+    runs = runs_of(models)
+    one, three = (forward_flops(runs["yoco-u"].config.architecture.with_loops(t), 32) for t in (1, 3))
+    assert runs["grown"].config.training.steps == round(100 * three / ((one + three) / 2))
 
 
-def test_choosing_cells() -> None:
-    cells = list(cells_of({"a": model("yoco")}, seeds=list(range(7))).values())
-    shards = [choose(cells, only=f"{shard}/3") for shard in (1, 2, 3)]
-    assert sorted(cell.seed for shard in shards for cell in shard) == list(range(7))
-    assert [cell.seed for cell in shards[1]] == [1, 4]
-    assert choose(cells, cell="a_seed-4") == choose(cells, cell="4") == [cells[4]]
-    assert choose(cells) == cells
+def test_choosing_runs() -> None:
+    runs = list(runs_of({"a": model("yoco")}, seeds=list(range(7))).values())
+    shards = [choose(runs, only=f"{shard}/3") for shard in (1, 2, 3)]
+    assert sorted(run.seed for shard in shards for run in shard) == list(range(7))
+    assert [run.seed for run in shards[1]] == [1, 4]
+    assert choose(runs, run="a_seed-4") == choose(runs, run="4") == [runs[4]]
+    assert choose(runs) == runs
     for wrong in ("0/3", "4/3", "1/0", "x", "1/2/3", "-1/2"):
         with pytest.raises(UserError, match="expected SHARD/COUNT"):
-            choose(cells, only=wrong)
-    with pytest.raises(UserError, match=r"no such cell; give a number from 0 to 6 or a name, see --list"):
-        choose(cells, cell="7")
+            choose(runs, only=wrong)
+    with pytest.raises(UserError, match=r"no such run; give a number from 0 to 6 or a name, see --list"):
+        choose(runs, run="7")
 
 
 FLOPS_OF_A = {"by": "flops", "reference": "a"}
@@ -193,7 +193,7 @@ FLOPS_OF_A = {"by": "flops", "reference": "a"}
             {},
             "b could be any of b_loops-2, b_loops-3; name one of them",
         ),
-        ({"a": model("yoco", vary={"optimizer.learning_rate": [0.1, 0.10000000001]})}, {}, "two cells come out as"),
+        ({"a": model("yoco", vary={"optimizer.learning_rate": [0.1, 0.10000000001]})}, {}, "two runs come out as"),
         ({"a": model("yoco"), "b": model("yoco") | {"settings": {"data": {}, "architecture": {"preset": "yoco"}}}}, {}, "data"),
         (
             {"a": model("yoco"), "b": model("yoco", hidden_size=512, match={"by": "parameters", "reference": "a"})},
@@ -204,16 +204,16 @@ FLOPS_OF_A = {"by": "flops", "reference": "a"}
 )
 def test_mistakes_are_told_in_one_line(models: dict[str, Any], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as told:
-        cells_of(models, **settings)
+        runs_of(models, **settings)
     assert message in str(told.value)
     assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_our_own_recipes_are_valid(file: Path) -> None:
-    cells = expand(parse(Experiment, load_yaml(file), file.name), Path("runs/x"))
-    counts = [parameters(cell.config.architecture).total for cell in cells]
+    runs = expand(parse(Experiment, load_yaml(file), file.name), Path("runs/x"))
+    counts = [parameters(run.config.architecture).total for run in runs]
     assert max(counts) < 1.06 * min(counts)
-    for cell in cells:
-        assert cell.config.data is not None
-        assert cell.config.data.vocab_size <= cell.config.architecture.vocab_size
+    for run in runs:
+        assert run.config.data is not None
+        assert run.config.data.vocab_size <= run.config.architecture.vocab_size

@@ -22,19 +22,19 @@ def experiment(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the grid. \\[default: runs/NAME of the file]")] = None,
-    cell: Annotated[str | None, typer.Option("--cell", help="Train this cell alone: its name, or number in --list.")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="Train this run alone: its name, or number in --list.")] = None,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="SHARD/COUNT", help="Train every COUNT-th cell from the SHARD-th on.")
+        str | None, typer.Option("--only", metavar="SHARD/COUNT", help="Train every COUNT-th run from the SHARD-th on.")
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Print the cells and train nothing.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Print the runs and train nothing.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report of what is there and train nothing.")] = False,
 ) -> None:
     """Train a grid of models, and judge the paper's findings by it.
 
-    Cells are trained one after another and finished ones are skipped, so the
+    Runs are trained one after another and finished ones are skipped, so the
     same command goes on after any interruption. Several processes, on several
-    machines too, may work on one folder: none takes a cell that another has.
-    When all cells are chosen, a report is written at the end.
+    machines too, may work on one folder: none takes a run that another has.
+    When all runs are chosen, a report is written at the end.
 
     [bold]Examples[/bold]
 
@@ -42,33 +42,33 @@ def experiment(
 
       yoco-u experiment grid.yaml --out runs/grid --list
 
-      yoco-u experiment grid.yaml --out shared/grid --cell $SLURM_ARRAY_TASK_ID
+      yoco-u experiment grid.yaml --out shared/grid --run $SLURM_ARRAY_TASK_ID
 
       yoco-u experiment grid.yaml --out runs/grid --report
     """
     from yoco_u.config import apply_overrides, load_yaml, parse
     from yoco_u.experiment.config import Experiment
     from yoco_u.experiment.grid import choose, expand
-    from yoco_u.experiment.run import run_cells
+    from yoco_u.experiment.run import train_runs
 
-    if (cell is not None) + (only is not None) + list_ + report > 1:
-        raise UserError("--cell, --only, --list and --report exclude each other; give one of them")
+    if (run is not None) + (only is not None) + list_ + report > 1:
+        raise UserError("--run, --only, --list and --report exclude each other; give one of them")
     grid = parse(Experiment, apply_overrides(load_yaml(config), overrides or []), str(config))
     folder = out or Path("runs") / config.stem
-    cells = expand(grid, folder)
+    runs = expand(grid, folder)
     if list_:
-        _print_cells(cells)
+        _print_runs(runs)
         return
     if not report:
         with stops_cleanly():
-            unfinished = run_cells(grid, choose(cells, cell, only), folder, say=note)
+            unfinished = train_runs(grid, choose(runs, run, only), folder, say=note)
         for left in unfinished:
             note(f"not finished: {left.name}")
-        if cell is not None or only is not None or not is_first_process():
+        if run is not None or only is not None or not is_first_process():
             return
     from yoco_u.experiment.report import REPORT, write_experiment_report
 
-    _print_findings(write_experiment_report(grid, cells, folder))
+    _print_findings(write_experiment_report(grid, runs, folder))
     print(f"report: {folder / REPORT}.html, .json and .png")
 
 
@@ -84,16 +84,16 @@ def _print_findings(summary: "Summary") -> None:
     console.print()
 
 
-def _print_cells(cells: "list[GridRun]") -> None:
+def _print_runs(runs: "list[GridRun]") -> None:
     from yoco_u.budget import parameters
     from yoco_u.formatting import scientific, short_count
 
-    wide = max(len(cell.name) for cell in cells)
-    print(f"{'':>4}  {'cell':<{wide}}  parameters    steps   tokens  training FLOPs")
-    for number, cell in enumerate(cells):
-        config, steps = cell.config, cell.config.training.steps
+    wide = max(len(run.name) for run in runs)
+    print(f"{'':>4}  {'run':<{wide}}  parameters    steps   tokens  training FLOPs")
+    for number, run in enumerate(runs):
+        config, steps = run.config, run.config.training.steps
         counts = f"{short_count(parameters(config.architecture).total):>10}  {steps:>7,}"
         cost = f"{short_count(steps * config.tokens_per_step):>7}  {scientific(config.training_flops()):>14}"
-        print(f"{number:>4}  {cell.name:<{wide}}  {counts}  {cost}")
-    total = sum(cell.config.training_flops() for cell in cells)
-    print(f"{len(cells)} cells, {scientific(total)} FLOPs of training")
+        print(f"{number:>4}  {run.name:<{wide}}  {counts}  {cost}")
+    total = sum(run.config.training_flops() for run in runs)
+    print(f"{len(runs)} runs, {scientific(total)} FLOPs of training")

@@ -39,22 +39,22 @@ def quickstart(
     from yoco_u.config import load_yaml, parse
     from yoco_u.experiment.config import Experiment
     from yoco_u.experiment.grid import expand
-    from yoco_u.experiment.run import run_cells
+    from yoco_u.experiment.run import train_runs
     from yoco_u.report.run_report import write_report
     from yoco_u.training.run_folder import read_run
 
     experiment = parse(Experiment, load_yaml(config), str(config))
-    cells = expand(experiment, out, overrides or [])
+    runs = expand(experiment, out, overrides or [])
     with stops_cleanly():
-        unfinished = run_cells(experiment, cells, out, progress=not json, say=(lambda _: None) if json else note)
+        unfinished = train_runs(experiment, runs, out, progress=not json, say=(lambda _: None) if json else note)
     if unfinished:
         raise UserError(f"{out / unfinished[0].name}: the run did not finish: another process trains it, or its loss diverged")
     report = out / "report.html"
-    figures = write_report([read_run(out / cell.name) for cell in cells], report, experiment.title)
+    figures = write_report([read_run(out / run.name) for run in runs], report, experiment.title)
     if json:
         print_json(figures.as_json() | {"report": str(report)})
         return
-    _print(figures, out, report, cells[-1].name)
+    _print(figures, out, report, runs[-1].name)
 
 
 def _print(figures: "Comparison", out: Path, report: Path, model: str) -> None:

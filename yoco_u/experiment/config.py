@@ -22,7 +22,7 @@ Vary = dict[str, Annotated[tuple[Scalar, ...], Field(min_length=1)]]
 
 
 class Match(Config):
-    """Another model whose cost a model is to have, in the cell of the same tokens and seed.
+    """Another model whose cost a model is to have, in the run of the same tokens and seed.
 
     Attributes:
         by: `parameters` chooses the width of the feed-forward so that the counts are as near as can be, at the steps that are

@@ -1,4 +1,4 @@
-"""From an experiment to its cells: one checked run config each, in an order and under names that do not change as it grows."""
+"""From an experiment to its runs: a checked config each, in an order and under names that do not change as the grid grows."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ class GridRun:
 
     Attributes:
         name: of its folder, inside the experiment's.
-        series: the name without the seed; cells of one series differ in nothing else.
+        series: the name without the seed; runs of one series differ in nothing else.
         model: the name of its entry in `models` with the varied values, without tokens and seed.
         model_label: the model's name for people.
         label: of the series, the model's with the tokens that it reads where these are an axis.
@@ -56,49 +56,49 @@ class _Variant:
 
 
 def expand(experiment: Experiment, folder: Path, overrides: Sequence[str] = ()) -> list[GridRun]:
-    """All cells: seeds outermost, then tokens, then the models in their order with the last varied setting fastest.
+    """All runs: seeds outermost, then tokens, then the models in their order with the last varied setting fastest.
 
-    So the first seed's comparison is complete before the second begins, and new seeds come last. The dataset that all cells
+    So the first seed's comparison is complete before the second begins, and new seeds come last. The dataset that all runs
     share is `folder`/data.
 
     Args:
         overrides: `key=value` settings that win in every run.
 
     Raises:
-        UserError: if settings do not fit, a reference names no model or several, or two cells come out with one name.
+        UserError: if settings do not fit, a reference names no model or several, or two runs come out with one name.
     """
     variants = list(_variants(experiment))
     grid = _Grid(experiment, variants, folder, overrides)
-    cells = [
-        grid.cell(variant, tokens, seed)
+    runs = [
+        grid.run(variant, tokens, seed)
         for seed, tokens, variant in product(experiment.seeds or (None,), experiment.tokens or (None,), variants)
     ]
-    _check(cells)
-    return cells
+    _check(runs)
+    return runs
 
 
-def choose(cells: Sequence[GridRun], cell: str | None = None, only: str | None = None) -> list[GridRun]:
-    """Some of the cells.
+def choose(runs: Sequence[GridRun], run: str | None = None, only: str | None = None) -> list[GridRun]:
+    """Some of the runs.
 
     Args:
-        cell: the name of one, or its number in the list, from 0.
-        only: `SHARD/COUNT`: every COUNT-th cell from the SHARD-th on, SHARD = 1 .. COUNT.
+        run: the name of one, or its number in the list, from 0.
+        only: `SHARD/COUNT`: every COUNT-th run from the SHARD-th on, SHARD = 1 .. COUNT.
 
     Raises:
-        UserError: if there is no such cell, or `only` is not of that form.
+        UserError: if there is no such run, or `only` is not of that form.
     """
-    if cell is not None:
-        found = [c for number, c in enumerate(cells) if cell in (c.name, str(number))]
+    if run is not None:
+        found = [one for number, one in enumerate(runs) if run in (one.name, str(number))]
         if not found:
-            raise UserError(f"--cell {cell}: no such cell; give a number from 0 to {len(cells) - 1} or a name, see --list")
+            raise UserError(f"--run {run}: no such run; give a number from 0 to {len(runs) - 1} or a name, see --list")
         return found
     if only is not None:
         parts = re.fullmatch(r"(\d+)/(\d+)", only)
         shard, count = map(int, parts.groups()) if parts else (0, 0)
         if not 1 <= shard <= count:
             raise UserError(f"--only {only}: expected SHARD/COUNT with SHARD from 1 to COUNT, such as 2/8")
-        return list(cells[shard - 1 :: count])
-    return list(cells)
+        return list(runs[shard - 1 :: count])
+    return list(runs)
 
 
 def with_steps(config: RunConfig, steps: int) -> RunConfig:
@@ -143,12 +143,12 @@ def with_equal_parameters(config: RunConfig, reference: Architecture) -> RunConf
 
 
 class _Grid:
-    """Makes cells, each with the references that it is matched to."""
+    """Makes runs, each with the references that it is matched to."""
 
     def __init__(self, experiment: Experiment, variants: list[_Variant], folder: Path, overrides: Sequence[str]) -> None:
         self.experiment, self.variants, self.folder, self.overrides = experiment, variants, folder, overrides
 
-    def cell(self, variant: _Variant, tokens: int | None, seed: int | None) -> GridRun:
+    def run(self, variant: _Variant, tokens: int | None, seed: int | None) -> GridRun:
         parts = [variant.name, *([f"tokens-{_count(tokens)}"] if tokens is not None else [])]
         series, config = "_".join(parts), self._matched(variant, tokens, seed)
         name = series if seed is None else f"{series}_seed-{seed}"
@@ -173,7 +173,7 @@ class _Grid:
         return config
 
     def _plain(self, variant: _Variant, tokens: int | None, seed: int | None) -> RunConfig:
-        """The settings of a cell, before it is matched."""
+        """The settings of a run, before it is matched."""
         settings = merged(self.experiment.base, variant.plan.settings)
         for key, value in variant.values.items():
             settings = with_value(settings, key, value, f"models.{variant.entry}.vary")
@@ -227,14 +227,14 @@ def _without_useless_gate(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"architecture": {key: value for key, value in architecture.items() if key != "loop_gate"}}
 
 
-def _check(cells: Sequence[GridRun]) -> None:
+def _check(runs: Sequence[GridRun]) -> None:
     seen: set[str] = set()
-    for cell in cells:
-        if cell.name in seen:
-            raise UserError(f"two cells come out as {cell.name}; rename a model, or drop a value that is there twice")
-        seen.add(cell.name)
-        if cell.config.data != cells[0].config.data:
-            raise UserError(f"{cell.name} and {cells[0].name} differ in data; all cells read one dataset, set data in the base")
+    for run in runs:
+        if run.name in seen:
+            raise UserError(f"two runs come out as {run.name}; rename a model, or drop a value that is there twice")
+        seen.add(run.name)
+        if run.config.data != runs[0].config.data:
+            raise UserError(f"{run.name} and {runs[0].name} differ in data; all runs read one dataset, set data in the base")
 
 
 def _last(key: str) -> str:

@@ -81,7 +81,7 @@ def _angular(run: Path, settings: AngularMeasure) -> dict[str, Any]:
 def _needles(run: Path, settings: NeedleSettings) -> list[dict[str, Any]]:
     haystack = _haystack(read_run_config(run), settings)
     llm = LLM(run, dtype="float32", max_model_len=max(settings.lengths))
-    return [cell.model_dump() for cell in needle_grid(llm, settings, haystack)]
+    return [score.model_dump() for score in needle_grid(llm, settings, haystack)]
 
 
 def _haystack(config: RunConfig, settings: NeedleSettings) -> str | None:

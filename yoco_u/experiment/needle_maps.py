@@ -36,14 +36,14 @@ class NeedleMap:
 
 def needle_maps(found: Sequence[Series]) -> list[NeedleMap]:
     """One for each series and kind that was measured."""
-    kinds = list(dict.fromkeys(cell["kind"] for series in found for cell in series.needles))
+    kinds = list(dict.fromkeys(score["kind"] for series in found for score in series.needles))
     maps = []
     for series in found:
         for kind in kinds:
-            own = [cell for cell in series.needles if cell["kind"] == kind]
+            own = [score for score in series.needles if score["kind"] == kind]
             if own:
                 title = series.label if len(kinds) == 1 else f"{series.label}: {kind}"
-                lengths, depths = sorted({cell["length"] for cell in own}), sorted({cell["depth"] for cell in own})
+                lengths, depths = sorted({score["length"] for score in own}), sorted({score["depth"] for score in own})
                 recall = [
                     [np.mean([c["recall"] for c in own if (c["length"], c["depth"]) == (length, depth)]) for length in lengths]
                     for depth in depths

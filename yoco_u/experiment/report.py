@@ -22,15 +22,15 @@ REPORT = "report"
 """Name of the report's files in the experiment's folder, without the endings html, json and png."""
 
 
-def write_experiment_report(experiment: Experiment, cells: Sequence[GridRun], folder: Path) -> Summary:
+def write_experiment_report(experiment: Experiment, runs: Sequence[GridRun], folder: Path) -> Summary:
     """Write report.html, report.json and report.png into the experiment's folder, from what is finished.
 
     Raises:
-        UserError: if no cell is finished, a run folder is damaged, or the files cannot be written.
+        UserError: if no run is finished, a run folder is damaged, or the files cannot be written.
     """
-    results = read_results(cells, folder)
+    results = read_results(runs, folder)
     if not results.series:
-        raise UserError(f"{folder}: none of the {len(cells)} cells is finished yet; train them without --report first")
+        raise UserError(f"{folder}: none of the {len(runs)} runs is finished yet; train them without --report first")
     summary = summarize(experiment, results)
     write_page(folder / f"{REPORT}.html", render(summary))
     write_json(folder / f"{REPORT}.json", summary.as_json())
@@ -71,8 +71,8 @@ def render(summary: Summary) -> str:
             for row in summary.rows
         ],
         fits=[(fit.label, _unit(fit.x), _fit_text(fit)) for fit in summary.fits] if summary.several_budgets else [],
-        unfinished=[(result.cell.name, result.state) for result in summary.results.unfinished],
-        seconds=duration(sum(result.seconds for result in summary.results.cells)),
+        unfinished=[(result.run.name, result.state) for result in summary.results.unfinished],
+        seconds=duration(sum(result.seconds for result in summary.results.runs)),
         settings=yaml.safe_dump(summary.experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),
     )
 

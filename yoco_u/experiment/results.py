@@ -1,4 +1,4 @@
-"""What the cells of a grid came to: validation curves by seed, and the series that differ in nothing but their seeds."""
+"""What the runs of a grid came to: validation curves by seed, and the series that differ in nothing but their seeds."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class RunResult:
         measures: by name, see `yoco_u.experiment.measure`.
     """
 
-    cell: GridRun
+    run: GridRun
     state: State
     curve: tuple[Point, ...]
     seconds: float
@@ -51,7 +51,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Series:
-    """The finished cells that differ in their seeds alone; at least one.
+    """The finished runs that differ in their seeds alone; at least one.
 
     Attributes:
         loops: the largest loop count of a stage.
@@ -89,8 +89,8 @@ class Series:
 
     @property
     def needles(self) -> list[dict[str, Any]]:
-        """The cells of `yoco_u.evaluation.needle_grid`, of all seeds; none if they were not measured."""
-        return [cell for taken in self.measures.values() for cell in taken.get("needles", [])]
+        """The scores of `yoco_u.evaluation.needle_grid`, of all seeds; none if they were not measured."""
+        return [score for taken in self.measures.values() for score in taken.get("needles", [])]
 
     def at(self, tokens: float) -> dict[int, float]:
         """The loss of the evaluation nearest to so many tokens, by seed."""
@@ -101,12 +101,12 @@ class Series:
 class Results:
     """A grid as far as it is trained."""
 
-    cells: tuple[RunResult, ...]
+    runs: tuple[RunResult, ...]
     series: tuple[Series, ...]
 
     @property
     def unfinished(self) -> list[RunResult]:
-        return [result for result in self.cells if result.state != "finished"]
+        return [result for result in self.runs if result.state != "finished"]
 
     def of_role(self, role: Role, loops: int | None = None) -> list[Series]:
         """The series that stand for an architecture, most tokens last; `loops` takes those of one loop count."""
@@ -150,33 +150,33 @@ def _by_cost(found: Sequence[Series], cost: str) -> list[tuple[float, list[Serie
     return groups
 
 
-def read_results(cells: Sequence[GridRun], folder: Path) -> Results:
-    """Read the cells' run folders, whatever their state.
+def read_results(runs: Sequence[GridRun], folder: Path) -> Results:
+    """Read the folders of the runs, whatever their state.
 
     Raises:
-        UserError: if a folder is damaged, or holds a run of other settings than the cell's.
+        UserError: if a folder is damaged, or holds a run of other settings.
     """
-    results = tuple(_read_cell(cell, folder / cell.name) for cell in cells)
+    results = tuple(_read_result(run, folder / run.name) for run in runs)
     groups: dict[str, list[RunResult]] = {}
     for result in results:
         if result.state == "finished":
-            groups.setdefault(result.cell.series, []).append(result)
+            groups.setdefault(result.run.series, []).append(result)
     return Results(results, tuple(_series(group) for group in groups.values()))
 
 
-def _read_cell(cell: GridRun, folder: Path) -> RunResult:
+def _read_result(run: GridRun, folder: Path) -> RunResult:
     if not _has_records(folder / METRICS):
-        return RunResult(cell, "not begun", (), 0.0, {})
-    RunFolder(folder).check_same(cell.config)
-    run = read_run(folder)
-    curve = tuple(Point(record["tokens"], record["flops"], record["loss"]) for record in run.kind("evaluation"))
+        return RunResult(run, "not begun", (), 0.0, {})
+    RunFolder(folder).check_same(run.config)
+    recorded = read_run(folder)
+    curve = tuple(Point(record["tokens"], record["flops"], record["loss"]) for record in recorded.kind("evaluation"))
     state: State = "unfinished"
     if is_finished(folder):
         state = "finished"
     elif has_diverged(folder):
         state = "diverged"
-    steps = run.kind("train")
-    return RunResult(cell, state, curve, steps[-1]["seconds"] if steps else 0.0, read_measures(folder))
+    steps = recorded.kind("train")
+    return RunResult(run, state, curve, steps[-1]["seconds"] if steps else 0.0, read_measures(folder))
 
 
 def _has_records(metrics: Path) -> bool:
@@ -188,20 +188,20 @@ def _has_records(metrics: Path) -> bool:
 
 
 def _series(group: Sequence[RunResult]) -> Series:
-    cell, final = group[0].cell, group[0].final
-    architecture = cell.config.architecture
+    run, final = group[0].run, group[0].final
+    architecture = run.config.architecture
     return Series(
-        name=cell.series,
-        label=cell.label,
-        model=cell.model,
-        model_label=cell.model_label,
-        role=cell.role,
+        name=run.series,
+        label=run.label,
+        model=run.model,
+        model_label=run.model_label,
+        role=run.role,
         loops=architecture.num_loops,
         gated=any(stage.loop_gate is not None for stage in architecture.stages),
         parameters=parameters(architecture).total,
         tokens=final.tokens,
         flops=final.flops,
-        curves={result.cell.seed: result.curve for result in group},
+        curves={result.run.seed: result.curve for result in group},
         layers=tuple(stage.layers for stage in architecture.stages),
-        measures={result.cell.seed: result.measures for result in group},
+        measures={result.run.seed: result.measures for result in group},
     )

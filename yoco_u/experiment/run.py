@@ -1,4 +1,4 @@
-"""Cells trained one after another. Several processes may share a grid: none trains a cell that another one has begun."""
+"""Trains the runs of a grid one after another. Several processes may share a grid: no run is trained by two of them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,22 +17,22 @@ from yoco_u.training.distributed import distributed_session
 Say = Callable[[str], None]
 
 
-def run_cells(
+def train_runs(
     experiment: Experiment,
-    cells: Sequence[GridRun],
+    runs: Sequence[GridRun],
     folder: Path,
     progress: bool = True,
     say: Say = lambda _: None,
 ) -> list[GridRun]:
-    """Train every cell that is not finished, each in `folder`/name, let its model write the samples, and measure it.
+    """Train every run that is not finished, each in `folder`/name, let its model write the samples, and measure it.
 
-    A cell that another process is training, or whose loss is not finite, is passed over.
+    A run that another process is training, or whose loss is not finite, is passed over.
 
     Args:
         say: is told what comes next.
 
     Returns:
-        The cells that are not finished now.
+        The runs that are not finished now.
 
     Raises:
         UserError: as `train` does; also if a folder holds a run of other settings, or the measures cannot be taken.
@@ -40,41 +40,41 @@ def run_cells(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         dump_yaml(experiment, folder / "experiment.yaml")
-    next_cell = next((cell for cell in cells if not is_finished(folder / cell.name)), None)
-    if experiment.measures is not None and next_cell is not None:
-        with distributed_session(next_cell.config.training.device) as distributed:
-            distributed.on_main(partial(check_measures, experiment.measures, next_cell.config, progress))
+    first = next((run for run in runs if not is_finished(folder / run.name)), None)
+    if experiment.measures is not None and first is not None:
+        with distributed_session(first.config.training.device) as distributed:
+            distributed.on_main(partial(check_measures, experiment.measures, first.config, progress))
     unfinished = []
-    for number, cell in enumerate(cells, start=1):
-        target, steps = folder / cell.name, cell.config.training.steps
+    for number, run in enumerate(runs, start=1):
+        target, steps = folder / run.name, run.config.training.steps
         if has_diverged(target):
-            say(f"{cell.name}: the loss was not finite; passed over (remove {target} to try again)")
-            unfinished.append(cell)
+            say(f"{run.name}: the loss was not finite; passed over (remove {target} to try again)")
+            unfinished.append(run)
             continue
-        say(f"cell {number} of {len(cells)}: {cell.name} ({steps:,} steps)")
-        torch.compiler.reset()  # each cell compiles its own blocks; those of all together would exceed torch's limit
+        say(f"run {number} of {len(runs)}: {run.name} ({steps:,} steps)")
+        torch.compiler.reset()  # each run compiles its own blocks; those of all together would exceed torch's limit
         try:
-            train(cell.config, target, progress=progress)
+            train(run.config, target, progress=progress)
         except (RunFolderTaken, TrainingDiverged) as problem:
-            say(f"{problem}; going on with the next cell")
-            unfinished.append(cell)
+            say(f"{problem}; going on with the next run")
+            unfinished.append(run)
             continue
-        with distributed_session(cell.config.training.device) as distributed:
+        with distributed_session(run.config.training.device) as distributed:
             distributed.on_main(partial(_look_at, target, experiment))
-    return [cell for cell in unfinished if not is_finished(folder / cell.name)]
+    return [run for run in unfinished if not is_finished(folder / run.name)]
 
 
-def _look_at(run: Path, experiment: Experiment) -> None:
+def _look_at(folder: Path, experiment: Experiment) -> None:
     if experiment.samples is not None:
-        write_samples(run, experiment.samples)
+        write_samples(folder, experiment.samples)
     if experiment.measures is not None:
-        measure(run, experiment.measures)
+        measure(folder, experiment.measures)
 
 
-def is_finished(run: Path) -> bool:
-    return (run / "summary.json").exists()
+def is_finished(folder: Path) -> bool:
+    return (folder / "summary.json").exists()
 
 
-def has_diverged(run: Path) -> bool:
+def has_diverged(folder: Path) -> bool:
     """Whether training stopped there because a loss or gradient was not finite."""
-    return any((run / "checkpoints").glob("non-finite-step-*"))
+    return any((folder / "checkpoints").glob("non-finite-step-*"))

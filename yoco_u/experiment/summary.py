@@ -65,9 +65,9 @@ class Summary:
     @property
     def headline(self) -> str:
         """How far the grid is, and how the findings that it was made for came out."""
-        cells, left = self.results.cells, self.results.unfinished
-        seeds = len({result.cell.seed for result in cells})
-        done = f"{len(cells) - len(left)} of {len(cells)} runs are finished, {seeds} seed{'s' if seeds > 1 else ''}."
+        runs, left = self.results.runs, self.results.unfinished
+        seeds = len({result.run.seed for result in runs})
+        done = f"{len(runs) - len(left)} of {len(runs)} runs are finished, {seeds} seed{'s' if seeds > 1 else ''}."
         counted = Counter(judged.outcome.verdict for judged in self.judged if judged.outcome.numbers)
         told = ", ".join(f"{counted[verdict]} {verdict}" for verdict in get_args(Verdict) if counted[verdict])
         return f"{done} Of the findings that this grid can speak about: {told}." if told else done
@@ -86,15 +86,15 @@ class Summary:
             "fits": [asdict(fit) for fit in self.fits],
             "cells": [
                 {
-                    "cell": result.cell.name,
-                    "series": result.cell.series,
-                    "seed": result.cell.seed,
+                    "cell": result.run.name,
+                    "series": result.run.series,
+                    "seed": result.run.seed,
                     "state": result.state,
                     "seconds": round(result.seconds, 1),
                     "curve": [[point.tokens, point.flops, round(point.loss, 6)] for point in result.curve],
                     "measures": result.measures,
                 }
-                for result in self.results.cells
+                for result in self.results.runs
             ],
         }
 

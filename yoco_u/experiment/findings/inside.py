@@ -88,7 +88,7 @@ def retrieval(results: Results) -> Outcome:
     """Needles in the first half of the longest texts, by architecture, against a model of windows alone."""
     roles: tuple[Role, ...] = ("window_only", "transformer", "yoco", "yoco_u")
     chosen = {role: _measured(results.of_role(role), "needles") for role in roles}
-    lengths = set.intersection(*({cell["length"] for cell in series.needles} for series in chosen.values()))
+    lengths = set.intersection(*({score["length"] for score in series.needles} for series in chosen.values()))
     if not lengths:
         raise NotDecidable("the models were not asked for needles of one length")
     length = max(lengths)
@@ -111,7 +111,7 @@ def _recall(series: Series, length: int) -> dict[int, float]:
     """Mean over kinds and depths, by seed."""
     found = {}
     for seed, measures in series.measures.items():
-        cells = [cell for cell in measures.get("needles", []) if cell["length"] == length and cell["depth"] <= FAR]
-        if cells:
-            found[seed] = sum(cell["recall"] for cell in cells) / len(cells)
+        scores = [score for score in measures.get("needles", []) if score["length"] == length and score["depth"] <= FAR]
+        if scores:
+            found[seed] = sum(score["recall"] for score in scores) / len(scores)
     return found
