@@ -1,7 +1,7 @@
 """yoco-u: the open implementation of Universal YOCO (arXiv 2604.01220).
 
-Importing the package is quick and loads neither torch nor transformers. Its names are loaded when they are used, and its models
-are registered with transformers as soon as transformers' Auto classes are loaded, whether before or after this package.
+Importing the package is quick and loads neither torch nor transformers, whoever imports it. Its names are loaded when they are
+used. transformers' Auto classes know its models from then on, whether they are loaded before or after.
 """
 
 import importlib
@@ -51,8 +51,25 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register_models(_: Any) -> None:
-    importlib.import_module("yoco_u.model")
+class _ConfigOnDemand:
+    """Stands in for `YocoUConfig` with transformers' Auto classes until one of our models is asked for.
+
+    Loading `yoco_u.model` while transformers is itself being loaded would run into a circular import. It registers the real
+    classes in the place of this one.
+    """
+
+    model_type = "yoco_u"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return importlib.import_module("yoco_u.model").YocoUConfig(*args, **kwargs)
+
+    @staticmethod
+    def from_dict(*args: Any, **kwargs: Any) -> Any:
+        return importlib.import_module("yoco_u.model").YocoUConfig.from_dict(*args, **kwargs)
 
 
-register_post_import_hook(_register_models, "transformers.models.auto.modeling_auto")
+def _register(configuration_auto: Any) -> None:
+    configuration_auto.AutoConfig.register("yoco_u", _ConfigOnDemand, exist_ok=True)
+
+
+register_post_import_hook(_register, "transformers.models.auto.configuration_auto")

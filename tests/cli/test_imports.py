@@ -64,10 +64,28 @@ def test_plot_loads_no_torch(tmp_path: Path) -> None:
     assert python(command, "plan", "--plot", tmp_path / "plan.png").stdout.splitlines()[-1] == "loaded: matplotlib numpy"
 
 
-@pytest.mark.parametrize("order", ["import yoco_u, transformers", "import transformers, yoco_u"])
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert python("-c", f"import sys, yoco_u; print(sorted({HEAVY!r} & sys.modules.keys()))").stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import yoco_u, transformers",
+        "import transformers, yoco_u",
+        "import yoco_u; from transformers import Trainer, pipeline; import transformers",
+        "from transformers import AutoModel, AutoConfig; import transformers, yoco_u",
+        "import transformers, yoco_u.model",
+    ],
+)
 def test_auto_classes_work_after_importing_the_package(order: str, model: Path) -> None:
-    code = f"{order}; print(type(transformers.AutoModelForCausalLM.from_pretrained({str(model)!r})).__name__)"
-    assert python("-c", code).stdout.strip() == "YocoUForCausalLM"
+    code = f"""\
+{order}
+print(type(transformers.AutoConfig.for_model("yoco_u")).__name__)
+print(type(transformers.AutoConfig.from_pretrained({str(model)!r})).__name__)
+print(type(transformers.AutoModelForCausalLM.from_pretrained({str(model)!r})).__name__)
+"""
+    assert python("-c", code).stdout.split() == ["YocoUConfig", "YocoUConfig", "YocoUForCausalLM"]
 
 
 def test_public_names() -> None:
