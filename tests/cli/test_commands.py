@@ -287,7 +287,7 @@ def test_the_packaged_quickstart_spends_equal_flops() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["quickstart", "prepare", "train", "evaluate", "generate", "report", "analyze", "experiment", "bench"]
+    "command", ["quickstart", "prepare", "train", "evaluate", "tasks", "generate", "report", "analyze", "experiment", "bench"]
 )
 def test_help_has_examples(run: Any, command: str) -> None:
     outcome = run(command, "--help")

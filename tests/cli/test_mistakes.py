@@ -134,6 +134,13 @@ def test_evaluate(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert "bad.jsonl:2" in run("evaluate", workspace / "a", tmp_path / "bad.jsonl").error
 
 
+def test_tasks_have_a_command_of_their_own(run: Any, workspace: Path) -> None:
+    assert "run yoco-u tasks RUN_OR_MODEL TASKS" in run("evaluate", workspace / "a", "--tasks", "piqa", "--limit", 3).error
+    assert "run yoco-u tasks RUN_OR_MODEL TASKS" in run("evaluate", workspace / "a", "--limit", 3, "--tasks=piqa").error
+    assert "--num-loops" in run("tasks", workspace / "a", "piqa", "--num-loops", 0).error
+    assert "--weights" in run("tasks", workspace / "a", "piqa", "--weights", "int4").error
+
+
 def test_report(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert "no run here" in run("report", tmp_path).error
     shutil.copytree(workspace / "a", tmp_path / "run")

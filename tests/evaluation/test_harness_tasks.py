@@ -80,7 +80,7 @@ def test_questions_are_right() -> None:
 
 
 def test_table_and_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["evaluate", str(folder), "--tasks", "yoco_u_stdlib_choice,yoco_u_stdlib_perplexity", "--limit", "3"]
+    command = ["tasks", str(folder), "yoco_u_stdlib_choice,yoco_u_stdlib_perplexity", "--limit", "3"]
     loops = ["--num-loops", "1", "--num-loops", "2"]
     assert main([*command, *loops, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -113,7 +113,7 @@ metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
 """
     )
-    assert main(["evaluate", str(folder), "--tasks", "sums", "--include-path", str(tmp_path), "--json"]) == 0
+    assert main(["tasks", str(folder), "sums", "--include-path", str(tmp_path), "--json"]) == 0
     [found] = json.loads(capsys.readouterr().out)["results"]
     assert found["n-samples"]["sums"]["effective"] == 10 and found["results"]["sums"]["perplexity,none"] > 1
 
@@ -147,7 +147,7 @@ def test_answers_are_compared_by_value(text: str, answer: str, right: bool) -> N
 
 def test_math_sets(folder: Path, problems: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (problems / f"{MATH_SETS[-1]}.jsonl").write_text('{"problem": "?", "answer": "7"}\n')
-    command = ["evaluate", str(folder), "--tasks", "yoco_u_math", "--data", str(problems), "--max-tokens", "8", "--json"]
+    command = ["tasks", str(folder), "yoco_u_math", "--data", str(problems), "--max-tokens", "8", "--json"]
     lm = type(ours(folder))
     monkeypatch.setattr(lm, "generate_until", lambda self, asked: [r"it is \boxed{2}" for _ in asked])
     assert main(command) == 0
@@ -159,24 +159,21 @@ def test_math_sets(folder: Path, problems: Path, capsys: pytest.CaptureFixture[s
 
 def test_mistakes(folder: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def error(*arguments: str) -> str:
-        assert main(["evaluate", str(folder), *arguments]) == 2
+        assert main(["tasks", str(folder), *arguments]) == 2
         shown = capsys.readouterr()
         assert shown.out == "" and shown.err.count("\n") == 1
         return shown.err
 
     (problems / f"{MATH_SETS[-1]}.jsonl").unlink(missing_ok=True)
-    assert "no such folder" in error("--tasks", "yoco_u_math", "--data", str(tmp_path / "none"))
-    assert f"lacks {MATH_SETS[-1]}.jsonl" in error("--tasks", "yoco_u_math", "--data", str(problems))
-    assert "name a folder of NAME.jsonl files with --data" in error("--tasks", "yoco_u_math_gsm8k")
+    assert "no such folder" in error("yoco_u_math", "--data", str(tmp_path / "none"))
+    assert f"lacks {MATH_SETS[-1]}.jsonl" in error("yoco_u_math", "--data", str(problems))
+    assert "name a folder of NAME.jsonl files with --data" in error("yoco_u_math_gsm8k")
     (tmp_path / "gsm8k.jsonl").write_text('{"problem": "?"}\n')
-    assert "gsm8k.jsonl line 1: expected an object with problem" in error(
-        "--tasks", "yoco_u_math_gsm8k", "--data", str(tmp_path)
-    )
-    assert "no such folder" in error("--tasks", "yoco_u_stdlib", "--include-path", str(tmp_path / "none"))
-    assert "no chat template" in error("--tasks", "yoco_u_stdlib_choice", "--limit", "1", "--chat-template")
-    assert "--fewshot does nothing without --tasks" in error("--fewshot", "3")
-    assert "FILES are scored without --tasks" in error("a.py", "--tasks", "yoco_u_stdlib")
-    assert "'int4' is not one of 'auto', 'bfloat16', 'float32'" in error("--tasks", "yoco_u_stdlib", "--dtype", "int4")
+    assert "gsm8k.jsonl line 1: expected an object with problem" in error("yoco_u_math_gsm8k", "--data", str(tmp_path))
+    assert "no such folder" in error("yoco_u_stdlib", "--include-path", str(tmp_path / "none"))
+    assert "no chat template" in error("yoco_u_stdlib_choice", "--limit", "1", "--chat-template")
+    assert "Missing argument 'TASKS'" in error("--fewshot", "3")
+    assert "'int4' is not one of 'auto', 'bfloat16', 'float32'" in error("yoco_u_stdlib", "--dtype", "int4")
 
 
 def test_data_that_is_not_here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,5 +294,5 @@ def test_the_launcher_makes_the_model_known(folder: Path) -> None:
 
 def test_without_the_harness(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert main(["evaluate", str(folder), "--tasks", "yoco_u_stdlib"]) == 2
-    assert capsys.readouterr().err == "error: --tasks needs lm-evaluation-harness; pip install 'yoco-u[evaluation]'\n"
+    assert main(["tasks", str(folder), "yoco_u_stdlib"]) == 2
+    assert capsys.readouterr().err == "error: yoco-u tasks needs lm-evaluation-harness; pip install 'yoco-u[evaluation]'\n"

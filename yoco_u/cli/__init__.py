@@ -1,4 +1,10 @@
-"""The command line `yoco-u`: one file a command. Heavy imports happen inside the commands."""
+"""The command line `yoco-u`.
+
+Arguments go in; results go to stdout, progress and the one line of an error to stderr, and `main` returns the exit status.
+Every command has a file of its own name, which holds its options, its help and how its results are printed; the work is done
+by the other rooms. Commands import those rooms when they run, so that `yoco-u --help` does not wait for torch.
+Start with `main`, then read any command.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -19,6 +25,7 @@ from yoco_u.cli.prepare import prepare
 from yoco_u.cli.quickstart import quickstart
 from yoco_u.cli.report import report
 from yoco_u.cli.serve import serve
+from yoco_u.cli.tasks import tasks
 from yoco_u.cli.train import train
 from yoco_u.errors import UserError
 
@@ -38,6 +45,7 @@ for command in (
     prepare,
     train,
     evaluate,
+    tasks,
     context,
     needles,
     generate,
@@ -52,7 +60,7 @@ for command in (
 
 _INTERRUPTED = 130
 
-# The same classes whether typer brings its own click or uses the one that is installed.
+# Some releases of typer bring a click of their own. Through these base classes we get the exceptions of the click in use.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -63,8 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 for a mistake of the user (one line `error: ...` on stderr), 130 when interrupted.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="yoco-u", standalone_mode=False)
+        _check_moved(given)
+        status = app(args=given, prog_name="yoco-u", standalone_mode=False)
     except UserError as error:
         return _fail(str(error))
     except typer.Exit as ended:
@@ -78,6 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if status == _INTERRUPTED:  # typer has turned a KeyboardInterrupt into this
         return _interrupted()
     return status if isinstance(status, int) else 0
+
+
+def _check_moved(arguments: Sequence[str]) -> None:
+    """Name the command that took over `evaluate --tasks`."""
+    if arguments[:1] == ["evaluate"] and any(argument.partition("=")[0] == "--tasks" for argument in arguments):
+        raise UserError("evaluate has no --tasks any more; run yoco-u tasks RUN_OR_MODEL TASKS... instead")
 
 
 def _interrupted(message: str = "interrupted") -> int:

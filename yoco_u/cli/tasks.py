@@ -1,52 +1,95 @@
-"""The part of `yoco-u evaluate` that runs tasks of lm-evaluation-harness."""
+"""`yoco-u tasks`."""
 
-import json
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
+
+from yoco_u.cli.arguments import names
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
     from yoco_u.evaluation.harness_tasks import HowToAsk
 
 
-def evaluate_on_tasks(
-    model: Path,
-    names: tuple[str, ...],
-    num_loops: list[int] | None,
-    how: dict[str, Any],
-    settings: dict[str, Any],
-    as_json: bool,
-    include_path: Path | None = None,
-    data: Path | None = None,
+def tasks(
+    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
+    tasks: Annotated[
+        list[str], typer.Argument(metavar="TASKS", help="Names of tasks, groups or tags, or YAML files; commas will do too.")
+    ],
+    num_loops: Annotated[
+        list[int] | None,
+        typer.Option("--num-loops", min=1, help="Loop count T, instead of the model's own; can be given again."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Questions of each task, from the first one on. \\[default: all]")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option("--fewshot", min=0, help="Examples before a question. \\[default: the task's]")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Tokens of an answer. \\[default: the task's]")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option("--sequence-length", min=1, help="Tokens of context and answer. \\[default: 2048]")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", metavar="DIR", help="Folder of task files (YAML) of yours.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="Folder of NAME.jsonl files for yoco_u_math.")
+    ] = None,
+    weights: Annotated[Literal["int8"] | None, typer.Option("--weights", help="int8: compute with int8 weights.")] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"] | None, typer.Option("--dtype", help="Type to compute in. \\[default: float32]")
+    ] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask through the tokenizer's chat template.")] = False,
+    run_generated_code: Annotated[
+        bool, typer.Option("--run-generated-code", help="Agree to run programs that the model writes.")
+    ] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Score a model on tasks at each loop count; print the harness's tables, or everything as JSON.
+    """Score a model on tasks of lm-evaluation-harness.
 
-    Args:
-        how: fields of `HowToAsk`.
-        settings: of `EngineLM`; those that are None keep its defaults.
+    Besides the harness's own tasks there are yoco_u_paper and
+    yoco_u_comparison (the paper's), yoco_u_stdlib (needs no download) and
+    yoco_u_math (over files of yours). With several loop counts there is one
+    table for each.
+
+    [bold]Examples[/bold]
+
+      yoco-u tasks runs/quickstart/yoco-u yoco_u_stdlib --limit 100
+
+      yoco-u tasks runs/8m hellaswag piqa --num-loops 1 --num-loops 3 --json
     """
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise UserError("--tasks needs lm-evaluation-harness; pip install 'yoco-u[evaluation]'") from None
+        raise UserError("yoco-u tasks needs lm-evaluation-harness; pip install 'yoco-u[evaluation]'") from None
     from yoco_u.evaluation.harness import EngineLM
     from yoco_u.evaluation.harness_tasks import HowToAsk, load_tasks, run_tasks
+    from yoco_u.inference.quantization import require_torchao
 
-    asked = HowToAsk(**how)
-    tasks = load_tasks(names, include_path, data)
-    lm = EngineLM(model, **{key: value for key, value in settings.items() if value is not None})
-    found = []
+    if weights is not None:
+        require_torchao()
+    how = HowToAsk(limit, fewshot, max_tokens, chat_template, run_generated_code)
+    chosen = names(",".join(tasks)) or ()
+    loaded = load_tasks(chosen, include_path, data)
+    settings: dict[str, Any] = {"max_length": sequence_length, "weights": weights, "dtype": dtype}
+    lm = EngineLM(model, device, **{key: value for key, value in settings.items() if value is not None})
+    results = []
     for loops in num_loops or [lm.engine.num_loops]:
         lm.num_loops = loops
-        found.append({"num_loops": loops} | run_tasks(lm, tasks, asked))
-        if not as_json:
-            _print_tables(found[-1], asked)
-    if as_json:
+        results.append({"num_loops": loops} | run_tasks(lm, loaded, how))
+        if not json:
+            _print_tables(results[-1], how)
+    if json:
         from lm_eval.utils import handle_non_serializable
 
-        report = {"model": str(model), "tasks": names, "results": found}
-        print(json.dumps(report, indent=2, ensure_ascii=False, default=handle_non_serializable))
+        report = {"model": str(model), "tasks": chosen, "results": results}
+        print(dumps(report, indent=2, ensure_ascii=False, default=handle_non_serializable))
 
 
 def _print_tables(results: dict[str, Any], how: "HowToAsk") -> None:

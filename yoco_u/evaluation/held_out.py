@@ -1,0 +1,111 @@
+"""The scores of a model on held-out text: at one loop count or several, and in int8 beside float32."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from yoco_u.config import Config
+from yoco_u.data import Corpus, DocumentEncoder, PackedDataset
+from yoco_u.errors import UserError
+from yoco_u.evaluation.perplexity import Score, score_documents, score_split
+from yoco_u.inference.quantization import quantize, require_torchao
+from yoco_u.loading import is_run, load_model
+from yoco_u.training.distributed import distributed_session
+from yoco_u.training.run_folder import read_run_config
+
+_DEFAULT_LENGTH = 1024
+
+
+class Int8Score(Config):
+    """The score of int8 weights on the same text. Each change is the int8 figure minus that of the float32 weights."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    loss_change: float
+    perplexity_change: float
+
+
+class LoopScore(Score):
+    """The score of float32 weights at the loop count `num_loops`, and that of int8 weights where it was asked for."""
+
+    num_loops: int
+    int8: Int8Score | None = None
+
+
+class HeldOutScores(Config):
+    """What `score_held_out` found.
+
+    Attributes:
+        sequence_length: tokens per row.
+        results: one for each loop count, in the order in which they were asked for.
+    """
+
+    sequence_length: int
+    results: tuple[LoopScore, ...]
+
+
+def score_held_out(
+    path: Path,
+    files: Sequence[str] = (),
+    *,
+    num_loops: Sequence[int] = (),
+    sequence_length: int | None = None,
+    text_field: str = "text",
+    int8: bool = False,
+    device: str = "auto",
+) -> HeldOutScores:
+    """Score a run or a saved model on held-out text, with float32 weights and activations.
+
+    Args:
+        path: a run folder or a saved model.
+        files: entries of a corpus, as in a config's `data.corpus`; the run's validation split where there are none.
+        num_loops: loop counts T; the model's own by default.
+        sequence_length: tokens per row; by default the run's, or 1024 for a saved model.
+        text_field: the column of JSON lines and Parquet files that holds the text.
+        int8: score the text a second time with linear layers and LM head in int8. Activations stay in float32, so that the
+            change is the weights' alone.
+        device: auto, cpu or cuda.
+
+    Raises:
+        UserError: if the model or the text cannot be read, there is no text, or torchao is not installed.
+    """
+    if int8:
+        require_torchao()
+    with distributed_session(device) as distributed:
+        model, tokenizer = load_model(path, distributed.device)
+        length = sequence_length or _row_length(path)
+        counts = num_loops or [model.config.architecture.num_loops]
+
+        def scores() -> list[Score]:
+            if not files:
+                validation = _validation_split(path, length)
+                return [score_split(model, validation, distributed, loops) for loops in counts]
+            encoder, corpus = DocumentEncoder(tokenizer), Corpus(files, text_field)
+            return [score_documents(model, encoder, corpus.documents(), length, loops) for loops in counts]
+
+        results = [LoopScore(num_loops=loops, **dict(score)) for loops, score in zip(counts, scores(), strict=True)]
+        if int8:
+            quantize(model)
+            results = [_beside(result, score) for result, score in zip(results, scores(), strict=True)]
+    return HeldOutScores(sequence_length=length, results=tuple(results))
+
+
+def _beside(result: LoopScore, int8: Score) -> LoopScore:
+    compared = Int8Score(
+        loss=int8.loss,
+        perplexity=int8.perplexity,
+        bits_per_byte=int8.bits_per_byte,
+        loss_change=int8.loss - result.loss,
+        perplexity_change=int8.perplexity - result.perplexity,
+    )
+    return result.model_copy(update={"int8": compared})
+
+
+def _row_length(path: Path) -> int:
+    return read_run_config(path).training.sequence_length if is_run(path) else _DEFAULT_LENGTH
+
+
+def _validation_split(path: Path, sequence_length: int) -> PackedDataset:
+    if not is_run(path):
+        raise UserError(f"{path}: a saved model has no validation split; name files to evaluate on")
+    return PackedDataset(read_run_config(path).dataset, "validation", sequence_length, shuffle=False)
