@@ -1,9 +1,10 @@
-"""int8 weights beside bfloat16 ones in our engine, in turns: decode of 1 and 16 sequences, and prefill.
+"""int8 weights beside bfloat16 weights in our engine: prefill, and decode of 1 and 16 sequences.
 
     python benchmarks/int8.py
 
-prints tokens per second of both and their ratio, and writes JSON. Both are the preset `yoco_u` with random weights. What int8
-costs in perplexity, loop count by loop count: `yoco-u evaluate RUN --weights int8 --num-loops 1 --num-loops 3`.
+prints the tokens per second of both, measured in turns, and their ratio, and writes JSON. Both models are the preset `yoco_u`
+with random weights. `yoco-u evaluate RUN --weights int8 --num-loops 1 --num-loops 3` tells what int8 costs in perplexity at
+each loop count.
 """
 
 import statistics
@@ -13,7 +14,7 @@ from common import parser, show, write
 from rich.progress import track
 
 from yoco_u.architecture import preset
-from yoco_u.bench.engine_adapter import OurEngine
+from yoco_u.bench.timed_engine import TimedEngine
 
 STEPS = 32
 WEIGHTS = ("bfloat16", "int8")
@@ -29,7 +30,7 @@ def main() -> None:
 
     sequences = max(chosen.batches)
     engines = {
-        weights: OurEngine(
+        weights: TimedEngine(
             preset("yoco_u", chosen.size),
             model=None,
             dtype="bfloat16",
@@ -40,7 +41,7 @@ def main() -> None:
         )
         for weights in WEIGHTS
     }
-    cases: dict[str, Callable[[OurEngine], float]] = {
+    cases: dict[str, Callable[[TimedEngine], float]] = {
         f"prefill {chosen.context}": lambda e: chosen.context / e.prefill(chosen.context)
     }
     for batch in chosen.batches:

@@ -1,9 +1,10 @@
-"""Our checkpoints in vLLM: the same greedy tokens as in our engine, and YOCO-U beside a Llama on the same vLLM.
+"""Our checkpoints in vLLM: whether they give the greedy tokens of our engine, and how fast YOCO-U is beside a Llama there.
 
-- Tokens: float32, prompts of 1 to `--longest` tokens cut from the Python standard library, each answered by our engine and by
-  vLLM. Where answers part, the tie that explains it is looked for: the logits of both tokens by our forward pass.
-- Speed: prefill and decode of YOCO-U and of the Llama of equal widths and layers, random weights, bfloat16, measured as
-  `yoco-u bench` measures vLLM.
+- Tokens: prompts of 1 to `--longest` tokens, cut from the Python standard library, are answered in float32 by our engine and by
+  vLLM. Where two answers part, our forward pass gives the logits of both tokens: if these are equal up to rounding, it is a
+  tie.
+- Speed: prefill and decode of YOCO-U and of a Llama of equal widths and layers, both in vLLM with random weights in bfloat16,
+  measured as `yoco-u bench` measures vLLM.
 
     python benchmarks/vllm_plugin.py runs/quickstart/yoco-u --python ~/vllm/bin/python
 
@@ -22,20 +23,20 @@ from yoco_u import LLM, SamplingParams, YocoUConfig
 from yoco_u.architecture import Architecture, preset
 from yoco_u.bench.cases import BenchSettings, cases_of
 from yoco_u.bench.engines import WORKERS, BenchEngine, peer_engines
-from yoco_u.bench.process import Worker
+from yoco_u.bench.process import WorkerProcess
 from yoco_u.bench.results import as_json
 from yoco_u.bench.run import START_SECONDS, Benchmark
 from yoco_u.bench.table import print_tables
 from yoco_u.loading import load_model, model_folder
 
 TIE = 1e-3
-"""Logits that differ by less may change places where sums are added up in another order."""
+"""Two logits that differ by less are a tie: another order of summation can change which one is larger."""
 
 BLOCK, CHUNK = 128, 2048
-"""Tokens of a block, and of a chunk of a prompt, as vLLM is started here."""
+"""vLLM's block size, and the most tokens of a prompt that it computes in one step, as it is started here."""
 
 WAYS: dict[str, dict[str, Any]] = {"plain": {}, "fast prefill": {"kv_sharing_fast_prefill": True}}
-"""BenchSettings of vLLM."""
+"""The two ways to run our model in vLLM, by the settings that vLLM gets for them."""
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def compare_tokens(chosen: Namespace) -> list[dict[str, Any]]:
-    """One row for each way of running vLLM."""
+    """Compare the tokens of all prompts; one row for each way of running vLLM."""
     model, tokenizer = load_model(chosen.model, torch.device("cpu"))
     most = max(chosen.prompts - 1, 1)
     prompts = standard_library_prompts(tokenizer, [round(chosen.longest ** (i / most)) for i in range(chosen.prompts)])
@@ -77,7 +78,7 @@ def compare_tokens(chosen: Namespace) -> list[dict[str, Any]]:
             "tokens": chosen.longest + chosen.new,
             "settings": settings | {"kv_cache_memory_bytes": 2**30},
         }
-        worker = Worker(chosen.python, WORKERS / "vllm_greedy.py", job, torch.get_num_threads())
+        worker = WorkerProcess(chosen.python, WORKERS / "vllm_greedy.py", job, torch.get_num_threads())
         try:
             version = worker.about(START_SECONDS)["version"]
             answer = worker.run({"prompts": prompts, "new": chosen.new}, 10 * chosen.time_limit)
@@ -104,7 +105,7 @@ def compare_tokens(chosen: Namespace) -> list[dict[str, Any]]:
 
 
 def parting(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) -> float:
-    """How much higher the logit of our token is than that of vLLM's, where the answers part first."""
+    """How much higher our token's logit is than that of vLLM's token, at the first position where the answers differ."""
     same = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
     with torch.no_grad():
         logits = model(torch.tensor([prompt + ours[:same]]), logits_to_keep=1, use_cache=False).logits[0, -1]
@@ -112,6 +113,7 @@ def parting(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) -
 
 
 def measure_speed(chosen: Namespace) -> dict[str, Any]:
+    """Measure, print and return what `yoco-u bench` would, of YOCO-U and a Llama in vLLM."""
     settings = BenchSettings(
         size=chosen.size, architectures=("yoco_u",), contexts=tuple(chosen.contexts), batches=tuple(chosen.batches),
         steps=chosen.steps, rounds=chosen.rounds, time_limit=chosen.time_limit,
@@ -132,6 +134,7 @@ def measure_speed(chosen: Namespace) -> dict[str, Any]:
 
 
 def ours_in_vllm(name: str, a: Architecture, way: str, python: str, settings: BenchSettings) -> BenchEngine:
+    """An architecture of ours as an engine of the benchmark, run by vLLM in one of the `WAYS`."""
     row = 2 * a.num_key_value_heads * a.head_dim * settings.bytes_per_element
     blocks = blocks_needed(a, max(settings.batches), max(settings.contexts) + settings.steps)
     config = YocoUConfig.from_architecture(a, architectures=["YocoUForCausalLM"], dtype=settings.dtype).to_dict()
@@ -141,11 +144,15 @@ def ours_in_vllm(name: str, a: Architecture, way: str, python: str, settings: Be
         "dtype": settings.dtype,
         "settings": WAYS[way] | {"block_size": BLOCK, "kv_cache_memory_bytes": blocks * BLOCK * row},
     }
-    return BenchEngine(name, a, python, WORKERS / "vllm_engine.py", job, is_ours=True)
+    return BenchEngine(name, a, python, WORKERS / "vllm_worker.py", job, is_ours=True)
 
 
 def blocks_needed(a: Architecture, sequences: int, tokens: int) -> int:
-    """The global KV grows, windows do not (docs/vllm.md); a running chunk of a prompt needs its own. And some spare."""
+    """How many blocks vLLM needs for some sequences.
+
+    The global KV of a sequence grows with its tokens; each window holds on to the blocks that it reaches (docs/vllm.md). The
+    chunk of a prompt that is computed needs blocks in every window besides, and some are spare.
+    """
     windows = sum(stage.layers * stage.loops for stage in a.stages if stage.attention == "sliding")
     assert a.window is not None
     of_sequence = -(-tokens // BLOCK) + 1 + windows * (-(-(a.window - 1) // BLOCK) + 2)

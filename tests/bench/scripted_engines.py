@@ -1,4 +1,4 @@
-"""Engines that are scripts of a few lines, so that every turn of a benchmark can be played through in a moment."""
+"""Engines whose workers are scripts of a few lines, so that any course of a benchmark can be tested in a moment."""
 
 import sys
 from pathlib import Path

@@ -8,23 +8,25 @@ import torch
 import transformers
 
 from yoco_u.architecture import STAGES, preset
-from yoco_u.bench.cases import BenchSettings, Decode, Prefill, as_job
-from yoco_u.bench.engine_adapter import OurEngine
+from yoco_u.bench.cases import BenchSettings, Decode, Prefill, case_as_json
 from yoco_u.bench.engines import BenchEngine, find_peers, our_engines, peer_engines
-from yoco_u.bench.process import Worker
+from yoco_u.bench.process import WorkerProcess
+from yoco_u.bench.timed_engine import TimedEngine
 from yoco_u.budget import parameters
 from yoco_u.errors import UserError
-from yoco_u.inference import paged_backend as batch
+from yoco_u.inference import paged_backend
 from yoco_u.inference.kernels import decode_attention
 
 CASES = [Prefill(40), Prefill(16, depth=20), Decode(30, 2, 3)]
 
 
 def answers(engine: BenchEngine) -> list[dict]:
-    worker = Worker(engine.python, engine.script, engine.job | {"cases": [as_job(case) for case in CASES]}, threads=1)
+    worker = WorkerProcess(
+        engine.python, engine.script, engine.job | {"cases": [case_as_json(case) for case in CASES]}, threads=1
+    )
     try:
         assert worker.about(120)["version"]
-        return [worker.run(as_job(case), 120) for case in CASES]
+        return [worker.run(case_as_json(case), 120) for case in CASES]
     finally:
         worker.close()
 
@@ -44,7 +46,7 @@ def test_our_engine_runs_every_architecture(name: str, weights: str) -> None:
     if weights == "int8":
         pytest.importorskip("torchao")
     a = preset(name, "test")
-    engine = OurEngine(a, model=None, dtype="bfloat16", weights=weights, cache_tokens=64, sequences=2, num_loops=None)
+    engine = TimedEngine(a, model=None, dtype="bfloat16", weights=weights, cache_tokens=64, sequences=2, num_loops=None)
     assert engine.prefill(20) > 0
     assert engine.prefill(5, depth=21) > 0
     assert engine.decode(batch=2, context=9, steps=2) > 0
@@ -52,10 +54,10 @@ def test_our_engine_runs_every_architecture(name: str, weights: str) -> None:
 
 
 def test_behind_a_made_up_context_every_row_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the timed steps see of the caches is what was filled, no untouched memory."""
+    """All rows that the timed steps read have been filled; none is untouched memory."""
     seen: list[tuple[int, bool]] = []
     a = preset("yoco_u", "test", loops=2)
-    engine = OurEngine(a, model=None, dtype="float32", weights="bfloat16", cache_tokens=200, sequences=2, num_loops=None)
+    engine = TimedEngine(a, model=None, dtype="float32", weights="bfloat16", cache_tokens=200, sequences=2, num_loops=None)
 
     def watched(
         q: torch.Tensor, data: torch.Tensor, scales: None, table: torch.Tensor, size: int, lengths: torch.Tensor
@@ -65,7 +67,7 @@ def test_behind_a_made_up_context_every_row_is_read(monkeypatch: pytest.MonkeyPa
             seen.append((length, bool((data[:, :, rows] != 0).all())))
         return decode_attention(q, data, scales, table, size, lengths)
 
-    monkeypatch.setattr(batch, "decode_attention", watched)
+    monkeypatch.setattr(paged_backend, "decode_attention", watched)
     engine.decode(batch=2, context=40, steps=3)
     first, rest = seen[: 2 * 6], seen[2 * 6 :]  # 2 sequences in 2 x 2 sliding and 2 cross layers
     assert {length for length, _ in first} == {8, 40}

@@ -1,4 +1,4 @@
-"""The paper's tables: the figures themselves, and prompts timed by chunks at depths."""
+"""The paper's tables beside ours: the paper's figures, and the time of a prompt from that of chunks at several depths."""
 
 import io
 
@@ -24,7 +24,7 @@ def test_the_papers_kv_figures_are_the_computed_ones() -> None:
 @pytest.mark.parametrize("name", ["transformer", "yoco_u"])
 @pytest.mark.parametrize("context", [CHUNK, 4 * CHUNK, 4 * CHUNK + 100])
 def test_a_prompt_from_its_chunks(name: str, context: int) -> None:
-    """Exact where a chunk's cost grows linearly with its depth: seconds that are the model FLOPs themselves."""
+    """With a chunk's model FLOPs as its seconds, which grow linearly with its depth, the sum is the FLOPs of the prompt."""
     a = preset(name, "test")
     depths = [0, *([2 * CHUNK] if context > CHUNK else []), *([context - CHUNK] if context > CHUNK else [])]
     depths = sorted(set(depths))

@@ -8,19 +8,19 @@ import psutil
 import pytest
 from scripted_engines import scripted_engine
 
-from yoco_u.bench.process import Worker, WorkerFailed, WorkerTimedOut, family
+from yoco_u.bench.process import WorkerFailed, WorkerProcess, WorkerTimedOut, family
 
 CASE = {"kind": "prefill", "tokens": 5, "depth": 0}
-Start = Callable[..., Worker]
+Start = Callable[..., WorkerProcess]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     workers = []
 
-    def make(**statements: str) -> Worker:
+    def make(**statements: str) -> WorkerProcess:
         engine = scripted_engine(tmp_path, "engine", **statements)
-        workers.append(Worker(engine.python, engine.script, {"cases": [CASE]}, threads=3))
+        workers.append(WorkerProcess(engine.python, engine.script, {"cases": [CASE]}, threads=3))
         return workers[-1]
 
     yield make

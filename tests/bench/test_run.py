@@ -1,4 +1,4 @@
-"""The order of a benchmark, what it leaves out, and what becomes of engines that fail."""
+"""The order of a benchmark, its figures, what it leaves out, and what becomes of engines that fail."""
 
 from pathlib import Path
 

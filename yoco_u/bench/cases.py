@@ -1,4 +1,4 @@
-"""What is measured: settings of a benchmark and the cases that follow from them."""
+"""What is measured: the settings of a benchmark, and the cases that follow from them."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -9,20 +9,20 @@ from yoco_u.config import Config
 
 
 class BenchSettings(Config):
-    """Everything that a benchmark is asked for.
+    """Everything that can be set in a benchmark.
 
     Attributes:
-        size: of the presets, see `yoco_u.architecture.SIZES`.
-        architectures: presets to measure with our engine; none where `model` is given.
-        model: folder of a checkpoint or run to measure instead.
-        num_loops: loop count of the looped architectures, instead of their own.
-        contexts: prompt lengths of prefill, and contexts behind which is decoded.
-        batches: sequences that are decoded together.
-        dtype: of weights, activations and caches, for all engines.
-        weights: int8 quantizes the weights of ours, and of peers that can (llama.cpp).
-        compile_peers: let peers compile where it costs a minute for every case (transformers' decode).
-        steps: decode steps that are timed.
-        rounds: how often cheap cases are repeated, in turn over all engines.
+        size: size of the presets, see `yoco_u.architecture.SIZES`.
+        architectures: the presets that our engine runs, unless `model` is given.
+        model: a checkpoint or run to measure instead of the presets.
+        num_loops: T of the looped architectures; their own by default.
+        contexts: lengths in tokens: of the prompts of prefill cases, and of the contexts of decode cases.
+        batches: how many sequences are decoded together, in each case.
+        dtype: data type of weights, activations and caches, for all engines.
+        weights: int8 quantizes the weights of our engine, and of the peers that can (llama.cpp).
+        compile_peers: compile peers even where that costs a minute for every case (transformers' decode).
+        steps: how many steps of a decode case are timed.
+        rounds: how often a case is measured, unless it takes long.
         time_limit: seconds that one case may take.
     """
 
@@ -51,12 +51,12 @@ QUICK: dict[str, Any] = {
     "compile_peers": False,
     "time_limit": 60.0,
 }
-"""What `--quick` changes."""
+"""The settings that `--quick` changes."""
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prompt of `tokens`, batch 1, behind `depth` tokens whose state is made up."""
+    """The prefill of one prompt of `tokens` tokens, behind `depth` tokens whose keys and values are random."""
 
     tokens: int
     depth: int = 0
@@ -66,12 +66,13 @@ class Prefill:
 
     @property
     def context(self) -> int:
+        """Tokens of the whole sequence in the end."""
         return self.depth + self.tokens
 
 
 @dataclass(frozen=True)
 class Decode:
-    """`steps` decode steps of `batch` sequences, each behind `context` made-up tokens."""
+    """`steps` decode steps of `batch` sequences together, each behind `context` tokens whose keys and values are random."""
 
     context: int
     batch: int
@@ -84,12 +85,12 @@ Case = Prefill | Decode
 
 
 def cases_of(settings: BenchSettings) -> list[Case]:
-    """Prefills, then decodes, each from the cheapest on."""
+    """All cases of a benchmark: the prefills, then the decodes, each kind from the cheapest case on."""
     prefills = [Prefill(tokens) for tokens in sorted(set(settings.contexts))]
     decodes = [Decode(c, b, settings.steps) for b in sorted(set(settings.batches)) for c in sorted(set(settings.contexts))]
     return [*prefills, *decodes]
 
 
-def as_job(case: Case) -> dict[str, Any]:
-    """A case as workers read it."""
+def case_as_json(case: Case) -> dict[str, Any]:
+    """A case as a worker reads it, see `worker_protocol`."""
     return {"kind": case.kind, **asdict(case)}

@@ -1,4 +1,4 @@
-"""What the machine can do at most: the measure of every engine."""
+"""The machine's ceilings: the rates of which every engine reaches a share."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,12 @@ from yoco_u.device import gemm_rate, memory_read_rate
 
 
 class Ceilings(NamedTuple):
-    """Attributes:
-    gemm: FLOP/s of square matrix products.
-    memory: bytes per second read from main memory by all threads.
-    busy: how many CPUs others keep busy meanwhile.
+    """What the machine can do at most.
+
+    Attributes:
+        gemm: FLOP/s of square matrix products.
+        memory: bytes per second that all threads together read from main memory.
+        busy: how many CPUs other processes kept busy just before; above 0 the other figures are too low.
     """
 
     gemm: float
@@ -21,6 +23,6 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(dtype: str) -> Ceilings:
-    """All of it now; a benchmark takes the median over all turns, as it does for engines."""
+    """Measure the ceilings now. A benchmark does so before each turn of an engine and takes the median."""
     busy = psutil.cpu_percent(0.5) / 100 * (psutil.cpu_count() or 1)
     return Ceilings(gemm_rate(torch.device("cpu"), getattr(torch, dtype), seconds=0.5), memory_read_rate(), busy)

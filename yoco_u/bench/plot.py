@@ -1,4 +1,4 @@
-"""The curves of a benchmark as a PNG: prefill, decode and memory over the context."""
+"""A benchmark as a PNG: rates of prefill and decode, and memory, over the context length."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +8,11 @@ from yoco_u.plotting import ContextPlot
 
 
 def write_plot(rows: Sequence[Row], path: Path) -> None:
-    """One line an engine: prefill tokens/s, decode tokens/s of the smallest and (dashed) the largest batch, peak memory of the
-    prefill. Both axes are logarithmic; cases without figures leave gaps."""
+    """Draw one line per engine in three panels: prefill tokens/s, decode tokens/s, peak memory of a prefill.
+
+    Decode is drawn for the smallest batch, and dashed for the largest. All axes are logarithmic. Cases without figures leave
+    gaps.
+    """
     engines = list(dict.fromkeys(row.engine for row in rows))
     decodes = [row for row in rows if row.kind == "decode"]
     prefills = [row for row in rows if row.kind == "prefill"]

@@ -1,4 +1,4 @@
-"""A worker in a process of its own: started, asked case by case, timed out, its peak memory read."""
+"""The process of a worker: it is started, asked case by case, killed if it takes too long, and its peak memory is read."""
 
 import contextlib
 import json
@@ -16,21 +16,21 @@ import yoco_u
 
 
 class WorkerFailed(Exception):  # noqa: N818
-    """The worker is gone or cannot go on; the message says why, in one line."""
+    """The worker has ended or could not start its engine; the message says why, in one line."""
 
 
 class WorkerTimedOut(WorkerFailed):
     """The worker did not answer in time and was killed."""
 
 
-class Worker:
-    """The process of one engine. After a `WorkerFailed` it is no more.
+class WorkerProcess:
+    """The process in which a worker runs one engine. Once it has raised `WorkerFailed` it has ended, and is of no further use.
 
     Args:
-        python: interpreter to run it.
-        script: one of `yoco_u/bench/workers`.
-        job: see `worker_protocol`; `folder` and `threads` are added here.
-        threads: CPU threads that it may use.
+        python: interpreter that runs the worker.
+        script: the worker, one of `yoco_u/bench/workers`.
+        job: what the worker is told first, see `worker_protocol`; `folder` and `threads` are added here.
+        threads: how many CPU threads the engine may use.
     """
 
     def __init__(self, python: str, script: Path, job: dict[str, Any], threads: int) -> None:
@@ -38,7 +38,7 @@ class Worker:
         folder = Path(self._folder.name)
         self._log = (folder / "stderr").open("w+", encoding="utf-8", errors="replace")
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        environment["PYTHONPATH"] = str(Path(yoco_u.__file__).parents[1]) if script.stem == "ours" else ""
+        environment["PYTHONPATH"] = str(Path(yoco_u.__file__).parents[1]) if script.stem == "our_worker" else ""
         self._process = subprocess.Popen(
             [python, str(script)],
             stdin=subprocess.PIPE,
@@ -55,7 +55,17 @@ class Worker:
         self._send(job | {"folder": str(folder), "threads": threads})
 
     def about(self, limit: float) -> dict[str, Any]:
-        """Facts about the engine, once it is ready."""
+        """Wait until the engine is ready.
+
+        Args:
+            limit: seconds to wait.
+
+        Returns:
+            What the worker tells of the engine, such as its version.
+
+        Raises:
+            WorkerFailed: if it could not start, or not in time.
+        """
         answer = self._receive(limit)
         if "error" in answer:
             self.close()
@@ -63,7 +73,18 @@ class Worker:
         return answer["about"]
 
     def run(self, case: dict[str, Any], limit: float) -> dict[str, Any]:
-        """The worker's answer, with `peak_bytes` of its processes during this case; `error` in it is the engine's own."""
+        """Measure one case.
+
+        Args:
+            limit: seconds that the answer may take.
+
+        Returns:
+            The worker's answer: `seconds`, or `error` with the engine's own message; and `peak_bytes`, the most resident memory
+            of its processes during this case.
+
+        Raises:
+            WorkerFailed: if the process ended, or did not answer in time.
+        """
         reset_peaks(self._process.pid)
         self._send(case)
         answer = self._receive(limit)
@@ -71,7 +92,7 @@ class Worker:
         return answer | {"peak_bytes": answer.get("max_rss_bytes") if peak is None else peak}
 
     def close(self) -> None:
-        """End the process and all that it started."""
+        """End the process and all processes that it has started."""
         with contextlib.suppress(OSError):
             if self._process.stdin:
                 self._process.stdin.close()
@@ -93,7 +114,7 @@ class Worker:
 
     def _send(self, value: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # a worker that is gone is noticed when its answer does not come
+        with contextlib.suppress(OSError):  # that the process has ended shows when its answer is waited for
             self._process.stdin.write(json.dumps(value) + "\n")
             self._process.stdin.flush()
 
@@ -124,7 +145,7 @@ class Worker:
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """A process and all below it."""
+    """A process and all its descendants; empty if it has ended."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -133,14 +154,14 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def reset_peaks(pid: int) -> None:
-    """Let the peaks of a process and its children count from here (Linux)."""
+    """Set the peak memory of a process and its descendants back to what they hold now (Linux only)."""
     for process in family(pid):
         with contextlib.suppress(OSError):
             Path(f"/proc/{process.pid}/clear_refs").write_text("5")
 
 
 def peak_bytes(pid: int) -> int | None:
-    """Sum of the peaks of resident memory of a process and its children; None where the system does not tell (not Linux)."""
+    """Peak resident memory of a process and its descendants, summed; None where the system does not tell it (not Linux)."""
     total = 0
     for process in family(pid):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""From seconds to what is compared: tokens per second, shares of the machine's ceilings, ratios to ours."""
+"""From seconds to the figures that are compared: tokens per second, shares of the ceilings, ratios to the first engine."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -14,19 +14,22 @@ from yoco_u.device import environment
 
 @dataclass(frozen=True)
 class Row:
-    """One engine on one case, as the table and the JSON have it.
+    """One engine on one case, with the figures that the table and the JSON show.
 
     Attributes:
+        is_ours: see `BenchEngine`.
+        parameters: how many parameters the engine's model has.
         kind: prefill or decode.
-        context: tokens of the prompt, or behind which was decoded.
-        failure: why there are no figures, `word: explanation`.
-        seconds: of each round.
-        tokens_per_second: by the median of the rounds; of all sequences together.
-        rate: model FLOP/s of a prefill, bytes per second that a decode must read.
-        of_ceiling: `rate` over the GEMM rate, or over the memory's read rate.
+        context: tokens of the prompt, those before it included; or the context behind which tokens were decoded.
+        depth: tokens before the prompt that were not computed; 0 for a decode.
+        failure: why there are no figures, as `word: explanation`.
+        seconds: the time of each round.
+        tokens_per_second: prompt tokens, or new tokens of all sequences together, by the median of the rounds.
+        rate: model FLOP/s of a prefill; for a decode the bytes that its steps must read, per second.
+        of_ceiling: `rate` as a share of the machine's rate of matrix products, or of its memory's read rate.
         reference_ratio: how many times as fast the benchmark's first engine is on this case.
         peak_bytes, kv_bytes: see `CaseResult`.
-        way: how, where an engine has several ways.
+        way: the way that was the fastest, for an engine that was measured in several.
     """
 
     engine: str
@@ -48,7 +51,7 @@ class Row:
 
 
 def rows_of(measurement: Measurement) -> list[Row]:
-    """KVStorage by case, engines in the order of the benchmark."""
+    """One row for each case and engine: all engines of a case together, in the order of the benchmark."""
     results = measurement.results
     engines = list(dict.fromkeys(name for name, _ in results))
     cases = list(dict.fromkeys(case for _, case in results))
@@ -88,7 +91,7 @@ def _new_tokens(case: Case) -> int:
 
 
 def _work(measurement: Measurement, result: CaseResult) -> float:
-    """Model FLOPs of a prefill, or bytes that all steps of a decode read."""
+    """Model FLOPs of a prefill, or the bytes that all steps of a decode must read."""
     a, case, size = result.engine.architecture, result.case, measurement.settings.bytes_per_element
     if isinstance(case, Prefill):
         return prefill_flops(a, case.context) - (prefill_flops(a, case.depth) if case.depth else 0)
@@ -97,7 +100,7 @@ def _work(measurement: Measurement, result: CaseResult) -> float:
 
 
 def as_json(measurement: Measurement) -> dict[str, Any]:
-    """Environment, settings, ceilings, engines and rows; what is measured so far, if the run was interrupted."""
+    """The benchmark as `--json` writes it: environment, settings, ceilings, engines and rows, as far as it was measured."""
     ceilings = [
         {"gemm_flops_per_second": c.gemm, "memory_bytes_per_second": c.memory, "busy_cpus": c.busy}
         for c in measurement.ceilings

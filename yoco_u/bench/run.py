@@ -1,4 +1,8 @@
-"""The measuring itself: engines in turn, cases from cheap to dear, and what failed, did not fit or would take too long."""
+"""The order of a benchmark: engines take turns, cases run from cheap to dear, and what cannot be measured is left out.
+
+A case is left out if its KV would not fit into memory, if its engine has failed, or if shorter prompts say that it would take
+too long. The reason stays in the case's result.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,31 +12,32 @@ from typing import Any
 import psutil
 import torch
 
-from yoco_u.bench.cases import BenchSettings, Case, Prefill, as_job
+from yoco_u.bench.cases import BenchSettings, Case, Prefill, case_as_json
 from yoco_u.bench.ceilings import Ceilings, measure_ceilings
 from yoco_u.bench.engines import BenchEngine
-from yoco_u.bench.process import Worker, WorkerFailed, WorkerTimedOut
+from yoco_u.bench.process import WorkerFailed, WorkerProcess, WorkerTimedOut
 from yoco_u.budget import kv_bytes, parameters, prefill_flops
 
 CHEAP_SECONDS = 20.0
-"""A case that took longer is not repeated in further rounds."""
+"""A case that took longer than this is not measured again in further rounds."""
 
 START_SECONDS = 600.0
-"""Time that an engine may take to load and compile, whatever the limit of a case."""
+"""Seconds that an engine may take to load and compile; the settings' time limit is for a case."""
 
 _SHARE_OF_MEMORY = 0.7
+"""A case whose keys and values take a larger share of the machine's memory is not tried."""
 
 
 @dataclass
 class CaseResult:
-    """One engine on one case.
+    """What became of one case on one engine.
 
     Attributes:
-        seconds: of every round that measured it.
-        failure: why there is none, in one line; the word of the table comes before the colon.
-        peak_bytes: the most memory that the engine's processes held during the case.
-        kv_bytes: of all sequences, as the architecture has it.
-        details: what the worker said besides.
+        kv_bytes: bytes of keys and values of all sequences together, by arithmetic.
+        seconds: the time that the case took, one for each round that measured it.
+        failure: why it was not measured, in one line; the table shows what stands before the colon.
+        peak_bytes: the most resident memory that the engine's processes held during the case.
+        details: what else the worker answered.
     """
 
     engine: BenchEngine
@@ -46,11 +51,12 @@ class CaseResult:
 
 @dataclass
 class Measurement:
-    """Everything measured so far.
+    """Everything that has been measured so far.
 
     Attributes:
-        ceilings: measured before each turn of an engine.
-        about: what each engine's worker told of itself.
+        results: by the engine's name and the case; there is one for each pair from the beginning.
+        ceilings: the machine's ceilings before each turn of an engine.
+        about: by the engine's name, what its worker told of it.
     """
 
     settings: BenchSettings
@@ -60,21 +66,24 @@ class Measurement:
 
     @property
     def ceiling(self) -> Ceilings:
-        """The median of all turns."""
+        """The machine's ceilings: the medians over all turns."""
         gemm, memory, busy = map(median, zip(*self.ceilings, strict=True))
         return Ceilings(gemm, memory, busy)
 
 
 Progress = Callable[[BenchEngine, Case | None], None]
-"""Called before each case, and with None before an engine is loaded."""
+"""Called before each case with its engine, and with None for the case before an engine is loaded."""
 
 
 class Benchmark:
-    """Runs all cases on all engines; `measurement` holds what is known at any time.
+    """Runs all cases on all engines.
 
     Args:
-        engines: names must differ.
-        cases: of each engine, those of one kind from the cheapest on.
+        engines: the engines, whose names must differ.
+        cases: what each engine is to run; those of one kind from the cheapest on.
+
+    Attributes:
+        measurement: everything that has been measured so far, even after an interrupt.
     """
 
     def __init__(self, settings: BenchSettings, engines: Sequence[BenchEngine], cases: Sequence[Case]) -> None:
@@ -88,11 +97,11 @@ class Benchmark:
                 for c in cases
             },
         )
-        self._workers: dict[str, Worker] = {}
-        self._broken: dict[str, str] = {}
+        self._workers: dict[str, WorkerProcess] = {}
+        self._broken: dict[str, str] = {}  # by the engine's name, why it could not be started
 
     def run(self, progress: Progress) -> Measurement:
-        """Measure everything. What a peer does wrong ends up in its results; only an interrupt ends the run."""
+        """Measure everything. The failure of an engine becomes part of its results and the others go on."""
         try:
             for number, engine in self._turns():
                 self.measurement.ceilings.append(measure_ceilings(self.settings.dtype))
@@ -107,7 +116,11 @@ class Benchmark:
         return self.measurement
 
     def _turns(self) -> Iterator[tuple[int, BenchEngine]]:
-        """Rounds over all engines, so that a noisy machine is noisy for all; or one engine after the other."""
+        """The engines in the order of their turns, each with the number of its round.
+
+        Rounds go over all engines, so that noise of the machine meets all alike. If the engines do not fit into memory
+        together, each has all its rounds before the next one is loaded.
+        """
         rounds = range(1, self.settings.rounds + 1)
         if self._keeps_all_loaded:
             yield from ((number, engine) for number in rounds for engine in self.engines)
@@ -116,16 +129,18 @@ class Benchmark:
 
     @property
     def _keeps_all_loaded(self) -> bool:
-        """Whether all engines can wait for their turns with their weights in memory."""
+        """Whether the weights of all engines fit into memory together, so that each stays loaded between its turns."""
         weights = sum(parameters(engine.architecture).total * self.settings.bytes_per_element for engine in self.engines)
         largest = max(self._fitting_kv_bytes(engine) for engine in self.engines)
         return weights + 2 * largest < 0.5 * psutil.virtual_memory().total
 
     def _fitting_kv_bytes(self, engine: BenchEngine) -> int:
+        """Bytes of keys and values of the engine's largest case that fits into memory."""
         results = [self.measurement.results[engine.name, case] for case in self.cases]
         return max((result.kv_bytes for result in results if _fits(result)), default=0)
 
     def _measure(self, engine: BenchEngine, case: Case, progress: Progress) -> None:
+        """Measure a case once more, or note why that cannot be done."""
         result = self.measurement.results[engine.name, case]
         if result.failure or (result.seconds and min(result.seconds) > CHEAP_SECONDS):
             return
@@ -134,7 +149,7 @@ class Benchmark:
             return
         try:
             worker = self._workers.get(engine.name) or self._load(engine, progress)
-            answer = worker.run(as_job(case), self.settings.time_limit)
+            answer = worker.run(case_as_json(case), self.settings.time_limit)
         except WorkerFailed as failure:
             self._workers.pop(engine.name, None)
             word = "timed out" if isinstance(failure, WorkerTimedOut) else "failed"
@@ -148,11 +163,11 @@ class Benchmark:
         answer.pop("max_rss_bytes", None)
         result.details = answer
 
-    def _load(self, engine: BenchEngine, progress: Progress) -> Worker:
+    def _load(self, engine: BenchEngine, progress: Progress) -> WorkerProcess:
         progress(engine, None)
         cases = [case for case in self.cases if _fits(self.measurement.results[engine.name, case])]
-        job = engine.job | {"cases": [as_job(case) for case in cases]}
-        worker = self._workers[engine.name] = Worker(engine.python, engine.script, job, torch.get_num_threads())
+        job = engine.job | {"cases": [case_as_json(case) for case in cases]}
+        worker = self._workers[engine.name] = WorkerProcess(engine.python, engine.script, job, torch.get_num_threads())
         try:
             self.measurement.about[engine.name] = worker.about(START_SECONDS)
         except WorkerFailed as failure:
@@ -166,7 +181,7 @@ class Benchmark:
             worker.close()
 
     def _hopeless(self, result: CaseResult) -> str | None:
-        """Why a case need not be tried."""
+        """Why a case need not be tried, in one line; None if it should be tried."""
         if not _fits(result):
             there = psutil.virtual_memory().total
             return f"no memory: the KV takes {result.kv_bytes / 2**30:.1f} GiB, the machine has {there / 2**30:.1f}"
@@ -188,4 +203,5 @@ class Benchmark:
 
 
 def _fits(result: CaseResult) -> bool:
+    """Whether the keys and values of a case leave enough memory for the weights and everything else."""
     return result.kv_bytes < _SHARE_OF_MEMORY * psutil.virtual_memory().total

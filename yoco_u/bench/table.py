@@ -12,14 +12,14 @@ from yoco_u.bench.results import Row, rows_of
 from yoco_u.bench.run import Measurement
 from yoco_u.formatting import context_label, number
 
-_BUSY_CPUS = 0.2  # of others, from which figures are not to be trusted
+_BUSY_CPUS = 0.2  # if other processes keep more CPUs busy than this, the figures are not to be trusted
 
 
 def print_tables(console: Console, measurement: Measurement, absent: Sequence[str] = ()) -> None:
-    """Prefill, decode, and in a line each what has no figures and why.
+    """Print the table of prefills, the table of decodes, and why cases have no figures.
 
     Args:
-        absent: peers that are not installed.
+        absent: names of the peers that are not installed.
     """
     if not measurement.ceilings:
         return
@@ -39,7 +39,11 @@ def print_tables(console: Console, measurement: Measurement, absent: Sequence[st
 
 
 def _table(rows: Sequence[Row], rate: str, share: str) -> Table:
-    """KVStorage under a heading for each context and batch."""
+    """Rows in groups, one for each context and batch, which its heading names.
+
+    Args:
+        rate, share: headings of the columns of `Row.rate` and `Row.of_ceiling`.
+    """
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("tokens/s", lambda row: number(row.tokens_per_second) if row.failure is None else row.failure.partition(":")[0]),
         (rate, lambda row: _number(row.rate, lambda value: f"{value / 1e9:,.1f}")),
@@ -67,7 +71,7 @@ def _table(rows: Sequence[Row], rate: str, share: str) -> Table:
 
 
 def print_failures(console: Console, measurement: Measurement) -> None:
-    """One line for each explanation, with all cases that it is about, and one if the machine had other work."""
+    """Print a warning if the machine had other work, and one line for each reason why an engine's cases have no figures."""
     busiest = max(ceilings.busy for ceilings in measurement.ceilings)
     if busiest > _BUSY_CPUS:
         console.print(

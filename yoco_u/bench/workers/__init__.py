@@ -1,1 +1,1 @@
-"""One script an engine, each run by itself: `python transformers_llama.py`, see worker_protocol."""
+"""The workers: one script per engine, which runs it and times it in a process of its own, as `worker_protocol.py` describes."""

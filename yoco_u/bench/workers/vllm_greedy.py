@@ -1,10 +1,13 @@
-"""Greedy tokens of a checkpoint in vLLM. The job names the `checkpoint`, the `dtype`, `tokens` (the longest sequence) and
-further `settings` of vLLM; a case is {"prompts": token ids, "new": tokens to write} and its answer {"tokens": of each prompt}.
+"""A worker for `benchmarks/vllm_plugin.py`: the tokens that vLLM generates greedily from a checkpoint.
+
+a job    {"checkpoint": folder, "dtype", "tokens": of the longest sequence, "settings": further settings of vLLM}
+a case   {"prompts": token ids of each prompt, "new": how many tokens to generate}
+answer   {"tokens": the new tokens of each prompt}
 """
 
 from typing import Any
 
-from vllm_engine import preload_openmp, set_environment
+from vllm_worker import preload_openmp, set_environment
 from worker_protocol import Case, Job, Run, serve
 
 

@@ -1,14 +1,18 @@
-"""How a worker talks to `yoco-u bench`: one JSON value a line on stdin and stdout, in turn.
+"""How a worker and `yoco-u bench` talk: in turns, over stdin and stdout, with one JSON value per line.
 
-A worker may run under an interpreter that has neither yoco_u nor its dependencies, so this is the standard library alone.
+A worker may run under an interpreter that has neither yoco_u nor its dependencies, so this module uses the standard library
+alone.
 
-    -> the job             <- {"about": {...}}, when the engine is ready for cases
-    -> a case              <- {"seconds": ...}, or {"error": "..."} and the worker goes on
-    -> end of file
+    to the worker       from the worker
+    the job             {"about": {...}} when the engine is ready for cases, or {"error": "..."} and the worker ends
+    a case              {"seconds": ...}, or {"error": "..."} and the worker goes on
+    end of file         the worker ends
 
-A job holds `model` (shapes and names of a Llama, or the architecture for ours), `dtype`, `weights`, `threads`, `folder` (empty,
-for the worker's files) and the `cases` that will come. A case is {"kind": "prefill", "tokens", "depth"}, the seconds until the
-logits of the first new token are there, or {"kind": "decode", "context", "batch", "steps"}, the seconds of all steps.
+A job holds `model` (the shape of a Llama; for our engine the architecture), `dtype`, `weights`, `threads`, `folder` (empty, for
+the worker's files) and `cases`, all that will come. There are two kinds of cases:
+
+    {"kind": "prefill", "tokens", "depth"}              the seconds are those until the first new token is known
+    {"kind": "decode", "context", "batch", "steps"}     the seconds are those of all steps
 """
 
 import contextlib
@@ -26,10 +30,11 @@ Run = Callable[[Case], dict[str, Any]]
 
 
 def serve(start: Callable[[Job], tuple[Run, dict[str, Any]]]) -> None:
-    """Answer until stdin ends. What the engine itself prints goes to stderr.
+    """Read a job and cases, and answer them, until stdin ends. What the engine itself prints goes to stderr.
 
     Args:
-        start: makes the engine for a job; returns what runs a case, and facts about the engine.
+        start: makes the engine for a job. It returns the function that runs a case and gives the answer to it, and the facts
+            about the engine that go into `about`.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -55,7 +60,7 @@ def serve(start: Callable[[Job], tuple[Run, dict[str, Any]]]) -> None:
 
 
 def reason(error: Exception) -> str:
-    """An exception in one line."""
+    """An exception in one line: its name, and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -73,16 +78,17 @@ def most_tokens(job: Job) -> int:
 def _length(case: Case) -> int:
     if case["kind"] == "prefill":
         return case["depth"] + case["tokens"] + 1
-    return case["context"] + case["steps"] + 8  # and a few to warm up
+    return case["context"] + case["steps"] + 8  # and room for the steps that warm up
 
 
 def forget_peak() -> None:
-    """Let the peak of this process count from here, after what was only needed to set up a case (Linux)."""
+    """Set this process's peak memory back to what it holds now, so that setting up a case does not count (Linux only)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def max_rss_bytes() -> int | None:
+    """The most resident memory that this process has held since it began; None where the system does not tell it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""Our own engine, through `yoco_u.bench.engine_adapter`."""
+"""The worker of our own engine, through `yoco_u.bench.timed_engine`."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import torch
 from worker_protocol import Case, Job, Run, most_tokens, serve
 
 from yoco_u.architecture import Architecture
-from yoco_u.bench.engine_adapter import OurEngine
+from yoco_u.bench.timed_engine import TimedEngine
 from yoco_u.version import __version__
 
 
 def start(job: Job) -> tuple[Run, dict[str, Any]]:
     torch.set_num_threads(job["threads"])
-    engine = OurEngine(
+    engine = TimedEngine(
         Architecture.model_validate(job["model"]),
         model=job["checkpoint"],
         dtype=job["dtype"],

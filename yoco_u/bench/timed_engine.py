@@ -1,4 +1,4 @@
-"""What the benchmark asks of our engine: timed prefills and decodes, behind contexts that need not be computed."""
+"""Our engine as the benchmark runs it: timed prefills and decodes, behind contexts that are made up instead of computed."""
 
 import time
 from typing import Any
@@ -10,19 +10,20 @@ from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingPara
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
 WARM_STEPS = 4
+"""Decode steps that run before those that are timed."""
 
 
-class OurEngine:
-    """One model in our engine, with the settings that a user gets.
+class TimedEngine:
+    """One model in our engine, with the default settings, but caches as large as the cases need and no prefix cache.
 
     Args:
-        architecture: shape of the model; its weights are random unless `model` is given.
+        architecture: shape of the model, whose weights are random unless `model` is given.
         model: folder of a checkpoint that has this architecture.
-        dtype: bfloat16 or float32, of weights, activations and caches.
-        weights: int8, or bfloat16, which is as `dtype` says.
-        cache_tokens: most tokens that one case keeps at once, over its sequences.
-        sequences: most sequences that one case has.
-        num_loops: loop count of all cases; the model's own by default.
+        dtype: data type of weights, activations and caches, bfloat16 or float32.
+        weights: int8 to quantize the weights; with bfloat16 they have the data type `dtype`.
+        cache_tokens: the most tokens that a case keeps in the caches at once, all its sequences together.
+        sequences: the most sequences that a case has.
+        num_loops: T of all cases; the model's own if None.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class OurEngine:
                 "dtype": dtype,
                 "weights": "int8" if weights == "int8" else None,
                 "num_loops": num_loops,
-                "cache_tokens": cache_tokens + 2 * 64 * sequences,  # a started and a spare block of each
+                "cache_tokens": cache_tokens + 2 * 64 * sequences,  # each sequence has a started and a spare block of 64
                 "max_num_seqs": sequences,
                 "prefix_caching": False,
             }
@@ -59,10 +60,10 @@ class OurEngine:
         self.engine.cache.release()
 
     def prefill(self, tokens: int, depth: int = 0) -> float:
-        """Seconds from a prompt of `tokens` to its first new token.
+        """Seconds from handing over a prompt of `tokens` tokens until its first new token is known.
 
         Args:
-            depth: tokens before the prompt, whose keys and values are random.
+            depth: tokens before the prompt that are not computed; their keys and values are random.
         """
         prompt = self._tokens(depth + tokens)
         begin = time.perf_counter()
@@ -90,7 +91,7 @@ class OurEngine:
         return elapsed
 
     def _step(self, requests: list[RequestOutput], steps: int) -> None:
-        """Let every request grow by so many tokens."""
+        """Run decode steps, in each of which every request must get one token."""
         for _ in range(steps):
             updates = self.engine.step()
             if len(updates) != len(requests):

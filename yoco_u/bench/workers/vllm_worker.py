@@ -1,8 +1,9 @@
-"""vLLM on random weights, compiled, prefix cache off, prompts as token ids: a Llama, or whatever model the job's `config` and
-`settings` of vLLM describe.
+"""The worker of vLLM. The model has random weights: it is a Llama, or what a job's `config` (of the model) and `settings` (of
+vLLM) describe.
 
-Caches behind a decode case are filled by vLLM's own decode-benchmark connector. Intel's OpenMP, which vLLM's CPU guide asks to
-preload, is preloaded where it lies in the environment. Runs wherever vLLM is installed.
+vLLM compiles the model, has its prefix cache off, and gets prompts as token ids. The context of a decode case is filled in by
+vLLM's own connector for decode benchmarks. Intel's OpenMP, which vLLM's CPU guide asks to preload, is preloaded if it lies in
+the environment. The worker runs wherever vLLM is installed.
 """
 
 import json
@@ -16,8 +17,8 @@ from typing import Any
 
 from worker_protocol import Case, Job, Run, longest, most_tokens, serve
 
-BATCHED_TOKENS = 2048
-BLOCK = 128
+BATCHED_TOKENS = 2048  # most tokens of one step
+BLOCK = 128  # tokens of a block of vLLM's cache on a CPU
 WARM_STEPS = 4
 
 
@@ -50,12 +51,18 @@ def start(job: Job) -> tuple[Run, dict[str, Any]]:
         },
         **settings,
     )
-    engine = Engine(llm, shape["vocab_size"])
-    engine.prefill(min(256, longest(job) - 1))
-    return engine.run, {"version": vllm.__version__, **settings}
+    worker = VllmWorker(llm, shape["vocab_size"])
+    worker.prefill(min(256, longest(job) - 1))
+    return worker.run, {"version": vllm.__version__, **settings}
 
 
-class Engine:
+class VllmWorker:
+    """A loaded model, and the cases that run on it.
+
+    Args:
+        llm: vLLM's `LLM`.
+    """
+
     def __init__(self, llm: Any, vocab_size: int) -> None:
         self.llm, self.vocab_size = llm, vocab_size
         self.requests = 0
@@ -67,12 +74,14 @@ class Engine:
         return {"seconds": self.decode(case["context"], case["batch"], case["steps"])}
 
     def prefill(self, tokens: int) -> float:
+        """Seconds until the first new token behind a prompt of `tokens` tokens is known."""
         begin = time.perf_counter()
         self.add(tokens, 1, fill=False)
         self.step_until(lambda written: min(written.values()) >= 1, 1)
         return time.perf_counter() - begin
 
     def decode(self, context: int, batch: int, steps: int) -> float:
+        """Seconds of `steps` decode steps of `batch` sequences, each behind `context` made-up tokens."""
         for _ in range(batch):
             self.add(context, WARM_STEPS + steps, fill=True)
         written = self.step_until(lambda written: min(written.values()) >= WARM_STEPS, batch)
@@ -82,6 +91,13 @@ class Engine:
         return elapsed * steps / (min(after.values()) - before)
 
     def add(self, tokens: int, new: int, fill: bool) -> None:
+        """Queue a request of random tokens.
+
+        Args:
+            tokens: length of the prompt.
+            new: how many tokens to generate.
+            fill: whether the prompt's keys and values are filled in instead of computed.
+        """
         from vllm import SamplingParams
 
         self.requests += 1
@@ -95,7 +111,16 @@ class Engine:
     def step_until(
         self, done: Callable[[dict[str, int]], bool], batch: int, written: dict[str, int] | None = None
     ) -> dict[str, int]:
-        """Run the engine until `done` says so of the new tokens of each request."""
+        """Run steps until a condition holds.
+
+        Args:
+            done: the condition, on how many new tokens each request has, by its id.
+            batch: how many requests there are; all must have a token before the condition is asked.
+            written: how many new tokens each request has at the beginning; none by default.
+
+        Returns:
+            How many new tokens each request has in the end.
+        """
         written = dict(written or {})
         while len(written) < batch or not done(written):
             for output in self.llm.llm_engine.step():
@@ -104,6 +129,12 @@ class Engine:
 
 
 def llama_config(shape: dict[str, Any], length: int, dtype: str) -> dict[str, Any]:
+    """A Llama's `config.json`.
+
+    Args:
+        shape: the job's `model`.
+        length: the most tokens of a sequence.
+    """
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype, "hidden_act": "silu",
         "vocab_size": shape["vocab_size"], "hidden_size": shape["hidden_size"], "intermediate_size": shape["intermediate_size"],
@@ -115,13 +146,15 @@ def llama_config(shape: dict[str, Any], length: int, dtype: str) -> dict[str, An
 
 
 def llama_cache_bytes(job: Job, batch: int) -> int:
+    """Bytes of cache for the largest case of a job, and two blocks to spare for each sequence and for vLLM itself."""
     shape = job["model"]
     row = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * (4 if job["dtype"] == "float32" else 2)
     return row * (most_tokens(job) + 2 * BLOCK * (batch + 1))
 
 
 def set_environment(job: Job) -> None:
-    """What vLLM reads from the environment, on the job's threads."""
+    """Set the environment variables that vLLM reads: its threads run on the job's CPUs, and it downloads and reports
+    nothing."""
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(cpu) for cpu in cpus(job["threads"]))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
@@ -129,7 +162,7 @@ def set_environment(job: Job) -> None:
 
 
 def preload_openmp() -> None:
-    """Begin this script again with Intel's OpenMP, which makes decode faster by half and more."""
+    """Start this script anew with Intel's OpenMP preloaded, if it is installed: decode becomes 1.5 times as fast or more."""
     library = Path(sys.prefix) / "lib" / "libiomp5.so"
     before = os.environ.get("LD_PRELOAD", "")
     if library.exists() and str(library) not in before:
@@ -138,6 +171,7 @@ def preload_openmp() -> None:
 
 
 def cpus(threads: int) -> list[int]:
+    """Numbers of the first CPUs that this process may use, one for each thread."""
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     return available[:threads]
 

@@ -1,8 +1,8 @@
-"""transformers on a Llama of random weights, with SDPA attention.
+"""The worker of transformers. The model is a Llama of random weights, with SDPA attention.
 
-Prefill is one eager forward pass. Decode runs in the two ways that transformers offers, eager with the growing cache that
-`generate()` makes, and, where the job says `compile`, under torch.compile with a static cache; the faster counts. Caches behind
-a decode case hold random keys and values. Runs wherever transformers and torch are installed.
+Prefill is one eager forward pass. Decode runs in the two ways that transformers offers, of which the faster counts: eager with
+the growing cache that `generate()` makes; and, if the job says `compile`, under torch.compile with a static cache. The context
+of a decode case is random keys and values. The worker runs wherever transformers and torch are installed.
 """
 
 import time
@@ -29,16 +29,22 @@ def start(job: Job) -> tuple[Run, dict[str, Any]]:
         max_position_embeddings=longest(job), dtype=job["dtype"],
     )  # fmt: skip
     model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, job["dtype"])).eval()
-    engine = Engine(model, job.get("compile", False))
-    engine.prefill(256)
-    return engine.run, {"version": transformers.__version__, "torch": torch.__version__}
+    worker = TransformersWorker(model, job.get("compile", False))
+    worker.prefill(256)
+    return worker.run, {"version": transformers.__version__, "torch": torch.__version__}
 
 
-class Engine:
+class TransformersWorker:
+    """A model, and the cases that run on it.
+
+    Args:
+        compiles: whether decode is timed under torch.compile too.
+    """
+
     def __init__(self, model: Any, compiles: bool) -> None:
         self.model, self.config = model, model.config
         self.compiled = torch.compile(model.forward, dynamic=False) if compiles else None
-        torch._dynamo.config.recompile_limit = 256  # every context and batch is a graph of its own
+        torch._dynamo.config.recompile_limit = 256  # every context and every batch is compiled to a graph of its own
 
     @torch.inference_mode()
     def run(self, case: Case) -> dict[str, Any]:
@@ -49,13 +55,14 @@ class Engine:
             cache = StaticCache(config=self.config, max_cache_len=case["context"] + WARM_STEPS + case["steps"])
             try:
                 ways["compiled"] = self.decode(self.compiled, cache, case)
-            except Exception:  # a compiler that fails leaves the other way
+            except Exception:  # if compiling fails, the eager time counts
                 traceback.print_exc()
         best = min(ways, key=lambda way: ways[way])
         return {"seconds": ways[best], "way": best, "seconds_by_way": ways}
 
     @torch.inference_mode()
     def prefill(self, tokens: int) -> float:
+        """Seconds until the first new token behind a prompt of `tokens` tokens is known."""
         prompt = torch.randint(self.config.vocab_size, (1, tokens))
         begin = time.perf_counter()
         output = self.model(input_ids=prompt, past_key_values=DynamicCache(config=self.config), logits_to_keep=1)
@@ -63,6 +70,7 @@ class Engine:
         return time.perf_counter() - begin
 
     def decode(self, forward: Any, cache: Any, case: Case) -> float:
+        """Seconds of a case's decode steps by a forward function, with a cache that is still empty."""
         for layer in range(self.config.num_hidden_layers):
             rows = self.random_rows(case["batch"], case["context"])
             cache.update(rows, rows.clone(), layer)
@@ -77,6 +85,7 @@ class Engine:
         return time.perf_counter() - begin
 
     def random_rows(self, batch: int, tokens: int) -> Tensor:
+        """Keys or values of one layer, (batch, kv_heads, tokens, head_dim)."""
         return torch.randn(batch, self.config.num_key_value_heads, tokens, self.config.head_dim, dtype=self.model.dtype)
 
 

@@ -1,7 +1,8 @@
-"""llama.cpp, through llama-cpp-python, on a Llama of random weights that is written as GGUF here.
+"""The worker of llama.cpp, through llama-cpp-python. The model is a Llama of random weights, written as a GGUF file here.
 
-bfloat16 (or float32) weights, or Q8_0 where ours are int8; flash attention; float16 cache, llama.cpp's own choice. Caches
-behind a decode case are restored from a made-up saved state. Runs wherever llama_cpp, gguf and numpy are installed.
+Weights are bfloat16 or float32, or Q8_0 where ours are int8. Attention is flash attention, the cache is float16 as llama.cpp
+has it by default. The context of a decode case is restored from a saved state that is made up here. The worker runs wherever
+llama_cpp, gguf and numpy are installed.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ from worker_protocol import Case, Job, Run, forget_peak, serve
 
 TYPES = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
 CACHE_TYPES = {"float32": (llama.GGML_TYPE_F32, np.float32), "bfloat16": (llama.GGML_TYPE_F16, np.float16)}
-BATCH, MICRO_BATCH = 2048, 512
+BATCH, MICRO_BATCH = 2048, 512  # tokens that one call is given, and that llama.cpp computes at a time
 WARM_STEPS = 4
 
 
@@ -32,14 +33,20 @@ def start(job: Job) -> tuple[Run, dict[str, Any]]:
     model = llama.llama_model_load_from_file(str(path).encode(), parameters)
     if not model:
         raise RuntimeError("llama.cpp could not load the GGUF file; its messages are above")
-    engine = Engine(model, job)
-    engine.prefill(256)
+    worker = LlamaCppWorker(model, job)
+    worker.prefill(256)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     about = {"version": llama.__version__, "weights": kind.name, "bytes_per_weight": size / block, "micro_batch": MICRO_BATCH}
-    return engine.run, about
+    return worker.run, about
 
 
-class Engine:
+class LlamaCppWorker:
+    """A loaded model, and the cases that run on it.
+
+    Args:
+        model: llama.cpp's handle of the model.
+    """
+
     def __init__(self, model: Any, job: Job) -> None:
         self.model, self.shape, self.threads = model, job["model"], job["threads"]
         self.cache_type, self.cache_dtype = CACHE_TYPES[job["dtype"]]
@@ -51,6 +58,7 @@ class Engine:
         return {"seconds": self.decode(case["context"], case["batch"], case["steps"])}
 
     def prefill(self, tokens: int) -> float:
+        """Seconds until the first new token behind a prompt of `tokens` tokens is known."""
         context = self.context(tokens + 1, 1)
         prompt = self.random.integers(self.shape["vocab_size"], size=tokens)
         begin = time.perf_counter()
@@ -64,6 +72,7 @@ class Engine:
         return elapsed
 
     def decode(self, context_tokens: int, batch: int, steps: int) -> float:
+        """Seconds of `steps` decode steps of `batch` sequences, each behind `context_tokens` made-up tokens."""
         context = self.context(context_tokens + WARM_STEPS + steps, batch)
         state = self.state(context, context_tokens, batch)
         buffer = (ctypes.c_uint8 * len(state)).from_buffer(state)
@@ -83,7 +92,7 @@ class Engine:
         return elapsed
 
     def context(self, tokens: int, sequences: int) -> Any:
-        """A context for so many sequences of so many tokens each."""
+        """llama.cpp's context, which holds the caches, for `sequences` sequences of `tokens` tokens each."""
         parameters = llama.llama_context_default_params()
         parameters.n_ctx = sequences * math.ceil(tokens / 256) * 256
         parameters.n_seq_max = sequences
@@ -97,7 +106,7 @@ class Engine:
         return context
 
     def compute(self, context: Any, rows: list[tuple[int, int, int, bool]]) -> None:
-        """Run (token, position, sequence, with logits) rows as one batch."""
+        """Run tokens as one batch, each given as (token, position, sequence, whether its logits are needed)."""
         batch = llama.llama_batch_init(len(rows), 0, 1)
         batch.n_tokens = len(rows)
         for i, (token, position, sequence, logits) in enumerate(rows):
@@ -109,14 +118,19 @@ class Engine:
             raise RuntimeError(f"llama_decode gave status {status}")
 
     def best(self, context: Any, row: int) -> int:
+        """The likeliest token by the logits of a row of the last batch; -1 is its last row."""
         logits = llama.llama_get_logits_ith(context, row)
         return int(np.ctypeslib.as_array(logits, shape=(self.shape["vocab_size"],)).argmax())
 
     def state(self, context: Any, tokens: int, sequences: int) -> bytearray:
-        """A saved state of the first of `sequences`, in which `tokens` positions hold random keys and values."""
+        """A sequence's state as llama.cpp saves it, in which `tokens` positions hold random keys and values.
+
+        Args:
+            sequences: how many sequences the context is for, on which the layout depends.
+        """
         empty = (ctypes.c_uint8 * llama.llama_state_seq_get_size(context, 0))()
         llama.llama_state_seq_get_data(context, empty, len(empty), 0)
-        header = bytes(empty)[: -4 * (1 + sequences)]  # what follows counts the streams, and the cells of each
+        header = bytes(empty)[: -4 * (1 + sequences)]  # what follows is the number of streams, and of cells in each
         layers, width = self.shape["layers"], self.shape["kv_heads"] * self.shape["head_dim"]
         cells = np.zeros((tokens, 3), dtype=np.int32)  # position, number of sequences, sequence
         cells[:, 0], cells[:, 1] = np.arange(tokens), 1
@@ -130,7 +144,7 @@ class Engine:
 
 
 def write_gguf(path: Path, shape: dict[str, Any], kind: gguf.GGMLQuantizationType) -> None:
-    """A Llama of random weights. Their order within a matrix is llama.cpp's own, so nothing is permuted."""
+    """Write a Llama of random weights. The rows of random matrices need not be permuted to llama.cpp's order for RoPE."""
     writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)
     writer.add_context_length(1 << 20)
     writer.add_block_count(shape["layers"])
