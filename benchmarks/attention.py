@@ -1,11 +1,11 @@
-"""Sliding attention over length: time of forward and backward, and peak memory of a whole training step.
+"""How sliding attention grows with the length: time of forward and backward, and peak memory of a whole training step.
 
     python benchmarks/attention.py
 
-Time: the attention of the 100M model's shape, window 512, from 4K to 64K tokens, beside torch's masked N x N attention as far
-as that is bearable; rounds go through all lengths. Memory: one training step of the quickstart's YOCO-U in a fresh process per
-length, its peak beyond that of a process that has trained on 64 tokens. (The whole step, cross-decoder and loss included; a
-larger model needs more per token.)
+Time: attention of the 100M model's shape, window 512, from 4K to 64K tokens, beside torch's attention with an N x N mask up to
+8K. Each round goes through all lengths, and the fastest round counts. Memory: one training step of the quickstart's YOCO-U,
+cross-decoder and loss included, in a fresh process for each length; what counts is the peak during the step, less what the
+process held before it. A larger model needs more per token.
 """
 
 import json
@@ -30,7 +30,7 @@ SHAPE = preset("yoco_u", "100m")
 def main() -> None:
     arguments = parser(__doc__, "attention")
     arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--memory-of", type=int, help="run one training step of so many tokens and print its peak memory")
+    arguments.add_argument("--memory-of", type=int, help="run one training step of this many tokens and print its peak memory")
     chosen = arguments.parse_args()
     if chosen.memory_of:
         print(json.dumps(training_step_memory(chosen.memory_of)))
@@ -58,6 +58,7 @@ def main() -> None:
 
 
 def sliding(length: int) -> float:
+    """Seconds of forward and backward of our sliding attention over `length` tokens."""
     q, k, v = heads(length)
     assert SHAPE.window is not None
     window = SHAPE.window
@@ -65,6 +66,7 @@ def sliding(length: int) -> float:
 
 
 def masked(length: int) -> float:
+    """Seconds of the same by torch's attention, with the window as an N x N mask."""
     q, k, v = heads(length)
     i = torch.arange(length)
     mask = torch.zeros(length, length, dtype=q.dtype)
@@ -73,13 +75,14 @@ def masked(length: int) -> float:
 
 
 def heads(length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random queries, keys and values of the model's shape, each (1, length, heads, head_dim)."""
     counts = (SHAPE.num_attention_heads, SHAPE.num_key_value_heads, SHAPE.num_key_value_heads)
     q, k, v = (torch.randn(1, length, n, SHAPE.head_dim, dtype=torch.bfloat16, requires_grad=True) for n in counts)
     return q, k, v
 
 
 def training_step_memory(length: int) -> dict[str, int]:
-    """Peak resident bytes of a step beyond those of the process with the model in it."""
+    """Peak resident bytes during a step, less those of the process before it, when it holds the model and its gradients."""
     model = YocoUForCausalLM(YocoUConfig.from_architecture(preset("yoco_u", "quickstart"))).train()
     step(model, 64)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (Linux)
@@ -89,7 +92,7 @@ def training_step_memory(length: int) -> dict[str, int]:
 
 
 def resident(field: str) -> int:
-    """Bytes by a field of Linux's process status: VmRSS is now, VmHWM the peak."""
+    """Resident bytes of this process, from a field of Linux's process status: VmRSS is the value now, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: repeated timing, the machine's own ceiling, tables and JSON."""
+"""What the benchmarks share: repeated timing, the machine's best rate of matrix products, prompts, tables and JSON."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def seconds(call: Callable[[], object], repeats: int) -> list[float]:
-    """Wall-clock seconds of each of `repeats` calls, after one that is not counted."""
+    """Wall-clock seconds of each of `repeats` calls, after one call that warms up."""
     call()
     found = []
     for _ in range(repeats):
@@ -30,12 +30,12 @@ def seconds(call: Callable[[], object], repeats: int) -> list[float]:
 
 
 def bf16_gemm_rate() -> float:
-    """Best bfloat16 GEMM rate of the CPU now, FLOP/s."""
+    """FLOP/s of bfloat16 matrix products on the CPU, measured now."""
     return gemm_rate(torch.device("cpu"), torch.bfloat16)
 
 
 def standard_library_prompts(tokenizer: Any, lengths: Sequence[int]) -> list[list[int]]:
-    """Cuts of so many tokens each from the Python standard library."""
+    """One prompt of each length in tokens, cut at random places from the Python standard library."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
     text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -45,12 +45,14 @@ def standard_library_prompts(tokenizer: Any, lengths: Sequence[int]) -> list[lis
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """A parser with the option that all benchmarks have: `--out`, by default `results/NAME.json`."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="JSON file to write")
     return found
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table; all have the keys of the first, which are the headings."""
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else f"{value}" for value in row.values()))
@@ -58,6 +60,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
+    """Write results as JSON, together with the versions and the hardware that they were measured with."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"environment": environment(torch.device("cpu"))} | results, indent=1)
     path.write_text(text + "\n", encoding="utf-8")

@@ -1,12 +1,13 @@
-"""lm-evaluation-harness through our engine against its own path through transformers, on the same model and questions.
+"""lm-evaluation-harness through our engine, and through transformers as the harness runs any Hugging Face model.
 
     python benchmarks/harness.py
 
-Multiple choice (four lines of code, five examples drawn anew for each question, some hundred tokens of context) and generation
-of 64 tokens behind five fixed examples: the tasks `yoco_u_stdlib_choice` and `yoco_u_stdlib_completion`. The model is a preset
-of random weights; transformers runs it as a Hugging Face model (forward, `generate`) at several batch sizes, of which the
-fastest counts. Seconds are those of `lm_eval.evaluate`, tokenizing included, loading not. Every round runs all in turn. The
-scores must be the same; so must the answers in float32, except where two tokens are equally likely up to rounding.
+Both answer the same questions with the same model, a preset of random weights. The tasks are `yoco_u_stdlib_choice`, multiple
+choice among four lines of code with five examples drawn anew for each question and some hundred tokens of context, and
+`yoco_u_stdlib_completion`, which generates 64 tokens behind five fixed examples. transformers runs the model (forward,
+`generate`) at several batch sizes, of which the fastest counts. Seconds are those of `lm_eval.evaluate`: tokenizing is
+included, loading is not. Every round runs all of them in turn. The scores must be the same, and so must the answers in
+float32, except where two tokens are equally likely up to rounding.
 """
 
 import statistics
@@ -56,6 +57,7 @@ def main() -> None:
 
 
 def save_model(size: str, folder: Path) -> None:
+    """Save a model of random weights, and a tokenizer trained on the tasks' text."""
     architecture = preset("yoco_u", size)
     torch.manual_seed(0)
     YocoUForCausalLM(YocoUConfig.from_architecture(architecture)).save_pretrained(folder)
@@ -63,7 +65,12 @@ def save_model(size: str, folder: Path) -> None:
 
 
 def measure(name: str, models: dict[str, Any], limit: int, rounds: int) -> list[dict[str, Any]]:
-    """One row a model: seconds (median of the rounds), how many times as slow as ours, and what differs from ours."""
+    """Run one task in all ways.
+
+    Returns:
+        One row per way: seconds (median of the rounds), how many times as long as ours that is, and how many answers differ
+        from ours.
+    """
     tasks = load_tasks([name])
     for lm in models.values():
         run_tasks(lm, tasks, HowToAsk(limit=2))
@@ -89,12 +96,13 @@ def measure(name: str, models: dict[str, Any], limit: int, rounds: int) -> list[
 
 
 def score(results: dict[str, Any], name: str) -> float:
+    """A task's score: accuracy, or the share of answers whose first line is right."""
     found = results["results"][name]
     return float(found["acc,none"] if "acc,none" in found else found["same_line,none"])
 
 
 def differing(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> int:
-    """Questions whose generated text differs, or a log-likelihood by more than a thousandth of itself."""
+    """How many questions were answered differently: by another text, or by a log-likelihood more than a thousandth away."""
     return sum(not same(a["resps"], b["resps"]) for a, b in zip(ours, theirs, strict=True))
 
 

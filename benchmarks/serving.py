@@ -1,10 +1,11 @@
-"""`yoco-u serve` under load, and a short request beside a long one.
+"""`yoco-u serve` under load, and the waiting time of a short request beside a long one.
 
-- Load: `--clients` clients of the openai package stream completions for `--minutes`, greedy and in float32, of random prompts
-  and lengths; some go away in the middle. Every answer is compared with that of an engine which runs the same request alone; an
-  error other than 429, memory that grows and blocks that stay behind are counted.
-- Waiting: time to the first token of a short request on an idle server, and while a prompt of `--long` tokens is read, with a
-  model of `--size` and random weights, bfloat16.
+- Load: `--clients` clients of the openai package stream greedy completions of random prompts and lengths for `--minutes`, from
+  a model in float32; some clients close the connection in the middle. Every answer is compared with the answer of an engine
+  that runs the request alone. Errors other than 429, memory over time, and blocks and seats that are still held in the end are
+  reported.
+- Waiting: time to the first token of a short request, on an idle server and while the server prefills a prompt of `--long`
+  tokens, with a model of `--size` and random weights in bfloat16.
 
     python benchmarks/serving.py runs/quickstart/yoco-u
 
@@ -38,11 +39,13 @@ from yoco_u.architecture import preset
 from yoco_u.loading import load_model
 
 Answer = tuple[int, int | None, str]
-"""Which prompt, how many tokens were asked for (None if the client went away before the end), and the text."""
+"""Number of the prompt, how many tokens were asked for (None if the client went away before the end), and the text."""
 
 
 @dataclass
 class Server:
+    """A running server, and its process."""
+
     url: str
     process: psutil.Process
 
@@ -50,7 +53,7 @@ class Server:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=900)
 
     def metrics(self) -> dict[str, float]:
-        """Values of /metrics by name with labels."""
+        """The values that /metrics shows, by name and labels as they stand there."""
         text = urllib.request.urlopen(f"{self.url}/metrics").read().decode()
         return {name: float(value) for name, value in re.findall(r"^([^#\s]+) (\S+)$", text, flags=re.MULTILINE)}
 
@@ -61,7 +64,7 @@ class Server:
 
 @contextmanager
 def serving(model: Path, *options: str) -> Iterator[Server]:
-    """A server of the installed command on a free port; it must end in good order on SIGTERM."""
+    """Run the installed command's server on a free port; in the end it gets SIGTERM, and must exit with status 0."""
     command = [str(Path(sys.executable).with_name("yoco-u")), "serve", str(model), "--name", "model", "--port", "0", *options]
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
 
@@ -84,6 +87,16 @@ def serving(model: Path, *options: str) -> Iterator[Server]:
 
 @dataclass
 class Tally:
+    """What all clients saw together.
+
+    Attributes:
+        first_token: seconds until the first token, of each request.
+        tokens: how many tokens came.
+        busy: how many requests were refused with status 429.
+        errors: all other errors.
+        resident_mib: the server's resident memory, every two seconds.
+    """
+
     answers: list[Answer] = field(default_factory=list)
     first_token: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -95,6 +108,7 @@ class Tally:
 async def one_client(
     server: Server, prompts: list[list[int]], draw: random.Random, until: float, chosen: Namespace, tally: Tally
 ) -> None:
+    """Send one request after another until a time, by `time.monotonic`."""
     async with server.client() as client:
         while time.monotonic() < until:
             number, most = draw.randrange(len(prompts)), draw.randint(1, chosen.new)
@@ -125,6 +139,7 @@ async def one_client(
 
 
 async def put_under_load(server: Server, prompts: list[list[int]], chosen: Namespace) -> Tally:
+    """Run all clients at once, and watch the server's memory meanwhile."""
     tally, seconds = Tally(), 60 * chosen.minutes
     until = time.monotonic() + seconds
     with Progress(transient=True) as progress:
@@ -140,6 +155,7 @@ async def put_under_load(server: Server, prompts: list[list[int]], chosen: Names
 
 
 def measure_load(chosen: Namespace) -> dict[str, Any]:
+    """The figures of the load: rates, waiting times, errors, wrong answers, memory."""
     _, tokenizer = load_model(chosen.model, torch.device("cpu"))
     draw = random.Random(0)
     prompts = standard_library_prompts(tokenizer, [round(chosen.longest ** draw.random()) for _ in range(chosen.prompts)])
@@ -177,7 +193,8 @@ def measure_load(chosen: Namespace) -> dict[str, Any]:
 
 
 def answers_alone(chosen: Namespace, prompts: list[list[int]]) -> list[list[str]]:
-    """By prompt and number of tokens, the text of an engine that has nothing else to do and remembers nothing."""
+    """The right answers: by prompt and number of new tokens, the text of an engine that runs one request at a time and has no
+    prefix cache."""
     llm = LLM(chosen.model, dtype="float32", max_num_seqs=1, prefix_caching=False)
     tokenizer = llm.engine.tokenizer
     assert tokenizer is not None
@@ -191,6 +208,7 @@ def answers_alone(chosen: Namespace, prompts: list[list[int]]) -> list[list[str]
 
 
 async def first_token(client: openai.AsyncOpenAI, prompt: list[int]) -> float:
+    """Seconds from sending a request to its first token."""
     begun = time.monotonic()
     stream = await client.completions.create(model="model", prompt=prompt, max_tokens=4, temperature=0, stream=True)
     seconds = 0.0
@@ -200,6 +218,7 @@ async def first_token(client: openai.AsyncOpenAI, prompt: list[int]) -> float:
 
 
 async def wait_beside_long(server: Server, chosen: Namespace) -> dict[str, Any]:
+    """Short requests on the idle server, then short requests while one long prompt is prefilled."""
     draw = random.Random(1)
 
     def prompt(length: int) -> list[int]:
@@ -214,7 +233,7 @@ async def wait_beside_long(server: Server, chosen: Namespace) -> dict[str, Any]:
         beside = []
         while not long.done():
             beside.append(await first_token(client, prompt(chosen.short)))
-        beside = beside[:-1]  # the last one may have outlived the long prompt
+        beside = beside[:-1]  # the last request may have run on after the long prompt was done
         if not beside:
             raise SystemExit(f"a prompt of {chosen.long} tokens is read before a short one is answered; make --long longer")
         seconds = await long
@@ -231,6 +250,7 @@ async def wait_beside_long(server: Server, chosen: Namespace) -> dict[str, Any]:
 
 
 def measure_waiting(chosen: Namespace) -> dict[str, Any]:
+    """The figures of the waiting times, of a model of random weights with the tokenizer of `chosen.model`."""
     _, tokenizer = load_model(chosen.model, torch.device("cpu"))
     architecture = preset("yoco_u", chosen.size)
     with tempfile.TemporaryDirectory() as folder:

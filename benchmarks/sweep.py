@@ -1,11 +1,11 @@
-"""Learning rate, initialisation and loop gate of the quickstart's models, chosen alike for each architecture.
+"""Learning rate, initialisation and loop gate of the quickstart's models, chosen in the same way for each architecture.
 
-Every combination is a run of its own by `yoco_u.training.train`, on the quickstart's corpus with the quickstart's base
-settings. First the learning rates at one initialisation, then the initialisations at each architecture's best rate.
+Every combination is a training run of its own, on the quickstart's corpus with the quickstart's base settings. Learning rates
+come first, all at one initialisation, then the other initialisations at each architecture's best rate.
 
     python benchmarks/sweep.py
 
-prints the table and writes it as JSON. Finished runs in `--runs` are used again.
+prints the table and writes it as JSON. Finished runs in `--runs` are not trained again.
 """
 
 import argparse
@@ -83,6 +83,7 @@ def run(name: str, rate: float, std: float, seed: int, steps: int, folder: Path)
 
 
 def show(found: list[dict[str, Any]]) -> None:
+    """Print all runs, with the best run of each architecture in bold."""
     table = Table("architecture", "learning rate", "std", "seed", "tokens", "validation loss", "bits per byte")
     for row in found:
         best = min(r["validation_loss"] for r in found if r["architecture"] == row["architecture"]) == row["validation_loss"]

@@ -1,12 +1,12 @@
-"""Training speed: model FLOP/s of whole optimizer steps against the GEMM rate and against transformers' Llama.
+"""Training speed: model FLOP/s of whole optimizer steps, beside the rate of matrix products (GEMM) and transformers' Llama.
 
     python benchmarks/training.py
 
-Each row is forward, backward, clipping and fused AdamW under bfloat16 autocast with float32 weights, at length 2048. The
-Llama has the shape, dtype and optimizer of our `transformer` preset and runs as transformers runs it (eager, SDPA) and under
-torch.compile. Model FLOPs come from `yoco_u.budget` for all: window counted as W keys, causal attention as half, so work that
-is computed and masked away counts against the one who does it. Rounds go through all models in turn, so that a noisy machine
-is noisy for all; the GEMM rate is measured in every round.
+A step is forward, backward, clipping and fused AdamW under bfloat16 autocast with float32 weights, at length 2048. The Llama
+has the shape, dtype and optimizer of our `transformer` preset; it runs as transformers runs it (eager, SDPA), and under
+torch.compile. The model FLOPs of all come from `yoco_u.budget`, where a window counts as W keys and causal attention as half: a
+model that computes what it then masks away gets no credit for it. Each round runs all models in turn and measures the GEMM
+rate, so that noise of the machine meets all alike.
 """
 
 import statistics
@@ -39,6 +39,7 @@ def main() -> None:
 
 
 def measure(size: str, rounds: int, batch_rows: int) -> list[dict[str, Any]]:
+    """One row per model of a size, with medians of the rounds."""
     shape = {"100m": "about 100M parameters", "8m": "hidden size 256"}.get(size, size)
     transformer = preset("transformer", size)
     candidates: dict[str, tuple[Architecture, Callable[[], None]]] = {}
@@ -77,6 +78,7 @@ def measure(size: str, rounds: int, batch_rows: int) -> list[dict[str, Any]]:
 
 
 def llama_config(a: Architecture) -> LlamaConfig:
+    """The Llama of the same shape as an architecture of full attention without loops."""
     return LlamaConfig(
         vocab_size=a.vocab_size, hidden_size=a.hidden_size, intermediate_size=a.intermediate_size,
         num_hidden_layers=a.unrolled_layers, num_attention_heads=a.num_attention_heads,
@@ -86,6 +88,7 @@ def llama_config(a: Architecture) -> LlamaConfig:
 
 
 def step(model: nn.Module, architecture: Architecture, batch_rows: int, **kwargs: Any) -> Callable[[], None]:
+    """A function that runs one optimizer step, on the same random rows each time."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens: Tensor = torch.randint(architecture.vocab_size, (batch_rows, LENGTH), generator=torch.Generator().manual_seed(0))
