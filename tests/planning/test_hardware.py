@@ -8,7 +8,7 @@ from yoco_u.planning.hardware import GPUS, find_hardware
 
 @pytest.mark.parametrize("name", GPUS)
 def test_gpus(name: str) -> None:
-    """Between a hundred and five hundred products a byte, as all GPUs of these years; the float32 units are slower."""
+    """FLOPs per byte of memory traffic are between 50 and 500, as they are of all GPUs of these years; float32 is slower."""
     gpu = find_hardware(name.upper(), "bfloat16")
     assert gpu.name == GPUS[name].name
     assert 50 < gpu.gemm / gpu.bandwidth < 500

@@ -52,10 +52,11 @@ RECURSIVE = ("universal_transformer", "rins", "yoco_u")
 
 
 def test_recursive_variants_spend_about_twice_the_transformers_flops(plan: Any) -> None:
-    """In the blocks' weights, which is what a loop repeats, 1.97 to 2 times: seen at context 1 and with a vocabulary of one.
+    """The weights of the blocks, which is what loops repeat, cost 1.97 to 2 times as many FLOPs as the Transformer's.
 
-    The LM head, which does not loop, brings that to 1.79 to 1.81 at context 512. With it, at the paper's length of 8192,
-    attention counts too, and the window makes YOCO-U's cheaper: 1.85, 1.85 and 1.52.
+    A context of 1 and a vocabulary of 1 leave these FLOPs alone. With the LM head, which does not loop, it is 1.79 to 1.81
+    times at context 512. At the paper's length of 8192 attention counts as well, which the window makes cheaper for YOCO-U:
+    1.85, 1.85 and 1.52 times.
     """
     assert preset("universal_transformer", "1.3b").stages[0].loops == 2
     blocks = plan("transformer", *(f"{name}:vocab_size=1" for name in RECURSIVE), "transformer:vocab_size=1", "--context", "1")
@@ -93,7 +94,7 @@ def test_bytes_are_those_of_the_model_and_of_the_engines_caches(plan: Any, size:
 
 
 def test_flops_and_counts_are_those_of_the_budget(plan: Any) -> None:
-    """Which are held against torch's counter, model and optimizer in test_budget.py."""
+    """test_budget.py compares the budget's figures with torch's counter, the model and the optimizer."""
     found = by_name(plan("yoco_u", "rins", "yoco_u:size=10b-moe", "--context", "100,3000"))
     for name, a in {"rins": preset("rins", "1.3b"), "yoco_u:size=10b-moe": preset("yoco_u", "10b-moe")}.items():
         column, counts = found[name], parameters(a)

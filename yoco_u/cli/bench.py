@@ -99,6 +99,7 @@ def bench(
 
 
 def _run_with_progress(benchmark: "Benchmark", engines: "list[BenchEngine]", cases: "list[Case]") -> None:
+    """Measure everything, under a progress bar on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -122,7 +123,12 @@ def _run_with_progress(benchmark: "Benchmark", engines: "list[BenchEngine]", cas
 
 
 def _report(benchmark: "Benchmark", absent: list[str], paper: bool, json: Path | None, plot: Path | None) -> None:
-    """Print and write what was measured, all of it or what an interrupt left."""
+    """Print and write what was measured, which after an interrupt is a part.
+
+    Args:
+        absent: names of the peers that are not installed.
+        paper: whether the paper's tables were asked for.
+    """
     from rich.console import Console
 
     from yoco_u.bench.paper_tables import paper_json, print_paper_tables
@@ -147,6 +153,11 @@ def _report(benchmark: "Benchmark", absent: list[str], paper: bool, json: Path |
 
 
 def _pythons(given: list[str]) -> dict[str, str]:
+    """Paths of interpreters by peer, from `--peer-python` as it was given.
+
+    Raises:
+        UserError: if a value is not PEER=PYTHON, or names no program.
+    """
     found = {}
     for entry in given:
         name, separator, python = entry.partition("=")
