@@ -1,4 +1,4 @@
-"""Numbers as tables and plots show them."""
+"""Numbers as tables, plots and messages show them. Each docstring is an example."""
 
 
 def context_label(tokens: int) -> str:
@@ -7,7 +7,7 @@ def context_label(tokens: int) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three figures at least: 1,234 or 56.7"""
+    """1234.2 -> 1,234, 56.78 -> 56.8, None -> -"""
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
