@@ -1,4 +1,4 @@
-"""Curves over the context as a PNG, panels side by side, over a logarithmic axis."""
+"""What all plots share: one palette, curves over the context length as a PNG, and plots as SVG for our HTML pages."""
 
 import io
 import re
@@ -22,22 +22,35 @@ PALETTE = (
     ("#a67500", "#f0c04a"),
     ("#5a5a5a", "#b4b4b4"),
 )
-"""Okabe and Ito's colour-blind-safe colours, for light and for dark pages; further runs use them again, dashed."""
+"""Okabe and Ito's colour-blind-safe colours, each for light pages and for dark ones. From the seventh line on the colours come
+again, with another line style (`dashes`) or marker (`ContextPlot`)."""
 
+_DASHES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
-_INK = "#0a0b0c"  # stands for the page's text colour
+_INK = "#0a0b0c"  # drawn for text and axes, then replaced by the text colour of the page
 _numbers = count()
 
 
+def colour(index: int) -> str:
+    """The colour of line number `index`, for light pages; `svg` replaces it by a variable that follows the page."""
+    return PALETTE[index % len(PALETTE)][0]
+
+
+def dashes(index: int) -> str:
+    """The line style of line number `index`."""
+    return _DASHES[index // len(PALETTE) % len(_DASHES)]
+
+
 class ContextPlot:
-    """Panels by title, and one legend for all of them.
+    """Curves over the context length: panels side by side, and one legend for all of them.
 
     Args:
-        x_label: of the axis of contexts.
-        logarithmic: whether values are shown on a logarithmic axis too.
+        titles: title of each panel.
+        x_label: label of the axis of contexts, which is logarithmic.
+        logarithmic: whether the axis of values is logarithmic too.
 
     Attributes:
-        axes: of each panel.
+        axes: the axes of each panel.
     """
 
     def __init__(self, titles: Sequence[str], x_label: str = "context, tokens", logarithmic: bool = True) -> None:
@@ -56,7 +69,15 @@ class ContextPlot:
         style: str = "-",
         marker: str = "o",
     ) -> None:
-        """Curve number `index` through (context, value); None leaves a gap. Lines without a label are not in the legend."""
+        """Draw a curve.
+
+        Args:
+            index: number of the curve, which chooses its colour and, where the colours come again, its marker.
+            points: context and value of each point; a value of None leaves a gap.
+            label: name in the legend, which lists the labelled curves of the first panel.
+            style: line style of matplotlib.
+            marker: an empty one leaves the points unmarked.
+        """
         x = [context for context, _ in points]
         y = [float("nan") if value is None else value for _, value in points]
         marker = marker and _MARKERS[index // len(PALETTE) % len(_MARKERS)]
@@ -65,15 +86,14 @@ class ContextPlot:
         )
 
     def write(self, path: Path, contexts: Sequence[int]) -> None:
-        """Label the axes, with ticks at `contexts`, and save."""
+        """Label the axes, with ticks at `contexts`, and write the PNG."""
         for axes in self.axes:
             _finish(axes, contexts, self.logarithmic)
             axes.set_xlabel(self.x_label)
         handles, labels = self.axes[0].get_legend_handles_labels()
         columns = min(len(labels), 8 * len(self.axes) // 3)
         self.figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-        self.figure.savefig(beside(path), format="png")
-        publish(path)
+        save_png(self.figure, path)
 
 
 def _finish(axes: Axes, contexts: Sequence[int], logarithmic: bool) -> None:
@@ -90,21 +110,21 @@ def _finish(axes: Axes, contexts: Sequence[int], logarithmic: bool) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def colour(index: int) -> str:
-    """Of a run, for light pages; `svg` puts the page's own in its place."""
-    return PALETTE[index % len(PALETTE)][0]
-
-
-def dashes(index: int) -> str:
-    """Line style of a run."""
-    return ("-", "--", ":", "-.")[index // len(PALETTE) % 4]
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    figure.savefig(beside(path), format="png")
+    publish(path)
 
 
 def svg(draw: Callable[[Axes], None], size: tuple[float, float] = (5.2, 3.5)) -> str:
-    """An `<svg>` for the middle of a page: no fonts, no identifiers shared with another plot, no address of anything.
+    """Draw a plot as an `<svg>` element that stands in an HTML page.
+
+    It has no fonts and no links, and shares no identifier with another plot of the page. Colours of the palette, text and axes
+    follow the page, light or dark.
 
     Args:
-        size: width and height in inches at a font of 10.5 points; on the page it is as wide as there is room.
+        draw: draws on the axes that it is given.
+        size: width and height in inches, at a font of 10.5 points. On the page the plot is as wide as there is room.
     """
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK)
     settings = {"svg.fonttype": "none", "svg.hashsalt": f"plot {next(_numbers)}", "font.size": 10.5, **ink}
@@ -131,7 +151,7 @@ def svg(draw: Callable[[Axes], None], size: tuple[float, float] = (5.2, 3.5)) ->
 
 
 def budget_formatter(x: str) -> Formatter:
-    """Of an axis of `tokens` (2.5M) or `flops` (1.2e13)."""
+    """The formatter of an axis of `tokens` (2.5M) or `flops` (1.2e13)."""
     return EngFormatter(sep="") if x == "tokens" else FuncFormatter(_scientific)
 
 

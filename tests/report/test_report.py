@@ -45,14 +45,14 @@ def made_up(folder: Path, name: str, loops: int, steps: int, loss: float | None,
     for step in range(1, steps + 1):
         common = {"step": step, "tokens": 128 * step, "flops": per_token * 128 * step}
         speed = {"tokens_per_second": 1000.0 + step, "model_flops_per_second": 1e9, "mfu": 0.5, "seconds": 0.1 * step}
-        figures = {
+        values = {
             "loss": 5 - 0.01 * step,
             "perplexity": 9.0,
             "bits_per_byte": 2.0,
             "gradient_norm": 1.0,
             "learning_rate": 1e-3,
         }
-        records.append({"kind": "train"} | common | figures | speed)
+        records.append({"kind": "train"} | common | values | speed)
         if loss is not None and step % 10 == 0:
             records.append({"kind": "evaluation"} | common | {"loss": loss, "perplexity": 77.125, "bits_per_byte": 1.4321})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -62,7 +62,7 @@ def made_up(folder: Path, name: str, loops: int, steps: int, loss: float | None,
     return read_run(folder)
 
 
-def test_figures_are_those_of_the_records_and_the_budget(tmp_path: Path) -> None:
+def test_numbers_are_those_of_the_records_and_the_budget(tmp_path: Path) -> None:
     [found] = compare([made_up(tmp_path / "a", "A", 3, 20, 4.25)]).runs
     architecture = preset("yoco_u", "test", loops=3)
     assert (found.steps, found.tokens, found.loss, found.perplexity) == (20, 2560, 4.25, 77.125)
@@ -75,14 +75,14 @@ def test_figures_are_those_of_the_records_and_the_budget(tmp_path: Path) -> None
 @pytest.mark.parametrize(("looped", "word"), [(4.0, "lower"), (4.5, "higher"), (4.2, "same")])
 def test_the_headline_says_what_came_out(tmp_path: Path, looped: float, word: str) -> None:
     runs = [made_up(tmp_path / "a", "Plain", 1, 20, 4.2), made_up(tmp_path / "b", "Looped", 3, 20, looped)]
-    figures = compare(runs)
-    [gap] = figures.gaps
+    comparison = compare(runs)
+    [gap] = comparison.gaps
     assert (gap.run, gap.other, gap.equal) == ("Looped", "Plain", "steps")
     assert gap.gap == pytest.approx(looped - 4.2)
-    assert gap.flops_ratio == pytest.approx(figures.runs[1].flops / figures.runs[0].flops)
-    assert figures.headline.startswith("At equal steps")
-    assert word in figures.headline
-    assert compare(runs[::-1]).gaps == figures.gaps
+    assert gap.flops_ratio == pytest.approx(comparison.runs[1].flops / comparison.runs[0].flops)
+    assert comparison.headline.startswith("At equal steps")
+    assert word in comparison.headline
+    assert compare(runs[::-1]).gaps == comparison.gaps
 
 
 def test_gaps_at_equal_flops_and_none_between_unequal_runs(tmp_path: Path) -> None:
@@ -105,10 +105,11 @@ def test_gaps_at_equal_flops_and_none_between_unequal_runs(tmp_path: Path) -> No
 
 def test_unfinished_and_unscored_runs_are_named(tmp_path: Path) -> None:
     unscored = made_up(tmp_path / "a", "Young", 1, 5, None, planned=50)
-    figures = compare([unscored])
-    assert figures.headline == "Not finished yet: Young. No run has been evaluated yet."
-    assert dict(figures.table())["steps"] == ["5 of 50"]
-    write_report([unscored, made_up(tmp_path / "b", "Old", 1, 20, 4.0)], tmp_path / "report.html")
+    comparison = compare([unscored])
+    assert comparison.headline == "Not finished yet: Young. No run has been evaluated yet."
+    assert dict(comparison.table())["steps"] == ["5 of 50"]
+    runs = [unscored, made_up(tmp_path / "b", "Old", 1, 20, 4.0)]
+    write_report(runs, compare(runs), tmp_path / "report.html")
 
 
 class Page(HTMLParser):
@@ -144,17 +145,18 @@ class Page(HTMLParser):
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_the_page_is_complete_and_self_contained(tmp_path: Path, count: int) -> None:
     runs = [made_up(tmp_path / f"{i}", f"Run <{i}>", 1 + i % 3, 20, 4 + i / 8) for i in range(count)]
-    figures = write_report(runs, tmp_path / "deep" / "report.html", "A & B")
+    comparison = compare(runs)
+    write_report(runs, comparison, tmp_path / "deep" / "report.html", "A & B")
     source = (tmp_path / "deep" / "report.html").read_text()
     page = Page()
     page.feed(source)
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", source)
     assert all(address.startswith("#") for address in page.addresses)
     assert page.open == []
-    for run, found in zip(runs, figures.runs, strict=True):
+    for run, found in zip(runs, comparison.runs, strict=True):
         for shown in (run.config.name, f"{found.loss:.4f}", "77.12", "1.4321", short_count(found.parameters)):
             assert shown in page.text
-    assert figures.headline in page.text
+    assert comparison.headline in page.text
     assert "<h1>A &amp; B</h1>" in source
     assert "def <b>x</b> & {{ 1 }}" in page.text
     assert page.text.count("sequence_length: 32") == count
@@ -165,7 +167,8 @@ def test_the_page_is_complete_and_self_contained(tmp_path: Path, count: int) -> 
 
 
 def test_plots_take_their_colours_from_the_page(tmp_path: Path) -> None:
-    write_report([made_up(tmp_path / "a", "A", 1, 20, 4.0)], tmp_path / "report.html")
+    runs = [made_up(tmp_path / "a", "A", 1, 20, 4.0)]
+    write_report(runs, compare(runs), tmp_path / "report.html")
     source = unescape((tmp_path / "report.html").read_text())
     plots = re.findall(r"<figure.*?</figure>", source, re.DOTALL)
     assert len(plots) == 5

@@ -21,7 +21,7 @@ def quickstart(
     out: Annotated[Path, typer.Option("--out", help="Folder for everything.")] = Path("runs/quickstart"),
     config: Annotated[Path, typer.Option("--config", help="Another experiment to run.", show_default=False)] = PACKAGED
     / "quickstart.yaml",
-    json: Annotated[bool, typer.Option("--json", help="Print the compared figures as JSON, without progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON, without progress.")] = False,
 ) -> None:
     """Train YOCO-U and its twin without the loop, compare them and write a report.
 
@@ -40,6 +40,7 @@ def quickstart(
     from yoco_u.experiment.config import Experiment
     from yoco_u.experiment.grid import expand
     from yoco_u.experiment.run import train_runs
+    from yoco_u.report.comparison import compare
     from yoco_u.report.run_report import write_report
     from yoco_u.training.run_folder import read_run
 
@@ -49,15 +50,16 @@ def quickstart(
         unfinished = train_runs(experiment, runs, out, progress=not json, say=(lambda _: None) if json else note)
     if unfinished:
         raise UserError(f"{out / unfinished[0].name}: the run did not finish: another process trains it, or its loss diverged")
-    report = out / "report.html"
-    figures = write_report([read_run(out / run.name) for run in runs], report, experiment.title)
+    trained, report = [read_run(out / run.name) for run in runs], out / "report.html"
+    comparison = compare(trained)
+    write_report(trained, comparison, report, experiment.title)
     if json:
-        print_json(figures.as_json() | {"report": str(report)})
+        print_json(comparison.as_json() | {"report": str(report)})
         return
-    _print(figures, out, report, runs[-1].name)
+    _print(comparison, out, report, runs[-1].name)
 
 
-def _print(figures: "Comparison", out: Path, report: Path, model: str) -> None:
+def _print(comparison: "Comparison", out: Path, report: Path, model: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -65,11 +67,11 @@ def _print(figures: "Comparison", out: Path, report: Path, model: str) -> None:
     console = Console()
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
-    for run in figures.runs:
+    for run in comparison.runs:
         table.add_column(run.name, justify="right")
-    for label, cells in figures.table():
-        table.add_row(label, *cells)
+    for label, texts in comparison.table():
+        table.add_row(label, *texts)
     console.print(table)
-    console.print(figures.headline, highlight=False)
+    console.print(comparison.headline, highlight=False)
     console.print(f"\nreport:  {report}\nsamples: {out / model / 'samples.json'}", highlight=False, soft_wrap=True)
     console.print(f"try:     yoco-u generate {out / model} --prompt 'def '", highlight=False, soft_wrap=True)

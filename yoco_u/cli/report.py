@@ -12,7 +12,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="One run folder or more; two or more are compared.")],
     out: Annotated[Path | None, typer.Option("--out", help="File to write. \\[default: report.html in the first run]")] = None,
     title: Annotated[str | None, typer.Option("--title", help="Heading of the page. \\[default: the runs' names]")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the compared figures as JSON too.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON too.")] = False,
 ) -> None:
     """Write one self-contained HTML page: curves, comparison, samples, settings.
 
@@ -22,11 +22,14 @@ def report(
 
       yoco-u report runs/yoco runs/yoco-u --out comparison.html
     """
+    from yoco_u.report.comparison import compare
     from yoco_u.report.run_report import write_report
     from yoco_u.training.run_folder import read_run
 
     target = out or runs[0] / "report.html"
-    comparison = write_report([read_run(run) for run in runs], target, title)
+    trained = [read_run(run) for run in runs]
+    comparison = compare(trained)
+    write_report(trained, comparison, target, title)
     if json:
         print_json(comparison.as_json() | {"report": str(target)})
     else:

@@ -1,4 +1,4 @@
-"""The numbers of a comparison, from run folders: one record a run, the gaps between comparable runs, one honest sentence."""
+"""Compares runs: the numbers of each, the loss gaps between runs that spent equally much, and a sentence on what came out."""
 
 import statistics
 from dataclasses import asdict, dataclass
@@ -6,24 +6,32 @@ from itertools import combinations
 from typing import Any
 
 from yoco_u.budget import forward_flops, kv_bytes, parameters
+from yoco_u.errors import UserError
 from yoco_u.formatting import duration, scientific, short_bytes, short_count
 from yoco_u.training.run_folder import Run
 
 KV_CONTEXT = 16_384
-"""Tokens at which the report compares the bytes of KV of a sequence (bfloat16)."""
+"""Context length, in tokens, at which the report compares the bytes that a sequence's keys and values take (bfloat16)."""
 
-_ALIKE = 0.01  # share by which tokens or FLOPs of two runs may differ and still be called equal
+EQUAL_WITHIN = 0.01
+"""Share by which the tokens or FLOPs of two trainings may differ and still count as equal, as steps are whole."""
 
 
 @dataclass(frozen=True)
-class RunFigures:
-    """One run; losses are in nats per token and of the last evaluation, None before the first one.
+class RunNumbers:
+    """The numbers of one run. Losses are those of the last evaluation, in nats per token; None before the first one.
 
     Attributes:
-        planned_steps: of the config; `steps` are done.
+        architecture: the architecture in words.
+        parameters: parameter count.
+        steps, planned_steps: steps done, and steps of the config.
+        tokens: training tokens so far.
         flops: model FLOPs of training so far, forward and backward.
-        tokens_per_second, mfu: medians over the steps.
-        kv_bytes: of a sequence of KV_CONTEXT tokens.
+        flops_per_token: model FLOPs of training for each token, at the architecture's own loop count.
+        learning_rate: peak of the learning rate.
+        tokens_per_second, mfu: medians over the steps; MFU is the share of the machine's measured matrix product rate.
+        seconds: time of training so far.
+        kv_bytes: bytes of the keys and values of a sequence of KV_CONTEXT tokens.
     """
 
     name: str
@@ -46,13 +54,14 @@ class RunFigures:
 
 @dataclass(frozen=True)
 class Gap:
-    """Two runs that spent equal tokens or equal FLOPs.
+    """The loss gap between two runs that spent equal tokens or equal FLOPs.
 
     Attributes:
-        run, other: names; `run` is the one with more FLOPs per token.
-        equal: what they have in common: `steps`, `tokens`, `FLOPs` or two of them.
-        gap: loss of `run` minus loss of `other`: negative where `run` is better.
-        flops_ratio, tokens_ratio: of `run` to `other`.
+        run, other: names of the runs; `run` is the one with more FLOPs per token.
+        equal: what the two have in common: `steps`, `tokens`, `FLOPs`, or two of them.
+        run_loss, other_loss: the losses.
+        gap: loss of `run` minus loss of `other`; negative where `run` is better.
+        flops_ratio, tokens_ratio: FLOPs and tokens of `run`, divided by those of `other`.
     """
 
     run: str
@@ -67,7 +76,14 @@ class Gap:
 
 @dataclass(frozen=True)
 class Comparison:
-    runs: list[RunFigures]
+    """One run or more, compared.
+
+    Attributes:
+        gaps: the gaps of all pairs of runs that can be compared.
+        headline: what came out, in sentences.
+    """
+
+    runs: list[RunNumbers]
     gaps: list[Gap]
     headline: str
 
@@ -75,7 +91,7 @@ class Comparison:
         return asdict(self)
 
     def table(self) -> list[tuple[str, list[str]]]:
-        """Rows of the comparison table: a label, and one cell a run."""
+        """Rows of the comparison table: a label, and one text for each run."""
         rows = (
             ("architecture", lambda r: r.architecture),
             ("parameters", lambda r: short_count(r.parameters)),
@@ -91,21 +107,32 @@ class Comparison:
             ("training time", lambda r: duration(r.seconds)),
             (f"KV at {KV_CONTEXT // 1024}K tokens", lambda r: short_bytes(r.kv_bytes)),
         )
-        return [(label, [cell(run) for run in self.runs]) for label, cell in rows]
+        return [(label, [text(run) for run in self.runs]) for label, text in rows]
 
 
 def compare(runs: list[Run]) -> Comparison:
-    """The figures of one run or more."""
-    found = [run_figures(run) for run in runs]
+    """Compare runs; one alone gives its numbers and no gaps.
+
+    Raises:
+        UserError: if a run has no training step yet.
+    """
+    found = [run_numbers(run) for run in runs]
     gaps = find_gaps(found)
     return Comparison(found, gaps, headline(found, gaps))
 
 
-def run_figures(run: Run) -> RunFigures:
+def run_numbers(run: Run) -> RunNumbers:
+    """The numbers of one run, from its config and its records.
+
+    Raises:
+        UserError: if the run has no training step yet.
+    """
     a, training = run.config.architecture, run.config.training
     steps, evaluations = run.kind("train"), run.kind("evaluation")
+    if not steps:
+        raise UserError(f"{run.folder}: the run has no training step yet; run `yoco-u train` first")
     last, evaluation = run.records[-1], evaluations[-1] if evaluations else {}
-    return RunFigures(
+    return RunNumbers(
         name=run.config.name,
         architecture=a.in_words,
         parameters=parameters(a).total,
@@ -125,24 +152,37 @@ def run_figures(run: Run) -> RunFigures:
     )
 
 
-def find_gaps(runs: list[RunFigures]) -> list[Gap]:
-    """Every pair of runs whose tokens or FLOPs are equal to within 1%."""
+def equal_cost(value: float, other: float) -> bool:
+    """Whether two numbers of tokens, or two of FLOPs, differ by at most `EQUAL_WITHIN`."""
+    return abs(value / other - 1) <= EQUAL_WITHIN
+
+
+def find_gaps(runs: list[RunNumbers]) -> list[Gap]:
+    """The gaps of all pairs of runs that have a loss, and spent equal tokens or equal FLOPs."""
     gaps = []
     for pair in combinations(runs, 2):
         other, run = sorted(pair, key=lambda r: r.flops_per_token)
         if run.loss is None or other.loss is None:
             continue
-        tokens, flops = run.tokens / other.tokens, run.flops / other.flops
-        equal = ["steps" if run.steps == other.steps else "tokens"] if abs(tokens - 1) <= _ALIKE else []
-        equal += ["FLOPs"] if abs(flops - 1) <= _ALIKE else []
+        equal = ["steps" if run.steps == other.steps else "tokens"] if equal_cost(run.tokens, other.tokens) else []
+        equal += ["FLOPs"] if equal_cost(run.flops, other.flops) else []
         if equal:
-            gap = Gap(run.name, other.name, " and ".join(equal), run.loss, other.loss, run.loss - other.loss, flops, tokens)
+            gap = Gap(
+                run=run.name,
+                other=other.name,
+                equal=" and ".join(equal),
+                run_loss=run.loss,
+                other_loss=other.loss,
+                gap=run.loss - other.loss,
+                flops_ratio=run.flops / other.flops,
+                tokens_ratio=run.tokens / other.tokens,
+            )
             gaps.append(gap)
     return gaps
 
 
-def headline(runs: list[RunFigures], gaps: list[Gap]) -> str:
-    """What came out, whichever way."""
+def headline(runs: list[RunNumbers], gaps: list[Gap]) -> str:
+    """What came out, in sentences: a sentence for each gap, or the lowest loss where there is no gap."""
     unfinished = [run.name for run in runs if run.steps < run.planned_steps]
     before = f"Not finished yet: {', '.join(unfinished)}. " if unfinished else ""
     scored = [run for run in runs if run.loss is not None]

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: a template each, one style for all, nothing loaded from anywhere."""
+"""Self-contained HTML pages: a template for each kind, one style for all, and nothing that a browser would have to load."""
 
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,11 +13,11 @@ from yoco_u.version import __version__
 
 
 def render_page(template: str, **values: Any) -> str:
-    """The text of a page.
+    """The HTML of a page.
 
     Args:
-        template: its file in this folder.
-        values: what it shows; text is escaped.
+        template: name of the template's file in this folder.
+        values: what the template shows; text is escaped.
     """
     environment = Environment(
         loader=PackageLoader("yoco_u", "report"),
@@ -31,10 +31,10 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def write_page(target: Path, page: str) -> None:
-    """Write a page beside, then rename.
+    """Write a page to a file, whole or not at all; the file's folder is made.
 
     Raises:
-        UserError: if that is not possible.
+        UserError: if the file cannot be written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

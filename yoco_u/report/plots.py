@@ -1,4 +1,4 @@
-"""The report's plots: SVG that takes its text and line colours from the page around it."""
+"""Plots of runs as SVG: losses over tokens and FLOPs, and values of the training steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +9,11 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
 from yoco_u.plotting import budget_formatter, colour, dashes, svg
 from yoco_u.training.run_folder import Run
 
-_POINTS = 400  # drawn of one line, at most
-
-_Record = dict[str, Any]
+_POINTS = 400  # a line is drawn through at most about this many points
 
 
 def loss_plot(runs: Sequence[Run], x: str, label: str) -> str:
-    """Smoothed training loss (lines) and validation loss (points) over `tokens` or `flops`."""
+    """Smoothed training loss (lines) and validation loss (points) over `x`, a key of the records: `tokens` or `flops`."""
 
     def draw(axes: Axes) -> None:
         top, bottom = [], []
@@ -25,7 +23,7 @@ def loss_plot(runs: Sequence[Run], x: str, label: str) -> str:
             _line(axes, i, [step[x] for step in steps], smooth, linewidth=1.2, alpha=0.75)
             points = [e["loss"] for e in evaluations]
             _line(axes, i, [e[x] for e in evaluations], points, marker="o", markersize=3.5, linewidth=0, zorder=3)
-            # The first steps fall so steeply that they would hide all the rest.
+            # The loss of the first twelfth of the steps falls too steeply to be shown on one scale with the rest.
             top += smooth[len(smooth) // 12 : len(smooth) // 12 + 1] + points[:1]
             bottom += [min([*smooth, *points])]
         room = 0.06 * (max(top) - min(bottom)) or 0.1
@@ -38,7 +36,13 @@ def loss_plot(runs: Sequence[Run], x: str, label: str) -> str:
 
 
 def step_plot(runs: Sequence[Run], key: str, label: str, smooth: bool = False, log: bool = False) -> str:
-    """One figure of the training steps, over steps."""
+    """One value of the training steps, over the steps.
+
+    Args:
+        key: the value's key in the records.
+        smooth: whether a moving average is drawn.
+        log: whether the axis of values is logarithmic.
+    """
 
     def draw(axes: Axes) -> None:
         for i, run in enumerate(runs):
@@ -60,7 +64,10 @@ def step_plot(runs: Sequence[Run], key: str, label: str, smooth: bool = False, l
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over about a fiftieth of the values, without the pull towards the first one."""
+    """Exponential moving average over about a fiftieth of the values.
+
+    The weights are normalised, so the first value does not pull on those that follow.
+    """
     decay = 1 - 1 / max(1.0, len(values) / 50)
     total = weight = 0.0
     result = []
@@ -71,6 +78,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _line(axes: Axes, index: int, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    """Draw evenly spaced points of a line, the last one included, in the colour and line style of run `index`."""
     stride = -(-len(x) // _POINTS) or 1
     kept = sorted({*range(0, len(x), stride), len(x) - 1} - {-1})
     axes.plot([x[i] for i in kept], [y[i] for i in kept], color=colour(index), linestyle=dashes(index), **style)

@@ -1,14 +1,12 @@
-"""One self-contained HTML page about one run or more."""
+"""The page about one run or more: comparison, curves, samples, settings and environment."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from yoco_u.errors import UserError
 from yoco_u.plotting import PALETTE, dashes
-from yoco_u.report.comparison import Comparison, compare
+from yoco_u.report.comparison import Comparison
 from yoco_u.report.page import render_page, write_page
 from yoco_u.report.plots import loss_plot, step_plot
 from yoco_u.training.run_folder import Run
@@ -16,32 +14,27 @@ from yoco_u.training.run_folder import Run
 _LABELS = {"memory_bytes": "memory", "gemm_flops_per_second": "matrix products"}
 
 
-def write_report(runs: list[Run], out: str | os.PathLike[str], title: str | None = None) -> Comparison:
-    """Write the page beside, then rename.
+def write_report(runs: list[Run], comparison: Comparison, target: Path, title: str | None = None) -> None:
+    """Write the page to a file, whole or not at all.
 
     Args:
-        title: by default the names of the runs.
+        comparison: the runs, compared.
+        title: heading of the page; by default the names of the runs.
 
     Raises:
-        UserError: if a run has no training step, or the file cannot be written.
+        UserError: if the file cannot be written.
     """
-    target = Path(out)
-    for run in runs:
-        if not run.kind("train"):
-            raise UserError(f"{run.folder}: the run has no training step yet; run `yoco-u train` first")
-    figures = compare(runs)
-    write_page(target, render(runs, figures, title or ", ".join(run.config.name for run in runs)))
-    return figures
+    write_page(target, render(runs, comparison, title or ", ".join(run.config.name for run in runs)))
 
 
-def render(runs: list[Run], figures: Comparison, title: str) -> str:
-    """The page as text."""
+def render(runs: list[Run], comparison: Comparison, title: str) -> str:
+    """The HTML of the page."""
     return render_page(
         "report.html.jinja",
         title=title,
-        figures=figures,
-        table=figures.table(),
-        numeric={label for label, _ in figures.table()} - {"architecture"},
+        comparison=comparison,
+        table=comparison.table(),
+        numeric={label for label, _ in comparison.table()} - {"architecture"},
         styles=[{"colour": i % len(PALETTE), "dash": dashes(i)} for i in range(len(runs))],
         loss_plots=[
             ("Loss against tokens", loss_plot(runs, "tokens", "training tokens")),
@@ -59,7 +52,7 @@ def render(runs: list[Run], figures: Comparison, title: str) -> str:
 
 
 def _samples(runs: list[Run]) -> list[tuple[str, list[tuple[int, str, str]]]]:
-    """By prompt: the number, name and text of each run that answered it."""
+    """For each prompt, the number and name of every run that continued it, with its text."""
     prompts = dict.fromkeys(sample["prompt"] for run in runs for sample in run.samples)
     return [
         (
@@ -76,17 +69,17 @@ def _samples(runs: list[Run]) -> list[tuple[str, list[tuple[int, str, str]]]]:
 
 
 def _environment(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Rows of a table: one cell where all runs agree, one a run where they differ."""
+    """Rows of a table: a label, and one text for each run, or a single one where all runs agree."""
     flat = [{key: value for key, value in run.environment.items() if not isinstance(value, (dict, list))} for run in runs]
     keys = dict.fromkeys(key for found in flat for key in found)
     rows = []
     for key in keys:
-        cells = [_cell(key, found.get(key)) for found in flat]
-        rows.append((_LABELS.get(key, key.replace("_", " ")), cells[:1] if len(set(cells)) == 1 else cells))
+        texts = [_text(key, found.get(key)) for found in flat]
+        rows.append((_LABELS.get(key, key.replace("_", " ")), texts[:1] if len(set(texts)) == 1 else texts))
     return rows
 
 
-def _cell(key: str, value: Any) -> str:
+def _text(key: str, value: Any) -> str:
     if key == "memory_bytes" and isinstance(value, int):
         return f"{value / 2**30:.1f} GiB"
     if key == "gemm_flops_per_second" and isinstance(value, float):
