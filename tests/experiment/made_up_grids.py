@@ -9,7 +9,9 @@ from typing import Any
 from yoco_u.config import dump_yaml, parse
 from yoco_u.experiment.config import Experiment
 from yoco_u.experiment.grid import GridRun, expand
+from yoco_u.experiment.report import write_report
 from yoco_u.experiment.results import Results, read_results
+from yoco_u.experiment.summary import Summary, summarize
 
 Loss = Callable[[GridRun, float], float]
 """The validation loss of a run after a share of its tokens, 0 to 1."""
@@ -60,6 +62,12 @@ def write_grid(experiment: Experiment, folder: Path, loss: Loss) -> list[GridRun
 
 def results_of(experiment: Experiment, folder: Path, loss: Loss) -> Results:
     return read_results(write_grid(experiment, folder, loss), folder)
+
+
+def report_on(experiment: Experiment, runs: Sequence[GridRun], folder: Path) -> Summary:
+    summary = summarize(experiment, read_results(runs, folder))
+    write_report(summary, folder)
+    return summary
 
 
 def noise(run: GridRun, scale: float = 0.002) -> float:

@@ -5,12 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from made_up_grids import finals, grid, preset, write_grid, write_run
+from made_up_grids import finals, grid, preset, report_on, write_grid, write_run
 
 from yoco_u.errors import UserError
 from yoco_u.experiment.findings.claims import FINDINGS
 from yoco_u.experiment.grid import expand
-from yoco_u.experiment.report import write_experiment_report
 from yoco_u.experiment.results import read_results
 from yoco_u.files import write_json
 
@@ -21,7 +20,7 @@ LOSSES = {"yoco": 2.5, "yoco-u": 2.4}
 def test_report_of_a_finished_grid(tmp_path: Path) -> None:
     experiment = grid(MODELS)
     runs = write_grid(experiment, tmp_path, finals(LOSSES))
-    summary = write_experiment_report(experiment, runs, tmp_path)
+    summary = report_on(experiment, runs, tmp_path)
     page, data = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
@@ -52,7 +51,7 @@ def test_budgets_are_fitted(tmp_path: Path) -> None:
     tokens = [102_400 * 2**i for i in range(5)]
     experiment = grid(MODELS, tokens=tokens)
     runs = write_grid(experiment, tmp_path, lambda run, share: 1.5 + 30 * (run.tokens or 0) ** -0.3 + (1 - share))
-    write_experiment_report(experiment, runs, tmp_path)
+    report_on(experiment, runs, tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
     fits = {(fit["model"], fit["x"]): fit["law"] for fit in data["fits"]}
     assert fits.keys() == {(model, x) for model in LOSSES for x in ("tokens", "flops")}
@@ -66,14 +65,14 @@ def test_report_of_a_grid_under_way(tmp_path: Path) -> None:
     experiment = grid(MODELS, seeds=(0, 1))
     runs = expand(experiment, tmp_path)
     with pytest.raises(UserError, match="none of the 4 runs is finished yet"):
-        write_experiment_report(experiment, runs, tmp_path)
+        report_on(experiment, runs, tmp_path)
     assert not (tmp_path / "report.html").exists()
     write_run(runs[0], tmp_path, finals(LOSSES))
     write_run(runs[1], tmp_path, finals(LOSSES), done=0.5)
     write_run(runs[2], tmp_path, finals(LOSSES), done=0.25)
     write_run(runs[3], tmp_path, finals(LOSSES), done=0)  # has begun, without a step
     (tmp_path / runs[2].name / "checkpoints" / "non-finite-step-00000400").mkdir(parents=True)
-    write_experiment_report(experiment, runs, tmp_path)
+    report_on(experiment, runs, tmp_path)
     page, data = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
     states = {run["cell"]: run["state"] for run in data["cells"]}
     assert states == {
@@ -103,7 +102,7 @@ def test_a_grid_that_was_moved_is_reported(tmp_path: Path) -> None:
 def test_needles_are_maps_of_their_mean_over_the_seeds(tmp_path: Path) -> None:
     experiment, shares = grid(MODELS), {"yoco": 0.2, "yoco-u": 0.9}
     runs = write_grid(experiment, tmp_path, finals(LOSSES))
-    write_experiment_report(experiment, runs, tmp_path)
+    report_on(experiment, runs, tmp_path)
     assert "<h2>Needles</h2>" not in (tmp_path / "report.html").read_text()
     for run in runs:
         needles = [
@@ -117,7 +116,7 @@ def test_needles_are_maps_of_their_mean_over_the_seeds(tmp_path: Path) -> None:
             for length in (256, 512)
         ]
         write_json(tmp_path / run.name / "measures.json", {"needles": {"settings": {}, "result": needles}})
-    write_experiment_report(experiment, runs, tmp_path)
+    report_on(experiment, runs, tmp_path)
     page = (tmp_path / "report.html").read_text()
     yoco, looped = page[page.index("<h2>Needles</h2>") :].split("</figure>")[:2]
     assert "YOCO &amp; &lt;b&gt;" in yoco and "YOCO-U" in looped

@@ -66,9 +66,13 @@ def experiment(
             note(f"not finished: {left.name}")
         if run is not None or only is not None or not is_first_process():
             return
-    from yoco_u.experiment.report import REPORT, write_experiment_report
+    from yoco_u.experiment.report import REPORT, write_report
+    from yoco_u.experiment.results import read_results
+    from yoco_u.experiment.summary import summarize
 
-    _print_findings(write_experiment_report(grid, runs, folder))
+    summary = summarize(grid, read_results(runs, folder))
+    write_report(summary, folder)
+    _print_findings(summary)
     print(f"report: {folder / REPORT}.html, .json and .png")
 
 

@@ -1,4 +1,4 @@
-"""An experiment as data: shared settings, models, the axes of the grid, and whose cost a model is to match."""
+"""What an experiment's YAML file may hold: shared settings, models, the axes of the grid, and how costs are matched."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -13,21 +13,21 @@ Role = Literal[
     "transformer", "yoco", "universal_transformer", "rins", "parscale", "yoco_u", "upper_loop", "upper_loop_without_shared_kv",
     "deep", "deeper", "plain_loop", "tamed_loop", "window_only",
 ]  # fmt: skip
-"""What a model stands for where the paper's findings are judged: an architecture of the paper; `plain_loop`, a YOCO-U without
-remedies against its slow start; `tamed_loop`, the same with one; `window_only`, a model of sliding attention alone."""
+"""What a model stands for where the paper's findings are judged. Most roles are architectures of the paper. A `plain_loop` is a
+YOCO-U without a remedy against its slow start, a `tamed_loop` one with a remedy; `window_only` has sliding attention alone."""
 
 Scalar = bool | int | float | str | None
 Vary = dict[str, Annotated[tuple[Scalar, ...], Field(min_length=1)]]
-"""Dotted keys of the run's settings, such as `architecture.loops`, and the values that each takes."""
+"""Values to try, by the dotted key of a run's setting, such as `architecture.loops`."""
 
 
 class Match(Config):
-    """Another model whose cost a model is to have, in the run of the same tokens and seed.
+    """A rule that gives a model the cost of another one, the reference, run by run at the same tokens and seed.
 
     Attributes:
-        by: `parameters` chooses the width of the feed-forward so that the counts are as near as can be, at the steps that are
-            configured; `tokens` and `flops` choose the steps.
-        reference: name of the other model; one that is not matched by tokens or FLOPs itself.
+        by: what is made equal. `parameters` chooses the width of the feed-forward network that brings the parameter counts
+            nearest to each other, and leaves the steps as configured; `tokens` and `flops` choose the number of steps.
+        reference: name of the other model, whose own width (or steps) must not come from a match.
     """
 
     by: Literal["parameters", "tokens", "flops"]
@@ -49,18 +49,18 @@ Matches = Annotated[
     BeforeValidator(lambda value: [value] if isinstance(value, dict) else value),
     AfterValidator(_one_of_each),
 ]
-"""One match, or one by parameters and one by tokens or FLOPs."""
+"""At most one match by parameters, and at most one by tokens or FLOPs."""
 
 
 class ModelPlan(Config):
-    """One model of the grid; with `vary`, one for each combination of the values.
+    """A model of the grid, or several: with `vary`, there is one for each combination of the values.
 
     Attributes:
-        label: shown in tables and plots; by default the name.
-        role: what it stands for in the paper's findings; by default its name, if that is one.
-        settings: of its runs, on top of the base.
-        vary: values of single settings; one model for each combination.
-        match: whose cost it has; by default what the experiment says.
+        label: name in tables and plots; by default the model's name in the file.
+        role: what the model stands for in the paper's findings; by default its name, if that is a role.
+        settings: settings of its runs, which win over the base.
+        vary: values of single settings, in addition to the experiment's.
+        match: whose cost the model has; by default what the experiment says.
     """
 
     label: str | None = None
@@ -71,24 +71,24 @@ class ModelPlan(Config):
 
 
 class Samples(Config):
-    """What each model is asked to write when it is trained."""
+    """Prompts that each model continues once it is trained."""
 
     prompts: tuple[str, ...]
     sampling: SamplingParams = SamplingParams(max_tokens=200, temperature=0.8, seed=0)
 
 
 class AngularMeasure(Config):
-    """Angular distances between consecutive layers, over the first tokens of the validation split."""
+    """Angular distance between the input and the output of each layer, over the first `tokens` of the validation split."""
 
     tokens: PositiveInt = 32_768
 
 
 class Measures(Config):
-    """What is measured of each model when it is trained; nothing by default.
+    """What is measured of each model once it is trained; nothing by default.
 
     Attributes:
-        angular: see `yoco_u.analysis.angular`.
-        needles: see `yoco_u.evaluation.needle_grid`; hidden in the corpus where a kind needs a text.
+        angular: angular distances, see `yoco_u.analysis.angular`.
+        needles: needle test, see `yoco_u.evaluation.needle_grid`; kinds that need a text are hidden in the run's corpus.
     """
 
     angular: AngularMeasure | None = None
@@ -100,13 +100,14 @@ class Experiment(Config):
 
     Attributes:
         title: heading of the report.
-        base: settings of every run: those of `RunConfig` without name and dataset.
-        models: by their names.
-        vary: as a model's, for every model.
-        tokens: training tokens, an axis of the grid; each is a run of its own with a schedule of its own. If empty, the steps
-            are those of the settings.
-        seeds: of the initial weights and the order of the data, an axis; if empty, the seed is that of the settings.
-        match: whose cost all other models have, the reference itself left out.
+        base: settings of every run: those of `RunConfig`, without name and dataset.
+        models: the models by name.
+        vary: values of single settings, for every model.
+        tokens: numbers of training tokens, an axis of the grid. Each is a run of its own, whose learning rate schedule ends
+            there. If empty, every run has the steps of its settings.
+        seeds: seeds of the initial weights and of the order of the data, an axis of the grid. If empty, every run has the seed
+            of its settings.
+        match: the match of every model that has none of its own; a reference is not matched to itself.
         samples: prompts that each trained model continues.
         measures: what is measured of each trained model.
     """

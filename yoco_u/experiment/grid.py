@@ -15,21 +15,23 @@ from yoco_u.experiment.config import Experiment, Match, Matches, ModelPlan, Role
 from yoco_u.formatting import short_count
 from yoco_u.training.config import RunConfig
 
-_FEED_FORWARD_MULTIPLE = 8  # widths that a match by parameters chooses from
+_FEED_FORWARD_MULTIPLE = 8  # a match by parameters chooses among the multiples of this width
 
 
 @dataclass(frozen=True)
 class GridRun:
-    """One run of the grid.
+    """One run of the grid: one training.
 
     Attributes:
-        name: of its folder, inside the experiment's.
-        series: the name without the seed; runs of one series differ in nothing else.
+        name: name of its folder, inside the experiment's folder.
+        series: the name without the seed. Runs of one series differ in nothing but their seeds.
         model: the name of its entry in `models` with the varied values, without tokens and seed.
-        model_label: the model's name for people.
-        label: of the series, the model's with the tokens that it reads where these are an axis.
-        tokens: its value on the axis of training tokens, if there is one.
-        seed: its value on the axis of seeds, or that of its settings.
+        model_label: name of the model in tables and plots.
+        label: name of the series in tables and plots: `model_label`, with the training tokens where these are an axis.
+        role: what its model stands for in the paper's findings; None for nothing.
+        tokens: its value on the axis of training tokens; None without that axis.
+        seed: its value on the axis of seeds, or the seed of its settings without that axis.
+        config: its settings, matched and checked.
     """
 
     name: str
@@ -45,7 +47,15 @@ class GridRun:
 
 @dataclass(frozen=True)
 class _Variant:
-    """A model with one combination of its varied values."""
+    """A model with one combination of its varied values.
+
+    Attributes:
+        name: the entry's name with the varied values.
+        label: name in tables and plots.
+        entry: name of its entry in `models`.
+        values: the varied values by dotted key.
+        match: whose cost it has, from the entry or from the experiment.
+    """
 
     name: str
     label: str
@@ -58,14 +68,15 @@ class _Variant:
 def expand(experiment: Experiment, folder: Path, overrides: Sequence[str] = ()) -> list[GridRun]:
     """All runs: seeds outermost, then tokens, then the models in their order with the last varied setting fastest.
 
-    So the first seed's comparison is complete before the second begins, and new seeds come last. The dataset that all runs
-    share is `folder`/data.
+    In this order all models of the first seed are finished, and can be compared, before the second seed begins; and a seed that
+    is added later comes last. All runs share one dataset, `folder`/data.
 
     Args:
-        overrides: `key=value` settings that win in every run.
+        folder: folder of the experiment.
+        overrides: `key=value` settings that win over those of the file in every run.
 
     Raises:
-        UserError: if settings do not fit, a reference names no model or several, or two runs come out with one name.
+        UserError: if settings do not fit, a reference names no model or several, or two runs get the same name.
     """
     variants = list(_variants(experiment))
     grid = _Grid(experiment, variants, folder, overrides)
@@ -78,14 +89,14 @@ def expand(experiment: Experiment, folder: Path, overrides: Sequence[str] = ()) 
 
 
 def choose(runs: Sequence[GridRun], run: str | None = None, only: str | None = None) -> list[GridRun]:
-    """Some of the runs.
+    """Choose runs by name or number, or an even share of them; without either, all.
 
     Args:
-        run: the name of one, or its number in the list, from 0.
+        run: name of a run, or its number in the list, counted from 0.
         only: `SHARD/COUNT`: every COUNT-th run from the SHARD-th on, SHARD = 1 .. COUNT.
 
     Raises:
-        UserError: if there is no such run, or `only` is not of that form.
+        UserError: if there is no such run, or `only` does not have that form.
     """
     if run is not None:
         found = [one for number, one in enumerate(runs) if run in (one.name, str(number))]
@@ -102,25 +113,25 @@ def choose(runs: Sequence[GridRun], run: str | None = None, only: str | None = N
 
 
 def with_steps(config: RunConfig, steps: int) -> RunConfig:
-    """The config with another number of steps, checked anew; at least one."""
+    """The config with another number of steps, at least 1; it is checked anew."""
     data = config.model_dump()
     data["training"]["steps"] = max(1, steps)
     return parse(RunConfig, data, config.name)
 
 
 def with_equal_flops(config: RunConfig, reference: RunConfig) -> RunConfig:
-    """The config with as many steps as spend the training FLOPs of the reference, to the nearest step."""
+    """The config with the number of steps that spends the training FLOPs of the reference, to the nearest step."""
     per_step = config.training_flops() / config.training.steps
     return with_steps(config, round(reference.training_flops() / per_step))
 
 
 def with_equal_tokens(config: RunConfig, tokens: int) -> RunConfig:
-    """The config with as many steps as read so many tokens, to the nearest step."""
+    """The config with the number of steps that reads `tokens` training tokens, to the nearest step."""
     return with_steps(config, round(tokens / config.tokens_per_step))
 
 
 def with_equal_parameters(config: RunConfig, reference: Architecture) -> RunConfig:
-    """The config with the width of its feed-forward, a multiple of 8, that brings its parameters nearest to the reference's.
+    """The config with the feed-forward width, a multiple of 8, whose parameter count is nearest to the reference's.
 
     Raises:
         UserError: for a mixture of experts, or if even the smallest width has more parameters.
@@ -143,7 +154,7 @@ def with_equal_parameters(config: RunConfig, reference: Architecture) -> RunConf
 
 
 class _Grid:
-    """Makes runs, each with the references that it is matched to."""
+    """Makes the runs: the settings of a variant at given tokens and seed, then its matches."""
 
     def __init__(self, experiment: Experiment, variants: list[_Variant], folder: Path, overrides: Sequence[str]) -> None:
         self.experiment, self.variants, self.folder, self.overrides = experiment, variants, folder, overrides
@@ -159,6 +170,7 @@ class _Grid:
         return GridRun(name, series, variant.name, variant.label, label, role, tokens, config.training.seed, config)
 
     def _matched(self, variant: _Variant, tokens: int | None, seed: int | None) -> RunConfig:
+        """The config of a run. The width comes before the steps, as FLOPs depend on both."""
         config = self._plain(variant, tokens, seed)
         for match in sorted(variant.match, key=lambda match: match.by != "parameters"):
             other = self._reference(variant, match)
@@ -173,7 +185,7 @@ class _Grid:
         return config
 
     def _plain(self, variant: _Variant, tokens: int | None, seed: int | None) -> RunConfig:
-        """The settings of a run, before it is matched."""
+        """The config of a run before it is matched."""
         settings = merged(self.experiment.base, variant.plan.settings)
         for key, value in variant.values.items():
             settings = with_value(settings, key, value, f"models.{variant.entry}.vary")
@@ -182,7 +194,8 @@ class _Grid:
         if seed is not None:
             settings = merged(settings, {"training": {"seed": seed}})
         if tokens is not None:
-            settings = merged(settings, {"training": {"steps": 10**9}})  # until the length of a step is known
+            # A placeholder: how many tokens a step reads is known only after parsing.
+            settings = merged(settings, {"training": {"steps": 10**9}})
         config = parse(RunConfig, settings, f"model {variant.name}")
         return config if tokens is None else with_equal_tokens(config, tokens)
 
@@ -202,6 +215,7 @@ class _Grid:
 
 
 def _agree(some: dict[str, Scalar], others: dict[str, Scalar]) -> bool:
+    """Whether all keys that both have are of equal value."""
     return all(some[key] == others[key] for key in some.keys() & others.keys())
 
 
@@ -220,7 +234,7 @@ def _variants(experiment: Experiment) -> Iterator[_Variant]:
 
 
 def _without_useless_gate(settings: dict[str, Any]) -> dict[str, Any]:
-    """A preset at one loop has no gate, so that a model with gates can be varied over loops from 1 on."""
+    """The settings without `loop_gate` at one loop: presets refuse it there, but loops may be varied from 1 on."""
     architecture = settings.get("architecture")
     if not isinstance(architecture, dict) or architecture.get("loops") != 1:
         return settings
@@ -247,7 +261,7 @@ def _text(value: Scalar) -> str:
 
 
 def _count(tokens: int) -> str:
-    """1_500_000 -> 1500K; whole, so that names differ where numbers do."""
+    """1_500_000 -> 1500K; never rounded, so that different numbers have different names."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if tokens % size == 0:
             return f"{tokens // size}{unit}"

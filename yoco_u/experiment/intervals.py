@@ -1,4 +1,4 @@
-"""What a few seeds can say: intervals, differences, tokens to an equal loss, power laws, and where a gap would close."""
+"""Statistics over a few seeds: intervals, paired differences, tokens to an equal loss, power laws, and the trend of a gap."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,19 +11,20 @@ from scipy.stats import studentized_range, ttest_1samp
 from scipy.stats import t as student_t
 
 CONFIDENCE = 0.95
-_DOUBLINGS = 40  # beyond the last x, the furthest that a crossing is looked for
+_DOUBLINGS = 40  # a crossing is told up to this many doublings of x beyond the last one
 
 
 class NotDecidable(Exception):  # noqa: N818
-    """The runs do not carry this conclusion; the message says why."""
+    """The runs do not suffice for a conclusion; the message says why."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and its 95% interval by Student's t; without bounds for one seed.
+    """A mean over seeds, with its 95% confidence interval by Student's t.
 
     Attributes:
-        count: seeds.
+        low, high: bounds of the interval; None with one seed, which has no spread to tell them from.
+        count: number of seeds.
     """
 
     mean: float
@@ -36,13 +37,13 @@ class Interval:
         return Interval(-self.mean, low, high, self.count)
 
     def map(self, function: Callable[[float], float]) -> "Interval":
-        """The interval on another, increasing scale."""
+        """The interval on another scale: mean and bounds through an increasing function."""
         bounds = [None if bound is None else function(bound) for bound in (self.low, self.high)]
         return Interval(function(self.mean), bounds[0], bounds[1], self.count)
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and interval of independent values, one a seed.
+    """The mean of independent values, one for each seed, with its interval.
 
     Raises:
         NotDecidable: if there is no value.
@@ -60,7 +61,12 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def difference(values: Mapping[int, float], others: Mapping[int, float]) -> Interval:
-    """`values` minus `others`, paired by seed: runs of one seed read the same data in the same order.
+    """The mean of `values` minus `others`, paired by seed, with its interval.
+
+    Runs of one seed read the same data in the same order, so a pair has in common what the seed does to both.
+
+    Args:
+        values, others: losses, say, by seed; seeds that only one of the two has are left out.
 
     Raises:
         NotDecidable: if they have no seed in common.
@@ -72,13 +78,16 @@ def difference(values: Mapping[int, float], others: Mapping[int, float]) -> Inte
 
 
 def simultaneous_half_width(losses: Sequence[Mapping[int, float]]) -> float:
-    """Half the width of intervals that hold for all pairs of models together, 19 times out of 20 (Tukey's range test).
+    """Half the width of simultaneous 95% intervals for the differences of all pairs of models (Tukey's range test).
 
-    The model is loss = model + seed + noise, a randomized block design: what a seed does to all models alike is taken out, and
-    the noise is estimated from all of them.
+    With 19 grids out of 20 all the intervals hold at once. The design is one of randomized blocks, loss = model + seed + noise:
+    what a seed does to all models alike is taken out, and the noise is estimated from all models together.
+
+    Args:
+        losses: losses by seed, of each model.
 
     Raises:
-        NotDecidable: with fewer than two seeds that all have in common.
+        NotDecidable: if the models have fewer than two seeds in common.
     """
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed in losses)))
     if len(seeds) < 2:
@@ -96,9 +105,9 @@ def _studentized_range(models: int, freedom: int) -> float:
 
 
 def first_reach(x: Sequence[float], losses: Sequence[float], target: float) -> float | None:
-    """Where a curve first comes down to `target`, straight between its points over log x; None if it does not.
+    """The x at which a curve first comes down to `target`; None if it does not.
 
-    A curve that begins at or below the target gives its first x.
+    The curve is taken as straight between its points, over log x. If it begins at or below the target, that is its first x.
     """
     for i, (here, loss) in enumerate(zip(x, losses, strict=True)):
         if loss <= target:
@@ -111,11 +120,12 @@ def first_reach(x: Sequence[float], losses: Sequence[float], target: float) -> f
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """L(x) = floor + scale * x ** -exponent, fitted by least squares, with 95% intervals.
+    """L(x) = floor + scale * x ** -exponent, fitted by least squares.
 
     Attributes:
-        points: that it was fitted to.
-        residual: root mean square of what is left, in nats.
+        floor_interval, exponent_interval: 95% confidence intervals.
+        points: number of points of the fit.
+        residual: root mean square of the differences between points and curve, in nats.
     """
 
     floor: float
@@ -134,7 +144,7 @@ def fit_power_law(x: Sequence[float], losses: Sequence[float]) -> PowerLaw:
     """Fit L = E + A x^-a to final losses of runs over tokens or FLOPs.
 
     Raises:
-        NotDecidable: with fewer than four different x (three parameters need one more to have an error at all), or if the
+        NotDecidable: with fewer than four different x, as three parameters leave no error to estimate with three; or if the
             points do not bend enough to tell the floor from the slope.
     """
     different = len(set(x))
@@ -178,11 +188,12 @@ def fit_power_law(x: Sequence[float], losses: Sequence[float]) -> PowerLaw:
 
 @dataclass(frozen=True)
 class Trend:
-    """How a gap moves with x, by a straight line over log x for each seed.
+    """How a gap between two models changes with x, by a straight line over log x for each seed.
 
     Attributes:
         per_doubling: change of the gap when x doubles, in nats.
-        crossing: where the line reaches zero, beyond the last x; None if the gap does not certainly come nearer to zero.
+        crossing: x beyond the last one at which the line reaches zero. None unless the gap of every seed comes nearer to zero,
+            and the interval of the change excludes zero.
     """
 
     per_doubling: Interval
@@ -190,7 +201,10 @@ class Trend:
 
 
 def gap_trend(x: Sequence[float], gaps: Sequence[Sequence[float]]) -> Trend:
-    """The trend of gaps[seed][i] over x[i].
+    """The trend of a gap over x.
+
+    Args:
+        gaps: for each seed, the gap at each x.
 
     Raises:
         NotDecidable: with fewer than three x.

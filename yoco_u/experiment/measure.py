@@ -1,4 +1,4 @@
-"""What is looked at in each trained model besides its loss: angular distances inside, and facts found in long texts."""
+"""Measures of a trained model besides its loss: angular distances between its layers, and needles found in long texts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -22,11 +22,13 @@ MEASURES = "measures.json"
 
 
 def check_measures(measures: Measures, config: RunConfig, progress: bool) -> None:
-    """Refuse measures that would fail when the models are trained; prepares their dataset, whose tokenizer decides.
+    """Refuse, before any training, measures that would fail on the trained models.
+
+    Whether needles fit into a length depends on the tokenizer, so the dataset is prepared here if it is not there yet.
 
     Args:
-        config: of any run of the grid.
-        progress: show that of preparing.
+        config: of any run of the grid; all runs read one dataset.
+        progress: whether to show the progress of preparing the dataset.
 
     Raises:
         UserError: if needles cannot be made to the lengths that are asked for.
@@ -38,7 +40,10 @@ def check_measures(measures: Measures, config: RunConfig, progress: bool) -> Non
 
 
 def measure(run: Path, measures: Measures) -> None:
-    """Measure the model of a run, and keep it in measures.json; what was measured before in the same way is left."""
+    """Measure the model in a run folder, and keep the results in its measures.json.
+
+    A measure that is there already, taken with the same settings, is not taken again.
+    """
     ways: Mapping[str, tuple[Config | None, Callable[[Path, Any], Any]]] = {
         "angular": (measures.angular, _angular),
         "needles": (measures.needles, _needles),
@@ -52,12 +57,15 @@ def measure(run: Path, measures: Measures) -> None:
 
 
 def read_measures(run: Path) -> dict[str, Any]:
-    """The results by name; empty if none were taken."""
+    """The results in a run folder by the name of the measure; empty if nothing was measured."""
     return {name: found["result"] for name, found in read_json(run / MEASURES, {}).items()}
 
 
 def write_samples(run: Path, samples: Samples) -> None:
-    """Let the model of a run write, and keep it in samples.json; nothing happens if the same was asked before."""
+    """Let the model in a run folder continue the prompts, and keep the texts in its samples.json.
+
+    Texts that are there already, for the same prompts and sampling parameters, are not written again.
+    """
     settings = samples.sampling.model_dump(mode="json")
     found = read_json(run / SAMPLES, [])
     if [(sample["prompt"], sample["settings"]) for sample in found] == [(prompt, settings) for prompt in samples.prompts]:
@@ -85,7 +93,7 @@ def _needles(run: Path, settings: NeedleSettings) -> list[dict[str, Any]]:
 
 
 def _haystack(config: RunConfig, settings: NeedleSettings) -> str | None:
-    """What a model was trained on, if there is a kind of needle that is hidden in a text."""
+    """The text that needles are hidden in, which is the run's own corpus; None if all kinds are hidden in noise."""
     if set(settings.kinds) <= set(NOISE_KINDS):
         return None
     return load_haystack(config.data.corpus if config.data else ("stdlib",))

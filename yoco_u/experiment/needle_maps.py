@@ -1,24 +1,22 @@
-"""Needles of a grid as heat maps: what each model finds at each depth and length."""
+"""The needles of a grid as maps: the recall of each model at each depth and length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from yoco_u.evaluation.plots import heat_map
 from yoco_u.experiment.results import Series
-from yoco_u.plotting import svg
 
 
 @dataclass(frozen=True)
 class NeedleMap:
-    """Recall of one model and kind of needle, mean over the seeds.
+    """Recall of one model on one kind of needle, mean over the seeds.
 
     Attributes:
         title: the model, and the kind where there are several.
-        recall: (depths, lengths).
+        lengths, depths: tokens of the texts, and where in them the needle lies, from 0 to 1; both ascending.
+        recall: share of needles found, (depths, lengths).
     """
 
     title: str
@@ -26,16 +24,9 @@ class NeedleMap:
     depths: list[float]
     recall: NDArray[np.float64]
 
-    def draw(self, axes: Axes) -> None:
-        axes.grid(False)
-        heat_map(axes, self.recall, self.lengths, self.depths)
-
-    def svg(self) -> str:
-        return svg(self.draw, (3.6, 2.6))
-
 
 def needle_maps(found: Sequence[Series]) -> list[NeedleMap]:
-    """One for each series and kind that was measured."""
+    """One map for each series and kind of needle that was measured."""
     kinds = list(dict.fromkeys(score["kind"] for series in found for score in series.needles))
     maps = []
     for series in found:
@@ -45,7 +36,7 @@ def needle_maps(found: Sequence[Series]) -> list[NeedleMap]:
                 title = series.label if len(kinds) == 1 else f"{series.label}: {kind}"
                 lengths, depths = sorted({score["length"] for score in own}), sorted({score["depth"] for score in own})
                 recall = [
-                    [np.mean([c["recall"] for c in own if (c["length"], c["depth"]) == (length, depth)]) for length in lengths]
+                    [np.mean([s["recall"] for s in own if (s["length"], s["depth"]) == (length, depth)]) for length in lengths]
                     for depth in depths
                 ]
                 maps.append(NeedleMap(title, lengths, depths, np.array(recall)))

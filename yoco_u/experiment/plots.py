@@ -1,4 +1,4 @@
-"""Pictures of a grid: mean curves with the range of the seeds, final losses with their intervals, losses over budgets."""
+"""Plots of a grid: mean curves with the range of the seeds, final losses with their intervals, losses over budgets, needles."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,43 +9,40 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from yoco_u.experiment.needle_maps import needle_maps
-from yoco_u.experiment.results import Series
+from yoco_u.evaluation.plots import heat_map
+from yoco_u.experiment.needle_maps import NeedleMap, needle_maps
+from yoco_u.experiment.results import Cost, Series
 from yoco_u.experiment.summary import Fit, Row, Summary
-from yoco_u.files import beside, publish
-from yoco_u.plotting import (
-    budget_formatter,
-    colour,
-    dashes,
-    svg,
-)
+from yoco_u.plotting import budget_formatter, colour, dashes, save_png, svg
 
-AXES = (("tokens", "training tokens"), ("flops", "training FLOPs"))
+AXES: tuple[tuple[Cost, str], ...] = (("tokens", "training tokens"), ("flops", "training FLOPs"))
+"""What losses are drawn over, with the label of that axis."""
+
 _MAPS_IN_A_ROW = 4
 
 
 def styles(found: Sequence[Series]) -> dict[str, int]:
-    """A number for each model, which stands for its colour and line."""
+    """A number for each model, in the order of the series, which chooses its colour and line style."""
     return {model: number for number, model in enumerate(dict.fromkeys(series.model for series in found))}
 
 
-def curve_plot(found: Sequence[Series], x: str, label: str) -> str:
-    """Mean validation loss over `tokens` or `flops`."""
+def curve_plot(found: Sequence[Series], x: Cost, label: str) -> str:
+    """Validation loss over tokens or FLOPs, as SVG: mean over the seeds, and a shade from the lowest to the highest."""
     return svg(lambda axes: _draw_curves(axes, found, x, label))
 
 
 def final_plot(rows: Sequence[Row], numbers: dict[str, int]) -> str:
-    """Final losses, lowest on top, with their 95% intervals and each seed."""
+    """Final losses as SVG, the lowest on top, with their 95% intervals and each seed."""
     return svg(lambda axes: _draw_finals(axes, rows, numbers), (7.5, _height(rows)))
 
 
-def budget_plot(found: Sequence[Series], fits: Sequence[Fit], x: str, label: str) -> str:
-    """Final losses of runs over budgets, with the power laws that fit."""
+def budget_plot(found: Sequence[Series], fits: Sequence[Fit], x: Cost, label: str) -> str:
+    """Final losses over the budgets of the runs, as SVG, with the power laws; without a law, a thin line joins the means."""
     return svg(lambda axes: _draw_budgets(axes, found, fits, x, label))
 
 
 def angular_plot(found: Sequence[Series]) -> str | None:
-    """Mean angular distance of each unrolled layer, over the seeds; None if it was not measured."""
+    """Angular distance of each unrolled layer, mean over the seeds, as SVG; None if it was not measured."""
     numbers = styles(found)
     measured = [series for series in found if any("angular" in taken for taken in series.measures.values())]
 
@@ -61,8 +58,13 @@ def angular_plot(found: Sequence[Series]) -> str | None:
     return svg(draw, (7.5, 3.5)) if measured else None
 
 
+def needle_plot(needles: NeedleMap) -> str:
+    """Recall at each depth and length, as SVG."""
+    return svg(lambda axes: _draw_needles(axes, needles), (3.6, 2.6))
+
+
 def write_png(summary: Summary, path: Path) -> None:
-    """Curves, final losses (over budgets, if there are several) and needles as one picture; whole or not at all."""
+    """Write one picture of the curves, the final losses (over budgets, if there are several) and the needles."""
     series = summary.results.series
     maps = needle_maps(series)
     rows = -(-len(maps) // _MAPS_IN_A_ROW)
@@ -85,15 +87,15 @@ def write_png(summary: Summary, path: Path) -> None:
         parts[2].suptitle("needles found", fontsize=10)
         grid = parts[2].subplots(rows, _MAPS_IN_A_ROW, squeeze=False).ravel()
         for axes, needles in zip(grid, maps, strict=False):
-            needles.draw(axes)
+            _draw_needles(axes, needles)
             axes.set_title(fill(needles.title, 28), fontsize=9)
         for axes in grid[len(maps) :]:
             axes.remove()
-    figure.savefig(beside(path), format="png")
-    publish(path)
+    save_png(figure, path)
 
 
 def _height(rows: Sequence[Row]) -> float:
+    """Inches that a plot of final losses needs."""
     return 0.8 + 0.3 * len(rows)
 
 
@@ -109,7 +111,7 @@ def _draw_finals(axes: Axes, rows: Sequence[Row], numbers: dict[str, int]) -> No
     axes.set_xlabel("final validation loss, nats per token")
 
 
-def _draw_budgets(axes: Axes, found: Sequence[Series], fits: Sequence[Fit], x: str, label: str) -> None:
+def _draw_budgets(axes: Axes, found: Sequence[Series], fits: Sequence[Fit], x: Cost, label: str) -> None:
     axes.set_xscale("log")
     for model, number in styles(found).items():
         own = sorted((series for series in found if series.model == model), key=lambda series: series.tokens)
@@ -131,7 +133,7 @@ def _draw_budgets(axes: Axes, found: Sequence[Series], fits: Sequence[Fit], x: s
     axes.set_ylabel("final loss, nats per token")
 
 
-def _draw_curves(axes: Axes, found: Sequence[Series], x: str, label: str) -> None:
+def _draw_curves(axes: Axes, found: Sequence[Series], x: Cost, label: str) -> None:
     numbers, drawn, top, bottom = styles(found), set[str](), [], []
     for series in found:
         curves = list(series.curves.values())
@@ -143,10 +145,15 @@ def _draw_curves(axes: Axes, found: Sequence[Series], x: str, label: str) -> Non
         drawn.add(series.model)
         axes.fill_between(points, losses.min(axis=0), losses.max(axis=0), color=colour(number), alpha=0.18, linewidth=0)
         axes.plot(points, mean, color=colour(number), linestyle=dashes(number), linewidth=1.3, label=legend)
-        top.append(float(mean[len(mean) // 8]))  # the beginning falls so steeply that it would hide all the rest
+        top.append(float(mean[len(mean) // 8]))  # the first eighth falls too steeply to be shown on one scale with the rest
         bottom.append(float(losses.min()))
     room = 0.05 * (max(top) - min(bottom)) or 0.1
     axes.set_ylim(min(bottom) - room, max(top) + room)
     axes.xaxis.set_major_formatter(budget_formatter(x))
     axes.set_xlabel(label)
     axes.set_ylabel("validation loss, nats per token")
+
+
+def _draw_needles(axes: Axes, needles: NeedleMap) -> None:
+    axes.grid(False)
+    heat_map(axes, needles.recall, needles.lengths, needles.depths)

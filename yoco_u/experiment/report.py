@@ -1,45 +1,36 @@
-"""The report of a grid: one HTML page, the same as JSON, and its plots as one picture."""
+"""Writes the report of a grid: an HTML page, the summary as JSON, and the plots as one picture."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from yoco_u.errors import UserError
-from yoco_u.experiment.config import Experiment
 from yoco_u.experiment.findings.verdicts import loss_text, short_difference_text
-from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.needle_maps import needle_maps
-from yoco_u.experiment.plots import AXES, angular_plot, budget_plot, curve_plot, final_plot, styles, write_png
-from yoco_u.experiment.results import read_results
-from yoco_u.experiment.summary import Fit, Summary, summarize
+from yoco_u.experiment.plots import AXES, angular_plot, budget_plot, curve_plot, final_plot, needle_plot, styles, write_png
+from yoco_u.experiment.results import Cost
+from yoco_u.experiment.summary import Fit, Summary
 from yoco_u.files import write_json
 from yoco_u.formatting import duration, scientific, short_count
 from yoco_u.plotting import PALETTE, dashes
 from yoco_u.report.page import render_page, write_page
 
 REPORT = "report"
-"""Name of the report's files in the experiment's folder, without the endings html, json and png."""
+"""File name of the report in the experiment's folder, without the endings .html, .json and .png."""
 
 
-def write_experiment_report(experiment: Experiment, runs: Sequence[GridRun], folder: Path) -> Summary:
-    """Write report.html, report.json and report.png into the experiment's folder, from what is finished.
+def write_report(summary: Summary, folder: Path) -> None:
+    """Write report.html, report.json and report.png into the experiment's folder.
 
     Raises:
-        UserError: if no run is finished, a run folder is damaged, or the files cannot be written.
+        UserError: if the page cannot be written.
     """
-    results = read_results(runs, folder)
-    if not results.series:
-        raise UserError(f"{folder}: none of the {len(runs)} runs is finished yet; train them without --report first")
-    summary = summarize(experiment, results)
     write_page(folder / f"{REPORT}.html", render(summary))
     write_json(folder / f"{REPORT}.json", summary.as_json())
     write_png(summary, folder / f"{REPORT}.png")
-    return summary
 
 
 def render(summary: Summary) -> str:
-    """The page as text."""
+    """The HTML of the page."""
     series, numbers = summary.results.series, styles(summary.results.series)
     return render_page(
         "experiment.html.jinja",
@@ -54,7 +45,7 @@ def render(summary: Summary) -> str:
         if summary.several_budgets
         else [],
         angular_plot=angular_plot(series),
-        needle_maps=[(found.title, found.svg()) for found in needle_maps(series)],
+        needle_maps=[(needles.title, needle_plot(needles)) for needles in needle_maps(series)],
         baseline=summary.baseline,
         table=[
             [
@@ -77,8 +68,8 @@ def render(summary: Summary) -> str:
     )
 
 
-def _unit(x: str) -> str:
-    return {"flops": "FLOPs"}.get(x, x)
+def _unit(x: Cost) -> str:
+    return "FLOPs" if x == "flops" else x
 
 
 def _fit_text(fit: Fit) -> str:

@@ -1,4 +1,4 @@
-"""What the runs of a grid came to: validation curves by seed, and the series that differ in nothing but their seeds."""
+"""The results of a grid: the validation curve of every run, and series of runs that differ in nothing but their seeds."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,23 +6,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 from yoco_u.budget import parameters
+from yoco_u.errors import UserError
 from yoco_u.experiment.config import Role
 from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.intervals import Interval, interval
 from yoco_u.experiment.measure import read_measures
 from yoco_u.experiment.run import has_diverged, is_finished
+from yoco_u.report.comparison import equal_cost
 from yoco_u.training.metrics import METRICS
 from yoco_u.training.run_folder import RunFolder, read_run
 
 State = Literal["finished", "unfinished", "diverged", "not begun"]
 
-ALIKE = 0.01
-"""Share by which tokens, FLOPs or parameters of two series may differ and still be called equal: steps are whole."""
+Cost = Literal["tokens", "flops"]
+"""What a training spends: tokens of text, or model FLOPs."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation on the validation split: nats per token after so many tokens and model FLOPs of training."""
+    """One evaluation on the validation split.
+
+    Attributes:
+        tokens, flops: training tokens, and model FLOPs of training, up to this evaluation.
+        loss: nats per token.
+    """
 
     tokens: int
     flops: float
@@ -31,11 +38,12 @@ class Point:
 
 @dataclass(frozen=True)
 class RunResult:
-    """
+    """What the folder of a run of the grid says.
+
     Attributes:
         curve: all evaluations so far, in their order.
-        seconds: of training so far.
-        measures: by name, see `yoco_u.experiment.measure`.
+        seconds: time of training so far.
+        measures: results by the name of the measure, see `yoco_u.experiment.measure`.
     """
 
     run: GridRun
@@ -46,21 +54,25 @@ class RunResult:
 
     @property
     def final(self) -> Point:
+        """The last evaluation."""
         return self.curve[-1]
 
 
 @dataclass(frozen=True)
 class Series:
-    """The finished runs that differ in their seeds alone; at least one.
+    """The finished runs, at least one, that differ in nothing but their seeds.
 
     Attributes:
+        name, label: name of the series, and its name in tables and plots.
+        model, model_label: name of the model, and its name in tables and plots.
+        role: what the model stands for in the paper's findings; None for nothing.
         loops: the largest loop count of a stage.
         gated: whether a looped stage has gates.
-        parameters: of each model.
-        tokens, flops: of each run.
-        curves: by seed.
-        layers: blocks in each stage, before looping.
-        measures: by seed, then by name.
+        parameters: parameter count of the model.
+        tokens, flops: training tokens and model FLOPs of each run.
+        curves: evaluations of each run, by seed.
+        layers: number of layers of each stage, before looping.
+        measures: results by seed, then by the name of the measure.
     """
 
     name: str
@@ -84,22 +96,27 @@ class Series:
 
     @property
     def loss(self) -> Interval:
-        """Of the last validation losses, over the seeds."""
+        """The last validation loss: its mean over the seeds, with the interval."""
         return interval(list(self.final.values()))
 
     @property
     def needles(self) -> list[dict[str, Any]]:
-        """The scores of `yoco_u.evaluation.needle_grid`, of all seeds; none if they were not measured."""
+        """The scores of `yoco_u.evaluation.needle_grid`, of all seeds; empty if they were not measured."""
         return [score for taken in self.measures.values() for score in taken.get("needles", [])]
 
     def at(self, tokens: float) -> dict[int, float]:
-        """The loss of the evaluation nearest to so many tokens, by seed."""
+        """The loss of the evaluation that is nearest to this number of tokens, by seed."""
         return {seed: min(curve, key=lambda point: abs(point.tokens - tokens)).loss for seed, curve in self.curves.items()}
 
 
 @dataclass(frozen=True)
 class Results:
-    """A grid as far as it is trained."""
+    """A grid as far as it is trained.
+
+    Attributes:
+        runs: all runs of the grid, in its order, whatever their state.
+        series: the finished runs, grouped into series.
+    """
 
     runs: tuple[RunResult, ...]
     series: tuple[Series, ...]
@@ -109,40 +126,38 @@ class Results:
         return [result for result in self.runs if result.state != "finished"]
 
     def of_role(self, role: Role, loops: int | None = None) -> list[Series]:
-        """The series that stand for an architecture, most tokens last; `loops` takes those of one loop count."""
+        """The series of models with this role, most tokens last; with `loops`, those of that loop count alone."""
         found = [series for series in self.series if series.role == role and loops in (None, series.loops)]
         return sorted(found, key=lambda series: series.tokens)
 
-    def pairs(
-        self, role: Role, other: Role, equal: Literal["tokens", "flops"], loops: int | None = None
-    ) -> list[tuple[Series, Series]]:
-        """Series of the two roles that spent the same, most tokens last.
+    def pairs(self, role: Role, other: Role, equal: Cost, loops: int | None = None) -> list[tuple[Series, Series]]:
+        """Series of two roles that spent equal tokens or equal FLOPs, most tokens last.
 
-        Where a role has several series of one cost, it is the one of the lowest loss: each architecture as well tuned as the
-        grid allows.
+        Where a role has several series of equal cost, the one of the lowest loss stands for it: so each architecture is as well
+        tuned as the grid allows.
+
+        Args:
+            loops: loop count of the series of `role`; any by default.
         """
         found = []
         for cost, some in _by_cost(self.of_role(role, loops), equal):
-            others = [series for series in self.of_role(other) if near(getattr(series, equal), cost)]
+            others = [series for series in self.of_role(other) if equal_cost(getattr(series, equal), cost)]
             if others:
                 found.append((best(some), best(others)))
         return found
 
 
-def near(value: float, other: float) -> bool:
-    return abs(value / other - 1) <= ALIKE
-
-
 def best(series: Iterable[Series]) -> Series:
-    """The one of the lowest mean loss, of those with the most seeds."""
+    """The series of the lowest mean loss, among those with the most seeds."""
     return min(series, key=lambda series: (-len(series.curves), series.loss.mean))
 
 
-def _by_cost(found: Sequence[Series], cost: str) -> list[tuple[float, list[Series]]]:
+def _by_cost(found: Sequence[Series], cost: Cost) -> list[tuple[float, list[Series]]]:
+    """Groups of series of equal cost, fewest tokens first, each with the cost of its first series."""
     groups: list[tuple[float, list[Series]]] = []
     for series in sorted(found, key=lambda series: (series.tokens, series.flops)):
         value = getattr(series, cost)
-        group = next((group for known, group in groups if near(value, known)), None)
+        group = next((group for known, group in groups if equal_cost(value, known)), None)
         if group is None:
             groups.append((value, [series]))
         else:
@@ -151,16 +166,21 @@ def _by_cost(found: Sequence[Series], cost: str) -> list[tuple[float, list[Serie
 
 
 def read_results(runs: Sequence[GridRun], folder: Path) -> Results:
-    """Read the folders of the runs, whatever their state.
+    """Read the folders of all runs of a grid, finished or not.
+
+    Args:
+        folder: folder of the experiment.
 
     Raises:
-        UserError: if a folder is damaged, or holds a run of other settings.
+        UserError: if no run is finished, or a folder is damaged or holds a run of other settings.
     """
     results = tuple(_read_result(run, folder / run.name) for run in runs)
     groups: dict[str, list[RunResult]] = {}
     for result in results:
         if result.state == "finished":
             groups.setdefault(result.run.series, []).append(result)
+    if not groups:
+        raise UserError(f"{folder}: none of the {len(runs)} runs is finished yet; train them without --report first")
     return Results(results, tuple(_series(group) for group in groups.values()))
 
 
@@ -180,6 +200,7 @@ def _read_result(run: GridRun, folder: Path) -> RunResult:
 
 
 def _has_records(metrics: Path) -> bool:
+    """Whether the file is there and has a whole line: a run may have been stopped before its first one."""
     try:
         with metrics.open(encoding="utf-8") as lines:
             return lines.readline().endswith("\n")

@@ -24,15 +24,15 @@ def train_runs(
     progress: bool = True,
     say: Say = lambda _: None,
 ) -> list[GridRun]:
-    """Train every run that is not finished, each in `folder`/name, let its model write the samples, and measure it.
+    """Train every run that is not finished, each in `folder`/name; then let its model write the samples, and measure it.
 
-    A run that another process is training, or whose loss is not finite, is passed over.
+    A run that another process is training, or whose loss became non-finite, is passed over.
 
     Args:
-        say: is told what comes next.
+        say: called with a line of text before each run, and where one is passed over.
 
     Returns:
-        The runs that are not finished now.
+        The runs that are still not finished.
 
     Raises:
         UserError: as `train` does; also if a folder holds a run of other settings, or the measures cannot be taken.
@@ -52,7 +52,7 @@ def train_runs(
             unfinished.append(run)
             continue
         say(f"run {number} of {len(runs)}: {run.name} ({steps:,} steps)")
-        torch.compiler.reset()  # each run compiles its own blocks; those of all together would exceed torch's limit
+        torch.compiler.reset()  # each run compiles its own blocks; those of all runs together would exceed torch's limit
         try:
             train(run.config, target, progress=progress)
         except (RunFolderTaken, TrainingDiverged) as problem:
@@ -60,11 +60,11 @@ def train_runs(
             unfinished.append(run)
             continue
         with distributed_session(run.config.training.device) as distributed:
-            distributed.on_main(partial(_look_at, target, experiment))
-    return [run for run in unfinished if not is_finished(folder / run.name)]
+            distributed.on_main(partial(_sample_and_measure, target, experiment))
+    return [run for run in unfinished if not is_finished(folder / run.name)]  # another process may have finished some by now
 
 
-def _look_at(folder: Path, experiment: Experiment) -> None:
+def _sample_and_measure(folder: Path, experiment: Experiment) -> None:
     if experiment.samples is not None:
         write_samples(folder, experiment.samples)
     if experiment.measures is not None:
@@ -72,9 +72,10 @@ def _look_at(folder: Path, experiment: Experiment) -> None:
 
 
 def is_finished(folder: Path) -> bool:
+    """Whether the run in this folder was trained to its end."""
     return (folder / "summary.json").exists()
 
 
 def has_diverged(folder: Path) -> bool:
-    """Whether training stopped there because a loss or gradient was not finite."""
+    """Whether the run in this folder stopped because a loss or a gradient was not finite."""
     return any((folder / "checkpoints").glob("non-finite-step-*"))

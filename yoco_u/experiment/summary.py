@@ -1,24 +1,27 @@
-"""Everything that a report shows of a grid, and the JSON of it."""
+"""The summary of a grid: everything that its report shows, and the same as JSON."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from yoco_u.experiment.config import Experiment
 from yoco_u.experiment.findings.claims import Judged, judge
 from yoco_u.experiment.findings.verdicts import Verdict
 from yoco_u.experiment.intervals import Interval, NotDecidable, PowerLaw, difference, fit_power_law
-from yoco_u.experiment.results import Results, Series, best, near
+from yoco_u.experiment.results import Cost, Results, Series, best
+from yoco_u.report.comparison import equal_cost
 from yoco_u.version import __version__
 
 
 @dataclass(frozen=True)
 class Row:
-    """A series beside the baseline of equal tokens.
+    """A row of the report's table: a series, beside the baseline's series of equal tokens.
 
     Attributes:
-        difference: its loss minus the baseline's, paired by seed; None for the baseline and without one.
+        loss: final validation loss.
+        difference: the series' final loss minus the baseline's, paired by seed; None for the baseline itself, and where it has
+            no series of equal tokens or no seed in common.
     """
 
     series: Series
@@ -31,22 +34,28 @@ class Fit:
     """A power law through the final losses of one model at several budgets.
 
     Attributes:
-        law: None if there is none, for the `reason`.
+        model, label: name of the model, and its name in tables and plots.
+        x: what the budgets are counted in.
+        law: the power law; None if the runs do not suffice for one.
+        reason: why there is no power law; None if there is one.
     """
 
     model: str
     label: str
-    x: Literal["tokens", "flops"]
+    x: Cost
     law: PowerLaw | None
     reason: str | None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """
+    """What the report of a grid shows.
+
     Attributes:
-        baseline: label of the model that the rows are compared with.
-        rows: lowest loss first.
+        baseline: label of the model that all rows are compared with; None if no run is finished.
+        rows: all series, the lowest loss first.
+        fits: power laws of every model, over tokens and over FLOPs.
+        judged: all findings with their verdicts.
     """
 
     experiment: Experiment
@@ -64,7 +73,7 @@ class Summary:
 
     @property
     def headline(self) -> str:
-        """How far the grid is, and how the findings that it was made for came out."""
+        """How many runs are finished, and how many of the findings that the grid can speak about have which verdict."""
         runs, left = self.results.runs, self.results.unfinished
         seeds = len({result.run.seed for result in runs})
         done = f"{len(runs) - len(left)} of {len(runs)} runs are finished, {seeds} seed{'s' if seeds > 1 else ''}."
@@ -73,6 +82,7 @@ class Summary:
         return f"{done} Of the findings that this grid can speak about: {told}." if told else done
 
     def as_json(self) -> dict[str, Any]:
+        """The content of report.json."""
         return {
             "title": self.experiment.title,
             "version": __version__,
@@ -100,6 +110,7 @@ class Summary:
 
 
 def summarize(experiment: Experiment, results: Results) -> Summary:
+    """Judge the findings, fit the power laws, and compare every series with the baseline."""
     base = _baseline(results.series)
     rows = [_row(series, base) for series in sorted(results.series, key=lambda series: series.loss.mean)]
     label = base[0].model_label if base else None
@@ -107,7 +118,10 @@ def summarize(experiment: Experiment, results: Results) -> Summary:
 
 
 def _baseline(found: Sequence[Series]) -> list[Series]:
-    """The series of the best YOCO, or else of the first model, one for each number of tokens."""
+    """The series of the model that all others are compared with, one for each number of tokens.
+
+    That is the YOCO that is best at the fewest tokens, or the first model where there is no YOCO.
+    """
     yoco = [series for series in found if series.role == "yoco"]
     chosen = (
         best([series for series in yoco if series.tokens == min(y.tokens for y in yoco)]) if yoco else next(iter(found), None)
@@ -116,7 +130,7 @@ def _baseline(found: Sequence[Series]) -> list[Series]:
 
 
 def _row(series: Series, base: Sequence[Series]) -> Row:
-    other = next((b for b in base if near(b.tokens, series.tokens) and b is not series), None)
+    other = next((b for b in base if equal_cost(b.tokens, series.tokens) and b is not series), None)
     try:
         found = difference(series.final, other.final) if other and series not in base else None
     except NotDecidable:
@@ -128,7 +142,7 @@ def _fits(found: Sequence[Series]) -> list[Fit]:
     fits = []
     for model in dict.fromkeys(series.model for series in found):
         own = [series for series in found if series.model == model]
-        for x in ("tokens", "flops"):
+        for x in get_args(Cost):
             points = [(getattr(series, x), loss) for series in own for loss in series.final.values()]
             law, reason = None, None
             try:

@@ -1,4 +1,4 @@
-"""The paper's findings as data: what it says, what a grid needs to judge it, and the test that does."""
+"""The paper's findings as data: what each says, what a grid needs for judging it, and the test that judges it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,13 @@ from yoco_u.experiment.results import Results
 
 @dataclass(frozen=True)
 class Finding:
-    """
+    """A statement that a grid is judged by.
+
     Attributes:
-        statement: of the paper (arXiv 2604.01220), with its figure.
-        needs: roles that the grid's models must have.
-        test: raises `NotDecidable` if the grid does not have them.
+        id: name of the finding in report.json.
+        statement: what the paper (arXiv 2604.01220) says, with its number.
+        needs: roles that the models of the grid must have, in words.
+        test: judges the results of a grid; raises `NotDecidable` if the grid lacks what the finding needs.
     """
 
     id: str
@@ -100,14 +102,14 @@ FINDINGS = (
 
 @dataclass(frozen=True)
 class Judged:
-    """A finding, and what this grid says about it."""
+    """A finding, and what a grid says about it."""
 
     finding: Finding
     outcome: Outcome
 
 
 def judge(results: Results) -> list[Judged]:
-    """Every finding; those that the grid is not made for are not decidable, and say what is missing."""
+    """Judge all findings. One that the grid is not made for is not decidable, and its text says what is missing."""
     return [Judged(finding, _outcome(finding, results)) for finding in FINDINGS]
 
 

@@ -1,9 +1,9 @@
-"""YOCO-U against the other architectures: at equal steps, at equal FLOPs, at equal loss, in the paper's order."""
+"""Tests of the findings that compare YOCO-U with other architectures: at equal steps, FLOPs or loss, and by rank."""
 
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy.stats import kendalltau
@@ -28,21 +28,22 @@ from yoco_u.experiment.intervals import (
     interval,
     simultaneous_half_width,
 )
-from yoco_u.experiment.results import Results, Series, best, near
+from yoco_u.experiment.results import Cost, Results, Series, best
 from yoco_u.formatting import short_count
+from yoco_u.report.comparison import equal_cost
 
 PAPER_TIE = 0.01
-"""Share by which two of these may differ and count as equal."""
+"""Share by which two perplexities of the paper may differ and still count as equal; the order of such a pair is not judged."""
 
 PAR = 0.02
-"""Nats within which two losses are called on a par."""
+"""Nats per token within which two losses are on a par."""
 
-EARLY = 0.25
-"""Share of the tokens at which a trend begins to be followed: before that the loss falls too steeply."""
+TREND_FROM = 0.25
+"""Share of a run's tokens after which its curve counts for a trend; before that the loss falls too steeply."""
 
 
 def paper_loops(results: Results) -> int:
-    """The loop count at which YOCO-U is compared: the paper's if the grid has it, otherwise the largest.
+    """The loop count at which YOCO-U is compared with others: the paper's if the grid has it, otherwise the largest.
 
     Raises:
         NotDecidable: if no YOCO-U with a loop is finished.
@@ -54,14 +55,16 @@ def paper_loops(results: Results) -> int:
 
 
 def equal_tokens(results: Results) -> Outcome:
+    """YOCO-U against YOCO after equal numbers of tokens."""
     return _against_yoco(results, "tokens")
 
 
 def equal_flops(results: Results) -> Outcome:
+    """YOCO-U against YOCO after equal FLOPs of training."""
     return _against_yoco(results, "flops")
 
 
-def _against_yoco(results: Results, equal: Literal["tokens", "flops"]) -> Outcome:
+def _against_yoco(results: Results, equal: Cost) -> Outcome:
     pairs = results.pairs("yoco_u", "yoco", equal, paper_loops(results))
     unit = "FLOPs" if equal == "flops" else "tokens"
     if not pairs:
@@ -93,10 +96,14 @@ def _gap(series: Series, other: Series) -> dict[str, Any]:
     }
 
 
-def trend_of(pairs: Sequence[tuple[Series, Series]], x: Literal["tokens", "flops"]) -> Trend:
-    """How the gap moves: over the budgets where there are three or more, otherwise along the last pair's runs.
+def trend_of(pairs: Sequence[tuple[Series, Series]], x: Cost) -> Trend:
+    """How the gap between two models changes: over three budgets or more, otherwise along the runs of the last pair.
 
-    Along runs of equal cost both are at the same share of their schedules at every point.
+    Along two runs of equal cost the gap is fair at every point, as both have done the same share of their schedules.
+
+    Args:
+        pairs: the two series of each budget, the largest budget last.
+        x: what the budgets are counted in.
 
     Raises:
         NotDecidable: if there are too few points.
@@ -108,20 +115,21 @@ def trend_of(pairs: Sequence[tuple[Series, Series]], x: Literal["tokens", "flops
             return gap_trend([getattr(a, x) for a, _ in pairs], gaps)
     series, other = pairs[-1]
     xs = [getattr(point, x) for point in next(iter(series.curves.values()))]
-    xs = [value for value in xs if value >= EARLY * xs[-1]]
+    xs = [value for value in xs if value >= TREND_FROM * xs[-1]]
     seeds = series.curves.keys() & other.curves.keys()
     gaps = [np.subtract(_losses(series, seed, x, xs), _losses(other, seed, x, xs)).tolist() for seed in sorted(seeds)]
     return gap_trend(xs, gaps)
 
 
-def _losses(series: Series, seed: int, x: str, xs: Sequence[float]) -> list[float]:
+def _losses(series: Series, seed: int, x: Cost, xs: Sequence[float]) -> list[float]:
+    """The losses of one run at `xs`, straight between its evaluations over log x."""
     curve = series.curves[seed]
     known = [math.log(getattr(point, x)) for point in curve]
     return np.interp(np.log(xs), known, [point.loss for point in curve]).tolist()
 
 
 def tokens_to_equal_loss(results: Results) -> Outcome:
-    """Tokens that YOCO-U needs to come down to YOCO's final loss, relative to YOCO's."""
+    """The share of YOCO's tokens that YOCO-U saves on its way down to YOCO's final loss."""
     pairs = results.pairs("yoco_u", "yoco", "tokens", paper_loops(results))
     if not pairs:
         raise NotDecidable("no YOCO with the tokens of a YOCO-U is finished")
@@ -158,7 +166,10 @@ def tokens_to_equal_loss(results: Results) -> Outcome:
 
 
 def order(results: Results) -> Outcome:
-    """Every pair of architectures that the paper tells apart: none may come out turned round, and most must be told apart."""
+    """Our order of every two architectures whose perplexities in the paper differ.
+
+    The finding is refuted if one pair has the opposite order here, and confirmed if most pairs can be told apart and none has.
+    """
     ranked = _at_equal_tokens(results)
     half = simultaneous_half_width([series.final for series in ranked.values()])
     agree, contradict, open_ = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
@@ -189,13 +200,13 @@ def _pairs_text(pairs: Sequence[dict[str, Any]], ranked: dict[paper.Name, Series
 
 
 def _at_equal_tokens(results: Results) -> dict[paper.Name, Series]:
-    """The best series of each of the paper's architectures, at the most tokens at which there are three."""
+    """The best series of each of the paper's architectures, at the largest number of tokens that three of them have."""
     candidates: dict[paper.Name, list[Series]] = {role: results.of_role(role) for role in paper.WIKITEXT_PERPLEXITY}
     if candidates["yoco_u"]:
         loops = paper_loops(results)
         candidates["yoco_u"] = results.of_role("yoco_u", loops)
     for tokens in sorted({series.tokens for found in candidates.values() for series in found}, reverse=True):
-        there = {role: [s for s in found if near(s.tokens, tokens)] for role, found in candidates.items()}
+        there = {role: [s for s in found if equal_cost(s.tokens, tokens)] for role, found in candidates.items()}
         ranked = {role: best(found) for role, found in there.items() if found}
         if len(ranked) >= 3:
             return ranked
@@ -203,7 +214,7 @@ def _at_equal_tokens(results: Results) -> dict[paper.Name, Series]:
 
 
 def lower_half(results: Results) -> Outcome:
-    """Looping the lower half against looping the upper one."""
+    """YOCO-U, which loops the lower half, against looping the upper half, with shared KV and without."""
     verdicts, text, numbers = list[Verdict](), [], {}
     for role in ("upper_loop", "upper_loop_without_shared_kv"):
         pairs = results.pairs("yoco_u", role, "tokens", paper_loops(results))
@@ -218,6 +229,7 @@ def lower_half(results: Results) -> Outcome:
 
 
 def on_a_par_with_rins(results: Results) -> Outcome:
+    """YOCO-U against RINS: confirmed if the whole interval of their difference lies within `PAR` of zero."""
     pairs = results.pairs("yoco_u", "rins", "tokens", paper_loops(results))
     if not pairs:
         raise NotDecidable("no RINS with the tokens of a YOCO-U is finished")

@@ -1,4 +1,4 @@
-"""Findings beyond the loss: how the layers of each loop turn the states, and what is found far behind the window."""
+"""Tests of the findings beyond the loss: angular distances inside the model, and needles far behind the window."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ from yoco_u.experiment.intervals import Interval, NotDecidable, difference, inte
 from yoco_u.experiment.results import Results, Series, best
 
 FOUND = 0.9
-"""Recall from which on needles count as found."""
+"""The least recall at which a model counts as finding needles."""
 
 FAR = 0.5
-"""Needles at this share of the length or before count as far behind the window."""
+"""The greatest depth, as a share of the length, at which a needle counts as far behind the window."""
 
 
 def angular(results: Results) -> Outcome:
-    """The paper's Figure 8: one loop's pattern comes again in the next, smaller, and the cross-decoder begins with a jump."""
+    """The paper's Figure 8: each loop repeats the pattern of the last, smaller, and the cross-decoder begins with a jump."""
     loops = paper_loops(results)
     series = _measured(results.of_role("yoco_u", loops), "angular")
-    looped, other = _by_loop(series)  # seed -> (loops, layers), (layers,)
+    looped, other = _by_loop(series)
     means = {seed: found.mean(axis=1) for seed, found in looped.items()}
     verdicts, text, numbers = list[Verdict](), [], dict[str, Any]()
     shown = np.mean(list(looped.values()), axis=0)
@@ -54,7 +54,11 @@ def angular(results: Results) -> Outcome:
 
 
 def _measured(candidates: list[Series], measure: str) -> Series:
-    """The best of those that have a measure."""
+    """The best of the series that have this measure.
+
+    Raises:
+        NotDecidable: if none has it.
+    """
     found = [series for series in candidates if any(measure in taken for taken in series.measures.values())]
     if not found:
         raise NotDecidable(f"an architecture that this needs has no measures.{measure}")
@@ -62,6 +66,7 @@ def _measured(candidates: list[Series], measure: str) -> Series:
 
 
 def _by_loop(series: Series) -> tuple[dict[int, NDArray[np.float64]], dict[int, NDArray[np.float64]]]:
+    """Angular distances by seed: of the looped stage, (loops, layers), and of the layers after it, (layers,)."""
     looped, other, layers = {}, {}, series.layers[0]
     for seed, measures in series.measures.items():
         if "angular" in measures:
@@ -72,7 +77,7 @@ def _by_loop(series: Series) -> tuple[dict[int, NDArray[np.float64]], dict[int, 
 
 
 def _alikeness(found: NDArray[np.float64]) -> float:
-    """The mean correlation of consecutive rows."""
+    """The mean correlation of each loop's pattern with the next one's; `found` is (loops, layers)."""
     return float(np.mean([np.corrcoef(found[t], found[t + 1])[0, 1] for t in range(len(found) - 1)]))
 
 
@@ -85,7 +90,7 @@ def _plain(found: Interval) -> str:
 
 
 def retrieval(results: Results) -> Outcome:
-    """Needles in the first half of the longest texts, by architecture, against a model of windows alone."""
+    """The recall of needles in the first half of the longest texts: three architectures against a model of windows alone."""
     roles: tuple[Role, ...] = ("window_only", "transformer", "yoco", "yoco_u")
     chosen = {role: _measured(results.of_role(role), "needles") for role in roles}
     lengths = set.intersection(*({score["length"] for score in series.needles} for series in chosen.values()))
@@ -108,7 +113,7 @@ def retrieval(results: Results) -> Outcome:
 
 
 def _recall(series: Series, length: int) -> dict[int, float]:
-    """Mean over kinds and depths, by seed."""
+    """Recall far behind the window in texts of this length, by seed: the mean over kinds of needles and depths."""
     found = {}
     for seed, measures in series.measures.items():
         scores = [score for score in measures.get("needles", []) if score["length"] == length and score["depth"] <= FAR]

@@ -1,19 +1,20 @@
-"""What loops do: loss against their number, and the slow start of a looped model with what removes it."""
+"""Tests of the findings on loops: the loss against their number, and the slow start of a looped model."""
 
 from itertools import pairwise
 from typing import Any
 
 from yoco_u.experiment.findings.verdicts import OPEN, Outcome, Verdict, difference_text, loss_text, of_sign, together
 from yoco_u.experiment.intervals import Interval, NotDecidable, difference, interval
-from yoco_u.experiment.results import Results, Series, best, near
+from yoco_u.experiment.results import Results, Series, best
 from yoco_u.formatting import short_count
+from yoco_u.report.comparison import equal_cost
 
 EARLY = 0.25
-"""Share of the tokens at which the slow start is looked at."""
+"""Share of a run's tokens after which the slow start is measured."""
 
 
 def falls_with_loops(results: Results) -> Outcome:
-    """Each larger loop count against the one before."""
+    """The loss at each loop count against the loss at the next smaller one."""
     ladder = _ladder(results)
     steps = [(low, high, difference(ladder[high].final, ladder[low].final)) for low, high in _rungs(ladder)]
     losses = ", ".join(f"T={loops} {loss_text(series.loss)}" for loops, series in ladder.items())
@@ -24,7 +25,7 @@ def falls_with_loops(results: Results) -> Outcome:
 
 
 def each_by_less(results: Results) -> Outcome:
-    """The gain of one more loop, from each loop count to the next."""
+    """The gain per further loop, from each loop count to the next, against the gain before it."""
     ladder = _ladder(results)
     seeds = set.intersection(*(set(series.final) for series in ladder.values()))
     if not seeds:
@@ -47,10 +48,10 @@ def each_by_less(results: Results) -> Outcome:
 
 
 def _ladder(results: Results) -> dict[int, Series]:
-    """The best series of each loop count at the most tokens at which there are three; YOCO is the one of one loop."""
+    """The best series of each loop count, at the largest number of tokens that three counts have. YOCO counts as one loop."""
     found = [*results.of_role("yoco_u"), *results.of_role("yoco")]
     for tokens in sorted({series.tokens for series in found}, reverse=True):
-        there = [series for series in found if near(series.tokens, tokens)]
+        there = [series for series in found if equal_cost(series.tokens, tokens)]
         counts = sorted({series.loops for series in there})
         if len(counts) >= 3:
             return {loops: best(series for series in there if series.loops == loops) for loops in counts}
@@ -58,14 +59,18 @@ def _ladder(results: Results) -> dict[int, Series]:
 
 
 def _rungs(ladder: dict[int, Series]) -> list[tuple[int, int]]:
+    """The loop counts as pairs of neighbours."""
     return list(pairwise(ladder))
 
 
 def early_lag(results: Results) -> Outcome:
-    """The plain loop's lag behind YOCO early in training, and what each remedy takes away of it; a YOCO-U beside it is one."""
+    """The plain loop's lag behind YOCO early in training, and how much of it each remedy removes.
+
+    Remedies are the tamed loops, and a YOCO-U of the same loop count beside a plain loop.
+    """
     plain, yoco = _plain_loop_and_yoco(results)
     tamed = [*results.of_role("tamed_loop"), *results.of_role("yoco_u", plain.loops)]
-    remedies = [series for series in tamed if near(series.tokens, plain.tokens) and series is not plain]
+    remedies = [series for series in tamed if equal_cost(series.tokens, plain.tokens) and series is not plain]
     if not remedies:
         raise NotDecidable("no loop with a remedy is finished at the tokens of the plain one")
     early = EARLY * plain.tokens
@@ -98,7 +103,10 @@ def early_lag(results: Results) -> Outcome:
 
 
 def _plain_loop_and_yoco(results: Results) -> tuple[Series, Series]:
-    """At the most tokens. Where no model is called a plain loop, YOCO-U without gates is it, at the remedies' loop count."""
+    """The plain loop and YOCO, at the most tokens that both have.
+
+    If no model has the role `plain_loop`, a YOCO-U without gates at the remedies' loop count stands for it.
+    """
     pairs = results.pairs("plain_loop", "yoco", "tokens")
     if not pairs and (tamed := results.of_role("tamed_loop")):
         pairs = [pair for pair in results.pairs("yoco_u", "yoco", "tokens", tamed[-1].loops) if not pair[0].gated]
@@ -108,5 +116,5 @@ def _plain_loop_and_yoco(results: Results) -> tuple[Series, Series]:
 
 
 def _removes(lag: Interval, gain: Interval) -> str:
-    """Only where there is a lag that the gain is a share of."""
+    """The share of the lag that a gain removes, as the beginning of a sentence; empty if there is no certain lag."""
     return f"{-gain.mean / lag.mean:.0%} of the early lag removed, " if lag.low is not None and lag.low > 0 else ""

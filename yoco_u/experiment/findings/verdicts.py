@@ -1,4 +1,4 @@
-"""How a finding comes out: three verdicts, and the words for intervals and trends."""
+"""The outcome of a finding: one of three verdicts, and the texts for intervals and trends."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,10 +14,11 @@ OPEN: Literal["not decidable at this scale"] = "not decidable at this scale"
 
 @dataclass(frozen=True)
 class Outcome:
-    """
+    """What a grid says about a finding.
+
     Attributes:
-        text: what was compared and what came out, in sentences with the numbers.
-        numbers: the same for machines.
+        text: sentences that say what was compared and what came out, with the numbers.
+        numbers: the same numbers by name, for report.json; empty if the grid cannot speak about the finding.
     """
 
     verdict: Verdict
@@ -26,7 +27,10 @@ class Outcome:
 
 
 def of_sign(claimed_negative: Interval) -> Verdict:
-    """Whether a difference that is claimed to be below zero is: its 95% interval must lie on one side."""
+    """The verdict on a difference that is claimed to be negative.
+
+    It is decided only if the 95% interval lies on one side of zero.
+    """
     low, high = claimed_negative.low, claimed_negative.high
     if low is None or high is None or low <= 0 <= high:
         return OPEN
@@ -34,7 +38,7 @@ def of_sign(claimed_negative: Interval) -> Verdict:
 
 
 def together(verdicts: Iterable[Verdict]) -> Verdict:
-    """Of a claim with several parts: one part that fails refutes it, all must hold to confirm it."""
+    """The verdict on a claim with several parts: one part that fails refutes it, and all must hold to confirm it."""
     found = set(verdicts)
     for verdict in ("not confirmed", OPEN):
         if verdict in found:
@@ -43,7 +47,7 @@ def together(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def signed(value: float) -> str:
-    """Nats with a true minus sign."""
+    """Nats with their sign; the minus is the typographic one."""
     return f"{value:+.4f}".replace("-", "\u2212")
 
 
@@ -69,11 +73,11 @@ def _half_text(found: Interval) -> str:
 
 
 def trend_text(trend: Trend, gap: float, unit: str) -> str:
-    """What a gap does as x doubles, and where it would close.
+    """A sentence on what a gap does as x doubles, and where it would close.
 
     Args:
-        gap: at the end; negative is a lead.
-        unit: of x: `tokens` or `FLOPs`.
+        gap: the gap at the last x; a negative one is a lead.
+        unit: what x counts: `tokens` or `FLOPs`.
     """
     low, high, rate = trend.per_doubling.low, trend.per_doubling.high, trend.per_doubling.mean
     moves = f"{difference_text(trend.per_doubling)} nats whenever the {unit} double"
