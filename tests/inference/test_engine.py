@@ -123,12 +123,12 @@ def test_requests_that_come_one_by_one(variant: str) -> None:
 @pytest.mark.parametrize("name", ["sliding_attention", "attend"])
 def test_attention_of_other_devices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks through torch's fused attention, as where there is no blockwise one."""
-    from yoco_u.inference import paged_backend as batch
+    from yoco_u.inference.kernels import direct
 
     calls = []
-    original = getattr(batch, name)
-    monkeypatch.setattr(batch, "runs_blockwise", lambda tokens, device: False)
-    monkeypatch.setattr(batch, name, lambda *args: calls.append(1) or original(*args))
+    original = getattr(direct, name)
+    monkeypatch.setattr(direct, "runs_blockwise", lambda tokens, device: False)
+    monkeypatch.setattr(direct, name, lambda *args: calls.append(1) or original(*args))
     for variant in ("yoco_u", "rins", "parscale"):
         ids = prompt(37)
         [request] = run(engine(variant, max_batched_tokens=10), [ids], greedy())

@@ -177,3 +177,12 @@ def test_all_requests_must_run_at_once(settings: dict[str, int], left: int) -> N
     for request in requests:
         subject.abort(request)
     assert_all_free(subject)
+
+
+def test_a_prompt_must_be_longer_than_what_is_filled() -> None:
+    subject = engine(prefix_caching=False)
+    subject.add(prompt(9), greedy())
+    for tokens in (9, 20, -1):
+        with pytest.raises(UserError, match="leave one to compute"):
+            subject.fill_cache(tokens)
+    subject.fill_cache(8)

@@ -159,17 +159,20 @@ class Engine:
     def fill_cache(self, tokens: int) -> None:
         """Let all waiting requests begin behind `tokens` tokens that are not computed: their keys and values are random.
 
-        For measurements, in which the context in front of what is timed need not be computed.
+        For measurements, in which the context in front of what is timed need not be computed. Retention states begin empty.
 
         Raises:
-            UserError: if prefixes are cached, which would then be random too, or if not all requests can run at once.
+            UserError: if prefixes are cached, which would then be random too; if a prompt is not longer than `tokens`; or if
+                not all requests can run at once.
         """
         if self.settings.prefix_caching:
-            raise UserError(
-                "fill_cache writes random keys and values, which the prefix cache would share; set prefix_caching off"
-            )
+            raise UserError("fill_cache writes random keys and values, which requests would share; set prefix_caching off")
+        shortest = min((len(request.prompt) for request in self.scheduler.waiting), default=tokens + 1)
+        if not 0 <= tokens < shortest:
+            raise UserError(f"fill_cache cannot stand for {tokens} tokens of a prompt of {shortest}; leave one to compute")
         for request in self.scheduler.admit_behind(tokens):
             assert request.seat is not None
+            self.cache.clear(request.seat)
             self.cache.fill(request.seat, request.blocks, self.runner.model.dtype)
         if self.scheduler.waiting:
             raise UserError(f"{len(self.scheduler.waiting)} requests cannot run beside the others; enlarge the caches")
