@@ -86,7 +86,7 @@ def recorded(method, pairs: list, name: str):
     def call(self, *args):
         out = method(self, *args)
         if name == "cross_attention":
-            values = args[1][1]
+            values = args[2][1]
         else:
             values = args[3]
             if name == "full_attention" and args[4] is not None:

@@ -1,4 +1,7 @@
-"""Looking into a forward pass from outside: hooks on the blocks, and the unrolled order in which tokens meet them."""
+"""Hooks that watch a forward pass from outside: what blocks read and write, what loops leave, what attention works on.
+
+Every hook is removed when its context manager ends, and none changes a result.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,12 +25,13 @@ _LOGITS_ALIVE = 1 << 23
 
 @dataclass(frozen=True)
 class UnrolledLayer:
-    """A block as tokens meet it on their way.
+    """One application of a block in a forward pass: a slot of `Architecture.slots()`, numbered as people count.
 
     Attributes:
-        number: from 1, over the unrolled depth.
-        stage: index of its stage, from 0.
-        loop, layer: from 1; the loop of the stage, and the block within it.
+        number: position in the unrolled depth, from 1.
+        stage: index of the stage, from 0.
+        loop: which of the stage's loops, from 1.
+        layer: which of the stage's blocks, from 1.
         attention: full, sliding, retention or cross.
     """
 
@@ -39,7 +43,7 @@ class UnrolledLayer:
 
 
 def unroll(architecture: Architecture) -> list[UnrolledLayer]:
-    """The blocks in the order of a forward pass, see `Architecture.slots`."""
+    """All applications of blocks in the order of a forward pass, see `Architecture.slots`."""
     return [
         UnrolledLayer(number, slot.stage, slot.loop + 1, slot.layer + 1, slot.attention)
         for number, slot in enumerate(architecture.slots(), start=1)
@@ -47,7 +51,7 @@ def unroll(architecture: Architecture) -> list[UnrolledLayer]:
 
 
 def at_loops(model: YocoUForCausalLM, num_loops: int | None) -> Architecture:
-    """The model's architecture at a loop count; at its own by default."""
+    """The model's architecture with a loop count; with the model's own for None."""
     architecture = model.model.architecture
     return architecture if num_loops is None else architecture.with_loops(num_loops)
 
@@ -67,7 +71,7 @@ def one_looped_stage(architecture: Architecture) -> int:
 
 @torch.no_grad()
 def last_states(model: YocoUForCausalLM, batch: Batch, num_loops: int | None = None) -> Tensor:
-    """Hidden states after the final norm, of all positions, (rows * tokens, hidden), by the model's own forward pass."""
+    """Run the model; return the hidden states of all positions after the final norm, (rows * tokens, hidden)."""
     device = model.device
     ids, documents = batch["input_ids"].to(device), batch["document_ids"].to(device)
     output = model.model(ids, document_ids=documents, num_loops=num_loops, use_cache=False)
@@ -76,10 +80,13 @@ def last_states(model: YocoUForCausalLM, batch: Batch, num_loops: int | None = N
 
 @torch.no_grad()
 def read_out(model: YocoUForCausalLM, states: Tensor) -> Tensor:
-    """What the LM head reads, (rows * tokens, hidden), if the network ended at these states.
+    """The LM head's input if the network ended at the given states: the final norm of the states.
 
     Args:
         states: (rows, tokens, hidden), or (rows, tokens, streams, hidden).
+
+    Returns:
+        (rows * tokens, hidden)
     """
     mixer = model.model.stream_mixer
     return model.model.norm(states if mixer is None else mixer(states)).flatten(0, 1)
@@ -87,22 +94,22 @@ def read_out(model: YocoUForCausalLM, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def log_probabilities(model: YocoUForCausalLM, states: Tensor) -> Tensor:
-    """(tokens, hidden) -> (tokens, vocab), in float32 at least."""
+    """The LM head's log-probabilities, (tokens, hidden) -> (tokens, vocab), in float32 at least."""
     logits = model.lm_head(states)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
 
 
 def pieces(model: YocoUForCausalLM, tokens: int) -> Iterator[slice]:
-    """Slices of so many tokens whose log-probabilities fit into memory together."""
+    """Cut `tokens` tokens into slices, each so short that the log-probabilities of its tokens fit into memory together."""
     step = max(1, _LOGITS_ALIVE // model.config.vocab_size)
     return (slice(start, start + step) for start in range(0, tokens, step))
 
 
 @contextmanager
 def watch_layers(model: YocoUForCausalLM, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """During one forward pass, show every unrolled layer's number, what it read, and what it wrote.
+    """During one forward pass, call `see` for every unrolled layer with its number, what it read and what it wrote.
 
-    Both are (rows, tokens, hidden), or (rows, tokens, streams, hidden), before any loop gate.
+    Both tensors are (rows, tokens, hidden), or (rows, tokens, streams, hidden). A loop gate is not applied to what was written.
     """
     numbers = count(1)
 
@@ -115,9 +122,11 @@ def watch_layers(model: YocoUForCausalLM, see: Callable[[int, Tensor, Tensor], N
 
 @contextmanager
 def watch_loops(model: YocoUForCausalLM, stage: int) -> Iterator[list[Tensor]]:
-    """During one forward pass, collect a stage's states: what its first loop reads, and what each of its T loops leaves.
+    """During one forward pass, collect a stage's states: the input of its first loop, and the output of each of its T loops.
 
-    T + 1 of them, each (rows, tokens, hidden) or (rows, tokens, streams, hidden), behind the loop gates.
+    Yields:
+        A list that holds T + 1 states after the pass, each (rows, tokens, hidden) or (rows, tokens, streams, hidden). Loop
+        gates are applied.
     """
     states: list[Tensor] = []
     stack = cast(LoopedStack, model.model.stages[stage])
@@ -134,14 +143,14 @@ def watch_loops(model: YocoUForCausalLM, stage: int) -> Iterator[list[Tensor]]:
 
 @dataclass(frozen=True)
 class Attended:
-    """What one layer's softmax attention works on.
+    """The inputs of one layer's softmax attention.
 
     Attributes:
-        q: (rows, tokens, heads, head_dim), rotated.
-        k: (rows, prefix + tokens, kv_heads, head_dim), rotated, learned prefix keys first.
-        prefix: how many keys are a learned prefix, which every token sees.
-        window: keys that a token sees, itself included; None for all before it.
-        segments: (rows, tokens); a token sees its own segment alone. None where there is one.
+        q: queries after RoPE, (rows, tokens, heads, head_dim).
+        k: keys after RoPE, (rows, prefix + tokens, kv_heads, head_dim), learned prefix keys first.
+        prefix: how many of the keys are a learned prefix, which every token sees.
+        window: keys that a token sees, itself included; None for itself and all tokens before it.
+        segments: (rows, tokens); a token sees its own segment alone. None if each row is one segment.
     """
 
     q: Tensor
@@ -151,45 +160,46 @@ class Attended:
     segments: Tensor | None
 
 
-class _Watched:
-    """The sequences of a batch for one block, which shows the queries and keys that come by; all else is the batch's own."""
+@dataclass
+class ObservedBackend(PaddedBackend):
+    """A `PaddedBackend` without a cache that shows the inputs of softmax attention before it attends.
 
-    def __init__(self, batch: PaddedBackend, see: Callable[[Attended], None]) -> None:
-        self._batch, self._see = batch, see
+    Attributes:
+        see: called once for each attention, with its inputs.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._batch, name)
+    see: Callable[[Attended], None]
 
     def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._show(q, k, window=self._batch.window)
-        return self._batch.sliding_attention(slot, q, k, v)
+        self._show(q, k, window=self.window)
+        return super().sliding_attention(slot, q, k, v)
 
     def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
         self._show(q, k, prefix=prefix[0] if prefix is not None else None)
-        return self._batch.full_attention(slot, q, k, v, prefix)
+        return super().full_attention(slot, q, k, v, prefix)
 
     def cross_attention(self, slot: int, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
         self._show(q, global_kv[0])
-        return self._batch.cross_attention(slot, q, global_kv)
+        return super().cross_attention(slot, q, global_kv)
 
     def _show(self, q: Tensor, k: Tensor, window: int | None = None, prefix: Tensor | None = None) -> None:
         if prefix is not None:
             k = torch.cat([prefix.to(k.dtype).expand(k.shape[0], -1, -1, -1), k], dim=1)
-        segments = self._batch.segments[0] if self._batch.segments is not None else None
-        self._see(Attended(q, k, 0 if prefix is None else len(prefix), window, segments))
+        segments = self.segments[0] if self.segments is not None else None
+        self.see(Attended(q, k, 0 if prefix is None else len(prefix), window, segments))
 
 
 @contextmanager
 def watch_attention(model: YocoUForCausalLM, see: Callable[[int, Attended], None]) -> Iterator[None]:
-    """During one forward pass without a cache, show every unrolled layer's number with its queries and keys.
+    """During one forward pass without a cache, call `see` for every unrolled layer with its number and its attention's inputs.
 
-    Layers of gated retention, which has no softmax, are passed over.
+    Layers of gated retention, which has no softmax, are left out.
     """
     numbers = count(1)
 
     def before(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, backend, *rest = args
-        return (x, _Watched(backend, partial(see, next(numbers))), *rest)
+        return (x, ObservedBackend(**vars(backend), see=partial(see, next(numbers))), *rest)
 
     with _removed([block.register_forward_pre_hook(before) for block in _blocks(model)]):
         yield
