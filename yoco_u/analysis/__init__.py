@@ -1,4 +1,9 @@
-"""Inside the loops: what each loop of a model does, measured from outside by hooks; the model knows nothing of it."""
+"""Inside the loops: what each layer and each loop of a model does to the tokens.
+
+A model and batches of tokens go in, numbers come out: each measure is one function here and one module. The measures watch the
+model by hooks, so the model knows nothing of them. Start reading at `trace.py`, which has the hooks, and `angular.py`, the
+simplest measure. `study.py` runs all measures for `yoco-u analyze`; `tables.py`, `pictures.py` and `output.py` show results.
+"""
 
 from yoco_u.analysis.angular import AngularDistances, angular_distance, angular_distances
 from yoco_u.analysis.attention import AttentionSpans, attention_spans

@@ -1,4 +1,4 @@
-"""Angular distance between what consecutive layers leave, over the unrolled depth (Figure 8 of arXiv 2604.01220)."""
+"""Angular distance between the input and the output of each layer, over the unrolled depth (Figure 8 of arXiv 2604.01220)."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -17,7 +17,13 @@ from yoco_u.model import YocoUForCausalLM
 
 @dataclass(frozen=True)
 class LoopDistance:
-    """How far one loop of a stage, from 1, turns the states: between what it read and what it left, gate included."""
+    """Angular distance between the input and the output of one loop of a stage, loop gate included.
+
+    Attributes:
+        stage: index of the stage, from 0.
+        loop: which of its loops, from 1.
+        distance: mean over all tokens (and streams), in half turns.
+    """
 
     stage: int
     loop: int
@@ -29,9 +35,9 @@ class AngularDistances:
     """Means over all tokens (and streams), in half turns: 0 is the same direction, 0.5 a right angle, 1 the opposite.
 
     Attributes:
-        layers: between what each unrolled layer reads and what it writes. Without loop gates that is the distance between
-            the outputs of consecutive layers; the first one's neighbour is the embedding.
-        loops: the same for whole loops, of every looped stage.
+        layers: distance between the input and the output of each unrolled layer. Without loop gates, the input of a layer is
+            the output of the layer before it, or the embedding for the first layer.
+        loops: distance between the input and the output of each loop of every looped stage.
     """
 
     layers: list[float]
@@ -39,7 +45,9 @@ class AngularDistances:
 
 
 def angular_distances(model: YocoUForCausalLM, batches: Iterable[Batch], num_loops: int | None = None) -> AngularDistances:
-    """`arccos(cosine similarity) / pi` (arXiv 2403.17887, equation 4), averaged over tokens instead of the last one's.
+    """Measure `arccos(cosine similarity) / pi` (arXiv 2403.17887, equation 4), averaged over all tokens.
+
+    The equation has the last token of each sequence instead.
 
     Args:
         num_loops: loop count of the passes; the model's own by default.
@@ -68,9 +76,10 @@ def angular_distances(model: YocoUForCausalLM, batches: Iterable[Batch], num_loo
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Angle between vectors (..., hidden) over pi, exact also where they are nearly parallel, which arccos is not.
+    """The angle between vectors, (..., hidden), divided by pi.
 
-    Twice the angle between the difference and the sum of the unit vectors (Kahan, 2006).
+    It is computed as `2 atan2(|x - y|, |x + y|)` of the unit vectors (Kahan, 2006), which is accurate for nearly parallel
+    vectors too; arccos of their product is not.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, y = F.normalize(x.to(dtype), dim=-1), F.normalize(y.to(dtype), dim=-1)
@@ -78,6 +87,6 @@ def angular_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _summed(x: Tensor, y: Tensor) -> float:
-    """The sum over tokens; of streams the mean."""
+    """The sum of distances over tokens, each the mean over its streams."""
     distances = angular_distance(x, y)  # (rows, tokens) or (rows, tokens, streams)
     return float(distances.flatten(2).mean(-1).sum()) if distances.ndim == 3 else float(distances.sum())

@@ -1,4 +1,8 @@
-"""How far layers look: softmax weights computed directly from captured queries and keys, at some positions of every row."""
+"""Attention span: how far back each layer looks.
+
+The model's kernels do not return attention weights, so the weights are computed here, by a plain softmax over captured queries
+and keys, for some positions of every row.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,22 +17,24 @@ from yoco_u.model import YocoUForCausalLM
 
 QUERIES = 64
 _SCORES_ALIVE = 1 << 24
-_EDGES = (0, *(1 << i for i in range(48)))  # shortest distances of the buckets
+_EDGES = (0, *(1 << i for i in range(48)))  # shortest distance of each bucket
 
 
 @dataclass(frozen=True)
 class AttentionSpan:
-    """Where one unrolled layer looks; means over queries and heads.
+    """Where one unrolled layer looks; all values are means over queries and heads.
 
     Attributes:
-        layer: its number, from 1.
-        distance: tokens back, weighted by attention; the token itself is 0 back. Learned prefixes are left out.
-        even_distance: what it would be if every visible token had the same weight.
-        entropy: of the weights, in nats.
-        even_entropy: the most it could be: the logarithm of the number of visible keys.
-        first_token: weight on the first token of the document, over queries that see it behind themselves; None if none does.
+        layer: number of the layer in the unrolled depth, from 1.
+        distance: mean distance in tokens, weighted by attention; a token is 0 tokens from itself. Learned prefixes are left
+            out.
+        even_distance: the distance if every visible token had the same weight.
+        entropy: entropy of the attention weights, in nats.
+        even_entropy: the entropy if every visible key had the same weight, which is the maximum.
+        first_token: weight on the first token of the document, averaged over the queries that see it and are not it; None if
+            there is no such query.
         prefix: weight on learned prefix keys (ParScale).
-        mass: weight by distance, see `AttentionSpans.buckets`; with `prefix` it sums to 1.
+        mass: weight in each bucket of distances, see `AttentionSpans.buckets`; with `prefix` it sums to 1.
     """
 
     layer: int
@@ -43,11 +49,12 @@ class AttentionSpan:
 
 @dataclass(frozen=True)
 class AttentionSpans:
-    """
+    """The attention spans of a model.
+
     Attributes:
-        buckets: shortest distance of each: 0, 1, 2, 4, 8 ...; each ends where the next begins.
-        queries: positions looked from, over all rows.
-        layers: all unrolled layers with softmax attention.
+        buckets: shortest distance of each bucket: 0, 1, 2, 4, 8 ...; a bucket ends where the next one begins.
+        queries: number of positions whose attention was computed, over all rows.
+        layers: spans of all unrolled layers with softmax attention.
     """
 
     buckets: list[int]
@@ -59,9 +66,12 @@ class AttentionSpans:
 def attention_spans(
     model: YocoUForCausalLM, batches: Iterable[Batch], num_loops: int | None = None, queries: int = QUERIES
 ) -> AttentionSpans:
-    """Look from evenly spaced positions of every row; memory is that of `queries` rows of scores, never a square.
+    """Measure the attention of evenly spaced positions of every row.
+
+    The scores in memory are `queries` rows at most, never a square of tokens x tokens.
 
     Args:
+        num_loops: loop count of the passes; the model's own by default.
         queries: positions per row.
 
     Raises:
@@ -88,7 +98,7 @@ def attention_spans(
 
 
 def visible_keys(attended: Attended, positions: Tensor) -> Tensor:
-    """Which tokens the queries at some positions see, (rows or 1, positions, tokens); a prefix, which all see, is left out."""
+    """Which tokens the queries at some positions see, (rows or 1, positions, tokens). A learned prefix is not among them."""
     back = _back(attended, positions)
     visible = (back >= 0)[None]
     if attended.window is not None:
@@ -99,7 +109,7 @@ def visible_keys(attended: Attended, positions: Tensor) -> Tensor:
 
 
 def attention_weights(attended: Attended, positions: Tensor) -> Tensor:
-    """`softmax(q k / sqrt(head_dim))` of the queries at some positions, (rows, heads, positions, prefix + tokens)."""
+    """`softmax(q k / sqrt(head_dim))` for the queries at some positions, (rows, heads, positions, prefix + tokens)."""
     q, k = attended.q[:, positions], attended.k
     q = q.unflatten(2, (k.shape[2], -1))  # (rows, positions, kv_heads, groups, head_dim)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -109,12 +119,12 @@ def attention_weights(attended: Attended, positions: Tensor) -> Tensor:
 
 
 def _back(attended: Attended, positions: Tensor) -> Tensor:
-    """Distance from each query back to each token, (positions, tokens)."""
+    """Distance in tokens from each query back to each token, (positions, tokens); negative for later tokens."""
     return positions[:, None] - torch.arange(attended.q.shape[1], device=positions.device)
 
 
 class _Sums:
-    """Of one layer, over queries and heads."""
+    """Sums of one layer's values over queries, each value a mean over heads."""
 
     def __init__(self) -> None:
         self.queries = self.far_queries = 0

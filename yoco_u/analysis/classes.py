@@ -11,10 +11,11 @@ NAMES = ("word", "number", "symbol", "space", "part of a character", "special")
 
 @dataclass(frozen=True)
 class TokenClasses:
-    """
+    """A class for each token of a tokenizer.
+
     Attributes:
-        names: of the classes.
-        of: class of each token, (vocab,).
+        names: names of the classes.
+        of: index of each token's class in `names`, (vocab,).
     """
 
     names: tuple[str, ...]
@@ -22,10 +23,11 @@ class TokenClasses:
 
 
 def token_classes(tokenizer: PreTrainedTokenizerFast) -> TokenClasses:
-    """Tokens by what they hold: a letter, else a digit, else another visible character, else only space.
+    """Sort all tokens into classes by their text.
 
-    `part of a character`: bytes that are no text by themselves. `special`: the end of a text, and whatever else the tokenizer
-    keeps apart.
+    A token with a letter is a word; otherwise one with a digit is a number; otherwise one with a visible character is a symbol;
+    the rest is space. Bytes that are not text by themselves are `part of a character`; the end of a text and the tokenizer's
+    other special tokens are `special`.
     """
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     special = set(tokenizer.all_special_ids)

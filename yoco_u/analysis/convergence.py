@@ -1,4 +1,4 @@
-"""Loops to convergence, token by token: how many loops a token needs before the rest change nothing."""
+"""Loops to convergence, token by token: after how many loops the remaining ones change nothing."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,10 +18,13 @@ TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Shares:
-    """How some tokens converge; loop by loop, the share of them for which it is the first steady one. Each list sums to 1.
+    """How a group of tokens converges: for each loop, the share of tokens for which it is the first steady one.
+
+    Each list has T entries and sums to 1.
 
     Attributes:
-        name: which tokens.
+        name: name of the group.
+        tokens: number of tokens in it.
         prediction: steady from loop t on means that the likeliest next token at loops t .. T is the same one.
         state: steady from loop t on means that no later loop moves the state of the looped stage by more than the tolerance,
             as a share of its length.
@@ -35,14 +38,16 @@ class Shares:
 
 @dataclass(frozen=True)
 class Convergence:
-    """
+    """How all tokens, and groups of them, converge.
+
     Attributes:
-        loops: T of the passes. What is steady only at T may not be steady at all.
-        tolerance: for states.
-        changes: mean length of the change that each loop, from 1, makes to the stage's state, over the length of the result.
-        all: every token.
-        classes: by kind of the token to be predicted; empty without classes.
-        quarters: by loss at T, from the quarter of the tokens with the lowest to that with the highest.
+        loops: loop count T of the passes. A token that is steady only from T on may never become steady.
+        tolerance: the tolerance for states.
+        changes: for each loop, the length of its change to the stage's state divided by the length of the result; mean over
+            tokens.
+        all: all tokens.
+        classes: groups by the class of the token to be predicted; empty if no classes were given.
+        quarters: groups by loss at T, from the quarter of the tokens with the lowest loss to that with the highest.
     """
 
     loops: int
@@ -61,9 +66,14 @@ def loops_to_convergence(
     tolerance: float = TOLERANCE,
     classes: TokenClasses | None = None,
 ) -> Convergence:
-    """Find every token's first steady loop, of its prediction and of its state.
+    """Find the first loop from which each token's prediction is steady, and the first from which its state is.
 
-    Predictions are those of the whole network run with 1 .. T loops.
+    The predictions are those of the whole network run with 1 .. T loops.
+
+    Args:
+        num_loops: T; the model's own loop count by default.
+        tolerance: how much a loop may change a state that counts as steady, as a share of the state's length.
+        classes: classes of tokens by which to group.
 
     Raises:
         UserError: if there is not exactly one looped stage, or the tolerance is not positive.
@@ -106,7 +116,7 @@ _QUARTERS = ("lowest loss", "low loss", "high loss", "highest loss")
 
 
 def first_steady(changed: Tensor) -> Tensor:
-    """The first loop after which nothing changes, from 1.
+    """The first loop, counted from 1, after which nothing changes.
 
     Args:
         changed: (T - 1, tokens), whether something changed from loop t to loop t + 1.

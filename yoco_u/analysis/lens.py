@@ -1,7 +1,8 @@
 """Per-loop logit lens: what the model would predict if it stopped after each loop.
 
-Two ways to read a loop's state: `direct`, final norm and LM head on the state itself (nostalgebraist, 2020), and `rest`, all
-of the network behind the looped stage run from that state, which is the model at this loop count.
+The state that a loop leaves is read in two ways. `direct` applies the final norm and the LM head to the state itself
+(nostalgebraist, 2020). `rest` runs the rest of the network, all stages after the looped one, from that state; this equals
+running the model with that loop count.
 """
 
 from collections.abc import Iterable
@@ -22,16 +23,16 @@ from yoco_u.analysis.trace import (
 from yoco_u.data import Batch
 from yoco_u.model import YocoUForCausalLM
 
-_CONTEXT = 12  # tokens shown before a sample
+_CONTEXT = 12  # tokens of context shown with a sample
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A loop's prediction against the final one; means over tokens.
+    """One reading's prediction compared with the final prediction, that of the model at its full loop count; means over tokens.
 
     Attributes:
-        kl: nats, of the final prediction from this one, KL(final || this).
-        agreement: share of tokens whose likeliest next token is the final prediction's.
+        kl: KL(final || this), in nats.
+        agreement: share of tokens for which this prediction and the final one have the same likeliest next token.
         loss: nats per token.
     """
 
@@ -42,7 +43,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class LoopReading:
-    """What one loop, from 1, predicts."""
+    """The two readings of one loop; loops are counted from 1."""
 
     loop: int
     direct: Reading
@@ -51,7 +52,7 @@ class LoopReading:
 
 @dataclass(frozen=True)
 class Guess:
-    """The likeliest next token, and its probability."""
+    """The likeliest next token and its probability."""
 
     token: int
     probability: float
@@ -59,7 +60,13 @@ class Guess:
 
 @dataclass(frozen=True)
 class Sample:
-    """One position: tokens up to it, the token that follows, and what each loop in turn expects to follow."""
+    """One position of the text.
+
+    Attributes:
+        context: the last tokens up to this position.
+        target: the token that follows.
+        direct, rest: for each loop, the guess of what follows.
+    """
 
     context: list[int]
     target: int
@@ -69,10 +76,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class LogitLens:
-    """
+    """What each loop predicts.
+
     Attributes:
-        loops: one reading a loop; `rest` of the last one is the final prediction itself.
-        samples: positions of the first batch whose prediction changes between the first loop and the last, evenly spaced.
+        loops: the readings of each loop; `rest` of the last loop is the final prediction itself.
+        samples: evenly spaced ones of those positions in the first batch whose prediction (`rest`) differs between the first
+            loop and the last.
     """
 
     loops: list[LoopReading]
@@ -81,7 +90,7 @@ class LogitLens:
 
 @dataclass
 class _Sums:
-    """Of one way and loop: KL, agreement and loss; and the guesses of a batch."""
+    """Sums over tokens for one reading of one loop, and its guesses for the tokens of the present batch."""
 
     kl: float = 0.0
     agreement: float = 0.0
@@ -90,7 +99,13 @@ class _Sums:
     probabilities: list[Tensor] = field(default_factory=list)
 
     def add(self, log_p: Tensor, final: Tensor, targets: Tensor) -> None:
-        """Log-probabilities of this reading and of the final one, (tokens, vocab)."""
+        """Add some tokens.
+
+        Args:
+            log_p: log-probabilities of this reading, (tokens, vocab).
+            final: those of the final prediction, (tokens, vocab).
+            targets: the tokens that follow, (tokens,).
+        """
         self.kl += float((final.exp() * (final - log_p)).sum(dtype=torch.float64))
         self.loss -= float(log_p.gather(-1, targets[:, None]).sum(dtype=torch.float64))
         best = log_p.max(dim=-1)
@@ -102,7 +117,7 @@ class _Sums:
         return Reading(self.kl / tokens, self.agreement / tokens, self.loss / tokens)
 
     def take_guesses(self) -> tuple[Tensor, Tensor]:
-        """Tokens and probabilities of the batch, (tokens,) each, and forget them."""
+        """Return the guesses of the batch as tokens and probabilities, (tokens,) each, and clear them for the next batch."""
         guesses = torch.cat(self.tokens), torch.cat(self.probabilities)
         self.tokens, self.probabilities = [], []
         return guesses
@@ -144,7 +159,12 @@ def logit_lens(model: YocoUForCausalLM, batches: Iterable[Batch], num_loops: int
 
 
 def _samples(batch: Batch, direct: list[tuple[Tensor, Tensor]], rest: list[tuple[Tensor, Tensor]], count: int) -> list[Sample]:
-    """Guesses are tokens and probabilities, (rows * tokens,) each, by loop."""
+    """Choose the samples of a batch.
+
+    Args:
+        direct, rest: for each loop, its guesses as tokens and probabilities, (rows * tokens,) each.
+        count: the most samples to choose.
+    """
     changed = (rest[0][0] != rest[-1][0]).nonzero().flatten()
     wanted = torch.linspace(0, max(0, len(changed) - 1), min(count, len(changed))).round().long()
     ids, targets = batch["input_ids"], batch["shift_labels"].flatten()

@@ -1,4 +1,4 @@
-"""Loss against the number of loops run at test time, on either side of the number that the model was trained with."""
+"""Loss against the number of loops that the model runs with, fewer and more than it was trained with."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from yoco_u.model import YocoUForCausalLM
 
 @dataclass(frozen=True)
 class LoopLoss:
-    """Nats per token, and its exponential, of the model run with so many loops."""
+    """Loss of the model when it runs with `loops` loops, in nats per token, and the perplexity, its exponential."""
 
     loops: int
     loss: float
@@ -23,12 +23,12 @@ class LoopLoss:
 
 
 def counts_around(architecture: Architecture) -> list[int]:
-    """1 .. 2T + 2"""
+    """The loop counts to try for a model with loop count T: 1 .. 2T + 2."""
     return list(range(1, 2 * architecture.num_loops + 3))
 
 
 def loss_against_loops(model: YocoUForCausalLM, batches: Iterable[Batch], counts: Sequence[int]) -> list[LoopLoss]:
-    """The mean loss over all targets at each loop count, as `yoco-u evaluate --num-loops` has it."""
+    """Measure the mean loss over all targets at each loop count, as `yoco-u evaluate --num-loops` does."""
     totals, tokens = dict.fromkeys(counts, 0.0), 0
     for batch in batches:
         targets = batch["shift_labels"].flatten().to(model.device)
@@ -42,5 +42,5 @@ def loss_against_loops(model: YocoUForCausalLM, batches: Iterable[Batch], counts
 
 
 def _nats(model: YocoUForCausalLM, states: Tensor, targets: Tensor) -> Tensor:
-    """Sum over the targets, (tokens,), from hidden states after the final norm, (tokens, hidden)."""
+    """The summed loss of the targets, (tokens,), given hidden states after the final norm, (tokens, hidden)."""
     return -log_probabilities(model, states).gather(-1, targets[:, None]).sum(dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What a study leaves: one JSON file, one page, a PNG a measure."""
+"""The files of a study: one JSON file, one page, and a PNG for each measure."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,12 +17,13 @@ JSON, PAGE = "analysis.json", "analysis.html"
 
 @dataclass(frozen=True)
 class About:
-    """What was looked at.
+    """What a study measured on, for the head of the page.
 
     Attributes:
-        text: in words: the files, or the validation split.
-        tokens: targets in it.
-        left_out: measures that make no sense for the model, and why.
+        text: description of the text: the names of the files, or "validation split".
+        tokens: number of targets in it.
+        sequence_length: tokens per row.
+        left_out: the measures that make no sense for the model, each with the reason.
     """
 
     text: str
@@ -32,13 +33,15 @@ class About:
 
 
 def write_study(studies: Sequence[Study], about: About, folder: Path) -> list[Path]:
-    """Write all files, each beside and then renamed; others in the folder are left alone.
+    """Write all files. Each is written under a temporary name and then renamed; other files in the folder stay as they are.
 
     Args:
-        studies: the one that is shown whole, and those that it is compared with.
+        studies: the study that is shown whole, then those that it is compared with.
+        about: what the studies measured on.
+        folder: where the files go; it is made if it is missing.
 
     Returns:
-        What was written.
+        Paths of the files.
 
     Raises:
         UserError: if the folder cannot be made or written to.

@@ -1,4 +1,4 @@
-"""The pictures of a study: panels that are drawn alike into PNG files and into the page."""
+"""The pictures of a study: panels that the PNG files and the page share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,12 @@ _LEVELS = (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes.
+    """One plot.
 
     Attributes:
-        size: inches, see `yoco_u.report.plots.svg`.
+        title: text above the plot.
+        draw: draws the plot onto the given axes.
+        size: width and height in inches.
     """
 
     title: str
@@ -36,14 +38,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Picture:
-    """The panels of one measure, and the file they go into, side by side."""
+    """The panels of one measure, and the name of the PNG file that shows them all."""
 
     file: str
     panels: list[Panel]
 
 
 def pictures(studies: Sequence[Study]) -> dict[str, Picture]:
-    """By measure, of what was measured. The first study is drawn whole, the others in the panels that compare."""
+    """The pictures by measure, for what was measured. Studies after the first appear in the panels that compare only."""
     first = studies[0]
     found = {}
     if first.angular:
@@ -60,7 +62,7 @@ def pictures(studies: Sequence[Study]) -> dict[str, Picture]:
 
 
 def side_by_side(models: Sequence[Sequence[UnrolledLayer]]) -> list[UnrolledLayer]:
-    """All layers that any of the models has, so that the same stage, loop and layer of each lie at the same number."""
+    """The union of the layers of several models, numbered so that each (stage, loop, layer) has one place on a common axis."""
     kinds: dict[int, dict[str, None]] = {}
     for layer in (layer for model in models for layer in model):
         kinds.setdefault(layer.stage, {})[layer.attention] = None
@@ -73,7 +75,7 @@ def _place(layer: UnrolledLayer) -> tuple[int, int, int]:
 
 
 def write_png(picture: Picture, path: Path) -> None:
-    """Write beside, then rename."""
+    """Write a picture as PNG, under a temporary name first."""
     columns = len(picture.panels) if len(picture.panels) <= 3 else 2
     rows = [picture.panels[i : i + columns] for i in range(0, len(picture.panels), columns)]
     width, height = sum(panel.size[0] for panel in rows[0]), sum(max(panel.size[1] for panel in row) + 0.3 for row in rows)
@@ -88,7 +90,7 @@ def write_png(picture: Picture, path: Path) -> None:
     publish(path)
 
 
-_MARKED = ("angular-distance.png", "attention-span.png")  # stage and loop are written above their axes
+_MARKED = ("angular-distance.png", "attention-span.png")  # plots over layers, with stage and loop written above the axes
 
 
 def _angular(studies: Sequence[Study]) -> Panel:
@@ -206,7 +208,7 @@ def _attention(study: Study) -> list[Panel]:
         shares = [[span.mass[i] for span in found.layers] for i in range(len(found.buckets))]
         edges = [number - 0.5 for number in numbers]
         axes.grid(False)
-        for run in _runs(numbers):  # layers without weights leave a gap
+        for run in _runs(numbers):  # layers without attention weights leave a gap
             begin, end = numbers.index(run[0]), numbers.index(run[-1]) + 1
             mesh = axes.pcolormesh(
                 [*edges[begin:end], edges[end - 1] + 1], range(len(found.buckets) + 1), [row[begin:end] for row in shares],
@@ -248,7 +250,7 @@ def _percent(value: float, _: float) -> str:
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:
-    """Cut where numbers do not follow each other: 1 2 5 6 -> [1 2] [5 6]"""
+    """Group consecutive numbers: 1 2 5 6 -> [1 2] [5 6]"""
     return [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
 
 
@@ -259,7 +261,7 @@ def _line(axes: Axes, index: int, x: Sequence[int], y: Sequence[float], label: s
 
 
 def _plain(label: str) -> str:
-    """A name that the legend neither hides nor takes for a formula."""
+    """The label, changed so that matplotlib neither hides it (leading _) nor reads it as a formula ($)."""
     return label.replace("$", r"\$").lstrip("_") or "-"
 
 
@@ -274,7 +276,7 @@ def _over_loops(axes: Axes, label: str = "loop") -> None:
 
 
 def _over_layers(axes: Axes, unrolled: Sequence[UnrolledLayer]) -> None:
-    """Mark where loops begin (dotted) and stages meet (solid), and write above what is what."""
+    """Draw lines where loops (dotted) and stages (solid) begin, and write attention and loop above each part."""
     axes.set_xlabel("unrolled layer")
     axes.set_xlim(0.5, len(unrolled) + 0.5)
     parts = [list(part) for _, part in groupby(unrolled, lambda layer: (layer.stage, layer.loop))]

@@ -1,4 +1,4 @@
-"""All measures of one model, or those that make sense for it."""
+"""A study: the chosen measures of one model, run on the same text."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,12 +19,18 @@ from yoco_u.model import YocoUForCausalLM
 
 MEASURES = ("angular", "lens", "loss", "convergence", "attention")
 COMPARED = ("angular", "loss")
-"""Those that are drawn of several models in one picture."""
+"""The measures that are drawn for several models in one picture."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to study, and the loop count to run it at; its own by default."""
+    """A model to study.
+
+    Attributes:
+        name: what tables and pictures call it.
+        model: the model.
+        num_loops: loop count of the passes that are looked into; None for the model's own.
+    """
 
     name: str
     model: YocoUForCausalLM
@@ -32,18 +38,25 @@ class Subject:
 
     @property
     def architecture(self) -> Architecture:
-        """At the loop count of the study."""
+        """The model's architecture with the loop count of the study."""
         return at_loops(self.model, self.num_loops)
 
     @property
     def is_looped(self) -> bool:
-        """Whether the model was trained with loops, or is run with some."""
+        """Whether the model was trained with loops, or the study runs it with loops."""
         return bool(self.architecture.looped_stages or self.model.model.architecture.looped_stages)
 
 
 @dataclass(frozen=True)
 class SampleText:
-    """A position of the logit lens to read: the text up to it, what follows, and what the model expects after 1 .. T loops."""
+    """A sample of the logit lens as text.
+
+    Attributes:
+        context: the text up to the position.
+        target: the token that follows.
+        guesses: the token that the model expects after 1 .. T loops, by the reading `rest`.
+        probabilities: the probability of each guess.
+    """
 
     context: str
     target: str
@@ -53,14 +66,15 @@ class SampleText:
 
 @dataclass(frozen=True)
 class Study:
-    """What was measured of one model; None where a measure was not asked for.
+    """The results for one model; None for each measure that was not asked for.
 
     Attributes:
-        architecture: in words.
-        trained_loops: T that the model was trained with.
-        num_loops: T of the passes that were looked into.
-        unrolled: its layers in the order of a pass.
-        samples: those of the lens as text.
+        name: the model's name.
+        architecture: the model's architecture in words.
+        trained_loops: loop count T with which the model was trained.
+        num_loops: loop count of the passes that were looked into.
+        unrolled: the layers in the order of a forward pass.
+        samples: the samples of the logit lens as text.
     """
 
     name: str
@@ -81,11 +95,12 @@ class Study:
 
 @dataclass(frozen=True)
 class StudySettings:
-    """
+    """What to measure, and how.
+
     Attributes:
-        measures: of `MEASURES`.
-        tolerance: of states, see `convergence`.
-        queries: positions per row, see `attention`.
+        measures: some of `MEASURES`.
+        tolerance: tolerance for states, see `loops_to_convergence`.
+        queries: positions per row, see `attention_spans`.
     """
 
     measures: Sequence[str] = MEASURES
@@ -94,7 +109,10 @@ class StudySettings:
 
 
 def why_not(measure: str, subjects: Sequence[Subject]) -> str | None:
-    """Why a measure makes no sense, in words; None if it does. All but `COMPARED` are about the first subject alone."""
+    """Why a measure makes no sense for these models, in words; None if it does make sense.
+
+    The measures in `COMPARED` are about all subjects, the others about the first one.
+    """
     first, stages = subjects[0], len(subjects[0].architecture.looped_stages)
     if measure == "loss" and not any(subject.is_looped for subject in subjects):
         return f"{first.name} has no loop"
@@ -109,7 +127,12 @@ def why_not(measure: str, subjects: Sequence[Subject]) -> str | None:
 def study(
     subject: Subject, batches: Callable[[], Iterable[Batch]], settings: StudySettings, tokenizer: PreTrainedTokenizerFast
 ) -> Study:
-    """Run the measures, all on the same batches, which are asked for once a measure."""
+    """Run the measures on one model.
+
+    Args:
+        batches: called once for each measure; returns the same batches each time.
+        tokenizer: the model's tokenizer, for classes of tokens and for samples.
+    """
     model, loops, own = subject.model, subject.num_loops, subject.model.model.architecture
     counts = counts_around(own) if subject.is_looped else [1]
     measures: dict[str, Callable[[Iterable[Batch]], Any]] = {

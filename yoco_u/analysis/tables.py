@@ -9,10 +9,10 @@ from yoco_u.analysis.trace import UnrolledLayer
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as words; the first column names the rows.
+    """A table of formatted cells, whose first column names the rows.
 
     Attributes:
-        is_text: the cells quote text, and are no figures.
+        is_text: whether the cells quote text instead of showing numbers.
     """
 
     title: str
@@ -22,7 +22,7 @@ class Table:
 
 
 def tables(studies: Sequence[Study]) -> dict[str, list[Table]]:
-    """By measure, of what was measured. The first study is shown whole, of the others what is compared."""
+    """The tables by measure, for what was measured. Studies after the first appear in the tables that compare only."""
     first = studies[0]
     found: dict[str, list[Table]] = {}
     if first.angular:
@@ -39,7 +39,7 @@ def tables(studies: Sequence[Study]) -> dict[str, list[Table]]:
 
 
 def _angular(study: Study) -> Table:
-    """One row a layer with weights of its own, one column a loop."""
+    """One row for each layer with weights of its own, one column for each loop."""
     assert study.angular is not None
     loops = max(layer.loop for layer in study.unrolled)
     cells: dict[tuple[int, int], list[str]] = {}
@@ -126,5 +126,5 @@ def _name(layer: UnrolledLayer) -> str:
 
 
 def quoted(text: str) -> str:
-    """Text on one line, so that spaces and line ends show."""
+    """Text in quotes and on one line, with line ends as escapes."""
     return repr(text)

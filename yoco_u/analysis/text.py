@@ -1,4 +1,4 @@
-"""The text that is looked at, as batches of whole rows: nothing is filled up, so every token counts."""
+"""The text that measures run on, as batches of rows without padding, so that every token counts."""
 
 from collections.abc import Iterable
 
@@ -12,16 +12,16 @@ _TOKENS_PER_PASS = 4096
 
 
 def split_batches(dataset: PackedDataset, tokens: int) -> list[Batch]:
-    """The first rows of an unshuffled split, as many as hold `tokens` targets, at least one and at most all."""
+    """Take the first rows of an unshuffled split: enough for `tokens` targets, at least one row and at most all."""
     rows = min(dataset.rows_per_epoch, -(-tokens // dataset.sequence_length))
     return _batches([dataset.row(i) for i in range(rows)], dataset.index.eot_id)
 
 
 def document_batches(encoder: DocumentEncoder, documents: Iterable[Document], sequence_length: int, tokens: int) -> list[Batch]:
-    """Texts packed one after another into rows, as `yoco-u evaluate` packs them; the last row may be short.
+    """Pack documents one after another into rows, as `yoco-u evaluate` does; the last row may be shorter.
 
     Args:
-        tokens: targets wanted; where the texts hold more, the rest is not read.
+        tokens: the most targets to take; documents beyond them are not read.
 
     Raises:
         UserError: if there is no text.
@@ -39,7 +39,7 @@ def document_batches(encoder: DocumentEncoder, documents: Iterable[Document], se
 
 
 def _batches(rows: list[NDArray[np.int64]], eot_id: int) -> list[Batch]:
-    """Rows (tokens + 1,), of which only the last may be shorter than the others."""
+    """Batches of rows, each (tokens + 1,), of which only the last may be shorter than the others."""
     full = [row for row in rows if len(row) == len(rows[0])]
     step = max(1, _TOKENS_PER_PASS // (len(rows[0]) - 1))
     groups = [full[start : start + step] for start in range(0, len(full), step)]

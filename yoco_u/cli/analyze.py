@@ -1,4 +1,4 @@
-"""`yoco-u analyze`."""
+"""`yoco-u analyze`: loads models and text, runs the study, prints its tables and writes its files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,18 +31,18 @@ def analyze(
     ] = None,
     measures: Annotated[
         str | None,
-        typer.Option("--measures", help="Of angular,lens,loss,convergence,attention. \\[default: all that make sense]"),
+        typer.Option("--measures", help="Some of angular,lens,loss,convergence,attention. \\[default: all that make sense]"),
     ] = None,
     compare: Annotated[
         list[Path] | None,
         typer.Option(
-            "--compare", metavar="RUN_OR_MODEL", help="Draw angular distance and loss of this too; can be given again."
+            "--compare", metavar="RUN_OR_MODEL", help="Draw angular distance and loss of this model too; can be given again."
         ),
     ] = None,
     num_loops: Annotated[
         int | None, typer.Option("--num-loops", help="Look into passes with this loop count T, instead of the models' own.")
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Look at the first so many tokens of the text.")] = 32768,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens of the text to look at.")] = 32768,
     sequence_length: Annotated[
         int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. \\[default: the run's, or 1024]")
     ] = None,
@@ -116,7 +116,10 @@ def _measures(text: str | None) -> list[str]:
 
 
 def _load(paths: list[Path], num_loops: int | None, device: "torch.device") -> "tuple[list[Subject], PreTrainedTokenizerFast]":
-    """The models, named as their runs are, or by their paths where that would not tell them apart; and their tokenizer."""
+    """Load the models and their common tokenizer.
+
+    A model has the name of its run or folder, or, if two would have the same name, its path.
+    """
     from yoco_u.analysis.study import Subject
     from yoco_u.loading import is_run, load_model, model_name
     from yoco_u.training.run_folder import read_run_config
@@ -138,7 +141,7 @@ def _load(paths: list[Path], num_loops: int | None, device: "torch.device") -> "
 
 
 def _sensible(wanted: list[str], subjects: "list[Subject]", explicit: bool) -> tuple[list[str], dict[str, str]]:
-    """The measures that make sense, and why the others do not: an error where they were asked for by name."""
+    """The measures that make sense, and the reason for each that does not; an error if that one was asked for by name."""
     from yoco_u.analysis.study import why_not
 
     reasons = {measure: reason for measure in wanted if (reason := why_not(measure, subjects)) is not None}
