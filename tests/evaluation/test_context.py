@@ -1,4 +1,4 @@
-"""Loss by context length: the same targets behind every prefix, and what one pass of the model says of them."""
+"""Loss by context length: the targets are the same behind every prefix, and one pass of the model gives the same losses."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_texts_are_cut_one_after_another() -> None:
 
 
 class Recorder:
-    """Stands for an LLM: every token costs a thousandth of a nat a token before it."""
+    """Stands for an LLM: the loss of a token in nats is the number of tokens before it, divided by a thousand."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[int], SamplingParams]] = []
@@ -60,7 +60,7 @@ def test_only_the_context_differs() -> None:
 
 @pytest.mark.parametrize("name", ["yoco_u", "transformer", "rins", "yoco_retention", "universal_transformer"])
 def test_losses_are_those_of_one_pass_of_the_model(name: str, tmp_path: Path) -> None:
-    """Prompts in chunks of 16 tokens through the engine against the whole text at once; within 2e-5 nats."""
+    """The engine runs prompts in chunks of 16 tokens, the model the whole text at once; they agree within 2e-5 nats."""
     tokenizer = train_tokenizer(["x"], 300)
     model = build(architecture(name, vocab_size=len(tokenizer)))
     model.save_pretrained(tmp_path)
@@ -84,5 +84,5 @@ def test_scores_by_hand() -> None:
     assert second.loss == pytest.approx(2.1)
     assert second.perplexity == pytest.approx(np.exp(2.1))
     assert second.change == pytest.approx(-0.4)
-    assert second.change_error == pytest.approx(0.1)  # of -0.5 and -0.3
+    assert second.change_error == pytest.approx(0.1)  # the standard error of -0.5 and -0.3
     assert context_scores(np.array([[2.0, 1.5]]), (8, 16))[1].change_error is None

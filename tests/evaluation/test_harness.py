@@ -41,12 +41,12 @@ def assert_close(found: list[tuple[float, bool]], expected: list[tuple[float, bo
 @pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("max_length", [120, 2048])
 def test_loglikelihood(folder: Path, max_length: int, begins: bool) -> None:
-    """Shared contexts, empty ones, those that are cut, continuations of one token and of many."""
+    """Contexts that are shared, empty or too long; continuations of one token and of many."""
     asked = requests("loglikelihood", PAIRS)
     expected = theirs(folder, max_length=max_length, add_bos_token=begins).loglikelihood(asked, disable_tqdm=True)
     lm = ours(folder, max_length=max_length, add_bos_token=begins)
     assert_close(lm.loglikelihood(asked), expected)
-    assert_close(lm.loglikelihood(asked), expected)  # from the cache
+    assert_close(lm.loglikelihood(asked), expected)  # now from the cache
     assert len({round(logprob, 3) for logprob, _ in expected}) > len(PAIRS) / 2
 
 
@@ -61,7 +61,7 @@ def test_what_greedy_decoding_would_write_is_greedy(folder: Path) -> None:
 
 @pytest.mark.parametrize("loops", [1, 2, 4])
 def test_loop_counts(folder: Path, loops: int) -> None:
-    """Of one engine, against one pass over the whole text without a cache."""
+    """The engine at several loop counts against one pass over the whole text without a cache."""
     llm = LLM(folder, device="cpu", dtype="float32")
     lm = EngineLM(llm, num_loops=loops)
     found = lm.loglikelihood(requests("loglikelihood", PAIRS[:5]))
@@ -98,7 +98,7 @@ def test_rolling(folder: Path, max_length: int) -> None:
 
 
 def test_generate_until(folder: Path) -> None:
-    """Stop strings that come and that do not, several limits, contexts that are cut."""
+    """Stop strings that occur and that do not, several limits, contexts that are too long."""
     lm = ours(folder, add_bos_token=False)
     likely = lm.generate_until(requests("generate_until", [(CONTEXTS[1], {"until": [], "max_gen_toks": 30})]))[0]
     assert len(likely) > 9

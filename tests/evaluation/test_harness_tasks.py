@@ -1,4 +1,4 @@
-"""Tasks by name: ours offline, a user's, math sets over files; and what a user gets wrong."""
+"""`yoco-u tasks`: our offline tasks, a user's own, math sets over files, and mistakes of users."""
 
 import json
 import subprocess
@@ -57,7 +57,7 @@ def test_scores_are_those_of_the_path_through_transformers(folder: Path) -> None
 
 
 def test_scores_are_those_of_simple_evaluate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)  # takes its time
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)  # which is slow
     settings: dict[str, Any] = {"num_fewshot": 1, "gen_kwargs": {"max_gen_toks": 20}, "bootstrap_iters": 1000}
     settings["task_manager"] = TaskManager(include_defaults=False)
     tasks = load_tasks(["yoco_u_stdlib"])
@@ -69,7 +69,7 @@ def test_scores_are_those_of_simple_evaluate(folder: Path, monkeypatch: pytest.M
 
 
 def test_questions_are_right() -> None:
-    """Of each question the chosen line is the one that follows in the standard library."""
+    """The right choice of each question is the line that follows in the standard library."""
     tasks = load_tasks(["yoco_u_stdlib_choice", "yoco_u_stdlib_perplexity"])["tasks"]
     sources = "\n".join(tasks["yoco_u_stdlib_perplexity"].dataset["test"]["text"])
     docs = tasks["yoco_u_stdlib_choice"].dataset["test"]
@@ -153,7 +153,7 @@ def test_math_sets(folder: Path, problems: Path, capsys: pytest.CaptureFixture[s
     assert main(command) == 0
     [found] = json.loads(capsys.readouterr().out)["results"]
     group = found["groups"]["yoco_u_math"]
-    assert group["exact_match,none"] == pytest.approx(10 * 0.5 / 11)  # each set counts as much
+    assert group["exact_match,none"] == pytest.approx(10 * 0.5 / 11)  # every set has the same weight
     assert len(MATH_SETS) == 11 and len(found["n-samples"]) == 11
 
 
@@ -200,7 +200,7 @@ def test_programs_run_with_leave_alone(folder: Path) -> None:
 
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness_tasks, "TaskManager", partial(TaskManager, include_defaults=False))  # those take a while
+    monkeypatch.setattr(harness_tasks, "TaskManager", partial(TaskManager, include_defaults=False))  # those are slow to read
     with pytest.raises(UserError, match="yoco_u_papr: no task or group of this name; did you mean yoco_u_paper"):
         load_tasks(["yoco_u_papr"])
     with pytest.raises(UserError, match=r"yoco_u_math_gsm9k: .* did you mean yoco_u_math_gsm8k"):
@@ -232,7 +232,7 @@ EXAMPLES = {
 
 
 class TaskWithoutData(ConfigurableTask):
-    """What the harness would make of a configuration, but for its data."""
+    """The task that the harness makes of a configuration, without loading its data."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.given = config
@@ -244,7 +244,7 @@ class TaskWithoutData(ConfigurableTask):
 
 @pytest.mark.parametrize(("file", "tasks"), [("paper", 6 + 57 + 27), ("comparison", 8)])
 def test_groups_of_the_paper(file: str, tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their tasks are in the harness, with the examples asked for and the metrics that make up the average."""
+    """The tasks of our groups exist in the harness, with the examples and the metrics that the group files name."""
     monkeypatch.setattr(lm_eval.tasks._factory, "ConfigurableTask", TaskWithoutData)
     monkeypatch.setattr(evaluate, "load", lambda *_: SimpleNamespace(compute=lambda **_: None))
     folders = [str(Path(lm_eval.tasks.__file__).parent / folder) for folder in FOLDERS]

@@ -1,4 +1,4 @@
-"""Scores of needles: by hand, of models that read everything or only the end, and of the engine against plain transformers."""
+"""Scores of needles: by hand, for stand-ins that read everything or only the end, and of the engine against transformers."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Reader:
-    """Stands for an LLM that knows the end of its prompt by heart: the last `sight` characters before the question."""
+    """Stands for an LLM that can repeat what it sees, and sees the last `sight` characters before the question."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, sight: int) -> None:
         self.tokenizer, self.sight = tokenizer, sight
@@ -38,7 +38,7 @@ class Reader:
         return [self._answer(ids, own) for ids, own in zip(prompts, params, strict=True)]
 
     def _answer(self, ids: list[int], params: SamplingParams) -> RequestOutput:
-        if params.max_tokens == 0:  # scores: right about every second token
+        if params.max_tokens == 0:  # the answer is scored: about every second token is the likeliest
             scored = [TokenLogprobs(Logprob(token, -0.5 - (i % 2), 1 + i % 2), ()) for i, token in enumerate(ids)]
             start = params.prompt_logprobs_start
             return RequestOutput("", None, ids, [], 1, [*([None] * start), *scored[: len(ids) - start]])
@@ -63,32 +63,32 @@ def test_recall_by_hand() -> None:
 def grid(llm: Any, **settings: Any) -> list[NeedleScore]:
     chosen = NeedleSettings(**{"lengths": (600, 700), "depths": 3, "samples": 2} | settings)
     done: list[int] = []
-    cells = needle_grid(llm, chosen, TEXT, None, done.append)
-    assert sum(done) == chosen.count == len(cells) * chosen.samples
-    return cells
+    scores = needle_grid(llm, chosen, TEXT, None, done.append)
+    assert sum(done) == chosen.count == len(scores) * chosen.samples
+    return scores
 
 
 def test_a_model_that_reads_everything(tokenizer: PreTrainedTokenizerFast) -> None:
     reader = Reader(tokenizer, 10**6)
-    cells = grid(reader)
-    assert [(cell.kind, cell.length, cell.depth) for cell in cells] == [
+    scores = grid(reader)
+    assert [(score.kind, score.length, score.depth) for score in scores] == [
         (kind, length, depth) for kind in KINDS for length in (600, 700) for depth in (0, 0.5, 1)
     ]
-    assert all(cell.recall == 1 and cell.samples == 2 for cell in cells)
+    assert all(score.recall == 1 and score.samples == 2 for score in scores)
     assert set(reader.calls) == {3}
-    for cell in cells:
-        assert 0.4 < cell.token_accuracy < 0.75
-        assert cell.loss == pytest.approx(0.5 * cell.token_accuracy + 1.5 * (1 - cell.token_accuracy))
+    for score in scores:
+        assert 0.4 < score.token_accuracy < 0.75
+        assert score.loss == pytest.approx(0.5 * score.token_accuracy + 1.5 * (1 - score.token_accuracy))
 
 
 def test_a_model_that_sees_only_a_window(tokenizer: PreTrainedTokenizerFast) -> None:
-    """It finds single needles where they lie in the window and of several those that do."""
-    found = {(cell.kind, cell.depth): cell.recall for cell in grid(Reader(tokenizer, 300), lengths=(1000,))}
+    """It finds a needle that lies in the window, and of several needles those that lie in it."""
+    found = {(score.kind, score.depth): score.recall for score in grid(Reader(tokenizer, 300), lengths=(1000,))}
     for kind in ("single_1", "single_2", "multi_key"):
         assert [found[kind, depth] for depth in (0, 0.5, 1)] == [0, 0, 1]
     assert found["multi_value", 0] == 0 and found["multi_value", 1] == 1 and 0 < found["multi_value", 0.5] < 1
     blind = grid(Reader(tokenizer, 0))
-    assert all(cell.recall == 0 for cell in blind)
+    assert all(score.recall == 0 for score in blind)
 
 
 def test_depths_and_seeds(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -118,18 +118,18 @@ def test_impossible_lengths_are_refused_before_anything_runs(tokenizer: PreTrain
 def test_the_engine_gives_what_transformers_gives(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, num_loops: int | None
 ) -> None:
-    """Recall from `generate()`, likelihood from one pass over prompt and answer, loss within 2e-5."""
+    """transformers' `generate()` gives the recall, one pass over prompt and answer the likelihood; both agree within 2e-5."""
     model = build(architecture("yoco_u", vocab_size=len(tokenizer)), pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     llm = LLM(tmp_path, dtype="float32", cache_tokens=4096, max_num_seqs=4, block_size=16, max_batched_tokens=128)
-    cells = needle_grid(
+    scores = needle_grid(
         llm, NeedleSettings(kinds=("single_2", "multi_value"), lengths=(650,), depths=2, samples=2), TEXT, num_loops
     )
-    for cell in cells:
-        scores = []
+    for score in scores:
+        expected = []
         for seed in range(2):
-            needle = generate_needle(cell.kind, DocumentEncoder(tokenizer), 650, cell.depth, seed, TEXT)
+            needle = generate_needle(score.kind, DocumentEncoder(tokenizer), 650, score.depth, seed, TEXT)
             row = torch.tensor([needle.prompt_ids + needle.answer_ids])
             start = len(needle.prompt_ids)
             with torch.no_grad():
@@ -141,6 +141,8 @@ def test_the_engine_gives_what_transformers_gives(
             text = tokenizer.decode(out[0, start:], skip_special_tokens=True)
             answer = torch.tensor(needle.answer_ids)
             likeliest = (logprobs.argmax(-1) == answer).float().mean()
-            scores.append([recall(needle.answers, text), float(likeliest), -float(logprobs.gather(-1, answer[:, None]).mean())])
-        wanted = torch.tensor(scores).mean(0)
-        torch.testing.assert_close(torch.tensor([cell.recall, cell.token_accuracy, cell.loss]), wanted, rtol=0, atol=2e-5)
+            expected.append(
+                [recall(needle.answers, text), float(likeliest), -float(logprobs.gather(-1, answer[:, None]).mean())]
+            )
+        wanted = torch.tensor(expected).mean(0)
+        torch.testing.assert_close(torch.tensor([score.recall, score.token_accuracy, score.loss]), wanted, rtol=0, atol=2e-5)

@@ -83,14 +83,14 @@ def make(kind: Kind = "single_2", length: int = 700, depth: float = 0.5, seed: i
 
 
 def body(needle: Needle) -> str:
-    """The haystack with what is hidden in it."""
+    """The haystack with the hidden facts."""
     head = "in the following text.\n\n" if needle.kind == "variable_tracking" else "afterwards.\n"
     start = needle.prompt.index(head) + len(head)
     return needle.prompt[start : needle.prompt.rindex("\nQuestion: " if needle.kind == "variable_tracking" else "\nWhat ")]
 
 
 def places(needle: Needle) -> list[float]:
-    """Characters of the haystack before each fact, and of all of it."""
+    """The number of haystack characters before each fact, and at the end that of the whole haystack."""
     text, found, before = body(needle), [], 0
     for fact in needle.facts:
         assert text.count(fact) == 1
@@ -103,7 +103,7 @@ def places(needle: Needle) -> list[float]:
 @given(st.sampled_from(sorted(ENCODERS)), arguments)
 def test_the_length_is_exact_and_the_same_arguments_give_the_same(tokenizer: str, given: dict) -> None:
     encoder = ENCODERS[tokenizer]
-    assume(given["haystack"] != HAYSTACKS["unbroken"] or "word" not in tokenizer)  # that is one token to them
+    assume(given["haystack"] != HAYSTACKS["unbroken"] or "word" not in tokenizer)  # tokenizers of words read it as one token
     needle = generate_needle(encoder=encoder, **given)
     assert len(needle.prompt_ids) + needle.max_tokens == given["length"]
     assert needle.max_tokens == len(needle.answer_ids) + SLACK
@@ -115,7 +115,7 @@ def test_the_length_is_exact_and_the_same_arguments_give_the_same(tokenizer: str
 @settings(max_examples=100)
 @given(arguments)
 def test_facts_lie_at_their_depths(given: dict) -> None:
-    """The one asked for at the depth; several from there to the end at even distances."""
+    """The fact that is asked for lies at the depth; several lie at even distances from there to the end."""
     needle = generate_needle(encoder=BPE, **given)
     *found, size = places(needle)
     count, depth = len(needle.facts), given["depth"]
@@ -155,7 +155,7 @@ def test_the_answer_is_in_the_text_once(given: dict) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_haystacks(kind: Kind) -> None:
-    """Noise for the kinds that RULER hides in noise, lines of the text for the others, with nothing torn apart."""
+    """Kinds that RULER hides in noise are hidden in noise, the others between whole lines of the text."""
     needle = make(kind, 1000, seed=3)
     lines = [line for line in body(needle).split("\n") if line not in needle.facts]
     source = NOISE if kind in NOISE_KINDS else CODE
@@ -174,7 +174,7 @@ def test_a_sample_is_the_same_at_every_depth_but_for_where_it_lies() -> None:
 
 
 def test_every_length_is_reached_where_characters_are_several_tokens() -> None:
-    """A text of three bytes a character, in tokens of one byte: only the filler can make up the rest."""
+    """Each character is three tokens of one byte, so that some lengths can only be reached with a filler."""
     text = "数学是研究数量结构变化空间以及信息等概念的一门学科\n" * 100
     for length in range(1000, 1030):
         needle = generate_needle("single_2", ENCODERS["bytes"], length, 0.5, 0, text)

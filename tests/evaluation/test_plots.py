@@ -15,7 +15,7 @@ from yoco_u.evaluation.plots import write_context_plot, write_needle_plot
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Those that were saved."""
+    """The figures that a test saves."""
     saved: list[Figure] = []
     save = Figure.savefig
 
@@ -34,13 +34,13 @@ def assert_is_png(path: Path) -> None:
 
 @pytest.mark.parametrize("lengths", [(512,), (512, 1000, 4096)])
 def test_needles(tmp_path: Path, figures: list[Figure], lengths: tuple[int, ...]) -> None:
-    cells = [
+    scores = [
         NeedleScore(kind=kind, length=length, depth=depth, samples=3, recall=depth, token_accuracy=1 - depth, loss=1.0)
         for kind in ("single_1", "multi_key")
         for length in lengths
         for depth in (0.0, 0.5, 1.0)
     ]
-    write_needle_plot(cells, tmp_path / "needles.png")
+    write_needle_plot(scores, tmp_path / "needles.png")
     assert_is_png(tmp_path / "needles.png")
     [figure] = figures
     panels = [axes for axes in figure.axes if axes.get_xlabel()]

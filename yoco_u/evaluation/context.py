@@ -1,7 +1,7 @@
-"""Loss by context length: the last tokens of long texts behind prefixes of different lengths.
+"""Loss by context length: the last tokens of long texts, behind prefixes of different lengths.
 
-The protocol of the YOCO-U paper's long-context figure: the targets are the same for every prefix, only what the model sees
-before them differs.
+This is the protocol of the YOCO-U paper's long-context figure. The scored tokens are the same for every prefix; only how much
+text the model sees before them differs.
 """
 
 import math
@@ -19,10 +19,11 @@ class ContextScore(Config):
     """The loss behind prefixes of one length.
 
     Attributes:
-        prefix: tokens before the first target.
+        prefix: number of tokens before the first target.
         loss: nats per target, the mean over all texts.
-        change: of the loss from the shortest prefix to this one.
-        change_error: standard error of `change` over the texts, which are compared each with itself; None for one text.
+        perplexity: exp(loss).
+        change: this loss minus the loss behind the shortest prefix.
+        change_error: standard error of `change`, from the changes of the single texts; None for one text.
     """
 
     prefix: int
@@ -33,11 +34,12 @@ class ContextScore(Config):
 
 
 def take_texts(documents: Iterable[NDArray[np.integer]], tokens: int, limit: int | None = None) -> list[list[int]]:
-    """Cut texts of so many tokens out of longer documents, one after another; what is left at a document's end is not used.
+    """Cut documents into texts of equal length, one after another. A rest at the end of a document is left out.
 
     Args:
-        documents: the tokens of each, with the one that begins a document.
-        limit: so many texts at most.
+        documents: token ids of each document, which begin with `<|endoftext|>`.
+        tokens: length of each text.
+        limit: the most texts to take; all by default.
 
     Raises:
         UserError: if no document is long enough, with the length of the longest.
@@ -66,13 +68,13 @@ def text_losses(
     num_loops: int | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float64]:
-    """Mean nats of the last tokens of each text behind each prefix, (texts, prefixes).
+    """The mean loss in nats of the last tokens of each text behind each prefix, (texts, prefixes).
 
     Args:
-        texts: tokens, each at least the longest prefix and `last` targets.
-        prefixes: tokens before the first target, at least 1.
-        last: targets, the same for every prefix.
-        num_loops: T; the model's own by default.
+        texts: token ids of each text, which is at least as long as the longest prefix and the targets.
+        prefixes: lengths of the prefixes in tokens, at least 1.
+        last: number of targets at the end of each text.
+        num_loops: loop count T; the model's own by default.
         advance: called after each text.
 
     Raises:
@@ -92,7 +94,7 @@ def text_losses(
 
 
 def context_scores(losses: NDArray[np.float64], prefixes: Sequence[int]) -> list[ContextScore]:
-    """Sum up what `text_losses` found; prefixes rise."""
+    """The scores over all texts, from the result of `text_losses`. `prefixes` must rise."""
     texts = len(losses)
     changes = losses - losses[:, :1]
     errors = changes.std(axis=0, ddof=1) / math.sqrt(texts) if texts > 1 else [None] * len(prefixes)

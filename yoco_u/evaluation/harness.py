@@ -1,7 +1,8 @@
 """The engine as a model of lm-evaluation-harness, registered there as `yoco_u`.
 
-Requests run batched continuously; what their contexts have in common is computed once; log-likelihoods run the cross-decoder
-and the LM head for the scored positions alone. Scores are those of the harness's own path through transformers.
+Requests run with continuous batching, a beginning that contexts share is computed once, and for log-likelihoods the
+cross-decoder and the LM head run for the scored positions alone. Scores are those of the harness's own path through
+transformers.
 """
 
 import math
@@ -24,15 +25,16 @@ from yoco_u.inference.outputs import failed_output
 from yoco_u.inference.shared_prefixes import run_shared
 
 MAX_LENGTH = 2048
-"""Longest context by default, as the harness takes it for models that name no limit."""
+"""Longest context by default: the harness's own default for models that name no limit."""
 
-_MAX_NEW_TOKENS = 256  # as the harness's models, where a task names none
+_MAX_NEW_TOKENS = 256  # where a task names no limit; the default of the harness's own models
 _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
-_UNASKED_DEVICE = "cuda:0"  # what the harness's command line passes where none was named
-_DEFAULTS = {"dtype": "float32", "block_size": 16, "snapshot_bytes": 2**30}  # contexts part at any token
+_UNASKED_DEVICE = "cuda:0"  # what the harness's command line passes if the user names no device
+# Blocks are small because contexts share whole blocks alone, and may differ from any token on.
+_DEFAULTS = {"dtype": "float32", "block_size": 16, "snapshot_bytes": 2**30}
 
 _Scored = tuple[tuple[str, str] | None, list[int], list[int]]
-"""Texts, for the harness's cache, and tokens of a context and its continuation."""
+"""A request to score: its texts (context, continuation), which are the key in the harness's cache, and the tokens of both."""
 
 
 @register_model("yoco_u")
@@ -42,11 +44,11 @@ class EngineLM(TemplateLM):
     Args:
         pretrained: a run folder or a saved model; or an `LLM`, whose settings are kept.
         device: auto, cpu or cuda.
-        num_loops: T; the model's own by default. It may be set anew between evaluations.
-        max_length: tokens of a context and what follows it; longer contexts lose their beginning.
-        add_bos_token: begin contexts with the token that begins documents, as in training.
-        seed: of the first request that is sampled; each further one has the next.
-        batch_size, max_batch_size: not used; the harness passes them to every model, but the engine batches continuously.
+        num_loops: loop count T; the model's own by default. The attribute may be set anew between evaluations.
+        max_length: tokens of a context and its continuation; longer contexts lose their beginning.
+        add_bos_token: whether contexts begin with `<|endoftext|>`, as documents do in training.
+        seed: seed of the first request that is sampled; each further request takes the next number.
+        batch_size, max_batch_size: not used. The harness passes them to every model, but the engine batches continuously.
         settings: fields of `EngineSettings`; float32 by default.
 
     Raises:
@@ -99,18 +101,18 @@ class EngineLM(TemplateLM):
         return str(text)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens of a text, behind the one that begins a document unless it is there, or not wanted."""
+        """Tokens of a text. `<|endoftext|>` is put before them, unless the text has it already or it is not wanted."""
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
         begins = self.add_bos_token if add_special_tokens is None else add_special_tokens
         return ids if not begins or ids[:1] == [self.prefix_token_id] else [self.prefix_token_id, *ids]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log probability of each continuation behind its context, and whether it is the likeliest token by token."""
+        """For each request the log probability of its continuation, and whether each of its tokens is the likeliest one."""
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log probability of each text, cut into windows of `max_length` targets, each token once."""
+        """Log probability of each text. Texts are cut into windows of `max_length` targets, so that each token counts once."""
         windows: list[_Scored] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -126,7 +128,7 @@ class EngineLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context up to a stop string, the end of the document or so many tokens."""
+        """Continue each context up to a stop string, the end of the document or the largest number of tokens."""
         eos = self.tokenizer.decode([self.eot_token_id])
         prompts, params, stops = [], [], []
         for index, request in enumerate(requests):
@@ -199,7 +201,11 @@ class EngineLM(TemplateLM):
 
 
 def _sampling(kwargs: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Fields of `SamplingParams` for a task's generation settings, as `normalize_gen_kwargs` leaves them."""
+    """Fields of `SamplingParams` from a task's generation settings, after `normalize_gen_kwargs`.
+
+    Raises:
+        UserError: for a setting that the engine does not know.
+    """
     sampled = kwargs.pop("do_sample")
     unknown = sorted(kwargs.keys() - _SAMPLING)
     if unknown:

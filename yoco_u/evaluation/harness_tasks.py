@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness by name, run on our engine: the harness's own, ours, and those of a user's folder."""
+"""Tasks of lm-evaluation-harness, loaded by name and run: the harness's own, ours, and those of a user's folder."""
 
 import contextlib
 import logging
@@ -21,22 +21,22 @@ from yoco_u.errors import UserError, first_line
 from yoco_u.evaluation.math_sets import MATH_GROUP, is_math, math_group, math_names, math_tasks
 
 TASKS = Path(__file__).with_name("tasks")
-"""The folder of our tasks and groups, for `--include_path`."""
+"""The folder of our tasks and groups, which the harness takes as `--include_path`."""
 
 _OFFLINE_TAG = "yoco_u_stdlib"
-_BOOTSTRAPS = 1000  # draws for the standard errors that no formula gives
+_BOOTSTRAPS = 1000  # draws for the standard errors of metrics that have no formula for them
 
 
 @dataclass(frozen=True)
 class HowToAsk:
-    """What changes the questions, each None for the task's own.
+    """How the questions of tasks are asked. None leaves a setting to the task.
 
     Attributes:
-        limit: questions of each task, from the first one on.
-        fewshot: examples before each question; tasks that are made for none keep none.
-        max_tokens: tokens that a generation may take.
-        chat_template: ask through the tokenizer's chat template.
-        run_generated_code: agree to run programs that the model wrote, as some tasks do.
+        limit: number of questions of each task, from the first one on; None for all.
+        fewshot: number of examples before each question. Tasks that set it to 0 themselves keep 0.
+        max_tokens: the most tokens of a generated answer.
+        chat_template: whether questions go through the tokenizer's chat template.
+        run_generated_code: whether tasks may run programs that the model wrote.
     """
 
     limit: int | None = None
@@ -47,24 +47,24 @@ class HowToAsk:
 
 
 def load_tasks(names: Sequence[str], include_path: Path | None = None, data: Path | None = None) -> dict[str, Any]:
-    """Tasks and groups of the harness, with their data.
+    """Load tasks and groups, with their data.
 
     Args:
-        names: of tasks, groups or tags, or YAML files.
-        include_path: a folder of the user's own task files.
-        data: the folder of the math sets.
+        names: names of tasks, groups or tags, or YAML files.
+        include_path: a folder with task files of the user's own.
+        data: the folder with the files of the math sets.
 
     Returns:
         What `lm_eval.evaluate` takes: `tasks` and `groups` by name.
 
     Raises:
-        UserError: for an unknown name, with the nearest known ones; and where a task's data or a package it needs is missing.
+        UserError: for an unknown name, with the nearest known ones, and if a task's data or a package that it needs is missing.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for option, folder, content in (("include-path", include_path, "task files (YAML)"), ("data", data, "NAME.jsonl files")):
         if folder is not None and not folder.is_dir():
             raise UserError(f"--{option} {folder}: no such folder; give one of {content}")
-    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle as they are loaded
+    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle their questions while they are loaded
     np.random.seed(DEFAULT_OTHER_SEED)
     manager = _manager([name for name in names if not is_math(name)], include_path)
     found: list[Any] = []
@@ -83,24 +83,26 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None, data: Pat
         found += loaded["tasks"].values() if group is None else [group]
     try:
         together: dict[str, Any] = manager.load(found)
-    except ValueError as error:  # a task of two groups
+    except ValueError as error:  # two of the groups contain the same task
         raise UserError(f"{error}; run them one after another") from None
     return together
 
 
 def run_tasks(lm: LM, tasks: dict[str, Any], how: HowToAsk, log_samples: bool = False) -> dict[str, Any]:
-    """Score a model on tasks, as `lm_eval.simple_evaluate` would, without its search through the machine's environment.
+    """Score a model on tasks, as `lm_eval.simple_evaluate` does, but without its slow report on the machine's environment.
 
     Args:
-        tasks: from `load_tasks`.
-        log_samples: report every question and answer as well.
+        lm: the model.
+        tasks: what `load_tasks` returned.
+        how: how the questions are asked.
+        log_samples: whether to report every question and answer as well.
 
     Returns:
-        What the harness reports (`results`, `groups`, `n-shot`, ...), and `averages` of the groups that say which metric of
-        each task counts.
+        What the harness reports (`results`, `groups`, `n-shot`, ...), and `averages`, the average score of each group whose
+        file says which metric of each task counts.
 
     Raises:
-        UserError: for a chat template that is not there, and a task that runs programs without leave.
+        UserError: if the tokenizer lacks the chat template, or a task runs programs and the user has not agreed to that.
     """
     if how.chat_template and not lm.tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; leave out --chat-template")
@@ -108,7 +110,7 @@ def run_tasks(lm: LM, tasks: dict[str, Any], how: HowToAsk, log_samples: bool = 
         if getattr(task, "UNSAFE_CODE", False) and not how.run_generated_code:
             raise UserError(f"{name} runs programs that the model writes; add --run-generated-code to agree to that")
         _ask(task, how)
-    with contextlib.redirect_stdout(sys.stderr):  # the harness prints progress there
+    with contextlib.redirect_stdout(sys.stderr):  # the harness prints progress to stdout, which is for results
         results: dict[str, Any] = evaluate(
             lm,
             tasks,
@@ -128,6 +130,7 @@ def run_tasks(lm: LM, tasks: dict[str, Any], how: HowToAsk, log_samples: bool = 
 
 
 def _ask(task: Any, how: HowToAsk) -> None:
+    """Change a task's own settings to those of `how`."""
     own = task.get_config("num_fewshot")
     task.set_config("num_fewshot", own or 0 if how.fewshot is None or own == 0 else how.fewshot)
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
@@ -141,7 +144,10 @@ def _average(metrics: dict[str, str], results: dict[str, Any]) -> float:
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """Knows our tasks and the user's; the harness's thousands, which take a while to read, only if need be."""
+    """A task manager that knows our tasks and the user's, and the harness's own only if a name asks for one.
+
+    The harness has thousands of tasks, and reading them takes a while.
+    """
     paths = [str(path) for path in (TASKS, include_path) if path is not None]
     ours = TaskManager(include_path=paths, include_defaults=False)
     alone = {*ours.all_subtasks, _OFFLINE_TAG}

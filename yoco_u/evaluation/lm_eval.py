@@ -2,7 +2,8 @@
 
     python -m yoco_u.evaluation.lm_eval run --model yoco_u --model_args pretrained=runs/8m,num_loops=3 --tasks piqa
 
-The harness finds models of other packages once they are imported, and has no setting that imports one; so this does.
+The harness knows a model of another package only once that package is imported, and it has no option that imports one.
+Therefore this launcher imports the engine and then calls the harness.
 """
 
 import sys

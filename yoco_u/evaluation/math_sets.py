@@ -1,7 +1,7 @@
-"""Math problem sets with one answer each, as harness tasks over a folder of the user's own files.
+"""Sets of math problems with one answer each, as harness tasks over a folder of the user's own files.
 
-The YOCO-U paper scores its thinking model on eleven sets. Which ones was not public when this was written: those here are
-assumed, of those that the Qwen2.5-Math evaluation made usual.
+The YOCO-U paper scores its thinking model on eleven sets. Which sets they are was not public when this was written: the eleven
+here are assumed, from those that the evaluation of Qwen2.5-Math made usual.
 """
 
 import json
@@ -16,31 +16,32 @@ MATH_GROUP = "yoco_u_math"
 MATH_SETS = (
     "gsm8k", "math", "svamp", "asdiv", "mawps", "carp", "tabmwp", "gaokao2023en", "olympiadbench", "collegemath", "amc23",
 )  # fmt: skip
-"""Each is `NAME.jsonl` in the folder, and the task `yoco_u_math_NAME`; all of them together are the group `yoco_u_math`."""
+"""Each set is a file `NAME.jsonl` in the folder and a task `yoco_u_math_NAME`; all together are the group `yoco_u_math`."""
 
 _PROMPT = "{{problem}}\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
 _NEW_TOKENS = 1024
 
 
 def is_math(name: str) -> bool:
-    """Whether a task is one of these."""
+    """Whether a name is that of a math set or of their group."""
     return name in math_names()
 
 
 def math_names() -> list[str]:
+    """The names of the group and of its tasks."""
     return [MATH_GROUP, *(f"{MATH_GROUP}_{name}" for name in MATH_SETS)]
 
 
 def math_tasks(name: str, folder: Path | None) -> list[dict[str, Any]]:
-    """The harness's configurations of one set, or of all.
+    """The harness's configurations of one set, or of all sets.
 
     Args:
-        name: of `math_names`.
-        folder: of the files. Each line is an object with `problem` (or `question`) and `answer`; of an answer only what comes
-            after its last `####` counts, if it has that.
+        name: one of `math_names`.
+        folder: the folder of the files. Each line is an object with `problem` (or `question`) and `answer`. If an answer
+            contains `####`, only the part after the last `####` counts.
 
     Raises:
-        UserError: if files are missing or damaged, or the library that compares answers is.
+        UserError: if a file is missing or damaged, or the library that compares answers is not installed.
     """
     _require_math_verify()
     if folder is None:
@@ -56,13 +57,16 @@ def math_tasks(name: str, folder: Path | None) -> list[dict[str, Any]]:
 
 
 def math_group() -> dict[str, Any]:
-    """The harness's configuration of the group, without its tasks: each set counts as much as any other."""
+    """The harness's configuration of the group, without its tasks. In the average every set has the same weight."""
     average = {"metric": "exact_match", "aggregation": "mean", "weight_by_size": False, "filter_list": ["none"]}
     return {"group": MATH_GROUP, "aggregate_metric_list": [average], "metadata": {"version": 1.0}}
 
 
 def same_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Whether what a text boxes, or says to be its answer, equals the true answer in value, as math-verify reads both."""
+    """Whether a text's answer equals the true one in value, as math-verify reads both.
+
+    The text's answer is what it puts into `\\boxed{}`, or what it says the answer is.
+    """
     from math_verify import parse, verify
 
     truth = parse(f"\\boxed{{{doc['answer']}}}")

@@ -1,4 +1,7 @@
-"""The needle test: needles over lengths and depths, answered by the engine, scored as RULER does and by likelihood."""
+"""The needle test: needles of several kinds, lengths and depths, answered by the engine.
+
+Answers are scored as RULER scores them, by the values that the output contains, and by the likelihood of the right answer.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -15,16 +18,16 @@ from yoco_u.inference.outputs import failed_output
 
 
 class NeedleSettings(Config):
-    """What is asked.
+    """Which needles a model is asked for.
 
     Attributes:
-        kinds: see `generate_needle`.
-        lengths: tokens of prompt and output together.
-        depths: how many, at even distances from the beginning of the haystack to its end; one is the middle.
-        samples: needles of each kind, length and depth; the same ones (but for where they lie) at every depth.
-        seed: another one gives other needles.
-        digits: of the numbers that are hidden.
-        values: whether numbers or words are hidden; variables have numbers.
+        kinds: kinds of needles, see `generate_needle`.
+        lengths: lengths in tokens, each of a prompt and the room for its output together.
+        depths: number of depths, at even distances from the beginning of the haystack to its end; a single one is the middle.
+        samples: number of needles of each kind, length and depth. At every depth they are the same, but for where they lie.
+        seed: seed of the needles; another seed gives other needles.
+        digits: number of digits of the hidden numbers.
+        values: whether numbers or words are hidden. Variables always have numbers.
     """
 
     kinds: tuple[Kind, ...] = Field(default=KINDS, min_length=1)
@@ -37,20 +40,25 @@ class NeedleSettings(Config):
 
     @property
     def depth_shares(self) -> tuple[float, ...]:
+        """The depths as shares of the haystack, from 0 to 1."""
         return (0.5,) if self.depths == 1 else tuple(i / (self.depths - 1) for i in range(self.depths))
 
     @property
     def count(self) -> int:
-        """Needles in all."""
+        """Number of needles in all."""
         return len(self.kinds) * len(self.lengths) * self.depths * self.samples
 
 
 class NeedleScore(Config):
-    """Means over the samples of one kind, length and depth.
+    """The mean scores of all samples of one kind, length and depth.
 
     Attributes:
+        kind: kind of the needles.
+        length: tokens of prompt and output together.
+        depth: place of the fact, as a share of the haystack.
+        samples: number of needles.
         recall: share of the expected values that the greedy output contains (RULER's string match).
-        token_accuracy: share of the right answer's tokens that are the likeliest, each after the right ones before it.
+        token_accuracy: share of the right answer's tokens that are the model's first choice, each behind the right ones.
         loss: nats per token of the right answer.
     """
 
@@ -73,12 +81,14 @@ def needle_grid(
     """Ask a model for every needle.
 
     Args:
-        haystack: the text for the kinds that are hidden in one.
-        num_loops: T; the model's own by default.
-        advance: told how many more needles are done.
+        llm: the model, with a tokenizer.
+        settings: which needles to ask for.
+        haystack: the text to hide needles in; None if all kinds are hidden in noise.
+        num_loops: loop count T; the model's own by default.
+        advance: called with the number of needles that were answered since the last call.
 
     Returns:
-        One cell a kind, length and depth, in this order.
+        A score for each kind, length and depth, in this order.
 
     Raises:
         UserError: before the model runs, if a length is too short for a kind or too long for the engine.
@@ -88,17 +98,17 @@ def needle_grid(
     if longest > llm.engine.max_model_len:
         raise UserError(f"a length of {longest} tokens is more than the {llm.engine.max_model_len} that the engine holds")
     check_needles(settings, encoder, haystack)
-    cells = []
+    scores = []
     for kind in settings.kinds:
         for length in settings.lengths:
-            scores: list[tuple[float, float, float]] = []
+            answered: list[tuple[float, float, float]] = []
             needles = _needles(kind, encoder, length, settings, haystack)
             while batch := list(islice(needles, llm.engine.settings.max_num_seqs)):
-                scores += _ask(llm, batch, num_loops)
+                answered += _ask(llm, batch, num_loops)
                 advance(len(batch))
-            means = np.array(scores).reshape(settings.depths, settings.samples, 3).mean(axis=1)
+            means = np.array(answered).reshape(settings.depths, settings.samples, 3).mean(axis=1)
             for depth, (found, accuracy, loss) in zip(settings.depth_shares, means.tolist(), strict=True):
-                cells.append(
+                scores.append(
                     NeedleScore(
                         kind=kind,
                         length=length,
@@ -109,21 +119,21 @@ def needle_grid(
                         loss=loss,
                     )
                 )
-    return cells
+    return scores
 
 
 def check_needles(settings: NeedleSettings, encoder: DocumentEncoder, haystack: str | None) -> None:
-    """Refuse settings that no needles can be made of.
+    """Refuse settings for which needles cannot be made.
 
     Raises:
-        UserError: if a length is too short for a kind, or a kind misses its haystack.
+        UserError: if a length is too short for a kind, or a kind needs a haystack and there is none.
     """
     for kind in settings.kinds:
         generate_needle(kind, encoder, min(settings.lengths), 0, 0, haystack, settings.digits, settings.values)
 
 
 def recall(answers: Sequence[str], output: str) -> float:
-    """Share of the answers that an output contains, whatever their case: RULER's `string_match_all`."""
+    """Share of the answers that an output contains, in upper or lower case: RULER's `string_match_all`."""
     return sum(answer.lower() in output.lower() for answer in answers) / len(answers)
 
 
@@ -137,9 +147,9 @@ def _needles(
 
 
 def _ask(llm: LLM, needles: Sequence[Needle], num_loops: int | None) -> list[tuple[float, float, float]]:
-    """Recall, share of likeliest tokens and nats per token of each needle.
+    """Recall, token accuracy and loss of each needle.
 
-    The answers are scored right after the outputs, when the caches still hold the prompts.
+    The right answers are scored at once after the outputs, because the caches still hold the prompts then.
     """
     prompts = [needle.prompt_ids for needle in needles]
     outputs = llm.generate(
@@ -166,6 +176,7 @@ def _text(request: RequestOutput) -> str:
 
 
 def _likelihood(request: RequestOutput, start: int) -> tuple[float, float]:
+    """Token accuracy and loss of the tokens of a prompt from `start` on."""
     assert request.prompt_logprobs is not None
     tokens = [one.chosen for one in request.prompt_logprobs[start:] if one is not None]
     return float(np.mean([token.rank == 1 for token in tokens])), -float(np.mean([token.logprob for token in tokens]))

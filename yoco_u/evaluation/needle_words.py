@@ -1,4 +1,4 @@
-"""The words that keys of needles are made of: `adjective-noun`."""
+"""The words of which the keys of needles consist, in the form `adjective-noun`."""
 
 _ADJECTIVES = """
 amber ample ancient arctic autumn bitter blank bold brave brief bright brisk broad bronze calm

@@ -1,6 +1,7 @@
-"""Needles: facts hidden at a depth of a long text, and a question for them at its end, after RULER (arXiv 2404.06654).
+"""Needles: facts hidden at a given depth of a long text, with a question at its end, after RULER (arXiv 2404.06654).
 
-Generated offline for any tokenizer, to an exact number of tokens. The same arguments give the same needle everywhere.
+They are generated offline for any tokenizer and have an exact number of tokens. The same arguments give the same needle on
+every machine.
 """
 
 import random
@@ -19,18 +20,18 @@ Kind = Literal["single_1", "single_2", "multi_key", "multi_value", "variable_tra
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Values = Literal["numbers", "words"]
 NOISE_KINDS: tuple[Kind, ...] = ("single_1", "variable_tracking")
-"""The kinds that RULER hides in noise whatever the haystack; the others are hidden in a text."""
+"""The kinds that RULER always hides in noise; the others are hidden in a text."""
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 SLACK = 16
-"""Tokens that an output may have beyond those of the right answer."""
+"""Number of tokens that an output may have beyond those of the right answer."""
 PLACE_TOLERANCE = 200
-"""Characters by which a needle's place may differ from its depth, so that no line, sentence or word is torn apart."""
+"""Number of characters by which a fact's place may differ from its depth, so that no line, sentence or word is torn apart."""
 
-_NEEDLES = 4  # of the kinds that hide several
-_HOPS = 4  # from the first variable to the last
+_NEEDLES = 4  # values that are hidden in needles of the kinds multi_key and multi_value
+_HOPS = 4  # assignments that lead from the first variable to the last
 _HAYSTACK_CHARACTERS = 1 << 24
-_LEAST_HAYSTACK = 16  # tokens
+_LEAST_HAYSTACK = 16  # tokens of haystack that a needle must have room for
 _FILLERS = tuple(" a" * count for count in range(8))
 _BORDERS = tuple(re.compile(pattern) for pattern in (r"\n", r"[.!?]\s+", r"\s+"))
 
@@ -40,15 +41,17 @@ class Needle:
     """One question about a long text.
 
     Attributes:
-        length: tokens of the prompt and of the room for an output: `len(prompt_ids) + max_tokens`.
-        depth: where in the haystack, as a share of it, the fact lies that is asked for; see `generate_needle`.
-        prompt: the text, which ends where the answer begins.
-        prompt_ids: its tokens, the one that begins a document included.
+        kind: kind of the needle.
+        length: number of tokens of the prompt and the room for an output together: `len(prompt_ids) + max_tokens`.
+        depth: place of the fact that is asked for, as a share of the haystack; see `generate_needle`.
+        seed: seed of everything that was drawn.
+        prompt: haystack with hidden facts, and question. It ends where the answer begins.
+        prompt_ids: tokens of the prompt, with `<|endoftext|>` before them.
         facts: the hidden lines, in their order in the text.
-        answers: what an output must contain.
-        answer: the answers as they would go on after the prompt.
-        answer_ids: its tokens there.
-        max_tokens: room for an output: the answer and `SLACK` tokens.
+        answers: the values that an output must contain.
+        answer: the text of the right answer, as it continues the prompt.
+        answer_ids: tokens of `answer` behind the prompt.
+        max_tokens: room for an output: the tokens of the answer and `SLACK` more.
     """
 
     kind: Kind
@@ -65,13 +68,20 @@ class Needle:
 
     @property
     def document(self) -> str:
-        """Prompt and answer, a text to learn the task from."""
+        """Prompt and answer together: a text to train on."""
         return self.prompt + self.answer
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What is hidden and asked, before there is a haystack; `facts` with their depths."""
+    """What is hidden and what is asked, without the haystack.
+
+    Attributes:
+        head: the text before the haystack.
+        facts: the lines to hide, each with its depth.
+        question: the text after the haystack, which ends where the answer begins.
+        answers: the values that an output must contain.
+    """
 
     head: str
     facts: tuple[tuple[float, str], ...]
@@ -89,23 +99,27 @@ def generate_needle(
     digits: int = 7,
     values: Values = "numbers",
 ) -> Needle:
-    """Hide a fact, or several, and ask for it.
+    """Hide one fact or several in a haystack, and ask for them.
 
-    - `single_1`: a number, or words, under a key, in noise.
-    - `single_2`: the same in a text.
-    - `multi_key`: one such value is asked for, three others under other keys are not; in a text.
-    - `multi_value`: four values under one key; in a text.
-    - `variable_tracking`: a chain of assignments from a number to five variables; all five are asked for; in noise.
+    - `single_1`: one value (a number, or words) under a key, hidden in noise.
+    - `single_2`: one value under a key, hidden in a text.
+    - `multi_key`: four values under four keys, hidden in a text; the question asks for one of them.
+    - `multi_value`: four values under one key, hidden in a text; the question asks for all of them.
+    - `variable_tracking`: a chain of assignments from a number to five variables, hidden in noise; the question asks for the
+      names of all five.
 
     Args:
-        length: tokens of prompt and output together.
-        depth: 0, the beginning of the haystack, to 1, its end: of the one fact that is asked for (the other keys of
-            `multi_key` lie anywhere), or of the first of several; the others follow at even distances up to the end.
-        seed: of everything that is drawn: the place in the haystack where it begins, keys, values, names.
-        haystack: a text to hide in, read from a random place on and again from its beginning where it ends; needed by the
-            kinds that are not in `NOISE_KINDS` (`NOISE` will do), not used by those.
-        digits: of the numbers.
-        values: what is hidden under the keys: numbers, or words as the keys are (`adjective-noun`).
+        kind: kind of the needle.
+        encoder: the tokenizer.
+        length: number of tokens of the prompt and the room for an output together.
+        depth: place of the fact that is asked for, from 0, the beginning of the haystack, to 1, its end. If several are asked
+            for, the first lies there, and the others follow at even distances up to the end. The other keys of `multi_key` lie
+            anywhere.
+        seed: seed of everything that is drawn: the keys, values and names, and the place from which the haystack is read.
+        haystack: a text to hide facts in. It is read from a random place on, and again from its beginning where it ends. Kinds
+            in `NOISE_KINDS` do not use it; the others need it (`NOISE` will do).
+        digits: number of digits of the hidden numbers.
+        values: what is hidden under the keys: numbers, or words of the same form as the keys (`adjective-noun`).
 
     Raises:
         UserError: for an unknown kind of needle or of values, a missing haystack, numbers out of range, or a length that is too
@@ -140,7 +154,8 @@ def load_haystack(entries: Sequence[str], text_field: str = "text") -> str:
     """The texts of a corpus, one after another, up to 16M characters.
 
     Args:
-        entries: as in a config's `data.corpus`: files, folders, globs, `stdlib`.
+        entries: what to read, as in a config's `data.corpus`: files, folders, globs, `stdlib`.
+        text_field: the column of JSON lines and Parquet files that holds the text.
 
     Raises:
         UserError: if something cannot be read, or there is no text.
@@ -168,7 +183,7 @@ def _haystack_of(kind: str, given: str | None) -> str:
 
 
 def _task(kind: Kind, drawn: random.Random, depth: float, digits: int, what: Values, text: str) -> _Task:
-    """Draw keys, values and names, none of which the text holds."""
+    """Draw the keys, values and names of a task. None of them occurs in the text."""
 
     def number() -> str:
         return str(drawn.randrange(10 ** (digits - 1), 10**digits))
@@ -178,23 +193,23 @@ def _task(kind: Kind, drawn: random.Random, depth: float, digits: int, what: Val
 
     if kind == "variable_tracking":
         names = _distinct(lambda: "".join(drawn.choices(ascii_uppercase, k=5)), _HOPS + 1, text)
-        return _tracking(depth, names, _distinct(number, 1, text)[0])
+        return _tracking_task(depth, names, _distinct(number, 1, text)[0])
     key, *others = keys = _distinct(pair_of_words, _NEEDLES, text)
     values = _distinct(number, _NEEDLES, text) if what == "numbers" else _distinct(pair_of_words, _NEEDLES, f"{text} {keys}")
     if kind == "multi_value":
         facts = [(at, _fact(what, key, value)) for at, value in zip(_spread(depth, len(values)), values, strict=True)]
-        return _magic(what, key, facts, values)
+        return _magic_task(what, key, facts, values)
     facts = [(depth, _fact(what, key, values[0]))]
     if kind == "multi_key":
         facts += [(drawn.random(), _fact(what, other, value)) for other, value in zip(others, values[1:], strict=True)]
-    return _magic(what, key, sorted(facts, key=itemgetter(0)), values[:1])
+    return _magic_task(what, key, sorted(facts, key=itemgetter(0)), values[:1])
 
 
 def _fact(what: Values, key: str, value: str) -> str:
     return f"One of the special magic {what} for {key} is: {value}."
 
 
-def _magic(what: Values, key: str, facts: Sequence[tuple[float, str]], values: Sequence[str]) -> _Task:
+def _magic_task(what: Values, key: str, facts: Sequence[tuple[float, str]], values: Sequence[str]) -> _Task:
     some, are, asked = ("Some", "are", "are all") if len(values) > 1 else ("A", "is", "is")
     name = what if len(values) > 1 else what.removesuffix("s")
     return _Task(
@@ -207,7 +222,7 @@ def _magic(what: Values, key: str, facts: Sequence[tuple[float, str]], values: S
     )
 
 
-def _tracking(depth: float, names: Sequence[str], value: str) -> _Task:
+def _tracking_task(depth: float, names: Sequence[str], value: str) -> _Task:
     sources = [value, *(f"VAR {name}" for name in names[:-1])]
     chain = [f"VAR {name} = {source}" for name, source in zip(names, sources, strict=True)]
     return _Task(
@@ -220,10 +235,12 @@ def _tracking(depth: float, names: Sequence[str], value: str) -> _Task:
 
 
 def _spread(depth: float, count: int) -> list[float]:
+    """`count` depths at even distances, from `depth` on, before 1."""
     return [depth + (1 - depth) * i / count for i in range(count)]
 
 
 def _distinct(draw: Callable[[], str], count: int, text: str) -> list[str]:
+    """Draw `count` different words that do not occur in the text."""
     found: dict[str, None] = {}
     for _ in range(10_000):
         if len(found) == count:
@@ -235,7 +252,10 @@ def _distinct(draw: Callable[[], str], count: int, text: str) -> list[str]:
 
 
 def _read(encoder: DocumentEncoder, haystack: str, start: int, tokens: int) -> tuple[str, list[int]]:
-    """At least so many tokens from a place on, around and around, and the character at which each token ends."""
+    """A piece of the haystack of at least `tokens` tokens, and the position in it, in characters, at which each token ends.
+
+    The piece begins at `start` and is read on from the haystack's beginning where that ends, as often as needed.
+    """
     for characters in (6 * tokens, 24 * tokens, 96 * tokens):
         text = haystack[start : start + characters]
         missing = characters - len(text)
@@ -247,13 +267,17 @@ def _read(encoder: DocumentEncoder, haystack: str, start: int, tokens: int) -> t
 
 
 def _continuation(encoder: DocumentEncoder, before: str, text: str) -> list[int]:
-    """The tokens of a text behind another one."""
+    """The tokens of a text as they come behind another text."""
     first, both, alone = (ids.tolist() for ids in encoder.encode([before, before + text, text]))
     return both[len(first) :] if both[: len(first)] == first else alone[1:]
 
 
 def _hide(text: str, facts: Sequence[tuple[float, str]]) -> str:
-    """Put facts into a text, each at the border next to its depth (0 to 1, not falling), as a line where lines begin."""
+    """Insert facts into a text, each at the border nearest to its depth; as a line of its own where a line begins.
+
+    Args:
+        facts: depths from 0 to 1, which must not fall, and the facts.
+    """
     parts, at = [], 0
     for depth, fact in facts:
         place = _place(text, depth)
@@ -269,7 +293,7 @@ def _hide(text: str, facts: Sequence[tuple[float, str]]) -> str:
 
 
 def _place(text: str, depth: float) -> int:
-    """The line's beginning next to a depth; where lines are long the sentence's, then the word's."""
+    """The beginning of a line nearest to a depth; where lines are long, that of a sentence, and else that of a word."""
     wanted = round(depth * len(text))
     first, last = max(0, wanted - PLACE_TOLERANCE), min(len(text), wanted + PLACE_TOLERANCE)
     edges = [edge for edge in (0, len(text)) if first <= edge <= last]
@@ -285,8 +309,16 @@ def _fit(
 ) -> tuple[str, list[int]]:
     """Cut the haystack so that the prompt has exactly `length - room` tokens.
 
-    Tokens at the seams depend on what they meet, so the cut is corrected by what is missing until nothing is. Where that
-    turns in a circle, a few short words at the cut shift the count.
+    The number of tokens of the prompt is not the sum of those of its parts, because text merges into other tokens where parts
+    meet. So the prompt is made with a first guess of the cut and counted, and the cut moves by the number of tokens that are
+    missing, until none is. If the cut comes back to a place that was tried before, this would never end; then a filler of a few
+    short words at the cut changes the count.
+
+    Args:
+        around: makes a prompt of a haystack.
+        text: the haystack, at least as long as is needed.
+        ends: position in `text`, in characters, at which each of its tokens ends.
+        room: number of tokens to leave for the output.
     """
     target = length - room
     least = len(encoder.encode([around("")])[0]) + _LEAST_HAYSTACK

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of texts, every token counted once and bytes counted exactly."""
+"""Loss, perplexity and bits per byte of texts. Every token counts once, and bytes are counted exactly."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -22,12 +22,15 @@ _DOCUMENTS_PER_BATCH = 64
 
 
 class Score(Config):
-    """
+    """How well a model predicts texts.
+
     Attributes:
         loss: nats per predicted token.
-        bits_per_byte: of all predicted tokens over all bytes of text.
-        tokens: predicted ones: those of the texts, and each document's end.
-        bytes: of the texts in UTF-8.
+        perplexity: exp(loss).
+        bits_per_byte: loss of all predicted tokens in bits, divided by the bytes of the texts.
+        tokens: number of predicted tokens: those of the texts, and the end of each document.
+        documents: number of texts.
+        bytes: bytes of the texts in UTF-8.
     """
 
     loss: float
@@ -45,13 +48,17 @@ def score_documents(
     sequence_length: int,
     num_loops: int | None = None,
 ) -> Score:
-    """Score texts as training reads them: packed one after another into rows, each token seeing its own document only.
+    """Score texts as training reads them: packed one after another into rows, in which a token sees its own document only.
 
-    A document that goes on in another row has no context from the row before; nothing is left out at the end.
+    A document that continues in another row begins there without context. The last row may be shorter, so that every token is
+    scored.
 
     Args:
-        sequence_length: tokens per row, so the longest context.
-        num_loops: T; the model's own by default.
+        model: the model, in evaluation mode.
+        encoder: its tokenizer.
+        documents: the texts.
+        sequence_length: tokens per row, and so the longest context.
+        num_loops: loop count T; the model's own by default.
 
     Raises:
         UserError: if there is no text.
@@ -68,9 +75,15 @@ def score_documents(
 def score_split(
     model: YocoUForCausalLM, dataset: PackedDataset, distributed: Distributed, num_loops: int | None = None
 ) -> Score:
-    """Score all whole rows of a split of a prepared dataset, which must be unshuffled, by training's own evaluation.
+    """Score all whole rows of a split of a prepared dataset, as training evaluates them.
 
-    Bytes are those of the split in proportion to the tokens scored.
+    The bytes of the scored text are estimated: the split's mean bytes per token times the scored tokens.
+
+    Args:
+        model: the model, on this process's device.
+        dataset: the split, made with `shuffle=False`.
+        distributed: the processes among which the rows are divided.
+        num_loops: loop count T; the model's own by default.
     """
     rows = min(_rows_per_pass(model, dataset.sequence_length), dataset.rows_per_epoch)
     found = evaluate(model, dataset, None, rows, distributed, "float32", num_loops)
@@ -81,10 +94,10 @@ def score_split(
 def _score_rows(
     model: YocoUForCausalLM, rows: Iterator[NDArray[np.int64]], sequence_length: int, eot_id: int, num_loops: int | None = None
 ) -> tuple[float, int]:
-    """The loss of all targets together in nats, and their number.
+    """The loss in nats, summed over all targets, and the number of targets.
 
     Args:
-        rows: each of up to sequence_length + 1 tokens, the last of which is only a target.
+        rows: rows of up to sequence_length + 1 tokens, the last of which is only a target.
     """
     count = _rows_per_pass(model, sequence_length)
     nats, total = 0.0, 0
@@ -99,12 +112,14 @@ def _rows_per_pass(model: YocoUForCausalLM, sequence_length: int) -> int:
 
 
 class _Counts:
+    """What `_stream` has read so far."""
+
     documents = 0
     bytes = 0
 
 
 def _stream(encoder: DocumentEncoder, documents: Iterable[Document], counts: _Counts) -> Iterator[NDArray[np.uint32]]:
-    """The documents' tokens, and one `<|endoftext|>` that ends the last of them."""
+    """The tokens of each document, and at the end one more `<|endoftext|>`, the last document's end."""
     batch: list[str] = []
     for document in documents:
         counts.documents += 1
@@ -119,7 +134,7 @@ def _stream(encoder: DocumentEncoder, documents: Iterable[Document], counts: _Co
 
 
 def _rows(stream: Iterator[NDArray[np.uint32]], length: int) -> Iterator[NDArray[np.int64]]:
-    """Rows (up to length + 1,); the last token of one is the first of the next."""
+    """Rows (up to length + 1,) of the stream; the last token of a row is the first of the next."""
     held = np.empty(0, dtype=np.int64)
     for tokens in stream:
         held = np.concatenate([held, tokens.astype(np.int64)])
@@ -133,7 +148,7 @@ def _rows(stream: Iterator[NDArray[np.uint32]], length: int) -> Iterator[NDArray
 
 
 def _batches(rows: Iterator[NDArray[np.int64]], count: int, eot_id: int) -> Iterator[Batch]:
-    """Batches of `count` rows, the last one of fewer. A short row is filled up, and its filling has no targets."""
+    """Batches of `count` rows; the last may have fewer. A short row is padded, without targets in the padding."""
     held: list[NDArray[np.int64]] = []
     for row in rows:
         held.append(row)

@@ -1,4 +1,4 @@
-"""Evaluations as PNG: loss over the context, and needles as heat maps of depth and length."""
+"""Evaluations as PNG: the loss by context length as curves, needles as heat maps over depth and length."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from yoco_u.plotting import ContextPlot
 
 
 def write_context_plot(curves: Sequence[tuple[str, Sequence[ContextScore]]], last: int, path: Path) -> None:
-    """Two panels, a line for each label: the loss behind each prefix, and how it changes from the shortest prefix on."""
+    """Draw two panels with a line for each curve: the loss behind each prefix, and its change from the shortest prefix."""
     titles = [f"nats per token, last {last:,} tokens", "change from the shortest prefix"]
     plot = ContextPlot(titles, "prefix, tokens", logarithmic=False)
     for index, (label, scores) in enumerate(curves):
@@ -26,15 +26,15 @@ def write_context_plot(curves: Sequence[tuple[str, Sequence[ContextScore]]], las
     plot.write(path, [score.prefix for score in curves[0][1]])
 
 
-def write_needle_plot(cells: Sequence[NeedleScore], path: Path) -> None:
-    """A column for each kind: recall above, the share of the answer's tokens that are the likeliest below."""
-    kinds = list(dict.fromkeys(cell.kind for cell in cells))
-    lengths, depths = sorted({cell.length for cell in cells}), sorted({cell.depth for cell in cells})
+def write_needle_plot(scores: Sequence[NeedleScore], path: Path) -> None:
+    """Draw a column for each kind of needle, with the recall above and the token accuracy below."""
+    kinds = list(dict.fromkeys(score.kind for score in scores))
+    lengths, depths = sorted({score.length for score in scores}), sorted({score.depth for score in scores})
     width, height = max(2.6, 0.62 * len(lengths) + 1.2), max(2.0, 0.42 * len(depths) + 0.9)
     figure = Figure(figsize=(width * len(kinds) + 0.8, 2 * height), layout="constrained", dpi=150)
     rows = figure.subplots(2, len(kinds), squeeze=False)
     for column, kind in enumerate(kinds):
-        own = {(cell.depth, cell.length): cell for cell in cells if cell.kind == kind}
+        own = {(score.depth, score.length): score for score in scores if score.kind == kind}
         for axes, title, key in zip(
             rows[:, column], (f"{kind}: recall", "likeliest tokens"), ("recall", "token_accuracy"), strict=True
         ):
@@ -47,7 +47,7 @@ def write_needle_plot(cells: Sequence[NeedleScore], path: Path) -> None:
 
 
 def heat_map(axes: Axes, shares: NDArray[np.float64], lengths: Sequence[int], depths: Sequence[float]) -> QuadMesh:
-    """Shares (depths, lengths) from 0 to 1 as colours and as percentages, the beginning of the texts on top."""
+    """Draw shares (depths, lengths) from 0 to 1 as colours and as percentages, with the beginning of the texts on top."""
     mesh = axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=1)
     axes.invert_yaxis()
     axes.set_xticks(np.arange(len(lengths)) + 0.5, [context_label(length) for length in lengths])

@@ -1,6 +1,7 @@
 """Harness tasks that need no download: questions made from the functions of Python's own standard library.
 
-They say that everything works, and something of a model of Python code; they are held out for nobody.
+They show that everything works, and say something about a model of Python code. They are no benchmark, because every model may
+have seen the library in training.
 """
 
 import ast
@@ -26,10 +27,10 @@ _CHOICES = 4
 
 
 def questions(**_: Any) -> DatasetDict:
-    """Beginnings of functions, each with the line that comes next among three from elsewhere.
+    """Beginnings of functions, each with four choices of the line that comes next: the true one and three of other functions.
 
-    Fields: `context`, lines with their ends; `choices`, four lines; `answer`, the index of the true one; `line`, that line.
-    Splits: train, for examples, and test. The same at every call.
+    Fields: `context`, lines with their line ends; `choices`, four lines; `answer`, the index of the true one; `line`, the true
+    line. Splits: `train`, for few-shot examples, and `test`. Every call gives the same questions.
     """
     rows = [_cut(function) for function in _functions()]
     draw = random.Random(0)
@@ -44,17 +45,17 @@ def questions(**_: Any) -> DatasetDict:
 
 
 def texts(**_: Any) -> DatasetDict:
-    """Whole functions, shortest first. Fields: `text`. Split: test."""
+    """Whole functions, shortest first. Field: `text`. Split: `test`."""
     return DatasetDict(test=Dataset.from_list([{"text": text} for text in sorted(_functions(), key=len)]))
 
 
 def same_line(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Whether what was generated begins with the true line, spaces at its end aside."""
+    """Whether the generated text begins with the true line; spaces at the end of a line do not count."""
     return {"same_line": float(results[0].split("\n")[0].rstrip() == doc["line"].rstrip())}
 
 
 def _cut(function: str) -> tuple[str, str]:
-    """The first lines, and the next one that is not empty."""
+    """The first lines of a function, and the next line that is not empty."""
     lines = function.splitlines(keepends=True)
     following = next(index for index in range(_SHOWN_LINES, len(lines)) if lines[index].strip())
     return "".join(lines[:following]), lines[following].rstrip("\n")
@@ -62,7 +63,7 @@ def _cut(function: str) -> tuple[str, str]:
 
 @lru_cache
 def _functions() -> tuple[str, ...]:
-    """Source texts of functions of a few more lines than are shown, each once."""
+    """The source texts of all functions that are somewhat longer than the shown lines, each text once."""
     folder = Path(sysconfig.get_path("stdlib"))
     return tuple(dict.fromkeys(text for name in _MODULES for text in _functions_of(_source(folder, name))))
 

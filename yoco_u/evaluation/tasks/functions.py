@@ -1,4 +1,4 @@
-"""What the YAML files of this folder refer to; the harness imports functions from beside a task alone."""
+"""The functions that the YAML files of this folder refer to. The harness only imports functions from a file beside a task."""
 
 from yoco_u.evaluation.stdlib_tasks import questions, same_line, texts
 
