@@ -15,11 +15,11 @@ from yoco_u.errors import UserError
 if TYPE_CHECKING:
     from yoco_u.evaluation.context import ContextScore
 
-_CHUNK = 2048  # tokens of a step of the engine
+_CHUNK = 2048  # the most tokens that the engine computes in one step
 
 
 def context(
-    models: Annotated[list[Path], typer.Argument(metavar="RUN_OR_MODEL...", help="Run folders or saved models to compare.")],
+    models: Annotated[list[Path], typer.Argument(metavar="RUN_OR_MODEL", help="Run folders or saved models to compare.")],
     files: Annotated[
         list[str] | None,
         typer.Option(
@@ -31,7 +31,7 @@ def context(
         str, typer.Option("--prefixes", help="Tokens before the scored ones, with commas between.")
     ] = "512,1024,2048",
     last: Annotated[int, typer.Option("--last", min=1, help="Tokens that are scored behind every prefix.")] = 512,
-    texts: Annotated[int | None, typer.Option("--texts", min=1, help="Score so many texts at most. \\[default: all]")] = None,
+    texts: Annotated[int | None, typer.Option("--texts", min=1, help="The most texts to score. \\[default: all]")] = None,
     num_loops: Annotated[
         list[int] | None,
         typer.Option("--num-loops", min=1, help="Loop count T, instead of the model's own; can be given again."),
@@ -92,7 +92,11 @@ def context(
 def _same_texts(
     models: Sequence[Path], files: Sequence[str] | None, text_field: str, tokens: int, limit: int | None
 ) -> list[list[int]]:
-    """The texts, which must be the same tokens for all models."""
+    """The texts to score, as tokens.
+
+    Raises:
+        UserError: if they are not the same tokens for all models, so that the losses could not be compared.
+    """
     first, *others = models
     found = _texts(first, files, text_field, tokens, limit)
     for other in others:
@@ -122,7 +126,7 @@ def _texts(model: Path, files: Sequence[str] | None, text_field: str, tokens: in
 
 
 def _labels(models: Sequence[Path]) -> dict[str, str]:
-    """By path, the part of it that tells the models apart."""
+    """For each path the part of it that differs between the models."""
     common = os.path.commonpath([model.absolute().parent for model in models])
     return {str(model): os.path.relpath(model.absolute(), common) for model in models}
 

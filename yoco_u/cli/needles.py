@@ -17,14 +17,18 @@ def needles(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
     kinds: Annotated[
         str | None,
-        typer.Option("--kinds", help="Of single_1, single_2, multi_key, multi_value, variable_tracking. \\[default: all]"),
+        typer.Option(
+            "--kinds", help="single_1, single_2, multi_key, multi_value or variable_tracking, with commas. \\[default: all]"
+        ),
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option("--lengths", help="Tokens of prompt and answer, with commas between. \\[default: 1024,4096]"),
+        typer.Option("--lengths", help="Tokens of prompt and output, with commas between. \\[default: 1024,4096]"),
     ] = None,
-    depths: Annotated[int | None, typer.Option("--depths", help="Places between beginning and end. \\[default: 5]")] = None,
-    samples: Annotated[int | None, typer.Option("--samples", help="Needles at each place. \\[default: 10]")] = None,
+    depths: Annotated[
+        int | None, typer.Option("--depths", help="Number of depths, from beginning to end. \\[default: 5]")
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", help="Needles at each depth. \\[default: 10]")] = None,
     haystack: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,22 +38,22 @@ def needles(
     text_field: Annotated[
         str, typer.Option("--text-field", help="Column of JSON lines and Parquet files that holds the text.")
     ] = "text",
-    digits: Annotated[int | None, typer.Option("--digits", help="Of the hidden numbers. \\[default: 7]")] = None,
+    digits: Annotated[int | None, typer.Option("--digits", help="Digits of the hidden numbers. \\[default: 7]")] = None,
     values: Annotated[
         Literal["numbers", "words"], typer.Option("--values", help="What is hidden under a key; variables have numbers.")
     ] = "numbers",
     seed: Annotated[int | None, typer.Option("--seed", help="Another one gives other needles. \\[default: 0]")] = None,
     num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own.")] = None,
-    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="To compute in.")] = "auto",
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="Type to compute in.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw heat maps as PNG.")] = None,
 ) -> None:
     """Find facts hidden in long texts (RULER's needles), over lengths and depths.
 
-    Recall: values that the greedy output contains. Likeliest: the share of the
-    right answer's tokens that are the model's first choice, each after the
-    right ones before it; small models show there first what they can do.
+    Recall is the share of the values that the greedy output contains. Likeliest
+    is the share of the right answer's tokens that are the model's first choice,
+    each behind the right ones; it rises first in small models.
 
     [bold]Examples[/bold]
 
@@ -73,40 +77,40 @@ def needles(
     entries = haystack or ["stdlib"]
     text = load_haystack(entries, text_field) if set(settings.kinds) - set(NOISE_KINDS) else None
     with progress_bar("needles", settings.count) as advance:
-        cells = needle_grid(llm, settings, text, num_loops, advance)
-    _print_tables(cells)
+        scores = needle_grid(llm, settings, text, num_loops, advance)
+    _print_tables(scores)
     if json is not None:
         write_json(
             json,
             {
                 "model": str(model), "num_loops": llm.engine.num_loops, "haystack": entries,
-                "settings": settings.model_dump(mode="json"), "cells": [cell.model_dump() for cell in cells],
+                "settings": settings.model_dump(mode="json"), "cells": [score.model_dump() for score in scores],
             },
         )  # fmt: skip
     if plot is not None:
         from yoco_u.evaluation.plots import write_needle_plot
 
-        write_needle_plot(cells, plot)
+        write_needle_plot(scores, plot)
 
 
-def _print_tables(cells: "Sequence[NeedleScore]") -> None:
-    """A table for each kind: recall at each depth, then the means over the depths."""
+def _print_tables(scores: "Sequence[NeedleScore]") -> None:
+    """Print a table for each kind of needle: the recall at each depth, then the means over all depths."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    for kind in dict.fromkeys(cell.kind for cell in cells):
-        own = [cell for cell in cells if cell.kind == kind]
-        depths = list(dict.fromkeys(cell.depth for cell in own))
+    for kind in dict.fromkeys(score.kind for score in scores):
+        own = [score for score in scores if score.kind == kind]
+        depths = list(dict.fromkeys(score.depth for score in own))
         table = Table(box=box.SIMPLE_HEAD, title=f"{kind}: recall by depth", title_justify="left", title_style="bold")
         for heading in ("length", *(f"{depth:.0%}" for depth in depths), "mean", "likeliest", "loss"):
             table.add_column(heading, justify="right")
-        for length in dict.fromkeys(cell.length for cell in own):
-            row = [cell for cell in own if cell.length == length]
+        for length in dict.fromkeys(score.length for score in own):
+            row = [score for score in own if score.length == length]
             recall, accuracy, loss = (
-                sum(values) / len(row) for values in zip(*((c.recall, c.token_accuracy, c.loss) for c in row), strict=True)
+                sum(values) / len(row) for values in zip(*((s.recall, s.token_accuracy, s.loss) for s in row), strict=True)
             )
-            shares = [cell.recall for cell in row] + [recall, accuracy]
+            shares = [score.recall for score in row] + [recall, accuracy]
             table.add_row(f"{length:,}", *(f"{share:.0%}" for share in shares), f"{loss:.3f}")
         console.print(table)

@@ -1,4 +1,4 @@
-"""Configs as they are named on the command line: a YAML file or a packaged name, and dotted overrides."""
+"""Configs on the command line: a YAML file or the name of a packaged config, changed by dotted overrides."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -21,10 +21,10 @@ def packaged_configs() -> list[str]:
 
 
 def find_config(name: str) -> Path:
-    """A YAML file of the user, or a packaged config by its name.
+    """The path of a config: a YAML file of the user, or a packaged config by its name.
 
     Raises:
-        UserError: if it is neither, with the nearest packaged name.
+        UserError: if the name is neither, naming the nearest packaged config.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -37,12 +37,12 @@ def find_config(name: str) -> Path:
 
 
 def load_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The mapping in a config, with the overrides applied, not yet checked."""
+    """The contents of a config file with the overrides applied, not checked yet."""
     return apply_overrides(load_yaml(find_config(name)), overrides)
 
 
 def load_run_config(name: str, overrides: Sequence[str]) -> "RunConfig":
-    """A checked run config.
+    """The run config of a file or a packaged name, with the overrides applied.
 
     Raises:
         UserError: for a missing file, an unknown key or a value that does not fit.
