@@ -1,8 +1,8 @@
-// One answer on the page: its text as it comes, and what it costs.
+// One answer on the page: its text as it streams in, and its figures (tokens, speed, size of the KV cache).
 
 import { get, stream } from "./api.js";
 
-const KV_EVERY = 500; // milliseconds between two questions for the cache's size
+const KV_EVERY = 500; // milliseconds between two requests for the size of the KV cache
 
 const bytes = (count) => {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -11,10 +11,13 @@ const bytes = (count) => {
   return `${value < 10 && power ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
 };
 
+const duration = (milliseconds) =>
+  milliseconds < 1000 ? `${Math.round(milliseconds)} ms` : `${(milliseconds / 1000).toFixed(1)} s`;
+
 const times = (ratio) => `${ratio >= 10 ? Math.round(ratio) : ratio.toFixed(1)}x`;
 
 export class Answer {
-  // given: text that stands before the answer, null in a chat.
+  // given: the text that the model continues, shown before the answer; null in a chat.
   constructor(title, loops, given) {
     this.element = document.getElementById("answer").content.firstElementChild.cloneNode(true);
     this.element.querySelector("h3").textContent = title;
@@ -29,10 +32,11 @@ export class Answer {
       place.append(before);
     }
     place.append(this.output);
-    this.asked = -Infinity;
+    this.asked = -Infinity; // when the size of the KV cache was last asked for
   }
 
-  // Runs until the answer has ended, was stopped or failed; says whether it ended.
+  // Streams the answer. Returns true when it has ended, false when it was stopped, and throws when it failed.
+  // grown: called whenever the answer has become longer on the screen.
   async run(path, body, signal, grown) {
     const begun = performance.now();
     let first = 0;
@@ -44,11 +48,11 @@ export class Answer {
         const text = choice?.text ?? choice?.delta?.content ?? "";
         if (choice && !first) {
           first = now;
-          this.figure("first", first - begun < 1000 ? `${Math.round(first - begun)} ms` : `${((first - begun) / 1000).toFixed(1)} s`);
+          this.figure("first", duration(first - begun));
         }
         if (text) {
           this.text += text;
-          this.output.append(text); // a text node: never markup
+          this.output.append(text); // as a text node, so that what a model writes is never markup
         }
         if (chunk.usage) this.count(chunk.usage, first, now, !choice);
         grown();
@@ -66,6 +70,8 @@ export class Answer {
     }
   }
 
+  // Shows the figures that follow from the token counts. The last chunk brings the counts alone, without a token, so its
+  // time says nothing of the speed.
   count(usage, first, now, last) {
     this.figure("tokens", usage.completion_tokens);
     if (usage.completion_tokens > 1 && now > first && !last) {
@@ -82,7 +88,7 @@ export class Answer {
     try {
       found = await get(`/kv?tokens=${tokens}&num_loops=${this.loops}`);
     } catch {
-      return; // the figure stays as it was
+      return; // the figure stays as it was, and is asked for again with the next tokens
     }
     const ratio = found.transformer_bytes / found.bytes;
     const compared = ratio >= 1 ? `${times(ratio)} less` : `${times(1 / ratio)} more`;
@@ -104,7 +110,7 @@ export class Answer {
     place.hidden = false;
   }
 
-  // A button under the answer.
+  // Shows a button under the answer.
   offer(label, action) {
     const button = this.element.querySelector(".again");
     button.textContent = label;

@@ -1,4 +1,4 @@
-// The server's API: facts, figures and streamed answers.
+// Requests to the server: JSON by get(), streamed answers by stream().
 
 let key = sessionStorage.getItem("key") ?? "";
 
@@ -21,7 +21,7 @@ async function fail(response) {
   try {
     message = (await response.json()).error.message;
   } catch {
-    // no error of the API: the status has to do
+    // the body is no error of the API, so the status alone must do
   }
   const wait = response.headers.get("Retry-After");
   throw new ApiError(response.status === 429 && wait ? `${message} (in ${wait} s)` : message, response.status);
@@ -42,12 +42,16 @@ export async function get(path) {
   return response.json();
 }
 
-// Yields the chunks of a streamed answer.
+// Yields the chunks of a streamed answer; throws ApiError when the server reports an error or the stream breaks off.
 export async function* stream(path, body, signal) {
   const response = await reach(path, {
     method: "POST",
     headers: { "Content-Type": "application/json", ...headers() },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } }),
+    body: JSON.stringify({
+      ...body,
+      stream: true,
+      stream_options: { include_usage: true, continuous_usage_stats: true },
+    }),
     signal,
   });
   if (!response.ok) await fail(response);
@@ -64,7 +68,7 @@ export async function* stream(path, body, signal) {
     if (read.done) throw new ApiError("the answer was cut off", 0);
     rest += read.value;
     const events = rest.split("\n\n");
-    rest = events.pop();
+    rest = events.pop(); // an event that has not come in full
     for (const event of events) {
       const data = event.replace(/^data: /, "");
       if (data === "[DONE]") return;

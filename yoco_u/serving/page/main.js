@@ -1,4 +1,4 @@
-// The page: settings, turns, keys.
+// The page: settings in, requests out, and the turns of the talk on the screen.
 
 import { Answer } from "./answer.js";
 import { ApiError, get, setKey } from "./api.js";
@@ -9,10 +9,10 @@ const EXAMPLES = {
   text: ["def fibonacci(n):", "class Stack:", "import "],
 };
 
-let facts = null;
-let early = false; // something was sent before the facts were there
-let messages = []; // of a chat, as the API takes them
-let running = null; // AbortController of the answers that are being written
+let facts = null; // what /model says, once it has answered
+let early = false; // whether a text was sent before the facts were there; it is sent when they come
+let messages = []; // the chat so far, as the API takes it
+let running = null; // AbortController of the answers that are streaming, null when none is
 
 // Settings
 
@@ -22,8 +22,14 @@ function number(id) {
 }
 
 function sampling() {
-  const seed = number("seed") ?? Math.floor(Math.random() * 2 ** 32); // the same for both answers
-  const body = { model: facts.name, temperature: number("temperature"), top_p: number("top-p"), max_tokens: number("max-tokens"), seed };
+  const seed = number("seed") ?? Math.floor(Math.random() * 2 ** 32); // one for both answers: they differ by T alone
+  const body = {
+    model: facts.name,
+    temperature: number("temperature"),
+    top_p: number("top-p"),
+    max_tokens: number("max-tokens"),
+    seed,
+  };
   if ($("stop").value) body.stop = $("stop").value.replaceAll("\\n", "\n");
   return body;
 }
@@ -46,6 +52,7 @@ function element(tag, className, text) {
   return made;
 }
 
+// Whether the end of the log is in view; only then does the log follow new text.
 function atEnd() {
   const log = $("log");
   return log.scrollHeight - log.scrollTop - log.clientHeight < 40;
@@ -83,6 +90,8 @@ async function send(text) {
   grown();
 }
 
+// What a person can do after a turn: a base model's texts can be continued; of two answers in a chat, one is chosen to stay
+// in the conversation, the first unless another is.
 function finish(text, answers, asked) {
   const written = answers.filter((answer) => answer.text);
   if (!facts.chat) {
@@ -123,19 +132,33 @@ function clear() {
 
 // The model
 
+function short(count) {
+  if (count >= 1e9) return `${(count / 1e9).toFixed(1)}B`;
+  if (count >= 1e6) return `${(count / 1e6).toFixed(1)}M`;
+  return `${Math.round(count / 1e3)}K`;
+}
+
+// Asks what the model is, and fits the page to it. Called again when a key has been given.
 async function begin() {
   try {
     facts = await get("/model");
   } catch (error) {
-    $("empty-text").textContent = error.status === 401 ? "This server asks for an API key." : `No model: ${error.message}.`;
+    $("empty-text").textContent =
+      error.status === 401 ? "This server asks for an API key." : `No model: ${error.message}.`;
     if (error.status === 401) askForKey();
     return;
   }
-  const size = facts.parameters >= 1e9 ? `${(facts.parameters / 1e9).toFixed(1)}B` : facts.parameters >= 1e6 ? `${(facts.parameters / 1e6).toFixed(1)}M` : `${Math.round(facts.parameters / 1e3)}K`;
   document.title = facts.name;
   $("model-name").textContent = facts.name;
-  $("model-facts").textContent = [`${size} parameters`, ...facts.stages, ...(facts.window ? [`window ${facts.window}`] : [])].join(" · ");
-  for (const [id, value] of [["loops-a", facts.num_loops], ["loops-b", Math.max(1, facts.num_loops - 1)]]) {
+  $("model-facts").textContent = [
+    `${short(facts.parameters)} parameters`,
+    ...facts.stages,
+    ...(facts.window ? [`window ${facts.window}`] : []),
+  ].join(" · ");
+  for (const [id, value] of [
+    ["loops-a", facts.num_loops],
+    ["loops-b", Math.max(1, facts.num_loops - 1)],
+  ]) {
     $(id).max = Math.max(facts.max_num_loops, facts.num_loops);
     $(id).value = value;
   }
