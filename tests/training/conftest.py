@@ -12,7 +12,8 @@ from yoco_u.data import DataConfig, prepare
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus so regular that any model learns something of it in a few steps.
 
-    It is named from its own folder, since the split goes by the names of documents: the same data in every run of the tests.
+    The corpus is named relative to its own folder: the split depends on the names of documents, so the data are the same in
+    every run of the tests, whatever the temporary folder is called.
     """
     folder = tmp_path_factory.mktemp("training-data")
     lines = [json.dumps({"text": f"def add_{n}(left, right):\n    return left + right + {n}\n" * 3}) for n in range(60)]
@@ -26,7 +27,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
-    """The number of threads is part of what makes sums exact."""
+    """Tests that compare exact results need one number of threads, because it changes the order of sums."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

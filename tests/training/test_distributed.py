@@ -1,4 +1,4 @@
-"""Two processes against one: the same losses up to rounding, and checkpoints that move between them."""
+"""Two processes give the losses of one up to rounding, and checkpoints load on either number of processes."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Loops that grow during training: which step runs how many, what that costs, and that it resumes exactly."""
+"""Loop schedules: the loop count of each step, the FLOPs that it costs, and that such a run resumes exactly."""
 
 import json
 import shutil

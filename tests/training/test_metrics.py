@@ -1,4 +1,4 @@
-"""What is measured and where it is written."""
+"""The metrics of a run: their values, and where they are written."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ ALONE = Distributed(0, 1, 0, torch.device("cpu"))
 @pytest.fixture(scope="module")
 def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("metrics") / "run"
-    small = {"initializer_range": 0.02}  # so that the model begins with nearly equal logits
+    small = {"initializer_range": 0.02}  # with small weights all logits are nearly equal at first
     train(run_config(dataset).model_copy(update=small), folder, progress=False)
     return folder
 
@@ -89,7 +89,7 @@ def test_evaluation_is_the_mean_over_the_first_rows(run: Path, dataset: Path, ma
     for index in range(rows):
         row = torch.from_numpy(validation.row(index))
         start = 0
-        for end in [*range(1, 24), 24]:  # each document by itself
+        for end in [*range(1, 24), 24]:  # the model must see each document by itself
             if end == 24 or row[end] == validation.index.eot_id:
                 logits = model(row[None, start:end]).logits[0]
                 losses += F.cross_entropy(logits, row[start + 1 : end + 1], reduction="none").tolist()

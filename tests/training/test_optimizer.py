@@ -1,4 +1,4 @@
-"""The learning rate of every step, and which parameters decay."""
+"""The learning rate of every step, and the parameters that weight decay applies to."""
 
 import math
 

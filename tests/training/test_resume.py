@@ -1,4 +1,4 @@
-"""A run that was killed and started again is the run that was not."""
+"""A run that was killed and started again gives exactly the results of a run that was not killed."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from training_runs import STEPS, deterministic, run_config, start
 from yoco_u.errors import UserError
 from yoco_u.training import RunConfig, train
 from yoco_u.training.metrics import METRICS, MetricsWriter
-from yoco_u.training.step import TrainingStep
+from yoco_u.training.step import StepResult, TrainingStep
 
 EXPERTS = {"experts": {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16}}
 
@@ -31,11 +31,11 @@ MOMENTS = [
     "open */metrics.jsonl",
     "os.mkdir */step-00000002.partial",
     "open */step-00000002.partial/*.distcp",
-    "os.rmdir */step-00000002.partial",  # while what the last kill left is cleared away
+    "os.rmdir */step-00000002.partial",  # while the files that the last kill left are removed
     "os.rename */step-00000002.partial/.metadata.tmp *",
     "os.rename */step-00000002.partial *",
     "open */tensorboard/*",
-    "os.mkdir */step-00000006.partial",  # with two checkpoints behind it, of which one goes
+    "os.mkdir */step-00000006.partial",  # two older checkpoints are there, and one of them will be removed
     "os.rename */step-00000002 *.old.partial",
     "os.rmdir */step-00000004.old.partial",
     "open */step-00000010.partial/trainer.json.partial",
@@ -91,7 +91,7 @@ def test_the_second_signal_acts_at_once(dataset: Path, tmp_path: Path, monkeypat
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(trainer, "evaluate", interrupted_evaluation)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     with pytest.raises(KeyboardInterrupt):
         train(run_config(dataset), tmp_path, progress=False)
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
@@ -108,7 +108,7 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 def unfinished_copy(finished: Path, folder: Path, step: int) -> Path:
-    """The run as it was after the checkpoint of `step`, with metrics that ran ahead."""
+    """A copy of the run as it was after the checkpoint of `step`, but with the metrics of later steps too."""
     shutil.copytree(finished, folder)
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "model")
@@ -178,9 +178,9 @@ def test_metrics_beyond_the_checkpoint_and_torn_lines_are_cut(finished: tuple[Pa
 def test_random_numbers_continue(finished: tuple[Path, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     update, drawn = TrainingStep.update, []
 
-    def draw(self: TrainingStep, step: int) -> float:
+    def draw(self: TrainingStep, result: StepResult, step: int) -> float:
         drawn.append((step, torch.rand(()).item()))
-        return update(self, step)
+        return update(self, result, step)
 
     monkeypatch.setattr(TrainingStep, "update", draw)
     train(finished[1], tmp_path / "whole", progress=False)

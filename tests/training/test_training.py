@@ -1,4 +1,4 @@
-"""Runs in one process: every architecture learns, and what must not change a result does not."""
+"""Runs in one process: every architecture learns, and settings that must not change the results do not."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from yoco_u.training.checkpoint import read_state
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.parallelize import checkpoint_stages, parallelize
-from yoco_u.training.step import TrainingStep
+from yoco_u.training.step import StepResult, TrainingStep
 
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16}
 ALONE = Distributed(0, 1, 0, torch.device("cpu"))
@@ -51,7 +51,7 @@ def test_accumulation_changes_nothing_but_rounding(dtype: str, dataset: Path, tm
 
 
 def test_masked_targets_count_as_little_as_they_should(dataset: Path) -> None:
-    """Micro-batches with unequal numbers of targets: the gradient is that of the mean over all targets."""
+    """Micro-batches with unequal numbers of targets give the gradient of the mean over all targets."""
     config = run_config(dataset, micro_batch_rows=1)
     batch = BatchLoader(PackedDataset(dataset, "train", 24), 4).batch(0)
     for row, count in enumerate((0, 20, 5, 11)):
@@ -120,8 +120,8 @@ def test_a_non_finite_loss_stops_with_the_state_before_it(
 ) -> None:
     update = TrainingStep.update
 
-    def spoil(self: TrainingStep, step: int) -> float:
-        rate = update(self, step)
+    def spoil(self: TrainingStep, result: StepResult, step: int) -> float:
+        rate = update(self, result, step)
         if step == 2:
             with torch.no_grad():
                 self.model.model.stages[0].layers[1].mlp.up_proj.weight[0, 0] = float("inf")
@@ -141,7 +141,7 @@ def test_a_non_finite_loss_stops_with_the_state_before_it(
         assert str(saved) in message
         assert saved.name == "non-finite-step-00000003" and read_state(saved).step == 3
         assert len(losses(tmp_path / name)) == 3
-        # It is for looking at: the run itself goes on from its own newest checkpoint, here from the beginning.
+        # A run never resumes from the state it diverged in. It has no other checkpoint here, so it begins anew.
         assert train(config, tmp_path / name, progress=False)["steps"] == STEPS
         assert len(losses(tmp_path / name)) == STEPS
 
@@ -191,7 +191,7 @@ def test_a_missing_dataset_is_prepared_from_data(tmp_path: Path) -> None:
 
 
 def test_a_run_that_never_began_takes_another_config(dataset: Path, tmp_path: Path) -> None:
-    """A corpus that cannot be read must not lock the folder it was meant for."""
+    """After a run failed on a corpus that cannot be read, another run can use the folder."""
     with pytest.raises(UserError, match="missing"):
         train(run_config(tmp_path / "missing"), tmp_path / "run", progress=False)
     assert train(run_config(dataset), tmp_path / "run", progress=False)["steps"] == STEPS

@@ -1,4 +1,4 @@
-"""Tiny runs, in this process or in others."""
+"""Tiny training runs, in this process or in other processes."""
 
 import gc
 import multiprocessing
@@ -19,7 +19,7 @@ from yoco_u.config import parse
 from yoco_u.errors import UserError
 from yoco_u.training import RunConfig, read_metrics, train
 
-# Children are forked from a server that has torch imported, and no threads.
+# Children are forked from a server process that has imported torch, which saves time, and that has no threads.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["yoco_u.training", "torch._dynamo"])
 
@@ -27,7 +27,7 @@ STEPS = 6
 
 
 def run_config(dataset: Path, name: str = "yoco_u", architecture: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
-    """A run of the preset at size `test`; keys of `optimizer` begin with `optimizer_`, the others are of `training`."""
+    """The config of a preset at size `test`; settings named `optimizer_...` belong to `optimizer`, the others to `training`."""
     optimizer = {k.removeprefix("optimizer_"): settings.pop(k) for k in list(settings) if k.startswith("optimizer_")}
     training = {
         "steps": STEPS, "sequence_length": 24, "batch_rows": 4, "micro_batch_rows": 4, "dtype": "float32", "compile": "off",
@@ -48,7 +48,7 @@ def losses(folder: Path, kind: str = "train") -> list[float]:
 
 
 def deterministic(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run without what the clock says."""
+    """The records of a run without the values that depend on time."""
     clock = {"tokens_per_second", "model_flops_per_second", "mfu", "seconds"}
     return [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(folder)]
 
@@ -62,7 +62,7 @@ def start(
     *,
     own_signal: tuple[str, int] | None = None,
 ) -> BaseProcess:
-    """Train in another process; `own_signal` is a moment at which it sends itself a signal, as `signal_at` takes them."""
+    """Train in another process. `own_signal` says at which moment it sends itself which signal, as arguments of `signal_at`."""
     arguments = (config.model_dump_json(), folder, rank, world_size, port, own_signal)
     process = FORKS.Process(target=_child, args=arguments, daemon=True)
     process.start()
@@ -70,10 +70,10 @@ def start(
 
 
 def train_on_ranks(config: RunConfig, folder: Path, world_size: int = 2) -> list[int | None]:
-    """Train in processes that see the environment torchrun makes; their exit codes.
+    """Train in processes with the environment that torchrun makes, and return their exit codes.
 
-    A process fails if a model is left when its process group ends: whichever is freed last then decides whether it stops at
-    all, since a DDP model that frees the group waits for threads that may wait for it.
+    A process fails if a DDP model still exists when its process group is destroyed, because freeing that model later may hang
+    the process: see `distributed_session`.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,4 +1,12 @@
-"""Training: the loop, its optimizer and schedule, distributed set-up, checkpoints, metrics."""
+"""Training: from a config and a dataset to a trained model, in one process or in several.
+
+A `RunConfig` and the path of a run folder go into `train`. The folder comes out, with metrics, checkpoints, the exported model
+and a summary; a run that was interrupted continues from its newest checkpoint.
+
+Start at `trainer.py`: `train`, then `_Run.run` and `_Run._step`. The way of a batch to an optimizer step leads from there to
+`step.py` (forward, backward, update). Around it: `parallelize.py` (compilation, recomputation, DDP, FSDP2), `optimizer.py`,
+`validation.py`, `checkpoint.py`, `metrics.py`. `run_folder.py` knows the files of a run and reads them for the other rooms.
+"""
 
 from yoco_u.training.config import OptimizerConfig, RunConfig, TrainingConfig
 from yoco_u.training.metrics import read_metrics

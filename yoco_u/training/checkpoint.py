@@ -1,8 +1,8 @@
-"""Sharded checkpoints that are complete or not there, and load on any number of processes.
+"""Sharded checkpoints, which are either complete or not there, and which load on any number of processes.
 
 `checkpoints/step-00000100/` holds the shards of torch.distributed.checkpoint (weights and optimizer state by tensor name),
-`rng-<rank>.pt` and `trainer.json`. It is written as `step-00000100.partial` and renamed by rank 0 when all ranks are done.
-All ranks see the same folder; across machines it lies on a shared file system.
+`rng-<rank>.pt` and `trainer.json`. The ranks write it as `step-00000100.partial`, and rank 0 renames it when all are done.
+All ranks must see the same folder, so that a run on several machines needs a shared file system.
 """
 
 import json
@@ -37,15 +37,16 @@ STEP = "step-"
 
 
 class TrainerState(Config):
-    """`trainer.json`: where a run is.
+    """`trainer.json`: how far a run has come.
 
     Attributes:
         format: version of the checkpoint folder.
-        step: optimizer steps done.
-        tokens: read in these steps.
-        seconds: that these steps took, without evaluations and checkpoints.
-        seed: of the run.
-        world_size: processes that wrote the checkpoint.
+        step: number of optimizer steps done.
+        tokens: number of tokens that these steps read.
+        seconds: time that these steps took, without evaluations and checkpoints.
+        seed: the run's seed.
+        world_size: number of processes that wrote the checkpoint.
+        architecture: the model's; only a model of the same architecture loads the checkpoint.
     """
 
     format: Literal[1] = 1
@@ -69,7 +70,10 @@ class Checkpoints:
         self.folder, self.distributed = folder, distributed
 
     def newest(self) -> Path | None:
-        """The complete checkpoint of the most steps; what a killed process left half-written or half-removed goes."""
+        """The complete checkpoint of the most steps; None if there is none.
+
+        Removes what a killed process left half-written or half-removed.
+        """
 
         def find() -> Path | None:
             for stale in self.folder.glob(f"*{PARTIAL}"):
@@ -80,7 +84,11 @@ class Checkpoints:
         return self.distributed.on_main(find)
 
     def save(self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainerState) -> Path:
-        """Write a checkpoint; it exists when this returns. `name` is `step_name(state.step)` for one to resume from."""
+        """Write a checkpoint, which is complete and on the disk when this returns.
+
+        Args:
+            name: the folder's name. A run resumes from those named `step_name(state.step)` alone.
+        """
         target = self.folder / name
         partial = self.distributed.on_main(lambda: fresh_folder(target))
         with _alone(self.distributed) as single:
@@ -105,10 +113,10 @@ class Checkpoints:
         self.distributed.on_main(remove)
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, architecture: Architecture) -> TrainerState:
-        """Bring the model, the optimizer and this rank's random numbers to the state of a checkpoint.
+        """Bring the model, the optimizer and this rank's random number generators to the state of a checkpoint.
 
         Raises:
-            UserError: if it is of another architecture, or damaged.
+            UserError: if the checkpoint is damaged, or that of another architecture.
         """
         state = read_state(path)
         difference = next(differences(state.architecture, architecture), None)
@@ -154,13 +162,13 @@ def read_state(path: Path) -> TrainerState:
 
 
 def full_weights(model: nn.Module) -> dict[str, Any]:
-    """All weights, whole, on the CPU of rank 0; empty elsewhere. Every rank calls it."""
+    """All weights, unsharded, on the CPU of rank 0; empty on the other ranks. Every rank must call it."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 @contextmanager
 def _alone(distributed: Distributed) -> Iterator[bool]:
-    """Whether this is the only process; then without the warning that it is."""
+    """Yields whether this is the only process, and keeps torch from warning that it is."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield distributed.world_size == 1

@@ -15,10 +15,16 @@ class OptimizerConfig(Config):
     """AdamW and its learning rate over the steps of a run.
 
     Attributes:
-        schedule: `cosine`, or `wsd`: warm-up, stable, decay (linear over the last `decay_fraction` of the steps).
-        warmup_steps: steps of linear rise from 0.
-        final_learning_rate: share of the peak that is left at the last step.
+        learning_rate: the peak of the learning rate.
+        betas: decay rates of AdamW's two moments.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's weight decay; only matrices that multiply activations decay.
         clip_norm: largest gradient norm; larger gradients are scaled down to it.
+        schedule: `cosine` decays after the warm-up, down to the last step; `wsd` (warm-up, stable, decay) keeps the peak and
+            decays linearly over the last `decay_fraction` of the steps.
+        warmup_steps: steps over which the learning rate rises linearly from 0 to the peak.
+        decay_fraction: share of the steps over which `wsd` decays.
+        final_learning_rate: learning rate of the last step, as a share of the peak.
     """
 
     learning_rate: PositiveFloat = 1e-3
@@ -32,15 +38,16 @@ class OptimizerConfig(Config):
     final_learning_rate: float = Field(default=0.1, ge=0, le=1)
 
     def decay_steps(self, steps: int) -> int:
-        """Steps over which the rate falls, out of `steps`: at least 1; those after the warm-up with `cosine`."""
+        """Number of steps, at least 1, over which the rate of a run of `steps` decays: with `cosine` all after the warm-up."""
         return max(1, steps - self.warmup_steps if self.schedule == "cosine" else round(self.decay_fraction * steps))
 
 
 class LoopPhase(Config):
-    """A part of training with a loop count of its own.
+    """A part of training with its own loop count.
 
     Attributes:
-        until: share of the steps at which the phase ends; it begins where the one before ends, the first one at 0.
+        until: share of the steps at which the phase ends. The first phase begins at 0, each further one where the phase before
+            it ends.
         loops: loop count T of the phase.
     """
 
@@ -52,20 +59,23 @@ class TrainingConfig(Config):
     """How a model is trained.
 
     Attributes:
+        steps: number of optimizer steps.
         sequence_length: tokens per row.
-        batch_rows: rows per optimizer step, over all processes and accumulation steps.
-        micro_batch_rows: rows per forward pass of one process; batch_rows is reached by accumulation.
-        dtype: `bfloat16` is autocast with float32 weights; `float32` computes in float32 throughout.
-        compile: run blocks through torch.compile; `auto` does so where a C++ compiler (or a GPU) is at hand.
-        checkpoint_stages: stages whose activations are recomputed in the backward pass.
+        batch_rows: rows per optimizer step, over all processes and micro-batches.
+        micro_batch_rows: rows per forward pass of one process; gradients accumulate until batch_rows is reached.
+        seed: seed of the initial weights and of the order of the data.
+        dtype: `bfloat16` is autocast over float32 weights; `float32` computes in float32 throughout.
+        compile: whether blocks run through torch.compile; `auto` compiles where there is a C++ compiler or a GPU.
+        checkpoint_stages: stages, by index, whose activations are recomputed in the backward pass instead of kept.
         parallel: how several processes share the work: `ddp` copies the model, `fsdp` shards it (FSDP2).
-        device: `auto` is a GPU where there is one.
+        device: a device of torch, or `auto`: a GPU where there is one, otherwise the CPU.
         evaluate_every: steps between evaluations on the validation split; the last step is always evaluated.
-        evaluation_tokens: at most so many validation tokens per evaluation.
+        evaluation_tokens: the most validation tokens that an evaluation scores.
         save_every: steps between checkpoints; the last step is always saved.
-        keep_checkpoints: newest checkpoints that are kept.
-        loop_schedule: phases in which the model is trained with another loop count, from the first step on; after the last one,
-            and in every evaluation, it is the architecture's own.
+        keep_checkpoints: how many of the newest checkpoints are kept.
+        loop_schedule: phases, from the first step on, that train the model with other loop counts. After the last phase, and in
+            every evaluation, the model runs with the architecture's own.
+        wandb_project: Weights & Biases project that metrics are logged to as well; None logs to files alone.
     """
 
     steps: PositiveInt
@@ -105,14 +115,16 @@ class TrainingConfig(Config):
 
 
 class RunConfig(Config):
-    """Everything that determines a run, and the file that a run folder keeps of it.
+    """Everything that determines a run. A run folder keeps it as `config.yaml`.
 
     Attributes:
-        name: shown in tables and plots.
+        name: the run's name in tables and plots.
         architecture: the model; `{preset: yoco_u, size: 8m}` in a file, with any field of `Architecture` on top.
-        initializer_range: standard deviation of the initial matrices; 1 / sqrt(hidden_size) if null.
-        dataset: folder of a prepared dataset; made from `data` there if it does not exist.
-        data: what to prepare; None takes the dataset as it is.
+        initializer_range: standard deviation of the initial matrices; 1 / sqrt(hidden_size) if none is given.
+        dataset: folder of a prepared dataset. If it does not exist, it is prepared there from `data`.
+        data: what to prepare the dataset from; without it the dataset must be there already.
+        optimizer: AdamW and its learning rate.
+        training: how long and with which batches the model is trained.
     """
 
     name: str
@@ -145,14 +157,14 @@ class RunConfig(Config):
         return self.training.batch_rows * self.training.sequence_length
 
     def loops_at(self, step: int) -> int | None:
-        """Loop count of training step `step` = 0 .. steps - 1; None stands for the architecture's own."""
+        """Loop count of training step `step` = 0 .. steps - 1; None where the architecture's own loop counts apply."""
         phases = self.training.loop_schedule
         return next((phase.loops for phase in phases if step < self._end(phase)), None)
 
     def training_flops(self, steps: int | None = None) -> float:
-        """Model FLOPs, forward and backward, of the first `steps` training steps, by default of all.
+        """Model FLOPs, forward and backward, of the first `steps` training steps; of all steps by default.
 
-        Evaluations are not counted; each step counts with its own loop count.
+        Each step counts with its own loop count. Evaluations do not count.
         """
         steps = self.training.steps if steps is None else steps
         total, begin = 0.0, 0

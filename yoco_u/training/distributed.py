@@ -1,4 +1,4 @@
-"""Who takes part in a run: one process, or those that torchrun started."""
+"""The processes of a run: this one alone, or all that torchrun started."""
 
 import gc
 import os
@@ -18,12 +18,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among those of the run.
+    """This process and its place among the processes of the run.
 
     Attributes:
-        rank: 0 .. world_size - 1, over all machines.
-        local_rank: on this machine.
-        device: of this process's model.
+        rank: number of this process, 0 .. world_size - 1, over all machines.
+        world_size: number of processes, over all machines.
+        local_rank: number of this process among those of its machine.
+        device: where this process's model lies.
     """
 
     rank: int
@@ -36,7 +37,7 @@ class Distributed:
         return self.rank == 0
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Call on rank 0 while the others wait; all get its result, or raise its exception."""
+        """Call a function on rank 0 while the other ranks wait. All ranks return its result, or raise its exception."""
         if self.world_size == 1:
             return function()
         outcome: list[Any] = [None, None]
@@ -74,7 +75,7 @@ class Distributed:
 
 @contextmanager
 def distributed_session(device: str) -> Iterator[Distributed]:
-    """Join the processes that torchrun started (gloo between CPUs, nccl between GPUs), or be alone.
+    """Join the process group of torchrun (gloo between CPUs, nccl between GPUs); without torchrun, be the only process.
 
     Args:
         device: `auto`, or the name of a device of torch; a GPU without a number is the one of the local rank.
@@ -92,14 +93,15 @@ def distributed_session(device: str) -> Iterator[Distributed]:
     distributed = Distributed(rank, world_size, local_rank, chosen)
     try:
         yield distributed
-        distributed.barrier()  # none leaves while another still reads what it sent
+        distributed.barrier()  # no process leaves while another still reads what it sent
     except BaseException as error:
         if world_size > 1:
-            traceback.clear_frames(error.__traceback__)  # they hold the model
+            traceback.clear_frames(error.__traceback__)  # the frames hold the model, which must be freed below
         raise
     finally:
         if world_size > 1:
-            # A DDP model holds the group. Were it freed after this, the group would wait for its threads with the interpreter's
-            # lock held, and they perhaps for the lock.
+            # A DDP model holds the process group, so the model has to be freed first. Were it freed after the group is
+            # destroyed, the group's destructor would wait for its threads while it holds the interpreter lock, and a thread
+            # that waits for that lock would never end.
             gc.collect()
             dist.destroy_process_group()

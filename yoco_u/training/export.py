@@ -1,4 +1,4 @@
-"""A finished model as a Hugging Face folder, with its tokenizer beside the weights."""
+"""The trained model as a Hugging Face folder, with the tokenizer beside the weights."""
 
 import shutil
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from yoco_u.training.run_folder import RunFolder
 
 
 def export_model(model: nn.Module, config: YocoUConfig, folder: RunFolder, distributed: Distributed) -> None:
-    """Write `model/` of a run folder; `AutoModelForCausalLM` and `AutoTokenizer` read it. Every rank calls it."""
+    """Write `model/` of a run folder, which `AutoModelForCausalLM` and `AutoTokenizer` read. Every rank must call it."""
     weights = full_weights(model)
 
     def save() -> None:

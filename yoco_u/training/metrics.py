@@ -1,9 +1,13 @@
-"""What a run measures: one JSON object a line, TensorBoard, and Weights & Biases where asked for.
+"""The metrics of a run: one JSON object a line in `metrics.jsonl`, TensorBoard, and Weights & Biases where asked for.
 
-`kind` is `train` (every step) or `evaluation`. Common: `step` (done), `tokens` and `flops` (so far, model FLOPs forward and
-backward), `loss` (nats per token), `perplexity`, `bits_per_byte`. In `train` besides: `gradient_norm` (before clipping),
-`learning_rate`, `tokens_per_second`, `model_flops_per_second`, `mfu` (of the measured GEMM rate of all processes),
-`seconds` (of training so far, without evaluations and checkpoints).
+Every record has a `kind`, `train` (one for each step) or `evaluation`, and
+- `step`, `tokens`, `flops`: optimizer steps, tokens and model FLOPs (forward and backward) of the run so far,
+- `loss` (nats per token), `perplexity`, `bits_per_byte`.
+
+Records of kind `train` also have
+- `gradient_norm` (before clipping) and `learning_rate` of the step,
+- `tokens_per_second`, `model_flops_per_second`, and `mfu`, the share of the measured GEMM rate of all processes,
+- `seconds`: training time so far, without evaluations and checkpoints.
 """
 
 import json
@@ -23,7 +27,7 @@ Record = dict[str, Any]
 
 
 def loss_figures(loss: float, bytes_per_token: float) -> Record:
-    """A loss in nats per token, and what follows from it."""
+    """A loss in nats per token, with the perplexity and the bits per byte that follow from it."""
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
@@ -32,7 +36,7 @@ def loss_figures(loss: float, bytes_per_token: float) -> Record:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The complete records of a run folder, in their order; none if there is no file yet."""
+    """The records of a run folder in their order; none if there is no file yet. A half-written last line is left out."""
     try:
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
@@ -41,7 +45,10 @@ def read_metrics(folder: Path) -> list[Record]:
 
 
 class MetricsWriter:
-    """Writes records to all places; used by rank 0 alone. What lies beyond `step`, where the run goes on, is cut.
+    """Writes records to all places. Only rank 0 has one.
+
+    Args:
+        step: the step after which the run continues; records of later steps are cut from the file.
 
     Raises:
         UserError: if Weights & Biases is asked for and not installed.
@@ -57,7 +64,7 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: Record) -> None:
-        """Append one record; when this returns, a killed process has not lost it."""
+        """Append one record. Once this returns, the record survives the death of the process, though not a power cut."""
         self._file.write(_line(record))
         self._file.flush()
         figures = {f"{record['kind']}/{key}": value for key, value in record.items() if key not in ("kind", "step")}
@@ -67,7 +74,7 @@ class MetricsWriter:
             self._wandb.log(figures, step=record["step"])
 
     def sync(self) -> None:
-        """Bring what was written to the disk."""
+        """Bring all records to the disk, so that they survive a power cut as well."""
         os.fsync(self._file.fileno())
         self._tensorboard.flush()
 

@@ -1,4 +1,4 @@
-"""AdamW, which parameters decay, and the learning rate of every step."""
+"""AdamW, the parameters that weight decay applies to, and the learning rate of every step."""
 
 import math
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from yoco_u.training.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over all parameters; only matrices that multiply activations decay.
+    """AdamW (arXiv 1711.05101) over all parameters, with weight decay on matrices that multiply activations.
 
-    Embeddings (an LM head tied to them included), norms, loop gates and ParScale prefixes do not.
+    Embeddings (and an LM head tied to them), norms, loop gates and ParScale prefixes do not decay.
     """
     decayed = {id(parameter) for parameter in _matrices(model)}
     groups: list[dict[str, object]] = [
@@ -32,16 +32,18 @@ def _matrices(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step `step` = 0 .. steps - 1.
+    """The learning rate of step `step` = 0 .. steps - 1.
 
-    With peak P, warm-up w, decay d and final share f, after s = step + 1 steps: P s / w while s < w; then P until s = steps - d
-    (which is w with `cosine`); then P (f + (1 - f) c), where c falls from 1 to 0 over the last d steps, as half a cosine or
-    (`wsd`) linearly.
+    With s = step + 1, peak P, w steps of warm-up, d steps of decay and final share f, the rate is
+
+    - P s / w while s < w,
+    - P until s = steps - d (with `cosine` that is w, so the decay follows the warm-up at once),
+    - then P (f + (1 - f) c), where c falls from 1 to 0 over the last d steps: as half a cosine, or linearly with `wsd`.
     """
     done = step + 1
     if done < config.warmup_steps:
         return config.learning_rate * done / config.warmup_steps
     decay = config.decay_steps(steps)
-    progress = max(0.0, 1 - (steps - done) / decay)  # 0 .. 1 through the decay
+    progress = max(0.0, 1 - (steps - done) / decay)  # from 0 at the beginning of the decay to 1 at the last step
     remaining = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
     return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * remaining)

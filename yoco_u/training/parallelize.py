@@ -1,6 +1,6 @@
-"""What is applied to a model from outside so that it trains fast, in little memory, or on many processes.
+"""What is applied to a model so that it trains fast, in little memory, or on many processes.
 
-The model itself knows nothing of it. The order matters: recomputation, then compilation, then DDP or FSDP2 around both.
+Recomputation, then compilation, then DDP or FSDP2 around both: the order matters. The model itself knows of none of them.
 """
 
 import warnings
@@ -24,18 +24,18 @@ from yoco_u.training.distributed import Distributed
 
 
 def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Distributed) -> nn.Module:
-    """Move the model to its device and make it ready to train; call before the optimizer is built.
+    """Move the model to its device and make it ready to train. Call this before the optimizer is built.
 
-    Every rank passes the same weights. With FSDP2 each block is one group of shards, and everything else (embedding, head,
-    global KV, loop gates, final norm) the root's.
+    Every rank must pass the same weights. With FSDP2 each block is one group of shards; everything else (embedding, LM head,
+    global KV, loop gates, final norm) is in the root's group.
     """
     checkpoint_stages(model, config.checkpoint_stages)
     compile_model(model, config.compile)
     if distributed.world_size == 1:
         return model.to(distributed.device)
     if config.parallel == "ddp":
-        # Buffers are not broadcast: the counts of a mixture of experts differ by rank until they are summed.
-        with warnings.catch_warnings():  # its new name is not in every torch that this runs on
+        # Buffers are not broadcast, because the token counts of a mixture of experts differ by rank until a step sums them.
+        with warnings.catch_warnings():  # some of the torch versions that we support lack the argument's new name
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             return DistributedDataParallel(model.to(distributed.device), broadcast_buffers=False, gradient_as_bucket_view=True)
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
@@ -46,7 +46,7 @@ def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Di
 
 
 def checkpoint_stages(model: YocoUForCausalLM, stages: tuple[int, ...]) -> None:
-    """Recompute the activations of these stages' blocks in the backward pass instead of keeping them."""
+    """Make the blocks of these stages recompute their activations in the backward pass instead of keeping them."""
     for stage in stages:
         for block in _blocks(model.model.stages[stage]):
             block.gradient_checkpointing = True
@@ -54,10 +54,10 @@ def checkpoint_stages(model: YocoUForCausalLM, stages: tuple[int, ...]) -> None:
 
 
 def compile_model(model: YocoUForCausalLM, setting: str) -> None:
-    """Run the blocks and the loss through torch.compile: one graph serves all layers of a kind, in all loops.
+    """Run the blocks and the loss through torch.compile. One graph serves all layers of a kind, in all loops.
 
     Args:
-        setting: of `TrainingConfig.compile`; `auto` compiles where a C++ compiler or a GPU is at hand.
+        setting: `on`, `off` or `auto`, see `TrainingConfig.compile`.
     """
     can_compile = torch.cuda.is_available() or cxx_compiler() is not None
     if setting == "off" or (setting == "auto" and not can_compile):
@@ -68,9 +68,9 @@ def compile_model(model: YocoUForCausalLM, setting: str) -> None:
 
 
 def without_gradient_sync(model: nn.Module) -> Any:
-    """A context for all but the last micro-batch of a step: DDP then sums the gradients of the ranks only once.
+    """A context for all but the last micro-batch of a step, in which DDP keeps gradients local: it then sums them once a step.
 
-    FSDP2 sums them after every micro-batch, so that each rank only ever holds its shard of the gradients.
+    It does nothing for FSDP2, which sums gradients after every micro-batch, so that a rank only ever holds its shard of them.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 

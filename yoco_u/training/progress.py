@@ -11,7 +11,7 @@ from yoco_u.training.metrics import Record
 
 
 class Reporter(Protocol):
-    """Shows records, and messages in between."""
+    """Shows the records of a run and messages between them."""
 
     def show(self, record: Record) -> None: ...
 
@@ -20,7 +20,7 @@ class Reporter(Protocol):
 
 @contextmanager
 def progress_report(name: str, step: int, steps: int, enabled: bool) -> Iterator[Reporter]:
-    """A reporter of the steps from `step` to `steps`; silent unless enabled."""
+    """A reporter for a run of `steps` steps that begins or continues at `step`; it is silent unless enabled."""
     console = Console(stderr=True, quiet=not enabled)
     if not enabled or not console.is_terminal:
         yield _Lines(steps, lambda message: console.print(message, highlight=False, soft_wrap=True))
@@ -39,7 +39,7 @@ def progress_report(name: str, step: int, steps: int, enabled: bool) -> Iterator
 
 
 class _Lines:
-    """About fifty lines in all."""
+    """A line for each evaluation, and for about fifty steps of the run."""
 
     def __init__(self, steps: int, say: Callable[[str], None]) -> None:
         self._steps, self._every, self.say = steps, max(1, steps // 50), say

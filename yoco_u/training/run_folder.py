@@ -1,4 +1,4 @@
-"""The folder of a run: what is where, and that only one run at a time writes there."""
+"""The folder of a run: its files, how one run at a time writes them (`RunFolder`), and how they are read (`read_run`)."""
 
 import json
 import os
@@ -19,14 +19,15 @@ from yoco_u.training.distributed import Distributed
 from yoco_u.training.metrics import METRICS, read_metrics
 
 SAMPLES = "samples.json"
+"""The texts that experiments let a run's model write."""
 
 
 class RunFolderTaken(UserError):  # noqa: N818
-    """Another process trains there."""
+    """Another process trains in this folder."""
 
 
 class RunFolder:
-    """Paths and small files of a run; written by rank 0 alone."""
+    """The paths of a run, and its small files, which rank 0 alone writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,10 +36,10 @@ class RunFolder:
 
     @contextmanager
     def claim(self, config: RunConfig, distributed: Distributed) -> Iterator[None]:
-        """Hold the folder for a run of `config`, new or continued. The lock goes with the process, however it ends.
+        """Lock the folder for a run of `config`, new or continued. The lock ends with the process, however that ends.
 
         Raises:
-            UserError: if it has a run of another config; `RunFolderTaken` if another process holds it.
+            UserError: if the folder holds a run of another config; `RunFolderTaken` if another process has the lock.
         """
         lock = FileLock(self.path / ".lock")
 
@@ -64,15 +65,11 @@ class RunFolder:
         finally:
             lock.release()
 
-    def _has_begun(self) -> bool:
-        """Whether a step was taken: a run that failed before, for want of a corpus say, may begin with another config."""
-        return self.checkpoints.exists() or (self.path / "metrics.jsonl").exists()
-
     def check_same(self, config: RunConfig) -> None:
         """Raise a UserError if the folder holds a run of another config, naming the first key that differs.
 
-        Where the dataset lies does not count, only what it is made from, if that is known: runs may be moved, or named by
-        another path.
+        Two paths of the dataset count as the same where both configs say what the dataset is prepared from, so that runs and
+        datasets may be moved.
         """
         old = parse(RunConfig, load_yaml(self.config), str(self.config))
         if (old.data and config.data) or Path(old.dataset).resolve() == Path(config.dataset).resolve():
@@ -85,17 +82,14 @@ class RunFolder:
                 "choose another folder, or run it with the config it began with"
             )
 
-    def read_summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run; None of one that is not."""
-        return json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else None
-
     def copy_tokenizer(self, source: Path) -> None:
+        """Copy the dataset's tokenizer into the folder, unless it is there already."""
         if not self.tokenizer.exists():
             shutil.copytree(source, fresh_folder(self.tokenizer), dirs_exist_ok=True)
             publish(self.tokenizer)
 
     def note_start(self, step: int, environment: dict[str, Any]) -> None:
-        """Keep the environment of the first start, and a list of those that went on from a checkpoint."""
+        """Write down what the run runs on. A start that continues from `step` goes into the list `resumed` of the first one."""
         if step == 0 or not self.environment.exists():
             write_json(self.environment, environment | {"resumed": []})
             return
@@ -103,12 +97,22 @@ class RunFolder:
         first["resumed"].append({"step": step} | environment)
         write_json(self.environment, first)
 
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run; None if the run is not finished."""
+        return json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else None
+
+    def _has_begun(self) -> bool:
+        """Whether a step was taken. A run that failed earlier, on a missing corpus say, may begin anew with another config."""
+        return self.checkpoints.exists() or (self.path / METRICS).exists()
+
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder tells.
+    """What a run folder tells, of a finished run or an unfinished one.
 
     Attributes:
+        folder: the run folder.
+        config: the resolved config.
         records: the lines of metrics.jsonl, see `yoco_u.training.metrics`.
         environment: what the run ran on; empty if unknown.
         samples: `{"prompt": ..., "text": ...}` each, the text without the prompt; empty if none were made.
@@ -125,31 +129,31 @@ class Run:
         return [record for record in self.records if record["kind"] == kind]
 
 
-def read_run_config(path: str | os.PathLike[str]) -> RunConfig:
-    """The resolved config of a run folder.
-
-    Raises:
-        UserError: if the folder holds no run.
-    """
-    file = Path(path) / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{path}: no run here (config.yaml is missing); give a folder that `yoco-u train` wrote")
-    return parse(RunConfig, load_yaml(file), str(file))
-
-
 def read_run(path: str | os.PathLike[str]) -> Run:
     """Read a run folder, finished or not.
 
     Raises:
         UserError: if it holds no run, a run without a step, or a damaged file.
     """
-    folder = Path(path)
-    config = read_run_config(folder)
+    folder = RunFolder(Path(path))
+    config = read_run_config(path)
     try:
-        records = read_metrics(folder)
+        records = read_metrics(folder.path)
     except ValueError as error:
-        raise UserError(f"{folder / METRICS}: not JSON lines ({error}); the file is damaged") from None
+        raise UserError(f"{folder.path / METRICS}: not JSON lines ({error}); the file is damaged") from None
     if not records:
-        raise UserError(f"{folder}: the run has no metrics yet; run `yoco-u train` first")
-    environment, samples = read_json(folder / "environment.json", {}), read_json(folder / SAMPLES, [])
-    return Run(folder, config, records, environment, samples)
+        raise UserError(f"{folder.path}: the run has no metrics yet; run `yoco-u train` first")
+    environment, samples = read_json(folder.environment, {}), read_json(folder.path / SAMPLES, [])
+    return Run(folder.path, config, records, environment, samples)
+
+
+def read_run_config(path: str | os.PathLike[str]) -> RunConfig:
+    """The resolved config of a run folder.
+
+    Raises:
+        UserError: if the folder holds no run.
+    """
+    file = RunFolder(Path(path)).config
+    if not file.is_file():
+        raise UserError(f"{path}: no run here (config.yaml is missing); give a folder that `yoco-u train` wrote")
+    return parse(RunConfig, load_yaml(file), str(file))

@@ -1,6 +1,7 @@
-"""One optimizer step: the gradients of a batch over micro-batches and ranks, and the update that they lead to."""
+"""One optimizer step: forward and backward passes over the micro-batches of all ranks, then the update of the weights."""
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -21,12 +22,12 @@ from yoco_u.training.validation import DTYPES
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the forward and backward passes of a step came to. The gradients themselves lie in the parameters.
+    """The loss and gradient norm of a step. The gradients themselves are in the parameters' `grad`.
 
     Attributes:
-        loss: nats per target token, over all micro-batches and ranks.
-        norm: of the gradient of all parameters, before clipping.
-        norm_tensor: the same on the device, for clipping.
+        loss: mean nats per target token, over all micro-batches and ranks.
+        norm: norm of the gradient of all parameters, before clipping.
+        norm_tensor: the same norm as a tensor on the device, which clipping takes.
     """
 
     loss: float
@@ -39,9 +40,9 @@ class StepResult:
 
 
 class TrainingStep:
-    """`gradients` runs the forward and backward passes, `update` changes the weights by what they came to.
+    """An optimizer step in two halves: `gradients` runs the forward and backward passes, `update` changes the weights.
 
-    Between the two the caller may look at the result, and leave the weights as they were.
+    Between the two the caller looks at the result; it stops there if the loss is not finite.
 
     Raises:
         UserError: if the rows of a step do not divide among ranks and micro-batches.
@@ -53,36 +54,39 @@ class TrainingStep:
         self.mixtures = [module for module in model.modules() if isinstance(module, ExpertMixture)]
 
     def gradients(self, batch: Batch, num_loops: int | None = None) -> StepResult:
-        """StepResult of the mean loss over the target tokens of all ranks, left in the parameters.
+        """Leave in the parameters the gradients of the mean loss over the target tokens of all ranks.
 
-        Each micro-batch counts by its share of the targets, so that neither accumulation nor the number of processes changes
-        the result beyond rounding.
+        A micro-batch is weighted by its share of the target tokens, so that neither accumulation nor the number of processes
+        changes the result beyond rounding.
 
         Args:
+            batch: this rank's rows of the step.
             num_loops: loop count of the passes; the model's own by default.
         """
-        training, device = self.config.training, self.distributed.device
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        targets = self.distributed.sum(int((batch["shift_labels"] != -100).sum()))
-        rows = batch["input_ids"].shape[0]
-        loss = torch.zeros((), device=device)
-        for first in range(0, rows, self.micro_batch_rows):
-            last = first + self.micro_batch_rows >= rows
-            part = {k: v[first : first + self.micro_batch_rows] for k, v in batch.items() if isinstance(v, Tensor)}
-            share = int((part["shift_labels"] != -100).sum()) / targets
-            with nullcontext() if last else without_gradient_sync(self.model):
-                with torch.autocast(device.type, DTYPES[training.dtype], enabled=training.dtype != "float32"):
-                    inputs = {k: v.to(device, non_blocking=True) for k, v in part.items()}
-                    output = self.model(**inputs, num_loops=num_loops, use_cache=False)
-                # DDP and FSDP average the gradients of the ranks, where the sum is wanted.
-                (output.loss * (share * self.distributed.world_size)).backward()
-            loss += output.loss.detach() * share
+        targets = self.distributed.sum(_count_targets(batch["shift_labels"]))
+        loss = torch.zeros((), device=self.distributed.device)
+        for part, is_last in self._micro_batches(batch):
+            share = _count_targets(part["shift_labels"]) / targets
+            with nullcontext() if is_last else without_gradient_sync(self.model):
+                part_loss = self._forward(part, num_loops)
+                # DDP and FSDP average the gradients of the ranks, but the sum is needed: each share is of all ranks' targets.
+                (part_loss * (share * self.distributed.world_size)).backward()
+            loss += part_loss.detach() * share
         norm = _whole(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
         return StepResult(self.distributed.sum(loss.item()), norm.item(), norm)
 
     def update(self, result: StepResult, step: int) -> float:
-        """Clip the gradients of `result` and take step `step` = 0, 1, ... with them. Returns its learning rate."""
+        """Clip the gradients, change the weights by them, and balance the experts.
+
+        Args:
+            result: what `gradients` returned.
+            step: number of this step, from 0.
+
+        Returns:
+            The learning rate of the step.
+        """
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -94,7 +98,28 @@ class TrainingStep:
     def learning_rate(self, step: int) -> float:
         return learning_rate(self.config.optimizer, step, self.config.training.steps)
 
+    def non_finite_gradients(self) -> list[str]:
+        """Names of the parameters whose gradients are not finite. Every rank must call it."""
+        named = ((name, p.grad) for name, p in unwrap(self.model).named_parameters() if p.grad is not None)
+        return [name for name, grad in named if not math.isfinite(_whole(get_total_norm([grad])).item())]
+
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[dict[str, Tensor], bool]]:
+        """The batch in parts of `micro_batch_rows` rows, and whether each is the last one."""
+        rows = batch["input_ids"].shape[0]
+        for first in range(0, rows, self.micro_batch_rows):
+            end = first + self.micro_batch_rows
+            yield {name: tensor[first:end] for name, tensor in batch.items() if isinstance(tensor, Tensor)}, end >= rows
+
+    def _forward(self, part: dict[str, Tensor], num_loops: int | None) -> Tensor:
+        """The mean loss of a micro-batch, in nats per target token."""
+        dtype, device = self.config.training.dtype, self.distributed.device
+        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+            inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in part.items()}
+            loss: Tensor = self.model(**inputs, num_loops=num_loops, use_cache=False).loss
+        return loss
+
     def _balance_experts(self) -> None:
+        """Balance each mixture of experts by the load of all micro-batches and ranks of the step."""
         if not self.mixtures:
             return
         counts = torch.stack([mixture.tokens_per_expert for mixture in self.mixtures])  # (mixtures, experts)
@@ -103,14 +128,13 @@ class TrainingStep:
             mixture.tokens_per_expert.copy_(count)
             mixture.balance()
 
-    def non_finite_gradients(self) -> list[str]:
-        """Names of the parameters whose gradients are not finite; every rank calls it."""
-        named = ((name, p.grad) for name, p in unwrap(self.model).named_parameters() if p.grad is not None)
-        return [name for name, grad in named if not math.isfinite(_whole(get_total_norm([grad])).item())]
-
 
 def micro_batch_rows(config: RunConfig, world_size: int) -> int:
-    """Rows per forward pass of one process: what the config says, or all rows of a process where these are fewer."""
+    """Rows per forward pass of one process: the config's micro_batch_rows, or all rows of the process where these are fewer.
+
+    Raises:
+        UserError: if the rows of a step do not divide among processes and micro-batches.
+    """
     training = config.training
     rows, remainder = divmod(training.batch_rows, world_size)
     micro = min(training.micro_batch_rows, rows)
@@ -120,6 +144,10 @@ def micro_batch_rows(config: RunConfig, world_size: int) -> int:
             f"{training.micro_batch_rows}; choose a multiple of {world_size * training.micro_batch_rows}"
         )
     return micro
+
+
+def _count_targets(labels: Tensor) -> int:
+    return int((labels != -100).sum())
 
 
 def _whole(tensor: Tensor) -> Tensor:

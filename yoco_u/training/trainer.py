@@ -1,4 +1,7 @@
-"""Pretraining: from a config to a run folder with checkpoints, metrics and a model."""
+"""Pretraining: from a config to a run folder with checkpoints, metrics and a model.
+
+`train` opens the run folder, `_Run.run` goes through the phases of a run, and `_Run._step` is one optimizer step.
+"""
 
 import math
 import signal
@@ -14,7 +17,7 @@ import torch
 from rich.console import Console
 
 from yoco_u import budget
-from yoco_u.data import BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
+from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
 from yoco_u.device import environment, gemm_rate, peak_memory_bytes
 from yoco_u.errors import UserError
 from yoco_u.files import write_json
@@ -37,23 +40,27 @@ class TrainingDiverged(UserError):  # noqa: N818
 
 
 class TrainingInterrupted(UserError):  # noqa: N818
-    """A signal asked the run to stop; it left a checkpoint to continue from."""
+    """A signal asked the run to stop, and it stopped with a checkpoint to continue from."""
 
 
 def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[str, Any]:
-    """Train a model in a run folder, or go on with it where the newest complete checkpoint is.
+    """Train a model in a run folder, from the beginning or from the newest complete checkpoint there.
 
-    In one process, or in each of those that torchrun started. A run that was killed at any moment and is started again
-    continues to exactly the losses of the uninterrupted run, on the same machine and number of processes.
+    Under torchrun every process calls this. A run that was killed at any moment and is started again continues to exactly the
+    losses of the uninterrupted run, on the same machine with the same number of processes.
 
     Args:
-        progress: show progress on stderr.
+        config: everything that determines the run.
+        folder: the run folder; it is made if it does not exist.
+        progress: whether to show progress on stderr.
 
     Returns:
-        The summary, as in `summary.json`; that of before if the run is finished already.
+        The summary, as in `summary.json`. If the run is finished already, its summary is returned and nothing else happens.
 
     Raises:
-        UserError: if the config, the dataset or the folder do not fit; `TrainingDiverged`; `TrainingInterrupted`.
+        UserError: if the config, the dataset or the folder do not fit together.
+        TrainingDiverged: if the loss or the gradient is not finite.
+        TrainingInterrupted: if SIGINT or SIGTERM stopped the run.
     """
     run_folder = RunFolder(Path(folder))
     with distributed_session(config.training.device) as distributed, run_folder.claim(config, distributed):
@@ -66,6 +73,8 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
 
 
 class _Run:
+    """One run in one process. Each phase of `run` sets the attributes that the later ones use."""
+
     def __init__(self, config: RunConfig, folder: RunFolder, distributed: Distributed, progress: bool) -> None:
         self.config, self.folder, self.distributed = config, folder, distributed
         self.progress = progress and distributed.is_main
@@ -103,7 +112,7 @@ class _Run:
         self.model = parallelize(YocoUForCausalLM(self.model_config), training, self.distributed)
         torch.manual_seed(training.seed + self.distributed.rank)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.step = TrainingStep(self.model, self.optimizer, config, self.distributed)
+        self.training_step = TrainingStep(self.model, self.optimizer, config, self.distributed)
 
     def _resume(self) -> None:
         self.saved = self.checkpoints.newest()
@@ -116,7 +125,7 @@ class _Run:
 
     def _measure_machine(self) -> None:
         training, device = self.config.training, self.distributed.device
-        self.distributed.barrier()  # all at once, as in training
+        self.distributed.barrier()  # all processes multiply at the same time, as they do in training
         self.gemm_rate = self.distributed.sum(gemm_rate(device, DTYPES[training.dtype]))
         found = environment(device) | {
             "world_size": self.distributed.world_size, "dtype": training.dtype, "gemm_flops_per_second": self.gemm_rate,
@@ -164,12 +173,12 @@ class _Run:
                     "run the same command again to continue"
                 )
 
-    def _step(self, batches: Iterator[Any]) -> None:
+    def _step(self, batches: Iterator[Batch]) -> None:
         start = time.perf_counter()
-        result = self.step.gradients(next(batches), self.config.loops_at(self.state.step))
+        result = self.training_step.gradients(next(batches), self.config.loops_at(self.state.step))
         if not result.finite:
-            self._stop_diverged(result)
-        rate = self.step.update(result, self.state.step)
+            self._stop_at_step(result)
+        rate = self.training_step.update(result, self.state.step)
         seconds = time.perf_counter() - start
         tokens = self.config.tokens_per_step
         self.state = self.state.after_step(tokens, seconds)
@@ -185,10 +194,10 @@ class _Run:
 
     def _evaluate(self) -> None:
         training = self.config.training
-        rows = self.step.micro_batch_rows
+        rows = self.training_step.micro_batch_rows
         result = evaluate(self.model, self.validation, training.evaluation_tokens, rows, self.distributed, training.dtype)
         if not math.isfinite(result.loss):
-            self._diverged(f"the validation loss is {result.loss} after step {self.state.step}")
+            self._stop_diverged(f"the validation loss is {result.loss} after step {self.state.step}")
         self._record("evaluation", result.loss, self.validation, {})
 
     def _record(self, kind: str, loss: float, dataset: PackedDataset, figures: Record) -> None:
@@ -206,16 +215,17 @@ class _Run:
         self.saved = self.checkpoints.save(step_name(self.state.step), self.model, self.optimizer, self.state)
         self.checkpoints.prune(self.config.training.keep_checkpoints)
 
-    def _stop_diverged(self, result: StepResult) -> NoReturn:
-        rows, names = self.config.training.batch_rows, self.step.non_finite_gradients()
+    def _stop_at_step(self, result: StepResult) -> NoReturn:
+        rows, names = self.config.training.batch_rows, self.training_step.non_finite_gradients()
         where = f" (first in {names[0]}, {len(names)} parameters in all)" if names else ""
-        first = self.state.step * rows
-        self._diverged(
+        first, rate = self.state.step * rows, self.training_step.learning_rate(self.state.step)
+        self._stop_diverged(
             f"the loss is {result.loss} and the gradient norm {result.norm}{where} in step {self.state.step + 1}, at "
-            f"learning rate {self.step.learning_rate(self.state.step):.3g}, on rows {first} to {first + rows - 1} of the data"
+            f"learning rate {rate:.3g}, on rows {first} to {first + rows - 1} of the data"
         )
 
-    def _diverged(self, what: str) -> NoReturn:
+    def _stop_diverged(self, what: str) -> NoReturn:
+        """Save the state before the update, under a name that no run resumes from, and raise."""
         self.optimizer.zero_grad(set_to_none=True)
         name = f"non-finite-{step_name(self.state.step)}"
         saved = self.checkpoints.save(name, self.model, self.optimizer, self.state)
@@ -226,7 +236,7 @@ class _Run:
         )
 
     def _finish(self) -> dict[str, Any]:
-        """Export the model and write the summary; a run that has one is finished."""
+        """Export the model, then write the summary: a run is finished when it has a summary."""
         export_model(self.model, self.model_config, self.folder, self.distributed)
         return self.distributed.on_main(self._summarize)
 
@@ -243,7 +253,7 @@ class _Run:
             "parameters": budget.parameters(self.config.architecture).total,
             "train_loss": steps[-1]["loss"],
             "validation": {key: evaluation[key] for key in ("loss", "perplexity", "bits_per_byte")},
-            **{key: statistics.median(record[key] for record in steps) for key in speeds},  # so compiling does not count
+            **{key: statistics.median(record[key] for record in steps) for key in speeds},  # not the mean: compiling is slow
             "gemm_flops_per_second": self.gemm_rate,
             "seconds": self.state.seconds,
             "peak_memory_bytes": peak_memory_bytes(self.distributed.device),
@@ -253,12 +263,14 @@ class _Run:
 
 
 class _Stop:
+    """The signal that asked the run to stop; None as long as none came."""
+
     signal: int | None = None
 
 
 @contextmanager
 def _stop_on_signal() -> Iterator[_Stop]:
-    """Note the first SIGINT or SIGTERM, to be heeded between two steps; a second one acts at once."""
+    """Note the first SIGINT or SIGTERM, so that the run can stop between two steps; a second one acts at once."""
     stop = _Stop()
     before: dict[signal.Signals, Any] = {}
 

@@ -1,4 +1,4 @@
-"""Validation loss during training: on the same held-out rows every time, whatever the number of processes."""
+"""The loss on held-out rows: the same rows at every evaluation of a run, whatever the number of processes."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """
+    """The figures of one evaluation.
+
     Attributes:
         loss: nats per token, the mean over `tokens` targets.
-        bits_per_byte: of the text, by the split's mean bytes per token.
-        tokens: targets that were scored.
+        perplexity: exp(loss).
+        bits_per_byte: bits per byte of text, at the split's mean number of bytes per token.
+        tokens: number of targets that were scored.
     """
 
     loss: float
@@ -37,13 +39,15 @@ def evaluate(
     dtype: str = "bfloat16",
     num_loops: int | None = None,
 ) -> Evaluation:
-    """Score the first rows of a dataset, in its order; every rank calls it.
+    """Score the first rows of a dataset, in its order. Every rank must call it.
 
     Args:
-        model: a causal LM on the rank's device, or one that `parallelize` wrapped; its mode is restored.
+        model: a causal LM on the rank's device, or one that `parallelize` wrapped. It runs in evaluation mode; afterwards it is
+            in the mode that it was in before.
         dataset: made with `shuffle=False`, so that the rows are the text from its beginning on.
-        max_tokens: score at most so many targets (at least one row of them); None scores every whole row.
+        max_tokens: the most targets to score, though at least one row of them; None scores every whole row.
         batch_rows: rows per forward pass of one process.
+        distributed: the processes among which the rows are divided.
         dtype: `bfloat16` (autocast) or `float32`.
         num_loops: loop count of the model; its own by default.
     """
@@ -53,8 +57,8 @@ def evaluate(
     total = torch.zeros((), dtype=torch.float64)
     was_training = model.training
     model.eval()
-    # Every rank makes the same number of passes of the same shape, with rows beyond the last one masked: FSDP needs the
-    # passes, a compiled model the shape.
+    # All ranks make equally many passes, since FSDP gathers weights in each. All passes have the same shape, since a compiled
+    # model would compile anew for another. So the last pass may hold rows beyond the end; their labels are masked.
     for step in range(-(-rows // loader.rows_per_step)):
         batch = loader.batch(step)
         row = step * loader.rows_per_step + distributed.rank * batch_rows + torch.arange(batch_rows)
@@ -68,9 +72,9 @@ def evaluate(
 
 @torch.no_grad()
 def batch_nats(model: nn.Module, batch: Batch, device: torch.device, dtype: str, num_loops: int | None) -> torch.Tensor:
-    """The loss of all targets of a batch together, in nats: a number, float64, on the CPU. Arguments as in `evaluate`."""
+    """The loss of a batch in nats, summed over its targets: a float64 scalar on the CPU. Arguments as in `evaluate`."""
     with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-        # num_items_in_batch=1 asks for the sum over the targets instead of their mean.
         inputs = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
+        # The model divides the summed loss by num_items_in_batch; 1 leaves the sum.
         output = model(**inputs, num_loops=num_loops, use_cache=False, num_items_in_batch=1)
     return output.loss.double().cpu()
