@@ -1,4 +1,11 @@
-"""From a corpus to batches: documents, tokenizer, packed shards, rows."""
+"""Data: from a corpus to the batches that training reads.
+
+`prepare` takes a `DataConfig` and makes a dataset: a folder with a tokenizer, shards of token ids and an index. `PackedDataset`
+cuts a split of that folder into rows of tokens, and `BatchLoader` makes a `Batch` of rows for every training step.
+
+Start at `prepare.py` for the way in (with `corpus.py` and `formats.py`, which read documents, and `tokenizer.py`), and at
+`dataset.py` for the way out. docs/data.md describes the folder.
+"""
 
 from yoco_u.data.batches import Batch, BatchLoader, as_batch
 from yoco_u.data.config import DataConfig

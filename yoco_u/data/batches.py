@@ -1,4 +1,4 @@
-"""Batches by step number, the same data whatever the number of processes."""
+"""The batch of every training step, a function of the step's number: the same whatever the number of processes."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +13,12 @@ from yoco_u.errors import UserError
 
 
 class Batch(TypedDict):
-    """What a training step reads; the keys are arguments of the model. int64, (rows, sequence_length), on the CPU.
+    """What a training step reads: int64 tensors (rows, sequence_length) on the CPU. The keys are arguments of the model.
 
-    `shift_labels` are the tokens one further on; `document_ids` count from 1 in each row, up by one at each
-    `<|endoftext|>` of `input_ids`.
+    Attributes:
+        input_ids: the tokens of the rows.
+        shift_labels: the target at each token, which is the token after it; -100 where there is no target.
+        document_ids: the document of each token, counted from 1 in each row, one more at each `<|endoftext|>`.
     """
 
     input_ids: torch.Tensor
@@ -25,23 +27,24 @@ class Batch(TypedDict):
 
 
 def as_batch(rows: NDArray[np.int64], eot_id: int) -> Batch:
-    """Rows of tokens (rows, sequence_length + 1), the last one of each only a target, as a batch."""
+    """A batch from rows of tokens (rows, sequence_length + 1); the last token of each row is only a target."""
     tokens = torch.from_numpy(rows)
     input_ids = tokens[:, :-1].contiguous()
     return Batch(input_ids=input_ids, shift_labels=tokens[:, 1:].contiguous(), document_ids=document_ids(input_ids, eot_id))
 
 
 def document_ids(input_ids: torch.Tensor, eot_id: int) -> torch.Tensor:
-    """The document of each token of packed rows, (rows, tokens): from 1 in each row, one more at each `<|endoftext|>`."""
+    """The document of each token of packed rows (rows, tokens), as in `Batch`."""
     begins = input_ids == eot_id
-    begins[:, 0] = True  # a row may begin within a document
+    begins[:, 0] = True  # also where a row begins in the middle of a document
     return begins.long().cumsum(dim=1)
 
 
 class BatchLoader:
-    """Step s is the rows s R to (s + 1) R - 1 of the dataset, of which each rank takes its part in turn.
+    """Batches of R = `rows_per_step` rows: step s has the rows s R to (s + 1) R - 1 of the dataset.
 
-    Nothing is remembered from step to step: to resume is to ask for the next step.
+    Each rank takes a contiguous part of them, in the order of the ranks. The loader remembers nothing from step to step, so a
+    run resumes by asking for its next step.
 
     Raises:
         UserError: if the rows of a step do not divide among the ranks.
@@ -64,7 +67,7 @@ class BatchLoader:
         return as_batch(rows, self.dataset.index.eot_id)
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        """The batches from `start_step` on, without end, the next one being made in a thread meanwhile."""
+        """The batches from `start_step` on, without end. A thread makes the next one while the caller uses this one."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             step = start_step
             upcoming = pool.submit(self.batch, step)

@@ -1,4 +1,4 @@
-"""What to read and how to cut it into tokens."""
+"""The settings of a dataset: which documents it is made from, and with which tokenizer."""
 
 from typing import Annotated
 
@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 from yoco_u.config import Config
 
 MINIMUM_VOCABULARY = 257
-"""One token for each byte, and `<|endoftext|>`."""
+"""A byte-level tokenizer has at least one token for each byte, and `<|endoftext|>`."""
 
 
 def _as_list(value: object) -> object:
@@ -22,16 +22,18 @@ class DataConfig(Config):
     """How a dataset is made. Equal configs over equal files make equal datasets.
 
     Attributes:
-        corpus: "stdlib" (the Python standard library's own sources), paths of files and folders, globs, and
-            `hf:dataset[:config[:split]]` names; one or a list.
+        corpus: what to read, one entry or a list: "stdlib" (the Python standard library's own sources), paths of files and
+            folders, globs, and `hf:dataset[:config[:split]]` names.
         text_field: the column of JSON lines, Parquet files and Hugging Face datasets that holds the text.
         tokenizer: folder or Hugging Face name of an existing tokenizer; None trains one on the training split.
-        vocab_size: of the trained tokenizer, at most (a small corpus may yield fewer); not used with `tokenizer`.
-        validation_fraction: share of the documents held out, chosen by a hash of their names; not used with
+        vocab_size: largest vocabulary of the trained tokenizer (a small corpus may yield fewer tokens); not used with
+            `tokenizer`.
+        validation_fraction: share of the documents held out for validation, chosen by a hash of their names; not used with
             `validation_corpus`.
-        validation_corpus: documents to validate on; then all of `corpus` is for training.
-        seed: of the split, and of the sample that the tokenizer is trained on.
-        shard_tokens: a shard is closed at the first end of a document at or after so many tokens.
+        validation_corpus: entries like those of `corpus` whose documents are the validation split. All of `corpus` is then for
+            training.
+        seed: seed of the split, and of the sample that the tokenizer is trained on.
+        shard_tokens: size of a shard in tokens: it is closed at the first end of a document at or after this number.
     """
 
     corpus: Corpus = ("stdlib",)

@@ -1,4 +1,4 @@
-"""From the entries of a config to one lazy stream of documents in a fixed order."""
+"""The documents of a corpus: from the entries of a config to one lazy stream in a fixed order."""
 
 import glob
 import os
@@ -23,12 +23,21 @@ STDLIB = "stdlib"
 _PROSE = "txt md rst tex html xml css sql toml yaml yml"
 _SOURCES = "py pyi c h cc cpp hpp cs java kt scala swift go rs js jsx ts tsx rb pl lua r jl sh bash"
 TEXT_SUFFIXES = frozenset(f".{suffix}" for suffix in (*_PROSE.split(), *_SOURCES.split()))
-"""What counts as a text when a folder is walked; a file that is named itself is read whatever its suffix."""
+"""Suffixes of the text files that are read from a folder. A file that an entry names itself is read whatever its suffix."""
 
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 
 class _Source(NamedTuple):
+    """A file or a Hugging Face dataset.
+
+    Attributes:
+        name: how errors and documents name it.
+        size: bytes on disk; None if unknown.
+        identity: the same for the same file or dataset, however an entry names it.
+        read: yields its documents, and reports the bytes that it has read.
+    """
+
     name: str
     size: int | None
     identity: str
@@ -36,9 +45,9 @@ class _Source(NamedTuple):
 
 
 class Corpus:
-    """The documents of some entries ("stdlib", paths, globs, `hf:` names), opened lazily, always in the same order.
+    """The documents of a list of entries ("stdlib", paths, globs, `hf:` names), always in the same order.
 
-    A file that several entries reach is read once. Documents without a character are passed over.
+    Files are opened when their turn comes. A file that several entries reach is read once. Empty documents are left out.
 
     Raises:
         UserError: if an entry leads to no file at all.
@@ -57,11 +66,14 @@ class Corpus:
 
     @property
     def names(self) -> dict[str, str]:
-        """What is read: the name by which it is shown, by a key that is the same for the same file or dataset."""
+        """The name of every file and dataset, by a key that is the same for the same file or dataset."""
         return {source.identity: source.name for source in self._sources}
 
     def documents(self, advance: Advance = lambda _: None) -> Iterator[Document]:
-        """Every document; `advance` is told the bytes read from disk.
+        """Every document.
+
+        Args:
+            advance: called with the number of bytes that were read from disk since the last call.
 
         Raises:
             UserError: at the first thing that cannot be read, naming file and line.
@@ -126,7 +138,7 @@ def _is_table(path: Path) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below, sorted by name folder by folder; hidden ones are left out."""
+    """Every file in a folder and its subfolders, sorted by name within each; hidden files and folders are left out."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
@@ -154,7 +166,7 @@ def _stdlib() -> list[_Source]:
 
 
 def _lenient(path: Path, name: str) -> Callable[[Advance], Iterator[Document]]:
-    """The library tests Python with a few files that do not decode on purpose: those are no documents."""
+    """Reads a file, but yields nothing if it does not decode: the library has a few such files to test Python with."""
 
     def read(advance: Advance) -> Iterator[Document]:
         try:

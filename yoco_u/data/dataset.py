@@ -1,4 +1,4 @@
-"""Rows of tokens by number: shuffled, packed, and computed anew from nothing but the number."""
+"""Packed rows of tokens from a prepared dataset. A row is a function of its number and the seed, so nothing has to be saved."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,18 +15,26 @@ from yoco_u.errors import UserError
 
 
 class _Epoch(NamedTuple):
-    order: NDArray[np.int64]  # (documents,)
-    ends: NDArray[np.int64]  # (documents,), where each document of `order` ends in the stream
-    rows: NDArray[np.int64]  # (rows,)
+    """The order of documents and rows in an epoch.
+
+    Attributes:
+        order: (documents,), the documents in the order in which they are laid into the stream.
+        ends: (documents,), where each document of `order` ends in the stream, in tokens.
+        rows: (rows,), the rows of the stream in the order in which they are read.
+    """
+
+    order: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    rows: NDArray[np.int64]
 
 
 class PackedDataset:
-    """An endless sequence of rows of `sequence_length + 1` tokens over memory-mapped shards.
+    """An endless sequence of packed rows, each of N + 1 tokens for `sequence_length` N, over memory-mapped shards.
 
-    In each epoch the documents, each beginning with `eot_id`, are laid one after another into one stream; row r of it
-    is the tokens r N to r N + N, the last one being only a target, and what does not fill a row at the end is left out.
-    With `shuffle` both the documents in the stream and its rows come in the order of a generator seeded by
-    (seed, epoch); without, in the order of the files. Memory is O(documents + rows); nothing is ever loaded whole.
+    In each epoch the documents, each beginning with `eot_id`, are laid one after another into one stream. Row r of the stream
+    is the tokens r N to r N + N, of which the last is only a target; tokens at the end that do not fill a row are left out.
+    With `shuffle` a generator seeded by (seed, epoch) permutes the documents in the stream and then the rows; without, both
+    keep the order of the files. Memory is O(documents + rows); no shard is ever loaded whole.
 
     Raises:
         UserError: if the split is missing or damaged, or too short for one row.
@@ -53,13 +61,13 @@ class PackedDataset:
         self.rows_per_epoch = (self.split.tokens - 1) // sequence_length
         self._tokens: list[NDArray[np.unsignedinteger]] = []
         offsets = [self._open(Path(folder), split, number) for number in range(len(self.split.shards))]
-        self._starts = np.concatenate([offset[:-1] for offset in offsets])  # (documents,), within the shard
+        self._starts = np.concatenate([offset[:-1] for offset in offsets])  # (documents,), each counted within its shard
         self._lengths = np.concatenate([np.diff(offset) for offset in offsets])  # (documents,)
-        self._last_documents = np.cumsum([len(offset) - 1 for offset in offsets])  # (shards,)
+        self._shard_ends = np.cumsum([len(offset) - 1 for offset in offsets])  # (shards,): first document after each shard
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def row(self, index: int) -> NDArray[np.int64]:
-        """The tokens (sequence_length + 1,) of row `index` >= 0, counted on through all epochs."""
+        """The tokens (sequence_length + 1,) of row `index` >= 0; the count continues from epoch to epoch."""
         if index < 0:
             raise IndexError(f"row {index}, expected at least 0")
         number, within = divmod(index, self.rows_per_epoch)
@@ -84,7 +92,7 @@ class PackedDataset:
             yield self._tokens[self._shard(document)][start : start + length]
 
     def _shard(self, document: int) -> int:
-        return int(np.searchsorted(self._last_documents, document, side="right"))
+        return int(np.searchsorted(self._shard_ends, document, side="right"))
 
     def _make_epoch(self, number: int) -> _Epoch:
         documents, rows = len(self._lengths), self.rows_per_epoch
@@ -96,7 +104,7 @@ class PackedDataset:
         return _Epoch(order, np.cumsum(self._lengths[order]), row_order)
 
     def _open(self, folder: Path, split: SplitName, number: int) -> NDArray[np.int64]:
-        """Map one shard's tokens and return its offsets, having compared their sizes with the index."""
+        """Map the tokens of a shard into memory and return its offsets, after comparing both with the index."""
         tokens, offsets = shard_paths(folder, split, number)
         shard = self.split.shards[number]
         dtype = np.dtype(self.index.dtype).newbyteorder("<")

@@ -1,4 +1,4 @@
-"""Readers: one function a file format, each a lazy stream of documents with the exact place of whatever is wrong."""
+"""Readers of file formats. Each is a lazy stream of documents, and its errors name the exact place of what is wrong."""
 
 import gzip
 import io
@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 from yoco_u.errors import UserError, first_line
 
 Advance = Callable[[int], None]
-"""Told how many more bytes of the file have been read."""
+"""A callback that moves a progress bar on: it is called with the number of bytes read since the last call."""
 
 
 class Document(NamedTuple):
-    """One text, and the name it is known by: the file, with `:line` or `:row` (from 1) in a file of many."""
+    """One text and its name: the file, with `:line` or `:row` (from 1) behind it if the file holds many documents."""
 
     source: str
     text: str
 
 
 def read_text(path: Path, name: str, advance: Advance) -> Iterator[Document]:
-    """A file that is one document: UTF-8, or for Python sources what their encoding cookie says. Line ends are kept."""
+    """A file that is one document, in UTF-8 or, for a Python source, in the encoding of its cookie. Line ends are kept."""
     data = _read_bytes(path, name)
     advance(len(data))
     encoding = "utf-8-sig"
@@ -43,7 +43,7 @@ def read_text(path: Path, name: str, advance: Advance) -> Iterator[Document]:
 
 
 def read_json_lines(path: Path, name: str, field: str, advance: Advance) -> Iterator[Document]:
-    """A JSON object a line, plain or gzipped; blank lines are passed over."""
+    """A file with one JSON object a line, plain or gzipped; blank lines are left out."""
     number = 0
     try:
         with path.open("rb") as raw:
@@ -89,7 +89,7 @@ def read_parquet(path: Path, name: str, field: str, advance: Advance) -> Iterato
 
 
 def read_hugging_face(name: str, dataset: str, config: str | None, split: str, field: str) -> Iterator[Document]:
-    """A Hugging Face dataset: a `save_to_disk` folder, or whatever `load_dataset` finds, streamed."""
+    """A Hugging Face dataset: a `save_to_disk` folder, or whatever `load_dataset` finds, which is streamed."""
     import datasets
 
     try:
@@ -126,10 +126,10 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def document(source: str, text: object, field: str = "text") -> Document:
-    """A checked document.
+    """A document, after checking its text.
 
     Raises:
-        UserError: if `text` is not a string, or has half a surrogate pair and so no UTF-8 form.
+        UserError: if `text` is not a string, or holds half a surrogate pair, which UTF-8 cannot encode.
     """
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__

@@ -1,4 +1,4 @@
-"""`dataset.json`: what a prepared dataset holds, written last, so that a folder with it is complete."""
+"""`dataset.json`, the index of a prepared dataset. It is written last, so that a folder that has it is complete."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SplitName = Literal["train", "validation"]
 
 
 class Shard(Config):
-    """Totals of one pair of files `<split>-<number>.bin` and `.offsets.npy`."""
+    """Totals of one shard: the pair of files `<split>-<number>.bin` and `<split>-<number>.offsets.npy`."""
 
     tokens: int
     documents: int
@@ -27,7 +27,7 @@ class Shard(Config):
 
 
 class Split(Config):
-    """Totals of a split. `bytes` are of the texts in UTF-8; `tokens` count each document's `<|endoftext|>` too."""
+    """Totals of a split. `bytes` counts the texts in UTF-8; `tokens` includes the `<|endoftext|>` of each document."""
 
     shards: tuple[Shard, ...]
 
@@ -45,21 +45,21 @@ class Split(Config):
 
     @property
     def bytes_per_token(self) -> float:
-        """Bits per byte = mean loss in nats / ln 2 / this."""
+        """Bytes of text per token. Bits per byte are the mean loss in nats / ln 2 / this."""
         return self.bytes / self.tokens
 
 
 class DatasetIndex(Config):
-    """What `prepare` made.
+    """The contents of `dataset.json`: what `prepare` made.
 
     Attributes:
         format: version of the folder's format.
-        dtype: of the token ids in the `.bin` files, little-endian.
-        eot_id: the token that begins every document, and occurs nowhere else.
-        vocab_size: the tokenizer's, added tokens included.
-        config: what the dataset was made from.
-        splits: "train", and "validation" if anything was held out.
-        folder: where it was read from; not written.
+        dtype: type of the token ids in the `.bin` files, little-endian.
+        eot_id: the token `<|endoftext|>`, which begins every document and occurs nowhere else.
+        vocab_size: number of the tokenizer's tokens, added tokens included.
+        config: the config that the dataset was made from.
+        splits: totals of "train", and of "validation" if anything was held out.
+        folder: the folder that the index was read from; it is not written.
     """
 
     format: Literal[1] = 1
@@ -89,7 +89,7 @@ class DatasetIndex(Config):
         return self.splits[name]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `dataset.json` into `folder`, beside and then renamed."""
+        """Write `dataset.json` into `folder`. It appears whole, by a rename."""
         write_text(Path(folder) / INDEX, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
@@ -114,7 +114,7 @@ class DatasetIndex(Config):
 
 
 def check_vocabulary(index: DatasetIndex, vocab_size: int) -> None:
-    """See that a model with `vocab_size` embeddings can read the dataset.
+    """Check that a model with `vocab_size` embeddings can read the dataset.
 
     Raises:
         UserError: if the tokenizer has more tokens than the model.

@@ -1,4 +1,7 @@
-"""Corpus -> split -> tokenizer -> shards, in a folder that appears only when it is complete."""
+"""From a corpus to a dataset: split the documents, train a tokenizer, encode, write shards.
+
+`prepare` builds in a folder beside the dataset's and renames it when it is complete, so that no half-made dataset is ever read.
+"""
 
 import hashlib
 import heapq
@@ -26,7 +29,7 @@ from yoco_u.data.tokenizer import DocumentEncoder, load_tokenizer, train_tokeniz
 from yoco_u.errors import UserError
 
 SAMPLE_CHARACTERS = 20_000_000
-"""Text that a tokenizer is trained on, at most; more hardly changes it and only takes time and memory."""
+"""The most text that a tokenizer is trained on; more takes time and memory and hardly changes the tokenizer."""
 
 _BATCH_CHARACTERS = 1 << 20
 
@@ -35,18 +38,17 @@ _Encoded = tuple[SplitName, Document, NDArray[np.uint32]]
 
 
 def prepare(config: DataConfig, out: str | os.PathLike[str], progress: bool = True, workers: int | None = None) -> DatasetIndex:
-    """Make the dataset of `config` in the folder `out`, or find it there.
+    """Make the dataset of `config` in the folder `out`, unless it is there already.
 
-    The result depends on the config and on what the files hold, not on `workers`. A dataset that is complete and comes
-    from an equal config is taken as it is, without a look at the corpus. Two processes may prepare the same folder: the
-    second waits for the first.
+    The result depends on the config and on the contents of the files, not on `workers`. A complete dataset of an equal config
+    is used as it is, without a look at the corpus. Two processes may prepare the same folder: the second waits for the first.
 
     Args:
-        progress: show progress bars on stderr, and say so if the dataset was there already.
-        workers: threads that encode; all processors if None.
+        progress: whether to show progress bars on stderr, and a line if the dataset was there already.
+        workers: number of threads that encode; one for each processor by default.
 
     Raises:
-        UserError: if the corpus cannot be read, a split comes out empty, or `out` holds something else.
+        UserError: if the corpus cannot be read, a split comes out empty, or `out` holds anything else.
     """
     out = Path(out)
     console = Console(stderr=True, quiet=not progress)
@@ -58,12 +60,12 @@ def prepare(config: DataConfig, out: str | os.PathLike[str], progress: bool = Tr
     with FileLock(lock):
         found = _existing(config, out, console) or _build_aside(config, out, console, workers or os.cpu_count() or 1)
         with suppress(OSError):
-            lock.unlink()  # whoever still waits for it finds the dataset
+            lock.unlink()  # a process that still waits for the lock then finds the dataset
     return found
 
 
 def split_of(source: str, fraction: float, seed: int) -> SplitName:
-    """The split of a document, by a hash of its name: other documents that come or go do not change it."""
+    """The split of a document, chosen by a hash of its name alone, so that adding or removing others does not change it."""
     return "validation" if _hash(source, f"split {seed}") < fraction else "train"
 
 
@@ -81,9 +83,9 @@ def _existing(config: DataConfig, out: Path, console: Console) -> DatasetIndex |
 
 
 def _build_aside(config: DataConfig, out: Path, console: Console, workers: int) -> DatasetIndex:
-    """Build beside `out` and rename when complete."""
+    """Build the dataset in a folder beside `out`, and rename that to `out` when it is complete."""
     partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
     try:
         partial.mkdir()
         with _bars(console) as bars:
@@ -133,7 +135,7 @@ def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> No
 
 
 class _Items:
-    """The documents of all splits, each with its split, as often as they are asked for."""
+    """The documents of all splits, each with its split. They can be read twice: for the tokenizer, and for the shards."""
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
@@ -162,8 +164,11 @@ class _Items:
 
 
 def _sample(items: Iterator[_Item], config: DataConfig) -> list[str]:
-    """Training documents up to SAMPLE_CHARACTERS: those of the smallest hashes, in the corpus's order."""
-    kept: list[tuple[float, int, str, int]] = []  # a heap whose first has the largest hash
+    """A pseudo-random sample of the training documents, of at most SAMPLE_CHARACTERS: those of the smallest hashes.
+
+    The documents come in the order of the corpus. A single document is kept even if it is as long as the whole sample.
+    """
+    kept: list[tuple[float, int, str, int]] = []  # a heap of (-hash, number, text, length): the largest hash comes first
     size = 0
     counts: dict[SplitName, int] = {"train": 0, "validation": 0}
     for number, (split, document) in enumerate(items):
@@ -200,7 +205,7 @@ def _check_splits(config: DataConfig, documents: dict[SplitName, int]) -> None:
 
 
 def _encode(encoder: DocumentEncoder, items: Iterator[_Item], workers: int) -> Iterator[_Encoded]:
-    """Encode in batches on some threads (the library lets go of Python's lock), in the order of the items."""
+    """Encode batches of documents on several threads (tokenizers releases the interpreter lock), in the order of the items."""
 
     def encode(batch: list[_Item]) -> list[_Encoded]:
         tokens = encoder.encode([document.text for _, document in batch])
@@ -235,7 +240,7 @@ def _batches(items: Iterator[_Item]) -> Iterator[list[_Item]]:
 
 @contextmanager
 def _single_threaded_tokenizers() -> Iterator[None]:
-    """Our own threads do the work: the library's would come on top of them."""
+    """Keeps the tokenizers library from starting threads of its own beside ours."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -249,7 +254,7 @@ def _single_threaded_tokenizers() -> Iterator[None]:
 
 
 def _hash(source: str, purpose: str) -> float:
-    """A number in [0, 1) that depends on nothing else than its arguments."""
+    """A number in [0, 1) that depends on the arguments alone, on every machine."""
     digest = hashlib.blake2b(f"{purpose}\0{source}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -261,7 +266,7 @@ def _bars(console: Console) -> Progress:
 
 @contextmanager
 def _bar(bars: Progress, description: str, total: int | None) -> Iterator[Advance]:
-    """A bar that counts bytes, or only moves while the total is unknown."""
+    """A bar that counts bytes; if the total is unknown, it only shows that something is going on."""
     task = bars.add_task(description, total=total, done="")
 
     def advance(amount: int) -> None:

@@ -1,4 +1,4 @@
-"""The files of tokens: `<split>-<number>.bin` beside `<split>-<number>.offsets.npy`."""
+"""The shards of a dataset, which hold its tokens: `<split>-<number>.bin` beside `<split>-<number>.offsets.npy`."""
 
 from pathlib import Path
 from types import TracebackType
@@ -11,13 +11,13 @@ from yoco_u.data.index import Shard, Split, SplitName
 
 
 def shard_paths(folder: Path, split: SplitName, number: int) -> tuple[Path, Path]:
-    """The token ids one after another, and int64 offsets (documents + 1,) of where each document begins, in tokens."""
+    """The two files of a shard: its token ids one after another, and int64 offsets (documents + 1,), where each begins."""
     name = f"{split}-{number:05d}"
     return folder / f"{name}.bin", folder / f"{name}.offsets.npy"
 
 
 class ShardWriter:
-    """Appends documents to the shards of a split; no document lies across two shards."""
+    """Appends documents to the shards of a split. No document lies across two shards."""
 
     def __init__(self, folder: Path, split: SplitName, dtype: str, shard_tokens: int) -> None:
         self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
@@ -35,7 +35,7 @@ class ShardWriter:
             self._file.close()
 
     def add(self, tokens: NDArray[np.uint32], text_bytes: int) -> None:
-        """Append one document (tokens,), whose text is `text_bytes` long in UTF-8."""
+        """Append one document (tokens,), whose text has `text_bytes` bytes in UTF-8."""
         if self._file is None:
             self._file = shard_paths(self._folder, self._split, len(self._shards))[0].open("wb")
         self._file.write(tokens.astype(self._dtype).tobytes())
@@ -45,7 +45,7 @@ class ShardWriter:
             self._close()
 
     def finish(self) -> Split:
-        """Close the last shard and sum up."""
+        """Close the last shard, and return the totals of all."""
         self._close()
         return Split(shards=tuple(self._shards))
 

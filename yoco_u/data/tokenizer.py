@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained here, or any existing fast tokenizer that can mark where a document begins."""
+"""Tokenizers: a byte-level BPE trained here, or any existing fast tokenizer with a token that can begin documents."""
 
 import itertools
 import re
@@ -14,8 +14,9 @@ from yoco_u.errors import UserError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 
-# GPT-2's, without English contractions, with numbers in threes, and with one leading symbol kept to a word (`.join`,
-# `_name`) as in later tokenizers; a line end stays together with the indentation after it. It beats both on sources.
+# GPT-2's pattern with three changes: English contractions are no words of their own, digits come in groups of three at most,
+# and one leading symbol belongs to its word (`.join`, `_name`), as in later tokenizers. A line end and the indentation after it
+# are one word. On source code this pattern does better than GPT-2's and than those of later tokenizers.
 WORDS = r"[^\s\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 
 _PIECE = 1 << 20
@@ -71,7 +72,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerFast, name: str = "tokenizer") -> int:
-    """The id that begins every document: eos, or bos where there is no eos.
+    """The id of the token that begins every document: the tokenizer's eos token, or its bos token if it has no eos.
 
     Raises:
         UserError: if the tokenizer has neither.
@@ -83,9 +84,10 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast, name: str = "tokenizer") 
 
 
 class DocumentEncoder:
-    """Turns texts into documents: `<|endoftext|>` and then the tokens of the text, in which it never occurs.
+    """Turns texts into documents: the token `<|endoftext|>`, then the tokens of the text.
 
-    A special token spelled out in a text is taken for the characters that it is. Safe to use from several threads.
+    A special token that is spelled out in a text is encoded as ordinary characters, so `<|endoftext|>` occurs only at the
+    beginning. Several threads may use one encoder.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -96,7 +98,7 @@ class DocumentEncoder:
         self._backend.no_padding()
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """One array of token ids (tokens,) a text, each beginning with `eot_id`."""
+        """An array of token ids (tokens,) for each text, beginning with `eot_id`."""
         pieces = [list(_pieces(text)) for text in texts]
         flat = list(itertools.chain.from_iterable(pieces))
         encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
@@ -106,7 +108,7 @@ class DocumentEncoder:
         ]
 
     def token_ends(self, text: str) -> list[int]:
-        """The character of the text at which each of its tokens ends (exclusive), without `eot_id`."""
+        """The position in the text, in characters, at which each of its tokens ends (exclusive). `eot_id` has no entry."""
         ends: list[int] = []
         start, pieces = 0, list(_pieces(text))
         for piece, encoding in zip(pieces, self._backend.encode_batch(pieces, add_special_tokens=False), strict=True):
@@ -116,10 +118,10 @@ class DocumentEncoder:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text, since the library needs over 100 bytes a character while it encodes.
+    """Cut a long text into pieces, because the library needs over 100 bytes of memory a character while it encodes.
 
-    Cut before a line end that follows a visible character, where no word of WORDS can lie across: the tokens of our own
-    tokenizers are those of the uncut text. A line of over a piece's length is cut anywhere.
+    A cut lies before a line end that follows a visible character. No word of WORDS can lie across such a place, so tokenizers
+    that were trained here give the tokens of the uncut text. Only a line longer than a piece is cut anywhere.
     """
     start = 0
     while len(text) - start > 2 * _PIECE:
