@@ -1,4 +1,7 @@
-"""Writes configuration.md from the config classes: `python docs/generate_configuration.py`. A test keeps the two alike."""
+"""Writes docs/configuration.md from the docstrings of the config classes; a test checks that the page is up to date.
+
+python docs/generate_configuration.py
+"""
 
 import inspect
 import re
@@ -28,7 +31,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("A phase of another loop count", "training.loop_schedule[i].", LoopPhase),
 ]
 
-# What the classes leave unsaid because the name says it to whoever reads code.
+# Keys that the docstrings do not explain, because their names say enough to a reader of the code.
 PLAIN = {
     "architecture.vocab_size": "rows of the embedding and of the LM head; at least the tokenizer's vocabulary.",
     "architecture.hidden_size": "width of the residual stream.",
@@ -38,17 +41,6 @@ PLAIN = {
     "architecture.head_dim": "width of a head; even.",
     "architecture.stages": "the blocks, in order; see below.",
     "architecture.rms_norm_eps": "added under the root of every RMSNorm.",
-    "architecture.stages[i].attention": "what the blocks attend to.",
-    "optimizer.learning_rate": "the peak.",
-    "optimizer.betas": "decay of AdamW's two moments.",
-    "optimizer.eps": "of AdamW.",
-    "optimizer.decay_fraction": "share of the steps over which `wsd` decays.",
-    "optimizer.weight_decay": "of AdamW.",
-    "training.steps": "optimizer steps.",
-    "training.seed": "of the initial weights and the order of the data.",
-    "training.wandb_project": "Weights & Biases project to log to as well; None logs to files alone.",
-    "optimizer": "see below.",
-    "training": "see below.",
 }
 
 INTRODUCTION = """\
