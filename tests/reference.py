@@ -1,7 +1,7 @@
-"""The whole forward pass, slowly, token by token and head by head, written from the equations of the papers.
+"""The reference of the tests: the whole forward pass, token by token and head by head, written from the papers' equations.
 
-The independent truth of the tests: it shares no code with the package. One sequence, no padding, no cache, best in float64.
-It reads the tensors of a checkpoint by name and the architecture as plain values (`Architecture.model_dump()`).
+It shares no code with the package: it reads the tensors of a checkpoint by name, and the architecture as plain values
+(`Architecture.model_dump()`). It runs one sequence, without padding and without a cache, and is slow.
 """
 
 import math
@@ -15,12 +15,12 @@ Weights = dict[str, Tensor]
 
 
 def reference_logits(weights: Weights, architecture: dict[str, Any], ids: list[int]) -> Tensor:
-    """Logits of every position, (tokens, vocab). Differentiable in `weights`, which are best float64."""
+    """Logits of every position, (tokens, vocab), differentiable in `weights`. Give the weights in float64 for exact results."""
     return _Reference(weights, architecture).logits(ids)
 
 
 def reference_loss(weights: Weights, architecture: dict[str, Any], ids: list[int]) -> Tensor:
-    """Mean of -log p(next token)."""
+    """The mean of -log p(next token) over all tokens but the last."""
     logits = reference_logits(weights, architecture, ids[:-1])
     losses = [torch.logsumexp(row, 0) - row[target] for row, target in zip(logits, ids[1:], strict=True)]
     return sum(losses, torch.zeros(())) / len(losses)
@@ -138,14 +138,14 @@ class _Reference:
         return outputs
 
     def project(self, name: str, x: Tensor, heads: int, position: int | None = None, norm: str | None = None) -> Tensor:
-        """(heads, head_dim): projected, normalised if the architecture says so, rotated if there is a position."""
+        """Project to (heads, head_dim), normalise if the architecture has QK norms, rotate if there is a position."""
         y = (self.w[f"{name}.weight"] @ x).reshape(heads, self.a["head_dim"])
         if norm and self.a["qk_norm"]:
             y = torch.stack([self.norm(norm, row) for row in y])
         return y if position is None else torch.stack([self.rotate(row, position) for row in y])
 
     def rotate(self, x: Tensor, position: int) -> Tensor:
-        """Component i of the first half and of the second half are the two coordinates of one rotated plane."""
+        """RoPE: components i and i + head_dim / 2 are the two coordinates of a plane that is rotated."""
         half = len(x) // 2
         first, second = [], []
         for i in range(half):
@@ -179,7 +179,7 @@ class _Reference:
         return self.w[f"{name}.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
 
     def mix(self, streams: list[list[Tensor]]) -> list[Tensor]:
-        """ParScale: a weighted sum of the streams, weights by a small network, smoothed towards even ones."""
+        """ParScale: a weighted sum of the streams, whose weights a small network computes and which are smoothed."""
         smoothing, name = self.a["parallel"]["smoothing"], "model.stream_mixer"
         mixed = []
         for xs in zip(*streams, strict=True):

@@ -1,4 +1,4 @@
-"""Models and batches of the tests of what happens inside the loops."""
+"""Models and batches for the tests of `yoco_u.analysis`."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ VARIANTS = PLAIN | LOOPED
 
 
 def make(variant: str, **settings: Any) -> YocoUForCausalLM:
-    """In float64 where torch can: its grouped product for experts has none."""
+    """A model in float64, or in float32 with experts, whose grouped product torch does not have in float64."""
     name, options = VARIANTS[variant]
     model = build(architecture(name, **options | settings))
     return model if model.config.experts else model.double()
@@ -42,5 +42,5 @@ def packed(documents: list[list[int]]) -> Batch:
 
 
 def tolerance(model: YocoUForCausalLM) -> float:
-    """Rotary angles and retention are in float32 by design."""
+    """Even a float64 model is only exact to float32, because rotary angles and retention are computed in float32."""
     return 1e-4 if model.dtype == torch.float64 else 2e-3

@@ -1,4 +1,4 @@
-"""The slow reference once more, which also writes down what every layer reads, writes and attends to."""
+"""The slow reference of `reference.py`, which also records what every layer reads, writes and attends to."""
 
 from typing import Any
 
@@ -10,11 +10,14 @@ from yoco_u import YocoUForCausalLM
 
 
 class RecordedReference(_Reference):
-    """One sequence run token by token.
+    """One sequence run token by token. All lists are in the order of the pass; with streams, one stream after another.
 
     Attributes:
-        reads, writes: of every unrolled layer, (tokens, hidden) each; with streams, all layers of one after those of another.
-        weights: of every unrolled layer, by token, (heads, keys) each: prefix first, the last key is the token itself.
+        reads, writes: input and output of every unrolled layer, (tokens, hidden) each.
+        weights: attention weights of every unrolled layer and token, (heads, keys) each: learned prefix keys first, the token
+            itself last.
+        ends: output of the last stage of every stream, (tokens, hidden).
+        final: logits of all tokens, (tokens, vocab).
     """
 
     def __init__(self, model: YocoUForCausalLM, num_loops: int | None, ids: list[int]) -> None:
@@ -47,7 +50,7 @@ class RecordedReference(_Reference):
         return super().softmax_attention(query, keys, values)
 
     def loop_states(self) -> list[Tensor]:
-        """What the one looped stage reads, and what each of its loops leaves."""
+        """The input of the one looped stage, and the output of each of its loops, loop gates included."""
         at = 0
         for stage in self.a["stages"]:
             if stage["loops"] > 1:
@@ -57,6 +60,6 @@ class RecordedReference(_Reference):
         raise AssertionError("no stage loops")
 
     def read_out(self, states: Tensor) -> Tensor:
-        """Logits if the network ended there, (tokens, vocab)."""
+        """The logits if the network ended at these states, (tokens, vocab)."""
         head = self.w["model.embed_tokens.weight" if self.a["tie_word_embeddings"] else "lm_head.weight"]
         return torch.stack([head @ self.norm("model.norm", x) for x in states])
