@@ -1,4 +1,4 @@
-"""The arithmetic against models, FLOP counters and caches that do not know of it."""
+"""The arithmetic of costs against real models, torch's FLOP counter and real caches."""
 
 import pytest
 import torch
@@ -93,7 +93,7 @@ ARCHITECTURES = {name: preset(name, "test") for name in STAGES} | VARIANTS
 @pytest.mark.parametrize("tokens", [5, 21])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_forward_flops(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that goes through weights as torch counts it, and the attention products summed over the visible pairs."""
+    """Against torch's count of the products with weights, plus the attention products summed over the visible pairs."""
     a = ARCHITECTURES[name]
     model = model_of(a)
     grouped = []  # torch has no formula for these
@@ -180,7 +180,7 @@ def test_a_prefill_is_its_tokens_one_by_one_without_what_only_new_tokens_need(na
 
 
 def test_prefill_bytes_by_hand() -> None:
-    """Of the `test` size, as in `test_decode_bytes_by_hand`."""
+    """The `test` size, as in `test_decode_bytes_by_hand`."""
     full, cross, head, global_kv, row = 32 * 96 + 3 * 32 * 48, 32 * 64 + 3 * 32 * 48, 96 * 32, 32 * 2 * 16, 2 * 16
     assert prefill_bytes(preset("transformer", "test"), 20) == 2 * (4 * full + head) + 2 * 4 * 20 * row
     written, read = 20 + 6 * 8, 2 * 20

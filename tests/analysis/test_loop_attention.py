@@ -64,7 +64,7 @@ def test_spans_of_every_layer_token_by_token(variant: str) -> None:
 @pytest.mark.parametrize("path", ["blocks", "fused"])
 @every_variant
 def test_weights_times_values_are_the_models_attention(variant: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In packed rows, on both ways that the model itself attends."""
+    """In packed rows, for both implementations of the model's attention."""
     monkeypatch.setattr(backend, "runs_blockwise", lambda tokens, device: path == "blocks" and tokens > 1)
     model, text = make(variant), packed([list(range(1, 12)), list(range(20, 45)), [7]])
     positions = torch.arange(text["input_ids"].shape[1])

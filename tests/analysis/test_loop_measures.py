@@ -31,14 +31,14 @@ every_looped = pytest.mark.parametrize("variant", LOOPED)
 
 
 def arccos_distance(x: Tensor, y: Tensor) -> float:
-    """Mean over tokens, by numpy and the formula of arXiv 2403.17887."""
+    """The mean over tokens by the formula of arXiv 2403.17887, in numpy."""
     a, b = x.double().numpy(), y.double().numpy()
     cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     return float((np.arccos(cosine) / np.pi).mean())
 
 
 def logits(model: YocoUForCausalLM, ids: Tensor, loops: int) -> Tensor:
-    """(tokens, vocab) of one row, by an ordinary call."""
+    """The logits of one row by an ordinary call, (tokens, vocab)."""
     with torch.no_grad():
         return model(ids, num_loops=loops).logits[0].double()
 
@@ -73,7 +73,7 @@ def test_angular_distances_average_over_all_tokens_of_all_batches() -> None:
 
 
 def test_without_gates_consecutive_outputs_are_what_layers_read_and_write() -> None:
-    """So the distances are those of the outputs that transformers collects, which of the last layer are normed."""
+    """So the distances are those of the hidden states that transformers collects, of which the last are normed."""
     model, text = make("yoco_u"), batch()
     with torch.no_grad():
         outputs = model(text["input_ids"], output_hidden_states=True).hidden_states
@@ -186,7 +186,7 @@ def test_logits_in_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, alive:
 
 
 def steady_from(values: list[object]) -> int:
-    """The first loop from which all are the same, from 1."""
+    """The first loop, counted from 1, from which all values are the same."""
     return next(t for t in range(1, len(values) + 1) if len(set(values[t - 1 :])) == 1)
 
 

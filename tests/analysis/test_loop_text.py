@@ -1,4 +1,4 @@
-"""The batches that are looked at, and the kinds of tokens."""
+"""The batches that measures run on, and the classes of tokens."""
 
 from pathlib import Path
 

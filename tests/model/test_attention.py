@@ -18,13 +18,13 @@ from yoco_u.model.retention import CHUNK, chunked_retention, recurrent_retention
 
 
 def blockwise(q: Tensor, k: Tensor, v: Tensor, window: int, segments: Tensor | None = None) -> Tensor:
-    """What a sliding layer computes on a CPU: segments are of all keys, (batch, past + queries)."""
+    """Sliding attention as CPUs compute it. Segments are those of all keys, (batch, past + queries)."""
     queries = None if segments is None else segments[:, k.shape[1] - q.shape[1] :]
     return block_attention(q, k, v, window, queries, segments)
 
 
 def banded(q: Tensor, k: Tensor, v: Tensor, window: int, segments: Tensor | None = None) -> Tensor:
-    """What it computes elsewhere."""
+    """Sliding attention as all other devices compute it."""
     past = k.shape[1] - q.shape[1]
     pair = None if segments is None else (segments[:, past:], segments)
     return sliding_attention(q, k, v, window, sliding_mask(q.shape[1], past, window, pair, q.dtype, q.device))
@@ -35,7 +35,7 @@ Attention = Callable[..., Tensor]
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, window: int, segments: Tensor | None = None) -> Tensor:
-    """The same by the definition, with every score of every pair, in the dtype given."""
+    """Sliding attention by its definition: the scores of all pairs, most of them masked, in the dtype of the inputs."""
     queries, keys = q.shape[1], k.shape[1]
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
@@ -56,7 +56,7 @@ def draw_qkv(seed: int, queries: int, past: int, kv_heads: int, groups: int, hea
 
 
 def draw_segments(data: st.DataObject, length: int) -> Tensor | None:
-    """Segments of two rows: None, padding on either side, or documents with padding behind."""
+    """Segments of two rows: none, padding on the left or the right, or documents, with or without padding after them."""
     kind = data.draw(st.sampled_from(["none", "left", "right", "documents", "documents and padding"]))
     if kind == "none":
         return None
@@ -163,7 +163,7 @@ class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation makes."""
 
     elements = 0
-    ours = {op._qualname: op._init_fn for op in (block_attention, block_attention_backward)}  # to look inside
+    ours = {op._qualname: op._init_fn for op in (block_attention, block_attention_backward)}  # run by hand, to see inside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name in self.ours:
