@@ -1,10 +1,10 @@
-"""Synthetic documents to learn retrieval from: words under a key, hidden in noise, asked for and answered again and again.
+"""Writes documents from which a model learns retrieval: words under a key, hidden in noise, and asked for several times.
 
     python recipes/needle_corpus.py --out datasets/needles.jsonl
 
-Each begins as a `single_1` needle of `yoco-u needles`, with a seed of its own, at a random depth. More noise and the same
-question with its answer follow, so that a document holds more than one answer to learn from. The same arguments write the same
-file.
+Each document begins as a `single_1` needle of `yoco-u needles`, with a seed of its own and at a random depth. More noise and
+the same question with its answer follow, so that a document holds more than one answer to learn from. The same arguments write
+the same file.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from yoco_u.evaluation.needles import NOISE, Needle, generate_needle
 from yoco_u.files import write_text
 
 FIRST_SEED = 1_000_000
-"""Far from the seeds that an evaluation counts up from 0."""
+"""The seed of the first document. An evaluation counts its seeds up from 0, so it asks for other needles."""
 
 
 def main() -> None:
@@ -33,10 +33,10 @@ def main() -> None:
     arguments.add_argument("--longest", type=int, default=1900, help="bytes up to the first answer")
     arguments.add_argument("--again", type=int, default=2, help="how often a fact is asked for again")
     arguments.add_argument("--values", choices=("words", "numbers"), default="words")
-    arguments.add_argument("--digits", type=int, default=2, help="of numbers")
+    arguments.add_argument("--digits", type=int, default=2, help="digits of the numbers")
     chosen = arguments.parse_args()
 
-    encoder = DocumentEncoder(train_tokenizer(["a"], MINIMUM_VOCABULARY))  # a token is a byte
+    encoder = DocumentEncoder(train_tokenizer(["a"], MINIMUM_VOCABULARY))  # the smallest vocabulary: a token is a byte
     drawn, lines = random.Random(0), []
     for number in track(range(chosen.documents), description="needles"):
         length, depth = log_uniform(drawn, chosen.shortest, chosen.longest), drawn.random()
@@ -49,12 +49,13 @@ def main() -> None:
 
 
 def asked_again(needle: Needle, drawn: random.Random) -> str:
-    """Up to 4 lines of noise, few of them more often than many, then the needle's question and answer."""
+    """The needle's question and answer once more, after up to 4 lines of noise; few lines are likelier than many."""
     question = needle.prompt[needle.prompt.rindex("What ") :]
     return "\n" + NOISE * (log_uniform(drawn, 1, 5) - 1) + question + needle.answer
 
 
 def log_uniform(drawn: random.Random, least: int, most: int) -> int:
+    """A random number from `least` to `most`, uniform over the logarithm."""
     return round(math.exp(drawn.uniform(math.log(least), math.log(most))))
 
 
