@@ -360,3 +360,15 @@ def test_architectures_do_not_change() -> None:
     arch = preset("yoco_u", "test")
     with pytest.raises(ValueError, match="frozen"):
         arch.window = 3
+
+
+@every_architecture
+def test_slots_are_counted_as_they_are_listed(name: str) -> None:
+    listed = [slot.attention for slot in SMALL[name].slots()]
+    for kind in ("full", "sliding", "retention", "cross"):
+        assert SMALL[name].num_slots(kind) == listed.count(kind)
+
+
+def test_slots_are_counted_for_any_number_of_loops() -> None:
+    """Costs are asked for loop counts that no memory could hold: they are told, and not tried."""
+    assert preset("yoco_u", "test").with_loops(10**12).num_slots("sliding") == 2 * 10**12

@@ -178,6 +178,10 @@ class Architecture(Config):
         """T, the loop count of the model: the largest loop count of any stage."""
         return max(stage.loops for stage in self.stages)
 
+    def num_slots(self, attention: Attention) -> int:
+        """How many of the slots have this kind of attention. Counted, not listed: T may be larger than any list could hold."""
+        return sum(stage.layers * stage.loops for stage in self.stages if stage.attention == attention)
+
     def slots(self) -> tuple[Slot, ...]:
         """Every application of a block, in the order of a forward pass: by stage, then by loop, then by layer.
 

@@ -148,13 +148,10 @@ def cache_bytes(a: Architecture, tokens: int, sequences: int, window: int, bytes
     """
     row = _row_elements(a) * bytes_per_element
     total = tokens * row if a.has_global_kv else 0.0
-    for slot in a.slots():
-        if slot.attention == "full":
-            total += tokens * row * (a.parallel.streams if a.parallel else 1)
-        elif slot.attention == "sliding":
-            total += sequences * window * row
-        elif slot.attention == "retention":
-            total += sequences * a.num_attention_heads * a.head_dim**2 * _RETENTION_BYTES_PER_ELEMENT
+    total += a.num_slots("full") * tokens * row * (a.parallel.streams if a.parallel else 1)
+    total += a.num_slots("sliding") * sequences * window * row
+    state = a.num_attention_heads * a.head_dim**2 * _RETENTION_BYTES_PER_ELEMENT
+    total += a.num_slots("retention") * sequences * state
     return round(total)
 
 
