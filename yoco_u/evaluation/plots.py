@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from yoco_u.evaluation.context import ContextScore
 from yoco_u.evaluation.needle_grid import NeedleScore
-from yoco_u.files import beside, publish
 from yoco_u.formatting import context_label
-from yoco_u.plotting import ContextPlot
+from yoco_u.plotting import ContextPlot, save_png
 
 
 def write_context_plot(curves: Sequence[tuple[str, Sequence[ContextScore]]], last: int, path: Path) -> None:
@@ -42,8 +41,7 @@ def write_needle_plot(scores: Sequence[NeedleScore], path: Path) -> None:
             image = heat_map(axes, shares, lengths, depths)
             axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=rows, shrink=0.6, format=lambda share, _: f"{share:.0%}")
-    figure.savefig(beside(path), format="png")
-    publish(path)
+    save_png(figure, path)
 
 
 def heat_map(axes: Axes, shares: NDArray[np.float64], lengths: Sequence[int], depths: Sequence[float]) -> QuadMesh:
