@@ -16,7 +16,7 @@ EOT = 7
 
 
 def build(folder: Path, lengths: list[int], shard_tokens: int, dtype: str = "uint16") -> list[list[int]]:
-    """A dataset of documents `[EOT, then numbers of their own]`; returned as lists."""
+    """Write a dataset of documents of EOT and unique numbers, and return the documents as lists."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     documents, number = [], 100
@@ -32,7 +32,7 @@ def build(folder: Path, lengths: list[int], shard_tokens: int, dtype: str = "uin
 
 
 def slow_epoch(documents: list[list[int]], length: int, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
-    """The rows of an epoch straight from their definition."""
+    """The rows of an epoch, computed directly from their definition."""
     generator = np.random.default_rng((seed, epoch))
     if shuffle:
         documents = [documents[index] for index in generator.permutation(len(documents))]

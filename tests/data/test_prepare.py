@@ -21,7 +21,7 @@ module = sys.modules["yoco_u.data.prepare"]
 
 
 def stored(folder: Path, split: str) -> list[list[int]]:
-    """The documents of a split as lists of ids, read with nothing of the package."""
+    """The documents of a split as lists of ids, read without the package's own reader."""
     index = json.loads((folder / "dataset.json").read_text())
     documents = []
     for number, shard in enumerate(index["splits"][split]["shards"]):
@@ -182,7 +182,7 @@ def test_a_validation_corpus_of_its_own_and_an_existing_tokenizer(prepared, corp
 
 
 def word_tokenizer(folder: Path, words: int) -> str:
-    """A foreign tokenizer of whole words, whose end is an ordinary word of its vocabulary."""
+    """A tokenizer that was not trained here: of whole words, with an eos token that is an ordinary word of its vocabulary."""
     vocabulary = {"</s>": 0, "<unk>": 1, **{f"w{n}": n + 2 for n in range(words)}}
     backend = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -101,7 +101,7 @@ def test_no_tokenizer_at_all(tmp_path):
 
 @given(st.lists(pieces, max_size=6).map("".join))
 def test_tokens_end_where_their_texts_do(text):
-    """Every token's end is where the text of the tokens so far ends, but inside a character of several tokens."""
+    """A token ends where the text of the tokens up to it ends, unless it ends inside a character of several tokens."""
     ends, tokens = ENCODER.token_ends(text), ENCODER.encode([text])[0].tolist()[1:]
     assert len(ends) == len(tokens)
     for count, end in enumerate(ends, start=1):
