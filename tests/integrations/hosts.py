@@ -1,4 +1,4 @@
-"""Checkpoints for hosts other than our engine, and what they must answer: greedy tokens of our own forward pass."""
+"""Small checkpoints for programs that run our models, and the test of their answers: greedy tokens of our own forward pass."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from yoco_u import YocoUForCausalLM
 VOCABULARY = 96
 EXPERTS = {"num_experts": 8, "experts_per_token": 3, "shared_experts": 1, "intermediate_size": 32}
 TIE = 1e-3
-"""Logits that differ by less may change places where sums are added up in another order."""
+"""Two logits that differ by less are a tie: another order of summation can change which one is larger."""
 
 
 class Checkpoint(NamedTuple):
@@ -45,7 +45,7 @@ def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 def assert_greedy(
     model: YocoUForCausalLM, asked: Sequence[list[int]], answers: Sequence[Sequence[int]], num_loops: int | None = None
 ) -> None:
-    """Every answered token is the one of the highest logit behind all tokens before it, or as good as that."""
+    """Check that each answered token has the highest logit behind all tokens before it, or one that ties with it."""
     for prompt, answer in zip(asked, answers, strict=True):
         row = torch.tensor([prompt + list(answer)])
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """The vLLM plugin against our own forward pass. What needs vLLM is skipped without it; docs/vllm.md says how to run it.
 
-Greedy tokens are judged behind all tokens before them, so that a tie cannot hide what comes after it.
+Each greedy token is judged by our logits behind the answer's own tokens before it, so that an answer can be judged to its end
+even where it took the other one of two tied tokens.
 """
 
 import importlib.util
@@ -66,18 +67,18 @@ def test_loop_count_is_overridden_by_num_loops() -> None:
 
 
 def test_vllm_finds_no_window_for_all_layers_in_the_configuration() -> None:
-    """A field of that name would make the global layer slide, silently."""
+    """vLLM would take a field of that name as the window of the global layer too, without a word."""
     config = YocoUConfig.from_architecture(preset("yoco_u", "test"))
     assert not hasattr(config, "sliding_window")
     assert not hasattr(config, "layer_types")
 
 
-# From here on with vLLM.
+# From here on, tests need vLLM.
 
 
 @contextmanager
 def vllm(folder: Path, **settings: Any) -> Iterator[Any]:
-    """vLLM in this process, so that its caches can be looked into."""
+    """vLLM's engine in this process, where a test can look into its caches."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -189,7 +190,7 @@ def test_prefix_cache_changes_no_token(fast_prefill: bool, yoco_u: Checkpoint) -
 @needs_vllm
 @pytest.mark.parametrize("num_loops", [1, 2, 5])
 def test_loop_count_by_override(num_loops: int, yoco_u: Checkpoint) -> None:
-    """Also beyond the gates that the checkpoint has."""
+    """Also with more loops than the checkpoint has gates for."""
     asked = prompts(LENGTHS[:12], seed=2)
     with vllm(yoco_u.folder, hf_overrides={"num_loops": num_loops}) as llm:
         assert_greedy(yoco_u.model, asked, greedy(llm, asked), num_loops)
@@ -212,7 +213,7 @@ def test_tensor_parallel(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @needs_vllm
 @pytest.mark.parametrize(("name", "loops"), [("yoco", 1), ("yoco_u", 3), ("upper_loop", 3)])
 def test_blocks_are_those_of_the_architecture(name: str, loops: int, tmp_path: Path) -> None:
-    """One global cache that grows, and for each (loop, layer) as many blocks as a window of W touches."""
+    """The global KV grows; each sliding (loop, layer) holds as many blocks as its window reaches."""
     from vllm import SamplingParams
 
     made = checkpoint(tmp_path, name, **({"loops": loops} if loops > 1 else {}))
@@ -272,7 +273,7 @@ def test_vllm_refuses_settings(settings: dict[str, Any], why: str, yoco_u: Check
 
 @needs_vllm
 def test_quantization_is_refused() -> None:
-    """vLLM has none on a CPU that would come as far as the model."""
+    """Built by hand, because on a CPU vLLM refuses every quantization before it builds a model."""
     from yoco_u.integrations.vllm.model import YocoUForCausalLM
 
     config = YocoUConfig.from_architecture(preset("yoco_u", "test"))
@@ -314,7 +315,7 @@ def test_serve_answers_and_refuses_prompt_logprobs_with_fast_prefill(yoco_u: Che
 
 
 def serve(folder: Path) -> list[str]:
-    """`vllm serve`, or the same without the command, which vllm-cpu 0.32 ships broken: it asks for the version of `vllm`."""
+    """The command of `vllm serve`; for vllm-cpu 0.32, whose `vllm` command does not start, the module that it would run."""
     try:
         version("vllm")
     except PackageNotFoundError:
@@ -323,7 +324,7 @@ def serve(folder: Path) -> list[str]:
 
 
 def ask(server: subprocess.Popen[bytes], port: int, body: dict[str, Any]) -> Any:
-    """Post a completion, as soon as the server listens."""
+    """Post a request for a completion as soon as the server listens."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )

@@ -1,7 +1,10 @@
 """The vLLM plugin: `vllm serve CHECKPOINT` runs our checkpoints under vLLM's engine.
 
-vLLM finds `register` by the entry point group `vllm.general_plugins` and calls it in each of its processes. This module needs
-neither vLLM nor anything heavy; `model.py` is where the model begins.
+vLLM finds `register` by the entry point group `vllm.general_plugins` and calls it in each of its processes. This module loads
+neither vLLM nor torch until then.
+
+Start at `model.py`: vLLM builds this model from a checkpoint's configuration and calls it in every step. Its two parts are in
+`decoders.py`, their blocks in `blocks.py`, which hand queries, keys and values to the attention backend in `backend.py`.
 """
 
 from yoco_u.errors import UserError

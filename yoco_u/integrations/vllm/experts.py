@@ -9,11 +9,11 @@ from yoco_u.architecture import Architecture
 
 
 class ExpertMixture(nn.Module):
-    """Sigmoid scores of a float32 router, a bias that only the choice sees, chosen scores scaled to sum to 1.
+    """The mixture of `yoco_u.model.feed_forward.ExpertMixture`: the same scores, choice and weights.
 
     Args:
-        name: of the fused experts, unique; it must end in `experts`, by which vLLM recognises their tensors.
-        shared: the shared experts, not reduced over the ranks.
+        name: unique name for vLLM's fused experts. It must end in `experts`, by which vLLM recognises their tensors.
+        shared: the shared experts as one SwiGLU, whose outputs are not yet added up over the ranks; None without any.
     """
 
     def __init__(self, a: Architecture, name: str, shared: nn.Module | None) -> None:
@@ -25,7 +25,7 @@ class ExpertMixture(nn.Module):
         )
         self.choice_bias = nn.Parameter(torch.zeros(experts.num_experts, dtype=torch.float32), requires_grad=False)
         self.shared = shared
-        # One group of all experts is how vLLM spells a choice without groups that has a bias.
+        # On CPUs vLLM takes sigmoid scores and a bias only where experts are chosen by groups, so all experts are one group.
         self.experts = FusedMoEFactory(
             num_experts=experts.num_experts,
             top_k=experts.experts_per_token,
@@ -44,5 +44,5 @@ class ExpertMixture(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(tokens, hidden) -> the same."""
+        """(tokens, hidden) -> (tokens, hidden)"""
         return self.experts(hidden_states=x, router_logits=self.router(x.float()))

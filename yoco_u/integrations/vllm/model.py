@@ -1,8 +1,9 @@
-"""The causal language model in vLLM, for every architecture that vLLM can express, from its list of stages.
+"""The causal language model in vLLM, built from an architecture's list of stages.
 
-- A stage owns one cache per (loop, layer); vLLM's hybrid cache manager frees the blocks that windows have left.
+- Each slot, that is each (stage, loop, layer) that writes, owns one cache. vLLM's hybrid cache manager frees the blocks of a
+  sliding one that its window has left.
 - The global KV has one owner, which writes and never attends; all cross layers read from it.
-- With `--kv-sharing-fast-prefill` a prompt leaves before the cross-decoder, which runs on the rows that are sampled from.
+- With `--kv-sharing-fast-prefill` the cross-decoder runs only on the rows that are sampled from: a prompt exits early.
 """
 
 from collections.abc import Iterable
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from yoco_u.errors import UserError
+from yoco_u.integrations.vllm.attention import AttentionLayers
+from yoco_u.integrations.vllm.backend import VllmBackend
 from yoco_u.integrations.vllm.decoders import CrossDecoder, SelfDecoder
 from yoco_u.integrations.vllm.support import served_architecture
 from yoco_u.integrations.vllm.weights import weights_mapper
@@ -44,21 +45,17 @@ class YocoUForCausalLM(nn.Module):
         self.architecture = a
         stored = config.architecture.stages
         gates = [stage.loops - 1 if stage.loop_gate is not None else 0 for stage in stored]
+        self.attention = AttentionLayers(a, vllm_config)
         with set_model_tag("self_decoder"):
-            self.self_decoder = SelfDecoder(vllm_config=vllm_config, architecture=a, gates=gates)
+            self.self_decoder = SelfDecoder(architecture=a, gates=gates, attention=self.attention)
         self.cross_decoder = None
-        if self.self_decoder.global_kv is not None:
-            writer = self.self_decoder.global_kv.writer
+        if a.has_global_kv:
             with set_model_tag("cross_decoder"):
-                self.cross_decoder = CrossDecoder(
-                    vllm_config=vllm_config, architecture=a, gates=gates,
-                    first_slot=self.self_decoder.slots, writer=writer.layer_name,
-                )  # fmt: skip
-            self.writer, self.reader = writer.layer_name, self.cross_decoder.reader
+                self.cross_decoder = CrossDecoder(architecture=a, gates=gates, attention=self.attention)
             # Where a graph is replayed, its inputs must lie where they lay when it was captured.
             tokens = vllm_config.scheduler_config.max_num_batched_tokens
-            self.kept = torch.empty(tokens, a.hidden_size)
-            self.kept_positions = torch.zeros(tokens, dtype=torch.int64)
+            self.cross_input = torch.empty(tokens, a.hidden_size)
+            self.cross_positions = torch.zeros(tokens, dtype=torch.int64)
         self.lm_head = ParallelLMHead(a.vocab_size, a.hidden_size)
         if a.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.self_decoder.embed_tokens)
@@ -74,30 +71,24 @@ class YocoUForCausalLM(nn.Module):
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states, (tokens, hidden); with fast prefill, of the rows that are sampled from, and zeros."""
+        """Final hidden states, (tokens, hidden). With fast prefill they are zeros in the rows that are not sampled from."""
         if self.cross_decoder is None:
             return self.self_decoder(input_ids, positions, inputs_embeds)
-        x, keys, values = self.self_decoder(input_ids, positions, inputs_embeds)
-        unified_kv_cache_update(keys, values, self.writer)
-        rows, sampled = self._kept_rows()
-        if rows is None:
+        x, *global_kv = self.self_decoder(input_ids, positions, inputs_embeds)
+        backend = VllmBackend(self.attention)
+        backend.global_kv(*global_kv)
+        kept, backend = backend.kept()
+        if kept is None:
             return self.cross_decoder(*self._in_place(x, positions))
-        out = self.cross_decoder(*self._in_place(x[rows], positions[rows]))
+        out = self.cross_decoder(*self._in_place(x[kept], positions[kept]))
         everywhere = torch.zeros_like(x)
-        everywhere[rows[:sampled]] = out[:sampled]
+        everywhere[kept[: backend.sampled]] = out[: backend.sampled]
         return everywhere
 
-    def _kept_rows(self) -> tuple[Tensor | None, int]:
-        """Rows that the cross-decoder runs on, filled up to a size that graphs know, and how many are real; None for all."""
-        metadata = get_forward_context().attn_metadata
-        if metadata is None:  # a dry run
-            return None, 0
-        of_reader = metadata[self.reader]
-        return getattr(of_reader, "logits_indices_padded", None), getattr(of_reader, "num_logits_indices", None) or 0
-
     def _in_place(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross-decoder's inputs, copied to where its graphs expect them."""
         tokens = len(x)
-        return self.kept[:tokens].copy_(x), self.kept_positions[:tokens].copy_(positions)
+        return self.cross_input[:tokens].copy_(x), self.cross_positions[:tokens].copy_(positions)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)

@@ -1,4 +1,4 @@
-"""Which architecture vLLM is asked to run, and whether it can. No vLLM and no torch here."""
+"""Which architecture vLLM is asked to run, and whether it can. This module needs neither vLLM nor torch."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from yoco_u.errors import UserError
 
 
 def served_architecture(config: Any) -> Architecture:
-    """The architecture of a configuration, at the loop count of `--hf-overrides '{"num_loops": 5}'` if there is one.
+    """The architecture of a configuration, at the loop count that `--hf-overrides '{"num_loops": 5}'` asks for, if it does.
 
     Args:
-        config: a `YocoUConfig`, on which vLLM sets what it is told to override.
+        config: a `YocoUConfig`. vLLM sets the overrides as attributes on it.
 
     Raises:
-        UserError: for a loop count that is none, or an architecture that vLLM cannot express.
+        UserError: if `num_loops` is no loop count, or vLLM cannot express the architecture.
     """
     architecture: Architecture = config.architecture
     loops = getattr(config, "num_loops", None)

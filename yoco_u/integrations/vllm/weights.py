@@ -8,7 +8,7 @@ from yoco_u.architecture import Architecture
 
 
 def weights_mapper(a: Architecture) -> WeightsMapper:
-    """Stages, norm and global KV into their part; q, k and v, and gate and up, into one tensor each."""
+    """Put each tensor into its part of the model; join q, k and v, and gate and up, into one tensor each."""
     last = "cross_decoder" if a.has_global_kv else "self_decoder"
     parts = {"model.embed_tokens.": "self_decoder.embed_tokens.", "model.global_kv.": "self_decoder.global_kv."}
     parts["model.norm."] = f"{last}.norm."
