@@ -1,4 +1,4 @@
-"""Grids that nobody trained: run folders with made-up curves, and what is read from them."""
+"""Grids without training: run folders with made-up curves, and the results that are read from them."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from yoco_u.experiment.results import Results, read_results
 from yoco_u.experiment.summary import Summary, summarize
 
 Loss = Callable[[GridRun, float], float]
-"""The validation loss of a run after a share of its tokens, 0 to 1."""
+"""The validation loss of a run after a share of its tokens, from 0 to 1."""
 
 POINTS = 16
 
@@ -36,7 +36,7 @@ def preset(name: str, **settings: Any) -> dict[str, Any]:
 
 
 def write_run(run: GridRun, folder: Path, loss: Loss, done: float = 1.0) -> None:
-    """A run folder as training leaves it, `done` of it over."""
+    """A run folder as training leaves it after the share `done` of the steps."""
     target, config = folder / run.name, run.config
     target.mkdir(parents=True)
     dump_yaml(config, target / "config.yaml")
@@ -65,18 +65,19 @@ def results_of(experiment: Experiment, folder: Path, loss: Loss) -> Results:
 
 
 def report_on(experiment: Experiment, runs: Sequence[GridRun], folder: Path) -> Summary:
+    """Write the report of a grid as the command does, and return what it shows."""
     summary = summarize(experiment, read_results(runs, folder))
     write_report(summary, folder)
     return summary
 
 
 def noise(run: GridRun, scale: float = 0.002) -> float:
-    """Small, the same every time, different for every run."""
+    """A small number, different for every run and the same every time."""
     return random.Random(run.name).uniform(-scale, scale)
 
 
 def finals(losses: dict[str, float], spread: float = 0.002) -> Loss:
-    """Curves that fall to a final loss for each model (by the start of the run's name), which every seed shifts alike."""
+    """Curves that fall to the final loss of each model, by its name; every seed shifts all models alike."""
 
     def loss(run: GridRun, share: float) -> float:
         return losses[run.model] + 0.05 * run.seed + noise(run, spread) + 0.4 * (1 / share - 1) * 0.1

@@ -1,4 +1,4 @@
-"""The documents that retrieval is learned from."""
+"""The documents from which models learn retrieval."""
 
 import importlib.util
 import json

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from yoco_u.architecture import preset
 from yoco_u.budget import kv_bytes, parameters, training_flops
 from yoco_u.config import dump_yaml, parse
+from yoco_u.errors import UserError
 from yoco_u.formatting import (
     duration,
     scientific,
@@ -110,6 +112,13 @@ def test_unfinished_and_unscored_runs_are_named(tmp_path: Path) -> None:
     assert dict(comparison.table())["steps"] == ["5 of 50"]
     runs = [unscored, made_up(tmp_path / "b", "Old", 1, 20, 4.0)]
     write_report(runs, compare(runs), tmp_path / "report.html")
+
+
+def test_a_run_without_a_training_step_is_refused(tmp_path: Path) -> None:
+    evaluated = made_up(tmp_path / "a", "A", 1, 20, 4.0)
+    run = replace(evaluated, records=evaluated.kind("evaluation"))
+    with pytest.raises(UserError, match="a: the run has no training step yet"):
+        compare([run])
 
 
 class Page(HTMLParser):
