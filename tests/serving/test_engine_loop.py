@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from yoco_u import YocoUForCausalLM
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, SamplingParams
-from yoco_u.serving.engine_loop import Busy, EngineLoop, Job, NotServing, RequestFailed, TimeExceeded
+from yoco_u.serving.engine_loop import EngineLoop
+from yoco_u.serving.jobs import Busy, Job, NotServing, RequestFailed, TimeExceeded
 
 pytestmark = pytest.mark.anyio
 

@@ -1,44 +1,113 @@
-"""What all answers share: token counts, streams of events, and clients that go away."""
+"""From the events of a job to an HTTP response: one JSON object, or a stream of server-sent events.
+
+What completions and chats have in common is here; the shapes in which they differ are in `completions.py` and `chat.py`.
+"""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from typing import Any, Generic, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from yoco_u.serving.engine_loop import Job
 from yoco_u.serving.errors import stream_error
-from yoco_u.serving.responses import CachedTokens, Usage
+from yoco_u.serving.jobs import Event, Job
+from yoco_u.serving.requests import SampledRequest
+from yoco_u.serving.responses import CachedTokens, ChatChunkChoice, CompletionChoice, Usage
 
-T = TypeVar("T")
+ChunkChoice = TypeVar("ChunkChoice", CompletionChoice, ChatChunkChoice)
 
 CLIENT_GONE = 499
 
 
-def usage(job: Job, completion: int) -> Usage:
-    """Token counts of a job of which so many new tokens have been seen."""
-    prompt = sum(len(tokens) for tokens in job.prompts)
-    return Usage(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        total_tokens=prompt + completion,
-        prompt_tokens_details=CachedTokens(cached_tokens=sum(job.cached_tokens.values())),
-    )
+async def respond(answer: "Answer[Any]", request: Request) -> Response:
+    """Send an answer in the form that its request asks for."""
+    return EventStream(answer) if answer.streams else await _in_one_piece(answer, request)
+
+
+class Answer(ABC, Generic[ChunkChoice]):
+    """The answer to one request, made from the events of its job. Subclasses say which shape it has.
+
+    An event becomes a choice of one chunk. A stream sends the chunks one by one; a whole response joins, for each output,
+    the choices that the stream would have sent. An answer is read once, in one of the two ways.
+
+    Attributes:
+        job: the job that the engine runs for the request.
+        streams: whether the client asked for a stream.
+        head: the fields with which the whole response and every chunk begin.
+    """
+
+    def __init__(self, body: SampledRequest, job: Job, model_name: str, id_prefix: str) -> None:
+        self.job, self.streams = job, bool(body.stream)
+        self.head: dict[str, Any] = {
+            "id": f"{id_prefix}-{secrets.token_hex(16)}", "created": int(time.time()), "model": model_name
+        }  # fmt: skip
+        self._usage_at_end, self._usage_always = body.usage_in_stream
+        self._begun: set[int] = set()  # outputs that have had an event
+        self._new_tokens = 0
+
+    @abstractmethod
+    def chunk_choice(self, index: int, event: Event, first: bool) -> ChunkChoice | None:
+        """What an event adds to output `index`, None if the client need not see it; `first` for the output's first event."""
+
+    @abstractmethod
+    def chunk(self, choices: list[ChunkChoice], usage: Usage | None) -> BaseModel:
+        """One chunk of a stream."""
+
+    @abstractmethod
+    def whole(self, outputs: list[list[ChunkChoice]], usage: Usage) -> BaseModel:
+        """The response in one piece, from the choices of each output's chunks."""
+
+    async def chunks(self) -> AsyncIterator[str]:
+        """The chunks of a stream, as JSON."""
+        omitted = None if self._usage_at_end or self._usage_always else {"usage"}
+        async for event in self.job:
+            choice = self._take(event)
+            if choice is not None:
+                usage = self._usage() if self._usage_always else None
+                yield self.chunk([choice], usage).model_dump_json(exclude=omitted)
+        if self._usage_at_end:
+            yield self.chunk([], self._usage()).model_dump_json()
+
+    async def response(self) -> str:
+        """The response in one piece, as JSON."""
+        outputs: list[list[ChunkChoice]] = [[] for _ in range(self.job.num_outputs)]
+        async for event in self.job:
+            choice = self._take(event)
+            if choice is not None:
+                outputs[choice.index].append(choice)
+        return self.whole(outputs, self._usage()).model_dump_json()
+
+    def _take(self, event: Event) -> ChunkChoice | None:
+        index = event.prompt * self.job.params.n + event.output
+        first = index not in self._begun
+        self._begun.add(index)
+        self._new_tokens += len(event.token_ids)
+        return self.chunk_choice(index, event, first)
+
+    def _usage(self) -> Usage:
+        """Token counts so far."""
+        prompt_tokens = sum(len(tokens) for tokens in self.job.prompts)
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=self._new_tokens,
+            total_tokens=prompt_tokens + self._new_tokens,
+            prompt_tokens_details=CachedTokens(cached_tokens=sum(self.job.cached_tokens.values())),
+        )
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; when the client goes away, or at the end, the job is closed.
+    """An answer as server-sent events. Its job is closed at the end, and also when the client goes away before."""
 
-    Args:
-        chunks: JSON texts.
-    """
-
-    def __init__(self, chunks: AsyncIterator[str], job: Job) -> None:
+    def __init__(self, answer: Answer[Any]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_as_events(chunks), media_type="text/event-stream", headers=headers)
-        self._job = job
+        super().__init__(_events(answer), media_type="text/event-stream", headers=headers)
+        self._job = answer.job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -47,9 +116,9 @@ class EventStream(StreamingResponse):
             self._job.close()
 
 
-async def _as_events(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _events(answer: Answer[Any]) -> AsyncIterator[str]:
     try:
-        async for chunk in chunks:
+        async for chunk in answer.chunks():
             yield f"data: {chunk}\n\n"
     except Exception as error:
         yield stream_error(error)
@@ -57,19 +126,19 @@ async def _as_events(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
         yield "data: [DONE]\n\n"
 
 
-async def whole(request: Request, job: Job, answer: Coroutine[Any, Any, T], as_json: Callable[[T], str]) -> Response:
-    """An answer in one piece, unless the client goes away meanwhile; the job is closed in any case."""
+async def _in_one_piece(answer: Answer[Any], request: Request) -> Response:
+    """Wait for the whole answer, or until the client goes away; the job is closed in either case."""
     gone = asyncio.ensure_future(_disconnected(request))
-    found = asyncio.ensure_future(answer)
+    found = asyncio.ensure_future(answer.response())
     try:
         await asyncio.wait({gone, found}, return_when=asyncio.FIRST_COMPLETED)
         if not found.done():
             return Response(status_code=CLIENT_GONE)
-        return Response(as_json(found.result()), media_type="application/json")
+        return Response(found.result(), media_type="application/json")
     finally:
         gone.cancel()
         found.cancel()
-        job.close()
+        answer.job.close()
 
 
 async def _disconnected(request: Request) -> None:

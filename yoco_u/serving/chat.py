@@ -1,85 +1,64 @@
-"""POST /v1/chat/completions."""
+"""`/v1/chat/completions`: what clients get for it. Its route is in `app.py`, its request in `requests.py`."""
 
-import secrets
-import time
-from collections.abc import AsyncIterator
-
-from fastapi import Request, Response
-
-from yoco_u.inference import TokenLogprobs
-from yoco_u.serving.answers import EventStream, usage, whole
-from yoco_u.serving.engine_loop import Event, Job
+from yoco_u.inference import Logprob, TokenLogprobs
+from yoco_u.serving.answers import Answer
+from yoco_u.serving.jobs import Event, Job
 from yoco_u.serving.requests import ChatRequest
-from yoco_u.serving.responses import ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprobs, ChatMessage, ChatResponse, Usage
-from yoco_u.serving.served_model import ServedModel
-from yoco_u.serving.token_texts import chat_logprobs
+from yoco_u.serving.responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatLogprob,
+    ChatLogprobs,
+    ChatMessage,
+    ChatResponse,
+    TopLogprob,
+    Usage,
+)
+from yoco_u.serving.token_texts import TokenTexts
 
 
-async def answer_chat(body: ChatRequest, request: Request, model: ServedModel) -> Response:
-    """Answer a chat."""
-    model.check(body)
-    tokens = await model.encode_chat(body.messages)
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    if max_tokens is None:
-        max_tokens = max(1, min(model.settings.max_output_tokens, model.engine.max_model_len - len(tokens)))
-    model.check_length(len(tokens), max_tokens)
-    params = body.sampling_params(max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-    answer = _Answer(body, model, await model.loop.submit([tokens], params))
-    if body.stream:
-        return EventStream(answer.chunks(), answer.job)
-    return await whole(request, answer.job, answer.response(), ChatResponse.model_dump_json)
+class ChatAnswer(Answer[ChatChunkChoice]):
+    """The answer to a chat. In a stream, the first chunk of each output names the role."""
 
+    def __init__(self, body: ChatRequest, job: Job, model_name: str, texts: TokenTexts) -> None:
+        super().__init__(body, job, model_name, "chatcmpl")
+        self._texts, self._wants_logprobs = texts, bool(body.logprobs)
 
-class _Answer:
-    def __init__(self, body: ChatRequest, model: ServedModel, job: Job) -> None:
-        self.job, self._body, self._model = job, body, model
-        self._id, self._created = f"chatcmpl-{secrets.token_hex(16)}", int(time.time())
+    def chunk_choice(self, index: int, event: Event, first: bool) -> ChatChunkChoice | None:
+        delta = {"role": "assistant", "content": ""} if first else {}
+        delta |= {"content": event.text} if event.text else {}
+        if not delta and not event.logprobs and event.finish_reason is None:
+            return None
+        logprobs = self._logprobs(event.logprobs or []) if self._wants_logprobs else None
+        return ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=event.finish_reason)
 
-    async def chunks(self) -> AsyncIterator[str]:
-        """A chunk an event that has something to show; each output's first one tells the role."""
-        at_end, always = self._body.usage_in_stream
-        omitted = None if at_end or always else {"usage"}
-        begun: set[int] = set()
-        new = 0
-        async for event in self.job:
-            new += len(event.token_ids)
-            delta = {} if event.output in begun else {"role": "assistant", "content": ""}
-            delta |= {"content": event.text} if event.text else {}
-            if delta or event.logprobs or event.finish_reason is not None:
-                begun.add(event.output)
-                choice = ChatChunkChoice(
-                    index=event.output, delta=delta, logprobs=self._logprobs(event.logprobs),
-                    finish_reason=event.finish_reason,
-                )  # fmt: skip
-                yield self._chunk([choice], usage(self.job, new) if always else None).model_dump_json(exclude=omitted)
-        if at_end:
-            yield self._chunk([], usage(self.job, new)).model_dump_json()
+    def chunk(self, choices: list[ChatChunkChoice], usage: Usage | None) -> ChatChunk:
+        return ChatChunk(**self.head, choices=choices, usage=usage)
 
-    async def response(self) -> ChatResponse:
-        """All in one."""
-        events: list[list[Event]] = [[] for _ in range(self._body.num_outputs)]
-        async for event in self.job:
-            events[event.output].append(event)
-        return ChatResponse(
-            id=self._id,
-            created=self._created,
-            model=self._model.settings.model_name,
-            choices=[self._choice(index, found) for index, found in enumerate(events)],
-            usage=usage(self.job, sum(len(event.token_ids) for found in events for event in found)),
-        )
+    def whole(self, outputs: list[list[ChatChunkChoice]], usage: Usage) -> ChatResponse:
+        choices = [self._joined(index, parts) for index, parts in enumerate(outputs)]
+        return ChatResponse(**self.head, choices=choices, usage=usage)
 
-    def _choice(self, index: int, events: list[Event]) -> ChatChoice:
+    def _joined(self, index: int, parts: list[ChatChunkChoice]) -> ChatChoice:
+        logprobs = None
+        if self._wants_logprobs:
+            logprobs = ChatLogprobs(content=[one for part in parts if part.logprobs for one in part.logprobs.content])
         return ChatChoice(
             index=index,
-            message=ChatMessage(content="".join(event.text for event in events)),
-            logprobs=self._logprobs([one for event in events for one in event.logprobs or []]),
-            finish_reason=events[-1].finish_reason or "stop",
+            message=ChatMessage(content="".join(part.delta.get("content", "") for part in parts)),
+            logprobs=logprobs,
+            finish_reason=parts[-1].finish_reason or "stop",
         )
 
-    def _chunk(self, choices: list[ChatChunkChoice], counts: Usage | None = None) -> ChatChunk:
-        return ChatChunk(
-            id=self._id, created=self._created, model=self._model.settings.model_name, choices=choices, usage=counts
+    def _logprobs(self, logprobs: list[TokenLogprobs]) -> ChatLogprobs:
+        return ChatLogprobs(
+            content=[
+                ChatLogprob(**self._entry(one.chosen).model_dump(), top_logprobs=[self._entry(top) for top in one.top])
+                for one in logprobs
+            ]
         )
 
-    def _logprobs(self, logprobs: list[TokenLogprobs] | None) -> ChatLogprobs | None:
-        return chat_logprobs(self._model.texts, logprobs or []) if self._body.logprobs else None
+    def _entry(self, one: Logprob) -> TopLogprob:
+        token = one.token_id
+        return TopLogprob(token=self._texts.text(token), logprob=one.logprob, bytes=list(self._texts.bytes(token)))

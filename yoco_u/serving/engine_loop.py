@@ -1,7 +1,8 @@
-"""The synchronous engine behind an asyncio front.
+"""The engine loop: runs the synchronous engine in a thread, behind an interface for asyncio.
 
-One thread owns the engine: between two steps it takes commands (add, abort) from an inbox, after each step it hands the
-updates over to the event loop, all in one call. Everything that asyncio code sees is a copy, or does not change any more.
+The thread alone touches the engine. Between two steps it takes commands (add, abort) from an inbox; after each step it hands
+all updates to the event loop in one call. What asyncio code sees of the engine is a copy or does not change any more, so no
+locks are needed.
 """
 
 import asyncio
@@ -11,134 +12,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 from yoco_u.errors import UserError
-from yoco_u.inference import Engine, RequestOutput, SamplingParams, TokenLogprobs, Update
+from yoco_u.inference import Engine, SamplingParams, Update
+from yoco_u.serving.jobs import Busy, Event, FinishReason, Job, NotServing, RequestFailed
 
 log = logging.getLogger("yoco_u.serving")
 
-FinishReason = Literal["stop", "length"]
-
-_MOST_FAILED_STEPS = 3  # in a row, after which the engine counts as broken
-
-
-class Busy(Exception):  # noqa: N818
-    """The queue is full.
-
-    Attributes:
-        retry_after: seconds after which another try may succeed.
-    """
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__("the server is busy: its queue is full; try again later")
-        self.retry_after = retry_after
-
-
-class NotServing(Exception):  # noqa: N818
-    """The server is shutting down, or its engine has failed."""
-
-
-class TimeExceeded(Exception):  # noqa: N818
-    """The request took longer than it may."""
-
-
-class RequestFailed(Exception):  # noqa: N818
-    """The engine could not compute the request."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """What one step added to one output of a job.
-
-    Attributes:
-        prompt: which of the job's prompts.
-        output: which of the prompt's `n` outputs.
-        logprobs: of the new tokens, if asked for.
-        cached_tokens: of the prompt, counted when the event came; see `RequestOutput`.
-        finish_reason: in the output's last event, None in all others.
-    """
-
-    prompt: int
-    output: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
-    cached_tokens: int
-    finish_reason: FinishReason | None
-
-
-class Job:
-    """What one HTTP request asks of the engine: one or several prompts, the same parameters for all.
-
-    Iterating gives the events of all outputs as they come and ends when all outputs have ended.
-
-    Attributes:
-        requests: one a prompt. What concerns the prompt is final with the prompt's first event, the rest when iteration ends.
-
-        cached_tokens: by prompt, those that its first output found computed.
-
-    Raises:
-        RequestFailed, TimeExceeded, NotServing: while iterating; all outputs have been ended then.
-    """
-
-    def __init__(self, prompts: list[list[int]], params: SamplingParams, loop: "EngineLoop") -> None:
-        self.prompts, self.params = prompts, params
-        self.requests: list[RequestOutput] = []
-        self.cached_tokens: dict[int, int] = {}
-        self.begun = time.monotonic()
-        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.done = False
-        self._loop = loop
-        self._events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
-        self._timer = asyncio.get_running_loop().call_later(loop.time_limit, self._expire)
-
-    @property
-    def num_outputs(self) -> int:
-        return len(self.prompts) * self.params.n
-
-    def __aiter__(self) -> "Job":
-        return self
-
-    async def __anext__(self) -> Event:
-        event = await self._events.get()
-        if event is None:
-            raise StopAsyncIteration
-        if isinstance(event, Exception):
-            raise event
-        return event
-
-    def close(self, reason: Exception | None = None) -> None:
-        """End what is unfinished; its memory is free after the step that runs now. Whoever iterates gets the reason."""
-        if not self.done:
-            self._loop.abort(self)
-            self.put(reason)
-
-    def put(self, event: Event | Exception | None) -> None:
-        """For the engine loop: the next event, the failure that ends the job, or None as its regular end."""
-        if isinstance(event, Exception) and not self.accepted.done():
-            self.accepted.set_exception(event)
-        if isinstance(event, Event):
-            self.cached_tokens.setdefault(event.prompt, event.cached_tokens)
-        self._events.put_nowait(event)
-
-    def accept(self) -> None:
-        """For the engine loop: the engine has taken all requests."""
-        if not self.accepted.done():
-            self.accepted.set_result(None)
-
-    def end(self) -> None:
-        """For the engine loop: the engine has nothing of this job any more."""
-        self.done = True
-        self._timer.cancel()
-
-    def _expire(self) -> None:
-        self.close(TimeExceeded(f"the request took longer than {self._loop.time_limit:g} seconds, the limit of this server"))
+_MOST_FAILED_STEPS = 3  # after this many in a row the engine counts as broken
 
 
 class Observer:
-    """Is told what happens, on the event loop; see `metrics.py`. This one does not listen."""
+    """Is told on the event loop what happens to jobs. This one does nothing; `metrics.py` has one that counts."""
 
     def event(self, job: Job, event: Event) -> None: ...
 
@@ -147,22 +33,23 @@ class Observer:
     def rejected(self, reason: str) -> None: ...
 
     def step(self, seconds: float) -> None:
-        """Called on the engine's thread."""
+        """A step of the engine took this long. Called on the engine's thread."""
 
 
 class EngineLoop:
-    """Runs an engine in a thread of its own for asyncio code.
+    """Runs an engine in a thread of its own, and takes jobs for it from asyncio code.
 
     Args:
-        engine: nobody else may touch it from now on.
+        engine: the engine, which nobody else may touch from now on.
         max_waiting: outputs beyond the engine's seats that may wait.
-        time_limit: seconds of one job, waiting included.
+        time_limit: seconds that one job may take, waiting included.
         observer: is told what happens.
         died: called on the event loop if the engine has failed for good.
 
     Attributes:
-        draining: no new jobs are taken.
-        failure: what ended the engine, None while it is sound.
+        capacity: outputs that may be in the engine at once, running or waiting.
+        draining: whether new jobs are refused because the server is shutting down.
+        failure: the exception that ended the engine, None while it works.
     """
 
     def __init__(
@@ -177,16 +64,16 @@ class EngineLoop:
         self.capacity = engine.settings.max_num_seqs + max_waiting
         self.failure: BaseException | None = None
         self._observer, self._died = observer or Observer(), died
-        self._outstanding = 0  # outputs that wait or run
+        self._outstanding = 0  # outputs that are running or waiting
         self._jobs: set[Job] = set()
-        self._seconds = 1.0  # of a job, a moving average
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._running: dict[str, tuple[Job, int]] = {}  # by the engine's request ids; the thread's own
+        self._seconds = 1.0  # that a job takes, as a moving average
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends the thread
+        self._running: dict[str, tuple[Job, int]] = {}  # job and index of the prompt, by request id; of the thread alone
         self._failed_steps = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to serve the event loop that calls this."""
+        """Start the thread. Jobs and observer are served on the event loop that calls this."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -197,7 +84,7 @@ class EngineLoop:
         await asyncio.to_thread(self._thread.join)
 
     def drain(self, seconds: float) -> None:
-        """Take no new jobs, and end those that are not done after so many seconds. Safe in a signal handler."""
+        """Refuse new jobs, and end those that are not done after this many seconds. Safe in a signal handler."""
         self.draining = True
         self._loop.call_soon_threadsafe(lambda: self._loop.call_later(seconds, self.close_all))
 
@@ -228,7 +115,7 @@ class EngineLoop:
         if self._outstanding + count > self.capacity:
             self._observer.rejected("queue full")
             raise Busy(min(60, math.ceil(self._seconds)))
-        job = Job(prompts, params, self)
+        job = Job(prompts, params, self.time_limit, self._abort)
         self._outstanding += count
         self._jobs.add(job)
         self._inbox.put(lambda: self._add(job))
@@ -239,11 +126,10 @@ class EngineLoop:
             raise
         return job
 
-    def abort(self, job: Job) -> None:
-        """For `Job.close`."""
+    def _abort(self, job: Job) -> None:
         self._inbox.put(lambda: self._end(job))
 
-    # On the engine's thread.
+    # The methods from here on run on the engine's thread.
 
     def _run(self) -> None:
         try:
@@ -256,7 +142,11 @@ class EngineLoop:
             self._tell(self._die)
 
     def _take_commands(self, wait: bool) -> bool:
-        """Run what is in the inbox; False when asked to stop."""
+        """Run the commands in the inbox, after waiting for one if `wait`.
+
+        Returns:
+            False when asked to stop.
+        """
         while True:
             try:
                 command = self._inbox.get(block=wait)
@@ -285,7 +175,7 @@ class EngineLoop:
             self._tell(job.accept)
 
     def _end(self, job: Job, reason: Exception | None = None) -> None:
-        """Abort what is unfinished of a job, and say so; nothing happens if the job has ended already."""
+        """Abort the unfinished requests of a job, and tell the event loop; a job that has ended already stays as it is."""
         for request in job.requests:
             self.engine.abort(request)
             self._running.pop(request.id, None)
@@ -313,7 +203,7 @@ class EngineLoop:
             self._end(job, RequestFailed(error or "the engine could not compute the request"))
 
     def _fail_step(self) -> None:
-        """End the jobs whose requests the engine has ended with the step, or all if it left them."""
+        """End the jobs of a failed step: those whose requests the engine has marked as failed, or all if it has marked none."""
         jobs = {job for job, _ in self._running.values()}
         broken = {
             job for job in jobs if any(one.finish_reason == "error" for request in job.requests for one in request.outputs)
@@ -325,12 +215,13 @@ class EngineLoop:
             raise RuntimeError(f"{_MOST_FAILED_STEPS} steps in a row have failed")
 
     def _tell(self, message: Callable[[], object]) -> None:
+        """Have the event loop call a function."""
         try:
             self._loop.call_soon_threadsafe(message)
-        except RuntimeError:  # the event loop is closed: nobody listens any more
+        except RuntimeError:  # the event loop is closed, so nobody listens any more
             log.debug("an update came after the end")
 
-    # On the event loop.
+    # The methods from here on run on the event loop.
 
     def _deliver(self, events: list[tuple[Job, Event]], ended: set[Job]) -> None:
         for job, event in events:

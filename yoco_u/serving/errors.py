@@ -1,4 +1,4 @@
-"""Errors in the shape of OpenAI's API."""
+"""Every error of the server as an HTTP answer in the shape of OpenAI's API."""
 
 import json
 import logging
@@ -12,22 +12,22 @@ from starlette.exceptions import HTTPException
 
 from yoco_u.config import Config, describe_problems
 from yoco_u.errors import UserError
-from yoco_u.serving.engine_loop import Busy, NotServing, RequestFailed, TimeExceeded
+from yoco_u.serving.jobs import Busy, NotServing, RequestFailed, TimeExceeded
 from yoco_u.serving.requests import REQUESTS
 from yoco_u.serving.responses import ErrorResponse
 
 log = logging.getLogger("yoco_u.serving")
 
 _INTERNAL = "internal error; the server's log says more"
-_LONGEST = 500  # characters of a message, which may quote what came
+_LONGEST = 500  # characters of a message; messages quote what clients sent, which may be long
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """A refusal, with its HTTP status.
 
     Args:
-        param: the request's parameter that it is about.
-        code: a word for programs.
+        param: name of the request's parameter that is wrong.
+        code: the reason as a word that programs can compare.
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -36,7 +36,7 @@ class ApiError(Exception):
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """`{"error": ...}` with the type that OpenAI's API gives to such a status."""
+    """The JSON object `{"error": ...}`, with the type that OpenAI's API gives to errors of this status."""
     kinds = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     short = message if len(message) <= _LONGEST else message[:_LONGEST] + "..."
@@ -46,13 +46,13 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 def error_response(
     status: int, message: str, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
 ) -> Response:
-    # In ASCII: the message may quote lone surrogates, which no UTF-8 can hold.
+    # JSON in ASCII, because the message may quote lone surrogates, which UTF-8 cannot encode.
     body = json.dumps(error_body(status, message, param, code))
     return Response(body, status, dict(headers or {}), media_type="application/json")
 
 
 def stream_error(error: Exception) -> str:
-    """An error that comes when the answer has begun, as a server-sent event."""
+    """A server-sent event for an error that occurs after the answer has begun, when no status can be sent any more."""
     status, message = _status(error)
     return f"data: {json.dumps(error_body(status, message))}\n\n"
 
@@ -110,7 +110,7 @@ def install(app: FastAPI) -> None:
 
 
 def _invalid_request(cls: type[Config], error: RequestValidationError) -> Response:
-    """What does not fit, by the path of the key."""
+    """The answer to a body that does not fit its schema: every problem with the path of its key."""
     problems = [problem | {"loc": problem["loc"][1:]} for problem in error.errors()]  # without "body"
     if problems[0]["type"] == "json_invalid":
         return error_response(
@@ -136,4 +136,4 @@ _DESCRIPTIONS: dict[int | str, str] = {
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": description} for status, description in _DESCRIPTIONS.items()
 }
-"""For the OpenAPI description."""
+"""Error answers of all routes, as the OpenAPI description lists them."""

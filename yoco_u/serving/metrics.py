@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""Metrics in Prometheus' format: counts and times of jobs, and the state of the engine."""
 
 import time
 from collections.abc import Iterator
@@ -9,21 +9,27 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from yoco_u.inference import Engine
-from yoco_u.serving.engine_loop import Event, Job, Observer
+from yoco_u.serving.engine_loop import Observer
+from yoco_u.serving.jobs import Event, Job
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 @dataclass
 class _Progress:
-    """Of one job: when each output's newest token came, and how many outputs have ended as they should."""
+    """Progress of one job.
+
+    Attributes:
+        last: time of the newest token, by (prompt, output).
+        ended: number of outputs that have ended regularly.
+    """
 
     last: dict[tuple[int, int], float] = field(default_factory=dict)
     ended: int = 0
 
 
 class Metrics(Observer):
-    """Counts what the engine loop reports; blocks, seats and the queue are read when asked for."""
+    """Counts what the engine loop reports. Blocks, seats and the queue are read from the engine whenever the text is made."""
 
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
@@ -48,7 +54,7 @@ class Metrics(Observer):
         self._registry.register(_EngineState(engine))
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def event(self, job: Job, event: Event) -> None:
@@ -82,7 +88,7 @@ class Metrics(Observer):
 
 
 class _EngineState(Collector):
-    """What the engine holds at the moment of asking."""
+    """What the engine holds at the moment at which the metrics are asked for."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -1,7 +1,7 @@
-"""What clients send: OpenAI's completions and chat completions, with parameters of our own.
+"""The bodies that clients send: OpenAI's completions and chat completions, with parameters of our own.
 
-Parameters of OpenAI's that only keep books are taken and ignored. Those that would change the answer and that we cannot
-follow are refused, and so are unknown ones, as OpenAI's own server does.
+Parameters of OpenAI's API that do not change the answer, such as `user`, are accepted and ignored. Those that would change it
+and that we do not support are refused. So are unknown parameters, as by OpenAI's own server.
 """
 
 from typing import Annotated, Any, Literal
@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, StrictBool, model_validator
 
 from yoco_u.config import Config
-from yoco_u.inference import SamplingParams
 
 _IGNORED = frozenset(
     ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
      "prompt_cache_retention", "parallel_tool_calls"]
 )  # fmt: skip
-_REFUSED: dict[str, tuple[Any, ...]] = {  # unless they say nothing
+_REFUSED: dict[str, tuple[Any, ...]] = {  # refused unless null or one of these values, with which they ask for nothing
     "suffix": ("",), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (),
     "reasoning_effort": (), "verbosity": (), "moderation": (),
@@ -29,7 +28,7 @@ def _number(value: object) -> object:
 
 
 def _tokens_or_texts(value: object) -> object:
-    """One text, one list of tokens, or a list of either."""
+    """Check a prompt: one text, one list of token ids, or a list of either."""
     if isinstance(value, str):
         return _unicode(value)
     if not isinstance(value, list):
@@ -92,12 +91,12 @@ Stop = Annotated[_StopTexts, BeforeValidator(_several, json_schema_input_type=_S
 
 
 class StreamOptions(Config):
-    """What a stream tells besides the text.
+    """What a stream reports besides the text.
 
     Attributes:
-        include_usage: end with a chunk that has no choices but the token counts of the whole request.
-        continuous_usage_stats: the counts so far in every chunk, as vLLM has it.
-        include_obfuscation: taken, and ignored.
+        include_usage: end the stream with a chunk that has no choices, only the token counts of the whole request.
+        continuous_usage_stats: report the token counts so far in every chunk, as vLLM does.
+        include_obfuscation: accepted and ignored.
     """
 
     include_usage: StrictBool = False
@@ -128,13 +127,14 @@ class ResponseFormat(Config):
 
     @property
     def schema_of_output(self) -> dict[str, Any] | None:
+        """The schema that the output must fit, None if it may be any text."""
         if self.json_schema is not None:
             return self.json_schema.schema_
         return {"type": "object"} if self.type == "json_object" else None
 
 
 class SampledRequest(Config):
-    """What completions and chats have in common. null is the default everywhere, as in OpenAI's API."""
+    """Parameters of completions and chats alike. null stands for the default everywhere, as in OpenAI's API."""
 
     model: Text | None = None
     stream: StrictBool | None = None
@@ -169,6 +169,7 @@ class SampledRequest(Config):
 
     @property
     def num_outputs(self) -> int:
+        """Outputs of each prompt."""
         return self.n or 1
 
     @property
@@ -177,33 +178,18 @@ class SampledRequest(Config):
         options = self.stream_options or StreamOptions()
         return options.include_usage, options.continuous_usage_stats
 
-    def sampling_params(self, max_tokens: int, **more: Any) -> SamplingParams:
-        """For the engine.
-
-        Raises:
-            UserError: if settings do not go together.
-        """
-        same = ("n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "num_loops", "top_k", "min_p",
-                "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens", "regex",
-                "stop")  # fmt: skip
-        given = {name: value for name in same if (value := getattr(self, name)) is not None}
-        if self.seed is not None:
-            given["seed"] = self.seed % 2**64
-        if self.response_format is not None:
-            given["json_schema"] = self.response_format.schema_of_output
-        return SamplingParams(max_tokens=max_tokens, **given, **more)
-
 
 class CompletionRequest(SampledRequest):
     """Continue a prompt.
 
     Attributes:
-        prompt: a text, which begins a document; token ids, taken as they are; or a list of either. An empty text begins a
-            new document.
+        prompt: a text, which begins a document; token ids, which are used as they are; or a list of either. With an empty text
+            the model begins a new document.
         echo: put the prompt before the output.
-        logprobs: report log probabilities of each token, the prompt's too with `echo`, and of so many likeliest ones.
+        logprobs: report the log probability of each output token and, with `echo`, of each prompt token, beside those of this
+            many likeliest tokens in its place.
         num_loops: T, how often the looped layers run; the model's own by default.
-        regex: the output as a whole matches this regular expression.
+        regex: regular expression that the output as a whole must match.
     """
 
     prompt: Prompt = ""
@@ -211,6 +197,13 @@ class CompletionRequest(SampledRequest):
     echo: StrictBool | None = None
     logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[Int, Field(ge=1)] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts as a list, also where there is one."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
 
     @model_validator(mode="after")
     def _best_of(self) -> "CompletionRequest":
@@ -220,7 +213,7 @@ class CompletionRequest(SampledRequest):
 
 
 def _only_text(value: object) -> object:
-    """The text of a message's content, which may come in parts."""
+    """Join the content of a message that comes in parts, which must all be text."""
     if not isinstance(value, list):
         return value
     for part in value:
@@ -230,14 +223,14 @@ def _only_text(value: object) -> object:
 
 
 class TextPart(Config):
-    """A part of a message."""
+    """A part of a message's content; parts of other types are not supported."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(BaseModel):
-    """One message of a chat; what OpenAI's answers have besides may be sent back."""
+    """One message of a chat. Other keys are ignored, so that clients can send back the messages of OpenAI's answers."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -250,9 +243,9 @@ class ChatRequest(SampledRequest):
     """Answer a chat.
 
     Attributes:
-        max_completion_tokens: another name of max_tokens, of which it is the newer.
-        logprobs: report the log probability of each token.
-        top_logprobs: and of so many likeliest ones.
+        max_completion_tokens: the newer name of max_tokens.
+        logprobs: report the log probability of each output token.
+        top_logprobs: report also those of this many likeliest tokens in its place.
     """
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]

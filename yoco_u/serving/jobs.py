@@ -1,0 +1,140 @@
+"""Jobs: what HTTP requests ask of the engine, the events that come back, and the ways in which a job can fail."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from yoco_u.inference import RequestOutput, SamplingParams, TokenLogprobs
+
+FinishReason = Literal["stop", "length"]
+
+
+class Busy(Exception):  # noqa: N818
+    """The queue is full.
+
+    Attributes:
+        retry_after: seconds after which another try may succeed.
+    """
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("the server is busy: its queue is full; try again later")
+        self.retry_after = retry_after
+
+
+class NotServing(Exception):  # noqa: N818
+    """The server is shutting down, or its engine has failed."""
+
+
+class TimeExceeded(Exception):  # noqa: N818
+    """The request took longer than the server's time limit."""
+
+
+class RequestFailed(Exception):  # noqa: N818
+    """The engine could not compute the request."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one step added to one output of a job.
+
+    Attributes:
+        prompt: index of the job's prompt.
+        output: index of the output among the prompt's `n` outputs.
+        text: new text, often empty.
+        token_ids: new tokens.
+        logprobs: one entry for each new token; None if they were not asked for.
+        cached_tokens: tokens of the prompt that did not have to be computed, as counted when the event came; see
+            `RequestOutput`.
+        finish_reason: why the output ended, in its last event; None in all others.
+    """
+
+    prompt: int
+    output: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    cached_tokens: int
+    finish_reason: FinishReason | None
+
+
+class Job:
+    """What one HTTP request asks of the engine: one or several prompts, with the same sampling parameters for all.
+
+    Iterating over a job yields the events of all its outputs as they come, and stops when all outputs have ended.
+
+    Args:
+        time_limit: seconds after which the job is closed.
+        abort: asks the engine loop to end a job.
+
+    Attributes:
+        requests: the engine's request of each prompt. What it says of the prompt is final with the prompt's first event; what
+            it says of the outputs is final when iteration stops.
+        cached_tokens: for each prompt by its index, the tokens that its first output found in the prefix cache.
+        accepted: done when the engine has taken all requests, failed if it has refused them.
+        done: whether the engine has let go of the job.
+
+    Raises:
+        RequestFailed, TimeExceeded, NotServing: while iterating; all outputs have been ended then.
+    """
+
+    def __init__(
+        self, prompts: list[list[int]], params: SamplingParams, time_limit: float, abort: Callable[["Job"], None]
+    ) -> None:
+        self.prompts, self.params = prompts, params
+        self.requests: list[RequestOutput] = []
+        self.cached_tokens: dict[int, int] = {}
+        self.begun = time.monotonic()
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.done = False
+        self._abort, self._time_limit = abort, time_limit
+        self._events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
+        self._timer = asyncio.get_running_loop().call_later(time_limit, self._expire)
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of all prompts together."""
+        return len(self.prompts) * self.params.n
+
+    def __aiter__(self) -> "Job":
+        return self
+
+    async def __anext__(self) -> Event:
+        event = await self._events.get()
+        if event is None:
+            raise StopAsyncIteration
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def close(self, reason: Exception | None = None) -> None:
+        """End the outputs that are unfinished; their memory is free after the step that runs now.
+
+        Args:
+            reason: raised in whoever iterates over the job; None ends the iteration.
+        """
+        if not self.done:
+            self._abort(self)
+            self.put(reason)
+
+    def put(self, event: Event | Exception | None) -> None:
+        """For the engine loop: add the next event, the failure that ends the job, or None as its regular end."""
+        if isinstance(event, Exception) and not self.accepted.done():
+            self.accepted.set_exception(event)
+        if isinstance(event, Event):
+            self.cached_tokens.setdefault(event.prompt, event.cached_tokens)
+        self._events.put_nowait(event)
+
+    def accept(self) -> None:
+        """For the engine loop: the engine has taken all requests."""
+        if not self.accepted.done():
+            self.accepted.set_result(None)
+
+    def end(self) -> None:
+        """For the engine loop: the engine has let go of the job."""
+        self.done = True
+        self._timer.cancel()
+
+    def _expire(self) -> None:
+        self.close(TimeExceeded(f"the request took longer than {self._time_limit:g} seconds, the limit of this server"))
