@@ -1,4 +1,4 @@
-"""API keys."""
+"""API keys: which requests may pass."""
 
 import hashlib
 import hmac
@@ -14,9 +14,10 @@ _OPEN_FOLDER = "/page/"
 
 
 class ApiKeys:
-    """Lets requests through that carry one of the keys as `Authorization: Bearer KEY`; the page and /health are open to all.
+    """Middleware that answers requests without a valid key with 401; the page and /health are open to all.
 
-    Only hashes of the keys are kept, and all of them are compared in a time that does not depend on them.
+    A valid key comes as `Authorization: Bearer KEY`. Only hashes of the keys are kept, and a key is compared with each of them
+    in constant time, so that the time of an answer tells nothing about them.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Limits on the bodies of requests."""
+"""How large the body of a request may be, and how long it may take to arrive."""
 
 import asyncio
 import time
@@ -11,10 +11,11 @@ from yoco_u.serving.errors import error_response
 
 
 class BodyLimit:
-    """Refuses bodies of too many bytes with 413, and those that take too long to come with 408.
+    """Middleware that refuses bodies that are too large with 413, and bodies that arrive too slowly with 408.
 
     Args:
-        seconds: from the headers to the body's end.
+        max_bytes: largest size of a body.
+        seconds: longest time from the request's headers to the end of its body.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""What clients get, in the shapes of OpenAI's API."""
+"""What clients receive, in the shapes of OpenAI's API and of our own routes."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ class CachedTokens(BaseModel):
 
 
 class Usage(BaseModel):
-    """Token counts, those of all prompts and outputs together."""
+    """Token counts of a whole request: all its prompts and outputs together."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -19,7 +19,7 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """One entry a token; a token that is no whole text is written `bytes:\\xNN`."""
+    """Log probabilities, one entry for each token. Tokens whose bytes are not text by themselves are named `bytes:\\xNN`."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -35,7 +35,7 @@ class CompletionChoice(BaseModel):
 
 
 class CompletionResponse(BaseModel):
-    """A completion, or a chunk of a stream."""
+    """A whole completion, or one chunk of a stream of it."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -81,8 +81,10 @@ class ChatResponse(BaseModel):
 
 
 class ChatChunkChoice(BaseModel):
-    """Attributes:
-    delta: `role` in an output's first chunk, `content` where there is new text.
+    """One output's part in a chunk.
+
+    Attributes:
+        delta: has `role` in an output's first chunk, and `content` where there is new text.
     """
 
     index: int
@@ -118,9 +120,11 @@ class Health(BaseModel):
 
 
 class ModelFacts(BaseModel):
-    """Attributes:
-    chat: whether the model has a chat template; without one it continues texts.
-    num_loops: T where a request names none.
+    """What the page shows of the model, and the limits of its controls.
+
+    Attributes:
+        chat: whether the model has a chat template; without one it continues texts.
+        num_loops: T of requests that name none.
     """
 
     name: str
@@ -136,8 +140,11 @@ class ModelFacts(BaseModel):
 
 
 class KVBytes(BaseModel):
-    """Attributes:
-    transformer_bytes: of full attention in as many layers, each applied once.
+    """Size of the KV cache of one sequence.
+
+    Attributes:
+        bytes: what this model keeps.
+        transformer_bytes: what a Transformer of the same shape keeps: full attention in as many layers, each applied once.
     """
 
     bytes: int

@@ -1,4 +1,4 @@
-"""One server process: a socket, uvicorn, and an end in good order."""
+"""The server process: a socket, uvicorn around the application, and a shutdown that lets running requests end."""
 
 import socket
 import sys
@@ -12,12 +12,12 @@ from yoco_u.serving.app import create_app
 from yoco_u.serving.engine_loop import EngineLoop
 from yoco_u.serving.settings import Listen, ServerSettings
 
-_LAST_WORDS = 5.0  # seconds for the last answers after the drain
+_LAST_WORDS = 5.0  # seconds after the drain in which the last answers can be sent
 _FAILED = 1
 
 
 def serve(engine: Engine, settings: ServerSettings, listen: Listen) -> int:
-    """Serve until SIGTERM or SIGINT; running requests are finished first, a second signal does not wait for them.
+    """Serve until SIGTERM or SIGINT. Running requests are finished first; a second signal ends the server at once.
 
     Returns:
         The exit status: 0, or 1 if the engine has failed.
@@ -58,7 +58,10 @@ def serve(engine: Engine, settings: ServerSettings, listen: Listen) -> int:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that lets the engine loop know of signals, and does not die of them after an end in good order."""
+    """A uvicorn server that drains the engine loop at the first signal.
+
+    It does not raise the signal again after the shutdown, as uvicorn's own does, so that `serve` returns.
+    """
 
     def __init__(self, config: uvicorn.Config, loop: EngineLoop, drain_seconds: float) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""How a server is set up, besides its engine."""
+"""Settings of a server, besides those of its engine."""
 
 from pathlib import Path
 
@@ -12,15 +12,16 @@ class ServerSettings(Config):
 
     Attributes:
         model_name: what clients call the model.
-        api_keys: any of them opens everything but the page and /health; none: everybody may.
+        api_keys: keys of which requests must carry one, except for the page and /health; without any, no key is needed.
         cors_origins: sites whose pages may call the API; "*" for all.
-        max_waiting: outputs that may wait for a seat; more are answered with 429.
-        max_body_bytes: of one HTTP request.
-        max_n: outputs of one prompt.
-        max_output_tokens: of one output. A chat that asks for no number gets so many, or what the context has left.
-        max_num_loops: T of one request.
-        time_limit: seconds from a request's arrival until its last token.
-        drain_seconds: after SIGTERM, running requests have so long to end.
+        max_waiting: outputs that may wait for a seat; requests beyond that are answered with 429.
+        max_body_bytes: largest body of an HTTP request.
+        max_n: most outputs of one prompt.
+        max_output_tokens: most tokens of one output. A chat that names no number gets this many, or as many as the context has
+            left.
+        max_num_loops: largest T of a request.
+        time_limit: longest time from a request's arrival until its last token, in seconds.
+        drain_seconds: time that running requests have to end after SIGTERM.
     """
 
     model_name: str = Field(min_length=1)
@@ -39,8 +40,8 @@ class Listen(Config):
     """Where a server listens.
 
     Attributes:
-        port: 0 for any free one.
-        certificate, key: PEM files for TLS.
+        port: TCP port; 0 for any free one.
+        certificate, key: PEM files; with them the server speaks TLS.
     """
 
     host: str = "127.0.0.1"
