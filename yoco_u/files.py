@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, also where power fails."""
+"""Files and folders that appear whole or not at all, even if the power fails: written beside their place, then renamed."""
 
 import json
 import os
@@ -9,16 +9,16 @@ from typing import Any
 from yoco_u.errors import UserError
 
 PARTIAL = ".partial"
-"""Suffix of what is not complete; nothing ever reads it, and it may be removed."""
+"""Suffix of files and folders that are not complete. Nothing ever reads them, and they may be removed."""
 
 
 def beside(path: Path) -> Path:
-    """Where to write what `publish` then renames to `path`."""
+    """Where to write a file or folder that `publish(path)` then renames to `path`."""
     return path.with_name(path.name + PARTIAL)
 
 
 def fresh_folder(path: Path) -> Path:
-    """An empty folder beside `path`."""
+    """Make an empty folder beside `path`, which `publish(path)` renames once it has been filled."""
     folder = beside(path)
     discard(folder)
     folder.mkdir(parents=True)
@@ -26,7 +26,10 @@ def fresh_folder(path: Path) -> Path:
 
 
 def publish(path: Path) -> None:
-    """Make what lies beside `path` appear as `path`: contents to the disk first, then the rename. An old folder makes room."""
+    """Rename what was written beside `path` to `path`, after its contents have reached the disk.
+
+    An old file is replaced in the same moment; an old folder, which cannot be, is removed first.
+    """
     new = beside(path)
     for file in [new, *new.rglob("*")]:
         _sync(file)
@@ -37,7 +40,7 @@ def publish(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder, if there is one, without ever leaving half of it under its name."""
+    """Remove a folder if it exists. It is renamed first, so that no half of it is ever seen under its name."""
     if folder.is_dir() and folder.suffix != PARTIAL:
         old = folder.with_name(f"{folder.name}.old{PARTIAL}")
         shutil.rmtree(old, ignore_errors=True)
@@ -46,19 +49,21 @@ def discard(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file, which appears whole or not at all."""
     beside(path).write_text(text, encoding="utf-8")
     publish(path)
 
 
 def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file, which appears whole or not at all."""
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def read_json(path: Path, default: Any) -> Any:
-    """What a JSON file holds, `default` if there is none.
+    """Read a JSON file; `default` if there is none.
 
     Raises:
-        UserError: if it is not JSON.
+        UserError: if it cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,7 @@
-"""Finished models read back: a run's or a saved model's weights and tokenizer, with clear errors."""
+"""Loading finished models: weights and tokenizer of a run folder or a saved model.
+
+Torch and transformers are imported when a model is loaded, so that commands which only look at folders start at once.
+"""
 
 import os
 from pathlib import Path
@@ -15,15 +18,15 @@ if TYPE_CHECKING:
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a run folder, and not a saved model."""
+    """Whether a folder is a run, which has a `config.yaml`, and not a saved model."""
     return (Path(path) / "config.yaml").is_file()
 
 
 def model_folder(path: str | os.PathLike[str]) -> Path:
-    """The Hugging Face folder of a run, or of a saved model itself.
+    """The folder with the model's `config.json`: `model/` in a run folder, the folder itself if it is a saved model.
 
     Raises:
-        UserError: if it is neither, saying what is there.
+        UserError: if the folder is neither; the message says what was found instead.
     """
     folder = Path(path)
     for candidate in (folder / "model", folder):
@@ -37,7 +40,7 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def model_name(path: str | os.PathLike[str]) -> str:
-    """What a folder's model is called: the run's name where the model lies in a run."""
+    """What to call the model of a folder: the name of the run, or of the folder if the model is not in a run."""
     folder = Path(path).resolve()
     return folder.parent.name if folder.name == "model" and folder.parent.name else folder.name or "model"
 
@@ -45,10 +48,13 @@ def model_name(path: str | os.PathLike[str]) -> str:
 def load_model(
     path: str | os.PathLike[str], device: "torch.device", dtype: "torch.dtype | None" = None
 ) -> tuple["YocoUForCausalLM", "PreTrainedTokenizerFast"]:
-    """Model, in evaluation mode and in float32 unless told otherwise, and tokenizer of a run folder or a saved model.
+    """Load the model of a run folder or a saved model, in evaluation mode, and its tokenizer.
+
+    Args:
+        dtype: of the weights; float32 by default, whatever the files hold.
 
     Raises:
-        UserError: if something is missing, damaged or of another kind.
+        UserError: if a file is missing or damaged, or the model is not one of this project.
     """
     import torch
     from transformers.utils import logging
@@ -76,10 +82,10 @@ def load_model(
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a run folder or a saved model.
+    """Load the tokenizer of a run folder or a saved model, without the model.
 
     Raises:
-        UserError: if it is missing, damaged or of another kind.
+        UserError: if it is missing or damaged, or of a kind that this project does not read.
     """
     from yoco_u.data import load_tokenizer
 

@@ -24,10 +24,10 @@ def chat(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
     num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T. \\[default: the model's own]")] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.8,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of one answer.")] = 200,
-    seed: Annotated[int | None, typer.Option("--seed", help="The same answers again.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of one answer.")] = 200,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answers.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="To compute in.")] = "auto",
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="Dtype to compute in.")] = "auto",
 ) -> None:
     """Talk to a model in the terminal.
 
@@ -66,7 +66,7 @@ def chat(
 
 
 class Conversation:
-    """What was said so far, as the model reads it."""
+    """What was said so far, and how the model reads it: by the chat template, or as one text where there is none."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         self._tokenizer = tokenizer
@@ -77,7 +77,7 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
 
     def ask(self, text: str) -> str | list[int]:
-        """The prompt with what a person says next."""
+        """Add what a person says next, and return the prompt for the answer."""
         from yoco_u.inference.chat_template import chat_tokens
 
         self._messages.append({"role": "user", "content": text})
@@ -86,7 +86,7 @@ class Conversation:
         return "".join(message["content"] for message in self._messages)
 
     def answer(self, text: str) -> None:
-        """Keep what the model said, however far it came."""
+        """Add what the model said, also if it was stopped midway."""
         self._messages.append({"role": "assistant", "content": text})
 
 
@@ -113,7 +113,7 @@ def _command(line: str, params: "SamplingParams", said: Conversation) -> "Sampli
 
 
 def _answer(llm: "LLM", prompt: str | list[int], params: "SamplingParams") -> str:
-    """Print an answer as it comes, until it ends or Ctrl-C."""
+    """Print an answer as it comes, until it ends or Ctrl-C stops it, and return its text."""
     text, error = "", None
     with closing(llm.stream([prompt], params)) as updates, suppress(KeyboardInterrupt):  # type: ignore[type-var]
         for update in updates:

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; - reads standard input. Can be repeated.")],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Stop after so many tokens.")] = 200,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Stop after this many tokens.")] = 200,
     n: Annotated[int, typer.Option("-n", help="Outputs of each prompt.")] = 1,
     temperature: Annotated[float, typer.Option("--temperature", help="Divides the logits: lower is safer.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", help="Choose among so many likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Choose among the likeliest of this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option("--min-p", help="Leave out what is less likely than this share of the best.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Choose among this many likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Choose among the likeliest tokens that together have this probability.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option("--min-p", help="Leave out tokens less likely than this share of the likeliest one.")
+    ] = 0.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token every time.")] = False,
     repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="Over 1 makes repetition rarer.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
@@ -31,15 +35,15 @@ def generate(
         Path | None, typer.Option("--json-schema", help="File with a schema that the text must fit.")
     ] = None,
     regex: Annotated[str | None, typer.Option("--regex", help="Expression that the text must match.")] = None,
-    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="To compute in.")] = "auto",
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="Dtype to compute in.")] = "auto",
     weights: Annotated[Literal["int8"] | None, typer.Option("--weights", help="Keep weights in 8 bits.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print prompts, texts and settings as JSON when done.")] = False,
 ) -> None:
     """Continue prompts; one text appears as it is written, several when done.
 
-    A prompt begins a document; a text ends where the model ends it, or after so
-    many tokens. Several prompts run at once.
+    A prompt begins a document. A text ends where the model ends it, or after
+    --max-tokens tokens. Several prompts run at once.
 
     [bold]Examples[/bold]
 

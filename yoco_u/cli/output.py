@@ -1,4 +1,4 @@
-"""What commands print for machines and for people."""
+"""What commands print: results on stdout, notes and progress for people on stderr."""
 
 import json
 import os
@@ -13,21 +13,24 @@ def print_json(value: Any) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process of a run that prints; the others under torchrun are silent."""
+    """Whether this process is the one that prints; under torchrun the other processes of a run are silent."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def note(message: str) -> None:
-    """A line on stderr, which leaves stdout to results."""
+    """Print a line on stderr, which leaves stdout to results."""
     if is_first_process():
         print(message, file=sys.stderr)
 
 
 def check_outputs(errors: Iterable[str | None]) -> None:
-    """Say it if an output failed.
+    """Fail if an output of the engine has failed.
+
+    Args:
+        errors: the `error` of each output.
 
     Raises:
-        UserError: with the first of the errors.
+        UserError: with the first error, if there is one.
     """
     from yoco_u.inference.outputs import failed_output
 
@@ -38,7 +41,14 @@ def check_outputs(errors: Iterable[str | None]) -> None:
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr while the block runs, if that is a terminal; the block is given what moves it on."""
+    """Show a bar on stderr while the block runs, if stderr is a terminal.
+
+    Args:
+        total: steps of the whole bar.
+
+    Yields:
+        A function that advances the bar by a number of steps.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -53,12 +63,12 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]
 
 
 class Stopped(Exception):  # noqa: N818
-    """The command was asked to stop, and did so in good order; the message says how to go on."""
+    """The command was asked to stop and did so in good order. The message says how to go on; the exit status is 130."""
 
 
 @contextmanager
 def stops_cleanly() -> Iterator[None]:
-    """A run that was asked to stop and left a checkpoint ends the command with that line and status 130."""
+    """Raise `Stopped` if training in the block was asked to stop and has left a checkpoint."""
     from yoco_u.training import TrainingInterrupted
 
     try:

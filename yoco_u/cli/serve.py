@@ -29,12 +29,13 @@ def serve(
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="File of keys, one a line.")] = None,
     num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T of requests that name none.")] = None,
     max_num_loops: Annotated[
-        int | None, typer.Option("--max-num-loops", help="Loop count of one request. \\[default: 8]")
+        int | None, typer.Option("--max-num-loops", help="Largest loop count of one request. \\[default: 8]")
     ] = None,
-    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="To compute in.")] = "auto",
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="Dtype to compute in.")] = "auto",
     weights: Annotated[Literal["int8"] | None, typer.Option("--weights", help="Keep weights in 8 bits.")] = None,
     kv_dtype: Annotated[
-        Literal["bfloat16", "float32", "int8"] | None, typer.Option("--kv-dtype", help="Of the caches. \\[default: as --dtype]")
+        Literal["bfloat16", "float32", "int8"] | None,
+        typer.Option("--kv-dtype", help="Dtype of the caches. \\[default: as --dtype]"),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     cache_tokens: Annotated[
@@ -51,15 +52,16 @@ def serve(
     ] = 64,
     max_waiting: Annotated[int | None, typer.Option("--max-waiting", help="Outputs that may wait. \\[default: 256]")] = None,
     max_body_bytes: Annotated[
-        int | None, typer.Option("--max-body-bytes", help="Of one HTTP request. \\[default: 8 MiB]")
+        int | None, typer.Option("--max-body-bytes", help="Bytes of one HTTP request. \\[default: 8 MiB]")
     ] = None,
-    max_n: Annotated[int | None, typer.Option("--max-n", help="Outputs of one prompt. \\[default: 16]")] = None,
+    max_n: Annotated[int | None, typer.Option("--max-n", help="Most outputs of one prompt. \\[default: 16]")] = None,
     max_output_tokens: Annotated[
         int | None, typer.Option("--max-output-tokens", help="Tokens of one output. \\[default: 4096]")
     ] = None,
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds of one request. \\[default: 600]")] = None,
     drain_seconds: Annotated[
-        float | None, typer.Option("--drain-seconds", help="For running requests after SIGTERM. \\[default: 30]")
+        float | None,
+        typer.Option("--drain-seconds", help="Seconds that running requests have to end after SIGTERM. \\[default: 30]"),
     ] = None,
     cors_origin: Annotated[
         list[str] | None, typer.Option("--cors-origin", help="Site whose pages may call the API; * for all. Can be repeated.")
@@ -116,7 +118,7 @@ def _engine(model: Path, device: str, **settings: Any) -> "Engine":
 
 
 def _keys(given: list[str], file: Path | None) -> list[str]:
-    """The keys of options, environment and file; errors do not show them."""
+    """API keys from the options, the environment and the file. No error message shows one."""
     keys = [*given, *os.environ.get(KEY_VARIABLE, "").split()]
     if file is not None:
         try:
