@@ -33,8 +33,8 @@ def experiment(
 
     Runs are trained one after another and finished ones are skipped, so the
     same command goes on after any interruption. Several processes, on several
-    machines too, may work on one folder: none takes a run that another has.
-    When all runs are chosen, a report is written at the end.
+    machines too, may share one folder: no run is trained by two of them.
+    Without --run and --only, a report is written at the end.
 
     [bold]Examples[/bold]
 
