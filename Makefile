@@ -16,6 +16,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror yoco_u/inference/kernels/cpu/*.cpp yoco_u/inference/kernels/cpu/*.h
 
 benchmarks: .venv/installed
 	$(BIN)/python benchmarks/training.py

@@ -1,8 +1,8 @@
-// The paged caches: rows written, and attention of single queries over them, which a decode step runs once for all sequences.
+// Attention of single queries over paged caches: a decode step calls it once per slot, for all of its sequences.
 //
 // A cache is head-major, (kv_heads, blocks * block_size, head_dim). The keys of a sequence are the first `length` rows of the
-// blocks in its table. One pass over keys and values with a running maximum (arXiv 2205.14135), float32 throughout; long
-// sequences are split over the threads and the parts joined by their log-sum-exps.
+// blocks in its block table. There is one pass over keys and values with a running maximum (arXiv 2205.14135), in float32. The
+// rows of a long sequence are divided among threads, and the parts are joined by their maxima and sums of exponentials.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <omp.h>
@@ -20,17 +20,17 @@
 
 namespace {
 
-constexpr int64_t TILE = LANES;  // rows whose products with a query fill a vector
-constexpr int64_t RUN = 64;      // most rows between two looks at the maximum
-constexpr int64_t AHEAD = 32;    // rows fetched from memory ahead of their use
-constexpr int64_t SPLIT = 1024;  // fewest rows that are worth a task of their own
+constexpr int64_t TILE = LANES;  // rows at a time: their products with one query fill a vector
+constexpr int64_t RUN = 64;      // most rows between two updates of the running maximum
+constexpr int64_t AHEAD = 32;    // how many rows ahead of their use rows are prefetched
+constexpr int64_t SPLIT = 1024;  // fewest rows for which another task pays off
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
-// Rows of one kv head. DIM is the head_dim where the compiler is to know it, else 0.
+// The keys or the values of one kv head. DIM is the head_dim if it is known at compile time, else 0.
 template <typename T, int64_t DIM>
 struct Rows {
   const T* data;
-  const float* scales;  // one a row, of an int8 cache
+  const float* scales;  // of an int8 cache, one per row; else null
   int64_t head_dim;
 
   int64_t dim() const { return DIM ? DIM : head_dim; }
@@ -38,15 +38,16 @@ struct Rows {
 
   const T* at(int64_t row) const { return data + row * dim(); }
 
-  // Part `part` of `parts` of what comes AHEAD rows behind a tile; most blocks follow each other. Each query of the tile asks for
-  // a part, because the memory answers only so many requests at a time.
+  // Prefetches part `part` of `parts` of the tile that lies AHEAD rows after this one, as if blocks followed each other, which
+  // most do. The requests are spread over the queries of a tile, because only a few can be under way at a time.
   void fetch(int64_t row, int64_t part, int64_t parts) const {
     const int64_t bytes = TILE * dim() * static_cast<int64_t>(sizeof(T));
     const char* ahead = reinterpret_cast<const char*>(at(row + AHEAD));
-    for (int64_t byte = bytes * part / parts / 64 * 64; byte < bytes * (part + 1) / parts; byte += 64) __builtin_prefetch(ahead + byte, 0, 3);
+    for (int64_t byte = bytes * part / parts / 64 * 64; byte < bytes * (part + 1) / parts; byte += 64)
+      __builtin_prefetch(ahead + byte, 0, 3);
   }
 
-  // One row of what comes AHEAD rows behind another.
+  // Prefetches the row that lies AHEAD rows after this one.
   void fetch_row(int64_t row) const {
     const char* ahead = reinterpret_cast<const char*>(at(row + AHEAD));
     for (int64_t byte = 0; byte < dim() * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(ahead + byte, 0, 3);
@@ -57,7 +58,7 @@ struct Rows {
   }
 };
 
-// Sums of the lanes of 16 vectors, as one vector: a tree of additions that halves the vectors and keeps the lanes full.
+// The sums of the lanes of each of 16 vectors, as one vector. Each step halves the number of vectors and keeps all lanes busy.
 inline Vector sums(const Vector* v) {
   Vector a[8], b[4], c[2];
   for (int i = 0; i < 8; ++i)
@@ -73,7 +74,7 @@ inline Vector sums(const Vector* v) {
          __builtin_shufflevector(c[0], c[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
-// Products of a query with the 16 rows of a tile.
+// The dot products of a query with the 16 rows of a tile.
 inline Vector dots(const float* query, const float* tile, int64_t padded) {
   Vector parts[TILE] = {};
   for (int64_t d = 0; d < padded; d += LANES) {
@@ -85,7 +86,8 @@ inline Vector dots(const float* query, const float* tile, int64_t padded) {
 }
 
 #ifdef __AVX512BF16__
-// The same of bfloat16 as it lies in the cache, which spares the tile; products and sums in float32. `dim` is a multiple of 32.
+// The same for bfloat16 rows directly in the cache, without copying them to a float32 tile; products and sums are float32.
+// `dim` is a multiple of 32.
 inline Vector dots(const c10::BFloat16* query, const c10::BFloat16* rows, int64_t dim) {
   Vector parts[TILE] = {};
   for (int64_t d = 0; d < dim; d += 2 * LANES) {
@@ -98,7 +100,8 @@ inline Vector dots(const c10::BFloat16* query, const c10::BFloat16* rows, int64_
 }
 #endif
 
-// acc = fade * acc + weights x tile, for one query, in columns d to d + WIDTH * 16. Sums of their own hide the latency of additions.
+// acc = fade * acc + weights x tile, for one query, in columns d to d + WIDTH * 16. WIDTH independent sums hide the latency of
+// the additions.
 template <int64_t WIDTH>
 inline void accumulate_columns(float* acc, float fade, const float* weights, const float* tile, int64_t padded, int64_t d) {
   Vector parts[WIDTH];
@@ -116,10 +119,11 @@ inline void accumulate(float* acc, float fade, const float* weights, const float
   for (; d < padded; d += LANES) accumulate_columns<1>(acc, fade, weights, tile, padded, d);
 }
 
-// The same from the rows as they lie in the cache, for GROUPS queries (acc DIM apart, weights RUN) and 64 columns from d on: a row
-// is widened once for all of them.
+// The same with rows directly from the cache, for GROUPS queries and columns d to d + 64, so that a row is widened once for all
+// queries. The queries' accumulators are DIM apart, their weights RUN.
 template <int64_t GROUPS, typename T, int64_t DIM>
-inline void accumulate_rows(float* acc, const float* fades, const float* weights, const Rows<T, DIM>& values, int64_t row, int64_t count, int64_t d) {
+inline void accumulate_rows(float* acc, const float* fades, const float* weights, const Rows<T, DIM>& values, int64_t row,
+                            int64_t count, int64_t d) {
   constexpr int64_t WIDTH = 4;
   Vector parts[GROUPS][WIDTH];
 #pragma GCC unroll 4
@@ -145,7 +149,8 @@ inline void accumulate_rows(float* acc, const float* fades, const float* weights
 }
 
 template <typename T, int64_t DIM>
-void accumulate_all(float* acc, const float* fades, const float* weights, const Rows<T, DIM>& values, int64_t row, int64_t count, int64_t groups) {
+void accumulate_all(float* acc, const float* fades, const float* weights, const Rows<T, DIM>& values, int64_t row,
+                    int64_t count, int64_t groups) {
   int64_t g = 0;
   for (; g + 4 <= groups; g += 4)
     for (int64_t d = 0; d < DIM; d += 4 * LANES)
@@ -155,18 +160,18 @@ void accumulate_all(float* acc, const float* fades, const float* weights, const 
       accumulate_rows<1>(acc + g * DIM, fades + g, weights + g * RUN, values, row, count, d);
 }
 
-// What a task needs besides its results.
+// Buffers of one thread.
 template <typename T, typename Q>
 struct Scratch {
   Floats queries, tile, weights;
   std::vector<float> fades;
-  std::vector<T> edge;  // rows of a tile that does not fill the vector
+  std::vector<T> edge;  // a copy of the last tile, whose rows may be fewer than TILE
 
   Scratch(int64_t groups, int64_t padded)
       : queries(groups * padded), tile(TILE * padded), weights(groups * RUN), fades(groups), edge(TILE * padded) {}
 };
 
-// Whether products are taken from the cache as it is.
+// Whether dot products read bfloat16 rows directly from the cache.
 template <typename T, typename Q, int64_t DIM>
 constexpr bool direct() {
 #ifdef __AVX512BF16__
@@ -176,9 +181,10 @@ constexpr bool direct() {
 #endif
 }
 
-// Scores of the queries of one kv head with `count` rows, at most a tile's, into column `at` of the weights.
+// Scores of the queries of one kv head with `count` <= TILE rows from `row` on, into the weights from column `at` on.
 template <typename T, typename Q, int64_t DIM>
-void score(const Q* q, const Rows<T, DIM>& keys, int64_t row, int64_t count, int64_t groups, int64_t at, float scale, Scratch<T, Q>& own) {
+void score(const Q* q, const Rows<T, DIM>& keys, int64_t row, int64_t count, int64_t groups, int64_t at, float scale,
+           Scratch<T, Q>& own) {
   const auto exists = ORDER < Whole{} + static_cast<int32_t>(count);
   const Vector nothing = Vector{} + LOWEST;
   if constexpr (direct<T, Q, DIM>()) {
@@ -196,19 +202,20 @@ void score(const Q* q, const Rows<T, DIM>& keys, int64_t row, int64_t count, int
     keys.load(row, count, own.tile.data());
     for (int64_t g = 0; g < groups; ++g) {
       keys.fetch(row, g, groups);
-      store(own.weights.data() + g * RUN + at, exists ? scale * dots(own.queries.data() + g * padded, own.tile.data(), padded) : nothing);
+      store(own.weights.data() + g * RUN + at,
+            exists ? scale * dots(own.queries.data() + g * padded, own.tile.data(), padded) : nothing);
     }
   }
 }
 
-// Queries (groups, dim) of one kv head against rows [first, last) of one sequence, whose blocks are in `table`.
-// Into acc (groups, padded), peak and sum (groups).
+// Attention of the queries (groups, dim) of one kv head to rows [first, last) of one sequence, whose blocks are in `table`.
+// Writes the weighted values to acc (groups, padded), the maximum score to peak and the sum of exponentials to sum (groups).
 template <typename T, typename Q, int64_t DIM>
-void attend(const Q* q, const Rows<T, DIM>& keys, const Rows<T, DIM>& values, const int32_t* table, int64_t block_size, int64_t first,
-            int64_t last, int64_t groups, float scale, Scratch<T, Q>& own, float* acc, float* peak, float* sum) {
+void attend(const Q* q, const Rows<T, DIM>& keys, const Rows<T, DIM>& values, const int32_t* table, int64_t block_size,
+            int64_t first, int64_t last, int64_t groups, float scale, Scratch<T, Q>& own, float* acc, float* peak, float* sum) {
   const int64_t padded = keys.padded(), dim = keys.dim();
   std::fill(peak, peak + groups, LOWEST);
-  std::fill_n(own.tile.data(), TILE * padded, 0.0f);  // rows of another sequence, even at weight 0, could be NaN
+  std::fill_n(own.tile.data(), TILE * padded, 0.0f);  // left-over rows could be NaN, which even weight 0 would not remove
   for (int64_t g = 0; g < groups; ++g) to_float(q + g * dim, own.queries.data() + g * padded, dim, 1.0f);
   for (int64_t at = first; at < last;) {
     const int64_t within = at % block_size;
@@ -221,7 +228,8 @@ void attend(const Q* q, const Rows<T, DIM>& keys, const Rows<T, DIM>& values, co
       for (int64_t t = 0; t < count; t += TILE) best = larger(best, load(weights + t));
       const float top = largest(best);
       for (int64_t t = 0; t < count; t += TILE) {
-        const Vector weight = ORDER < Whole{} + static_cast<int32_t>(count - t) ? exponential(load(weights + t) - top) : Vector{};
+        const Vector weight =
+            ORDER < Whole{} + static_cast<int32_t>(count - t) ? exponential(load(weights + t) - top) : Vector{};
         store(weights + t, weight);
         total += weight;
       }
@@ -245,8 +253,8 @@ void attend(const Q* q, const Rows<T, DIM>& keys, const Rows<T, DIM>& values, co
 }
 
 template <typename T, typename Q, int64_t DIM>
-void attend_sequences(const at::Tensor& q, const at::Tensor& cache, const float* scales, const at::Tensor& table, int64_t block_size,
-                const at::Tensor& lengths, at::Tensor& out) {
+void attend_sequences(const at::Tensor& q, const at::Tensor& cache, const float* scales, const at::Tensor& table,
+                      int64_t block_size, const at::Tensor& lengths, at::Tensor& out) {
   const int64_t batch = q.size(0), heads = q.size(1), dim = q.size(2), kv_heads = cache.size(1), rows = cache.size(2);
   const int64_t groups = heads / kv_heads, padded = (dim + LANES - 1) / LANES * LANES;
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
@@ -265,7 +273,7 @@ void attend_sequences(const at::Tensor& q, const at::Tensor& cache, const float*
     int64_t b, head, first, last;
   };
   std::vector<Task> tasks;
-  std::vector<int64_t> begins;  // of the tasks of each (sequence, kv head)
+  std::vector<int64_t> begins;  // index of the first task of each (sequence, kv head)
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t h = 0; h < kv_heads; ++h) {
       begins.push_back(tasks.size());
@@ -285,8 +293,8 @@ void attend_sequences(const at::Tensor& q, const at::Tensor& cache, const float*
       const int64_t k = t.head * rows, v = (kv_heads + t.head) * rows;
       const Rows<T, DIM> keys{data + k * dim, scales ? scales + k : nullptr, dim};
       const Rows<T, DIM> values{data + v * dim, scales ? scales + v : nullptr, dim};
-      attend(query + (t.b * heads + t.head * groups) * dim, keys, values, blocks + t.b * table.size(1), block_size, t.first, t.last,
-             groups, scale, own, acc.data() + i * groups * padded, peak.data() + i * groups, sum.data() + i * groups);
+      attend(query + (t.b * heads + t.head * groups) * dim, keys, values, blocks + t.b * table.size(1), block_size, t.first,
+             t.last, groups, scale, own, acc.data() + i * groups * padded, peak.data() + i * groups, sum.data() + i * groups);
     }
   }
 
@@ -318,8 +326,9 @@ void attend_all(const at::Tensor& q, Arguments&&... arguments) {
 
 }  // namespace
 
-// q (sequences, heads, head_dim) of float32 or bfloat16; cache (2, kv_heads, rows, head_dim) of float32, bfloat16 or int8;
-// scales (2, kv_heads, rows) float32 for int8; table (sequences, blocks) int32; lengths (sequences) int64, at least 1.
+// q (sequences, heads, head_dim), float32 or bfloat16; cache (2, kv_heads, rows, head_dim), keys then values, float32, bfloat16
+// or int8; scales (2, kv_heads, rows) float32, for int8 alone; table (sequences, blocks) int32; lengths (sequences) int64, at
+// least 1 -> as q.
 at::Tensor decode_attention(const at::Tensor& queries, const at::Tensor& cache, const std::optional<at::Tensor>& scales,
                             const at::Tensor& table, int64_t block_size, const at::Tensor& lengths) {
   const at::Tensor q = queries.contiguous();
@@ -339,65 +348,8 @@ at::Tensor decode_attention(const at::Tensor& queries, const at::Tensor& cache, 
   return out;
 }
 
-namespace {
-
-template <typename Q>
-inline void write_row(const float* from, Q* to, float*, int64_t dim) {
-  from_float(from, to, dim);
-}
-
-inline void write_row(const float* from, int8_t* to, float* scale, int64_t dim) {
-  float largest = 1e-30f;
-  for (int64_t d = 0; d < dim; ++d) largest = std::abs(from[d]) <= largest || std::isnan(largest) ? largest : std::abs(from[d]);
-  *scale = largest / 127;
-  for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<int8_t>(std::nearbyint(from[d] / *scale));
-}
-
-template <typename T, typename Q>
-void write_all(const at::Tensor& k, const at::Tensor& v, const at::Tensor& places, at::Tensor& cache, float* scales) {
-  const int64_t tokens = k.size(0), heads = k.size(1), dim = k.size(2), rows = cache.size(2);
-  const int64_t* row = places.const_data_ptr<int64_t>();
-  T* data = cache.data_ptr<T>();
-#pragma omp parallel if (tokens > 16)
-  {
-    std::vector<float> wide(dim);
-#pragma omp for collapse(2)
-    for (int64_t which = 0; which < 2; ++which)
-      for (int64_t i = 0; i < tokens; ++i) {
-        const at::Tensor& from = which ? v : k;
-        const Q* source = from.const_data_ptr<Q>() + i * from.stride(0);
-        for (int64_t h = 0; h < heads; ++h) {
-          const int64_t place = (which * heads + h) * rows + row[i];
-          to_float(source + h * from.stride(1), wide.data(), dim, 1.0f);
-          write_row(wide.data(), data + place * dim, scales ? scales + place : nullptr, dim);
-        }
-      }
-  }
-}
-
-}  // namespace
-
-// k, v (tokens, kv_heads, head_dim) of float32 or bfloat16, rows of the heads contiguous; places (tokens) int64.
-void store_rows(const at::Tensor& k, const at::Tensor& v, const at::Tensor& places, at::Tensor& cache,
-                const std::optional<at::Tensor>& scales) {
-  TORCH_CHECK(k.stride(2) == 1 && v.stride(2) == 1 && places.is_contiguous() && cache.is_contiguous());
-  float* factors = scales ? scales->data_ptr<float>() : nullptr;
-  with_type(k, [&](auto key) {
-    using Q = decltype(key);
-    switch (cache.scalar_type()) {
-      case at::kFloat: return write_all<float, Q>(k, v, places, cache, nullptr);
-      case at::kBFloat16: return write_all<c10::BFloat16, Q>(k, v, places, cache, nullptr);
-      default: return write_all<int8_t, Q>(k, v, places, cache, factors);
-    }
-  });
-}
-
 TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
   m.def("decode_attention(Tensor q, Tensor cache, Tensor? scales, Tensor table, int block_size, Tensor lengths) -> Tensor");
-  m.def("store_rows(Tensor k, Tensor v, Tensor places, Tensor(a!) cache, Tensor(b!)? scales) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(yoco_u, CPU, m) {
-  m.impl("decode_attention", &decode_attention);
-  m.impl("store_rows", &store_rows);
-}
+TORCH_LIBRARY_IMPL(yoco_u, CPU, m) { m.impl("decode_attention", &decode_attention); }

@@ -1,8 +1,8 @@
-// Attention of a chunk of one sequence over its past and itself, causal, within a window or without: bfloat16 products from the
-// first-level cache, one pass over the keys with a running maximum (arXiv 2205.14135), softmax in float32.
+// Causal attention of a chunk of one sequence to itself and its past, with or without a window. Products are bfloat16 from the
+// first-level cache, and the softmax is float32; there is one pass over the keys with a running maximum (arXiv 2205.14135).
 //
-// A tile of 64 keys serves all queries of a block and all heads that share them, ROWS rows in all: enough to make up for laying out
-// the tile, few enough to waste little at the edges of a window.
+// Keys and values are laid out in tiles of 64 keys. A tile serves a block of queries and all heads that share the keys,
+// together about ROWS rows: enough to make up for laying out the tile, few enough to waste little at the edges of a window.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -16,10 +16,10 @@
 
 namespace {
 
-constexpr int64_t ROWS = 96;
-constexpr int64_t TILE = BLOCK;            // keys
-constexpr int64_t KEY_PAIRS = TILE / 2;    // of a tile
-constexpr float HIDDEN = -1e30f;           // score of a key that is not seen
+constexpr int64_t ROWS = 96;             // rows (query, head) that a tile serves
+constexpr int64_t TILE = BLOCK;          // keys of a tile
+constexpr int64_t KEY_PAIRS = TILE / 2;  // pairs of keys of a tile
+constexpr float HIDDEN = -1e30f;         // score of a key that the query does not see
 using Half = c10::BFloat16;
 
 struct Shape {
@@ -28,12 +28,13 @@ struct Shape {
   int64_t past() const { return keys - queries; }
   int64_t tiles() const { return (keys + TILE - 1) / TILE; }
   int64_t pairs() const { return dim / 2; }
-  int64_t columns() const { return (dim + BLOCK - 1) / BLOCK; }  // blocks of the head's dimensions
-  int64_t key_size() const { return pairs() * VECTORS; }          // of a tile, in vectors
-  int64_t value_size() const { return columns() * KEY_PAIRS * VECTORS; }
-  int64_t block() const { return std::max<int64_t>(1, ROWS / groups); }  // queries
+  int64_t columns() const { return (dim + BLOCK - 1) / BLOCK; }           // blocks of 64 of the head's dimensions
+  int64_t key_size() const { return pairs() * VECTORS; }                  // size of a tile's keys, in `Weights`
+  int64_t value_size() const { return columns() * KEY_PAIRS * VECTORS; }  // size of a tile's values, in `Weights`
+  int64_t block() const { return std::max<int64_t>(1, ROWS / groups); }   // queries of a block
 };
 
+// Two numbers as the halves of one word; a null pointer stands for 0.
 inline uint32_t two(const Half* low, const Half* high) {
   uint16_t first = 0, second = 0;
   if (low) std::memcpy(&first, low, sizeof(first));
@@ -43,8 +44,8 @@ inline uint32_t two(const Half* low, const Half* high) {
 
 inline Weights weights_of(const uint32_t* pairs) { return widen(reinterpret_cast<const Half*>(pairs)); }
 
-// Keys of a tile as weights of (dim) inputs and 64 outputs; zeros behind the last key.
-void pack_keys(const Half* keys, int64_t stride, int64_t count, int64_t dim, Weights* to) {
+// Lays out the keys of a tile as the weights of a product with `dim` inputs and 64 outputs; zeros after the last key.
+void lay_out_keys(const Half* keys, int64_t stride, int64_t count, int64_t dim, Weights* to) {
   for (int64_t d = 0; d < dim; d += 2)
     for (int64_t v = 0; v < VECTORS; ++v) {
       uint32_t pairs[LANES] = {};
@@ -54,8 +55,9 @@ void pack_keys(const Half* keys, int64_t stride, int64_t count, int64_t dim, Wei
     }
 }
 
-// Values of a tile as weights of 64 inputs and (dim) outputs; zeros behind the last key and the last dimension.
-void pack_values(const Half* values, int64_t stride, int64_t count, int64_t dim, Weights* to) {
+// Lays out the values of a tile as the weights of a product with 64 inputs and `dim` outputs; zeros after the last key and the
+// last dimension.
+void lay_out_values(const Half* values, int64_t stride, int64_t count, int64_t dim, Weights* to) {
   for (int64_t column = 0; column < dim; column += BLOCK)
     for (int64_t key = 0; key < TILE; key += 2) {
       const Half* low = key < count ? values + key * stride : nullptr;
@@ -69,7 +71,7 @@ void pack_values(const Half* values, int64_t stride, int64_t count, int64_t dim,
     }
 }
 
-// What a block of queries works with; rows are (query, head) with the heads of a query next to each other.
+// Buffers of one thread for a block of queries. A row is one (query, head); the heads of a query are next to each other.
 struct Scratch {
   std::vector<Half> queries, weights;
   std::vector<Sums> scores, out;
@@ -79,13 +81,15 @@ struct Scratch {
       : queries(rows * s.dim), weights(rows * TILE), scores(rows), out(rows * s.columns()), peak(rows), total(rows) {}
 };
 
-// Rows of x (rows, 2 * pairs) times a piece.
+// sums (+)= x (rows, 2 * pairs) times a piece of weights; `first` starts the sums at zero.
 void products(int64_t rows, const Weights* piece, int64_t pairs, const Half* x, Sums* sums, bool first) {
   for (int64_t n = 0; n < rows; n += TOKENS)
-    multiply_up_to(std::min(TOKENS, rows - n), piece, pairs, x + n * 2 * pairs, 2 * pairs, sums + n, first, nullptr, int64_t{0});
+    multiply_up_to(std::min(TOKENS, rows - n), piece, pairs, x + n * 2 * pairs, 2 * pairs, sums + n, first, nullptr,
+                   int64_t{0});
 }
 
-// Scores of one row and tile to weights, of which keys [low, high] are seen; what was summed before fades.
+// Turns the scores of one row and tile into softmax weights, for the keys [low, high] that the row sees, and scales what the
+// row has summed so far to the new maximum.
 void soften(int64_t row, int64_t rows, int64_t low, int64_t high, float scale, const Shape& s, Scratch& own, bool first) {
   float* scores = own.scores[row].of;
   const bool all = low <= 0 && high >= TILE - 1;
@@ -120,7 +124,7 @@ void soften(int64_t row, int64_t rows, int64_t low, int64_t high, float scale, c
   }
 }
 
-// Queries [begin, end) of the heads that share the packed keys and values.
+// Attention of queries [begin, end), for all heads that share the laid-out keys and values.
 void attend(int64_t begin, int64_t end, const Weights* keys, const Weights* values, const Shape& s, Scratch& own) {
   const int64_t rows = (end - begin) * s.groups, past = s.past();
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.dim));
@@ -134,15 +138,15 @@ void attend(int64_t begin, int64_t end, const Weights* keys, const Weights* valu
       soften(row, rows, high - s.window + 1, high, scale, s, own, t == first);
     }
     for (int64_t c = 0; c < s.columns(); ++c)
-      products(rows, values + t * s.value_size() + c * KEY_PAIRS * VECTORS, KEY_PAIRS, own.weights.data(), own.out.data() + c * rows,
-               t == first);
+      products(rows, values + t * s.value_size() + c * KEY_PAIRS * VECTORS, KEY_PAIRS, own.weights.data(),
+               own.out.data() + c * rows, t == first);
   }
 }
 
 }  // namespace
 
-// q (1, queries, heads, head_dim), the last of the keys' tokens; k, v (1, keys, kv_heads, head_dim); all bfloat16, head_dim even.
-// A token sees `window` keys, itself included -> as q.
+// q (1, queries, heads, head_dim), of the last of the tokens that have keys; k, v (1, keys, kv_heads, head_dim); all bfloat16,
+// head_dim even. A token sees `window` keys, itself included -> as q.
 at::Tensor chunk_attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, int64_t window) {
   const at::Tensor q = queries.contiguous(), k = keys.contiguous(), v = values.contiguous();
   TORCH_CHECK(q.scalar_type() == at::kBFloat16 && k.scalar_type() == at::kBFloat16 && v.scalar_type() == at::kBFloat16);
@@ -153,7 +157,7 @@ at::Tensor chunk_attention(const at::Tensor& queries, const at::Tensor& keys, co
   const Half *query = q.const_data_ptr<Half>(), *key = k.const_data_ptr<Half>(), *value = v.const_data_ptr<Half>();
   Half* result = out.data_ptr<Half>();
   const int64_t stride = kv_heads * s.dim, blocks = (s.queries + s.block() - 1) / s.block();
-  std::vector<Weights> packed_keys(kv_heads * s.tiles() * s.key_size()), packed_values(kv_heads * s.tiles() * s.value_size());
+  std::vector<Weights> laid_keys(kv_heads * s.tiles() * s.key_size()), laid_values(kv_heads * s.tiles() * s.value_size());
 #pragma omp parallel
   {
     Scratch own(s.block() * s.groups, s);
@@ -161,8 +165,8 @@ at::Tensor chunk_attention(const at::Tensor& queries, const at::Tensor& keys, co
     for (int64_t h = 0; h < kv_heads; ++h)
       for (int64_t t = 0; t < s.tiles(); ++t) {
         const int64_t at = t * TILE * stride + h * s.dim, count = std::min(TILE, s.keys - t * TILE);
-        pack_keys(key + at, stride, count, s.dim, packed_keys.data() + (h * s.tiles() + t) * s.key_size());
-        pack_values(value + at, stride, count, s.dim, packed_values.data() + (h * s.tiles() + t) * s.value_size());
+        lay_out_keys(key + at, stride, count, s.dim, laid_keys.data() + (h * s.tiles() + t) * s.key_size());
+        lay_out_values(value + at, stride, count, s.dim, laid_values.data() + (h * s.tiles() + t) * s.value_size());
       }
 #pragma omp for collapse(2) schedule(dynamic, 1)
     for (int64_t h = 0; h < kv_heads; ++h)
@@ -170,7 +174,8 @@ at::Tensor chunk_attention(const at::Tensor& queries, const at::Tensor& keys, co
         const int64_t begin = b * s.block(), end = std::min(begin + s.block(), s.queries), width = s.groups * s.dim;
         for (int64_t i = begin; i < end; ++i)
           std::copy_n(query + (i * heads + h * s.groups) * s.dim, width, own.queries.data() + (i - begin) * width);
-        attend(begin, end, packed_keys.data() + h * s.tiles() * s.key_size(), packed_values.data() + h * s.tiles() * s.value_size(), s, own);
+        attend(begin, end, laid_keys.data() + h * s.tiles() * s.key_size(), laid_values.data() + h * s.tiles() * s.value_size(),
+               s, own);
         const int64_t rows = (end - begin) * s.groups;
         for (int64_t row = 0; row < rows; ++row) {
           Half* to = result + ((begin + row / s.groups) * heads + h * s.groups + row % s.groups) * s.dim;

@@ -1,5 +1,5 @@
-// A block of the model over tokens of which each continues a sequence of its own, as one call. For one sequence the weights pass
-// through the caches in which Python's own data lie, so that what Python does between two products costs it a trip to memory.
+// A whole block of the model in one call, for a step of decodes: one token of each sequence. Between two kernels that are
+// called from Python, the interpreter would find its own data evicted from the caches by the weights, and wait for memory.
 #include <ATen/core/Tensor.h>
 #include <torch/custom_class.h>
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-// Weights as `packing.py` lays them out.
+// A linear layer whose weights `prepacking.py` has laid out.
 struct Linear {
   at::Tensor weight;
   std::optional<at::Tensor> scales;
@@ -21,25 +21,27 @@ struct Linear {
 
 class DecodeBlock : public torch::CustomClassHolder {
  public:
-  // weights, scales (none, or one each) and outputs: of queries with keys and values, of the attention's output, of gate with up,
-  // of down. kv_heads is 0 for a block that writes no keys and values. norms: before attention, before the feed-forward, and of
-  // queries and keys if they have one.
-  DecodeBlock(std::vector<at::Tensor> norms, double eps, const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& scales,
-              const std::vector<int64_t>& outputs, int64_t heads, int64_t kv_heads, int64_t head_dim, bool rotates)
+  // weights, scales (none, or one each) and outputs belong to four linear layers: queries with keys and values; the attention's
+  // output; gate with up; down. norms are those before attention and before the feed-forward, and then those of queries and of
+  // keys if the model has them. kv_heads is 0 for a cross block, which writes no keys and values.
+  DecodeBlock(std::vector<at::Tensor> norms, double eps, const std::vector<at::Tensor>& weights,
+              const std::vector<at::Tensor>& scales, const std::vector<int64_t>& outputs, int64_t heads, int64_t kv_heads,
+              int64_t head_dim, bool rotates)
       : norms_(std::move(norms)), eps_(eps), heads_(heads), kv_heads_(kv_heads), head_dim_(head_dim), rotates_(rotates) {
     for (size_t i = 0; i < weights.size(); ++i)
       linears_.push_back({weights[i], scales.empty() ? std::nullopt : std::make_optional(scales[i]), outputs[i]});
   }
 
-  // x (1, sequences, hidden) bfloat16 -> the same; cos, sin as in `rotate`; places as in `store_rows`, the rest as in
-  // `decode_attention`.
-  at::Tensor run(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, at::Tensor cache, const std::optional<at::Tensor>& scales,
-                 const at::Tensor& table, int64_t block_size, const at::Tensor& lengths, const std::optional<at::Tensor>& places) const {
+  // x (1, sequences, hidden) bfloat16 -> as x. cos and sin are as in `rotate`, slot_mapping as in `store_rows`, and the other
+  // arguments as in `decode_attention`.
+  at::Tensor run(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, at::Tensor cache,
+                 const std::optional<at::Tensor>& scales, const at::Tensor& table, int64_t block_size,
+                 const at::Tensor& lengths, const std::optional<at::Tensor>& slot_mapping) const {
     const at::Tensor projected = linears_[0](rms_norm(x, norms_[0], eps_));
     at::Tensor q = turned(heads_of(projected, 0, heads_), 2, cos, sin);
     if (kv_heads_) {
       const at::Tensor k = turned(heads_of(projected, heads_, kv_heads_), 3, cos, sin);
-      store_rows(k[0], heads_of(projected, heads_ + kv_heads_, kv_heads_)[0], *places, cache, scales);
+      store_rows(k[0], heads_of(projected, heads_ + kv_heads_, kv_heads_)[0], *slot_mapping, cache, scales);
     }
     const at::Tensor attended = decode_attention(q[0], cache, scales, table, block_size, lengths);
     const at::Tensor y = linears_[1](attended.view({1, x.size(1), -1})).add_(x);
@@ -67,7 +69,7 @@ class DecodeBlock : public torch::CustomClassHolder {
 
 TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
   m.class_<DecodeBlock>("DecodeBlock")
-      .def(torch::init<std::vector<at::Tensor>, double, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<int64_t>, int64_t,
-                       int64_t, int64_t, bool>())
+      .def(torch::init<std::vector<at::Tensor>, double, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<int64_t>,
+                       int64_t, int64_t, int64_t, bool>())
       .def("run", &DecodeBlock::run);
 }

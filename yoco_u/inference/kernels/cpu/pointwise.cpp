@@ -1,4 +1,5 @@
-// What lies between the matrix products of a block, in one pass each: RMSNorm, rotation, SwiGLU. float32 inside.
+// The operations between the matrix products of a block, each in one pass over memory: RMSNorm, RoPE, SwiGLU. They compute in
+// float32.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -10,9 +11,9 @@
 #include "kernels.h"
 #include "vectors.h"
 
-static constexpr int64_t PARALLEL = 32;  // rows from which on threads are worth waking
+static constexpr int64_t PARALLEL = 32;  // the fewest rows for which several threads pay off
 
-// x (..., size) of contiguous rows, weight (size) -> the same.
+// x (..., size), weight (size) -> as x.
 at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double eps) {
   const at::Tensor x = input.contiguous();
   at::Tensor out = at::empty_like(x);
@@ -45,7 +46,7 @@ at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double ep
   return out;
 }
 
-// x (1, tokens, heads, head_dim), heads contiguous; cos, sin (1, tokens, 1, head_dim) float32 -> the same, contiguous.
+// RoPE: x (1, tokens, heads, head_dim), each head contiguous; cos, sin (1, tokens, 1, head_dim) float32 -> as x, contiguous.
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& sines) {
   const int64_t tokens = x.size(1), heads = x.size(2), dim = x.size(3), half = dim / 2;
   TORCH_CHECK(x.size(0) == 1 && x.stride(3) == 1 && cosines.is_contiguous() && sines.is_contiguous());

@@ -1,9 +1,10 @@
-// Linear layers with bfloat16 or int8 weights for bfloat16 inputs. A decode step reads every weight once, at the memory's rate; a
-// chunk of a prompt runs at the rate of bfloat16 products.
+// Linear layers with prepacked bfloat16 or int8 weights for bfloat16 inputs. A decode step reads every weight once, at the
+// memory's rate; a chunk of a prompt runs at the rate of bfloat16 products.
 //
-// Weights are laid out in blocks of 64 outputs, (blocks, pairs of inputs, 64, 2), so that a thread reads one stream. They come a
-// piece at a time into the first-level cache, where the piece serves all tokens; int8 is widened to bfloat16 there, which holds
-// every int8 exactly. Products are summed in float32; int8 weights have one scale an output, applied to the sum.
+// Weights are laid out in blocks of 64 outputs, (blocks, pairs of inputs, 64, 2), so that a thread reads one stream of memory.
+// A piece of a block at a time is brought into the first-level cache, where it serves all tokens. int8 weights are widened to
+// bfloat16 there, which represents every int8 exactly. Products are summed in float32; int8 weights have one scale per output,
+// which multiplies the sum.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
@@ -18,16 +19,16 @@
 
 namespace {
 
-constexpr int64_t PANEL = 64 * TOKENS;     // tokens whose sums are kept at a time
-constexpr int64_t FEW = 64;                // tokens up to which reading weights counts for more than storing sums
-constexpr int64_t SHORT = 8192;            // bytes of a piece for few tokens
-constexpr int64_t LONG = 128;              // pairs of inputs of a piece for many
+constexpr int64_t PANEL = 64 * TOKENS;  // the most tokens whose sums are kept at a time
+constexpr int64_t FEW = 64;             // up to this many tokens, reading weights takes longer than storing sums
+constexpr int64_t SHORT = 8192;         // bytes of a piece, for up to FEW tokens
+constexpr int64_t LONG = 128;           // pairs of inputs of a piece, for more tokens
 
-// One block for up to PANEL tokens. The next piece is fetched meanwhile: by the passes over this one, or, where there is but one pass,
-// as this one is laid out.
+// Multiplies up to PANEL tokens by one block of weights. The next piece is prefetched meanwhile: during the passes of TOKENS
+// tokens over this piece, or, if there is only one pass, while this piece is widened.
 template <typename T>
 void multiply_block(const T* weights, int64_t pairs, const c10::BFloat16* x, int64_t tokens, Weights* piece, Sums* sums) {
-  constexpr int64_t pair = 2 * BLOCK * sizeof(T);  // bytes of a pair of inputs
+  constexpr int64_t pair = 2 * BLOCK * sizeof(T);  // bytes of the weights of a pair of inputs
   const int64_t length = tokens <= FEW ? SHORT / pair : LONG, passes = (tokens + TOKENS - 1) / TOKENS;
   const int64_t share = (pair / LINE + passes - 1) / passes;
   for (int64_t begin = 0; begin < pairs; begin += length) {
@@ -41,7 +42,8 @@ void multiply_block(const T* weights, int64_t pairs, const c10::BFloat16* x, int
     int64_t left = passes == 1 ? 0 : pair / LINE;
     for (int64_t n = 0; n < tokens; n += TOKENS) {
       const int64_t lines = std::min(share, left);
-      multiply_up_to(std::min(TOKENS, tokens - n), piece, count, x + n * 2 * pairs + 2 * begin, 2 * pairs, sums + n, begin == 0, ahead, lines);
+      multiply_up_to(std::min(TOKENS, tokens - n), piece, count, x + n * 2 * pairs + 2 * begin, 2 * pairs, sums + n, begin == 0,
+                     ahead, lines);
       ahead += lines * count * LINE, left -= lines;
     }
   }
@@ -74,9 +76,10 @@ void multiply_all(const at::Tensor& x, const at::Tensor& weights, const float* s
 
 }  // namespace
 
-// x (..., inputs) bfloat16; weights (blocks, pairs, 64, 2) bfloat16, or int8 with scales (blocks * 64) float32; all filled up with
-// zeros -> (..., outputs) bfloat16.
-at::Tensor prepacked_linear(const at::Tensor& input, const at::Tensor& weights, const std::optional<at::Tensor>& scales, int64_t outputs) {
+// x (..., inputs) bfloat16; weights (blocks, pairs, 64, 2) bfloat16, or int8 with scales (blocks * 64) float32, both padded
+// with zeros -> (..., outputs) bfloat16.
+at::Tensor prepacked_linear(const at::Tensor& input, const at::Tensor& weights, const std::optional<at::Tensor>& scales,
+                            int64_t outputs) {
   const int64_t blocks = weights.size(0), pairs = weights.size(1), inputs = input.size(-1);
   TORCH_CHECK(input.scalar_type() == at::kBFloat16 && weights.is_contiguous() && weights.size(2) == BLOCK);
   TORCH_CHECK((inputs + 1) / 2 == pairs && (outputs + BLOCK - 1) / BLOCK == blocks);

@@ -1,4 +1,5 @@
-// Products of bfloat16 rows with a piece of packed weights, from the first-level cache: what every matrix product here consists of.
+// Products of bfloat16 rows with a piece of weights in the first-level cache, of which all matrix products of the kernels
+// consist.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -8,10 +9,10 @@
 
 #include "vectors.h"
 
-constexpr int64_t VECTORS = 4;                // of outputs, computed together: with 6 tokens they fill the registers
-constexpr int64_t TOKENS = 6;
-constexpr int64_t BLOCK = VECTORS * LANES;    // outputs
-constexpr int64_t LINE = 64;                  // bytes that memory answers with
+constexpr int64_t VECTORS = 4;              // vectors of outputs that are computed together
+constexpr int64_t TOKENS = 6;               // tokens that are computed together: 4 x 6 sums fill the registers
+constexpr int64_t BLOCK = VECTORS * LANES;  // outputs of a block
+constexpr int64_t LINE = 64;                // bytes of a cache line
 
 struct alignas(64) Sums {
   float of[BLOCK];
@@ -23,7 +24,7 @@ struct Weights {
 };
 typedef __m512bh Inputs;
 
-// Two inputs of 16 outputs.
+// The weights of two inputs and 16 outputs.
 inline Weights widen(const c10::BFloat16* from) { return {(__m512bh)_mm512_loadu_si512(from)}; }
 
 inline Weights widen(const int8_t* from) {
@@ -63,14 +64,16 @@ inline Weights widen(const int8_t* from) {
 
 inline Inputs two_inputs(const c10::BFloat16* x) { return {static_cast<float>(x[0]), static_cast<float>(x[1])}; }
 
-inline Vector add_products(Vector sum, const Weights& w, const Inputs& x) { return sum + w.first * x.first + w.second * x.second; }
+inline Vector add_products(Vector sum, const Weights& w, const Inputs& x) {
+  return sum + w.first * x.first + w.second * x.second;
+}
 #endif
 
-// A piece of a block, for COUNT tokens: x (COUNT, pairs * 2) of rows `stride` apart. Meanwhile `lines` a pair are fetched from
-// `ahead` on: products and memory work at the same time.
+// Multiplies COUNT tokens by a piece of weights: sums (+)= x (COUNT, pairs * 2), whose rows are `stride` apart. For each pair,
+// `lines` cache lines from `ahead` on are prefetched, so that the memory works during the products.
 template <int64_t COUNT>
-inline void multiply(const Weights* piece, int64_t pairs, const c10::BFloat16* x, int64_t stride, Sums* sums, bool first, const char* ahead,
-                     int64_t lines) {
+inline void multiply(const Weights* piece, int64_t pairs, const c10::BFloat16* x, int64_t stride, Sums* sums, bool first,
+                     const char* ahead, int64_t lines) {
   Vector acc[COUNT][VECTORS];
 #pragma GCC unroll 8
   for (int64_t n = 0; n < COUNT; ++n)

@@ -1,4 +1,4 @@
-// Sixteen floats at a time, through the vector extensions that GCC and clang lower to whatever the machine has.
+// Vectors of sixteen floats, by the vector extensions of GCC and clang, which compile to the instructions that the CPU has.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -21,7 +21,7 @@ constexpr Whole ORDER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector x) { *reinterpret_cast<Vector*>(to) = x; }
 
-// Floats that begin at a cache line: a load across two of them costs two.
+// An array of floats that begins at a cache line, so that no vector lies across two lines, which would cost two loads.
 class Floats {
  public:
   explicit Floats(int64_t count) : lines_((count + LANES - 1) / LANES) {}
@@ -42,7 +42,7 @@ inline Vector wide(const float* from, float) { return load(from); }
 inline Vector wide(const c10::BFloat16* from, float) {
   typedef uint16_t Bits __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2)));
   typedef uint32_t Wide __attribute__((vector_size(LANES * sizeof(uint32_t))));
-#ifdef __AVX512F__  // one instruction, which GCC does not find for itself
+#ifdef __AVX512F__  // one instruction, which GCC does not choose by itself
   const Wide bits = (Wide)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #else
   const Wide bits = __builtin_convertvector(*reinterpret_cast<const Bits*>(from), Wide);
@@ -113,7 +113,7 @@ inline Vector exponential(Vector x) {
   return p * (Vector)((n + 127) << 23);
 }
 
-// Calls with a zero of a tensor's element type, float or bfloat16.
+// Calls `call` with a zero of the tensor's element type, float or bfloat16, so that it can be a template.
 template <typename Call>
 inline void with_type(const at::Tensor& x, Call call) {
   if (x.scalar_type() == at::kFloat) return call(0.0f);
