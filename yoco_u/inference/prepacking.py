@@ -1,7 +1,8 @@
-"""A model rebuilt for the CPU: weights laid out once for its matrix products, what lies between them in one pass each.
+"""Prepacking: replaces a model's layers by ones whose weights are laid out once for the CPU kernels.
 
-Packed weights come near the machine's memory rate for one token and its GEMM rate for a chunk of a prompt (`yoco-u bench`); the
-plain layout does neither for a few tokens. The numbers are the same up to the order of sums.
+With prepacked weights, products run close to the memory's rate for one token and close to the rate of large matrix products for
+a chunk of a prompt (`yoco-u bench`); torch's own layout reaches neither for a few tokens. The operations between the products
+become one pass over memory each, and whole blocks one call in a step of decodes. Results are the same up to the order of sums.
 """
 
 from collections.abc import Sequence
@@ -20,14 +21,14 @@ from yoco_u.model.feed_forward import SwiGLU
 from yoco_u.model.layers import JointLinear, RMSNorm
 
 BLOCK = 64
-"""Outputs that the kernel computes together."""
+"""How many outputs the kernel computes together."""
 
 
 class PrepackedLinear(JointLinear):
-    """Linear layers without bias, run as one product by `kernels/prepacked_linear.cpp`. Inputs are bfloat16.
+    """Linear layers without bias, run as one product by `kernels/cpu/prepacked_linear.cpp`. Inputs are bfloat16.
 
     Args:
-        weights: (outputs, inputs) of each layer, bfloat16 or from `quantize`; not needed afterwards.
+        weights: weight of each layer, (outputs, inputs), bfloat16 or from `quantize`; a copy is kept, so they can be freed.
     """
 
     def __init__(self, weights: Sequence[Any]) -> None:
@@ -44,11 +45,11 @@ class PrepackedLinear(JointLinear):
 
 
 class PrepackedEmbedding(nn.Module):
-    """An embedding that is the LM head's weights, as they are prepacked there.
+    """A tied embedding, which reads its rows from the prepacked weights of the LM head.
 
     Args:
-        head: bfloat16, without int8 scales.
-        width: of a row.
+        head: the LM head, in bfloat16.
+        width: width of a row, the hidden size.
     """
 
     def __init__(self, head: PrepackedLinear, width: int) -> None:
@@ -60,14 +61,14 @@ class PrepackedEmbedding(nn.Module):
 
 
 def prepacked(weight: Tensor) -> Tensor:
-    """(outputs, inputs) -> (blocks, pairs of inputs, 64, 2), filled up with zeros."""
+    """Lay out a weight for the kernel: (outputs, inputs) -> (blocks, pairs of inputs, 64, 2), padded with zeros."""
     outputs, inputs = weight.shape
     filled = pad(weight, (0, inputs % 2, 0, -outputs % BLOCK))
     return filled.view(-1, BLOCK, filled.shape[1] // 2, 2).transpose(1, 2).contiguous()
 
 
 class OnePassRMSNorm(nn.Module):
-    """`RMSNorm` in one pass."""
+    """`RMSNorm` as one kernel, with one pass over memory."""
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class OnePassRMSNorm(nn.Module):
 
 
 class OnePassSwiGLU(nn.Module):
-    """`SwiGLU` over prepacked weights, its activation in one pass."""
+    """`SwiGLU` with prepacked weights and its activation as one kernel."""
 
     def __init__(self, layer: SwiGLU) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class OnePassSwiGLU(nn.Module):
 
 
 class FusedDecodeBlock(nn.Module):
-    """A prepacked `Block` that is one call of the kernels where every token continues a sequence of its own."""
+    """A prepacked `Block` that runs as one call of the kernels in a step of decodes, and operation by operation otherwise."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -115,6 +116,7 @@ class FusedDecodeBlock(nn.Module):
 
     @staticmethod
     def can_run(block: nn.Module) -> TypeGuard[Block]:
+        """Whether the kernel exists for this block: softmax attention without ParScale's prefixes, and a prepacked SwiGLU."""
         match block:
             case Block(attn=SelfAttention(has_prefix=False) | CrossAttention(), mlp=OnePassSwiGLU()):
                 return True
@@ -130,13 +132,13 @@ class FusedDecodeBlock(nn.Module):
 
 
 def can_prepack(model: YocoUForCausalLM) -> bool:
-    """Whether there are kernels for this model: bfloat16 on a CPU, with a C++ compiler."""
+    """Whether the kernels can run this model: it is bfloat16 and on a CPU, and they could be built."""
     return model.device.type == "cpu" and model.dtype == torch.bfloat16 and compiled()
 
 
 @torch.no_grad()
 def prepack(model: YocoUForCausalLM) -> None:
-    """Replace every linear layer of a model in place; it can only run forward from then on."""
+    """Replace the layers of a model in place. Afterwards it can only run forward: it has no gradients."""
     embedding = model.get_input_embeddings()
     tied = model.lm_head.weight is embedding.weight
     for module in list(model.modules()):
@@ -159,7 +161,7 @@ def prepack(model: YocoUForCausalLM) -> None:
 
 
 def linear_layers(module: nn.Module) -> list[tuple[str, ...]]:
-    """Names of a module's own linear layers, those of the same input together."""
+    """Names of a module's own linear layers, in groups of layers that have the same input and so become one product."""
     together: tuple[str, ...] = ()
     match module:
         case SelfAttention() | GatedRetention():
@@ -169,6 +171,6 @@ def linear_layers(module: nn.Module) -> list[tuple[str, ...]]:
         case SwiGLU():
             together = ("gate_proj", "up_proj")
     alone = [(name,) for name, child in module.named_children() if isinstance(child, nn.Linear) and name not in together]
-    alone = [names for names in alone if names != ("router",)]  # float32
+    alone = [names for names in alone if names != ("router",)]  # the router computes in float32
     groups: list[tuple[str, ...]] = [together] if together else []
     return [*groups, *alone]

@@ -1,4 +1,4 @@
-"""Weights in int8, by torchao; `packing.py` runs them on a CPU."""
+"""int8 weights, made by torchao; on a CPU, `prepacking.py` lays them out for the kernels."""
 
 import importlib
 from types import ModuleType
@@ -9,10 +9,10 @@ from yoco_u.errors import UserError
 
 
 def quantize(model: nn.Module) -> None:
-    """Replace the weights of linear layers by torchao's int8 tensors, in place: symmetric, one scale an output.
+    """Replace the weights of linear layers by torchao's int8 tensors, in place; they are symmetric, with one scale per output.
 
-    The LM head is one of them, and no longer tied to the embeddings then. Embeddings, norms, the experts' router and the
-    experts themselves (parameters of three dimensions, not linear layers) stay as they are. Activations are not quantized.
+    The LM head is quantized too, so it is not tied to the embedding any more. Embeddings, norms, the experts' router and the
+    experts (which are parameters of three dimensions, not linear layers) stay as they are. Activations are not quantized.
 
     Raises:
         UserError: if torchao is not installed.
@@ -23,7 +23,7 @@ def quantize(model: nn.Module) -> None:
 
 
 def require_torchao() -> ModuleType:
-    """`torchao.quantization`.
+    """Import `torchao.quantization`.
 
     Raises:
         UserError: if torchao is not installed.

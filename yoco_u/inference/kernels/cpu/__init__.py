@@ -1,4 +1,9 @@
-"""The C++ kernels: built on first use (some seconds), kept in torch's cache of extensions, registered as `torch.ops.yoco_u`."""
+"""The C++ kernels for CPUs, registered as `torch.ops.yoco_u`.
+
+They are compiled on first use, which takes a minute or less, and kept in torch's cache of extensions. Call them through
+`yoco_u.inference.kernels`, which falls back to plain torch. Start reading at `vectors.h` and `products.h`, on which the `.cpp`
+files build; each of these begins with what it computes.
+"""
 
 import os
 import sys
@@ -15,7 +20,7 @@ _FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno"
 
 @cache
 def compiled() -> bool:
-    """Whether the C++ kernels are there; builds them if they can be built."""
+    """Build and load the C++ kernels. Returns whether they can be used; if not, a line on stderr says why."""
     from torch.utils import cpp_extension
 
     if os.environ.get("YOCO_U_KERNELS", "on") == "off":
@@ -26,7 +31,7 @@ def compiled() -> bool:
     sources = [str(path) for path in sorted(Path(__file__).parent.glob("*.cpp"))]
     folder = Path(cpp_extension._get_build_directory(_NAME, verbose=False))
     try:
-        # torch's own lock is a file that outlives a process which is killed, and then nobody gets past it.
+        # torch's own lock is a file. If a process is killed while it holds it, the file stays and all others wait for ever.
         with FileLock(folder.with_suffix(".lock")):
             (folder / "lock").unlink(missing_ok=True)
             cpp_extension.load(_NAME, sources, extra_cflags=_FLAGS, is_python_module=False)
