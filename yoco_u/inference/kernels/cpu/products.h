@@ -51,13 +51,13 @@ struct Inputs {
 };
 
 inline Weights widen(const c10::BFloat16* from) {
-  typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(2)));
+  typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(2), may_alias));
   const Bits pairs = *reinterpret_cast<const Bits*>(from);
   return {(Vector)(pairs << 16), (Vector)(pairs & 0xffff0000u)};
 }
 
 inline Weights widen(const int8_t* from) {
-  typedef int16_t Pairs __attribute__((vector_size(LANES * sizeof(int16_t)), aligned(1)));
+  typedef int16_t Pairs __attribute__((vector_size(LANES * sizeof(int16_t)), aligned(1), may_alias));
   const Whole pairs = __builtin_convertvector(*reinterpret_cast<const Pairs*>(from), Whole);
   return {__builtin_convertvector((pairs << 24) >> 24, Vector), __builtin_convertvector(pairs >> 8, Vector)};
 }

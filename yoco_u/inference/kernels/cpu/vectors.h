@@ -40,7 +40,7 @@ inline void to_float(const float* from, float* to, int64_t n, float) { std::memc
 inline Vector wide(const float* from, float) { return load(from); }
 
 inline Vector wide(const c10::BFloat16* from, float) {
-  typedef uint16_t Bits __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2)));
+  typedef uint16_t Bits __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2), may_alias));
   typedef uint32_t Wide __attribute__((vector_size(LANES * sizeof(uint32_t))));
 #ifdef __AVX512F__  // one instruction, which GCC does not choose by itself
   const Wide bits = (Wide)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -63,9 +63,11 @@ inline void to_float(const c10::BFloat16* from, float* to, int64_t n, float) {
 
 inline void from_float(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * sizeof(float)); }
 
+// Vector types that read memory as the bits of another type are `may_alias`, here and in products.h. Without it, the compiler
+// may assume that such a read does not see what was written before as floats, and move it ahead of the write.
 inline void from_float(const float* from, c10::BFloat16* to, int64_t n) {
-  typedef uint32_t Wide __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4)));
-  typedef uint16_t Bits __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2)));
+  typedef uint32_t Wide __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4), may_alias));
+  typedef uint16_t Bits __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2), may_alias));
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
     const Wide bits = *reinterpret_cast<const Wide*>(from + i);
