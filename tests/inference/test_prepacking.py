@@ -9,19 +9,8 @@ from engine_runs import GREEDY, VARIANTS, assert_all_free, drain, full_logprobs,
 from models import EXPERTS, architecture, build
 from torch import Tensor
 
-from yoco_u.inference import (
-    Engine,
-    EngineSettings,
-    SamplingParams,
-    kernels,
-)
+from yoco_u.inference import Engine, EngineSettings, SamplingParams, kernels, prepacking
 from yoco_u.inference import engine as engine_module
-from yoco_u.inference import (
-    paged_backend as batch,
-)
-from yoco_u.inference import (
-    prepacking as packing,
-)
 from yoco_u.inference.prepacking import FusedDecodeBlock, PrepackedEmbedding, PrepackedLinear, can_prepack, prepack
 
 COARSE = {"experts", "one key-value head, tied"}  # choices of experts flip; logits of a tied head are large
@@ -62,7 +51,7 @@ def float32_scores(variant: str) -> Tensor:
     return full_logprobs(variant, ids)[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
-def is_packed(subject: Engine) -> bool:
+def is_prepacked(subject: Engine) -> bool:
     return any(isinstance(module, PrepackedLinear) for module in subject.runner.model.modules())
 
 
@@ -70,10 +59,10 @@ def plain_scores(variant: str) -> Tensor:
     """Of a bfloat16 engine whose model is as it was given."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "can_prepack", lambda model: False)
-        for module in (kernels, batch, packing):
+        for module in (kernels, prepacking):
             patch.setattr(module, "compiled", lambda: False)
         subject = bfloat16_engine(variant)
-        assert not is_packed(subject)
+        assert not is_prepacked(subject)
         return scores(subject)
 
 
@@ -90,7 +79,7 @@ def test_packed_weights_and_kernels_are_as_near_to_float32_as_plain_bfloat16(var
     assert mean_distance(plain, truth) < near
     for chunk in (1, 9, 200):
         subject = bfloat16_engine(variant, max_batched_tokens=chunk, max_num_seqs=1)
-        assert is_packed(subject)
+        assert is_prepacked(subject)
         found = scores(subject)
         assert mean_distance(found, plain) < near
         assert mean_distance(found, truth) < near
@@ -155,7 +144,7 @@ def test_a_packed_model_runs_forward() -> None:
     assert not any(isinstance(module, torch.nn.Linear) for module in prepacked.modules())
 
 
-def test_only_bfloat16_on_a_cpu_is_packed() -> None:
+def test_only_bfloat16_on_a_cpu_is_prepacked() -> None:
     assert not can_prepack(model("yoco_u"))
     assert not can_prepack(build(architecture()).bfloat16().to("meta"))
 
