@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from yoco_u.analysis.study import Study, Subject
     from yoco_u.data import Batch
 
-_DEFAULT_LENGTH = 1024
-
 
 def analyze(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
@@ -74,6 +72,7 @@ def analyze(
     from yoco_u.analysis.output import About, write_study
     from yoco_u.analysis.study import COMPARED, StudySettings, study
     from yoco_u.device import find_device
+    from yoco_u.evaluation.held_out import row_length
 
     if num_loops is not None and num_loops < 1:
         raise UserError(f"--num-loops is {num_loops}; expected a whole number of at least 1")
@@ -85,7 +84,7 @@ def analyze(
         raise UserError(f"--out {folder}: is a file; give a folder")
     subjects, tokenizer = _load([model, *(compare or [])], num_loops, find_device(device))
     wanted, left_out = _sensible(wanted, subjects, explicit=measures is not None)
-    length = sequence_length or _sequence_length(model)
+    length = sequence_length or row_length(model)
     batches = _text(model, files or [], text_field, length, tokens, tokenizer)
     chosen = [[measure for measure in wanted if subject is subjects[0] or measure in COMPARED] for subject in subjects]
     with progress_bar("looking inside", sum(map(len, chosen)) * len(batches)) as advance:
@@ -155,22 +154,12 @@ def _text(
     model: Path, files: list[str], text_field: str, length: int, tokens: int, tokenizer: "PreTrainedTokenizerFast"
 ) -> "list[Batch]":
     from yoco_u.analysis.text import document_batches, split_batches
-    from yoco_u.data import Corpus, DocumentEncoder, PackedDataset
-    from yoco_u.loading import is_run
-    from yoco_u.training.run_folder import read_run_config
+    from yoco_u.data import Corpus, DocumentEncoder
+    from yoco_u.evaluation.held_out import validation_split
 
     if files:
         return document_batches(DocumentEncoder(tokenizer), Corpus(files, text_field).documents(), length, tokens)
-    if not is_run(model):
-        raise UserError(f"{model}: a saved model has no validation split; name files to look at")
-    return split_batches(PackedDataset(read_run_config(model).dataset, "validation", length, shuffle=False), tokens)
-
-
-def _sequence_length(model: Path) -> int:
-    from yoco_u.loading import is_run
-    from yoco_u.training.run_folder import read_run_config
-
-    return read_run_config(model).training.sequence_length if is_run(model) else _DEFAULT_LENGTH
+    return split_batches(validation_split(model, length), tokens)
 
 
 def _print(studies: "list[Study]", about: "About", written: list[Path]) -> None:

@@ -109,20 +109,17 @@ def _same_texts(
 
 
 def _texts(model: Path, files: Sequence[str] | None, text_field: str, tokens: int, limit: int | None) -> list[list[int]]:
-    from yoco_u.data import Corpus, DocumentEncoder, PackedDataset
+    from yoco_u.data import Corpus, DocumentEncoder
     from yoco_u.evaluation.context import take_texts
-    from yoco_u.loading import is_run, model_folder, read_tokenizer
-    from yoco_u.training.run_folder import read_run_config
+    from yoco_u.evaluation.held_out import validation_split
+    from yoco_u.loading import model_folder, read_tokenizer
 
     if files:
         encoder = DocumentEncoder(read_tokenizer(model))
         documents = Corpus(files, text_field).documents()
         return take_texts((encoder.encode([document.text])[0] for document in documents), tokens, limit)
     model_folder(model)
-    if not is_run(model):
-        raise UserError(f"{model}: a saved model has no validation split; name --files to evaluate on")
-    validation = PackedDataset(read_run_config(model).dataset, "validation", 1, shuffle=False)
-    return take_texts(validation.documents(), tokens, limit)
+    return take_texts(validation_split(model, 1).documents(), tokens, limit)
 
 
 def _labels(models: Sequence[Path]) -> dict[str, str]:

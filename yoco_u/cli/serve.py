@@ -31,7 +31,7 @@ def serve(
     max_num_loops: Annotated[
         int | None, typer.Option("--max-num-loops", help="Largest loop count of one request. \\[default: 8]")
     ] = None,
-    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="Dtype to compute in.")] = "auto",
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="Type to compute in.")] = "auto",
     weights: Annotated[Literal["int8"] | None, typer.Option("--weights", help="Keep weights in 8 bits.")] = None,
     kv_dtype: Annotated[
         Literal["bfloat16", "float32", "int8"] | None,

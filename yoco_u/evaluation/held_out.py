@@ -73,12 +73,12 @@ def score_held_out(
         require_torchao()
     with distributed_session(device) as distributed:
         model, tokenizer = load_model(path, distributed.device)
-        length = sequence_length or _row_length(path)
+        length = sequence_length or row_length(path)
         counts = num_loops or [model.config.architecture.num_loops]
 
         def scores() -> list[Score]:
             if not files:
-                validation = _validation_split(path, length)
+                validation = validation_split(path, length)
                 return [score_split(model, validation, distributed, loops) for loops in counts]
             encoder, corpus = DocumentEncoder(tokenizer), Corpus(files, text_field)
             return [score_documents(model, encoder, corpus.documents(), length, loops) for loops in counts]
@@ -101,11 +101,17 @@ def _beside(result: LoopScore, int8: Score) -> LoopScore:
     return result.model_copy(update={"int8": compared})
 
 
-def _row_length(path: Path) -> int:
+def row_length(path: Path) -> int:
+    """Tokens of a row in the run's training; 1024 for a saved model."""
     return read_run_config(path).training.sequence_length if is_run(path) else _DEFAULT_LENGTH
 
 
-def _validation_split(path: Path, sequence_length: int) -> PackedDataset:
+def validation_split(path: Path, sequence_length: int) -> PackedDataset:
+    """The validation split of a run, in the order of its files.
+
+    Raises:
+        UserError: for a saved model, which has none.
+    """
     if not is_run(path):
-        raise UserError(f"{path}: a saved model has no validation split; name files to evaluate on")
+        raise UserError(f"{path}: a saved model has no validation split; name files to take the text from")
     return PackedDataset(read_run_config(path).dataset, "validation", sequence_length, shuffle=False)
