@@ -147,8 +147,8 @@ def test_check_finds_damage(damage):
         pool.check()
 
 
-class AttentionBackend(RuleBasedStateMachine):
-    """AttentionBackend of numbered contents come, share, grow and go; a plain dictionary says who holds what."""
+class BlockTables(RuleBasedStateMachine):
+    """Block tables of numbered contents come, share, grow and go; a plain dictionary says who holds what."""
 
     @initialize(num_blocks=st.integers(1, 12))
     def start(self, num_blocks):
@@ -213,7 +213,7 @@ class AttentionBackend(RuleBasedStateMachine):
             assert self.pool.num_available == self.pool.num_blocks
 
 
-TestSequences = AttentionBackend.TestCase
+TestBlockTables = BlockTables.TestCase
 TestSequences.settings = settings(max_examples=100, stateful_step_count=25)
 
 
