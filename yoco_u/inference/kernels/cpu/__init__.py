@@ -1,6 +1,6 @@
 """The C++ kernels for CPUs, registered as `torch.ops.yoco_u`.
 
-They are compiled on first use, which takes a minute or less, and kept in torch's cache of extensions. Call them through
+They are compiled on first use, which takes a minute or two, and kept in torch's cache of extensions. Call them through
 `yoco_u.inference.kernels`, which falls back to plain torch. Start reading at `vectors.h` and `products.h`, on which the `.cpp`
 files build; each of these begins with what it computes.
 """
