@@ -214,7 +214,7 @@ class BlockTables(RuleBasedStateMachine):
 
 
 TestBlockTables = BlockTables.TestCase
-TestSequences.settings = settings(max_examples=100, stateful_step_count=25)
+TestBlockTables.settings = settings(max_examples=100, stateful_step_count=25)
 
 
 def test_sequences_that_grow_in_turn_stay_in_long_runs():
