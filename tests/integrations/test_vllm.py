@@ -272,6 +272,14 @@ def test_vllm_refuses_settings(settings: dict[str, Any], why: str, yoco_u: Check
 
 
 @needs_vllm
+def test_compiled_experts_in_loops_are_refused(tmp_path: Path) -> None:
+    """Compiled they gave wrong tokens (vLLM 0.32.0); without compilation they are among the architectures above."""
+    made = checkpoint(tmp_path, "yoco_u", experts=EXPERTS)
+    with pytest.raises(Exception, match="add --enforce-eager"), vllm(made.folder, enforce_eager=False):
+        pass
+
+
+@needs_vllm
 def test_quantization_is_refused() -> None:
     """Built by hand, because on a CPU vLLM refuses every quantization before it builds a model."""
     from yoco_u.integrations.vllm.model import YocoUForCausalLM

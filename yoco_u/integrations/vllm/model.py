@@ -42,6 +42,11 @@ class YocoUForCausalLM(nn.Module):
         if vllm_config.model_config.runner_type != "generate":
             runner = vllm_config.model_config.runner_type
             raise UserError(f"the runner is {runner}, but the plugin's models generate text; drop --runner and --convert")
+        if a.experts is not None and a.looped_stages and not vllm_config.model_config.enforce_eager:
+            raise UserError(
+                "this checkpoint has a mixture of experts in a looped stage, for which vLLM gives wrong tokens if it compiles "
+                "the model; add --enforce-eager"
+            )
         self.architecture = a
         stored = config.architecture.stages
         gates = [stage.loops - 1 if stage.loop_gate is not None else 0 for stage in stored]
