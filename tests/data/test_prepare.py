@@ -156,9 +156,9 @@ def test_empty_splits(prepared, tmp_path, existing):
     with pytest.raises(UserError, match=r"empty.txt: the corpus is empty"):
         attempt(corpus=str(empty))
     with pytest.raises(UserError, match=r"none of the 1 documents fell to the validation split .* give more documents or a"):
-        attempt(corpus=str(one), validation_fraction=0.0001)
+        attempt(corpus=str(one), validation_fraction=1e-12)
     with pytest.raises(UserError, match=r"no document is left for training"):
-        attempt(corpus=str(one), validation_fraction=0.9999)
+        attempt(corpus=str(one), validation_fraction=1 - 1e-12)
     with pytest.raises(UserError, match=r"empty.txt: the validation corpus is empty"):
         attempt(corpus=str(one), validation_corpus=str(empty))
     with pytest.raises(UserError, match=r"one.txt: in both corpus and validation_corpus"):
