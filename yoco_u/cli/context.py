@@ -119,7 +119,7 @@ def _texts(model: Path, files: Sequence[str] | None, text_field: str, tokens: in
         documents = Corpus(files, text_field).documents()
         return take_texts((encoder.encode([document.text])[0] for document in documents), tokens, limit)
     model_folder(model)
-    return take_texts(validation_split(model, 1).documents(), tokens, limit)
+    return take_texts(validation_split(model, 1, "--files").documents(), tokens, limit)
 
 
 def _labels(models: Sequence[Path]) -> dict[str, str]:

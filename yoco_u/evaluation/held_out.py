@@ -106,12 +106,15 @@ def row_length(path: Path) -> int:
     return read_run_config(path).training.sequence_length if is_run(path) else _DEFAULT_LENGTH
 
 
-def validation_split(path: Path, sequence_length: int) -> PackedDataset:
+def validation_split(path: Path, sequence_length: int, files: str = "files") -> PackedDataset:
     """The validation split of a run, in the order of its files.
+
+    Args:
+        files: what a user has to name instead, in the words of the command.
 
     Raises:
         UserError: for a saved model, which has none.
     """
     if not is_run(path):
-        raise UserError(f"{path}: a saved model has no validation split; name files to take the text from")
+        raise UserError(f"{path}: a saved model has no validation split; name {files} to take the text from")
     return PackedDataset(read_run_config(path).dataset, "validation", sequence_length, shuffle=False)
