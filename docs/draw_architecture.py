@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from yoco_u.files import beside, publish
-from yoco_u.plotting import PALETTE
+from yoco_u.plotting import PALETTE, save_png
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "yoco_u"
@@ -73,16 +72,6 @@ def imports(file: Path) -> Iterator[tuple[str, int]]:
             yield name, node.lineno
 
 
-def arrows() -> dict[tuple[str, str], int]:
-    """Which room uses which other one, and in how many files."""
-    found: dict[tuple[str, str], int] = {}
-    for file in sorted(PACKAGE.rglob("*.py")):
-        own = room_of(file)
-        for used in {room for room, _ in imports(file)} - {own}:
-            found[own, used] = found.get((own, used), 0) + 1
-    return found
-
-
 def lines(room: str) -> int:
     """Lines of Python, C++ and of the page in a room."""
     files = [file for file in PACKAGE.rglob("*") if file.suffix in (".py", ".cpp", ".h", ".js", ".css", ".html", ".jinja")]
@@ -123,9 +112,7 @@ def main() -> None:
     """Write docs/architecture.png."""
     figure = Figure(figsize=(10, 7.6), layout="constrained", dpi=130)
     draw(figure.add_subplot())
-    path = ROOT / "docs" / "architecture.png"
-    figure.savefig(beside(path), format="png")
-    publish(path)
+    save_png(figure, ROOT / "docs" / "architecture.png")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from yoco_u.analysis.convergence import Shares
 from yoco_u.analysis.lens import Reading
 from yoco_u.analysis.study import Study
 from yoco_u.analysis.trace import UnrolledLayer
-from yoco_u.files import beside, publish
-from yoco_u.plotting import PALETTE, colour, dashes
+from yoco_u.plotting import PALETTE, colour, dashes, save_png
 
 _LEVELS = (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
@@ -86,8 +85,7 @@ def write_png(picture: Picture, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         panel.draw(axes)
         axes.set_title(panel.title, fontsize=10.5, loc="left", pad=30 if picture.file in _MARKED else None)
-    figure.savefig(beside(path), format="png")
-    publish(path)
+    save_png(figure, path)
 
 
 _MARKED = ("angular-distance.png", "attention-span.png")  # plots over layers, with stage and loop written above the axes

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yoco_u.architecture import Architecture
+from yoco_u.architecture import Architecture, Slot
 from yoco_u.inference.kernels import chunk_attention, decode_attention, rotate
 from yoco_u.inference.kv_cache import KVCache, KVStorage
 from yoco_u.model.backend import AttentionBackend
@@ -54,12 +54,15 @@ class PagedBackend(AttentionBackend):
     Args:
         slices: decodes first.
         architecture: at the largest loop count of the step.
+        slots: `architecture.slots()`, which the caller lists once for all steps.
     """
 
     has_cache = True
 
-    def __init__(self, slices: Sequence[SequenceSlice], cache: KVCache, architecture: Architecture) -> None:
-        self.slices, self.cache, self.architecture, self.slots = slices, cache, architecture, architecture.slots()
+    def __init__(
+        self, slices: Sequence[SequenceSlice], cache: KVCache, architecture: Architecture, slots: tuple[Slot, ...]
+    ) -> None:
+        self.slices, self.cache, self.architecture, self.slots = slices, cache, architecture, slots
         ends = list(accumulate(one.count for one in slices))
         self.tokens = [range(end - one.count, end) for one, end in zip(slices, ends, strict=True)]  # of the step, by slice
         self.decodes = [one for one in slices if one.count == 1]
@@ -235,7 +238,7 @@ class PagedBackend(AttentionBackend):
         return self.cache.shape.window
 
     def _of(self, slices: Sequence[SequenceSlice]) -> "PagedBackend":
-        return PagedBackend(slices, self.cache, self.architecture)
+        return PagedBackend(slices, self.cache, self.architecture, self.slots)
 
     def _with_tokens(self) -> Iterator[tuple[SequenceSlice, range]]:
         return zip(self.slices, self.tokens, strict=True)

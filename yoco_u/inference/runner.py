@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from yoco_u.architecture import Architecture, Slot
 from yoco_u.inference.kv_cache import CacheShape, KVCache
 from yoco_u.inference.paged_backend import PagedBackend, SequenceSlice
 from yoco_u.inference.request import Request
@@ -26,7 +27,7 @@ class Runner:
         self._tables = torch.zeros(shape.max_num_seqs, shape.num_blocks, dtype=torch.int32)
         # By seat: whose blocks the table's row holds, as (request id, admissions), and how many of them.
         self._tabled: list[tuple[tuple[str, int] | None, int]] = [(None, 0)] * shape.max_num_seqs
-        self._at_loops = lru_cache(self.architecture.with_loops)
+        self._at_loops = lru_cache(self._with_loops)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[tuple[Chunk, Tensor]]:
@@ -46,8 +47,8 @@ class Runner:
 
         chunks = sorted(step.chunks, key=lambda chunk: (chunk.count > 1, kept_positions(chunk) > 1))
         loops = max(chunk.request.num_loops for chunk in chunks)
-        architecture = self._at_loops(loops)
-        backend = PagedBackend([self._slice(chunk) for chunk in chunks], self.cache, architecture)
+        architecture, slots = self._at_loops(loops)
+        backend = PagedBackend([self._slice(chunk) for chunk in chunks], self.cache, architecture, slots)
         ids = [token for c in chunks for token in c.request.token_slice(c.start, c.end)]
         x = self.model.model.embed_tokens(torch.tensor([ids], device=self.device))
         hidden, _ = self.model.model.run_stages(x, backend, architecture)
@@ -60,6 +61,10 @@ class Runner:
         assert request.seat is not None
         state = self.cache.window_state(request.seat, request.num_loops)
         return state, sum(tensor.nbytes for tensor in state)
+
+    def _with_loops(self, loops: int) -> tuple[Architecture, tuple[Slot, ...]]:
+        architecture = self.architecture.with_loops(loops)
+        return architecture, architecture.slots()
 
     def _slice(self, chunk: Chunk) -> SequenceSlice:
         request = chunk.request

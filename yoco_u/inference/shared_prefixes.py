@@ -59,17 +59,17 @@ def run_shared(
     try:
         while ready or running:
             while ready and len(running) < engine.settings.max_num_seqs:
-                run = ready.pop()
-                request = engine.add(run.prompt, run.params)
-                running[id(request)] = request, run
+                node = ready.pop()
+                request = engine.add(node.prompt, node.params)
+                running[id(request)] = request, node
             for update in engine.step():
                 if not update.request.finished or id(update.request) not in running:
                     continue
-                request, run = running.pop(id(update.request))
-                ready += reversed(run.then)
-                if run.index is not None:
-                    found[run.index] = request
-                    finished(run.index, request)
+                request, node = running.pop(id(update.request))
+                ready += reversed(node.then)
+                if node.index is not None:
+                    found[node.index] = request
+                    finished(node.index, request)
     finally:
         for request, _ in running.values():
             engine.abort(request)
@@ -78,16 +78,16 @@ def run_shared(
 
 def _plan(engine: Engine, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[_Node]:
     """The nodes at the top of the tree, which can run at once."""
-    runs = [_Node(prompt, own, index) for index, (prompt, own) in enumerate(zip(prompts, params, strict=True))]
+    nodes = [_Node(prompt, own, index) for index, (prompt, own) in enumerate(zip(prompts, params, strict=True))]
     if not engine.settings.prefix_caching:
-        return runs
+        return nodes
     block = engine.settings.block_size
     members: dict[int, list[_Member]] = {}  # by loop count: caches of different ones are never shared
-    for run in runs:
-        last = max(1, run.params.prompt_logprobs_start) if run.params.prompt_logprobs is not None else len(run.prompt)
-        shareable = run.prompt[: max(0, last - 1) // block * block]
-        members.setdefault(run.params.num_loops or engine.num_loops, []).append((shareable, run))
-    return [run for group in members.values() for run in _split(sorted(group, key=lambda one: one[0]), 0, 0, block)]
+    for node in nodes:
+        last = max(1, node.params.prompt_logprobs_start) if node.params.prompt_logprobs is not None else len(node.prompt)
+        shareable = node.prompt[: max(0, last - 1) // block * block]
+        members.setdefault(node.params.num_loops or engine.num_loops, []).append((shareable, node))
+    return [node for group in members.values() for node in _split(sorted(group, key=lambda one: one[0]), 0, 0, block)]
 
 
 def _split(members: list[_Member], known: int, at: int, block: int) -> Iterator[_Node]:
@@ -99,7 +99,7 @@ def _split(members: list[_Member], known: int, at: int, block: int) -> Iterator[
     for head, group in groupby(members, key=lambda one: one[0][at : at + block]):
         alike = list(group)
         if not head:
-            yield from (run for _, run in alike)
+            yield from (node for _, node in alike)
             continue
         shared = _agreement(alike[0][0], alike[-1][0]) // block * block
         if (shared - known) * (len(alike) - 1) < _WORTH_TOKENS:
