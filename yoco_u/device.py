@@ -44,6 +44,17 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor on `device` of values that the host holds (a list, an array or a CPU tensor); a GPU is not waited for."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def read_back(tensor: torch.Tensor) -> Any:
+    """The values of a tensor as nested lists. On a GPU the host waits here for all work queued before."""
+    return tensor.tolist()
+
+
 def cxx_compiler() -> str | None:
     """The path of the C++ compiler that torch.compile and our own kernels use; None where none is installed.
 
