@@ -55,6 +55,11 @@ def read_back(tensor: torch.Tensor) -> Any:
     return tensor.tolist()
 
 
+def host_waits(device: torch.device) -> bool:
+    """Whether looking at a value on a device makes the host wait: on all but a CPU, where a call returns when its work is done."""
+    return device.type != "cpu"
+
+
 def cxx_compiler() -> str | None:
     """The path of the C++ compiler that torch.compile and our own kernels use; None where none is installed.
 
