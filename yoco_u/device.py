@@ -20,6 +20,7 @@ from yoco_u.version import __version__
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 _TENSOR_BYTES = 512 * 2**20
+_GPU_TENSOR_BYTES = 2**32  # read in a millisecond, beside which the microseconds of a launch do not count
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
@@ -81,25 +82,26 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) ->
     best = float("inf")
     runs, start = 0, time.perf_counter()
     while runs < 4 or time.perf_counter() - start < seconds:
-        _wait(device)
+        synchronize(device)
         begin = time.perf_counter()
         torch.mm(a, b)
-        _wait(device)
+        synchronize(device)
         if runs > 0:  # the first product warms up
             best = min(best, time.perf_counter() - begin)
         runs += 1
     return 2 * n**3 / best
 
 
-def memory_read_rate(bytes_: int = _TENSOR_BYTES, repeats: int = 5, device: torch.device | None = None) -> float:
+def memory_read_rate(bytes_: int | None = None, repeats: int = 5, device: torch.device | None = None) -> float:
     """Bytes per second that a device reads from its memory: the fastest sum or maximum over a tensor too large for any cache.
 
     Args:
-        bytes_: size of the tensor.
+        bytes_: size of the tensor; by default 512 MiB on a CPU and 4 GiB on a GPU.
         repeats: how often each of the two is timed.
         device: the CPU by default, which reads with all of torch's threads.
     """
-    values = torch.ones(bytes_ // 4, device=device)
+    default = _GPU_TENSOR_BYTES if device is not None and device.type == "cuda" else _TENSOR_BYTES
+    values = torch.ones((bytes_ or default) // 4, device=device)
     best = float("inf")
     for reduce in (torch.sum, torch.amax):
         for _ in range(repeats + 1):  # the first pass warms up
@@ -126,6 +128,13 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def memory_bytes(device: torch.device) -> int:
+    """Bytes of memory that a device has: the GPU's own, or the machine's main memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most bytes that this process has held so far: memory of the GPU that torch allocated, or resident main memory."""
     if device.type == "cuda":
@@ -139,7 +148,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for all work that was queued on a GPU; a CPU has none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

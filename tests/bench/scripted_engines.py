@@ -17,7 +17,7 @@ def start(job):
     def run(case):
         seconds = 0.5
         {run}
-        return {{"seconds": seconds}}
+        return {{"seconds": seconds, **{answer}}}
     return run, {{"threads": job["threads"], "cases": job["cases"]}}
 
 serve(start)
@@ -25,9 +25,14 @@ serve(start)
 
 
 def scripted_engine(
-    folder: Path, name: str, start: str = "pass", run: str = "pass", architecture: str = "transformer"
+    folder: Path, name: str, start: str = "pass", run: str = "pass", architecture: str = "transformer", answer: str = "{}"
 ) -> BenchEngine:
-    """An engine whose worker runs these statements when it starts, and before it answers a case with half a second."""
+    """An engine whose worker runs these statements when it starts, and before it answers a case with half a second.
+
+    Args:
+        answer: what else it answers, as an expression. An engine that answers with memory of a GPU believes to be on one.
+    """
     script = folder / f"{name}.py"
-    script.write_text(SCRIPT.format(workers=str(WORKERS), start=start, run=run), encoding="utf-8")
-    return BenchEngine(name, preset(architecture, "test"), sys.executable, script, {})
+    script.write_text(SCRIPT.format(workers=str(WORKERS), start=start, run=run, answer=answer), encoding="utf-8")
+    job = {"device": "cuda:0"} if "gpu" in answer else {}
+    return BenchEngine(name, preset(architecture, "test"), sys.executable, script, job)

@@ -18,7 +18,7 @@ TINY = ("--size", "test", "--contexts", "32,64", "--batches", "1,2", "--rounds",
 
 @pytest.fixture(autouse=True)
 def _ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "measure_ceilings", lambda dtype: Ceilings(1e12, 1e10))
+    monkeypatch.setattr(run_module, "measure_ceilings", lambda dtype, device: Ceilings(1e12, 1e10))
 
 
 def test_table_json_and_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_table_json_and_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 
 
 def test_a_busy_machine_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "measure_ceilings", lambda dtype: Ceilings(1e12, 1e10, busy=0.9))
+    monkeypatch.setattr(run_module, "measure_ceilings", lambda dtype, device: Ceilings(1e12, 1e10, busy=0.9))
     options = ("--size", "test", "--architectures", "yoco", "--contexts", "32", "--batches", "1", "--rounds", "1")
     assert main(["bench", *options, "--peers", "none"]) == 0
     assert "kept up to 0.9 CPUs busy" in " ".join(capsys.readouterr().out.split())
@@ -77,6 +77,8 @@ def test_paper(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (("--model", "a", "--size", "test"), "--model measures one checkpoint"),
         (("--paper", "--architectures", "yoco"), "--paper"),
         (("--paper", "--plot", "a.png"), "--plot"),
+        (("--device", "meta"), "--device meta: the benchmark measures CPUs and CUDA GPUs"),
+        (("--device", "gpu"), "device 'gpu' cannot be used"),
         (("--peers", "vlm"), "did you mean vllm"),
         (("--peer-python", "vllm"), "PEER=PYTHON"),
         (("--peer-python", "vllm=/no/such/python"), "no such program"),

@@ -111,6 +111,13 @@ def test_finding_peers() -> None:
     assert find_peers("transformers", {}) == (["transformers"], [])
 
 
+def test_peers_on_a_gpu() -> None:
+    there, missing = find_peers("auto", {}, on_gpu=True)
+    assert {*there, *missing} == {"transformers", "vllm"}
+    with pytest.raises(UserError, match=r"peer llama.cpp is measured on CPUs only; .*--device cpu"):
+        find_peers("llama.cpp", {}, on_gpu=True)
+
+
 def bare_python(folder: Path) -> str:
     """An interpreter that has the standard library alone."""
     script = folder / "python"

@@ -9,7 +9,15 @@ from yoco_u.architecture import preset
 from yoco_u.bench.cases import BenchSettings, Decode, Prefill
 from yoco_u.bench.ceilings import Ceilings
 from yoco_u.bench.engines import our_engines
-from yoco_u.bench.paper_tables import CHUNK, PAPER, our_figures, paper_cases, print_paper_tables, whole_prefill_seconds
+from yoco_u.bench.paper_tables import (
+    CHUNK,
+    PAPER,
+    PAPER_ON_GPU,
+    our_figures,
+    paper_cases,
+    print_paper_tables,
+    whole_prefill_seconds,
+)
 from yoco_u.bench.run import CaseResult, Measurement
 from yoco_u.budget import kv_bytes, prefill_flops
 from yoco_u.paper import KV_MEBIBYTES
@@ -38,7 +46,8 @@ def test_a_prompt_from_its_chunks(name: str, context: int) -> None:
 
 
 def test_cases_cover_every_context() -> None:
-    cases = paper_cases((8192, 16384), 2, 32)
+    settings = BenchSettings(contexts=(16384, 8192), batches=(2,), steps=32)
+    cases = paper_cases(preset("yoco_u", "test"), settings, memory=0)
     assert cases == [Prefill(CHUNK, 0), Prefill(CHUNK, 6144), Prefill(CHUNK, 14336), Decode(8192, 2, 32), Decode(16384, 2, 32)]
 
 
@@ -46,7 +55,7 @@ def test_tables() -> None:
     settings = BenchSettings(**PAPER | {"size": "1.3b", "contexts": (8192, 16384)})
     results = {}
     for engine in our_engines(settings):
-        for case in paper_cases(settings.contexts, 1, 32):
+        for case in paper_cases(engine.architecture, settings, memory=0):
             result = CaseResult(engine, case, kv_bytes(engine.architecture, case.context))
             if engine.name != "rins":
                 result.seconds = [0.1, 2.0 if engine.name == "transformer" else 1.0, 9.0]
@@ -64,3 +73,44 @@ def test_tables() -> None:
     assert lines["16K"] == ["16K", "640", "(640)", "42", "1,280", "(1,280)", "62", "(62)"]
     assert "2.00x (1.14x)" in text.getvalue()  # prefill at 16K: YOCO-U over Transformer, here and in the paper
     assert "8K" in lines
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "batches"),
+    [
+        (79, {"yoco_u": (32, 32, 32, 32), "yoco": (32, 32, 32, 32), "transformer": (32, 32, 26, 6), "rins": (32, 32, 13, 3)}),
+        (140, {"yoco_u": (32, 32, 32, 32), "yoco": (32, 32, 32, 32), "transformer": (32, 32, 32, 11), "rins": (32, 32, 23, 5)}),
+    ],
+    ids=["H100", "H200"],
+)
+def test_on_a_gpu_batches_are_the_papers_where_they_fit(gibibytes: int, batches: dict[str, tuple[int, ...]]) -> None:
+    """Of 79 GiB keys and values may take 67: 26 sequences of 2.5 GiB, or 6 of 10."""
+    settings = BenchSettings(**PAPER_ON_GPU, device="cuda")
+    for engine in our_engines(settings):
+        cases = paper_cases(engine.architecture, settings, gibibytes * 2**30)
+        assert [case for case in cases if isinstance(case, Prefill)] == [Prefill(2**power) for power in (13, 14, 16, 18)]
+        decodes = [case for case in cases if isinstance(case, Decode)]
+        assert [(case.context, case.steps) for case in decodes] == [(2**power, 128) for power in (13, 14, 16, 18)]
+        assert tuple(case.batch for case in decodes) == batches[engine.name]
+
+
+def test_tables_of_a_gpu() -> None:
+    """Whole prompts need no interpolation, and a batch that did not fit is told."""
+    settings = BenchSettings(**PAPER_ON_GPU, device="cuda")
+    results = {}
+    for engine in our_engines(settings):
+        for case in paper_cases(engine.architecture, settings, 79 * 2**30):
+            seconds = [case.context / 1e5] if isinstance(case, Prefill) else [2.0]
+            results[engine.name, case] = CaseResult(
+                engine, case, case.batch * kv_bytes(engine.architecture, case.context), seconds
+            )
+    measurement = Measurement(settings, results, [Ceilings(1e15, 3e12)])
+    prefill, decode, kv = our_figures(measurement)
+    assert prefill[262144] == pytest.approx(dict.fromkeys(PAPER_ON_GPU["architectures"], 1e5))
+    assert decode[262144] == {"yoco_u": 32 * 128 / 2, "yoco": 32 * 128 / 2, "transformer": 6 * 128 / 2, "rins": 3 * 128 / 2}
+    assert {context: kv[context]["yoco_u"] for context in kv} == {8192: 46, 16384: 62, 65536: 158, 262144: 542}
+    text = io.StringIO()
+    print_paper_tables(Console(file=text, width=200), measurement)
+    shown = " ".join(text.getvalue().split())
+    assert "batch 32" in shown
+    assert "transformer 256K in batches of 6" in shown

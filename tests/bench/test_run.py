@@ -6,6 +6,7 @@ import psutil
 import pytest
 from scripted_engines import scripted_engine
 
+from yoco_u.architecture import preset
 from yoco_u.bench import run as run_module
 from yoco_u.bench.cases import BenchSettings, Case, Decode, Prefill, cases_of
 from yoco_u.bench.ceilings import Ceilings
@@ -21,13 +22,13 @@ SETTINGS = BenchSettings(size="test", contexts=(64, 256), batches=(1, 2), steps=
 @pytest.fixture(autouse=True)
 def _ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = iter(Ceilings(n * 1e9, 20e9 / n) for n in range(1, 100))
-    monkeypatch.setattr(run_module, "measure_ceilings", lambda dtype: next(rates))
+    monkeypatch.setattr(run_module, "measure_ceilings", lambda dtype, device: next(rates))
 
 
 def measured(
     engines: list[BenchEngine], settings: BenchSettings = SETTINGS, log: list[tuple[str, Case | None]] | None = None
 ) -> Measurement:
-    benchmark = Benchmark(settings, engines, cases_of(settings))
+    benchmark = Benchmark(settings, engines, {engine.name: cases_of(settings) for engine in engines})
     return benchmark.run(lambda engine, case: log.append((engine.name, case)) if log is not None else None)
 
 
@@ -85,7 +86,7 @@ def test_no_process_is_left(tmp_path: Path) -> None:
         if case == Decode(64, 1, 4):
             raise KeyboardInterrupt
 
-    benchmark = Benchmark(SETTINGS, [scripted_engine(tmp_path, "a")], cases_of(SETTINGS))
+    benchmark = Benchmark(SETTINGS, [scripted_engine(tmp_path, "a")], {"a": cases_of(SETTINGS)})
     with pytest.raises(KeyboardInterrupt):
         benchmark.run(interrupt)
     assert psutil.Process().children(recursive=True) == before
@@ -141,6 +142,26 @@ def test_what_cannot_fit_is_not_tried(tmp_path: Path) -> None:
     measurement = measured([engine], settings)
     assert row_of(measurement, "a", "decode", 64).tokens_per_second == 8
     assert "GiB" in (row_of(measurement, "a", "decode", 2**40).failure or "")
+
+
+def test_each_engine_has_cases_of_its_own(tmp_path: Path) -> None:
+    engines = [scripted_engine(tmp_path, name) for name in ("a", "b")]
+    benchmark = Benchmark(SETTINGS, engines, {"a": [Decode(64, 2, 4)], "b": [Decode(64, 1, 4), Prefill(64)]})
+    rows = rows_of(benchmark.run(lambda engine, case: None))
+    assert [(row.engine, row.kind, row.batch) for row in rows] == [("a", "decode", 2), ("b", "decode", 1), ("b", "prefill", 1)]
+    assert [row.reference_ratio for row in rows] == [1, None, None]
+
+
+def test_on_a_gpu_memory_and_peaks_are_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = preset("transformer", "test")
+    monkeypatch.setattr(run_module, "memory_bytes", lambda device: int(kv_bytes(a, 256) * 1.5))
+    settings = SETTINGS.model_copy(update={"device": "cuda:0"})
+    log: list[tuple[str, Case | None]] = []
+    engines = [scripted_engine(tmp_path, name, answer="{'gpu_peak_bytes': 77}") for name in ("a", "b")]
+    measurement = measured(engines, settings, log)
+    assert row_of(measurement, "a", "decode", 256).peak_bytes == 77
+    assert "the GPU has" in (row_of(measurement, "a", "decode", 256, batch=2).failure or "")
+    assert [name for name, case in log if case == Prefill(64)] == ["a", "a", "b", "b"]  # each alone has the GPU's memory
 
 
 def test_memory_read_rate_is_plausible() -> None:

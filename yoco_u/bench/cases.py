@@ -18,8 +18,10 @@ class BenchSettings(Config):
         num_loops: T of the looped architectures; their own by default.
         contexts: lengths in tokens: of the prompts of prefill cases, and of the contexts of decode cases.
         batches: how many sequences are decoded together, in each case.
+        device: where all engines run, as torch names it.
         dtype: data type of weights, activations and caches, for all engines.
         weights: int8 quantizes the weights of our engine, and of the peers that can (llama.cpp).
+        block_size: tokens in a block of our engine's pages.
         compile_peers: compile peers even where that costs a minute for every case (transformers' decode).
         steps: how many steps of a decode case are timed.
         rounds: how often a case is measured, unless it takes long.
@@ -32,8 +34,10 @@ class BenchSettings(Config):
     num_loops: PositiveInt | None = None
     contexts: tuple[PositiveInt, ...] = Field(default=(4096, 32768, 131072), min_length=1)
     batches: tuple[PositiveInt, ...] = Field(default=(1, 16), min_length=1)
+    device: str = "cpu"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     weights: Literal["bfloat16", "int8"] = "bfloat16"
+    block_size: PositiveInt = 64
     compile_peers: bool = True
     steps: PositiveInt = 32
     rounds: PositiveInt = 3

@@ -13,8 +13,9 @@ class Ceilings(NamedTuple):
 
     Attributes:
         gemm: FLOP/s of square matrix products.
-        memory: bytes per second that all threads together read from main memory.
-        busy: how many CPUs other processes kept busy just before; above 0 the other figures are too low.
+        memory: bytes per second that the GPU, or all threads of the CPU together, read from memory.
+        busy: how many CPUs other processes kept busy just before; above 0 the other figures are too low. 0 for a GPU, whose
+            work is not theirs.
     """
 
     gemm: float
@@ -22,7 +23,10 @@ class Ceilings(NamedTuple):
     busy: float = 0.0
 
 
-def measure_ceilings(dtype: str) -> Ceilings:
+def measure_ceilings(dtype: str, device: torch.device) -> Ceilings:
     """Measure the ceilings now. A benchmark does so before each turn of an engine and takes the median."""
-    busy = psutil.cpu_percent(0.5) / 100 * (psutil.cpu_count() or 1)
-    return Ceilings(gemm_rate(torch.device("cpu"), getattr(torch, dtype), seconds=0.5), memory_read_rate(), busy)
+    busy = psutil.cpu_percent(0.5) / 100 * (psutil.cpu_count() or 1) if device.type == "cpu" else 0.0
+    found = Ceilings(gemm_rate(device, getattr(torch, dtype), seconds=0.5), memory_read_rate(device=device), busy)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the engines have the whole memory
+    return found

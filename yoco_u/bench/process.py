@@ -5,6 +5,7 @@ import json
 import os
 import queue
 import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -38,7 +39,7 @@ class WorkerProcess:
         folder = Path(self._folder.name)
         self._log = (folder / "stderr").open("w+", encoding="utf-8", errors="replace")
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        environment["PYTHONPATH"] = str(Path(yoco_u.__file__).parents[1]) if script.stem == "our_worker" else ""
+        environment["PYTHONPATH"] = _search_path(python, script)
         self._process = subprocess.Popen(
             [python, str(script)],
             stdin=subprocess.PIPE,
@@ -52,6 +53,7 @@ class WorkerProcess:
         )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
+        self._on_gpu = not job.get("device", "cpu").startswith("cpu")
         self._send(job | {"folder": str(folder), "threads": threads})
 
     def about(self, limit: float) -> dict[str, Any]:
@@ -79,8 +81,8 @@ class WorkerProcess:
             limit: seconds that the answer may take.
 
         Returns:
-            The worker's answer: `seconds`, or `error` with the engine's own message; and `peak_bytes`, the most resident memory
-            of its processes during this case.
+            The worker's answer: `seconds`, or `error` with the engine's own message; and `peak_bytes`, the most memory of the
+            GPU that the worker says it has held during this case, or on a CPU the most resident memory of its processes.
 
         Raises:
             WorkerFailed: if the process ended, or did not answer in time.
@@ -88,6 +90,8 @@ class WorkerProcess:
         reset_peaks(self._process.pid)
         self._send(case)
         answer = self._receive(limit)
+        if self._on_gpu:
+            return answer | {"peak_bytes": answer.pop("gpu_peak_bytes", None)}
         peak = peak_bytes(self._process.pid)
         return answer | {"peak_bytes": answer.get("max_rss_bytes") if peak is None else peak}
 
@@ -142,6 +146,13 @@ class WorkerProcess:
         lines = [line.strip() for line in self._log if line.strip()]
         cause = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return f"{cause}{', perhaps for lack of memory' if status == -9 else ''}{f': {lines[-1][:200]}' if lines else ''}"
+
+
+def _search_path(python: str, script: Path) -> str:
+    """PYTHONPATH of a worker: this package for ours, this process's own for our interpreter, nothing for another one."""
+    ours = [str(Path(yoco_u.__file__).parents[1])] if script.stem == "our_worker" else []
+    inherited = os.environ.get("PYTHONPATH", "") if python == sys.executable else ""
+    return os.pathsep.join([*ours, *filter(None, [inherited])])
 
 
 def family(pid: int) -> list[psutil.Process]:

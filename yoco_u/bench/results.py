@@ -51,14 +51,15 @@ class Row:
 
 
 def rows_of(measurement: Measurement) -> list[Row]:
-    """One row for each case and engine: all engines of a case together, in the order of the benchmark."""
+    """One row for each case of each engine: all engines of a case together, in the order of the benchmark."""
     results = measurement.results
     engines = list(dict.fromkeys(name for name, _ in results))
     cases = list(dict.fromkeys(case for _, case in results))
-    return [_row(measurement, results[name, case], results[engines[0], case]) for case in cases for name in engines]
+    pairs = [(name, case) for case in cases for name in engines if (name, case) in results]
+    return [_row(measurement, results[name, case], results.get((engines[0], case))) for name, case in pairs]
 
 
-def _row(measurement: Measurement, result: CaseResult, reference: CaseResult) -> Row:
+def _row(measurement: Measurement, result: CaseResult, reference: CaseResult | None) -> Row:
     case, engine = result.case, result.engine
     prefill = isinstance(case, Prefill)
     seconds = median(result.seconds) if result.seconds else None
@@ -79,7 +80,7 @@ def _row(measurement: Measurement, result: CaseResult, reference: CaseResult) ->
         tokens_per_second=None if seconds is None else _new_tokens(case) / seconds,
         rate=rate,
         of_ceiling=None if rate is None or ceiling is None else rate / ceiling,
-        reference_ratio=seconds / median(reference.seconds) if seconds is not None and reference.seconds else None,
+        reference_ratio=seconds / median(reference.seconds) if seconds and reference and reference.seconds else None,
         peak_bytes=result.peak_bytes,
         kv_bytes=result.kv_bytes,
         way=result.details.get("way"),
@@ -107,7 +108,7 @@ def as_json(measurement: Measurement) -> dict[str, Any]:
     ]
     engines = {result.engine.name: result.engine for result in measurement.results.values()}
     return {
-        "environment": environment(torch.device("cpu")),
+        "environment": environment(torch.device(measurement.settings.device)),
         "settings": measurement.settings.model_dump(mode="json"),
         "ceilings": ceilings,
         "engines": {

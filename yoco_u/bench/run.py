@@ -4,12 +4,11 @@ A case is left out if its KV would not fit into memory, if its engine has failed
 too long. The reason stays in the case's result.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
 
 from yoco_u.bench.cases import BenchSettings, Case, Prefill, case_as_json
@@ -17,15 +16,16 @@ from yoco_u.bench.ceilings import Ceilings, measure_ceilings
 from yoco_u.bench.engines import BenchEngine
 from yoco_u.bench.process import WorkerFailed, WorkerProcess, WorkerTimedOut
 from yoco_u.budget import kv_bytes, parameters, prefill_flops
+from yoco_u.device import memory_bytes
 
-CHEAP_SECONDS = 20.0
-"""A case that took longer than this is not measured again in further rounds."""
+CHEAP_SECONDS = {"cpu": 20.0, "cuda": 4.0}
+"""By the device's type: a case that took longer than this is not measured again in further rounds."""
 
 START_SECONDS = 600.0
 """Seconds that an engine may take to load and compile; the settings' time limit is for a case."""
 
-_SHARE_OF_MEMORY = 0.7
-"""A case whose keys and values take a larger share of the machine's memory is not tried."""
+SHARE_OF_MEMORY = {"cpu": 0.7, "cuda": 0.85}
+"""By the device's type: a case whose keys and values take a larger share of its memory is not tried."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Measurement:
     """Everything that has been measured so far.
 
     Attributes:
-        results: by the engine's name and the case; there is one for each pair from the beginning.
+        results: by the engine's name and the case; there is one for each case of each engine from the beginning.
         ceilings: the machine's ceilings before each turn of an engine.
         about: by the engine's name, what its worker told of it.
     """
@@ -80,21 +80,23 @@ class Benchmark:
 
     Args:
         engines: the engines, whose names must differ.
-        cases: what each engine is to run; those of one kind from the cheapest on.
+        cases: what each engine is to run, by its name; those of one kind from the cheapest on.
 
     Attributes:
         measurement: everything that has been measured so far, even after an interrupt.
     """
 
-    def __init__(self, settings: BenchSettings, engines: Sequence[BenchEngine], cases: Sequence[Case]) -> None:
+    def __init__(self, settings: BenchSettings, engines: Sequence[BenchEngine], cases: Mapping[str, Sequence[Case]]) -> None:
         self.settings, self.engines, self.cases = settings, engines, cases
+        self.device = torch.device(settings.device)
+        self._memory = memory_bytes(self.device)
         size = settings.bytes_per_element
         self.measurement = Measurement(
             settings,
             {
                 (e.name, c): CaseResult(e, c, c.batch * kv_bytes(e.architecture, c.context, size))
                 for e in engines
-                for c in cases
+                for c in cases[e.name]
             },
         )
         self._workers: dict[str, WorkerProcess] = {}
@@ -104,8 +106,8 @@ class Benchmark:
         """Measure everything. The failure of an engine becomes part of its results and the others go on."""
         try:
             for number, engine in self._turns():
-                self.measurement.ceilings.append(measure_ceilings(self.settings.dtype))
-                for case in self.cases:
+                self.measurement.ceilings.append(measure_ceilings(self.settings.dtype, self.device))
+                for case in self.cases[engine.name]:
                     progress(engine, case)
                     self._measure(engine, case, progress)
                 if number == self.settings.rounds:
@@ -119,7 +121,8 @@ class Benchmark:
         """The engines in the order of their turns, each with the number of its round.
 
         Rounds go over all engines, so that noise of the machine meets all alike. If the engines do not fit into memory
-        together, each has all its rounds before the next one is loaded.
+        together, each has all its rounds before the next one is loaded. On a GPU they do so always: engines fill its memory
+        with their caches.
         """
         rounds = range(1, self.settings.rounds + 1)
         if self._keeps_all_loaded:
@@ -130,19 +133,21 @@ class Benchmark:
     @property
     def _keeps_all_loaded(self) -> bool:
         """Whether the weights of all engines fit into memory together, so that each stays loaded between its turns."""
+        if self.device.type != "cpu":
+            return False
         weights = sum(parameters(engine.architecture).total * self.settings.bytes_per_element for engine in self.engines)
         largest = max(self._fitting_kv_bytes(engine) for engine in self.engines)
-        return weights + 2 * largest < 0.5 * psutil.virtual_memory().total
+        return weights + 2 * largest < 0.5 * self._memory
 
     def _fitting_kv_bytes(self, engine: BenchEngine) -> int:
         """Bytes of keys and values of the engine's largest case that fits into memory."""
-        results = [self.measurement.results[engine.name, case] for case in self.cases]
-        return max((result.kv_bytes for result in results if _fits(result)), default=0)
+        results = [self.measurement.results[engine.name, case] for case in self.cases[engine.name]]
+        return max((result.kv_bytes for result in results if self._fits(result)), default=0)
 
     def _measure(self, engine: BenchEngine, case: Case, progress: Progress) -> None:
         """Measure a case once more, or note why that cannot be done."""
         result = self.measurement.results[engine.name, case]
-        if result.failure or (result.seconds and min(result.seconds) > CHEAP_SECONDS):
+        if result.failure or (result.seconds and min(result.seconds) > CHEAP_SECONDS[self.device.type]):
             return
         result.failure = self._broken.get(engine.name) or self._hopeless(result)
         if result.failure:
@@ -165,7 +170,7 @@ class Benchmark:
 
     def _load(self, engine: BenchEngine, progress: Progress) -> WorkerProcess:
         progress(engine, None)
-        cases = [case for case in self.cases if _fits(self.measurement.results[engine.name, case])]
+        cases = [case for case in self.cases[engine.name] if self._fits(self.measurement.results[engine.name, case])]
         job = engine.job | {"cases": [case_as_json(case) for case in cases]}
         worker = self._workers[engine.name] = WorkerProcess(engine.python, engine.script, job, torch.get_num_threads())
         try:
@@ -182,13 +187,13 @@ class Benchmark:
 
     def _hopeless(self, result: CaseResult) -> str | None:
         """Why a case need not be tried, in one line; None if it should be tried."""
-        if not _fits(result):
-            there = psutil.virtual_memory().total
-            return f"no memory: the KV takes {result.kv_bytes / 2**30:.1f} GiB, the machine has {there / 2**30:.1f}"
+        if not self._fits(result):
+            where = "machine" if self.device.type == "cpu" else "GPU"
+            return f"no memory: the KV takes {result.kv_bytes / 2**30:.1f} GiB, the {where} has {self._memory / 2**30:.1f}"
         case, engine, limit = result.case, result.engine, self.settings.time_limit
         if not isinstance(case, Prefill) or case.depth:
             return None
-        for other in self.cases:
+        for other in self.cases[engine.name]:
             if not isinstance(other, Prefill) or other.depth or other.tokens >= case.tokens:
                 continue
             smaller = self.measurement.results[engine.name, other]
@@ -201,7 +206,6 @@ class Benchmark:
                     return f"too long: about {expected:,.0f} s by its rate at {other.tokens:,} tokens, the limit is {limit:g}"
         return None
 
-
-def _fits(result: CaseResult) -> bool:
-    """Whether the keys and values of a case leave enough memory for the weights and everything else."""
-    return result.kv_bytes < _SHARE_OF_MEMORY * psutil.virtual_memory().total
+    def _fits(self, result: CaseResult) -> bool:
+        """Whether the keys and values of a case leave enough memory for the weights and everything else."""
+        return result.kv_bytes < SHARE_OF_MEMORY[self.device.type] * self._memory

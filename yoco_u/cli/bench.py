@@ -31,6 +31,7 @@ def bench(
         str | None, typer.Option("--contexts", help="Tokens, with commas between. \\[default: 4096,32768,131072]")
     ] = None,
     batches: Annotated[str | None, typer.Option("--batches", help="Sequences decoded together. \\[default: 1,16]")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or a GPU, for all engines.")] = "auto",
     dtype: Annotated[str | None, typer.Option("--dtype", help="bfloat16 or float32. \\[default: bfloat16]")] = None,
     weights: Annotated[
         str | None, typer.Option("--weights", help="bfloat16, or int8 for ours and llama.cpp. \\[default: bfloat16]")
@@ -53,7 +54,7 @@ def bench(
     """Measure prefill, decode and memory, ours and that of installed peers.
 
     Every engine runs in a process of its own. Peers run a Llama of equal
-    parameters. Shares are of what this machine can do, measured in between.
+    parameters. Shares are of what the CPU or GPU can do, measured in between.
 
     [bold]Examples[/bold]
 
@@ -67,38 +68,45 @@ def bench(
     """
     from yoco_u.bench.cases import QUICK, BenchSettings, cases_of
     from yoco_u.bench.engines import find_peers, our_engines, peer_engines
-    from yoco_u.bench.paper_tables import PAPER, paper_cases
+    from yoco_u.bench.paper_tables import PAPER, PAPER_ON_GPU, paper_cases
     from yoco_u.bench.run import Benchmark
     from yoco_u.config import parse
+    from yoco_u.device import find_device, memory_bytes
 
     if model is not None and (architectures or size or paper):
         raise UserError("--model measures one checkpoint; leave out --architectures, --size and --paper")
     if paper and architectures:
         raise UserError("--paper measures the paper's architectures; leave out --architectures")
     if paper and plot:
-        raise UserError("--plot draws whole prefills, which --paper does not run; leave one of them out")
+        raise UserError("--plot draws engines beside each other, not the paper's tables; leave out --plot or --paper")
     check_can_be_written(json=json, plot=plot)
     given: dict[str, Any] = {
         "size": size, "architectures": names(architectures), "model": model, "num_loops": num_loops,
         "contexts": whole_numbers(contexts, "--contexts"), "batches": whole_numbers(batches, "--batches"), "dtype": dtype,
         "weights": weights, "rounds": rounds, "time_limit": time_limit,
     }  # fmt: skip
-    defaults = (QUICK if quick else {}) | (PAPER if paper else {})
+    where = find_device(device)
+    if where.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: the benchmark measures CPUs and CUDA GPUs; give auto, cpu or cuda")
+    on_gpu = where.type == "cuda"
+    tables = PAPER_ON_GPU if on_gpu else PAPER
+    defaults = {"device": str(where)} | (QUICK if quick else {}) | (tables if paper else {})
     settings = parse(BenchSettings, defaults | {k: v for k, v in given.items() if v is not None}, "options")
     engines, absent = our_engines(settings), list[str]()
     if not paper:
         pythons = _pythons(peer_python or [])
-        there, absent = find_peers(peers, pythons)
+        there, absent = find_peers(peers, pythons, on_gpu)
         engines += peer_engines(settings, engines[0].architecture, there, pythons)
-    cases = paper_cases(settings.contexts, settings.batches[0], settings.steps) if paper else cases_of(settings)
+    memory = memory_bytes(where)
+    cases = {e.name: paper_cases(e.architecture, settings, memory) if paper else cases_of(settings) for e in engines}
     benchmark = Benchmark(settings, engines, cases)
     try:
-        _run_with_progress(benchmark, engines, cases)
+        _run_with_progress(benchmark)
     finally:
         _report(benchmark, absent, paper, json, plot)
 
 
-def _run_with_progress(benchmark: "Benchmark", engines: "list[BenchEngine]", cases: "list[Case]") -> None:
+def _run_with_progress(benchmark: "Benchmark") -> None:
     """Measure everything, under a progress bar on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -107,7 +115,7 @@ def _run_with_progress(benchmark: "Benchmark", engines: "list[BenchEngine]", cas
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("ceilings", total=len(engines) * len(cases) * benchmark.settings.rounds)
+        task = bar.add_task("ceilings", total=len(benchmark.measurement.results) * benchmark.settings.rounds)
         seen = -1
 
         def show(engine: "BenchEngine", case: "Case | None") -> None:

@@ -1,4 +1,4 @@
-"""The worker of transformers. The model is a Llama of random weights, with SDPA attention.
+"""The worker of transformers. The model is a Llama of random weights, with SDPA attention, on a CPU or a GPU.
 
 Prefill is one eager forward pass. Decode runs in the two ways that transformers offers, of which the faster counts: eager with
 the growing cache that `generate()` makes; and, if the job says `compile`, under torch.compile with a static cache. The context
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from gpu_case import measured
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from worker_protocol import Case, Job, Run, forget_peak, longest, serve
@@ -28,10 +29,16 @@ def start(job: Job) -> tuple[Run, dict[str, Any]]:
         head_dim=shape["head_dim"], tie_word_embeddings=shape["tie_word_embeddings"], rms_norm_eps=shape["rms_norm_eps"],
         max_position_embeddings=longest(job), dtype=job["dtype"],
     )  # fmt: skip
-    model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, job["dtype"])).eval()
+    device = job["device"]
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, job["dtype"])).eval().to(device)
     worker = TransformersWorker(model, job.get("compile", False))
-    worker.prefill(256)
-    return worker.run, {"version": transformers.__version__, "torch": torch.__version__}
+    worker.prefill(min(8192, longest(job)) if torch.device(device).type == "cuda" else 256)
+
+    def run(case: Case) -> dict[str, Any]:
+        return measured(device, lambda: worker.run(case))
+
+    return run, {"version": transformers.__version__, "torch": torch.__version__}
 
 
 class TransformersWorker:
@@ -63,7 +70,7 @@ class TransformersWorker:
     @torch.inference_mode()
     def prefill(self, tokens: int) -> float:
         """Seconds until the first new token behind a prompt of `tokens` tokens is known."""
-        prompt = torch.randint(self.config.vocab_size, (1, tokens))
+        prompt = torch.randint(self.config.vocab_size, (1, tokens)).to(self.model.device)
         begin = time.perf_counter()
         output = self.model(input_ids=prompt, past_key_values=DynamicCache(config=self.config), logits_to_keep=1)
         output.logits[:, -1].argmax(-1).tolist()
@@ -75,9 +82,10 @@ class TransformersWorker:
             rows = self.random_rows(case["batch"], case["context"])
             cache.update(rows, rows.clone(), layer)
         forget_peak()
-        tokens, begin = torch.zeros(case["batch"], 1, dtype=torch.long), 0.0
+        tokens, begin = torch.zeros(case["batch"], 1, dtype=torch.long, device=self.model.device), 0.0
         for step in range(WARM_STEPS + case["steps"]):
             if step == WARM_STEPS:
+                tokens.tolist()  # waits for a GPU
                 begin = time.perf_counter()
             logits: Tensor = forward(input_ids=tokens, past_key_values=cache).logits
             tokens = logits[:, -1].argmax(-1, keepdim=True)
@@ -86,7 +94,8 @@ class TransformersWorker:
 
     def random_rows(self, batch: int, tokens: int) -> Tensor:
         """Keys or values of one layer, (batch, kv_heads, tokens, head_dim)."""
-        return torch.randn(batch, self.config.num_key_value_heads, tokens, self.config.head_dim, dtype=self.model.dtype)
+        size = (batch, self.config.num_key_value_heads, tokens, self.config.head_dim)
+        return torch.randn(size, dtype=self.model.dtype, device=self.model.device)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ alone.
     a case              {"seconds": ...}, or {"error": "..."} and the worker goes on
     end of file         the worker ends
 
-A job holds `model` (the shape of a Llama; for our engine the architecture), `dtype`, `weights`, `threads`, `folder` (empty, for
-the worker's files) and `cases`, all that will come. There are two kinds of cases:
+A job holds `model` (the shape of a Llama; for our engine the architecture), `dtype`, `weights`, `device` (as torch names it),
+`threads`, `folder` (empty, for the worker's files) and `cases`, all that will come. On a GPU an answer has `gpu_peak_bytes` as
+well: the most memory that the engine has held during the case, if the worker can tell. There are two kinds of cases:
 
     {"kind": "prefill", "tokens", "depth"}              the seconds are those until the first new token is known
     {"kind": "decode", "context", "batch", "steps"}     the seconds are those of all steps
