@@ -1,4 +1,4 @@
-"""The engine's attention backend: the tokens of many requests side by side, over paged caches and window rings.
+"""The engine's attention backend on a CPU: the tokens of many requests side by side, over paged caches and window rings.
 
 A step is one row of tokens, (1, tokens), without padding. First come the decodes, requests that run a single token, then the
 prefills, requests that run a chunk of their prompt. Decodes attend together, whatever their lengths, through
@@ -6,7 +6,7 @@ prefills, requests that run a chunk of their prompt. Decodes attend together, wh
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
@@ -17,35 +17,10 @@ from torch import Tensor
 from yoco_u.architecture import Architecture, Slot
 from yoco_u.inference.kernels import chunk_attention, decode_attention, rotate
 from yoco_u.inference.kv_cache import KVCache, KVStorage
+from yoco_u.inference.sequence_slice import SequenceSlice
 from yoco_u.model.backend import AttentionBackend
 from yoco_u.model.retention import chunked_retention, recurrent_retention
 from yoco_u.model.rope import rotary_angles
-
-
-@dataclass(frozen=True)
-class SequenceSlice:
-    """What one request runs in a step: the tokens start .. start + count - 1 of its sequence.
-
-    Attributes:
-        kept: for how many of them, the last ones, logits are asked for.
-        written: the keys and values before this position are in the pages already, in blocks shared with other requests, and
-            must not be written again.
-        seat: the request's row in every window ring and retention state.
-        block_table: the request's blocks of the pages, (blocks,) int32.
-        num_loops: T of the request.
-    """
-
-    start: int
-    count: int
-    kept: int
-    written: int
-    seat: int
-    block_table: Tensor
-    num_loops: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.count
 
 
 class PagedBackend(AttentionBackend):

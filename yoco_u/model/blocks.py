@@ -189,18 +189,27 @@ class LoopedStack(nn.Module):
             tokens, in_loop = backend.in_loop(loop) if loops > 1 else (None, backend)
             if tokens is not None and len(tokens) == 0:  # none of the kept tokens needs another loop
                 break
-            before = out = x if tokens is None else x[:, tokens]
-            for i, layer in enumerate(self.layers):
-                slot = first_slot + loop * len(self.layers) + i if backend.has_cache else 0
-                out, loss = layer(out, in_loop, slot, *(global_kv or ()))
-                if loss is not None:
-                    losses.append(loss)
-            if loop > 0 and self.loop_gates is not None:
-                out = before + self.loop_gates[min(loop, len(self.loop_gates)) - 1] * (out - before)
+            before = x if tokens is None else x[:, tokens]
+            out, loop_losses = self.run_loop(before, in_loop, loop, first_slot, global_kv)
+            losses += loop_losses
             x = out if tokens is None else x.index_copy(1, tokens, out)
         if self.training and loops == 1 and self.loop_gates is not None:
             x = x + 0 * self.loop_gates.sum()  # unused gates need a gradient, of zero: DDP waits for every parameter's
         return x, losses
+
+    def run_loop(
+        self, x: Tensor, backend: AttentionBackend, loop: int, first_slot: int = 0, global_kv: GlobalKV | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run one loop, on the tokens that the backend stands for. Arguments and results as in `forward`."""
+        losses, out = [], x
+        for i, layer in enumerate(self.layers):
+            slot = first_slot + loop * len(self.layers) + i if backend.has_cache else 0
+            out, loss = layer(out, backend, slot, *(global_kv or ()))
+            if loss is not None:
+                losses.append(loss)
+        if loop > 0 and self.loop_gates is not None:
+            out = x + self.loop_gates[min(loop, len(self.loop_gates)) - 1] * (out - x)
+        return out, losses
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:

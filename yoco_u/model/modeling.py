@@ -139,8 +139,7 @@ class YocoUModel(YocoUPreTrainedModel):
         Returns:
             Hidden states of the kept tokens after the final norm, (batch, kept, hidden), and the auxiliary losses of blocks.
         """
-        if architecture.parallel:
-            x = x[:, :, None].expand(-1, -1, architecture.parallel.streams, -1)
+        x = self.streams(x)
         global_kv, slot, losses = None, 0, []
         for stack, stage in zip(self.stages, architecture.stages, strict=True):
             if stage.attention == "cross" and global_kv is None:
@@ -156,9 +155,16 @@ class YocoUModel(YocoUPreTrainedModel):
         if global_kv is None:
             kept, backend = backend.kept()
             x = x if kept is None else x[:, kept]
-        if self.stream_mixer is not None:
-            x = self.stream_mixer(x)
-        return self.norm(x), losses
+        return self.final_norm(x), losses
+
+    def streams(self, x: Tensor) -> Tensor:
+        """What the first stage reads: embedded tokens (batch, tokens, hidden), or with ParScale a copy for each stream."""
+        parallel = self.architecture.parallel
+        return x if parallel is None else x[:, :, None].expand(-1, -1, parallel.streams, -1)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The last stage's output, its streams mixed, after the final norm: (batch, tokens, hidden)."""
+        return self.norm(x if self.stream_mixer is None else self.stream_mixer(x))
 
 
 class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):

@@ -1,0 +1,31 @@
+"""What one request runs in one step, as the attention backends of the engine see it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceSlice:
+    """What one request runs in a step: the tokens start .. start + count - 1 of its sequence.
+
+    Attributes:
+        kept: for how many of them, the last ones, logits are asked for.
+        written: the keys and values before this position are in the pages already, in blocks shared with other requests, and
+            must not be written again.
+        seat: the request's row in every window ring and retention state.
+        block_table: the request's blocks of the pages, (blocks,) int32, on the host.
+        num_loops: T of the request.
+    """
+
+    start: int
+    count: int
+    kept: int
+    written: int
+    seat: int
+    block_table: Tensor
+    num_loops: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
