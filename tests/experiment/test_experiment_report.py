@@ -50,7 +50,7 @@ def test_report_of_a_finished_grid(tmp_path: Path) -> None:
 def test_budgets_are_fitted(tmp_path: Path) -> None:
     tokens = [102_400 * 2**i for i in range(5)]
     experiment = grid(MODELS, tokens=tokens)
-    runs = write_grid(experiment, tmp_path, lambda run, share: 1.5 + 30 * (run.tokens or 0) ** -0.3 + (1 - share))
+    runs = write_grid(experiment, tmp_path, lambda run, share: 1.5 + 30 * (run.budget or 0) ** -0.3 + (1 - share))
     report_on(experiment, runs, tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
     fits = {(fit["model"], fit["x"]): fit["law"] for fit in data["fits"]}

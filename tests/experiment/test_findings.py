@@ -67,7 +67,7 @@ def test_where_the_gap_closes_the_crossing_is_told(tmp_path: Path) -> None:
     tokens = [102_400 * 2**i for i in range(4)]
 
     def loss(run: GridRun, share: float) -> float:
-        doublings = tokens.index(run.tokens or 0)
+        doublings = tokens.index(run.budget or 0)
         lag = 0.1 - 0.02 * doublings if run.model == "yoco-u" else 0
         return 3 - 0.2 * doublings + lag + noise(run, 0.0005) + 0.1 * (1 / share - 1)
 
@@ -84,7 +84,7 @@ def test_tokens_to_equal_loss_over_budgets(tmp_path: Path) -> None:
     tokens = [102_400 * 2**i for i in range(4)]
 
     def loss(run: GridRun, share: float) -> float:
-        return 3 - 0.2 * tokens.index(run.tokens or 0) - (0.2 if run.model == "yoco-u" else 0) + noise(run) + (1 - share)
+        return 3 - 0.2 * tokens.index(run.budget or 0) - (0.2 if run.model == "yoco-u" else 0) + noise(run) + (1 - share)
 
     found = outcome(results_of(grid(models, tokens=tokens), tmp_path, loss), "equal-loss")
     assert found.verdict == "confirmed"

@@ -151,6 +151,48 @@ def test_the_loop_schedule_counts_in_equal_flops() -> None:
     assert runs["grown"].config.training.steps == round(100 * three / ((one + three) / 2))
 
 
+SIZES = {
+    "8": {"architecture": {"hidden_size": 8, "head_dim": 2}, "optimizer": {"learning_rate": 0.1}},
+    "64": {"architecture": {"hidden_size": 64, "head_dim": 16}, "optimizer": {"learning_rate": 0.01}},
+}
+
+
+@given(per_parameter=st.integers(5, 200), smaller=st.booleans())
+def test_each_size_is_a_grid_of_its_own(per_parameter: int, smaller: bool) -> None:
+    models = {
+        "yoco": model("yoco", match={"by": "flops", "reference": "yoco-u"}),
+        "yoco-u": {"settings": {"architecture": {"preset": "yoco_u"}, "optimizer": {"learning_rate": 0.03}}},
+    }
+    axes = {"tokens_per_parameter": [per_parameter], "seeds": [0, 3]}
+    runs = runs_of(models, sizes=SIZES, **axes)
+    names = [f"{name}_per-parameter-{per_parameter}_seed-{seed}" for seed in (0, 3) for name in models]
+    assert list(runs) == [f"{size}/{name}" for size in SIZES for name in names]
+    size = "8" if smaller else "64"
+    base = {**BASE, "architecture": {"size": "test"} | SIZES[size]["architecture"]}
+    for name, alone in runs_of(models, base=base, **axes).items():
+        run = runs[f"{size}/{name}"]
+        assert (run.size, run.series) == (size, f"{size}/{alone.series}")
+        assert run.config.name == f"{size} {alone.config.name}"
+        assert (run.config.architecture, run.config.training) == (alone.config.architecture, alone.config.training)
+        assert run.config.dataset == "runs/x/data"
+        assert run.config.optimizer.learning_rate == (
+            0.03 if run.role == "yoco_u" else SIZES[size]["optimizer"]["learning_rate"]
+        )
+
+
+@given(per_parameter=st.integers(5, 200))
+def test_tokens_for_each_parameter(per_parameter: int) -> None:
+    by_parameters = {"by": "parameters", "reference": "a"}
+    models = {"a": model("yoco_u"), "b": model("transformer"), "c": model("transformer", match=by_parameters)}
+    runs = runs_of(models, tokens_per_parameter=[per_parameter])
+    a, b, c = (run.config for run in runs.values())
+    for config in (a, b):
+        wanted = per_parameter * parameters(config.architecture).total
+        assert abs(config.tokens - wanted) <= config.tokens_per_step / 2
+    assert parameters(c.architecture).total != parameters(a.architecture).total
+    assert c.training.steps == a.training.steps  # equal parameters, to the multiple of 8, are equal steps
+
+
 def test_choosing_runs() -> None:
     runs = list(runs_of({"a": model("yoco")}, seeds=list(range(7))).values())
     shards = [choose(runs, only=f"{shard}/3") for shard in (1, 2, 3)]
@@ -182,6 +224,10 @@ FLOPS_OF_A = {"by": "flops", "reference": "a"}
         ({"a": model("yoco", vary={"architecture.windo": [1]})}, {}, "windo"),
         ({"a": model("yoco")}, {"seeds": [1, 1]}, "each value once"),
         ({"a": model("yoco")}, {"tokens": [0]}, "tokens"),
+        ({"a": model("yoco")}, {"tokens_per_parameter": [0]}, "tokens_per_parameter"),
+        ({"a": model("yoco")}, {"tokens": [128], "tokens_per_parameter": [1]}, "they are one axis, keep one of them"),
+        ({"a": model("yoco")}, {"sizes": {"a/b": {}}}, "sizes.a/b: a name has letters, digits and hyphens"),
+        ({"a": model("yoco")}, {"sizes": {"s": {"trainin": {}}}}, "did you mean training"),
         ({"a": model("yoco")}, {"tokens": [128]}, "do not fit"),
         ({"a": model("yoco")}, {"sedes": [1]}, "did you mean seeds"),
         ({"a": model("yoco", role="yoko")}, {}, "role"),
@@ -212,8 +258,9 @@ def test_mistakes_are_told_in_one_line(models: dict[str, Any], settings: dict[st
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_our_own_recipes_are_valid(file: Path) -> None:
     runs = expand(parse(Experiment, load_yaml(file), file.name), Path("runs/x"))
-    counts = [parameters(run.config.architecture).total for run in runs]
-    assert max(counts) < 1.06 * min(counts)
+    for size in {run.size for run in runs}:
+        counts = [parameters(run.config.architecture).total for run in runs if run.size == size]
+        assert max(counts) < 1.06 * min(counts)
     for run in runs:
         assert run.config.data is not None
         assert run.config.data.vocab_size <= run.config.architecture.vocab_size

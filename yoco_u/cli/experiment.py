@@ -97,7 +97,7 @@ def _print_runs(runs: "list[GridRun]") -> None:
     for number, run in enumerate(runs):
         config, steps = run.config, run.config.training.steps
         counts = f"{short_count(parameters(config.architecture).total):>10}  {steps:>7,}"
-        cost = f"{short_count(steps * config.tokens_per_step):>7}  {scientific(config.training_flops()):>14}"
+        cost = f"{short_count(config.tokens):>7}  {scientific(config.training_flops()):>14}"
         print(f"{number:>4}  {run.name:<{wide}}  {counts}  {cost}")
     total = sum(run.config.training_flops() for run in runs)
     print(f"{len(runs)} runs, {scientific(total)} FLOPs of training")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
-from yoco_u.config import Config
+from yoco_u.config import Config, merged
 from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.inference import SamplingParams
 
@@ -96,15 +96,18 @@ class Measures(Config):
 
 
 class Experiment(Config):
-    """A grid of runs: models x varied settings x training tokens x seeds, all on one dataset.
+    """A grid of runs: sizes x models x varied settings x training tokens x seeds, all on one dataset.
 
     Attributes:
         title: heading of the report.
         base: settings of every run: those of `RunConfig`, without name and dataset.
         models: the models by name.
+        sizes: settings of each size by its name, an axis of the grid. They win over the base, and a model's own settings win
+            over them. Each size is a grid of its own; the report compares the gaps of the sizes.
         vary: values of single settings, for every model.
         tokens: numbers of training tokens, an axis of the grid. Each is a run of its own, whose learning rate schedule ends
             there. If empty, every run has the steps of its settings.
+        tokens_per_parameter: the same axis, counted in tokens for each parameter of the model.
         seeds: seeds of the initial weights and of the order of the data, an axis of the grid. If empty, every run has the seed
             of its settings.
         match: the match of every model that has none of its own; a reference is not matched to itself.
@@ -115,8 +118,10 @@ class Experiment(Config):
     title: str
     base: dict[str, Any]
     models: dict[str, ModelPlan] = Field(min_length=1)
+    sizes: dict[str, dict[str, Any]] = {}
     vary: Vary = {}
     tokens: tuple[PositiveInt, ...] = ()
+    tokens_per_parameter: tuple[PositiveInt, ...] = ()
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()
     match: Matches = ()
     samples: Samples | None = None
@@ -124,10 +129,24 @@ class Experiment(Config):
 
     @model_validator(mode="after")
     def _names(self) -> "Experiment":
-        for name in self.models:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", name) or name == "data":
-                raise ValueError(f"models.{name}: a model's name has letters, digits and hyphens alone, and is not data")
-        for axis, values in (("tokens", self.tokens), ("seeds", self.seeds)):
+        for group, names in (("models", self.models), ("sizes", self.sizes)):
+            for name in names:
+                if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", name) or name == "data":
+                    raise ValueError(f"{group}.{name}: a name has letters, digits and hyphens alone, and is not data")
+        return self
+
+    @model_validator(mode="after")
+    def _axes(self) -> "Experiment":
+        for axis in ("tokens", "tokens_per_parameter", "seeds"):
+            values = getattr(self, axis)
             if len(set(values)) < len(values):
                 raise ValueError(f"{axis} names {', '.join(map(str, values))}; expected each value once")
+        if self.tokens and self.tokens_per_parameter:
+            raise ValueError("tokens and tokens_per_parameter are both given; they are one axis, keep one of them")
         return self
+
+    def at_size(self, size: str) -> "Experiment":
+        """The grid of one size alone."""
+        return self.model_copy(
+            update={"title": f"{self.title}: {size}", "base": merged(self.base, self.sizes[size]), "sizes": {}}
+        )

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -23,13 +23,14 @@ class GridRun:
     """One run of the grid: one training.
 
     Attributes:
-        name: name of its folder, inside the experiment's folder.
+        name: name of its folder, inside the experiment's folder: in the folder of its size, where the grid has sizes.
         series: the name without the seed. Runs of one series differ in nothing but their seeds.
         model: the name of its entry in `models` with the varied values, without tokens and seed.
         model_label: name of the model in tables and plots.
         label: name of the series in tables and plots: `model_label`, with the training tokens where these are an axis.
         role: what its model stands for in the paper's findings; None for nothing.
-        tokens: its value on the axis of training tokens; None without that axis.
+        size: its value on the axis of sizes; None without that axis.
+        budget: its value on the axis of training tokens, or of tokens per parameter; None without that axis.
         seed: its value on the axis of seeds, or the seed of its settings without that axis.
         config: its settings, matched and checked.
     """
@@ -40,7 +41,8 @@ class GridRun:
     model_label: str
     label: str
     role: Role | None
-    tokens: int | None
+    size: str | None
+    budget: int | None
     seed: int
     config: RunConfig
 
@@ -66,10 +68,10 @@ class _Variant:
 
 
 def expand(experiment: Experiment, folder: Path, overrides: Sequence[str] = ()) -> list[GridRun]:
-    """All runs: seeds outermost, then tokens, then the models in their order with the last varied setting fastest.
+    """All runs: sizes outermost, then seeds, then tokens, then the models in their order with the last varied setting fastest.
 
     In this order all models of the first seed are finished, and can be compared, before the second seed begins; and a seed that
-    is added later comes last. All runs share one dataset, `folder`/data.
+    is added later comes last in its size. All runs share one dataset, `folder`/data.
 
     Args:
         folder: folder of the experiment.
@@ -78,14 +80,27 @@ def expand(experiment: Experiment, folder: Path, overrides: Sequence[str] = ()) 
     Raises:
         UserError: if settings do not fit, a reference names no model or several, or two runs get the same name.
     """
-    variants = list(_variants(experiment))
-    grid = _Grid(experiment, variants, folder, overrides)
-    runs = [
-        grid.run(variant, tokens, seed)
-        for seed, tokens, variant in product(experiment.seeds or (None,), experiment.tokens or (None,), variants)
-    ]
+    if experiment.sizes:
+        runs = [run for size in experiment.sizes for run in _expand_size(experiment, size, folder, overrides)]
+    else:
+        runs = _expand(experiment, folder, overrides)
     _check(runs)
     return runs
+
+
+def _expand_size(experiment: Experiment, size: str, folder: Path, overrides: Sequence[str]) -> Iterator[GridRun]:
+    for run in _expand(experiment.at_size(size), folder, overrides):
+        config = run.config.model_copy(update={"name": f"{size} {run.config.name}"})
+        yield replace(run, name=f"{size}/{run.name}", series=f"{size}/{run.series}", size=size, config=config)
+
+
+def _expand(experiment: Experiment, folder: Path, overrides: Sequence[str]) -> list[GridRun]:
+    variants = list(_variants(experiment))
+    grid = _Grid(experiment, variants, folder, overrides)
+    budgets = experiment.tokens or experiment.tokens_per_parameter or (None,)
+    return [
+        grid.run(variant, budget, seed) for seed, budget, variant in product(experiment.seeds or (None,), budgets, variants)
+    ]
 
 
 def choose(runs: Sequence[GridRun], run: str | None = None, only: str | None = None) -> list[GridRun]:
@@ -159,32 +174,36 @@ class _Grid:
     def __init__(self, experiment: Experiment, variants: list[_Variant], folder: Path, overrides: Sequence[str]) -> None:
         self.experiment, self.variants, self.folder, self.overrides = experiment, variants, folder, overrides
 
-    def run(self, variant: _Variant, tokens: int | None, seed: int | None) -> GridRun:
-        parts = [variant.name, *([f"tokens-{_count(tokens)}"] if tokens is not None else [])]
-        series, config = "_".join(parts), self._matched(variant, tokens, seed)
+    def run(self, variant: _Variant, budget: int | None, seed: int | None) -> GridRun:
+        parts = [variant.name]
+        if budget is not None:
+            parts.append(f"per-parameter-{budget}" if self.experiment.tokens_per_parameter else f"tokens-{_count(budget)}")
+        series, config = "_".join(parts), self._matched(variant, budget, seed)
         name = series if seed is None else f"{series}_seed-{seed}"
-        read = f", {short_count(config.training.steps * config.tokens_per_step)} tokens" if tokens is not None else ""
+        read = f", {short_count(config.tokens)} tokens" if budget is not None else ""
         label = f"{variant.label}{read}"
         config = config.model_copy(update={"name": label if seed is None else f"{label}, seed {seed}"})
         role = variant.plan.role or next((role for role in get_args(Role) if role == variant.entry.replace("-", "_")), None)
-        return GridRun(name, series, variant.name, variant.label, label, role, tokens, config.training.seed, config)
+        seed = config.training.seed
+        return GridRun(name, series, variant.name, variant.label, label, role, None, budget, seed, config)
 
-    def _matched(self, variant: _Variant, tokens: int | None, seed: int | None) -> RunConfig:
+    def _matched(self, variant: _Variant, budget: int | None, seed: int | None) -> RunConfig:
         """The config of a run. The width comes before the steps, as FLOPs depend on both."""
-        config = self._plain(variant, tokens, seed)
+        config = self._plain(variant, budget, seed)
         for match in sorted(variant.match, key=lambda match: match.by != "parameters"):
             other = self._reference(variant, match)
             if match.by == "parameters":
-                config = with_equal_parameters(config, self._plain(other, tokens, seed).architecture)
-                continue
-            reference = self._matched(other, tokens, seed)
-            if match.by == "flops":
-                config = with_equal_flops(config, reference)
+                reference = self._plain(other, budget, seed)
+                config = with_equal_parameters(config, reference.architecture)
+                if self.experiment.tokens_per_parameter:
+                    config = with_equal_tokens(config, reference.tokens)
+            elif match.by == "flops":
+                config = with_equal_flops(config, self._matched(other, budget, seed))
             else:
-                config = with_equal_tokens(config, reference.training.steps * reference.tokens_per_step)
+                config = with_equal_tokens(config, self._matched(other, budget, seed).tokens)
         return config
 
-    def _plain(self, variant: _Variant, tokens: int | None, seed: int | None) -> RunConfig:
+    def _plain(self, variant: _Variant, budget: int | None, seed: int | None) -> RunConfig:
         """The config of a run before it is matched."""
         settings = merged(self.experiment.base, variant.plan.settings)
         for key, value in variant.values.items():
@@ -193,11 +212,14 @@ class _Grid:
         settings = _without_useless_gate(settings) | {"name": variant.name, "dataset": str(self.folder / "data")}
         if seed is not None:
             settings = merged(settings, {"training": {"seed": seed}})
-        if tokens is not None:
-            # A placeholder: how many tokens a step reads is known only after parsing.
+        if budget is not None:
+            # A placeholder: parameters, and how many tokens a step reads, are known only after parsing.
             settings = merged(settings, {"training": {"steps": 10**9}})
         config = parse(RunConfig, settings, f"model {variant.name}")
-        return config if tokens is None else with_equal_tokens(config, tokens)
+        if budget is None:
+            return config
+        each = parameters(config.architecture).total if self.experiment.tokens_per_parameter else 1
+        return with_equal_tokens(config, budget * each)
 
     def _reference(self, variant: _Variant, match: Match) -> _Variant:
         """The one variant that `match` names and whose varied values agree with those of `variant`."""

@@ -156,6 +156,11 @@ class RunConfig(Config):
     def tokens_per_step(self) -> int:
         return self.training.batch_rows * self.training.sequence_length
 
+    @property
+    def tokens(self) -> int:
+        """Training tokens of all steps."""
+        return self.training.steps * self.tokens_per_step
+
     def loops_at(self, step: int) -> int | None:
         """Loop count of training step `step` = 0 .. steps - 1; None where the architecture's own loop counts apply."""
         phases = self.training.loop_schedule
