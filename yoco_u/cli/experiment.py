@@ -9,6 +9,7 @@ from yoco_u.cli.output import is_first_process, note, stops_cleanly
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
+    from yoco_u.experiment.config import Experiment
     from yoco_u.experiment.grid import GridRun
     from yoco_u.experiment.summary import Summary
 
@@ -66,13 +67,25 @@ def experiment(
             note(f"not finished: {left.name}")
         if run is not None or only is not None or not is_first_process():
             return
+    _report(grid, runs, folder)
+
+
+def _report(grid: "Experiment", runs: "list[GridRun]", folder: Path) -> None:
     from yoco_u.experiment.report import REPORT, write_report
     from yoco_u.experiment.results import read_results
+    from yoco_u.experiment.sizes import summarize_sizes
+    from yoco_u.experiment.sizes_report import headline, write_sizes_report
     from yoco_u.experiment.summary import summarize
 
-    summary = summarize(grid, read_results(runs, folder))
-    write_report(summary, folder)
-    _print_findings(summary)
+    results = read_results(runs, folder)
+    if grid.sizes:
+        over_sizes = summarize_sizes(grid, results)
+        write_sizes_report(over_sizes, folder)
+        print(headline(over_sizes))
+    else:
+        summary = summarize(grid, results)
+        write_report(summary, folder)
+        _print_findings(summary)
     print(f"report: {folder / REPORT}.html, .json and .png")
 
 

@@ -66,6 +66,8 @@ class Series:
         name, label: name of the series, and its name in tables and plots.
         model, model_label: name of the model, and its name in tables and plots.
         role: what the model stands for in the paper's findings; None for nothing.
+        size: the value on the axis of sizes; None without that axis.
+        budget: the value on the axis of tokens, or of tokens per parameter; None without that axis.
         loops: the largest loop count of a stage.
         gated: whether a looped stage has gates.
         parameters: parameter count of the model.
@@ -80,6 +82,8 @@ class Series:
     model: str
     model_label: str
     role: Role | None
+    size: str | None
+    budget: int | None
     loops: int
     gated: bool
     parameters: int
@@ -124,6 +128,11 @@ class Results:
     @property
     def unfinished(self) -> list[RunResult]:
         return [result for result in self.runs if result.state != "finished"]
+
+    def of_size(self, size: str) -> "Results":
+        """The part of the grid that has this size."""
+        runs = tuple(result for result in self.runs if result.run.size == size)
+        return Results(runs, tuple(series for series in self.series if series.size == size))
 
     def of_role(self, role: Role, loops: int | None = None) -> list[Series]:
         """The series of models with this role, most tokens last; with `loops`, those of that loop count alone."""
@@ -217,6 +226,8 @@ def _series(group: Sequence[RunResult]) -> Series:
         model=run.model,
         model_label=run.model_label,
         role=run.role,
+        size=run.size,
+        budget=run.budget,
         loops=architecture.num_loops,
         gated=any(stage.loop_gate is not None for stage in architecture.stages),
         parameters=parameters(architecture).total,

@@ -77,7 +77,7 @@ def trend_text(trend: Trend, gap: float, unit: str) -> str:
 
     Args:
         gap: the gap at the last x; a negative one is a lead.
-        unit: what x counts: `tokens` or `FLOPs`.
+        unit: what x counts: `tokens`, `FLOPs` or `parameters`.
     """
     low, high, rate = trend.per_doubling.low, trend.per_doubling.high, trend.per_doubling.mean
     moves = f"{difference_text(trend.per_doubling)} nats whenever the {unit} double"
@@ -94,7 +94,7 @@ def trend_text(trend: Trend, gap: float, unit: str) -> str:
 
 def _range_text(found: Interval, unit: str) -> str:
     def amount(value: float) -> str:
-        return short_count(value) if unit == "tokens" else f"{value:.2g}"
+        return f"{value:.2g}" if unit == "FLOPs" else short_count(value)
 
     if found.low is None or found.high is None:
         return f"about {amount(found.mean)} {unit}"
