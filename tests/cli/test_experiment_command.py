@@ -1,10 +1,12 @@
 """`yoco-u experiment` end to end: a grid of tiny runs, killed, shared between processes, reported."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -12,7 +14,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from yoco_u.errors import UserError
 from yoco_u.evaluation.needle_grid import NeedleSettings
+from yoco_u.experiment import jobs
 from yoco_u.experiment.config import Measures
 from yoco_u.experiment.measure import measure, read_measures
 from yoco_u.training import TrainingDiverged
@@ -84,6 +88,24 @@ def test_a_grid_is_trained_reported_and_not_trained_again(run: Any, grid: Path, 
     assert again.err.count("nothing to do") == 4
     assert written == {path: path.stat().st_mtime_ns for path in written}
     assert run("experiment", grid, "--out", out, "--report").err == ""
+
+
+def test_a_grid_of_sizes_is_reported_with_their_gaps(run: Any, grid: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sizes = (
+        "sizes={small: {architecture: {hidden_size: 16, head_dim: 4}}, large: {architecture: {hidden_size: 32, head_dim: 8}}}"
+    )
+    outcome = run("experiment", grid, sizes, "seeds=[0]", "measures=null", "base.training.steps=2", "--out", out)
+    assert outcome.status == 0
+    assert outcome.out.startswith("4 of 4 runs are finished, 2 of 2 sizes whole.")
+    assert f"report: {out}/report.html" in outcome.out
+    data = json.loads((out / "report.json").read_text())
+    for gap in data["gaps"][0]["gaps"]:
+        losses = [
+            read_run(out / gap["size"] / f"{model}_seed-0").kind("evaluation")[-1]["loss"] for model in ("yoco-u", "yoco")
+        ]
+        assert gap["difference"]["mean"] == pytest.approx(losses[0] - losses[1])
+    assert (out / "small" / "report.html").exists()
 
 
 def test_runs_by_number_name_and_shard(run: Any, grid: Path, tmp_path: Path) -> None:
@@ -176,9 +198,62 @@ def test_killed_in_a_run_it_goes_on_to_the_same_losses(run: Any, workspace: Path
         assert losses(out / name) == expected
 
 
+def test_several_processes_train_each_run_once(run: Any, grid: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    outcome = run("experiment", grid, "measures=null", "--out", out, "--jobs", "2")
+    assert outcome.status == 0, outcome.err
+    assert outcome.err.splitlines()[-1] == "4 of 4 runs are finished"
+    assert "not finished" not in outcome.err
+    assert {cell["state"] for cell in json.loads((out / "report.json").read_text())["cells"]} == {"finished"}
+    for name in RUNS:
+        assert [record["step"] for record in read_run(out / name).kind("train")] == [1, 2, 3, 4]
+    assert [len((out / f"job-{number}.log").read_text()) > 0 for number in (1, 2)] == [True, True]
+
+
+def test_without_time_nothing_is_trained_and_nothing_is_wrong(run: Any, grid: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    outcome = run("experiment", grid, "--out", out, "--jobs", "2", "--minutes", "0")
+    assert outcome.status == 0
+    assert outcome.out == ""
+    assert "stopped after 0 minutes; run the same command again to continue" in outcome.err
+    assert [line for line in outcome.err.splitlines() if "not finished" in line] == [f"not finished: {c}" for c in RUNS]
+    assert not list(out.glob("*/summary.json"))
+
+
+@pytest.mark.parametrize(("how", "count"), [("the time is over", 2), ("asked to stop", 1)])
+def test_processes_that_stop_leave_a_checkpoint(
+    how: str, count: int, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is over, or the signal comes, once each process has taken a step; no run can end before."""
+    file, out, now = tmp_path / "grid.yaml", tmp_path / "out", [0.0]
+    file.write_text(GRID.format(folder=workspace, steps=10**6))
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
+
+    def watch() -> None:
+        if len([metrics for metrics in out.glob("*/metrics.jsonl") if metrics.stat().st_size > 0]) == count:
+            if how == "asked to stop":
+                os.kill(os.getpid(), signal.SIGTERM)
+            now[0] = 61.0
+
+    arguments = ["experiment", str(file), "base.training.save_every=1000000", "--out", str(out), "--only", "1/1"]
+    with nullcontext() if how == "the time is over" else pytest.raises(KeyboardInterrupt):
+        assert not jobs.run_jobs(arguments, count, out, minutes=1, watch=watch)
+    for name in RUNS[:count]:
+        (saved,) = (out / name / "checkpoints").glob("step-*")
+        assert int(saved.name.removeprefix("step-")) == read_run(out / name).kind("train")[-1]["step"]
+    assert not any((out / name).exists() for name in RUNS[count:])
+
+
+def test_a_process_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^{tmp_path}/job-1.log: this process failed: unknown architecture 'nowhere': "):
+        jobs.run_jobs(["plan", "nowhere"], 1, tmp_path, minutes=None)
+
+
 def test_mistakes(run: Any, grid: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "exclude each other" in run("experiment", grid, "--list", "--report").error
+    assert "exclude each other" in run("experiment", grid, "--jobs", "2", "--only", "1/2").error
+    assert "--jobs" in run("experiment", grid, "--jobs", "0").error
     assert "none of the 4 runs is finished" in run("experiment", grid, "--out", out, "--report").error
     assert "no such run" in run("experiment", grid, "--out", out, "--run", "x").error
     assert "SHARD/COUNT" in run("experiment", grid, "--out", out, "--only", "3").error

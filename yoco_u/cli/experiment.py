@@ -27,6 +27,13 @@ def experiment(
     only: Annotated[
         str | None, typer.Option("--only", metavar="SHARD/COUNT", help="Train every COUNT-th run from the SHARD-th on.")
     ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Train as many runs at once, each in a process of its own.")
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", min=0, help="Stop after this time; what is under way then keeps a checkpoint."),
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print the runs and train nothing.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report of what is there and train nothing.")] = False,
 ) -> None:
@@ -35,7 +42,8 @@ def experiment(
     Runs are trained one after another and finished ones are skipped, so the
     same command goes on after any interruption. Several processes, on several
     machines too, may share one folder: no run is trained by two of them.
-    Without --run and --only, a report is written at the end.
+    Without --run and --only, a report is written at the end. --jobs fills a GPU
+    that one small model leaves idle.
 
     [bold]Examples[/bold]
 
@@ -45,6 +53,8 @@ def experiment(
 
       yoco-u experiment grid.yaml --out shared/grid --run $SLURM_ARRAY_TASK_ID
 
+      yoco-u experiment grid.yaml --out runs/grid --jobs 8 --minutes 30
+
       yoco-u experiment grid.yaml --out runs/grid --report
     """
     from yoco_u.config import apply_overrides, load_yaml, parse
@@ -52,15 +62,19 @@ def experiment(
     from yoco_u.experiment.grid import choose, expand
     from yoco_u.experiment.run import train_runs
 
-    if (run is not None) + (only is not None) + list_ + report > 1:
-        raise UserError("--run, --only, --list and --report exclude each other; give one of them")
+    several = jobs is not None or minutes is not None
+    if (run is not None) + (only is not None) + list_ + report + several > 1:
+        raise UserError("--run, --only, --list, --report, and --jobs with --minutes exclude each other; give one of them")
     grid = parse(Experiment, apply_overrides(load_yaml(config), overrides or []), str(config))
     folder = out or Path("runs") / config.stem
     runs = expand(grid, folder)
     if list_:
         _print_runs(runs)
         return
-    if not report:
+    if several:
+        command = ["experiment", str(config), *(overrides or []), "--out", str(folder), "--only", "1/1"]
+        _train_in_processes(command, runs, folder, jobs or 1, minutes)
+    elif not report:
         with stops_cleanly():
             unfinished = train_runs(grid, choose(runs, run, only), folder, say=note)
         for left in unfinished:
@@ -68,6 +82,31 @@ def experiment(
         if run is not None or only is not None or not is_first_process():
             return
     _report(grid, runs, folder)
+
+
+def _train_in_processes(command: list[str], runs: "list[GridRun]", folder: Path, jobs: int, minutes: float | None) -> None:
+    from yoco_u.experiment.jobs import run_jobs
+    from yoco_u.experiment.run import is_finished
+
+    def left() -> "list[GridRun]":
+        return [run for run in runs if not is_finished(folder / run.name)]
+
+    told = len(runs)
+
+    def watch() -> None:
+        nonlocal told
+        now = len(left())
+        if now != told:
+            told = now
+            note(f"{len(runs) - now} of {len(runs)} runs are finished")
+
+    note(f"{jobs} process{'es' if jobs > 1 else ''}, which write to {folder}/job-*.log")
+    if not run_jobs(command, jobs, folder, minutes, watch):
+        note(f"stopped after {minutes:g} minutes; run the same command again to continue")
+    for run in left():
+        note(f"not finished: {run.name}")
+    if len(left()) == len(runs):
+        raise typer.Exit
 
 
 def _report(grid: "Experiment", runs: "list[GridRun]", folder: Path) -> None:

@@ -1,0 +1,111 @@
+"""Trains the runs of a grid in several processes at once, for as long as is allowed.
+
+Small models leave a GPU idle between their kernels; several processes fill it. Every process goes through all runs and passes
+over those that are finished or that another one is training, so none waits for work while there is a run left.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from yoco_u.errors import UserError
+
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 60.0
+"""How long a process may take to write its checkpoint once it is asked to stop; then it is killed."""
+
+_INTERRUPTED = 130  # the exit status of a command that stopped in good order
+
+
+def run_jobs(
+    arguments: Sequence[str], jobs: int, folder: Path, minutes: float | None, watch: Callable[[], None] = lambda: None
+) -> bool:
+    """Start `jobs` processes of the command, and wait until they end or the time is over.
+
+    When the time is over, or when this process is asked to stop, each process stops with a checkpoint of its run. What it
+    prints goes to `folder`/job-N.log. On a CPU the processes share the cores, unless OMP_NUM_THREADS is set.
+
+    Args:
+        arguments: those of `yoco-u`, the command included.
+        minutes: how long the processes may run; None for no limit.
+        watch: called again and again while they run.
+
+    Returns:
+        Whether all processes came to their end before the time was over.
+
+    Raises:
+        UserError: if a process failed, with the last line that it printed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    logs = [folder / f"job-{number}.log" for number in range(1, jobs + 1)]
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    with _terminated_as_interrupted():
+        processes = [_start(arguments, jobs, log) for log in logs]
+        try:
+            in_time = _wait(processes, deadline, watch)
+        finally:
+            _stop(processes)
+    asked_to_stop = set() if in_time else {_INTERRUPTED, -signal.SIGTERM, -signal.SIGKILL}
+    for process, log in zip(processes, logs, strict=True):
+        if process.returncode not in {0} | asked_to_stop:
+            lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+            last = next((line for line in reversed(lines) if line.strip()), f"exit status {process.returncode}")
+            raise UserError(f"{log}: this process failed: {last.strip().removeprefix('error: ')}")
+    return in_time
+
+
+def _start(arguments: Sequence[str], jobs: int, log: Path) -> subprocess.Popen[bytes]:
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "yoco_u.cli", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": threads} | os.environ,
+            start_new_session=True,  # Ctrl-C comes to this process alone: a second signal would end a run without a checkpoint
+        )
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], deadline: float | None, watch: Callable[[], None]) -> bool:
+    """Whether all processes ended before the deadline."""
+    while any(process.poll() is None for process in processes):
+        if deadline is not None and time.monotonic() >= deadline:
+            return False
+        watch()
+        time.sleep(_POLL_SECONDS)
+    watch()
+    return True
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask what still runs to stop, and kill what does not stop in time."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    until = time.monotonic() + _GRACE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Raise KeyboardInterrupt at SIGTERM as at SIGINT, so that no process is left behind."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
