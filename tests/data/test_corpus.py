@@ -2,11 +2,14 @@ import gzip
 import json
 import sysconfig
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
 
 from yoco_u.data import Corpus
 from yoco_u.errors import UserError
@@ -174,6 +177,38 @@ def test_entries_that_lead_nowhere(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             read(entry)
+
+
+CONTENTS = st.lists(st.sampled_from(["", "a = 1\n", "b = 2\n", "c = 3\n"]), min_size=1, max_size=12)
+
+
+@given(contents=CONTENTS, sites=st.integers(1, 2))
+def test_of_equal_files_in_packages_the_first_is_read(contents: list[str], sites: int) -> None:
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        roots = [Path(folder, str(number), name) for number, name in enumerate(("site-packages", "dist-packages")[:sites])]
+        written = []
+        for number, text in enumerate(contents):
+            file = roots[number % sites] / f"package{number % 3}" / f"module{number:02}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+            written.append((number % sites, file.relative_to(roots[number % sites]), text))
+        for name in ("__pycache__/x.py", "package/README.md", "package/module.pyc"):
+            (roots[0] / name).parent.mkdir(parents=True, exist_ok=True)
+            (roots[0] / name).write_text("d = 4\n")
+        (roots[0] / "package" / "bad.py").write_bytes(b"broken = '\xff'\n")
+        patch.setattr("sys.path", ["", "/usr/lib/python3", *map(str, roots)])
+        expected: dict[str, str] = {}
+        for _, path, text in sorted(written):
+            expected.setdefault(text, f"packages/{path.as_posix()}")
+        corpus = Corpus(["packages"])
+        assert {text: source for source, text in corpus.documents()} == {t: s for t, s in expected.items() if t}
+        assert [d.source for d in corpus.documents()] == [d.source for d in Corpus(["packages"]).documents()]
+
+
+def test_an_interpreter_without_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", ["/usr/lib/python3"])
+    with pytest.raises(UserError, match=r"no packages with \.py sources"):
+        Corpus(["packages"])
 
 
 def test_the_standard_library_is_this_interpreters_own():

@@ -1,7 +1,9 @@
 """The documents of a corpus: from the entries of a config to one lazy stream in a fixed order."""
 
 import glob
+import hashlib
 import os
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,13 +21,15 @@ from yoco_u.data.formats import (
 from yoco_u.errors import UserError
 
 STDLIB = "stdlib"
+PACKAGES = "packages"
 
 _PROSE = "txt md rst tex html xml css sql toml yaml yml"
 _SOURCES = "py pyi c h cc cpp hpp cs java kt scala swift go rs js jsx ts tsx rb pl lua r jl sh bash"
 TEXT_SUFFIXES = frozenset(f".{suffix}" for suffix in (*_PROSE.split(), *_SOURCES.split()))
 """Suffixes of the text files that are read from a folder. A file that an entry names itself is read whatever its suffix."""
 
-_NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+_SITES = frozenset({"site-packages", "dist-packages"})
+_CACHE = frozenset({"__pycache__"})
 
 
 class _Source(NamedTuple):
@@ -34,7 +38,8 @@ class _Source(NamedTuple):
     Attributes:
         name: how errors and documents name it.
         size: bytes on disk; None if unknown.
-        identity: the same for the same file or dataset, however an entry names it.
+        identity: the same for the same file or dataset, however an entry names it; for a file of a package, the same for equal
+            contents.
         read: yields its documents, and reports the bytes that it has read.
     """
 
@@ -45,7 +50,7 @@ class _Source(NamedTuple):
 
 
 class Corpus:
-    """The documents of a list of entries ("stdlib", paths, globs, `hf:` names), always in the same order.
+    """The documents of a list of entries ("stdlib", "packages", paths, globs, `hf:` names), always in the same order.
 
     Files are opened when their turn comes. A file that several entries reach is read once. Empty documents are left out.
 
@@ -86,6 +91,8 @@ class Corpus:
     def _resolve(self, entry: str) -> list[_Source]:
         if entry == STDLIB:
             return _stdlib()
+        if entry == PACKAGES:
+            return _packages()
         if entry.startswith("hf:"):
             return [self._hugging_face(entry)]
         path = Path(entry).expanduser()
@@ -151,22 +158,55 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _stdlib() -> list[_Source]:
     """The running interpreter's own sources, named `stdlib/...` wherever they are installed."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    sources = []
-    for folder, folders, files in os.walk(root):
-        if Path(folder) == root / "lib2to3" / "tests" / "data":  # Python 2, and files broken on purpose
-            folders.clear()
-            continue
-        folders[:] = sorted(set(folders) - _NOT_STDLIB)
-        for path in (Path(folder, file) for file in sorted(files) if file.endswith(".py")):
-            name = f"{STDLIB}/{path.relative_to(root).as_posix()}"
-            sources.append(_Source(name, path.stat().st_size, os.path.realpath(path), _lenient(path, name)))
+    # Python 2, and files broken on purpose
+    files = _python_files(root, _SITES | _CACHE, leave_out=root / "lib2to3" / "tests" / "data")
+    sources = [_python_source(path, f"{STDLIB}/{path.relative_to(root).as_posix()}") for path in files]
     if not sources:
         raise UserError(f"{root}: this Python has no .py sources of its standard library; name another corpus")
     return sources
 
 
+def _packages() -> list[_Source]:
+    """The sources of the packages that the running interpreter has installed, named `packages/...`.
+
+    Packages copy files from each other, so the contents of a file are its identity: of equal files the first one is read.
+    """
+    roots = [Path(folder) for folder in sys.path if Path(folder).name in _SITES]
+    sources = [
+        _python_source(path, f"{PACKAGES}/{path.relative_to(root).as_posix()}")._replace(identity=_contents(path))
+        for root in roots
+        for path in _python_files(root, _CACHE)
+    ]
+    if not sources:
+        raise UserError(f"{PACKAGES}: this Python has no packages with .py sources; name another corpus")
+    return sources
+
+
+def _python_files(root: Path, skipped: frozenset[str], leave_out: Path | None = None) -> Iterator[Path]:
+    """Every `.py` file in a folder and its subfolders, in a fixed order.
+
+    Args:
+        skipped: names of folders that are left out wherever they are.
+        leave_out: one more folder to leave out.
+    """
+    for folder, folders, files in os.walk(root):
+        if Path(folder) == leave_out:
+            folders.clear()
+            continue
+        folders[:] = sorted(set(folders) - skipped)
+        yield from (Path(folder, file) for file in sorted(files) if file.endswith(".py"))
+
+
+def _python_source(path: Path, name: str) -> _Source:
+    return _Source(name, path.stat().st_size, os.path.realpath(path), _lenient(path, name))
+
+
+def _contents(path: Path) -> str:
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
 def _lenient(path: Path, name: str) -> Callable[[Advance], Iterator[Document]]:
-    """Reads a file, but yields nothing if it does not decode: the library has a few such files to test Python with."""
+    """Reads a file, but yields nothing if it does not decode: there are such files to test Python with."""
 
     def read(advance: Advance) -> Iterator[Document]:
         try:
