@@ -3,97 +3,18 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from kernel_cases import CACHES, DTYPES, Case, assert_rounded, head_dims, paged, random, seeds, split_keys
 
-from yoco_u.inference.kernels import decode_attention, direct, store_rows
+from yoco_u.inference.kernels import retention_step, store_rows
 from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.model.rope import rotary_angles, rotate
 
 needs_kernels = pytest.mark.skipif(not compiled(), reason="needs a C++ compiler")
-
-DTYPES = [torch.float32, torch.bfloat16]
-CACHES = [torch.float32, torch.bfloat16, torch.int8]
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8}  # half a unit in the last place, relative
-head_dims = st.sampled_from([8, 32, 40, 64, 128])
-seeds = st.integers(0, 10**6)
-
-
-def random(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=generator).to(dtype)
-
-
-def assert_rounded(found: Tensor, exact: Tensor, absolute: float = 2e-6) -> None:
-    """`exact` in float64, rounded once to the dtype of `found` and computed in float32 before; NaN where it is NaN."""
-    assert found.shape == exact.shape
-    torch.testing.assert_close(found.double(), exact, rtol=ROUNDING[found.dtype] * 1.01 + 2e-6, atol=absolute, equal_nan=True)
-
-
-@dataclass
-class Case:
-    """Paged sequences whose other rows are NaN: reading one of them would show."""
-
-    q: Tensor
-    cache: Tensor
-    scales: Tensor | None
-    table: Tensor
-    block_size: int
-    lengths: Tensor
-
-    def rows(self, i: int) -> list[int]:
-        """Of sequence i, in order."""
-        blocks = self.table[i].tolist()
-        return [blocks[at // self.block_size] * self.block_size + at % self.block_size for at in range(int(self.lengths[i]))]
-
-    @property
-    def exact(self) -> Tensor:
-        """In float64, head by head."""
-        kv = self.cache.double() if self.scales is None else self.cache.double() * self.scales.double()[..., None]
-        out = torch.empty(self.q.shape, dtype=torch.float64)
-        groups = self.q.shape[1] // self.cache.shape[1]
-        for i, head in itertools.product(range(len(self.q)), range(self.q.shape[1])):
-            k, v = kv[:, head // groups, self.rows(i)]
-            out[i, head] = (k @ self.q[i, head].double() * self.q.shape[-1] ** -0.5).softmax(0) @ v
-        return out
-
-    def found(self, direct_twin: bool = False) -> Tensor:
-        call = direct.decode_attention if direct_twin else decode_attention
-        return call(self.q, self.cache, self.scales, self.table, self.block_size, self.lengths)
-
-
-def paged(
-    seed: int,
-    dtype: torch.dtype,
-    kind: torch.dtype,
-    head_dim: int,
-    groups: int,
-    kv_heads: int,
-    lengths: list[int],
-    block_size: int,
-) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-    width = max(-(-length // block_size) for length in lengths)
-    blocks = sum(-(-length // block_size) for length in lengths) + 3
-    order = torch.randperm(blocks, generator=generator).int()
-    table = torch.full((len(lengths), width), 2**30, dtype=torch.int32)
-    cache = torch.full((2, kv_heads, blocks * block_size, head_dim), torch.nan)
-    q = random(generator, len(lengths), groups * kv_heads + 2, head_dim, dtype=dtype)[:, :-2] * 2  # a part of a larger tensor
-    case = Case(q, cache, None, table, block_size, torch.tensor(lengths))
-    for i, length in enumerate(lengths):
-        own = -(-length // block_size)
-        table[i, :own], order = order[:own], order[own:]
-        cache[:, :, case.rows(i)] = random(generator, 2, kv_heads, length, head_dim)
-    if kind == torch.int8:
-        case.cache, case.scales = direct.quantized(cache)
-    else:
-        case.cache = cache.to(kind)
-    return case
-
 
 cases = st.builds(
     paged,
@@ -103,7 +24,7 @@ cases = st.builds(
     head_dims,
     st.integers(1, 8),
     st.integers(1, 3),
-    st.lists(st.integers(1, 200), min_size=1, max_size=4),
+    st.lists(st.integers(0, 200), min_size=1, max_size=4),
     st.sampled_from([1, 3, 5, 16, 64, 200]),
 )
 
@@ -170,13 +91,6 @@ def test_decode_attention_of_extreme_scores() -> None:
     assert_rounded(case.found(), case.exact)
 
 
-def split_keys(generator: torch.Generator, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values as a joint projection gives them: side by side in one row."""
-    joint = random(generator, tokens, (3 * heads) * head_dim, dtype=dtype)
-    _, k, v = joint.split([heads * head_dim] * 3, dim=-1)
-    return k.view(tokens, heads, head_dim), v.view(tokens, heads, head_dim)
-
-
 @needs_kernels
 @settings(max_examples=100)
 @given(
@@ -191,7 +105,7 @@ def split_keys(generator: torch.Generator, tokens: int, heads: int, head_dim: in
 def test_store_rows(
     seed: int, dtype: torch.dtype, kind: torch.dtype, head_dim: int, heads: int, tokens: int, special: float | None
 ) -> None:
-    """Bit for bit what the direct way stores, and nothing else is touched."""
+    """Bit for bit what the direct way stores, and nothing else is touched; row -1 stands for nowhere."""
     generator = torch.Generator().manual_seed(seed)
     k, v = split_keys(generator, tokens, heads, head_dim, dtype)
     if tokens:
@@ -199,6 +113,7 @@ def test_store_rows(
         if special is not None:
             v[-1, -1, 5] = special
     rows = torch.randperm(90, generator=generator)[:tokens]
+    rows[torch.rand(tokens, generator=generator) < 0.2] = -1
     caches = [torch.full((2, heads, 90, head_dim), 3).to(kind) for _ in range(2)]
     scales = [torch.full((2, heads, 90), 5.0) if kind == torch.int8 else None for _ in range(2)]
     store_rows(k, v, rows, caches[0], scales[0])
@@ -209,7 +124,7 @@ def test_store_rows(
         torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
         return
     torch.testing.assert_close(scales[0], scales[1], rtol=0, atol=0, equal_nan=True)
-    if special is not None and tokens:
+    if special is not None and tokens and rows[-1] >= 0:
         assert not bool(scales[0].isfinite().all())
         keep = scales[0].isfinite()
         caches = [cache[keep] for cache in caches]
@@ -261,6 +176,19 @@ def test_swiglu(seed: int, dtype: torch.dtype, size: int, rows: int) -> None:
         x[rows // 2, 0, size // 2] = torch.nan
     gate, up = x.double().chunk(2, dim=-1)
     assert_rounded(torch.ops.yoco_u.swiglu(x), gate * gate.sigmoid() * up)
+
+
+def test_retention_step() -> None:
+    """By the formula in float64; a sequence without a seat changes nothing."""
+    q, k, v = (torch.randn(4, 3, 5) for _ in range(3))
+    log_decay, states, seats = -torch.rand(4, 3), torch.randn(6, 3, 5, 5), torch.tensor([4, -1, 0, 5])
+    expected, outputs = states.double(), torch.zeros(4, 3, 5, dtype=torch.float64)
+    for i, head in itertools.product((0, 2, 3), range(3)):
+        state = expected[seats[i], head]
+        state.mul_(log_decay[i, head].double().exp()).add_(torch.outer(k[i, head].double(), v[i, head].double()))
+        outputs[i, head] = q[i, head].double() @ state
+    assert_rounded(retention_step(q, k, v, log_decay, states, seats), outputs)
+    assert_rounded(states, expected)
 
 
 def test_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ def store_rows(k: Tensor, v: Tensor, rows: Tensor, cache: Tensor, scales: Tensor
 
     Args:
         k, v: (tokens, kv_heads, head_dim).
-        rows: the slot mapping: the row of the cache that each token goes to, (tokens,), int64.
+        rows: the slot mapping: the row of the cache that each token goes to, (tokens,), int64; a token with -1 is not written.
         cache, scales: as in `decode_attention`.
     """
     if k.device.type == "cpu" and compiled():
@@ -37,13 +37,13 @@ def decode_attention(
         cache: keys and values, (2, kv_heads, blocks * block_size, head_dim), float32, bfloat16 or int8.
         scales: of an int8 cache, (2, kv_heads, blocks * block_size), float32; None for other caches.
         block_table: block numbers, (sequences, blocks), int32.
-        lengths: rows that each query sees, (sequences,), int64, at least 1.
+        lengths: rows that each query sees, (sequences,), int32 or int64.
 
     Returns:
-        (sequences, heads, head_dim), in the dtype of q; computed in float32.
+        (sequences, heads, head_dim), in the dtype of q; computed in float32. Zeros for a query that sees nothing.
     """
     if q.device.type == "cpu" and compiled():
-        return torch.ops.yoco_u.decode_attention(q, cache, scales, block_table, block_size, lengths)
+        return torch.ops.yoco_u.decode_attention(q, cache, scales, block_table, block_size, lengths.long())
     return direct.decode_attention(q, cache, scales, block_table, block_size, lengths)
 
 
@@ -58,6 +58,21 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tens
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and compiled():
         return torch.ops.yoco_u.chunk_attention(q, k, v, k.shape[1] if window is None else window)
     return direct.chunk_attention(q, k, v, window)
+
+
+def retention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, states: Tensor, seats: Tensor) -> Tensor:
+    """One token of each sequence through gated retention, as `yoco_u.model.retention.recurrent_retention` defines it.
+
+    Args:
+        q, k, v: (sequences, heads, head_dim), float32.
+        log_decay: (sequences, heads), float32.
+        states: of all seats, (seats, heads, head_dim, head_dim), float32; updated in place.
+        seats: of each sequence, (sequences,), int32 or int64. The sequence of seat -1 changes nothing, and its output is zero.
+
+    Returns:
+        (sequences, heads, head_dim).
+    """
+    return direct.retention_step(q, k, v, log_decay, states, seats)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

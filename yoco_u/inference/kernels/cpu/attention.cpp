@@ -299,7 +299,11 @@ void attend_sequences(const at::Tensor& q, const at::Tensor& cache, const float*
   }
 
   std::vector<float> joined(padded);
-  for (int64_t unit = 0; unit < batch * kv_heads; ++unit)
+  for (int64_t unit = 0; unit < batch * kv_heads; ++unit) {
+    if (length[unit / kv_heads] == 0) {
+      std::fill_n(result + unit * groups * dim, groups * dim, Q(0.0f));
+      continue;
+    }
     for (int64_t g = 0; g < groups; ++g) {
       float best = LOWEST, whole = 0.0f;
       for (int64_t i = begins[unit]; i < begins[unit + 1]; ++i) best = std::max(best, peak[i * groups + g]);
@@ -313,6 +317,7 @@ void attend_sequences(const at::Tensor& q, const at::Tensor& cache, const float*
       for (int64_t d = 0; d < padded; ++d) joined[d] /= whole;
       from_float(joined.data(), result + (unit * groups + g) * dim, dim);
     }
+  }
 }
 
 template <typename T, typename Q, typename... Arguments>
@@ -327,8 +332,8 @@ void attend_all(const at::Tensor& q, Arguments&&... arguments) {
 }  // namespace
 
 // q (sequences, heads, head_dim), float32 or bfloat16; cache (2, kv_heads, rows, head_dim), keys then values, float32, bfloat16
-// or int8; scales (2, kv_heads, rows) float32, for int8 alone; table (sequences, blocks) int32; lengths (sequences) int64, at
-// least 1 -> as q.
+// or int8; scales (2, kv_heads, rows) float32, for int8 alone; table (sequences, blocks) int32; lengths (sequences) int64
+// -> as q, zero where the length is 0.
 at::Tensor decode_attention(const at::Tensor& queries, const at::Tensor& cache, const std::optional<at::Tensor>& scales,
                             const at::Tensor& table, int64_t block_size, const at::Tensor& lengths) {
   const at::Tensor q = queries.contiguous();

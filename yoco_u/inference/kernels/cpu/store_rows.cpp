@@ -34,6 +34,7 @@ void write_all(const at::Tensor& k, const at::Tensor& v, const at::Tensor& slot_
 #pragma omp for collapse(2)
     for (int64_t which = 0; which < 2; ++which)
       for (int64_t i = 0; i < tokens; ++i) {
+        if (row[i] < 0) continue;
         const at::Tensor& from = which ? v : k;
         const Q* source = from.const_data_ptr<Q>() + i * from.stride(0);
         for (int64_t h = 0; h < heads; ++h) {
@@ -48,7 +49,7 @@ void write_all(const at::Tensor& k, const at::Tensor& v, const at::Tensor& slot_
 }  // namespace
 
 // k, v (tokens, kv_heads, head_dim), float32 or bfloat16, each row of head_dim contiguous; slot_mapping (tokens) int64: the row
-// of the cache that each token's keys and values go to; cache and scales as in `decode_attention`.
+// of the cache that each token's keys and values go to, -1 for none; cache and scales as in `decode_attention`.
 void store_rows(const at::Tensor& k, const at::Tensor& v, const at::Tensor& slot_mapping, at::Tensor& cache,
                 const std::optional<at::Tensor>& scales) {
   TORCH_CHECK(k.stride(2) == 1 && v.stride(2) == 1 && slot_mapping.is_contiguous() && cache.is_contiguous());
