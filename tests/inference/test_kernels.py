@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import CACHES, DTYPES, Case, assert_rounded, head_dims, paged, random, seeds, split_keys
 
-from yoco_u.inference.kernels import retention_step, store_rows
+from yoco_u.inference.kernels import decode_attention, direct, retention_step, store_rows
 from yoco_u.inference.kernels.cpu import compiled
+from yoco_u.inference.kernels.gpu.splits import merge_attention
 from yoco_u.model.rope import rotary_angles, rotate
 
 needs_kernels = pytest.mark.skipif(not compiled(), reason="needs a C++ compiler")
@@ -176,6 +177,31 @@ def test_swiglu(seed: int, dtype: torch.dtype, size: int, rows: int) -> None:
         x[rows // 2, 0, size // 2] = torch.nan
     gate, up = x.double().chunk(2, dim=-1)
     assert_rounded(torch.ops.yoco_u.swiglu(x), gate * gate.sigmoid() * up)
+
+
+@given(
+    seed=seeds,
+    dtype=st.sampled_from(DTYPES),
+    groups=st.integers(1, 3),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    prefix=st.integers(1, 20),
+)
+def test_a_prefix_is_seen_before_the_rows(seed: int, dtype: torch.dtype, groups: int, lengths: list[int], prefix: int) -> None:
+    """Against all keys in one sequence, and as parts that are merged."""
+    generator = torch.Generator().manual_seed(seed)
+    case = paged(seed, dtype, torch.float32, 16, groups, 2, lengths, 8)
+    k, v = (random(generator, prefix, 2, 16) for _ in range(2))
+    found = decode_attention(case.q, case.cache, None, case.table, 8, case.lengths, prefix=(k, v))
+    exact = torch.empty(case.q.shape, dtype=torch.float64)
+    for i, head in itertools.product(range(len(lengths)), range(2 * groups)):
+        keys, values = (
+            torch.cat([own[:, head // groups], case.cache[which, head // groups, case.rows(i)]]).double()
+            for which, own in enumerate((k, v))
+        )
+        exact[i, head] = (keys @ case.q[i, head].double() / 4).softmax(0) @ values
+    assert_rounded(found, exact)
+    rows, _, lse = case.truth()
+    assert_rounded(merge_attention(rows.float(), lse.float(), *direct.prefix_attention(case.q, k, v)), exact, 5e-6)
 
 
 def test_retention_step() -> None:

@@ -1,15 +1,18 @@
 """What an engine step does besides matrix products: each kernel by its name, run by the fastest implementation there is.
 
-`cpu/` holds the C++ for CPUs; `direct.py` holds the same in plain torch, for every device and for the tests. Kernels for
-another device come in here: a folder beside `cpu/`, and a branch in each function below. `YOCO_U_KERNELS=off` does without the
-fast ones.
+`cpu/` holds the C++ for CPUs, `gpu/` the Triton kernels for GPUs of NVIDIA, which the meta device stands in for in dry runs.
+`direct.py` holds the same in plain torch, for every device and for the tests; it may wait for a device. `YOCO_U_KERNELS=off`
+does without the fast ones.
 """
+
+import os
 
 import torch
 from torch import Tensor
 
-from yoco_u.inference.kernels import direct
+from yoco_u.inference.kernels import direct, gpu
 from yoco_u.inference.kernels.cpu import compiled
+from yoco_u.inference.kernels.gpu.splits import SplitPlan, merge_attention
 from yoco_u.model import rope
 
 
@@ -21,14 +24,23 @@ def store_rows(k: Tensor, v: Tensor, rows: Tensor, cache: Tensor, scales: Tensor
         rows: the slot mapping: the row of the cache that each token goes to, (tokens,), int64; a token with -1 is not written.
         cache, scales: as in `decode_attention`.
     """
-    if k.device.type == "cpu" and compiled():
+    if _on_gpu(k):
+        gpu.store_rows(k, v, rows, cache, scales)
+    elif k.device.type == "cpu" and compiled():
         torch.ops.yoco_u.store_rows(k, v, rows, cache, scales)
     else:
         direct.store_rows(k, v, rows, cache, scales)
 
 
 def decode_attention(
-    q: Tensor, cache: Tensor, scales: Tensor | None, block_table: Tensor, block_size: int, lengths: Tensor
+    q: Tensor,
+    cache: Tensor,
+    scales: Tensor | None,
+    block_table: Tensor,
+    block_size: int,
+    lengths: Tensor,
+    plan: SplitPlan | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of one query per sequence over the rows of that sequence's blocks.
 
@@ -38,13 +50,19 @@ def decode_attention(
         scales: of an int8 cache, (2, kv_heads, blocks * block_size), float32; None for other caches.
         block_table: block numbers, (sequences, blocks), int32.
         lengths: rows that each query sees, (sequences,), int32 or int64.
+        plan: how a GPU divides these rows among its multiprocessors; None for one part per sequence. CPUs ignore it.
+        prefix: keys and values that every query sees besides, each (prefix, kv_heads, head_dim).
 
     Returns:
-        (sequences, heads, head_dim), in the dtype of q; computed in float32. Zeros for a query that sees nothing.
+        (sequences, heads, head_dim), in the dtype of q; computed in float32, with bfloat16 products on GPUs if queries are
+        bfloat16. Zeros for a query that sees nothing.
     """
-    if q.device.type == "cpu" and compiled():
+    if _on_gpu(q):
+        out, lse = gpu.decode_attention(q, cache, scales, block_table, block_size, plan or SplitPlan.undivided(lengths))
+        return out if prefix is None else merge_attention(out, lse, *direct.prefix_attention(q, *prefix))
+    if q.device.type == "cpu" and prefix is None and compiled():
         return torch.ops.yoco_u.decode_attention(q, cache, scales, block_table, block_size, lengths.long())
-    return direct.decode_attention(q, cache, scales, block_table, block_size, lengths)
+    return direct.decode_attention(q, cache, scales, block_table, block_size, lengths, prefix)
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -72,11 +90,19 @@ def retention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, states: T
     Returns:
         (sequences, heads, head_dim).
     """
+    if _on_gpu(q):
+        return gpu.retention_step(q, k, v, log_decay, states, seats)
     return direct.retention_step(q, k, v, log_decay, states, seats)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE, as `yoco_u.model.rope.rotate` defines it."""
+    if _on_gpu(x):
+        return gpu.rotate(x, *rotary)
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and compiled():
         return torch.ops.yoco_u.rotate(x, *rotary)
     return rope.rotate(x, rotary)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type in ("cuda", "meta") and os.environ.get("YOCO_U_KERNELS", "on") != "off"
