@@ -1,0 +1,85 @@
+"""What a phase has found, in a JSON file that is written again after each figure: a phase that is killed loses one figure."""
+
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from yoco_u.errors import first_line
+from yoco_u.files import read_json, write_json
+
+Figure = dict[str, Any]
+
+LEFT_OUT = "left out"
+"""How the failure of a figure begins for which no time was left."""
+
+
+class Record:
+    """The figures of one phase, by name.
+
+    A figure that an earlier process has measured is not measured again.
+
+    Args:
+        path: of the JSON file.
+        until: when the phase is killed, in seconds since the epoch.
+    """
+
+    def __init__(self, path: Path, until: float = float("inf")) -> None:
+        self.path, self._until = path, until
+        found = read_json(path, {})
+        self.figures: dict[str, Figure] = found.get("figures", {})
+        self.complete: bool = found.get("complete", False)  # whether the phase ran to its end, even if figures failed
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the phase is killed."""
+        return self._until - time.time()
+
+    def measure(self, name: str, figure: Callable[[], Figure], least: float = 0.0) -> Figure:
+        """Measure a figure and keep it; what is raised becomes its `failure`.
+
+        Args:
+            least: seconds that it takes at the least; it is left out if fewer remain.
+        """
+        if name not in self.figures:
+            if self.remaining < least:
+                self.keep(name, {"failure": f"{LEFT_OUT}: {self.remaining:.0f} s remained of the phase"})
+                return self.figures[name]
+            begin = time.monotonic()
+            try:
+                found = figure()
+            except Exception as error:
+                traceback.print_exc()
+                found = {"failure": f"{type(error).__name__}: {first_line(error)}"}
+            self.keep(name, found | {"took_seconds": round(time.monotonic() - begin, 2)})
+        return self.figures[name]
+
+    def keep(self, name: str, figure: Figure) -> None:
+        """Keep a figure that has been measured, and show it."""
+        self.figures[name] = figure
+        self._write()
+        shown = ", ".join(f"{key} {_short(value)}" for key, value in figure.items() if not isinstance(value, dict | list))
+        print(f"  {name}: {shown}", flush=True)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing to measure any more."""
+        return self.complete and not any("failure" in figure for figure in self.figures.values())
+
+    def retry_failures(self) -> None:
+        """Let `measure` try again what has failed."""
+        self.figures = {name: figure for name, figure in self.figures.items() if "failure" not in figure}
+
+    def finish(self) -> None:
+        """Note that the phase has measured all that it was to measure."""
+        self.complete = True
+        self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"complete": self.complete, "figures": self.figures})
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"

@@ -1,0 +1,239 @@
+"""`benchmarks/gpu.py` around its phases: processes and their limits, going on after an interruption, what is told."""
+
+import io
+import json
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from gpu_phases import conductor, report, session, wheels
+from gpu_phases.conductor import Conductor, Phase
+from gpu_phases.record import Record
+from gpu_phases.targets import DECODE
+from rich.console import Console
+
+SCRIPT = """\
+import json, subprocess, sys, time
+from pathlib import Path
+name, folder, until, *dry = sys.argv[1:]
+assert abs(float(until) - time.time()) < 60
+with open(f"{folder}/calls", "a") as calls:
+    calls.write(name + " ".join(dry) + "\\n")
+figure = {"failure": "too hot"} if name == "hot" else {"value": 1}
+Path(f"{folder}/{name}.json").write_text(json.dumps({"complete": name != "slow", "figures": {"one": figure}}))
+if name == "slow":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(f"{folder}/child").write_text(str(child.pid))
+    time.sleep(600)
+sys.exit({"broken": 1, "mistaken": 2}.get(name, 0))
+"""
+
+
+@pytest.fixture
+def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Conductor:
+    """Phases whose whole work is the script above, in its own package of the same name."""
+    package = tmp_path / "scripts" / "gpu_phases"
+    package.mkdir(parents=True)
+    (package / "__main__.py").write_text(SCRIPT)
+    monkeypatch.setattr(conductor, "FOLDER", tmp_path / "scripts")
+    monkeypatch.setattr(conductor, "_TO_END", 0.0)
+    (tmp_path / "out").mkdir()
+    return Conductor(tmp_path / "out", 50, dry=True)
+
+
+def calls(subject: Conductor) -> list[str]:
+    return (subject.out / "calls").read_text().split("\n")[:-1]
+
+
+def test_how_phases_end(scripted: Conductor) -> None:
+    ends = {name: scripted.run(Phase(name, 30, 1)) for name in ("good", "broken", "mistaken")}
+    assert ends == {"good": "done", "broken": "failed", "mistaken": "mistake"}
+    assert calls(scripted) == ["good--dry", "broken--dry", "mistaken--dry"]
+    assert scripted.run(Phase("large", 900, 60)) == "left out"
+
+
+def test_what_is_done_is_not_run_again_and_what_failed_is(scripted: Conductor) -> None:
+    for _ in range(2):
+        for name in ("good", "hot"):
+            assert scripted.run(Phase(name, 30, 1)) == "done"
+    assert calls(scripted) == ["good--dry", "hot--dry", "hot--dry"]
+
+
+def test_a_phase_is_killed_with_its_children_and_its_figures_stay(scripted: Conductor) -> None:
+    begin = time.monotonic()
+    child = scripted.out / "child"
+    while not child.exists():  # a machine with other work may need more than the limit to start Python
+        assert time.monotonic() - begin < 40
+        assert scripted.run(Phase("slow", 5, 1)) == "out of time"
+    assert scripted.record("slow").figures == {"one": {"value": 1}}
+    while runs(int(child.read_text())):  # a killed process ends in its own time
+        assert time.monotonic() - begin < 45
+        time.sleep(0.05)
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_record_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("out of luck\nat line 3")
+
+    record = Record(tmp_path / "a" / "phase.json", time.time() + 100)
+    assert record.measure("one", lambda: {"value": 1})["value"] == 1
+    assert record.measure("two", fails)["failure"] == "RuntimeError: out of luck"
+    assert record.measure("three", dict, least=1000)["failure"].startswith("left out: ")
+    record.finish()
+    assert "one: value 1" in capsys.readouterr().out
+
+    again = Record(tmp_path / "a" / "phase.json")
+    assert again.complete and not again.is_done
+    again.retry_failures()
+    assert list(again.figures) == ["one"]
+    assert again.measure("one", fails)["value"] == 1
+    again.measure("two", dict)
+    again.measure("three", dict)
+    again.finish()
+    assert again.is_done
+
+
+def checked(folder: Path, **figures: dict[str, Any]) -> Conductor:
+    record = Record(folder / "correctness.json")
+    for name, figure in figures.items():
+        record.keep(name, figure)
+    return Conductor(folder, 100, dry=True)
+
+
+def test_what_is_wrong_ends_the_call_with_a_line_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checked(
+        tmp_path,
+        right={"error": 0.1, "limit": 0.2, "wrong": False},
+        first={"error": 0.30001, "limit": 0.2, "wrong": True, "where": "model.norm.weight"},
+        second={"failure": "OutOfMemoryError: 80 GiB"},
+        third={"failure": "left out: 3 s remained of the phase"},
+    )
+    run: list[str] = []
+    monkeypatch.setattr(Conductor, "run", lambda self, phase: run.append(phase.name) or "done")
+    assert session.run_phases(None, tmp_path, tmp_path, 100, dry=True) == 1
+    assert run == ["machine", "correctness"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "  first: error 0.3, at most 0.2 is right in model.norm.weight" in lines
+    assert "  second: OutOfMemoryError: 80 GiB" in lines
+    assert not any("third: left out: 3" in line for line in lines[-3:])
+    assert any("--phases tables,profiling,training,peers,text measures in spite of it" in line for line in lines)
+
+
+def test_no_check_at_all_ends_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Conductor, "run", lambda self, phase: "failed" if phase.name == "correctness" else "done")
+    assert session.run_phases("correctness,tables", tmp_path, tmp_path, 100, dry=True) == 1
+
+
+def test_what_is_right_lets_the_call_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked(tmp_path, right={"error": 0.1, "limit": 0.2, "wrong": False})
+    run: list[str] = []
+    monkeypatch.setattr(Conductor, "run", lambda self, phase: run.append(phase.name) or "done")
+    assert session.run_phases(None, tmp_path, tmp_path, 100, dry=True) == 0
+    assert run == [phase.name for phase in conductor.PHASES]
+
+
+def test_an_unknown_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert session.run_phases("table", tmp_path, tmp_path, 100, dry=True) == 2
+    assert capsys.readouterr().err == "error: unknown phase 'table': did you mean tables?\n"
+
+
+def figure(engine: str, kind: str, context: int, rate: float, batch: int = 32) -> dict[str, Any]:
+    return {"engine": engine, "kind": kind, "context": context, "tokens_per_second": rate, "batch": batch}
+
+
+def test_the_result_and_its_tables(tmp_path: Path) -> None:
+    subject = Conductor(tmp_path, 100, dry=True)
+    for phase, figures in {
+        "machine": {
+            "environment": {"device_name": "NVIDIA H100 80GB HBM3"},
+            "matrix products": {"mean_flops_per_second": 800e12},
+        },
+        "tables": {
+            "a": figure("yoco_u", "prefill", 8192, 150_000.0, 1),
+            "b": figure("yoco_u", "decode", 262144, 225.0),
+            "c": figure("yoco_u", "decode", 65536, 9999.0, batch=16),
+            "d": figure("transformer", "decode", 262144, 90.0, batch=6),
+            "e": {"failure": "no memory: too much"},
+        },
+        "training": {
+            "yoco_u 1.3b, length 8192, compiled": {"model_flops_per_second": 440e12, "tokens_per_second": 3e4},
+            "llama 1.3b, length 8192, compiled": {"model_flops_per_second": 320e12, "tokens_per_second": 3e4},
+            "llama 1.3b, length 8192": {"model_flops_per_second": 220e12, "tokens_per_second": 2e4},
+        },
+    }.items():
+        record = subject.record(phase)
+        for name, one in figures.items():
+            record.keep(name, one)
+    (tmp_path / "profile.txt").write_text("kernels")
+    path = report.write(subject, tmp_path / "results")
+    assert path.name == "gpu-nvidia-h100-80gb-hbm3.json"
+    assert path.with_name("gpu-nvidia-h100-80gb-hbm3-profile.txt").read_text() == "kernels"
+    found = json.loads(path.read_text())
+    measured = {row["what"]: row["measured"] for row in found["targets"]}
+    assert len(measured) == 2 * len(DECODE) + 2
+    assert measured["prefill at 8K, tokens/s"] == 150_000
+    assert measured["decode at 256K, tokens/s"] == 225
+    assert measured["decode at 64K, tokens/s"] is None  # of another batch than the target's
+    assert measured["training of 1.3B, share of GEMM"] == pytest.approx(0.55)
+    assert measured["training of 1.3B, over transformers' Llama"] == pytest.approx(440 / 320)  # the faster of its two ways
+    text = io.StringIO()
+    report.show(found["phases"], Console(file=text, width=150))
+    lines = [" ".join(line.split()) for line in text.getvalue().splitlines()]
+    assert "prefill at 8K, tokens/s 150,000 140,000 107% 236,317 75,637" in lines
+    assert "decode at 256K 225 90 (6)" in lines
+
+
+def test_wheels_come_before_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with zipfile.ZipFile(tmp_path / "carried_along-1.0-py3-none-any.whl", "w") as wheel:
+        info = "carried_along-1.0.dist-info"
+        wheel.writestr("carried_along.py", "value = 7\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carried-along\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    before = list(sys.path)
+    with wheels.use_wheels(tmp_path):
+        import carried_along  # type: ignore[import-not-found]
+
+        assert carried_along.value == 7
+    assert sys.path == before
+    with wheels.use_wheels(tmp_path / "nowhere"):
+        assert sys.path == before
+
+
+def test_a_worker_whose_gpu_broke_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of which the GPU recovers is told and the worker goes on; after any other it ends."""
+    sys.path.append(str(Path(report.__file__).parents[2] / "yoco_u" / "bench" / "workers"))
+    from gpu_case import measured  # type: ignore[import-not-found]
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("illegal memory access")
+
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    for name in ("reset_peak_memory_stats", "empty_cache", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 5)
+    monkeypatch.setattr("os._exit", end)
+    assert measured("cpu", lambda: {"seconds": 1}) == {"seconds": 1}
+    assert measured("cuda", lambda: {"seconds": 1}) == {"seconds": 1, "gpu_peak_bytes": 5}
+    with pytest.raises(RuntimeError):
+        measured("cuda:0", fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    with pytest.raises(SystemExit):
+        measured("cuda:0", fail)

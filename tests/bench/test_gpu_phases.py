@@ -1,0 +1,216 @@
+"""Every phase of `benchmarks/gpu.py` runs, here at toy size on the CPU, and the checks among them see what is wrong."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gpu_phases import check_models, correctness, machine, peers, profiling, tables, targets, training
+from gpu_phases.check import largest_error, typical_error, verdict
+from gpu_phases.record import Record
+from gpu_phases.scale import FULL, TOY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from yoco_u.architecture import STAGES
+from yoco_u.bench import run as run_module
+from yoco_u.bench.ceilings import Ceilings
+from yoco_u.device import find_device
+from yoco_u.errors import UserError
+from yoco_u.paper import DECODE_TOKENS_PER_SECOND
+
+SMALL = replace(TOY, check_presets=("yoco_u",), architectures=("yoco_u",), contexts=(32,))
+
+
+def figures(run: Callable[..., None], folder: Path, scale: Any = SMALL) -> dict[str, dict[str, Any]]:
+    """What a phase writes, as its file has it; nothing in it has failed."""
+    record = Record(folder / "phase.json")
+    run(record, scale)
+    found = json.loads((folder / "phase.json").read_text())["figures"]
+    assert found and not any("failure" in figure for figure in found.values())
+    return found
+
+
+def test_the_machine(tmp_path: Path) -> None:
+    found = figures(machine.run, tmp_path)
+    assert found["environment"]["torch"] == torch.__version__
+    assert 1e6 < found["matrix products"]["mean_flops_per_second"] <= found["matrix products"]["best_flops_per_second"] < 1e16
+    assert 1e8 < found["memory"]["copy_bytes_per_second"] < 1e14
+
+
+def test_correctness(tmp_path: Path) -> None:
+    """On the CPU the device is the truth itself, so float32 models have no error at all."""
+    found = figures(correctness.run, tmp_path)
+    assert not any(figure["wrong"] for figure in found.values())
+    for kind in ("whole", "packed", "padded"):
+        assert found[f"yoco_u test, {kind} rows, float32 gradients"]["error"] == 0
+        assert found[f"yoco_u test, {kind} rows, bfloat16 logits"]["cpu_error"] > 1e-3
+    assert found["yoco_u test, engine, float32 tokens"]["agreement"] == 1
+    assert "yoco_u test, engine, loop counts of one batch" in found
+
+
+def test_a_device_that_errs_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key too many in every window."""
+    right = check_models._Check._on_device
+
+    def shifted(self: Any, part: Any) -> Any:
+        window = self.model.model.architecture.window
+        self.model.model.architecture = self.model.model.architecture.model_copy(update={"window": window + 1})
+        try:
+            return right(self, part)
+        finally:
+            self.model.model.architecture = self.model.model.architecture.model_copy(update={"window": window})
+
+    monkeypatch.setattr(check_models._Check, "_on_device", shifted)
+    record = Record(tmp_path / "phase.json")
+    check_models.check_models(record, SMALL, "test")
+    assert len(record.figures) == 3 * 4
+    assert all(figure["wrong"] for figure in record.figures.values())
+
+
+@pytest.mark.parametrize("error", [largest_error, typical_error])
+def test_what_is_not_finite_is_wrong(error: Callable[..., float]) -> None:
+    truth = torch.tensor([1.0, -2.0, 0.0])
+    assert error(truth, truth) == 0
+    assert error(truth * 1.5, truth) == 0.5
+    assert error(torch.tensor([1.0, math.nan, 0.0]), truth) == math.inf
+    assert verdict(math.inf, 4.0)["wrong"] and verdict(math.nan, 4.0)["wrong"] and not verdict(4.0, 4.0)["wrong"]
+
+
+def test_tables_and_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "measure_ceilings", lambda dtype, device: Ceilings(1e12, 1e10))
+    found = figures(tables.run, tmp_path)
+    assert set(found) == {"yoco_u, prefill 2048", "yoco_u, decode 32, batch 2"}
+    for figure in found.values():
+        assert figure["tokens_per_second"] > 0 and figure["peak_bytes"] > 0 and len(figure["seconds"]) == 1
+    found = figures(peers.run, tmp_path)  # in the same file: what is measured already stays
+    assert set(found) > {"yoco_u, prefill 2048", "llama in transformers, decode 32, batch 2"}
+
+
+def test_cases_that_are_measured_load_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Record(tmp_path / "phase.json")
+    for name in ("yoco_u, prefill 2048", "yoco_u, decode 32, batch 2"):
+        record.keep(name, {"tokens_per_second": 1.0})
+    monkeypatch.setattr(tables, "Benchmark", None)
+    tables.run(record, SMALL)
+
+
+def test_without_time_cases_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Record(tmp_path / "phase.json", until=0)
+    monkeypatch.setattr(tables, "Benchmark", None)
+    tables.run(record, SMALL)
+    assert [figure["failure"][:8] for figure in record.figures.values()] == ["left out"] * 2
+
+
+def test_a_profile(tmp_path: Path) -> None:
+    found = figures(profiling.run, tmp_path)
+    assert list(found) == ["decode step, batch 2, context 32", "prefill of 32 tokens behind 0"]
+    for figure in found.values():
+        assert 0 < figure["busy_seconds"] <= figure["seconds"] and 0 <= figure["idle_share"] < 1
+        assert len(figure["kernels"]) == profiling.KERNELS
+        assert figure["kernels"][0]["microseconds"] >= figure["kernels"][-1]["microseconds"]
+    text = (tmp_path / "profile.txt").read_text()
+    assert "decode step, batch 2, context 32" in text and "idle" in text
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=12))
+def test_covered_time_is_that_of_the_union(spans: list[tuple[int, int]]) -> None:
+    ends = sorted((begin, begin + length) for begin, length in spans)
+    assert profiling.covered([(float(a), float(b)) for a, b in ends]) == len({t for a, b in ends for t in range(a, b)})
+
+
+def test_training(tmp_path: Path) -> None:
+    found = figures(training.run, tmp_path)
+    assert list(found) == ["yoco_u test, length 32", "llama test, length 32"]
+    for figure in found.values():
+        assert figure["tokens_per_second"] == pytest.approx(32 / figure["seconds_of_a_step"])
+        assert figure["model_flops_per_second"] > figure["tokens_per_second"]
+        assert figure["loss"] == pytest.approx(math.log(96), rel=0.3) and not figure["recomputed"]
+
+
+def test_activations_that_do_not_fit_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def timed(*arguments: Any, recompute: bool) -> dict[str, bool]:
+        calls.append(recompute)
+        if not recompute:
+            raise torch.OutOfMemoryError
+        return {"recomputed": recompute}
+
+    monkeypatch.setattr(training, "_timed", timed)
+    assert training._measure(SMALL.trained[0], torch.device("cpu"), 1) == {"recomputed": True}
+    assert calls == [False, True]
+
+
+@pytest.mark.parametrize("make", [training.our_step, training.llama_step])
+def test_a_step_that_recomputes_has_the_same_loss(make: Any) -> None:
+    a, trained = training.preset("yoco_u" if make is training.our_step else "transformer", "test"), SMALL.trained[0]
+    losses = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        losses.append(float(make(a, trained, torch.device("cpu"), recompute)()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_targets_follow_from_the_arithmetic() -> None:
+    """By hand: 790e12 / 3.34e9 tokens of a prefill; a step of 32 sequences reads 4.71e9 + 1.0e9 bytes and the global KV."""
+    for target in targets.prefill_targets():
+        assert target.ceiling == pytest.approx(790e12 / 3.34e9, rel=0.003)
+        assert target.paper < target.goal < target.ceiling
+    for target in targets.decode_targets():
+        read = 4.71e9 + 32 * 30 * 512 * 2048 + 10 * 32 * target.context * 2048
+        assert target.ceiling == pytest.approx(32 * 3.0e12 / read, rel=0.002)
+        assert target.paper == DECODE_TOKENS_PER_SECOND[target.context]["yoco_u"] < target.goal < target.ceiling
+    assert [targets.kv_mebibytes("yoco_u", c) for c in (16384, 65536, 262144)] == [62, 158, 542]
+
+
+def test_the_full_scale_is_the_papers() -> None:
+    assert set(FULL.check_presets) == set(STAGES)
+    assert FULL.contexts == tuple(targets.DECODE) and FULL.batch == targets.BATCH
+    assert (FULL.steps, FULL.block_size, FULL.size, FULL.architectures[0]) == (128, 256, "1.3b", "yoco_u")
+    assert FULL.attention_shapes[-1] == (20, 4, 128)
+
+
+def stub_gpu(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
+    """A GPU that torch sees, as far as `check_device` asks."""
+    values = {"is_available": True, "get_device_capability": (9, 0), "get_device_name": "NVIDIA H100"} | functions
+    for name, value in values.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(machine, "find_device", lambda name: torch.device(name))
+    monkeypatch.setattr(machine, "find_spec", lambda name: object())
+    monkeypatch.setattr(machine, "environment", lambda device: {"device_name": "NVIDIA H100"})
+
+
+def test_a_machine_that_cannot_be_measured_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Record(tmp_path / "machine.json")
+    machine.check_device("cpu", record)
+    with monkeypatch.context() as patch:
+        stub_gpu(patch)
+        machine.check_device("cuda", record)
+    stub_gpu(monkeypatch, is_available=False)
+    with pytest.raises(UserError, match=r"torch sees no GPU; .*--dry"):
+        machine.check_device("cuda", record)
+    stub_gpu(monkeypatch, get_device_capability=(7, 0), get_device_name="Tesla V100")
+    with pytest.raises(UserError, match="Tesla V100 has no bfloat16"):
+        machine.check_device("cuda", record)
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="Triton is not installed"):
+        machine.check_device("cuda", record)
+    monkeypatch.setattr(torch, "__version__", "2.10.0+cu128")
+    with pytest.raises(UserError, match=r"torch is 2.10.0\+cu128; expected 2.11 or later"):
+        machine.check_device("cuda", record)
+
+
+def test_figures_of_two_cards_are_not_mixed(tmp_path: Path) -> None:
+    record = Record(tmp_path / "machine.json")
+    record.keep("environment", {"device_name": "NVIDIA H200"})
+    with pytest.raises(UserError, match=r"holds figures of NVIDIA H200, but this is .*; give another --out"):
+        machine.check_device("cpu", record)
+
+
+def test_the_device_of_the_toy_is_here() -> None:
+    assert find_device(TOY.device).type == "cpu"
