@@ -6,6 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from yoco_u.cli.arguments import check_can_be_written, whole_numbers
+from yoco_u.cli.output import note
+from yoco_u.errors import UserError
 
 _DEFAULT = ("yoco_u", "yoco", "transformer", "rins")
 
@@ -15,8 +17,8 @@ def plan(
         list[str] | None,
         typer.Argument(
             metavar="ARCHITECTURE",
-            help="Presets (settings after a colon: yoco_u:loops=5), config files, run folders, saved models. "
-            "\\[default: yoco_u yoco transformer rins]",
+            help="Presets (settings after a colon: yoco_u:loops=5), config files, run folders, saved models; or one "
+            "experiment's file, with KEY=VALUE settings. \\[default: yoco_u yoco transformer rins]",
         ),
     ] = None,
     size: Annotated[str, typer.Option("--size", help="Size of the presets.")] = "1.3b",
@@ -43,7 +45,8 @@ def plan(
 
     Prints architectures side by side: parameters, training state, FLOPs per
     token, KV caches, what fits into memory, and the rates that the hardware
-    allows at most. Nothing is trained or loaded.
+    allows at most. Nothing is trained or loaded. Of an experiment it tells how
+    long each run takes; on this machine (--hardware this) it tries a few steps.
 
     [bold]Examples[/bold]
 
@@ -52,6 +55,8 @@ def plan(
       yoco-u plan yoco_u:loops=1 yoco_u yoco_u:loops=5 --size 100m --hardware this
 
       yoco-u plan runs/8m transformer:size=8m --context 32768 --batch 8 --hardware a100 --json plan.json
+
+      yoco-u plan recipes/gpu-text.yaml --hardware h200
     """
     from rich.console import Console
 
@@ -63,6 +68,12 @@ def plan(
     from yoco_u.planning.table import print_plan
 
     check_can_be_written(json=json, plot=plot)
+    if architectures and _is_experiment(Path(architectures[0])):
+        for name, value in {"context": context, "batch": batch, "dtype": dtype, "kv-dtype": kv_dtype, "plot": plot}.items():
+            if value is not None:
+                raise UserError(f"--{name} does not go with an experiment's file, whose runs say what they train; leave it out")
+        _plan_experiment(Path(architectures[0]), architectures[1:], hardware, json)
+        return
     given: dict[str, Any] = {
         "contexts": whole_numbers(context, "--context"), "batch": batch, "dtype": dtype, "kv_dtype": kv_dtype
     }  # fmt: skip
@@ -85,3 +96,39 @@ def plan(
         from yoco_u.planning.plot import write_plot
 
         write_plot(found, plot)
+
+
+def _is_experiment(file: Path) -> bool:
+    """Whether the file is an experiment's; what cannot be read as one is left to the errors of architectures."""
+    from yoco_u.config import load_yaml
+
+    return file.suffix in (".yaml", ".yml") and file.is_file() and "models" in load_yaml(file)
+
+
+def _plan_experiment(file: Path, overrides: list[str], hardware: str, json: Path | None) -> None:
+    from yoco_u.config import apply_overrides, load_yaml, parse
+    from yoco_u.experiment.config import Experiment
+    from yoco_u.experiment.duration import ASSUMED_SHARE, assumed_rate, measured_rate, predict
+    from yoco_u.experiment.grid import expand
+    from yoco_u.files import write_json
+    from yoco_u.formatting import duration, number, scientific
+    from yoco_u.planning.hardware import THIS, find_hardware
+
+    grid = parse(Experiment, apply_overrides(load_yaml(file), overrides), str(file))
+    runs = expand(grid, Path("runs") / file.stem)
+    if hardware == THIS:
+        rate, basis = measured_rate(note), "this machine, measured in a few steps of each model"
+    else:
+        rate = assumed_rate(hardware)
+        machine = find_hardware(hardware, runs[0].config.training.dtype)
+        basis = f"{ASSUMED_SHARE:.0%} of {number(machine.gemm / 1e12)} TFLOP/s, the peak of {machine.name}, are assumed"
+    times = predict(runs, rate)
+    wide = max(len(run.name) for run in runs)
+    print(f"{'run':<{wide}}      FLOPs  minutes")
+    for time in times:
+        print(f"{time.run.name:<{wide}}  {scientific(time.flops):>9}  {number(time.seconds / 60):>7}")
+    total = sum(time.seconds for time in times)
+    flops = scientific(sum(time.flops for time in times))
+    print(f"{len(runs)} runs, {flops} FLOPs, {duration(total)} one after another ({basis})")
+    if json is not None:
+        write_json(json, {"basis": basis, "minutes": total / 60, "runs": [time.as_json() for time in times]})

@@ -1,0 +1,102 @@
+"""How long a grid will train: the arithmetic, the trial on this machine, and `yoco-u plan` on an experiment's file."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_up_grids import grid, preset
+
+from yoco_u.budget import forward_flops
+from yoco_u.cli import main
+from yoco_u.config import dump_yaml
+from yoco_u.experiment.duration import measured_rate, predict
+from yoco_u.experiment.grid import expand
+from yoco_u.training.config import RunConfig
+
+MODELS = {
+    "yoco-u": preset("yoco_u", vocab_size=300),
+    "yoco": preset("yoco", vocab_size=300, match={"by": "flops", "reference": "yoco-u"}),
+}
+
+
+@given(every=st.integers(1, 2000), evaluated=st.integers(1, 10**6), rate=st.floats(1e6, 1e15))
+def test_a_run_takes_the_time_of_its_training_and_its_evaluations(every: int, evaluated: int, rate: float) -> None:
+    experiment = grid(MODELS, tokens=[409_600])
+    training = experiment.base["training"] | {"evaluate_every": every, "evaluation_tokens": evaluated}
+    runs = expand(experiment.model_copy(update={"base": experiment.base | {"training": training}}), Path("x"))
+    for run, time in zip(runs, predict(runs, lambda config: rate), strict=True):
+        forward = forward_flops(run.config.architecture, 32)
+        evaluations = math.ceil(run.config.training.steps / every)
+        assert time.seconds == pytest.approx(forward * (3 * run.config.tokens + evaluations * evaluated) / rate)
+
+
+def test_each_model_is_tried_once_on_this_machine() -> None:
+    base = grid(MODELS).base
+    training = base["training"] | {"dtype": "float32", "compile": "off"}
+    experiment = grid(MODELS, tokens_per_parameter=[10, 20]).model_copy(update={"base": base | {"training": training}})
+    tried: list[str] = []
+    rate = measured_rate(tried.append)
+    runs = expand(experiment, Path("x"))
+    rates = {run.name: rate(run.config) for run in runs}
+    assert len(rates) == 12
+    assert len(set(rates.values())) == len(tried) == 2
+    assert all(0 < value < 1e15 for value in rates.values())
+    assert [time.seconds for time in predict(runs, rate)] == [time.flops / rates[time.run.name] for time in predict(runs, rate)]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "grid.yaml"
+    dump_yaml(grid(MODELS), path)
+    return path
+
+
+def test_plan_of_an_experiment(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    assert main(["plan", str(file), "seeds=[0, 4]", "--hardware", "h200", "--json", str(out)]) == 0
+    told, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert [line.split()[0] for line in told.splitlines()[1:-1]] == [run["run"] for run in found["runs"]]
+    assert [run["run"] for run in found["runs"]] == ["yoco-u_seed-0", "yoco_seed-0", "yoco-u_seed-4", "yoco_seed-4"]
+    assert "30% of 989 TFLOP/s, the peak of NVIDIA H200 SXM 141 GB, are assumed" in told.splitlines()[-1]
+    assert found["minutes"] == pytest.approx(sum(run["minutes"] for run in found["runs"]))
+    for run in found["runs"]:
+        assert run["minutes"] == pytest.approx(run["flops"] / (0.3 * 989.4e12) / 60)
+
+
+def test_plan_of_an_experiment_on_this_machine(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(config: RunConfig, folder: Path, progress: bool) -> dict[str, Any]:
+        return {"model_flops_per_second": 1e9 * config.architecture.num_loops}
+
+    monkeypatch.setattr("yoco_u.training.trainer.train", train)
+    settings = ("seeds=[0]", "base.training.evaluation_tokens=1")
+    assert main(["plan", str(file), *settings, "--hardware", "this"]) == 0
+    told = capsys.readouterr()
+    assert [line.partition(" ")[0] for line in told.err.splitlines()] == ["trying", "trying"]
+    looped, plain = (float(line.split()[-1]) for line in told.out.splitlines()[1:3])
+    assert plain == pytest.approx(3 * looped, rel=0.02)  # equal FLOPs, at a third of the rate
+    assert "this machine, measured in a few steps of each model" in told.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--context", "64"), "--context does not go with an experiment's file"),
+        (("--batch", "2"), "--batch does not go"),
+        (("--plot", "x.png"), "--plot does not go"),
+        (("--hardware", "h10"), "did you mean h100?"),
+        (("sedes=[0]",), "did you mean seeds"),
+        (("yoco",), "expected key=value"),
+    ],
+)
+def test_mistakes(file: Path, arguments: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(file), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert part in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
