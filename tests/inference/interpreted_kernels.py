@@ -37,7 +37,7 @@ def split(lengths: Tensor, capacity: int, tile: int = 128) -> SplitPlan:
     return SplitPlan(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     case=st.builds(
         paged,
@@ -122,7 +122,7 @@ def test_store_rows(
     torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(seed=seeds, tokens=st.integers(0, 3), heads=st.integers(1, 3), head_dim=st.sampled_from([2, 16, 40, 64]))
 def test_retention_step(seed: int, tokens: int, heads: int, head_dim: int) -> None:
     generator = torch.Generator().manual_seed(seed)

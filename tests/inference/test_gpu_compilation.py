@@ -60,17 +60,22 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
 
 
+def attend(batch: int, kind: torch.dtype, dtype: torch.dtype = torch.bfloat16, plan: Tensor | None = None) -> None:
+    """Launch attention over pages of 256 tokens; `plan` is `sequence`, `first` and `last` in one."""
+    items, rows, wide = 256, 2**16, torch.float32
+    plan = meta(items, dtype=torch.int32) if plan is None else plan
+    attention.attend_items(
+        meta(batch, HEADS, HEAD_DIM, dtype=dtype), meta(2, KV_HEADS, rows, HEAD_DIM, dtype=kind),
+        meta(2, KV_HEADS, rows, dtype=wide) if kind == torch.int8 else None,
+        meta(batch, 32 * batch - 1, dtype=torch.int32), 256, plan, plan, plan,
+        meta(items, HEADS, HEAD_DIM, dtype=wide), meta(items, HEADS, dtype=wide), False,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8])
 def test_decode_attention_fills_an_h100(compiled: list[Any], tmp_path: Path, kind: torch.dtype) -> None:
-    """On tensor cores, without spills, with copies of 16 bytes under way while others are computed, and several programs a
-    multiprocessor."""
-    items, rows, whole = 256, 2**16, torch.int32
-    scales = meta(2, KV_HEADS, rows, dtype=torch.float32) if kind == torch.int8 else None
-    attention.attend_items(
-        meta(BATCH, HEADS, HEAD_DIM), meta(2, KV_HEADS, rows, HEAD_DIM, dtype=kind), scales,
-        meta(BATCH, 1024, dtype=whole), 256, *(meta(items, dtype=whole) for _ in range(3)),
-        meta(items, HEADS, HEAD_DIM, dtype=torch.float32), meta(items, HEADS, dtype=torch.float32), False,
-    )  # fmt: skip
+    """On tensor cores, without spills, with copies of 16 bytes on their way, and several programs a multiprocessor."""
+    attend(BATCH, kind)
     used, ptx, shared = resources(compiled[0], tmp_path), compiled[0].asm["ptx"], compiled[0].metadata.shared
     print(f"{kind}: {used['REG']} registers, {used['STACK']} bytes of stack, {shared} bytes of shared memory")
     assert used["STACK"] == 0
@@ -78,6 +83,27 @@ def test_decode_attention_fills_an_h100(compiled: list[Any], tmp_path: Path, kin
     programs = 3 if kind == torch.bfloat16 else 2
     assert programs * (shared + 1024) <= SHARED_MEMORY
     assert programs * THREADS * -(-used["REG"] // 8) * 8 <= REGISTERS
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.int8])
+def test_decode_attention_in_float32_does_not_spill(compiled: list[Any], tmp_path: Path, kind: torch.dtype) -> None:
+    attend(BATCH, kind, torch.float32)
+    assert resources(compiled[0], tmp_path)["STACK"] == 0
+
+
+def test_batches_of_all_sizes_run_the_same_kernel(compiled: list[Any]) -> None:
+    """Whatever the numbers, and wherever the plan lies within a larger buffer."""
+    for batch, start in ((32, 0), (1, 1), (7, 2)):
+        attend(batch, torch.bfloat16, plan=torch.zeros(300, dtype=torch.int32)[start:])
+    for batch in (32, 1, 7):
+        x = meta(1, batch, HIDDEN)
+        pointwise.rms_norm(x, None, meta(HIDDEN), 1e-6, x, None)
+    for batch in (32, 1, 7):
+        x, angles = meta(1, batch, HEADS, HEAD_DIM), meta(1, batch, 1, HEAD_DIM, dtype=torch.float32)
+        pointwise.rotate(x, angles, angles, x)
+    for batch in (32, 1, 7):
+        pointwise.swiglu(meta(batch, 2 * INNER), meta(batch, INNER))
+    assert all(compiled[i] is compiled[i - i % 3] for i in range(12)) and len(compiled) == 12
 
 
 def test_the_other_kernels_do_not_spill(compiled: list[Any], tmp_path: Path) -> None:

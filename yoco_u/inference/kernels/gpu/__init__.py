@@ -5,6 +5,9 @@ operator writes into tensors that these functions allocate, so under torch.compi
 Triton itself is imported when the first kernel is launched. Start reading at `attention.py`, whose kernels are the ones
 that decide how fast decoding is; the other files hold what an engine step does besides attention and matrix products.
 
+Triton compiles a kernel again for each kind of number it is given (1, a multiple of 16, any other) and each alignment of a
+pointer, unless told not to. So it is told of all that changes from step to step: batches of all sizes run the same kernels.
+
 With `TRITON_INTERPRET=1` in the environment the operators take CPU tensors: Triton's interpreter then runs the same kernels.
 """
 

@@ -15,7 +15,10 @@ _TILE_BYTES = 2**14  # of keys as they are multiplied
 _JOINED = 32  # items at a time
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["sequences", "table_row"],
+    do_not_specialize_on_alignment=["block_table", "sequence_of", "first_of", "last_of"],
+)
 def _attend_item(
     q, cache, scales, block_table, sequence_of, first_of, last_of, out, lse,
     sequences, q_sequence, q_head, cache_rows, table_row, block_size, scale,
@@ -77,7 +80,7 @@ def _attend_item(
     tl.store(lse + index, (best + tl.log2(total)) / _LOG2E, mask=g < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["offsets"])
 def _join_items(
     part_out, part_lse, offsets, out, lse,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, JOINED: tl.constexpr,

@@ -7,7 +7,7 @@ from torch import Tensor
 _BLOCK = 2048  # elements of a program; a longer row of RMSNorm is one program's
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "inner"])
 def _rms_norm(
     x, residual, weight, out, total, rows, inner, x_outer, x_inner, r_outer, r_inner, eps,
     SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, ROWS: tl.constexpr, ADDS: tl.constexpr,
@@ -27,7 +27,7 @@ def _rms_norm(
     tl.store(out + row * SIZE + column, (values * scale * weights).to(out.dtype.element_ty), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _rotate(
     x, cos, sin, out, tokens, x_batch, x_token, x_head, angle_batch,
     HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,

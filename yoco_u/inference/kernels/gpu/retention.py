@@ -7,7 +7,7 @@ from torch import Tensor
 _COLUMNS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seats"])
 def _step(
     q, k, v, log_decay, states, seats, out, q_token, q_head, k_token, k_head, v_token, v_head, decay_token, decay_head,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,

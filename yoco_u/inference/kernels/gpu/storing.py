@@ -9,7 +9,7 @@ _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no bits behin
 _TINY = tl.constexpr(1e-30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _store_token(
     k, v, rows, cache, scales, k_token, k_head, v_token, v_head, cache_rows,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM_PADDED: tl.constexpr, QUANTIZED: tl.constexpr,
