@@ -12,7 +12,7 @@ from gpu_phases.scale import Scale
 from yoco_u.files import read_json
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "gpu-text.yaml"
-JOBS = 8
+JOBS = 4
 _TO_REPORT = 30.0  # seconds that runs may take to stop, and the report to be written
 
 

@@ -51,6 +51,7 @@ def test_correctness(tmp_path: Path) -> None:
         assert found[f"yoco_u test, {kind} rows, bfloat16 logits"]["cpu_error"] > 1e-3
     assert found["yoco_u test, engine, float32 tokens"]["agreement"] == 1
     assert "yoco_u test, engine, loop counts of one batch" in found
+    assert any(name.startswith("decode attention") for name in found)
 
 
 def test_a_device_that_errs_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
