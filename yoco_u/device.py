@@ -57,7 +57,7 @@ def read_back(tensor: torch.Tensor) -> Any:
 
 
 def host_waits(device: torch.device) -> bool:
-    """Whether looking at a value on a device makes the host wait: on all but a CPU, where a call returns when its work is done."""
+    """Whether looking at a value on a device makes the host wait: everywhere but on a CPU."""
     return device.type != "cpu"
 
 
