@@ -22,8 +22,10 @@ from yoco_u.architecture import Architecture
 from yoco_u.model.attention import attend, full_mask, sliding_attention, sliding_mask
 from yoco_u.model.cache import YocoUCache
 from yoco_u.model.cpu_attention import block_attention
+from yoco_u.model.gpu_attention import Sequences, find_sequences, runs_flash
 from yoco_u.model.retention import chunked_retention, recurrent_retention
 from yoco_u.model.rope import rotary_angles, rotate
+from yoco_u.model.segments import cumulative_lengths
 
 
 class AttentionBackend(Protocol):
@@ -107,6 +109,7 @@ class PaddedBackend(AttentionBackend):
         window: keys that a token sees in the sliding layers, itself included.
         blockwise: whether to attend block by block, without masks, as CPUs do for more than one new token; see
             `yoco_u.model.cpu_attention`.
+        sequences: what flash attention works by, as GPUs do for a pass that begins its rows; None where it does not run.
         segments: segments of the new tokens and of all tokens so far, see `yoco_u.model.attention`; None if each row is one
             document without padding.
         sliding, full, cross: masks of the three kinds of attention, see `yoco_u.model.attention`; None where plain causal
@@ -120,6 +123,7 @@ class PaddedBackend(AttentionBackend):
     kept_tokens: Tensor | None
     window: int | None
     blockwise: bool
+    sequences: Sequences | None
     segments: tuple[Tensor, Tensor] | None
     sliding: Tensor | None
     full: Tensor | None
@@ -146,8 +150,10 @@ class PaddedBackend(AttentionBackend):
 
     def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.window is not None
+        k, v = self._remember(slot, k, v)
+        if self.sequences is not None:
+            return self.sequences.attend(q, k, v, self.window)
         if self.cache is not None:
-            k, v = self.cache.append(slot, k, v)
             seen = q.shape[1] + self.window - 1
             k, v = k[:, -seen:], v[:, -seen:]
         if self.blockwise:
@@ -155,8 +161,11 @@ class PaddedBackend(AttentionBackend):
         return sliding_attention(q, k, v, self.window, self.sliding)
 
     def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
-        if self.cache is not None:
-            k, v = self.cache.append(slot, k, v)
+        k, v = self._remember(slot, k, v)
+        if self.sequences is not None:
+            if prefix is not None:
+                return self.sequences.attend_prefixed(q, k, v, prefix)
+            return self.sequences.attend(q, k, v)
         if prefix is not None:
             k, v = (
                 torch.cat([p.to(x.dtype).expand(x.shape[0], -1, -1, -1), x], dim=1) for p, x in zip(prefix, (k, v), strict=True)
@@ -166,12 +175,21 @@ class PaddedBackend(AttentionBackend):
         return attend(q, k, v, self.full, causal=self.full is None and q.shape[1] > 1)
 
     def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return (k, v) if self.cache is None else self.cache.append(len(self.cache) - 1, k, v)
+        return self._remember(-1, k, v)  # the last layer of the cache
 
     def cross_attention(self, slot: int, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
+        if self.sequences is not None and self.sequences.of_kept is not None:
+            return self.sequences.attend_kept(q, *global_kv)
         if self.blockwise and self.kept_tokens is None:
             return self._block_attention(q, *global_kv, global_kv[0].shape[1])
         return attend(q, *global_kv, self.cross, causal=self.cross is None and self.kept_tokens is None and q.shape[1] > 1)
+
+    def _remember(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put keys and values into the cache, if there is one. Returns those that the new tokens may see."""
+        if self.cache is None:
+            return k, v
+        remembered = self.cache.append(slot, k, v)
+        return remembered if self.sequences is None else (k, v)  # sequences begin with the new tokens
 
     def _block_attention(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         if self.segments is None:
@@ -197,20 +215,26 @@ class PaddedBackend(AttentionBackend):
 
 def prepare_backend(
     architecture: Architecture,
+    batch: int,
     position_ids: Tensor,
     segments: Tensor | None,
     kept: Tensor | None,
+    last: int | None,
     cache: YocoUCache | None,
     dtype: torch.dtype,
+    cu_seqlens: Tensor | None = None,
 ) -> PaddedBackend:
     """Make the backend of one forward pass, with the masks and rotary angles that all its blocks share.
 
     Args:
+        batch: number of rows.
         position_ids: positions of the new tokens for RoPE, (batch or 1, tokens).
         segments: segments of all tokens so far, cached ones included, (batch, past + tokens): 0 is padding, documents count
             from 1. None if each row is one document without padding.
         kept: indices of the new tokens that the cross-decoder runs on, (kept,); None for all.
+        last: how many these are, if they are known to be the last ones of each row; None otherwise.
         dtype: dtype of queries and keys.
+        cu_seqlens: cumulative lengths of the sequences, (sequences + 1,), int32; found here if flash attention needs them.
     """
     tokens, device = position_ids.shape[1], position_ids.device
     past = cache.get_seq_length() if cache is not None else 0
@@ -218,27 +242,37 @@ def prepare_backend(
     new = segments[:, past:] if segments is not None else None
     pair = (new, segments) if segments is not None and new is not None else None
     positions = torch.arange(past, past + tokens, device=device)
-    blockwise = runs_blockwise(tokens, device)
+    sequences = None
+    if past == 0 and tokens > 1 and kinds != {"retention"} and runs_flash(device, dtype, architecture.head_dim):
+        if cu_seqlens is None and segments is not None:
+            cu_seqlens = cumulative_lengths(segments)
+        elif cu_seqlens is None:
+            cu_seqlens = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=device)
+        prefix = architecture.parallel.prefix_tokens if architecture.parallel else 0
+        sequences = find_sequences(cu_seqlens, batch, tokens, last, prefix)
+    blockwise = sequences is None and runs_blockwise(tokens, device)
+    masked = sequences is None and not blockwise
 
     sliding = full = cross = None
-    if "sliding" in kinds and not blockwise:
+    if "sliding" in kinds and masked:
         assert architecture.window is not None
         seen = min(past, architecture.window - 1)
         visible = (pair[0], pair[1][:, past - seen :]) if pair is not None else None
         sliding = sliding_mask(tokens, seen, architecture.window, visible, dtype, device)
     needs_mask = pair is not None or bool(past and tokens > 1)
-    if "full" in kinds and (architecture.parallel or (needs_mask and not blockwise)):
+    if "full" in kinds and sequences is None and (architecture.parallel or (needs_mask and not blockwise)):
         full = full_mask(positions, past + tokens, pair, dtype)
         if architecture.parallel:
             full = torch.nn.functional.pad(full, (architecture.parallel.prefix_tokens, 0))
-    if "cross" in kinds and not (blockwise and kept is None):
-        cross = _cross_mask(positions, kept, past + tokens, pair, dtype)
+    if "cross" in kinds and not (blockwise and kept is None) and (sequences is None or last is None):
+        cross = _cross_mask(positions, kept, last, past + tokens, pair, dtype)
 
     return PaddedBackend(
         rotary=rotary_angles(position_ids, architecture.head_dim, architecture.rope_theta),
         kept_tokens=kept,
         window=architecture.window,
         blockwise=blockwise,
+        sequences=sequences,
         segments=pair,
         sliding=sliding,
         full=full,
@@ -255,13 +289,17 @@ def runs_blockwise(tokens: int, device: torch.device) -> bool:
 
 
 def _cross_mask(
-    positions: Tensor, kept: Tensor | None, keys: int, segments: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    positions: Tensor,
+    kept: Tensor | None,
+    last: int | None,
+    keys: int,
+    segments: tuple[Tensor, Tensor] | None,
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """The mask of the cross-decoder's queries; None if the last token is the only query, or if plain causal does the same."""
     at = positions if kept is None else positions[kept]
     if segments is not None:
         queries = segments[0] if kept is None else segments[0][:, kept]
         return full_mask(at, keys, (queries, segments[1]), dtype)
-    only_last = at.numel() == 1 and int(at[0]) == keys - 1
     all_new = kept is None and positions.numel() == keys
-    return None if only_last or all_new else full_mask(at, keys, None, dtype)
+    return None if last == 1 or all_new else full_mask(at, keys, None, dtype)

@@ -9,7 +9,7 @@ from yoco_u.architecture import Stage
 from yoco_u.model.backend import AttentionBackend
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.feed_forward import ExpertMixture, feed_forward
-from yoco_u.model.layers import ResidualLinear, RMSNorm, project
+from yoco_u.model.layers import ResidualLinear, RMSNorm, project, without_autocast
 
 GlobalKV = tuple[Tensor, Tensor]
 """The global keys and values, each (batch, tokens, kv_heads, head_dim)."""
@@ -70,7 +70,7 @@ class GatedRetention(nn.Module):
     def forward(self, x: Tensor, backend: AttentionBackend, slot: int, global_kv: GlobalKV | None) -> Tensor:
         q, k, v = (_heads(y, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         gate, decay = self.gate_proj(x), self.decay_proj(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             q, k = backend.rotate(q.float()), backend.rotate(k.float()) * self.head_dim**-0.5
             k, v = (kv.repeat_interleave(self.groups, dim=2) for kv in (k, v.float()))
             log_decay = F.logsigmoid(decay.float()) / self.TEMPERATURE  # (batch, tokens, heads)

@@ -71,6 +71,10 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     a window of 1 it keeps all tokens for ever. This layer copies what it keeps.
     """
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Not the parent's: it copies the window's size to the device, which waits for a GPU, and where nothing reads it.
+        DynamicLayer.lazy_initialization(self, key_states, value_states)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         kept, total = self.sliding_window - 1, keys.shape[-2]

@@ -1,18 +1,29 @@
 """Small layers that the other modules of the model are built from."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of matrix products under autocast; None where autocast is off, and on the meta device, which has none."""
+    enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which operations on a device compute in the dtype of their inputs."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm (arXiv 1910.07467); under autocast it computes in float32 and returns the dtype of the matrix products."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            return super().forward(x.float()).to(torch.get_autocast_dtype(x.device.type))
-        return super().forward(x)
+        dtype = autocast_dtype(x.device)
+        return super().forward(x) if dtype is None else super().forward(x.float()).to(dtype)
 
 
 class ResidualLinear(nn.Linear):

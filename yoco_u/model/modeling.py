@@ -16,13 +16,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from yoco_u.architecture import Architecture, ParallelStreams
+from yoco_u.device import host_waits, upload
 from yoco_u.errors import UserError
 from yoco_u.model.backend import AttentionBackend, prepare_backend
 from yoco_u.model.blocks import Block, GlobalKVProjection, LoopedStack
 from yoco_u.model.cache import YocoUCache
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.initialization import initialize
-from yoco_u.model.layers import RMSNorm
+from yoco_u.model.layers import RMSNorm, autocast_dtype
+from yoco_u.model.segments import check_cumulative_lengths, positions_of, segments_of
 
 
 class YocoUPreTrainedModel(PreTrainedModel):
@@ -83,6 +85,7 @@ class YocoUModel(YocoUPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         document_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         num_loops: int | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -96,6 +99,9 @@ class YocoUModel(YocoUPreTrainedModel):
                 without padding.
             past_key_values: the cache of an earlier call with the same loop count.
             document_ids: (batch, tokens), never decreasing; tokens of different documents do not see each other.
+            cu_seqlens: where documents and padding begin, as `yoco_u.model.segments.cumulative_lengths` returns it,
+                (sequences + 1,), int32, on the model's device. Flash attention on a GPU works by it; if it is not given, the
+                GPU is waited for to find it in document_ids and attention_mask.
             num_loops: loop count T >= 1 of this call; the config's by default.
             logits_to_keep: the positions to return: the last n for an int n, all for 0, or those in a 1-D tensor of indices.
                 The cross-decoder runs on these alone.
@@ -116,12 +122,13 @@ class YocoUModel(YocoUPreTrainedModel):
 
         batch, tokens = x.shape[:2]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        segments = _segments(attention_mask, document_ids, (batch, tokens), past)
+        segments = segments_of(attention_mask, document_ids, (batch, tokens), past)
+        check_cumulative_lengths(cu_seqlens, segments)
         if position_ids is None:
-            position_ids = _positions(attention_mask, segments if document_ids is not None else None, tokens, past, x.device)
-        kept = _kept_positions(logits_to_keep, tokens, x.device)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        backend = prepare_backend(architecture, position_ids, segments, kept, past_key_values, dtype)
+            position_ids = positions_of(attention_mask, segments if document_ids is not None else None, tokens, past, x.device)
+        kept, last = _kept_positions(logits_to_keep, tokens, x.device)
+        dtype = autocast_dtype(x.device) or x.dtype
+        backend = prepare_backend(architecture, batch, position_ids, segments, kept, last, past_key_values, dtype, cu_seqlens)
 
         x, losses = self.run_stages(x, backend, architecture)
         output = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
@@ -211,6 +218,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         document_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         num_loops: int | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -234,6 +242,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             document_ids=document_ids,
+            cu_seqlens=cu_seqlens,
             num_loops=num_loops,
             logits_to_keep=logits_to_keep,
             **{k: v for k, v in kwargs.items() if k.startswith("output_")},
@@ -266,44 +275,20 @@ def _check_cache(cache: YocoUCache | None, loops: tuple[int, ...], document_ids:
         raise UserError("document_ids came with a filled cache; packed documents are for calls without one")
 
 
-def _segments(attention_mask: Tensor | None, document_ids: Tensor | None, shape: tuple[int, int], past: int) -> Tensor | None:
-    """Segments of all tokens so far, (batch, past + tokens), see `yoco_u.model.attention`; None if each row is one document."""
-    segments = None
-    if document_ids is not None:
-        if document_ids.shape != shape:
-            raise UserError(f"document_ids has shape {tuple(document_ids.shape)}; expected {shape}, one id per token")
-        segments = F.pad((document_ids.diff(dim=1) != 0).long().cumsum(dim=1), (1, 0)) + 1
-    if attention_mask is not None:
-        expected = (shape[0], past + shape[1])
-        if attention_mask.shape != expected:
-            raise UserError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; expected {expected}, one value per token so far"
-            )
-        real = attention_mask != 0
-        if segments is not None:
-            return segments * real
-        return real.long() if not bool(real.all()) else None
-    return segments
+def _kept_positions(logits_to_keep: int | Tensor, tokens: int, device: torch.device) -> tuple[Tensor | None, int | None]:
+    """Which positions' logits are asked for.
 
-
-def _positions(attention_mask: Tensor | None, documents: Tensor | None, tokens: int, past: int, device: torch.device) -> Tensor:
-    """Positions of the new tokens for RoPE, (batch or 1, tokens): from 0 in each document, padding not counted."""
-    if documents is not None:
-        index = torch.arange(tokens, device=device)
-        begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
-        return index - torch.where(begins, index, 0).cummax(dim=1).values
-    if attention_mask is None:
-        return torch.arange(past, past + tokens, device=device)[None]
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
-
-
-def _kept_positions(logits_to_keep: int | Tensor, tokens: int, device: torch.device) -> Tensor | None:
-    """Indices of the positions whose logits are asked for, (kept,); None for all."""
+    Returns:
+        Their indices, (kept,), or None for all; and their number if they are known to be the last ones of each row, else None.
+    """
     if isinstance(logits_to_keep, Tensor):
-        return logits_to_keep.to(device)
+        if logits_to_keep.device == device and host_waits(device):
+            return logits_to_keep, None
+        only_last = logits_to_keep.numel() == 1 and int(logits_to_keep) in (-1, tokens - 1)
+        return upload(logits_to_keep, device), 1 if only_last else None
     if logits_to_keep == 0 or logits_to_keep >= tokens:
-        return None
-    return torch.arange(tokens - logits_to_keep, tokens, device=device)
+        return None, tokens
+    return torch.arange(tokens - logits_to_keep, tokens, device=device), logits_to_keep
 
 
 AutoConfig.register("yoco_u", YocoUConfig, exist_ok=True)  # in the place of the package's stand-in
