@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from yoco_u.architecture import MixtureOfExperts
 from yoco_u.model.configuration import YocoUConfig
-from yoco_u.model.layers import ResidualLinear, project
+from yoco_u.model.layers import ResidualLinear, autocast_dtype, project, without_autocast
 
 
 class SwiGLU(nn.Module):
@@ -50,28 +50,28 @@ class ExpertMixture(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(..., hidden) -> outputs of the same shape, and the weighted auxiliary loss of these tokens, or None without one."""
         tokens = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             scores = torch.sigmoid(F.linear(tokens.float(), self.router.weight.float()))  # (tokens, experts)
         chosen = (scores + self.choice_bias).topk(self.experts_per_token, dim=-1).indices  # (tokens, experts_per_token)
         weights = scores.gather(-1, chosen)
         weights = weights / weights.sum(-1, keepdim=True)
 
-        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
+        visited, order = chosen.flatten().sort(stable=True)  # (tokens * experts_per_token,), grouped by expert
+        ends = torch.searchsorted(visited, torch.arange(self.num_experts, device=x.device), right=True)
+        counts = ends.diff(prepend=ends.new_zeros(1))  # not by bincount, which waits for a GPU
         if self.training:
             self.tokens_per_expert.add_(counts)
-        out = self._experts(tokens, chosen, weights, counts)
+        out = self._experts(tokens, order, weights, ends.to(torch.int32))
         if self.shared is not None:
             out = out + self.shared(tokens)
         return out.view_as(x), self._auxiliary_loss(scores, counts)
 
-    def _experts(self, tokens: Tensor, chosen: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else tokens.dtype
-        order = chosen.flatten().argsort(stable=True)  # (tokens * experts_per_token,), grouped by expert
-        ends = counts.cumsum(0).to(torch.int32)
+    def _experts(self, tokens: Tensor, order: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        dtype = autocast_dtype(tokens.device) or tokens.dtype
         visits = tokens.to(dtype)[order // self.experts_per_token]
         gate, up = _grouped_product(visits, self.gate_up_proj.to(dtype), ends).chunk(2, dim=-1)
         visits = _grouped_product(F.silu(gate) * up, self.down_proj.to(dtype), ends)
-        visits = visits[order.argsort()].view(*chosen.shape, -1)  # (tokens, experts_per_token, hidden)
+        visits = visits[order.argsort()].view(*weights.shape, -1)  # (tokens, experts_per_token, hidden)
         return (visits * weights.to(dtype)[..., None]).sum(dim=1)
 
     def _auxiliary_loss(self, scores: Tensor, counts: Tensor) -> Tensor | None:
