@@ -24,6 +24,7 @@ from yoco_u.model.cache import YocoUCache
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.initialization import initialize
 from yoco_u.model.layers import RMSNorm, autocast_dtype
+from yoco_u.model.loss import IGNORED, chunk_loss, chunked_cross_entropy
 from yoco_u.model.segments import check_cumulative_lengths, positions_of, segments_of
 
 
@@ -188,6 +189,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         self.model = YocoUModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.chunk_loss = chunk_loss
         self.post_init()
 
     @classmethod
@@ -221,6 +223,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         num_loops: int | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits, and the loss if there are labels. The arguments not named here are those of `YocoUModel.forward`.
@@ -229,11 +232,19 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
             labels: the input tokens, (batch, tokens), which are shifted here. Alternatively `shift_labels`, (batch, tokens),
                 the target of each token. -100 is ignored in both.
             logits_to_keep: must keep all positions if there are labels.
+            return_logits: if false, the loss is computed in chunks of tokens, whose logits are not kept; see
+                `yoco_u.model.loss`.
 
         Returns:
-            logits (batch, positions, vocab); loss in nats per token, to which training adds the weighted auxiliary loss of the
-            experts.
+            logits (batch, positions, vocab), or None without `return_logits`; loss in nats per token, to which training adds
+            the weighted auxiliary loss of the experts.
+
+        Raises:
+            UserError: if inputs contradict each other; the message names them.
         """
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if not (return_logits or has_labels):
+            raise UserError("return_logits is False, and there are no labels or shift_labels; then there is nothing to return")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -247,12 +258,20 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **{k: v for k, v in kwargs.items() if k.startswith("output_")},
         )
-        logits = self.lm_head(outputs.last_hidden_state)
+        hidden = outputs.last_hidden_state
+        logits = self.lm_head(hidden) if return_logits else None
         loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
+        if logits is None:
+            targets = kwargs.get("shift_labels")
+            if targets is None:
+                assert labels is not None
+                targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+            items = kwargs.get("num_items_in_batch")
+            loss = chunked_cross_entropy(hidden, self.lm_head.weight, targets, items, self.chunk_loss)
+        elif has_labels:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if outputs["auxiliary_loss"] is not None:
-                loss = loss + outputs["auxiliary_loss"]
+        if loss is not None and outputs["auxiliary_loss"] is not None:
+            loss = loss + outputs["auxiliary_loss"]
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
