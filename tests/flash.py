@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from yoco_u.model import backend, gpu_attention, modeling, segments
+from yoco_u.training import forward
 
 
 def varlen_attn(
@@ -51,5 +52,5 @@ def use_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "runs_flash", lambda device, dtype, head_dim: True)
     monkeypatch.setattr(gpu_attention, "varlen_attn", varlen_attn)
     monkeypatch.setattr(gpu_attention, "_NAMES_GROUPED_HEADS", False)
-    for module in (modeling, segments):
+    for module in (modeling, segments, forward):
         monkeypatch.setattr(module, "host_waits", lambda device: True)

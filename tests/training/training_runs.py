@@ -9,8 +9,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from flash import use_flash
 from own_signals import signal_at
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,16 +63,22 @@ def start(
     port: int = 0,
     *,
     own_signal: tuple[str, int] | None = None,
+    gpu_path: bool = False,
 ) -> BaseProcess:
-    """Train in another process. `own_signal` says at which moment it sends itself which signal, as arguments of `signal_at`."""
-    arguments = (config.model_dump_json(), folder, rank, world_size, port, own_signal)
+    """Train in another process.
+
+    Args:
+        own_signal: at which moment it sends itself which signal, as arguments of `signal_at`.
+        gpu_path: whether it goes the way of GPUs, see `flash.use_flash`.
+    """
+    arguments = (config.model_dump_json(), folder, rank, world_size, port, own_signal, gpu_path)
     process = FORKS.Process(target=_child, args=arguments, daemon=True)
     process.start()
     return process
 
 
-def train_on_ranks(config: RunConfig, folder: Path, world_size: int = 2) -> list[int | None]:
-    """Train in processes with the environment that torchrun makes, and return their exit codes.
+def train_on_ranks(config: RunConfig, folder: Path, world_size: int = 2, gpu_path: bool = False) -> list[int | None]:
+    """Train in processes with the environment that torchrun makes, and return their exit codes. `gpu_path` as in `start`.
 
     A process fails if a DDP model still exists when its process group is destroyed, because freeing that model later may hang
     the process: see `distributed_session`.
@@ -78,14 +86,18 @@ def train_on_ranks(config: RunConfig, folder: Path, world_size: int = 2) -> list
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = [start(config, folder, rank, world_size, port) for rank in range(world_size)]
+    ranks = [start(config, folder, rank, world_size, port, gpu_path=gpu_path) for rank in range(world_size)]
     for process in ranks:
         process.join(timeout=120)
     return [process.exitcode for process in ranks]
 
 
-def _child(config: str, folder: Path, rank: int, world_size: int, port: int, own_signal: tuple[str, int] | None) -> None:
+def _child(
+    config: str, folder: Path, rank: int, world_size: int, port: int, own_signal: tuple[str, int] | None, gpu_path: bool
+) -> None:
     torch.set_num_threads(1)
+    if gpu_path:
+        use_flash(pytest.MonkeyPatch())
     if own_signal:
         signal_at(*own_signal)
     if world_size > 1:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from yoco_u.config import Config
 from yoco_u.data import Batch, Document, DocumentEncoder, PackedDataset
 from yoco_u.data.batches import document_ids
+from yoco_u.device import read_back
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.training import evaluate
@@ -100,11 +101,11 @@ def _score_rows(
         rows: rows of up to sequence_length + 1 tokens, the last of which is only a target.
     """
     count = _rows_per_pass(model, sequence_length)
-    nats, total = 0.0, 0
+    nats, total = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in _batches(rows, count, eot_id):
-        nats += batch_nats(model, batch, model.device, "float32", num_loops).item()
+        nats += batch_nats(model, batch, model.device, "float32", num_loops)
         total += int((batch["shift_labels"] != -100).sum())
-    return nats, total
+    return read_back(nats), total
 
 
 def _rows_per_pass(model: YocoUForCausalLM, sequence_length: int) -> int:

@@ -4,8 +4,9 @@ A `RunConfig` and the path of a run folder go into `train`. The folder comes out
 and a summary; a run that was interrupted continues from its newest checkpoint.
 
 Start at `trainer.py`: `train`, then `_Run.run` and `_Run._step`. The way of a batch to an optimizer step leads from there to
-`step.py` (forward, backward, update). Around it: `parallelize.py` (compilation, recomputation, DDP, FSDP2), `optimizer.py`,
-`validation.py`, `checkpoint.py`, `metrics.py`. `run_folder.py` knows the files of a run and reads them for the other rooms.
+`step.py` (backward, update) and `forward.py`. Around it: `parallelize.py` (compilation, recomputation, DDP, FSDP2),
+`optimizer.py`, `validation.py`, `checkpoint.py`, `metrics.py`. `run_folder.py` knows the files of a run and reads them for the
+other rooms.
 """
 
 from yoco_u.training.config import OptimizerConfig, RunConfig, TrainingConfig

@@ -65,6 +65,7 @@ def compile_model(model: YocoUForCausalLM, setting: str) -> None:
     for block in _blocks(model):
         block.compile(dynamic=False)
     model.loss_function = torch.compile(model.loss_function, dynamic=False)
+    model.chunk_loss = torch.compile(model.chunk_loss, dynamic=False)
 
 
 def without_gradient_sync(model: nn.Module) -> Any:

@@ -11,13 +11,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from yoco_u.data import Batch
+from yoco_u.device import read_back
 from yoco_u.errors import UserError
 from yoco_u.model.feed_forward import ExpertMixture
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed
+from yoco_u.training.forward import batch_loss
 from yoco_u.training.optimizer import learning_rate
 from yoco_u.training.parallelize import unwrap, without_gradient_sync
-from yoco_u.training.validation import DTYPES
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class TrainingStep:
     def gradients(self, batch: Batch, num_loops: int | None = None) -> StepResult:
         """Leave in the parameters the gradients of the mean loss over the target tokens of all ranks.
 
+        A GPU is waited for once, at the end, where loss and norm are read.
+
         A micro-batch is weighted by its share of the target tokens, so that neither accumulation nor the number of processes
         changes the result beyond rounding.
 
@@ -75,7 +78,8 @@ class TrainingStep:
                 (part_loss * (share * self.distributed.world_size)).backward()
             loss += part_loss.detach() * share
         norm = _whole(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
-        return StepResult(self.distributed.sum(loss.item()), norm.item(), norm)
+        found = read_back(torch.stack([loss, norm.to(loss.dtype)]))
+        return StepResult(self.distributed.sum(found[0]), found[1], norm)
 
     def update(self, result: StepResult, step: int) -> float:
         """Clip the gradients, change the weights by them, and balance the experts.
@@ -112,11 +116,7 @@ class TrainingStep:
 
     def _forward(self, part: dict[str, Tensor], num_loops: int | None) -> Tensor:
         """The mean loss of a micro-batch, in nats per target token."""
-        dtype, device = self.config.training.dtype, self.distributed.device
-        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-            inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in part.items()}
-            loss: Tensor = self.model(**inputs, num_loops=num_loops, use_cache=False).loss
-        return loss
+        return batch_loss(self.model, part, self.distributed.device, self.config.training.dtype, num_loops)
 
     def _balance_experts(self) -> None:
         """Balance each mixture of experts by the load of all micro-batches and ranks of the step."""

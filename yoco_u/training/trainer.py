@@ -26,13 +26,14 @@ from yoco_u.training.checkpoint import Checkpoints, TrainerState, step_name
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed, distributed_session
 from yoco_u.training.export import export_model
+from yoco_u.training.forward import DTYPES
 from yoco_u.training.metrics import MetricsWriter, Record, loss_figures, read_metrics
 from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.parallelize import parallelize
 from yoco_u.training.progress import progress_report
 from yoco_u.training.run_folder import RunFolder
 from yoco_u.training.step import StepResult, TrainingStep
-from yoco_u.training.validation import DTYPES, evaluate
+from yoco_u.training.validation import evaluate
 
 
 class TrainingDiverged(UserError):  # noqa: N818

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from yoco_u.data import Batch, BatchLoader, PackedDataset
+from yoco_u.device import read_back
 from yoco_u.training.distributed import Distributed
+from yoco_u.training.forward import batch_loss
 from yoco_u.training.metrics import loss_figures
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def evaluate(
     dtype: str = "bfloat16",
     num_loops: int | None = None,
 ) -> Evaluation:
-    """Score the first rows of a dataset, in its order. Every rank must call it.
+    """Score the first rows of a dataset, in its order. Every rank must call it. A GPU is waited for once, at the end.
 
     Args:
         model: a causal LM on the rank's device, or one that `parallelize` wrapped. It runs in evaluation mode; afterwards it is
@@ -54,7 +54,7 @@ def evaluate(
     length, device = dataset.sequence_length, distributed.device
     rows = dataset.rows_per_epoch if max_tokens is None else min(dataset.rows_per_epoch, max(1, max_tokens // length))
     loader = BatchLoader(dataset, batch_rows * distributed.world_size, distributed.rank, distributed.world_size)
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
     # All ranks make equally many passes, since FSDP gathers weights in each. All passes have the same shape, since a compiled
@@ -66,15 +66,12 @@ def evaluate(
         total += batch_nats(model, batch, device, dtype, num_loops)
     model.train(was_training)
     tokens = rows * length
-    loss = distributed.sum(total.item()) / tokens
+    loss = distributed.sum(read_back(total)) / tokens
     return Evaluation(tokens=tokens, **loss_figures(loss, dataset.split.bytes_per_token))
 
 
 @torch.no_grad()
 def batch_nats(model: nn.Module, batch: Batch, device: torch.device, dtype: str, num_loops: int | None) -> torch.Tensor:
-    """The loss of a batch in nats, summed over its targets: a float64 scalar on the CPU. Arguments as in `evaluate`."""
-    with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-        inputs = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
-        # The model divides the summed loss by num_items_in_batch; 1 leaves the sum.
-        output = model(**inputs, num_loops=num_loops, use_cache=False, num_items_in_batch=1)
-    return output.loss.double().cpu()
+    """The loss of a batch in nats, summed over its targets: a float64 scalar on the device. Arguments as in `evaluate`."""
+    # The model divides the summed loss by num_items_in_batch; 1 leaves the sum.
+    return batch_loss(model, batch, device, dtype, num_loops, num_items_in_batch=1).double()
