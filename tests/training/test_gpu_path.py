@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from flash import use_flash
-from training_runs import STEPS, deterministic, run_config, train_on_ranks
+from training_runs import deterministic, run_config, train_on_ranks
 
 from yoco_u import YocoUConfig, YocoUForCausalLM
 from yoco_u.data import BatchLoader, PackedDataset
@@ -18,21 +18,22 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "yoco_u": ("yoco_u", {"loop_gate": 0.5, "tie_word_embeddings": True, "qk_norm": True}),
     "experts": ("yoco_u", {"experts": EXPERTS}),
     "parscale": ("parscale", {}),
-    "retention": ("yoco_retention", {}),
 }
+STEPS = 3
 
 
 def assert_close(found: Path, expected: Path) -> None:
+    """Up to rounding, which the steps amplify: attention and loss add up in other orders."""
     for a, b in zip(deterministic(found), deterministic(expected), strict=True):
         assert a.pop("kind") == b.pop("kind")
-        assert a == pytest.approx(b, rel=2e-4)
+        assert a == pytest.approx(b, rel=1e-3)
 
 
 @pytest.mark.parametrize("which", ARCHITECTURES)
 def test_a_run_has_the_losses_of_a_cpu_and_reads_once_a_step(
     which: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = run_config(dataset, *ARCHITECTURES[which], micro_batch_rows=2)
+    config = run_config(dataset, *ARCHITECTURES[which], micro_batch_rows=2, steps=STEPS, evaluate_every=2)
     train(config, tmp_path / "cpu", progress=False)
     use_flash(monkeypatch)
     reads = []
@@ -48,7 +49,7 @@ def test_a_run_has_the_losses_of_a_cpu_and_reads_once_a_step(
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_are_one(parallel: str, dataset: Path, tmp_path: Path) -> None:
     """Tied embeddings, whose gradient comes from the chunked loss and from the embedding."""
-    config = run_config(dataset, *ARCHITECTURES["yoco_u"], parallel=parallel, micro_batch_rows=1, steps=3, evaluate_every=3)
+    config = run_config(dataset, *ARCHITECTURES["yoco_u"], parallel=parallel, micro_batch_rows=1, steps=STEPS)
     train(config, tmp_path / "one", progress=False)
     assert train_on_ranks(config, tmp_path / "two", gpu_path=True) == [0, 0]
     assert_close(tmp_path / "two", tmp_path / "one")

@@ -37,10 +37,10 @@ def counted(run: OnDevice, module: Any, monkeypatch: pytest.MonkeyPatch) -> list
     return reads
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "dtype"), [*((variant, "bfloat16") for variant in VARIANTS), ("yoco_u", "float32")])
 def test_training_step(variant: str, dtype: str, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = run_config(dataset, *VARIANTS[variant], dtype=dtype, micro_batch_rows=2, checkpoint_stages=[0])
+    name, settings = VARIANTS[variant]
+    config = run_config(dataset, name, {"layers": 2} | settings, dtype=dtype, micro_batch_rows=2, checkpoint_stages=[0])
     with META:
         model = YocoUForCausalLM(YocoUConfig.from_architecture(config.architecture))
     training = TrainingStep(model, build_optimizer(model, config.optimizer), config, ALONE)
@@ -54,12 +54,11 @@ def test_training_step(variant: str, dtype: str, dataset: Path, monkeypatch: pyt
             update()
 
     monkeypatch.setattr(training.optimizer, "step", unwatched)
-    for number in range(2):
-        with run:
-            result = training.gradients(batches.batch(number), num_loops=2 if number else None)
-            training.update(result, number)
-        assert result.loss == 2.0 and result.norm == 1.0
-        assert len(reads) == number + 1 and reads[-1].device == META
+    with run:
+        result = training.gradients(batches.batch(0), num_loops=2)
+        training.update(result, 0)
+    assert result.loss == 2.0 and result.norm == 1.0
+    assert len(reads) == 1 and reads[0].device == META
     assert all(p.grad is not None and p.grad.device == META for p in model.parameters())
 
 
@@ -70,5 +69,5 @@ def test_evaluation(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = on_meta(monkeypatch, host=True)
     reads = counted(run, validation, monkeypatch)
     with run:
-        found = evaluate(model, rows, 240, 2, ALONE)
-    assert found.tokens == 240 and len(reads) == 1 and reads[0].device == META
+        found = evaluate(model, rows, 96, 2, ALONE)
+    assert found.tokens == 96 and len(reads) == 1 and reads[0].device == META
