@@ -67,7 +67,12 @@ class KVStorage:
             self.store(part, k, v)
 
     def release(self) -> None:
-        """Give the memory back to the system until it is written again; what was stored is lost."""
+        """Give a CPU's memory back to the system until it is written again; what was stored is lost.
+
+        A GPU's memory stays, at the same address, which CUDA graphs have recorded.
+        """
+        if self.data.device.type != "cpu":
+            return
         make = torch.empty_like if self.data.nbytes >= _FRESH_BYTES else torch.zeros_like
         self.data = make(self.data)
 
@@ -148,9 +153,15 @@ class KVCache:
             storage.fill(torch.tensor(blocks, device=self.device), dtype)
 
     def release(self) -> None:
-        """Give the memory of all keys and values back to the system until it is written again; what was stored is lost."""
+        """Let go of all keys and values; see `KVStorage.release`."""
         for storage in (*self._paged, *self.rings.values()):
             storage.release()
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values, those of all ParScale streams."""
+        a = self.architecture
+        return a.num_key_value_heads * (a.parallel.streams if a.parallel else 1)
 
     @property
     def has_window_state(self) -> bool:
@@ -181,6 +192,4 @@ class KVCache:
         return self._storage(self.shape.num_blocks, self.shape.block_size)
 
     def _storage(self, blocks: int, block_size: int) -> KVStorage:
-        a = self.architecture
-        heads = a.num_key_value_heads * (a.parallel.streams if a.parallel else 1)
-        return KVStorage(heads, blocks, block_size, a.head_dim, self.shape.kind, self.device)
+        return KVStorage(self.kv_heads, blocks, block_size, self.architecture.head_dim, self.shape.kind, self.device)

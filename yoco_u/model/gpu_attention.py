@@ -46,12 +46,12 @@ class Sequences:
         Returns:
             (batch, tokens, heads, head_dim)
         """
-        return _flash(q, k, v, self.of_tokens, self.of_tokens, self.tokens, window)
+        return flash_attention(q, k, v, self.of_tokens, self.of_tokens, self.tokens, self.tokens, window)
 
     def attend_kept(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from each kept token, (batch, kept, heads, head_dim), to itself and the tokens before it in its sequence."""
         assert self.of_kept is not None
-        return _flash(q, k, v, self.of_kept, self.of_tokens, self.tokens)
+        return flash_attention(q, k, v, self.of_kept, self.of_tokens, self.tokens, self.tokens)
 
     def attend_prefixed(self, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor]) -> Tensor:
         """As `attend`; every token also sees the prefix, keys and values of shape (prefix, kv_heads, head_dim)."""
@@ -60,7 +60,7 @@ class Sequences:
             torch.cat([p.to(x.dtype), x.flatten(0, 1)]).index_select(0, self.prefixed)
             for p, x in zip(prefix, (k, v), strict=True)
         )
-        return _flash(q, k, v, self.of_tokens, self.of_prefixed, self.tokens + len(prefix[0]))
+        return flash_attention(q, k, v, self.of_tokens, self.of_prefixed, self.tokens, self.tokens + len(prefix[0]))
 
 
 def find_sequences(cu_seqlens: Tensor, rows: int, tokens: int, last: int | None, prefix: int) -> Sequences:
@@ -100,10 +100,26 @@ def has_flash(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor, of_keys: Tensor, longest: int, window: int | None = None
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    of_queries: Tensor,
+    of_keys: Tensor,
+    longest_queries: int,
+    longest_keys: int,
+    window: int | None = None,
 ) -> Tensor:
-    """Call torch's operator; k and v may be flat already, (keys, kv_heads, head_dim).
+    """Call torch's operator: causal attention within each of several sequences that are laid one after another.
+
+    Args:
+        q: (..., heads, head_dim); k, v: (..., kv_heads, head_dim).
+        of_queries, of_keys: cumulative lengths of the sequences, (sequences + 1,), int32.
+        longest_queries, longest_keys: no sequence has more.
+        window: keys that a token sees, itself included; None for all.
+
+    Returns:
+        As q.
 
     The last query of a sequence is aligned with its last key. Where there are fewer heads of keys than of queries, torch 2.11
     groups them without being asked, and later versions must be asked.
@@ -112,6 +128,6 @@ def _flash(
     settings: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
     if _NAMES_GROUPED_HEADS:
         settings["enable_gqa"] = True
-    out = varlen_attn(flat_q, flat_k, flat_v, of_queries, of_keys, longest, longest, **settings)
+    out = varlen_attn(flat_q, flat_k, flat_v, of_queries, of_keys, longest_queries, longest_keys, **settings)
     assert isinstance(out, Tensor)
     return out.reshape(q.shape)
