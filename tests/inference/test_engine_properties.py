@@ -74,9 +74,13 @@ def check(variant: str, arrival: Arrival, request: RequestOutput) -> None:
 @settings(max_examples=60)
 @given(variant=st.sampled_from(VARIANTS), chosen=engines, traffic=st.lists(arrivals, min_size=1, max_size=12))
 def test_traffic(variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -> None:
-    spare = chosen.pop("spare")
-    subject = engine(variant, max_batched_tokens=chosen["max_num_seqs"] + spare, **chosen)
-    chosen["spare"] = spare
+    serve(variant, chosen, traffic)
+
+
+def serve(variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -> None:
+    """Let the requests arrive at an engine of these settings, and check all that becomes of them."""
+    settings = {name: value for name, value in chosen.items() if name != "spare"}
+    subject = engine(variant, max_batched_tokens=chosen["max_num_seqs"] + chosen["spare"], **settings)
     requests: list[tuple[Arrival, RequestOutput, int]] = []
     clock = 0
 

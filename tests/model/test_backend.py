@@ -19,6 +19,8 @@ METHODS = [name for name, member in PROTOCOL.items() if inspect.isfunction(membe
 BACKENDS = [
     "yoco_u.model.backend.PaddedBackend",
     "yoco_u.inference.paged_backend.PagedBackend",
+    "yoco_u.inference.gpu_backend.DecodeBackend",
+    "yoco_u.inference.gpu_backend.GpuBackend",
     pytest.param(
         "yoco_u.integrations.vllm.backend.VllmBackend",
         marks=pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),

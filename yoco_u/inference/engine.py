@@ -13,6 +13,7 @@ from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.inference.constraints import GrammarCompiler
 from yoco_u.inference.detokenizer import Detokenizer
+from yoco_u.inference.gpu_layers import fuse_layers
 from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.inference.kv_cache import CacheShape
 from yoco_u.inference.outputs import Completion, RequestOutput, TokenLogprobs, Update
@@ -68,6 +69,8 @@ class Engine:
             quantize(model)
         if model.device.type == "cpu":
             compiled()  # builds the kernels where they are missing, now and not while a request waits
+        else:
+            fuse_layers(model)
         if can_prepack(model):
             prepack(model)
         self.runner = Runner(model, shape)

@@ -5,7 +5,7 @@ The blocks know nothing about masks, caches or batches. A block computes queries
 hosts, each with a backend of its own:
 
 - training and `generate()`: `PaddedBackend`, below;
-- the engine: `yoco_u.inference.paged_backend.PagedBackend`;
+- the engine: `yoco_u.inference.paged_backend.PagedBackend` on a CPU, `yoco_u.inference.gpu_backend.GpuBackend` on a GPU;
 - vLLM: `yoco_u.integrations.vllm.backend.VllmBackend`, for the blocks on vLLM's layers.
 
 A backend for another device is one more class that implements this protocol.

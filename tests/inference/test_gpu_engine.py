@@ -1,0 +1,113 @@
+"""The engine as it runs on a GPU, here on the CPU: its own backend and plans, decode steps recorded and replayed.
+
+Each kernel is one operator by the direct formulas, and chunks attend sequence by sequence; tests of their own are for the real
+ones.
+"""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import KINDS_OF_PRESET, VARIANTS, WINDOW, generated, greedy, output, prompt, run
+from engine_runs import engine as make_engine
+from graph_recorder import GraphRecorder
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_engine_properties import VARIANTS as PROPERTY_VARIANTS
+from test_engine_properties import Arrival, arrivals, engines, serve
+from torch import Tensor
+
+from yoco_u.inference import Engine, gpu_backend, runner
+from yoco_u.inference.decode_graphs import buckets
+from yoco_u.inference.kernels import direct
+
+
+@torch.library.custom_op("yoco_u_test::decode_attention", mutates_args=())
+def decode_attention(
+    q: Tensor, cache: Tensor, scales: Tensor | None, table: Tensor, block_size: int, lengths: Tensor, prefix: list[Tensor]
+) -> Tensor:
+    return direct.decode_attention(q, cache, scales, table, block_size, lengths, (prefix[0], prefix[1]) if prefix else None)
+
+
+@torch.library.custom_op("yoco_u_test::retention_step", mutates_args=("states",))
+def retention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, states: Tensor, seats: Tensor) -> Tensor:
+    return direct.retention_step(q, k, v, log_decay, states, seats)
+
+
+@torch.library.custom_op("yoco_u_test::store_rows", mutates_args=("cache", "scales"))
+def store_rows(k: Tensor, v: Tensor, rows: Tensor, cache: Tensor, scales: Tensor | None) -> None:
+    direct.store_rows(k, v, rows, cache, scales)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> GraphRecorder:
+    """Lets engines run as on a GPU, where each kernel is one launch: here one operator, by the direct formulas."""
+    found = GraphRecorder()
+    monkeypatch.setattr("yoco_u.inference.engine.Runner", partial(runner.Runner, on_gpu=True, capture=found))
+    monkeypatch.setattr(
+        gpu_backend,
+        "decode_attention",
+        lambda q, cache, scales, table, size, lengths, plan=None, prefix=None: decode_attention(
+            q, cache, scales, table, size, lengths, list(prefix or ())
+        ),
+    )
+    monkeypatch.setattr(gpu_backend, "retention_step", retention_step)
+    monkeypatch.setattr("yoco_u.inference.kv_cache.store_rows", store_rows)
+    return found
+
+
+def engine(variant: str = "yoco_u", **settings: Any) -> Engine:
+    subject = make_engine(variant, **settings)
+    assert subject.runner.decode_graphs is not None
+    return subject
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_architecture_generates_what_generate_does(variant: str, recorder: GraphRecorder) -> None:
+    prompts = [prompt(length, seed=length) for length in (1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 21, 40)]
+    found = run(engine(variant), prompts, greedy())
+    assert [output(request) for request in found] == [generated(variant, ids) for ids in prompts]
+    assert recorder.replays > recorder.graphs > 0
+
+
+@pytest.mark.parametrize("chunk", [1, WINDOW - 1, WINDOW + 1, 2 * WINDOW + 1])
+@pytest.mark.parametrize("variant", [*KINDS_OF_PRESET, "window 1", "window beyond the context", "experts", "four kinds"])
+def test_every_chunk_size(variant: str, chunk: int, recorder: GraphRecorder) -> None:
+    for length in (5, 37):
+        ids = prompt(length)
+        [request] = run(engine(variant, max_batched_tokens=chunk, max_num_seqs=1), [ids], greedy())
+        assert output(request) == generated(variant, ids)
+
+
+@pytest.mark.parametrize("variant", [*KINDS_OF_PRESET, "gated", "gated upper loop", "experts", "four kinds"])
+def test_loop_counts_of_one_batch(variant: str, recorder: GraphRecorder) -> None:
+    """Requests of fewer loops stand behind those of more, in the padding of their graphs."""
+    loops = [1, 2, 3, 4, None, 2]
+    prompts = [prompt(9 + 3 * (i // 2), seed=i // 2) for i in range(len(loops))]
+    found = run(engine(variant, max_num_seqs=6, max_batched_tokens=13), prompts, [greedy(num_loops=n) for n in loops])
+    for request, ids, n in zip(found, prompts, loops, strict=True):
+        assert output(request) == generated(variant, ids, loops=n), n
+
+
+def test_a_graph_is_recorded_once_for_each_bucket_and_segment(recorder: GraphRecorder) -> None:
+    subject = engine(max_num_seqs=3, max_batched_tokens=60)
+    prompts = [prompt(9, seed=seed) for seed in range(3)]
+    for _ in range(2):
+        run(subject, prompts, [greedy(num_loops=n) for n in (3, 3, 1)])
+    # The first segment and the last one for 3 requests; each of the two further loops for the 2 that run it.
+    assert recorder.graphs == 4
+
+
+@given(variant=st.sampled_from(PROPERTY_VARIANTS), chosen=engines, traffic=st.lists(arrivals, min_size=1, max_size=12))
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_traffic(recorder: GraphRecorder, variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -> None:
+    """Prefix cache, snapshots, preemption, aborts, several outputs, scored prompts, loop counts: all at once."""
+    serve(variant, chosen, traffic)
+
+
+@pytest.mark.parametrize("largest", [1, 2, 3, 16, 17, 64, 100])
+def test_every_batch_has_a_bucket(largest: int) -> None:
+    sizes = buckets(largest)
+    assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == largest
+    assert all(next(size for size in sizes if size >= n) < 2 * n + 16 for n in range(1, largest + 1))

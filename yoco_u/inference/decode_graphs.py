@@ -1,0 +1,211 @@
+"""Decode steps on a GPU, replayed as CUDA graphs: one graph for each part of the model and each bucket of batch sizes.
+
+A step in which every request runs one token launches hundreds of kernels of a few microseconds; launched one by one they would
+leave the GPU waiting for the host. A graph launches them all at once, but with the addresses and shapes of its recording. So
+what changes from step to step is written into tensors that stay in place, and the batch is padded up to a bucket.
+
+The model is cut into segments where the number of running requests may change: one for each loop after the first of a looped
+stage, and what lies between. Requests stand in falling order of their loop counts, so that a loop's segment runs on the first
+rows; rows that need no more loops, and padding, come out of it as they went in and write nothing to the caches.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from yoco_u.architecture import Architecture, Slot
+from yoco_u.inference.block_tables import BlockTables
+from yoco_u.inference.gpu_backend import DecodeBackend
+from yoco_u.inference.gpu_plan import DecodePlan, Decodes, decode_arrays
+from yoco_u.inference.kernels.gpu.splits import SplitPlan, plan_splits, split_capacity
+from yoco_u.inference.kv_cache import KVCache
+from yoco_u.inference.packed_upload import StaticArrays
+from yoco_u.inference.sequence_slice import SequenceSlice
+from yoco_u.model import YocoUForCausalLM
+from yoco_u.model.rope import rotary_angles
+
+Slots: TypeAlias = tuple[Slot, ...]
+
+Capture: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
+"""Records what a function does to tensors, and returns a function that does it again."""
+
+
+def cuda_graphs(device: torch.device) -> Capture:
+    """Recording as CUDA graphs, which share one pool of memory."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(function: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
+            function()
+        return graph.replay
+
+    return capture
+
+
+def buckets(largest: int) -> list[int]:
+    """The batch sizes that graphs are recorded for: powers of two up to 16, then every 16, then the largest."""
+    return [*(size for size in (1, 2, 4, 8, *range(16, largest, 16)) if size < largest), largest]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the model that runs on the same requests throughout.
+
+    Attributes:
+        loop: it runs for requests of more loops than this.
+        applications: what it applies, in order: stage, loop of the stage, and the first slot of the stage.
+    """
+
+    loop: int
+    applications: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+def segments(architecture: Architecture, looped_stages: Sequence[int]) -> list[Segment]:
+    """The segments of a forward pass, in order. The first and the last one are the same whatever the loop count.
+
+    Args:
+        looped_stages: the stages in which requests may differ in their loop counts.
+    """
+    found = [Segment(0)]
+    slot = 0
+    for index, stage in enumerate(architecture.stages):
+        for loop in range(stage.loops):
+            if loop > 0:
+                found.append(Segment(loop))
+            found[-1].applications.append((index, loop, slot))
+        if index in looped_stages:
+            found.append(Segment(0))
+        slot += stage.layers * stage.loops
+    return found
+
+
+class DecodeGraphs:
+    """Runs the steps in which every request runs one token and wants its logits.
+
+    Args:
+        tables: the block tables of all seats.
+        capture: how segments are recorded; None to run them operation by operation.
+    """
+
+    def __init__(self, model: YocoUForCausalLM, cache: KVCache, tables: BlockTables, capture: Capture | None) -> None:
+        self.model, self.cache, self.tables, self.capture = model, cache, tables, capture
+        self.architecture, rows = model.config.architecture, cache.shape.max_num_seqs
+        self.rows, self.buckets = rows, buckets(rows)
+        self.capacity = split_capacity(rows, cache.kv_heads, cache.device)
+        self.static = StaticArrays(self._arrays([], []), cache.device)
+        a, device = self.architecture, cache.device
+        streams = (a.parallel.streams,) if a.parallel else ()
+        self.hidden = torch.zeros(1, rows, *streams, a.hidden_size, dtype=model.dtype, device=device)
+        self.logits = torch.zeros(rows, a.vocab_size, dtype=model.dtype, device=device)
+        self.rotary = (torch.zeros(1, rows, 1, a.head_dim, device=device), torch.zeros(1, rows, 1, a.head_dim, device=device))
+        self.block_tables = torch.zeros_like(tables.device)
+        self._replays: dict[tuple[Any, ...], Callable[[], None] | None] = {}  # None: has run once, and is not recorded yet
+
+    def run(self, slices: Sequence[SequenceSlice], ids: list[int], architecture: Architecture, slots: Slots) -> Tensor:
+        """Run one token of each request; requests come in falling order of their loop counts.
+
+        Args:
+            architecture: at the largest loop count.
+            slots: `architecture.slots()`.
+
+        Returns:
+            Logits (requests, vocab), which the next call overwrites.
+        """
+        self.static.write(self._arrays(slices, ids))
+        parts = segments(architecture, self.architecture.looped_stages or (0,))
+        for number, segment in enumerate(parts):
+            running = sum(one.num_loops > segment.loop for one in slices)
+            bucket = next(size for size in self.buckets if size >= running)
+            key = bucket, number == 0, number == len(parts) - 1, tuple((stage, loop) for stage, loop, _ in segment.applications)
+            self._replay(key, partial(self._run, segment, bucket, number == 0, number == len(parts) - 1, architecture, slots))
+        return self.logits[: len(slices)]
+
+    def _replay(self, key: tuple[Any, ...], function: Callable[[], None]) -> None:
+        """Run a segment: as it is the first time, which compiles its kernels; recorded the second time, and replayed since."""
+        if self.capture is None or key not in self._replays:
+            self._replays[key] = None
+            function()
+            return
+        replay = self._replays[key]
+        if replay is None:
+            replay = self._replays[key] = self.capture(function)
+        replay()
+
+    def _run(
+        self, segment: Segment, bucket: int, is_first: bool, is_last: bool, architecture: Architecture, slots: Slots
+    ) -> None:
+        model, static = self.model.model, self.static.tensors
+        if is_first:
+            angles = rotary_angles(static["positions"][None, :bucket], architecture.head_dim, architecture.rope_theta)
+            for place, angle in zip(self.rotary, angles, strict=True):
+                place[:, :bucket].copy_(angle)
+            self.block_tables[:bucket].copy_(self.tables.device.index_select(0, static["seats"][:bucket]))
+            before = model.streams(model.embed_tokens(static["ids"][None, :bucket]))
+        else:
+            before = self.hidden[:, :bucket]
+        runs = static["loops"][:bucket] > segment.loop
+        backend = DecodeBackend(self._plan(bucket, runs), self.cache, architecture, slots)
+        backend.rotary = self.rotary[0][:, :bucket], self.rotary[1][:, :bucket]
+
+        x = before
+        for stage, loop, slot in segment.applications:
+            global_kv = None
+            if architecture.stages[stage].attention == "cross":
+                if loop == 0 and architecture.stages[stage - 1].attention != "cross":
+                    assert model.global_kv is not None
+                    backend.global_kv(*model.global_kv(x, backend))
+                global_kv = x, x  # the backend reads the pages instead
+            stack: Any = model.stages[stage]
+            x, _ = stack.run_loop(x, backend, loop, slot, global_kv)
+        if segment.loop:
+            x = torch.where(runs.view(1, -1, *[1] * (x.ndim - 2)), x, before)
+        if is_last:
+            self.logits[:bucket].copy_(self.model.lm_head(model.final_norm(x))[0])
+        else:
+            self.hidden[:, :bucket].copy_(x)
+
+    def _plan(self, bucket: int, runs: Tensor) -> DecodePlan:
+        """The plan of the first `bucket` rows, of which those that do not run change nothing."""
+        static = self.static.tensors
+        rows = {name: static[name][:bucket] for name in ("page_slots", "ring_slots", "seats")}
+        rows = {name: torch.where(runs, values, -1) for name, values in rows.items()}
+        splits = SplitPlan(static["sequence"], static["first"], static["last"], static["offsets"][: bucket + 1])
+        return DecodePlan(
+            num_decodes=bucket,
+            tokens=rows,
+            decodes=Decodes(
+                seats=rows["seats"],
+                block_tables=self.block_tables[:bucket],
+                lengths=static["lengths"][:bucket],
+                ring_lengths=static["ring_lengths"][:bucket],
+                splits=splits,
+            ),
+        )
+
+    def _arrays(self, slices: Sequence[SequenceSlice], ids: list[int]) -> dict[str, NDArray[Any]]:
+        """What changes from step to step, padded to all rows; padding has no loops, sees no token and is written nowhere."""
+        shape, size, missing = self.cache.shape, self.cache.shape.block_size, self.rows - len(slices)
+        arrays = decode_arrays(slices, shape)
+        positions, seats = arrays["lengths"].astype(np.int64) - 1, arrays["seats"]
+        page_slots = self.tables.host.numpy()[seats, positions // size].astype(np.int64) * size + positions % size
+        written = np.array([one.written for one in slices], dtype=np.int64)
+        window = shape.window or 1
+        arrays |= {
+            "ids": np.array(ids, dtype=np.int64),
+            "positions": positions,
+            "loops": np.array([one.num_loops for one in slices], dtype=np.int32),
+        }
+        slots = {
+            "page_slots": np.where(positions < written, -1, page_slots),
+            "ring_slots": seats * window + positions % window,
+        }
+        padded = {name: np.pad(array, (0, missing)) for name, array in arrays.items()}
+        padded |= {name: np.pad(array, (0, missing), constant_values=-1) for name, array in slots.items()}
+        return padded | plan_splits(padded["lengths"].astype(np.int32), self.capacity)
