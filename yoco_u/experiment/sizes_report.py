@@ -20,6 +20,8 @@ from yoco_u.report.page import render_page, write_page
 
 _TITLES: tuple[tuple[Cost, str], ...] = (("flops", "at equal FLOPs"), ("tokens", "at equal steps"))
 
+_GREY = 5  # its number in the palette
+
 
 def write_sizes_report(summary: SizesSummary, folder: Path) -> None:
     """Write report.html, report.json and report.png into the experiment's folder, and those of each size into the size's.
@@ -112,7 +114,7 @@ def _draw(axes: Axes, lines: Sequence[GapLine]) -> None:
             if gap.difference.low is not None and gap.difference.high is not None:
                 x = [gap.looped.parameters] * 2
                 axes.plot(x, [gap.difference.low, gap.difference.high], color=colour(number), linewidth=1.5)
-    axes.axhline(0, color=colour(len(lines)), linewidth=0.8)
+    axes.axhline(0, color=colour(_GREY), linewidth=0.8)
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
