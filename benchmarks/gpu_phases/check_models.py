@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from yoco_u.training.forward import batch_loss
 
 from gpu_phases.check import BFLOAT16_FACTOR, FLOAT32, largest_error, typical_error, verdict, worst
 from gpu_phases.record import Figure, Record
@@ -77,8 +78,7 @@ class _Check:
             model: Any = self.model.to(self.device)
             if self.compiled:
                 compile_model(model, "on")
-            inputs = {name: tensor.to(self.device) for name, tensor in self.inputs.items()}
-            return {name: tensor.to("cpu") for name, tensor in part(model, inputs, self.dtype).items()}
+            return {name: tensor.to("cpu") for name, tensor in part(model, self.inputs, self.dtype).items()}
         finally:
             self.model.to("cpu")
 
@@ -98,26 +98,34 @@ def rows(model: YocoUForCausalLM, length: int) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _forward(model: Any, inputs: dict[str, Tensor], dtype: str, **kwargs: Any) -> Any:
-    with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        return model(**inputs, use_cache=False, **kwargs)
+def _forward(model: Any, inputs: dict[str, Tensor], dtype: str) -> Any:
+    there = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        return model(**there, use_cache=False)
 
 
 @torch.no_grad()
 def _logits(model: Any, inputs: dict[str, Tensor], dtype: str) -> Results:
     """Logits of all tokens that are no padding, (tokens, vocab)."""
-    logits = _forward(model, inputs, dtype).logits
+    logits = _forward(model, inputs, dtype).logits.to("cpu").flatten(0, 1)
     real = inputs.get("attention_mask")
-    return {"logits": logits.flatten(0, 1) if real is None else logits[real.bool()]}
+    return {"logits": logits if real is None else logits[real.flatten() != 0]}
 
 
 def _gradients(model: Any, inputs: dict[str, Tensor], dtype: str) -> Results:
-    """Gradients of the mean loss, by parameter; those of parameters that the loss does not depend on are left out."""
-    labels = inputs["input_ids"]
-    if "attention_mask" in inputs:
-        labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+    """Gradients of the mean loss, by parameter; those of parameters that the loss does not depend on are left out.
+
+    Padded rows go the way of any model of transformers, the others that of our trainer.
+    """
     model.zero_grad(set_to_none=True)
-    _forward(model, inputs, dtype, labels=labels).loss.backward()
+    tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if mask is not None:
+        _forward(model, inputs | {"labels": tokens.masked_fill(mask == 0, -100)}, dtype).loss.backward()
+    else:
+        targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+        documents = inputs.get("document_ids", torch.ones_like(tokens))
+        batch = {"input_ids": tokens, "shift_labels": targets, "document_ids": documents}
+        batch_loss(model, batch, model.device, dtype, None).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
     model.zero_grad(set_to_none=True)
     return found

@@ -6,6 +6,7 @@ the GPU's may be a small multiple.
 """
 
 from gpu_phases.check_engine import check_engine
+from gpu_phases.check_flash import check_flash
 from gpu_phases.check_kernels import check_kernels
 from gpu_phases.check_models import check_compiled, check_models
 from gpu_phases.record import Record
@@ -14,6 +15,7 @@ from gpu_phases.scale import Scale
 
 def run(record: Record, scale: Scale) -> None:
     check_kernels(record, scale)
+    check_flash(record, scale)
     for size in scale.check_sizes:
         check_models(record, scale, size)
         check_engine(record, scale, size)

@@ -4,23 +4,38 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gpu_phases import check_models, correctness, machine, peers, profiling, tables, targets, training
+from flash import use_flash
+from gpu_phases import (
+    check_engine,
+    check_flash,
+    check_models,
+    correctness,
+    machine,
+    peers,
+    profiling,
+    tables,
+    targets,
+    training,
+)
 from gpu_phases.check import largest_error, typical_error, verdict
 from gpu_phases.record import Record
 from gpu_phases.scale import FULL, TOY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yoco_u.architecture import STAGES
+from yoco_u.architecture import STAGES, preset
 from yoco_u.bench import run as run_module
 from yoco_u.bench.ceilings import Ceilings
 from yoco_u.device import find_device
 from yoco_u.errors import UserError
+from yoco_u.inference.runner import Runner
+from yoco_u.model import gpu_attention
 from yoco_u.paper import DECODE_TOKENS_PER_SECOND
 
 SMALL = replace(TOY, check_presets=("yoco_u",), architectures=("yoco_u",), contexts=(32,))
@@ -80,6 +95,37 @@ def test_what_is_not_finite_is_wrong(error: Callable[..., float]) -> None:
     assert error(truth * 1.5, truth) == 0.5
     assert error(torch.tensor([1.0, math.nan, 0.0]), truth) == math.inf
     assert verdict(math.inf, 4.0)["wrong"] and verdict(math.nan, 4.0)["wrong"] and not verdict(4.0, 4.0)["wrong"]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_flash_attention(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the stand-in for torch's operator, whose window can be one key too wide."""
+    use_flash(monkeypatch)
+    lengths = (1, 17, 40)
+    found = check_flash.attention(torch.device("cpu"), (4, 2, 8), lengths, window)
+    assert not found["wrong"] and found["error"] > 1e-4
+    if window is not None:
+        right = gpu_attention.varlen_attn
+        monkeypatch.setattr(
+            gpu_attention, "varlen_attn", lambda *args, window_size, **kwargs: right(*args, window_size=(window, 0), **kwargs)
+        )
+        assert check_flash.attention(torch.device("cpu"), (4, 2, 8), lengths, window)["wrong"]
+
+
+def test_the_engine_of_a_gpu_with_and_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph replays is called again here."""
+    captured: list[Any] = []
+
+    def capture(function: Callable[[], None]) -> Callable[[], None]:
+        captured.append(function)
+        return function
+
+    monkeypatch.setattr("yoco_u.inference.engine.Runner", partial(Runner, on_gpu=True, capture=capture))
+    subject = check_engine._Subject(preset("yoco_u", "test"), "cpu")
+    assert not subject.against_the_model("float32")["wrong"]
+    assert captured
+    found = subject.against_no_graphs()
+    assert found["error"] == found["sequences_that_differ"] == 0
 
 
 def test_tables_and_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +195,7 @@ def test_activations_that_do_not_fit_are_recomputed(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("make", [training.our_step, training.llama_step])
 def test_a_step_that_recomputes_has_the_same_loss(make: Any) -> None:
-    a, trained = training.preset("yoco_u" if make is training.our_step else "transformer", "test"), SMALL.trained[0]
+    a, trained = preset("yoco_u" if make is training.our_step else "transformer", "test"), SMALL.trained[0]
     losses = []
     for recompute in (False, True):
         torch.manual_seed(0)
