@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from yoco_u.model.gpu_attention import find_sequences
 
 from gpu_phases.check import largest_error, verdict
 from gpu_phases.record import Figure, Record
 from gpu_phases.scale import Scale
+from yoco_u.model.gpu_attention import find_sequences
 
 BFLOAT16 = 4e-2
 """The largest error, as a share of the largest entry of the truth: gradients of grouped heads are summed in bfloat16."""

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from yoco_u.training.forward import batch_loss
 
 from gpu_phases.check import BFLOAT16_FACTOR, FLOAT32, largest_error, typical_error, verdict, worst
 from gpu_phases.record import Figure, Record
 from gpu_phases.scale import Scale
 from yoco_u.architecture import preset
 from yoco_u.model import YocoUForCausalLM
+from yoco_u.training.forward import batch_loss
 from yoco_u.training.parallelize import compile_model
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
