@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test check benchmarks clean
+.PHONY: quickstart test check benchmarks gpu-wheels clean
 
 quickstart: .venv/installed
 	$(BIN)/yoco-u quickstart
@@ -22,6 +22,12 @@ benchmarks: .venv/installed
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/attention.py
 
+# For benchmarks/gpu.py on a machine without a package index: Linux, x86-64, Python 3.12.
+gpu-wheels: .venv/installed
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version 3.12 --implementation cp \
+		--platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 --requirement benchmarks/gpu_wheels.txt --dest benchmarks/wheels
+	@du --human-readable --summarize benchmarks/wheels
+
 .venv/installed: pyproject.toml constraints.txt
 	@echo "creating .venv and installing yoco-u (a minute or two)"
 	$(PYTHON) -m venv .venv
@@ -34,4 +40,4 @@ benchmarks: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv runs datasets
+	rm -rf .venv runs datasets benchmarks/wheels
