@@ -44,7 +44,7 @@ def split(lengths: Tensor, capacity: int, tile: int = 128) -> SplitPlan:
         seeds,
         st.sampled_from(DTYPES),
         st.sampled_from(CACHES),
-        st.sampled_from([16, 32, 40, 64, 128]),
+        st.sampled_from([8, 16, 40, 64, 128]),
         st.integers(1, 8),
         st.integers(1, 2),
         st.lists(st.one_of(st.integers(0, 40), st.integers(0, 500)), min_size=1, max_size=3),
