@@ -22,15 +22,19 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from gpu_phases.wheels import use_wheels  # noqa: E402
+from gpu_phases.wheels import CannotInstall, use_wheels  # noqa: E402
 
 
 def main() -> int:
     chosen = _arguments()
-    with use_wheels(HERE / "wheels"):
-        from gpu_phases.session import run_phases
+    try:
+        with use_wheels(HERE / "wheels"):
+            from gpu_phases.session import run_phases
 
-        return run_phases(chosen.phases, chosen.out, chosen.results, chosen.minutes * 60, chosen.dry)
+            return run_phases(chosen.phases, chosen.out, chosen.results, chosen.minutes * 60, chosen.dry)
+    except CannotInstall as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _arguments() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 import time
 import zipfile
@@ -213,6 +214,15 @@ def test_wheels_come_before_what_is_installed(tmp_path: Path, monkeypatch: pytes
     assert sys.path == before
     with wheels.use_wheels(tmp_path / "nowhere"):
         assert sys.path == before
+    (tmp_path / "carried_along-1.0-py3-none-any.whl").rename(tmp_path / "carried_along-1.0-cp399-cp399-any.whl")
+    with pytest.raises(wheels.CannotInstall, match=r"do not fit .*not a supported wheel"), wheels.use_wheels(tmp_path):
+        pass
+
+
+def test_before_the_wheels_nothing_is_imported_that_needs_them() -> None:
+    code = "import sys, gpu_phases.wheels; sys.exit(any(name in sys.modules for name in ('yoco_u', 'wrapt', 'pydantic')))"
+    folder = Path(wheels.__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder, check=False).returncode == 0
 
 
 def test_a_worker_whose_gpu_broke_ends(monkeypatch: pytest.MonkeyPatch) -> None:
