@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from yoco_u.cli.arguments import check_can_be_written, whole_numbers
-from yoco_u.cli.output import note
+from yoco_u.cli.output import note, stops_cleanly
 from yoco_u.errors import UserError
 
 _DEFAULT = ("yoco_u", "yoco", "transformer", "rins")
@@ -122,7 +122,8 @@ def _plan_experiment(file: Path, overrides: list[str], hardware: str, json: Path
         rate = assumed_rate(hardware)
         machine = find_hardware(hardware, runs[0].config.training.dtype)
         basis = f"{ASSUMED_SHARE:.0%} of {number(machine.gemm / 1e12)} TFLOP/s, the peak of {machine.name}, are assumed"
-    times = predict(runs, rate)
+    with stops_cleanly():
+        times = predict(runs, rate)
     wide = max(len(run.name) for run in runs)
     print(f"{'run':<{wide}}      FLOPs  minutes")
     for time in times:
