@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from yoco_u.inference.kernels import varlen
 from yoco_u.model import backend, gpu_attention, modeling, segments
 from yoco_u.training import forward
 
@@ -49,7 +50,8 @@ def varlen_attn(
 
 def use_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make models on the CPU go the way of GPUs, in any dtype: flash attention, and no look at values."""
-    monkeypatch.setattr(backend, "runs_flash", lambda device, dtype, head_dim: True)
+    for module in (backend, varlen):
+        monkeypatch.setattr(module, "runs_flash", lambda device, dtype, head_dim: True)
     monkeypatch.setattr(gpu_attention, "varlen_attn", varlen_attn)
     monkeypatch.setattr(gpu_attention, "_NAMES_GROUPED_HEADS", False)
     for module in (modeling, segments, forward):

@@ -1,16 +1,22 @@
 """The engine as it runs on a GPU, here on the CPU: its own backend and plans, decode steps recorded and replayed.
 
-Each kernel is one operator by the direct formulas, and chunks attend sequence by sequence; tests of their own are for the real
-ones.
+Each kernel is one operator by the direct formulas, and flash attention the stand-in of `flash.py`; `interpreted_engine.py` runs
+the engine on the Triton kernels themselves.
 """
 
+import os
+import subprocess
+import sys
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_runs import KINDS_OF_PRESET, VARIANTS, WINDOW, generated, greedy, output, prompt, run
 from engine_runs import engine as make_engine
+from flash import use_flash
 from graph_recorder import GraphRecorder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -54,6 +60,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> GraphRecorder:
     )
     monkeypatch.setattr(gpu_backend, "retention_step", retention_step)
     monkeypatch.setattr("yoco_u.inference.kv_cache.store_rows", store_rows)
+    use_flash(monkeypatch)
     return found
 
 
@@ -111,3 +118,12 @@ def test_every_batch_has_a_bucket(largest: int) -> None:
     sizes = buckets(largest)
     assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == largest
     assert all(next(size for size in sizes if size >= n) < 2 * n + 16 for n in range(1, largest + 1))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_the_engine_on_the_kernels_in_the_interpreter() -> None:
+    tests = Path(__file__).with_name("interpreted_engine.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "YOCO_U_KERNELS": "off"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr

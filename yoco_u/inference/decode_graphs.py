@@ -191,7 +191,7 @@ class DecodeGraphs:
 
     def _arrays(self, slices: Sequence[SequenceSlice], ids: list[int]) -> dict[str, NDArray[Any]]:
         """What changes from step to step, padded to all rows; padding has no loops, sees no token and is written nowhere."""
-        shape, size, missing = self.cache.shape, self.cache.shape.block_size, self.rows - len(slices)
+        shape, size = self.cache.shape, self.cache.shape.block_size
         arrays = decode_arrays(slices, shape)
         positions, seats = arrays["lengths"].astype(np.int64) - 1, arrays["seats"]
         page_slots = self.tables.host.numpy()[seats, positions // size].astype(np.int64) * size + positions % size
@@ -206,6 +206,11 @@ class DecodeGraphs:
             "page_slots": np.where(positions < written, -1, page_slots),
             "ring_slots": seats * window + positions % window,
         }
-        padded = {name: np.pad(array, (0, missing)) for name, array in arrays.items()}
-        padded |= {name: np.pad(array, (0, missing), constant_values=-1) for name, array in slots.items()}
-        return padded | plan_splits(padded["lengths"].astype(np.int32), self.capacity)
+        padded = {name: self._padded(array, 0) for name, array in arrays.items()}
+        padded |= {name: self._padded(array, -1) for name, array in slots.items()}
+        return padded | plan_splits(padded["lengths"], self.capacity)
+
+    def _padded(self, array: NDArray[Any], value: int) -> NDArray[Any]:
+        found = np.full(self.rows, value, array.dtype)  # np.pad does the same at ten times the cost
+        found[: len(array)] = array
+        return found
