@@ -42,7 +42,7 @@ PHASES = (
     Phase("machine", 60, 5),
     Phase("correctness", 170, 20),
     Phase("tables", 220, 25),
-    Phase("profiling", 50, 15),
+    Phase("profiling", 70, 15),
     Phase("training", 130, 25),
     Phase("peers", 90, 20),
     Phase("text", 480, 60),
