@@ -36,8 +36,8 @@ def chunk_loss(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor,
     loss = (normalizer - exact.gather(-1, at)).masked_fill(ignored[:, None], 0).sum()
     if not gradient:
         return loss, None
-    probabilities = (exact - normalizer).exp()
-    off = probabilities.scatter_add(-1, at, -torch.ones_like(probabilities[:, :1]))
+    hit = at == torch.arange(logits.shape[-1], device=logits.device)  # compared, not scattered: that fuses into one kernel
+    off = (exact - normalizer).exp() - hit.to(exact.dtype)
     return loss, off.masked_fill(ignored[:, None], 0).to(logits.dtype)
 
 
