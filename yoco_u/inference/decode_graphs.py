@@ -42,7 +42,7 @@ def cuda_graphs(device: torch.device) -> Capture:
 
     def capture(function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             function()
         return graph.replay
 
