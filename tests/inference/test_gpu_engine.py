@@ -20,11 +20,13 @@ from flash import use_flash
 from graph_recorder import GraphRecorder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import architecture
 from test_engine_properties import VARIANTS as PROPERTY_VARIANTS
 from test_engine_properties import Arrival, arrivals, engines, serve
 from torch import Tensor
 
-from yoco_u.inference import Engine, gpu_backend, runner
+from yoco_u.budget import bytes_per_kv_element, cache_bytes
+from yoco_u.inference import Engine, EngineSettings, gpu_backend, runner
 from yoco_u.inference.decode_graphs import buckets
 from yoco_u.inference.kernels import direct
 
@@ -111,6 +113,20 @@ def test_a_graph_is_recorded_once_for_each_bucket_and_segment(recorder: GraphRec
 def test_traffic(recorder: GraphRecorder, variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -> None:
     """Prefix cache, snapshots, preemption, aborts, several outputs, scored prompts, loop counts: all at once."""
     serve(variant, chosen, traffic)
+
+
+def test_defaults_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, a = torch.device("cuda"), architecture("yoco_u")
+    chosen = EngineSettings(max_num_seqs=3, kv_dtype="bfloat16", dtype="bfloat16").on_device(cuda)
+    assert (chosen.max_num_seqs, chosen.max_batched_tokens) == (3, 8192)
+    assert EngineSettings().on_device(cuda).max_num_seqs == 64
+    assert EngineSettings().on_device(torch.device("cpu")) == EngineSettings()
+    for free, most in ((80 * 2**30, 0.8 * 80 * 2**30), (2**30, 2**29)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        shape = chosen.cache_shape(a, cuda)
+        tokens = shape.num_blocks * shape.block_size
+        bytes_ = cache_bytes(a, tokens, 3, shape.window or 0, bytes_per_kv_element(a, "bfloat16"))
+        assert 0.9 * (most - 2**31 if free > 2**32 else most) < bytes_ <= most
 
 
 @pytest.mark.parametrize("largest", [1, 2, 3, 16, 17, 64, 100])

@@ -39,17 +39,21 @@ def serve(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     cache_tokens: Annotated[
-        int | None, typer.Option("--cache-tokens", help="Tokens of all requests together. \\[default: what 1 GiB holds]")
+        int | None,
+        typer.Option("--cache-tokens", help="Tokens of all requests together. \\[default: what 1 GiB holds, or most of a GPU]"),
     ] = None,
     max_model_len: Annotated[int | None, typer.Option("--max-model-len", help="Tokens of one request.")] = None,
-    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help="Outputs that run at once.")] = 16,
+    max_num_seqs: Annotated[
+        int | None, typer.Option("--max-num-seqs", help="Outputs that run at once. \\[default: 16, on a GPU 64]")
+    ] = None,
     max_batched_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--max-batched-tokens",
-            help="Tokens of one step. Fewer let a short request begin sooner while a long prompt is read.",
+            help="Tokens of one step. Fewer let a short request begin sooner while a long prompt is read. "
+            "\\[default: 64, on a GPU 8192]",
         ),
-    ] = 64,
+    ] = None,
     max_waiting: Annotated[int | None, typer.Option("--max-waiting", help="Outputs that may wait. \\[default: 256]")] = None,
     max_body_bytes: Annotated[
         int | None, typer.Option("--max-body-bytes", help="Bytes of one HTTP request. \\[default: 8 MiB]")
@@ -102,7 +106,7 @@ def serve(
     listen = parse(Listen, {"host": host, "port": port, "certificate": certificate, "key": key}, "options")
     engine = _engine(
         model, device, dtype=dtype, weights=weights, kv_dtype=kv_dtype, num_loops=num_loops, cache_tokens=cache_tokens,
-        max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_batched_tokens=max(max_batched_tokens, max_num_seqs),
+        max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
     )  # fmt: skip
     if host not in ("127.0.0.1", "::1", "localhost") and not keys:
         typer.echo("anybody who reaches this address can use the model; --api-key-file asks for keys", err=True)
@@ -112,9 +116,13 @@ def serve(
 
 
 def _engine(model: Path, device: str, **settings: Any) -> "Engine":
+    from yoco_u.device import find_device
     from yoco_u.inference import LLM
 
-    return LLM(model, device=device, **settings).engine
+    given = {name: value for name, value in settings.items() if value is not None}
+    if "max_batched_tokens" in given or find_device(device).type == "cpu":
+        given["max_batched_tokens"] = max(given.get("max_batched_tokens", 64), given.get("max_num_seqs", 16))
+    return LLM(model, device=device, **given).engine
 
 
 def _keys(given: list[str], file: Path | None) -> list[str]:

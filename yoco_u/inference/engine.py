@@ -57,6 +57,7 @@ class Engine:
 
     def __init__(self, model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast | None, settings: EngineSettings) -> None:
         self.architecture = model.config.architecture
+        settings = settings.on_device(model.device)
         self.settings, self.tokenizer = settings, tokenizer
         self.num_loops = settings.num_loops or self.architecture.num_loops
         if settings.num_loops is None:

@@ -13,6 +13,10 @@ from yoco_u.inference.kv_cache import CacheShape
 
 DEFAULT_CACHE_BYTES = 2**30
 
+_GPU_DEFAULTS = {"max_num_seqs": 64, "max_batched_tokens": 8192}
+_GPU_CACHE_SHARE = 0.8  # of the memory that the weights leave, by default
+_GPU_RESERVE_BYTES = 2**31  # beside the caches, for what a step computes
+
 
 class EngineSettings(Config):
     """Settings of an engine.
@@ -22,12 +26,12 @@ class EngineSettings(Config):
         weights: int8 keeps the weights of linear layers as 8-bit whole numbers, with one scale for each output; see `quantize`.
         kv_dtype: data type of the caches; as `dtype` by default.
         num_loops: T of requests that name none; the model's own by default.
-        cache_tokens: tokens that the paged caches hold, all requests together; by default as many as 1 GiB holds, and at least
-            `max_model_len`.
+        cache_tokens: tokens that the paged caches hold, all requests together; by default as many as 1 GiB holds, or on a GPU
+            four fifths of the memory that the weights leave, and at least `max_model_len`.
         max_model_len: most tokens of one request, prompt and output together; by default as many as the cache holds.
-        max_num_seqs: how many requests run at once.
+        max_num_seqs: how many requests run at once; on a GPU 64 by default.
         max_batched_tokens: most tokens of one step, over all requests. Fewer let running requests have their next token sooner
-            while a prompt is computed; more make a long prompt a little faster.
+            while a prompt is computed; more make a long prompt a little faster. On a GPU 8192 by default.
         block_size: tokens in a block of the paged caches.
         prefix_caching: compute common beginnings of prompts once, and share their blocks.
         snapshot_bytes: memory for the window states that cached prefixes need.
@@ -44,6 +48,11 @@ class EngineSettings(Config):
     block_size: PositiveInt = 64
     prefix_caching: bool = True
     snapshot_bytes: NonNegativeInt = 2**28
+
+    def on_device(self, device: torch.device) -> "EngineSettings":
+        """These settings, with the defaults of a device for what was not set."""
+        defaults = {} if device.type == "cpu" else _GPU_DEFAULTS
+        return self.model_copy(update={name: value for name, value in defaults.items() if name not in self.model_fields_set})
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype that weights and activations have on a device."""
@@ -65,13 +74,21 @@ class EngineSettings(Config):
         else:
             seats = cache_bytes(a, 0, self.max_num_seqs, a.window or 0, element)
             block = cache_bytes(a, self.block_size, 0, 0, element)
-            blocks = (DEFAULT_CACHE_BYTES - seats) // block if block else 2**20 // self.block_size
+            bytes_ = _default_cache_bytes(device)
+            blocks = (bytes_ - seats) // block if block else 2**20 // self.block_size
             blocks = max(blocks, -(-(self.max_model_len or 0) // self.block_size))
         if blocks < 1:
             raise UserError(
-                f"the caches of {self.max_num_seqs} sequences leave no room for a block in {DEFAULT_CACHE_BYTES >> 20} MiB; "
+                f"the caches of {self.max_num_seqs} sequences leave no room for a block in {bytes_ >> 20} MiB; "
                 "set cache_tokens, or lower max_num_seqs"
             )
         longest = min(self.max_model_len or blocks * self.block_size, blocks * self.block_size)
         window = min(a.window, longest) if a.window else None
         return CacheShape(blocks, self.block_size, self.max_num_seqs, window, kind)
+
+
+def _default_cache_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return DEFAULT_CACHE_BYTES
+    free = torch.cuda.mem_get_info(device)[0]
+    return max(int(_GPU_CACHE_SHARE * free) - _GPU_RESERVE_BYTES, min(DEFAULT_CACHE_BYTES, free // 2))
