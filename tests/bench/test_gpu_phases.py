@@ -31,8 +31,8 @@ from hypothesis import strategies as st
 
 from yoco_u.architecture import STAGES, preset
 from yoco_u.bench import run as run_module
+from yoco_u.bench.cases import Decode, Prefill
 from yoco_u.bench.ceilings import Ceilings
-from yoco_u.device import find_device
 from yoco_u.errors import UserError
 from yoco_u.inference.runner import Runner
 from yoco_u.model import gpu_attention
@@ -128,14 +128,30 @@ def test_the_engine_of_a_gpu_with_and_without_graphs(monkeypatch: pytest.MonkeyP
     assert found["error"] == found["sequences_that_differ"] == 0
 
 
-def test_tables_and_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "measure_ceilings", lambda dtype, device: Ceilings(1e12, 1e10))
     found = figures(tables.run, tmp_path)
     assert set(found) == {"yoco_u, prefill 2048", "yoco_u, decode 32, batch 2"}
     for figure in found.values():
         assert figure["tokens_per_second"] > 0 and figure["peak_bytes"] > 0 and len(figure["seconds"]) == 1
-    found = figures(peers.run, tmp_path)  # in the same file: what is measured already stays
-    assert set(found) > {"yoco_u, prefill 2048", "llama in transformers, decode 32, batch 2"}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_peers(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H100, which has room for fewer sequences than the paper's batch; the longest prompt comes last."""
+    measured: dict[str, list[Any]] = {}
+    monkeypatch.setattr(peers, "measure", lambda record, settings, engine, cases: measured.update({engine.name: cases}))
+    monkeypatch.setattr(peers, "find_device", lambda name: torch.device(name))
+    monkeypatch.setattr(tables, "find_device", lambda name: torch.device(name))
+    monkeypatch.setattr(peers, "memory_bytes", lambda device: 79 * 2**30)
+    peers.run(Record(Path("nowhere")), FULL if on_gpu else SMALL)
+    if not on_gpu:
+        assert list(measured) == ["llama in transformers"]
+        return
+    cases = measured["llama in transformers"]
+    assert [case.batch for case in cases if isinstance(case, Decode)] == [32, 32, 15, 4]
+    assert cases[-1] == Prefill(262144)
+    assert measured["llama in transformers, compiled"] == [Decode(16384, 32, 32)]
 
 
 def test_cases_that_are_measured_load_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +273,3 @@ def test_figures_of_two_cards_are_not_mixed(tmp_path: Path) -> None:
     record.keep("environment", {"device_name": "NVIDIA H200"})
     with pytest.raises(UserError, match=r"holds figures of NVIDIA H200, but this is .*; give another --out"):
         machine.check_device("cpu", record)
-
-
-def test_the_device_of_the_toy_is_here() -> None:
-    assert find_device(TOY.device).type == "cpu"
