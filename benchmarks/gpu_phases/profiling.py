@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from gpu_phases.record import Figure, Record
 from gpu_phases.scale import Scale
 from yoco_u.architecture import preset
-from yoco_u.bench.timed_engine import GPU_CHUNK, TimedEngine
+from yoco_u.bench.timed_engine import TimedEngine
 from yoco_u.device import find_device, synchronize
 
 KERNELS = 30
@@ -22,12 +22,12 @@ _WARM_STEPS = 6  # the second decode step of a batch records its CUDA graphs
 
 def run(record: Record, scale: Scale) -> None:
     device, contexts = find_device(scale.device), scale.contexts
-    chunk = min(GPU_CHUNK, contexts[0])
     context = max(c for c in contexts if c <= 65536)
     timed = TimedEngine(
         preset("yoco_u", scale.size), model=None, dtype="bfloat16", weights="bfloat16", num_loops=None, device=scale.device,
         cache_tokens=scale.batch * (contexts[-1] + 2 * _WARM_STEPS), sequences=scale.batch, block_size=scale.block_size,
     )  # fmt: skip
+    chunk = min(timed.engine.settings.max_batched_tokens, contexts[0])
     for length in dict.fromkeys((contexts[0], context, contexts[-1])):
         name = f"decode step, batch {scale.batch}, context {length}"
         record.measure(name, partial(_decode, timed, device, scale.batch, length))

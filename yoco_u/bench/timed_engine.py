@@ -13,14 +13,9 @@ from yoco_u.model import YocoUConfig, YocoUForCausalLM
 WARM_STEPS = 4
 """Decode steps that run before those that are timed."""
 
-GPU_CHUNK = 8192
-"""The most tokens of a step on a GPU."""
-
 
 class TimedEngine:
     """One model in our engine, with the default settings, but caches as large as the cases need and no prefix cache.
-
-    On a GPU prompts run in chunks of 8192 tokens, since matrix products of fewer tokens do not keep it busy.
 
     Args:
         architecture: shape of the model, whose weights are random unless `model` is given.
@@ -65,7 +60,6 @@ class TimedEngine:
                 "block_size": block_size,
                 "max_num_seqs": sequences,
                 "prefix_caching": False,
-                **({} if self.device.type == "cpu" else {"max_batched_tokens": GPU_CHUNK}),
             }
         )
         self.engine = Engine(loaded.eval().to(self.device), None, settings)
