@@ -49,14 +49,14 @@ class StaticArrays:
 
 
 def _packed(arrays: Arrays) -> NDArray[np.uint8]:
-    parts = []
+    parts = [np.zeros(_ALIGNED, np.uint8)]  # torch cannot view no bytes at all as another dtype
     for array in arrays.values():
         parts += [np.ascontiguousarray(array).reshape(-1).view(np.uint8), np.zeros(-array.nbytes % _ALIGNED, np.uint8)]
     return np.concatenate(parts)
 
 
 def _views(packed: Tensor, arrays: Arrays) -> dict[str, Tensor]:
-    found, begin = {}, 0
+    found, begin = {}, _ALIGNED
     for name, array in arrays.items():
         found[name] = packed[begin : begin + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
         begin += array.nbytes + -array.nbytes % _ALIGNED
