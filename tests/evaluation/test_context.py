@@ -11,7 +11,7 @@ from yoco_u.data import train_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.evaluation.context import context_scores, take_texts, text_losses
 from yoco_u.inference import LLM, RequestOutput, SamplingParams, TokenLogprobs
-from yoco_u.inference.sampler import Logprob
+from yoco_u.inference.logprobs import Logprob
 
 PREFIXES, LAST = (1, 5, 16, 40), 12
 

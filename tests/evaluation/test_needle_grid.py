@@ -15,7 +15,7 @@ from yoco_u.errors import UserError
 from yoco_u.evaluation.needle_grid import NeedleScore, NeedleSettings, needle_grid, recall
 from yoco_u.evaluation.needles import KINDS, generate_needle
 from yoco_u.inference import LLM, Completion, RequestOutput, SamplingParams, TokenLogprobs
-from yoco_u.inference.sampler import Logprob
+from yoco_u.inference.logprobs import Logprob
 
 TEXT = "".join(f"def täglich_{i}(x, y):\n    return x * {i} + y  # and some more words\n\n" for i in range(120))
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from yoco_u.data import END_OF_TEXT, train_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.inference.constraints import GrammarCompiler
-from yoco_u.inference.sampler import SamplerState, sample
+from yoco_u.inference.sampler import sample
+from yoco_u.inference.sampler_state import SamplerState
 from yoco_u.inference.sampling_params import SamplingParams
 
 TEXTS = [

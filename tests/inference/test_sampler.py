@@ -18,8 +18,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from yoco_u.inference.sampler import SamplerState, allowed, filtered, penalized, sample, score
+from yoco_u.inference.logprobs import score
+from yoco_u.inference.packed_upload import upload_arrays
+from yoco_u.inference.sampler import sample, step_arrays
+from yoco_u.inference.sampler_state import SamplerState
 from yoco_u.inference.sampling_params import SamplingParams
+from yoco_u.inference.token_filters import allowed, filtered, penalized
 
 EOS = 0
 
@@ -69,7 +73,9 @@ def reference(logits: Tensor, params: SamplingParams, prompt: list[int], output:
 
 
 def distribution(logits: Tensor, states: list[SamplerState]) -> Tensor:
-    weights = filtered(allowed(penalized(logits, states), states), [one.params for one in states])
+    arrays = step_arrays(states, logits.shape[-1])
+    given = upload_arrays(arrays, logits.device)
+    weights = filtered(allowed(penalized(logits, given), given), arrays, given)
     return weights / weights.sum(-1, keepdim=True)
 
 

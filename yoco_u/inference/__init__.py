@@ -6,8 +6,8 @@ Start at `engine.py`: a step is schedule, run, sample. What blocks hand their ke
 
 from yoco_u.inference.engine import Engine
 from yoco_u.inference.llm import LLM
+from yoco_u.inference.logprobs import Logprob
 from yoco_u.inference.outputs import Completion, RequestOutput, TokenLogprobs, Update
-from yoco_u.inference.sampler import Logprob
 from yoco_u.inference.sampling_params import SamplingParams
 from yoco_u.inference.settings import EngineSettings
 

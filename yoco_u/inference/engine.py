@@ -10,18 +10,21 @@ from transformers import PreTrainedTokenizerFast
 from yoco_u.architecture import Architecture
 from yoco_u.budget import bytes_per_kv_element, cache_bytes
 from yoco_u.data import DocumentEncoder
+from yoco_u.device import upload
 from yoco_u.errors import UserError
 from yoco_u.inference.constraints import GrammarCompiler
 from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.inference.gpu_layers import fuse_layers
 from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.inference.kv_cache import CacheShape
+from yoco_u.inference.logprobs import score
 from yoco_u.inference.outputs import Completion, RequestOutput, TokenLogprobs, Update
 from yoco_u.inference.prepacking import can_prepack, prepack
 from yoco_u.inference.quantization import quantize
 from yoco_u.inference.request import Request
 from yoco_u.inference.runner import Runner
-from yoco_u.inference.sampler import Sampled, SamplerState, sample, score
+from yoco_u.inference.sampler import Sampled, sample
+from yoco_u.inference.sampler_state import SamplerState
 from yoco_u.inference.sampling_params import SamplingParams
 from yoco_u.inference.scheduler import Chunk, Scheduler
 from yoco_u.inference.settings import EngineSettings
@@ -257,9 +260,10 @@ class Engine:
     def _score_prompt(self, output: _Output, chunk: Chunk, logits: torch.Tensor) -> None:
         found, top = output.parent.prompt_logprobs, output.request.params.prompt_logprobs
         assert found is not None and top is not None
-        targets = torch.tensor(output.request.prompt[chunk.end - len(logits) + 1 : chunk.end + 1], device=logits.device)
-        if len(targets):
-            found += [TokenLogprobs(*one) for one in score(logits[: len(targets)], targets, top)]
+        targets = output.request.prompt[chunk.end - len(logits) + 1 : chunk.end + 1]
+        if targets:
+            scored = score(logits[: len(targets)], upload(targets, logits.device), top)
+            found += [TokenLogprobs(*one) for one in scored]
 
     def _release_siblings(self) -> None:
         """Queue the other outputs of a prompt once the first output has computed it, so that they find the prompt cached."""

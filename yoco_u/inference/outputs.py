@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from yoco_u.errors import UserError
-from yoco_u.inference.sampler import Logprob
+from yoco_u.inference.logprobs import Logprob
 
 
 @dataclass(frozen=True)
