@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gpu_phases import conductor, report, session, wheels
 from gpu_phases.conductor import Conductor, Phase
 from gpu_phases.record import Record
 from gpu_phases.targets import DECODE
+from packaging.requirements import Requirement
 from rich.console import Console
 
 SCRIPT = """\
@@ -223,6 +225,19 @@ def test_before_the_wheels_nothing_is_imported_that_needs_them() -> None:
     code = "import sys, gpu_phases.wheels; sys.exit(any(name in sys.modules for name in ('yoco_u', 'wrapt', 'pydantic')))"
     folder = Path(wheels.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=folder, check=False).returncode == 0
+
+
+def test_wheels_are_of_the_versions_tested_and_need_no_others() -> None:
+    root = Path(report.__file__).parents[2]
+    tested, carried = (
+        dict(line.split("==") for line in (root / name).read_text().splitlines() if "==" in line)
+        for name in ("constraints.txt", "benchmarks/gpu_wheels.txt")
+    )
+    for name in ("pydantic", "wrapt"):
+        assert carried[name] == tested[name]
+        for need in map(Requirement, requires(name) or []):
+            if need.marker is None or need.marker.evaluate({"extra": ""}):
+                assert carried[need.name.replace("_", "-")] in need.specifier
 
 
 def test_a_worker_whose_gpu_broke_ends(monkeypatch: pytest.MonkeyPatch) -> None:
