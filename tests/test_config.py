@@ -33,7 +33,7 @@ def test_a_file_that_is_no_mapping_is_one_line(text: str, tmp_path: Path) -> Non
         load_yaml(file)
 
 
-@pytest.mark.parametrize("override", ["steps", "=3", "a=[", "a.b.c=1"])
+@pytest.mark.parametrize("override", ["steps", "=3", "a.=3", "a..b=3", "a=[", "a.b.c=1"])
 def test_a_bad_override_is_one_line(override: str) -> None:
     with pytest.raises(UserError, match=r"^override [^\n]+$"):
         apply_overrides({"a": {"b": 1}}, [override])

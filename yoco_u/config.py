@@ -87,11 +87,12 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
     """Return `data` with dotted overrides such as `training.steps=100` applied; values are YAML.
 
     Raises:
-        UserError: if an override is not of the form `key=value`, or names a key inside something that is no mapping.
+        UserError: if an override is not of the form `key=value`, or its key has an empty part or leads through
+            something that is no mapping.
     """
     for override in overrides:
         dotted, separator, text = override.partition("=")
-        if not separator or not dotted:
+        if not separator or not all(dotted.split(".")):
             raise UserError(f"override {override!r}: expected key=value, such as training.steps=100")
         try:
             value = yaml.load(text, _Loader)
