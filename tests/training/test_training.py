@@ -170,7 +170,7 @@ def test_experts_are_balanced_by_the_load_of_the_step(dataset: Path, tmp_path: P
 
 
 def test_what_does_not_fit_is_refused(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokenizer has .* tokens but the model's vocab_size is 96"):
+    with pytest.raises(UserError, match=r"tokenizer has .* model's vocab_size is 96; set architecture\.vocab_size to at"):
         train(run_config(dataset, architecture={"vocab_size": 96}), tmp_path / "vocabulary", progress=False)
     with pytest.raises(UserError, match="no prepared dataset here"):
         train(run_config(tmp_path / "nothing"), tmp_path / "dataset", progress=False)

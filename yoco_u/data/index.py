@@ -122,5 +122,6 @@ def check_vocabulary(index: DatasetIndex, vocab_size: int) -> None:
     if index.vocab_size > vocab_size:
         raise UserError(
             f"{index.folder / INDEX}: the tokenizer has {index.vocab_size} tokens but the model's vocab_size is "
-            f"{vocab_size}; set the model's to at least {index.vocab_size} or prepare with a smaller vocabulary"
+            f"{vocab_size}; set architecture.vocab_size to at least {index.vocab_size} or "
+            "prepare with a smaller data.vocab_size"
         )
