@@ -78,7 +78,8 @@ def _existing(config: DataConfig, out: Path, console: Console) -> DatasetIndex |
     if index.config != config:
         differ = "; ".join(f"{key} {old!r}, now {new!r}" for key, old, new in differences(index.config, config))
         raise UserError(f"{out}: holds a dataset of another config ({differ}); choose another folder or remove it")
-    console.print(f"Using the dataset in {out}, prepared before from this config; remove it to read the corpus anew.")
+    reused = f"Using the dataset in {out}, prepared before from this config; remove it to read the corpus anew."
+    console.print(reused, soft_wrap=True)
     return index
 
 
