@@ -16,6 +16,9 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: curves, comparison, samples, settings.
 
+    The page compares two runs or more in tables, and draws their curves into
+    the same plots. A run that is not finished is shown as far as it came.
+
     [bold]Examples[/bold]
 
       yoco-u report runs/8m
