@@ -70,6 +70,11 @@ def cxx_compiler() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware. Elsewhere it is emulated, which is much slower than float32."""
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+
+
 def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
     """FLOP/s of square matrix products on a device: that of the fastest product.
 

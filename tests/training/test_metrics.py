@@ -56,6 +56,18 @@ def test_the_records_of_a_run(run: Path, dataset: Path) -> None:
     assert steps[1]["learning_rate"] == 3e-3
 
 
+@pytest.mark.parametrize(("dtype", "in_hardware", "warned"), [
+    ("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False),
+])  # fmt: skip
+def test_slow_bfloat16_is_said(
+    dtype: str, in_hardware: bool, warned: bool, dataset: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: in_hardware)
+    train(run_config(dataset, steps=1, dtype=dtype, optimizer_warmup_steps=0, device="cpu"), tmp_path)
+    assert ("training.dtype=float32 is faster" in capsys.readouterr().err) == warned
+
+
 def test_the_first_loss_is_that_of_a_model_that_knows_nothing(run: Path) -> None:
     assert read_metrics(run)[0]["loss"] == pytest.approx(math.log(300), rel=0.02)
 

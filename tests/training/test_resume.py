@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from training_runs import STEPS, deterministic, run_config, start
 
 from yoco_u.errors import UserError
-from yoco_u.training import RunConfig, train
+from yoco_u.training import RunConfig, TrainingInterrupted, train
 from yoco_u.training.metrics import METRICS, MetricsWriter
 from yoco_u.training.step import StepResult, TrainingStep
 
@@ -95,6 +95,20 @@ def test_the_second_signal_acts_at_once(dataset: Path, tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         train(run_config(dataset), tmp_path, progress=False)
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    monkeypatch.undo()
+    assert train(run_config(dataset), tmp_path, progress=False)["steps"] == STEPS
+
+
+def test_a_step_that_fails_because_of_the_signal_is_an_interruption(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiler_killed(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("CppCompileError: pages of output")
+
+    monkeypatch.setattr(TrainingStep, "gradients", compiler_killed)
+    with pytest.raises(TrainingInterrupted, match=r"stopped in step 1 of 6; .* continue from the beginning"):
+        train(run_config(dataset), tmp_path, progress=False)
     monkeypatch.undo()
     assert train(run_config(dataset), tmp_path, progress=False)["steps"] == STEPS
 

@@ -8,6 +8,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from yoco_u.architecture import Architecture
 from yoco_u.budget import KVType, bytes_per_kv_element, cache_bytes
 from yoco_u.config import Config
+from yoco_u.device import multiplies_bfloat16
 from yoco_u.errors import UserError
 from yoco_u.inference.kv_cache import CacheShape
 
@@ -58,8 +59,7 @@ class EngineSettings(Config):
         """The dtype that weights and activations have on a device."""
         if self.dtype != "auto":
             return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
     def cache_shape(self, a: Architecture, device: torch.device) -> CacheShape:
         """The caches' shape for a model.

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from yoco_u import budget
 from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
-from yoco_u.device import environment, gemm_rate, peak_memory_bytes
+from yoco_u.device import environment, gemm_rate, multiplies_bfloat16, peak_memory_bytes
 from yoco_u.errors import UserError
 from yoco_u.files import write_json
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
@@ -41,7 +41,7 @@ class TrainingDiverged(UserError):  # noqa: N818
 
 
 class TrainingInterrupted(UserError):  # noqa: N818
-    """A signal asked the run to stop, and it stopped with a checkpoint to continue from."""
+    """A signal asked the run to stop, and it stopped; the same command continues it."""
 
 
 def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[str, Any]:
@@ -154,6 +154,8 @@ class _Run:
         with progress_report(self.config.name, self.state.step, steps, self.progress) as self.reporter:
             if self.saved is not None:
                 self.reporter.say(f"continuing from {self.saved}")
+            if self.config.training.dtype == "bfloat16" and not multiplies_bfloat16(self.distributed.device):
+                self.reporter.say("bfloat16 is slow without hardware for it; a new run with training.dtype=float32 is faster")
             yield
 
     def _loop(self, stop: "_Stop") -> None:
@@ -161,7 +163,16 @@ class _Run:
         loader = BatchLoader(self.dataset, training.batch_rows, self.distributed.rank, self.distributed.world_size)
         batches = loader.iterate(self.state.step)
         while self.state.step < training.steps:
-            self._step(batches)
+            try:
+                self._step(batches)
+            except RuntimeError:
+                if stop.signal is None:
+                    raise
+                # Ctrl-C also ends the C++ compiler of torch.compile, which fails with pages of its output.
+                raise TrainingInterrupted(
+                    f"stopped in step {self.state.step + 1} of {training.steps}; run the same command again to continue from "
+                    f"{self.saved or 'the beginning'}"
+                ) from None
             last = self.state.step == training.steps
             if last or self.state.step % training.evaluate_every == 0:
                 self._evaluate()
