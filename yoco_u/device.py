@@ -6,7 +6,9 @@ The rate of matrix products is the denominator of MFU; the benchmark's shares an
 import os
 import platform
 import shutil
+import sys
 import time
+import warnings
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +36,7 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
         UserError: if there is no such device.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if _has_gpu() else "cpu"
     try:
         device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
         torch.empty(0, device=device)
@@ -43,6 +45,34 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
             f"device {name!r} cannot be used ({first_line(error)}); expected auto, cpu or a GPU of this machine"
         ) from None
     return device
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware. Elsewhere it is emulated, which is much slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def check_bfloat16(device: torch.device) -> None:
+    """Refuse a GPU that cannot multiply bfloat16 numbers.
+
+    Raises:
+        UserError: for compute capabilities below 8.0.
+    """
+    if device.type == "cuda" and not multiplies_bfloat16(device):
+        name, found = torch.cuda.get_device_name(device), ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise UserError(f"{name} has compute capability {found}, but bfloat16 needs 8.0; set dtype float32")
+
+
+def _has_gpu() -> bool:
+    """Whether torch can use a GPU. Where one is there that it cannot use, as when the driver is too old, a line says why."""
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        found = torch.cuda.is_available()
+    for warning in noted:
+        print(f"the GPU is not used: {str(warning.message).splitlines()[0]}", file=sys.stderr)
+    return found
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -68,11 +98,6 @@ def cxx_compiler() -> str | None:
     """
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
     return next(filter(None, map(shutil.which, names)), None)
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 in hardware. Elsewhere it is emulated, which is much slower than float32."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

@@ -16,6 +16,7 @@ from yoco_u.inference.constraints import GrammarCompiler
 from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.inference.gpu_layers import fuse_layers
 from yoco_u.inference.kernels.cpu import compiled
+from yoco_u.inference.kernels.gpu import require_triton
 from yoco_u.inference.kv_cache import CacheShape
 from yoco_u.inference.logprobs import score
 from yoco_u.inference.outputs import Completion, RequestOutput, TokenLogprobs, Update
@@ -60,6 +61,8 @@ class Engine:
 
     def __init__(self, model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast | None, settings: EngineSettings) -> None:
         self.architecture = model.config.architecture
+        if model.device.type == "cuda":
+            require_triton()
         settings = settings.on_device(model.device)
         self.settings, self.tokenizer = settings, tokenizer
         self.num_loops = settings.num_loops or self.architecture.num_loops
@@ -305,16 +308,22 @@ class Engine:
 def _check_memory(a: Architecture, shape: CacheShape, loops: int, allocated: int, device: torch.device) -> None:
     """Refuse caches that the machine has not the memory for."""
     tokens, looped = shape.num_blocks * shape.block_size, a.with_loops(loops)
-    needed = cache_bytes(looped, tokens, shape.max_num_seqs, shape.window or 0, bytes_per_kv_element(looped, shape.kind))
+
+    def bytes_of(tokens: int) -> int:
+        return cache_bytes(looped, tokens, shape.max_num_seqs, shape.window or 0, bytes_per_kv_element(looped, shape.kind))
+
+    needed = bytes_of(tokens)
     missing = needed - allocated
     if missing <= 0:
         return
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if missing > free:
+        a_block = bytes_of(shape.block_size) - bytes_of(0)
+        fit = (free + allocated - bytes_of(0)) // a_block * shape.block_size if a_block else 0
         raise UserError(
             f"caches of {tokens} tokens and {shape.max_num_seqs} sequences at {loops} loops need {needed >> 20} MiB, "
             f"{missing >> 20} more than are allocated, but {free >> 20} MiB are free; lower cache_tokens, max_num_seqs or "
-            "num_loops"
+            f"num_loops ({max(fit, 0)} tokens would fit)"
         )
 
 

@@ -8,7 +8,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from yoco_u.architecture import Architecture
 from yoco_u.budget import KVType, bytes_per_kv_element, cache_bytes
 from yoco_u.config import Config
-from yoco_u.device import multiplies_bfloat16
+from yoco_u.device import check_bfloat16, multiplies_bfloat16
 from yoco_u.errors import UserError
 from yoco_u.inference.kv_cache import CacheShape
 
@@ -56,7 +56,13 @@ class EngineSettings(Config):
         return self.model_copy(update={name: value for name, value in defaults.items() if name not in self.model_fields_set})
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype that weights and activations have on a device."""
+        """The dtype that weights and activations have on a device.
+
+        Raises:
+            UserError: if bfloat16 is asked for of a GPU that has none.
+        """
+        if self.dtype == "bfloat16":
+            check_bfloat16(device)
         if self.dtype != "auto":
             return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32

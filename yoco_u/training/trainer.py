@@ -18,7 +18,7 @@ from rich.console import Console
 
 from yoco_u import budget
 from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
-from yoco_u.device import environment, gemm_rate, multiplies_bfloat16, peak_memory_bytes
+from yoco_u.device import check_bfloat16, environment, gemm_rate, multiplies_bfloat16, peak_memory_bytes
 from yoco_u.errors import UserError
 from yoco_u.files import write_json
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
@@ -104,6 +104,8 @@ class _Run:
 
     def _build(self) -> None:
         config, training = self.config, self.config.training
+        if training.dtype == "bfloat16":
+            check_bfloat16(self.distributed.device)
         eot = self.index.eot_id
         self.model_config = YocoUConfig.from_architecture(
             config.architecture, initializer_range=config.initializer_range,

@@ -1,0 +1,77 @@
+"""GPUs that are missing or cannot do what is asked of them: one clear line each. Torch is made to say what it would there."""
+
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from models import architecture
+
+from yoco_u.device import check_bfloat16, find_device
+from yoco_u.errors import UserError
+from yoco_u.inference import EngineSettings
+from yoco_u.inference import engine as engine_module
+from yoco_u.inference.kernels import gpu
+
+CUDA = torch.device("cuda", 0)
+OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please update it."
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:7", "cuba"])
+def test_a_device_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, device: Any) -> None:
+        raise RuntimeError("Found no NVIDIA driver on your system.\nPlease check that you have an NVIDIA GPU.")
+
+    monkeypatch.setattr(torch, "empty", fail)
+    with pytest.raises(UserError, match=r"cannot be used .*expected auto, cpu or a GPU of this machine") as found:
+        find_device(name)
+    assert "\n" not in str(found.value)
+
+
+def test_auto_says_why_a_gpu_is_not_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def available() -> bool:
+        warnings.warn(OLD_DRIVER + "\nMore lines.", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", available)
+    assert find_device("auto").type == "cpu"
+    assert capsys.readouterr().err == f"the GPU is not used: {OLD_DRIVER}\n"
+
+
+def test_a_gpu_without_bfloat16(old_gpu: None) -> None:
+    with pytest.raises(UserError, match=r"Tesla T4 has compute capability 7.5, but bfloat16 needs 8.0; set dtype float32"):
+        EngineSettings(dtype="bfloat16").torch_dtype(CUDA)
+    assert EngineSettings().torch_dtype(CUDA) == EngineSettings(dtype="float32").torch_dtype(CUDA) == torch.float32
+    check_bfloat16(torch.device("cpu"))
+
+
+def test_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says how many tokens would fit: so many do, and a block more does not."""
+    a = architecture("yoco_u")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**20))
+    shape = EngineSettings(cache_tokens=10**6, dtype="float32").cache_shape(a, CUDA)
+    with pytest.raises(UserError, match=r"need \d+ MiB, .* but 1 MiB are free; lower .*\((\d+) tokens would fit\)") as found:
+        engine_module._check_memory(a, shape, 3, 0, CUDA)
+    fit = int(str(found.value).rpartition("(")[2].partition(" ")[0])
+    for tokens, fits in ((fit, True), (fit + 64, False)):
+        shape = EngineSettings(cache_tokens=tokens, dtype="float32").cache_shape(a, CUDA)
+        if fits:
+            engine_module._check_memory(a, shape, 3, 0, CUDA)
+        else:
+            with pytest.raises(UserError, match="would fit"):
+                engine_module._check_memory(a, shape, 3, 0, CUDA)
+
+
+def test_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    gpu.require_triton.cache_clear()
+    with pytest.raises(UserError, match=r"needs Triton, which is not installed; .*pip install"):
+        gpu.require_triton()
+    gpu.require_triton.cache_clear()
