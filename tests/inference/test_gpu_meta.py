@@ -1,0 +1,81 @@
+"""Dry runs of the engine on the meta device: no step waits for the device but where tokens are read, nothing lies elsewhere."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dry_run import META, on_meta
+from engine_runs import VARIANTS
+from models import architecture
+
+from yoco_u import YocoUConfig, YocoUForCausalLM
+from yoco_u.inference import Engine, EngineSettings, SamplingParams
+
+UPLOADERS = ("block_tables", "engine", "gpu_plan", "packed_upload", "runner")
+READERS = ("logprobs", "sampler")
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"), [*((variant, None) for variant in VARIANTS), ("yoco_u", "int8"), ("parscale", "int8")]
+)
+def test_steps_of_every_architecture(variant: str, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts in chunks beside decodes, decodes alone, three loop counts, scored prompts, a prompt that is cached."""
+    monkeypatch.setenv("YOCO_U_KERNELS", "on")
+    name, settings = VARIANTS[variant]
+    with META:
+        model = YocoUForCausalLM(YocoUConfig.from_architecture(architecture(name, **settings)))
+    chosen: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "kv_dtype": kind,
+        "cache_tokens": 512,
+        "block_size": 4,
+        "max_num_seqs": 8,
+        "max_batched_tokens": 24,
+    }
+    engine = Engine(model.eval(), None, EngineSettings(**chosen))
+    prompt = list(range(1, 30))
+    requests = [
+        engine.add(prompt[:length], SamplingParams(temperature=0, max_tokens=6, num_loops=loops, prompt_logprobs=scored))
+        for length, loops, scored in ((1, 1, None), (29, 2, None), (20, 3, 0), (29, 1, None))
+    ]
+    run, copies = watched(monkeypatch)
+    with run:
+        for _ in range(100):
+            if not engine.unfinished:
+                break
+            copies.clear()
+            engine.step()
+            scored = any(request.prompt_logprobs is not None and not request.finished for request in requests)
+            assert copies.count("back") <= 1 + scored
+    assert all(request.finished for request in requests)
+    again = engine.add(prompt, SamplingParams(temperature=0, max_tokens=4, num_loops=2))
+    with run:
+        while engine.unfinished:
+            copies.clear()
+            engine.step()
+        # A step of one decode: its plan and its new blocks go there, its token comes back.
+        assert copies.count("there") <= 2 and copies.count("back") == 1
+    assert again.cached_tokens == 28
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+    """A dry run, and the list that it notes copies in: `there` or `back`. What comes back is zeros."""
+    run = on_meta(monkeypatch, host=True)
+    copies: list[str] = []
+
+    def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        copies.append("there")
+        with run.relaxed():
+            return torch.as_tensor(values, dtype=dtype).to(device)
+
+    def read_back(tensor: torch.Tensor) -> Any:
+        assert tensor.device == META
+        copies.append("back")
+        return np.zeros(tensor.shape).tolist()
+
+    for module in UPLOADERS:
+        monkeypatch.setattr(f"yoco_u.inference.{module}.upload", upload)
+    for module in READERS:
+        monkeypatch.setattr(f"yoco_u.inference.{module}.read_back", read_back)
+    return run, copies
