@@ -105,7 +105,7 @@ class DecodeGraphs:
         self.hidden = torch.zeros(1, rows, *streams, a.hidden_size, dtype=model.dtype, device=device)
         self.logits = torch.zeros(rows, a.vocab_size, dtype=model.dtype, device=device)
         self.rotary = (torch.zeros(1, rows, 1, a.head_dim, device=device), torch.zeros(1, rows, 1, a.head_dim, device=device))
-        self.block_tables = torch.zeros_like(tables.device)
+        self.block_tables = torch.zeros_like(tables.on_device)
         self._replays: dict[tuple[Any, ...], Callable[[], None] | None] = {}  # None: has run once, and is not recorded yet
 
     def run(self, slices: Sequence[SequenceSlice], ids: list[int], architecture: Architecture, slots: Slots) -> Tensor:
@@ -146,7 +146,7 @@ class DecodeGraphs:
             angles = rotary_angles(static["positions"][None, :bucket], architecture.head_dim, architecture.rope_theta)
             for place, angle in zip(self.rotary, angles, strict=True):
                 place[:, :bucket].copy_(angle)
-            self.block_tables[:bucket].copy_(self.tables.device.index_select(0, static["seats"][:bucket]))
+            self.block_tables[:bucket].copy_(self.tables.on_device.index_select(0, static["seats"][:bucket]))
             before = model.streams(model.embed_tokens(static["ids"][None, :bucket]))
         else:
             before = self.hidden[:, :bucket]

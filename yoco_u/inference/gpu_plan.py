@@ -147,7 +147,7 @@ class StepPlan:
         longest = max(len(one.block_table) for one in self.slices[: self.num_decodes])
         return Decodes(
             seats=found["seats"],
-            block_tables=self.tables.device[:, :longest].index_select(0, found["seats"]),
+            block_tables=self.tables.on_device[:, :longest].index_select(0, found["seats"]),
             lengths=found["lengths"],
             ring_lengths=found["ring_lengths"],
             splits=SplitPlan(found["sequence"], found["first"], found["last"], found["offsets"]),
