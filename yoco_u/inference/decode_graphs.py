@@ -10,7 +10,7 @@ rows; rows that need no more loops, and padding, come out of it as they went in 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from yoco_u.architecture import Architecture, Slot
 from yoco_u.inference.block_tables import BlockTables
 from yoco_u.inference.gpu_backend import DecodeBackend
-from yoco_u.inference.gpu_plan import DecodePlan, Decodes, decode_arrays
+from yoco_u.inference.gpu_plan import DecodePlan, Decodes, decode_arrays, token_arrays
 from yoco_u.inference.kernels.gpu.splits import SplitPlan, plan_splits, split_capacity
 from yoco_u.inference.kv_cache import KVCache
 from yoco_u.inference.packed_upload import StaticArrays
@@ -60,11 +60,14 @@ class Segment:
 
     Attributes:
         loop: it runs for requests of more loops than this.
-        applications: what it applies, in order: stage, loop of the stage, and the first slot of the stage.
+        applications: what it applies, in order: stage, and loop of the stage.
+        is_first, is_last: whether it begins with the embedding, and ends with the LM head.
     """
 
     loop: int
-    applications: list[tuple[int, int, int]] = field(default_factory=list)
+    applications: tuple[tuple[int, int], ...]
+    is_first: bool
+    is_last: bool
 
 
 def segments(architecture: Architecture, looped_stages: Sequence[int]) -> list[Segment]:
@@ -73,17 +76,16 @@ def segments(architecture: Architecture, looped_stages: Sequence[int]) -> list[S
     Args:
         looped_stages: the stages in which requests may differ in their loop counts.
     """
-    found = [Segment(0)]
-    slot = 0
+    found: list[tuple[int, list[tuple[int, int]]]] = [(0, [])]
     for index, stage in enumerate(architecture.stages):
         for loop in range(stage.loops):
             if loop > 0:
-                found.append(Segment(loop))
-            found[-1].applications.append((index, loop, slot))
+                found.append((loop, []))
+            found[-1][1].append((index, loop))
         if index in looped_stages:
-            found.append(Segment(0))
-        slot += stage.layers * stage.loops
-    return found
+            found.append((0, []))
+    last = len(found) - 1
+    return [Segment(loop, tuple(parts), number == 0, number == last) for number, (loop, parts) in enumerate(found)]
 
 
 class DecodeGraphs:
@@ -106,7 +108,7 @@ class DecodeGraphs:
         self.logits = torch.zeros(rows, a.vocab_size, dtype=model.dtype, device=device)
         self.rotary = (torch.zeros(1, rows, 1, a.head_dim, device=device), torch.zeros(1, rows, 1, a.head_dim, device=device))
         self.block_tables = torch.zeros_like(tables.on_device)
-        self._replays: dict[tuple[Any, ...], Callable[[], None] | None] = {}  # None: has run once, and is not recorded yet
+        self._replays: dict[tuple[Segment, int], Callable[[], None] | None] = {}  # None: has run once, and is not recorded yet
 
     def run(self, slices: Sequence[SequenceSlice], ids: list[int], architecture: Architecture, slots: Slots) -> Tensor:
         """Run one token of each request; requests come in falling order of their loop counts.
@@ -119,15 +121,13 @@ class DecodeGraphs:
             Logits (requests, vocab), which the next call overwrites.
         """
         self.static.write(self._arrays(slices, ids))
-        parts = segments(architecture, self.architecture.looped_stages or (0,))
-        for number, segment in enumerate(parts):
+        for segment in segments(architecture, self.architecture.looped_stages or (0,)):
             running = sum(one.num_loops > segment.loop for one in slices)
             bucket = next(size for size in self.buckets if size >= running)
-            key = bucket, number == 0, number == len(parts) - 1, tuple((stage, loop) for stage, loop, _ in segment.applications)
-            self._replay(key, partial(self._run, segment, bucket, number == 0, number == len(parts) - 1, architecture, slots))
+            self._replay((segment, bucket), partial(self._run, segment, bucket, architecture, slots))
         return self.logits[: len(slices)]
 
-    def _replay(self, key: tuple[Any, ...], function: Callable[[], None]) -> None:
+    def _replay(self, key: tuple[Segment, int], function: Callable[[], None]) -> None:
         """Run a segment: as it is the first time, which compiles its kernels; recorded the second time, and replayed since."""
         if self.capture is None or key not in self._replays:
             self._replays[key] = None
@@ -138,11 +138,9 @@ class DecodeGraphs:
             replay = self._replays[key] = self.capture(function)
         replay()
 
-    def _run(
-        self, segment: Segment, bucket: int, is_first: bool, is_last: bool, architecture: Architecture, slots: Slots
-    ) -> None:
+    def _run(self, segment: Segment, bucket: int, architecture: Architecture, slots: Slots) -> None:
         model, static = self.model.model, self.static.tensors
-        if is_first:
+        if segment.is_first:
             angles = rotary_angles(static["positions"][None, :bucket], architecture.head_dim, architecture.rope_theta)
             for place, angle in zip(self.rotary, angles, strict=True):
                 place[:, :bucket].copy_(angle)
@@ -155,7 +153,7 @@ class DecodeGraphs:
         backend.rotary = self.rotary[0][:, :bucket], self.rotary[1][:, :bucket]
 
         x = before
-        for stage, loop, slot in segment.applications:
+        for stage, loop in segment.applications:
             global_kv = None
             if architecture.stages[stage].attention == "cross":
                 if loop == 0 and architecture.stages[stage - 1].attention != "cross":
@@ -163,10 +161,11 @@ class DecodeGraphs:
                     backend.global_kv(*model.global_kv(x, backend))
                 global_kv = x, x  # the backend reads the pages instead
             stack: Any = model.stages[stage]
-            x, _ = stack.run_loop(x, backend, loop, slot, global_kv)
+            first_slot = next(number for number, slot in enumerate(slots) if slot.stage == stage)
+            x, _ = stack.run_loop(x, backend, loop, first_slot, global_kv)
         if segment.loop:
             x = torch.where(runs.view(1, -1, *[1] * (x.ndim - 2)), x, before)
-        if is_last:
+        if segment.is_last:
             self.logits[:bucket].copy_(self.model.lm_head(model.final_norm(x))[0])
         else:
             self.hidden[:, :bucket].copy_(x)
@@ -174,8 +173,8 @@ class DecodeGraphs:
     def _plan(self, bucket: int, runs: Tensor) -> DecodePlan:
         """The plan of the first `bucket` rows, of which those that do not run change nothing."""
         static = self.static.tensors
-        rows = {name: static[name][:bucket] for name in ("page_slots", "ring_slots", "seats")}
-        rows = {name: torch.where(runs, values, -1) for name, values in rows.items()}
+        names = ("page_slots", "ring_slots", "seats") if "ring_slots" in static else ("page_slots", "seats")
+        rows = {name: torch.where(runs, static[name][:bucket], -1) for name in names}
         splits = SplitPlan(static["sequence"], static["first"], static["last"], static["offsets"][: bucket + 1])
         return DecodePlan(
             num_decodes=bucket,
@@ -191,20 +190,11 @@ class DecodeGraphs:
 
     def _arrays(self, slices: Sequence[SequenceSlice], ids: list[int]) -> dict[str, NDArray[Any]]:
         """What changes from step to step, padded to all rows; padding has no loops, sees no token and is written nowhere."""
-        shape, size = self.cache.shape, self.cache.shape.block_size
-        arrays = decode_arrays(slices, shape)
-        positions, seats = arrays["lengths"].astype(np.int64) - 1, arrays["seats"]
-        page_slots = self.tables.host.numpy()[seats, positions // size].astype(np.int64) * size + positions % size
-        written = np.array([one.written for one in slices], dtype=np.int64)
-        window = shape.window or 1
-        arrays |= {
+        slots = token_arrays(slices, self.tables, self.cache.shape)
+        arrays = decode_arrays(slices, self.cache.shape) | {
             "ids": np.array(ids, dtype=np.int64),
-            "positions": positions,
+            "positions": slots.pop("positions"),
             "loops": np.array([one.num_loops for one in slices], dtype=np.int32),
-        }
-        slots = {
-            "page_slots": np.where(positions < written, -1, page_slots),
-            "ring_slots": seats * window + positions % window,
         }
         padded = {name: self._padded(array, 0) for name, array in arrays.items()}
         padded |= {name: self._padded(array, -1) for name, array in slots.items()}

@@ -133,11 +133,9 @@ class StepPlan:
     @cached_property
     def tokens(self) -> dict[str, Tensor]:
         """Of each token: its position, and the rows of pages and rings that it is written to, -1 for none; (tokens,) int64."""
-        arrays = {"positions": np.concatenate([np.arange(one.start, one.end) for one in self.slices])}
-        arrays["page_slots"] = np.concatenate([_page_slots(one, self.shape.block_size) for one in self.slices])
-        if self.shape.window is not None:
-            arrays["ring_slots"] = np.concatenate([_ring_slots(one, self.shape.window) for one in self.slices])
-        return upload_arrays(arrays, self.device)
+        parts = [token_arrays(self.slices[: self.num_decodes], self.tables, self.shape)]
+        parts += [_chunk_arrays(one, self.shape) for one in self.prefills]
+        return upload_arrays({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, self.device)
 
     @cached_property
     def decodes(self) -> Decodes:
@@ -196,6 +194,28 @@ def decode_arrays(slices: Sequence[SequenceSlice], shape: CacheShape) -> dict[st
     }
 
 
+def token_arrays(decodes: Sequence[SequenceSlice], tables: BlockTables, shape: CacheShape) -> dict[str, Rows]:
+    """Of the token of each decode: what `StepPlan.tokens` says, all decodes at once."""
+    positions = np.array([one.start for one in decodes], dtype=np.int64)
+    seats = np.array([one.seat for one in decodes], dtype=np.int64)
+    written = np.array([one.written for one in decodes], dtype=np.int64)
+    blocks = tables.host.numpy()[seats, positions // shape.block_size].astype(np.int64)
+    rows = blocks * shape.block_size + positions % shape.block_size
+    arrays = {"positions": positions, "page_slots": np.where(positions < written, -1, rows)}
+    return arrays if shape.window is None else arrays | {"ring_slots": seats * shape.window + positions % shape.window}
+
+
+def _chunk_arrays(one: SequenceSlice, shape: CacheShape) -> dict[str, Rows]:
+    """The same of the tokens of a prefill. Of a chunk longer than the window only the last `window` go to the ring."""
+    positions = np.arange(one.start, one.end)
+    slots = np.where(positions < one.written, -1, _page_rows(one, positions, shape.block_size))
+    arrays = {"positions": positions, "page_slots": slots}
+    if shape.window is None:
+        return arrays
+    rows = one.seat * shape.window + positions % shape.window
+    return arrays | {"ring_slots": np.where(positions < one.end - shape.window, -1, rows)}
+
+
 def _cu_seqlens(queries: Rows, keys: Rows) -> dict[str, NDArray[np.int32]]:
     return {
         "cu_queries": np.concatenate([[0], np.cumsum(queries)]).astype(np.int32),
@@ -216,17 +236,6 @@ def _page_rows(one: SequenceSlice, positions: Rows, block_size: int) -> Rows:
     """Rows of the pages that hold these positions of a sequence."""
     blocks = one.block_table.numpy()[positions // block_size].astype(np.int64)
     return blocks * block_size + positions % block_size
-
-
-def _page_slots(one: SequenceSlice, block_size: int) -> Rows:
-    positions = np.arange(one.start, one.end)
-    return np.where(positions < one.written, -1, _page_rows(one, positions, block_size))
-
-
-def _ring_slots(one: SequenceSlice, window: int) -> Rows:
-    """Of a chunk longer than the window only the last `window` tokens are written."""
-    positions = np.arange(one.start, one.end)
-    return np.where(positions < one.end - window, -1, one.seat * window + positions % window)
 
 
 def _ring_past(one: SequenceSlice, window: int) -> Rows:

@@ -5,10 +5,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from yoco_u.architecture import Architecture, Slot
+from yoco_u.architecture import Architecture
 from yoco_u.device import upload
 from yoco_u.inference.block_tables import BlockTables
-from yoco_u.inference.decode_graphs import Capture, DecodeGraphs, cuda_graphs
+from yoco_u.inference.decode_graphs import Capture, DecodeGraphs, Slots, cuda_graphs
 from yoco_u.inference.gpu_backend import GpuBackend
 from yoco_u.inference.gpu_plan import StepPlan
 from yoco_u.inference.kv_cache import CacheShape, KVCache
@@ -18,8 +18,6 @@ from yoco_u.inference.scheduler import Chunk, Step
 from yoco_u.inference.sequence_slice import SequenceSlice
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.backend import AttentionBackend
-
-Slots = tuple[Slot, ...]
 
 
 class Runner:
