@@ -4,12 +4,8 @@ Each kernel is one operator by the direct formulas, and flash attention the stan
 the engine on the Triton kernels themselves.
 """
 
-import os
-import subprocess
-import sys
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +16,7 @@ from flash import use_flash
 from graph_recorder import GraphRecorder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreted import pass_in_the_interpreter
 from models import architecture
 from test_engine_properties import VARIANTS as PROPERTY_VARIANTS
 from test_engine_properties import Arrival, arrivals, engines, serve
@@ -60,7 +57,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> GraphRecorder:
             q, cache, scales, table, size, lengths, list(prefix or ())
         ),
     )
-    monkeypatch.setattr(gpu_backend, "retention_step", retention_step)
+    monkeypatch.setattr("yoco_u.inference.step_retention.retention_step", retention_step)
     monkeypatch.setattr("yoco_u.inference.kv_cache.store_rows", store_rows)
     use_flash(monkeypatch)
     return found
@@ -138,8 +135,4 @@ def test_every_batch_has_a_bucket(largest: int) -> None:
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_the_engine_on_the_kernels_in_the_interpreter() -> None:
-    tests = Path(__file__).with_name("interpreted_engine.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "YOCO_U_KERNELS": "off"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    pass_in_the_interpreter("interpreted_engine.py")

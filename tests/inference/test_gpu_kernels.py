@@ -1,16 +1,13 @@
 """What surrounds the Triton kernels: plans of splits, merging, shapes without a device; and their tests in the interpreter."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import pass_in_the_interpreter
 
 from yoco_u.errors import UserError
 from yoco_u.inference import kernels
@@ -20,11 +17,7 @@ from yoco_u.inference.kernels.gpu.splits import TILE, SplitPlan, merge_attention
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_the_kernels_in_the_interpreter() -> None:
-    tests = Path(__file__).with_name("interpreted_kernels.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "YOCO_U_KERNELS": "off"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    pass_in_the_interpreter("interpreted_kernels.py")
 
 
 @settings(max_examples=300)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from yoco_u.architecture import Architecture, Slot
 from yoco_u.inference.gpu_plan import DecodePlan, RingKeys, StepPlan
-from yoco_u.inference.kernels import decode_attention, retention_step, rotate
+from yoco_u.inference.kernels import decode_attention, rotate
 from yoco_u.inference.kernels.gpu.splits import SplitPlan
 from yoco_u.inference.kernels.varlen import varlen_attention
 from yoco_u.inference.kv_cache import KVCache, KVStorage
+from yoco_u.inference.step_retention import step_retention
 from yoco_u.model.backend import AttentionBackend
-from yoco_u.model.retention import chunked_retention
 from yoco_u.model.rope import rotary_angles
 
 
@@ -69,8 +69,7 @@ class DecodeBackend(AttentionBackend):
         return self._attend_pages(self._global_kv, q, None)
 
     def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-        n, states = self.plan.num_decodes, self.cache.states[self.slots[slot]]
-        return retention_step(q[0, :n], k[0, :n], v[0, :n], log_decay[0, :n], states, self.plan.decodes.seats)[None]
+        return step_retention(q, k, v, log_decay, self.cache.states[self.slots[slot]], self.plan.decodes.seats)
 
     def _attend_pages(self, pages: KVStorage, q: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
         decodes = self.plan.decodes
@@ -127,16 +126,8 @@ class GpuBackend(DecodeBackend):
         return attended[None]
 
     def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-        states, begin = self.cache.states[self.slots[slot]], self.plan.num_decodes
-        parts = [super().retention(slot, q, k, v, log_decay)] if begin else []
-        for one in self.plan.prefills:
-            own = slice(begin, begin + one.count)
-            out, states[one.seat, None] = chunked_retention(
-                q[:, own], k[:, own], v[:, own], log_decay[:, own], states[one.seat, None]
-            )
-            parts.append(out)
-            begin += one.count
-        return _joined(parts)
+        states, seats = self.cache.states[self.slots[slot]], self.plan.decodes.seats if self.plan.num_decodes else None
+        return step_retention(q, k, v, log_decay, states, seats, self.plan.prefills)
 
     def _attend_pages(self, pages: KVStorage, q: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
         n = self.plan.num_decodes

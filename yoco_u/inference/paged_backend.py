@@ -18,8 +18,8 @@ from yoco_u.architecture import Architecture, Slot
 from yoco_u.inference.kernels import chunk_attention, decode_attention, rotate
 from yoco_u.inference.kv_cache import KVCache, KVStorage
 from yoco_u.inference.sequence_slice import SequenceSlice
+from yoco_u.inference.step_retention import step_retention
 from yoco_u.model.backend import AttentionBackend
-from yoco_u.model.retention import chunked_retention, recurrent_retention
 from yoco_u.model.rope import rotary_angles
 
 
@@ -107,20 +107,8 @@ class PagedBackend(AttentionBackend):
         return self._attend_pages(self._global_kv, q, None)
 
     def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-        states = self.cache.states[self.slots[slot]]
-        out = torch.empty_like(q)
-        if self.decodes:
-            seats, _ = self._seats_and_lengths
-            n = len(self.decodes)
-            new, states[seats] = recurrent_retention(
-                q[0, :n, None], k[0, :n, None], v[0, :n, None], log_decay[0, :n, None], states[seats]
-            )
-            out[0, :n] = new[:, 0]
-        for one, tokens in self.prefills:
-            out[:, tokens], states[one.seat, None] = chunked_retention(
-                q[:, tokens], k[:, tokens], v[:, tokens], log_decay[:, tokens], states[one.seat, None]
-            )
-        return out
+        states, seats = self.cache.states[self.slots[slot]], self._seats_and_lengths[0] if self.decodes else None
+        return step_retention(q, k, v, log_decay, states, seats, [one for one, _ in self.prefills])
 
     @property
     def _global_kv(self) -> KVStorage:
