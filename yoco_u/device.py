@@ -165,6 +165,13 @@ def memory_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().total
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """Bytes of a device's memory that can be allocated now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most bytes that this process has held so far: memory of the GPU that torch allocated, or resident main memory."""
     if device.type == "cuda":

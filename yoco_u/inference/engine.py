@@ -3,14 +3,13 @@
 import itertools
 from dataclasses import dataclass
 
-import psutil
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import bytes_per_kv_element, cache_bytes
 from yoco_u.data import DocumentEncoder
-from yoco_u.device import upload
+from yoco_u.device import free_memory_bytes, upload
 from yoco_u.errors import UserError
 from yoco_u.inference.constraints import GrammarCompiler
 from yoco_u.inference.detokenizer import Detokenizer
@@ -316,7 +315,7 @@ def _check_memory(a: Architecture, shape: CacheShape, loops: int, allocated: int
     missing = needed - allocated
     if missing <= 0:
         return
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_memory_bytes(device)
     if missing > free:
         a_block = bytes_of(shape.block_size) - bytes_of(0)
         fit = (free + allocated - bytes_of(0)) // a_block * shape.block_size if a_block else 0

@@ -8,7 +8,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from yoco_u.architecture import Architecture
 from yoco_u.budget import KVType, bytes_per_kv_element, cache_bytes
 from yoco_u.config import Config
-from yoco_u.device import check_bfloat16, multiplies_bfloat16
+from yoco_u.device import check_bfloat16, free_memory_bytes, multiplies_bfloat16
 from yoco_u.errors import UserError
 from yoco_u.inference.kv_cache import CacheShape
 
@@ -96,5 +96,5 @@ class EngineSettings(Config):
 def _default_cache_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return DEFAULT_CACHE_BYTES
-    free = torch.cuda.mem_get_info(device)[0]
+    free = free_memory_bytes(device)
     return max(int(_GPU_CACHE_SHARE * free) - _GPU_RESERVE_BYTES, min(DEFAULT_CACHE_BYTES, free // 2))
