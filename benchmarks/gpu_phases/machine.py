@@ -1,11 +1,11 @@
 """The card, the driver and the versions; and the ceilings: rates of matrix products, of copying and of reading memory."""
 
 import subprocess
-import time
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from common import seconds
 from packaging.version import Version
 
 from gpu_phases.record import Figure, Record
@@ -103,12 +103,7 @@ def _times(device: torch.device, call: Any, repeats: int) -> list[float]:
             end.record()
         synchronize(device)
         return [begin.elapsed_time(end) / 1e3 for begin, end in events]
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - start)
-    return found
+    return seconds(call, repeats)
 
 
 def _nvidia_smi() -> str | None:

@@ -65,7 +65,7 @@ class TimedEngine:
         self.engine = Engine(loaded.eval().to(self.device), None, settings)
         self.vocab_size = architecture.vocab_size
         self.bytes_per_weight = 1 if weights == "int8" else as_dtype.itemsize
-        self._release()
+        self.engine.cache.release()
 
     def prefill(self, tokens: int, depth: int = 0) -> float:
         """Seconds from handing over a prompt of `tokens` tokens until its first new token is known.
@@ -84,7 +84,7 @@ class TimedEngine:
         while not request.finished:
             self.engine.step()
         elapsed += time.perf_counter() - begin
-        self._release()
+        self.engine.cache.release()
         return elapsed
 
     def decode(self, batch: int, context: int, steps: int) -> float:
@@ -96,7 +96,7 @@ class TimedEngine:
         begin = time.perf_counter()
         self._step(requests, steps)
         elapsed = time.perf_counter() - begin
-        self._release()
+        self.engine.cache.release()
         return elapsed
 
     def _step(self, requests: list[RequestOutput], steps: int) -> None:
@@ -105,11 +105,6 @@ class TimedEngine:
             updates = self.engine.step()
             if len(updates) != len(requests):
                 raise RuntimeError(f"{len(updates)} of {len(requests)} sequences got a token in one step")
-
-    def _release(self) -> None:
-        """Let the next case begin without the caches of this one in memory. On a GPU they stay where CUDA graphs know them."""
-        if self.device.type == "cpu":
-            self.engine.cache.release()
 
     def params(self, tokens: int) -> SamplingParams:
         """Of a request that gets exactly so many tokens."""

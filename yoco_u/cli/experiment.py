@@ -103,9 +103,10 @@ def _train_in_processes(command: list[str], runs: "list[GridRun]", folder: Path,
     note(f"{jobs} process{'es' if jobs > 1 else ''}, which write to {folder}/job-*.log")
     if not run_jobs(command, jobs, folder, minutes, watch):
         note(f"stopped after {minutes:g} minutes; run the same command again to continue")
-    for run in left():
+    unfinished = left()
+    for run in unfinished:
         note(f"not finished: {run.name}")
-    if len(left()) == len(runs):
+    if len(unfinished) == len(runs):
         raise typer.Exit
 
 

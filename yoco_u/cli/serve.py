@@ -119,10 +119,10 @@ def _engine(model: Path, device: str, **settings: Any) -> "Engine":
     from yoco_u.device import find_device
     from yoco_u.inference import LLM
 
-    given = {name: value for name, value in settings.items() if value is not None}
-    if "max_batched_tokens" in given or find_device(device).type == "cpu":
+    given, place = {name: value for name, value in settings.items() if value is not None}, find_device(device)
+    if "max_batched_tokens" in given or place.type == "cpu":
         given["max_batched_tokens"] = max(given.get("max_batched_tokens", 64), given.get("max_num_seqs", 16))
-    return LLM(model, device=device, **given).engine
+    return LLM(model, device=str(place), **given).engine
 
 
 def _keys(given: list[str], file: Path | None) -> list[str]:
