@@ -1,4 +1,4 @@
-"""What the benchmarks share: repeated timing, the machine's best rate of matrix products, prompts, tables and JSON."""
+"""What the benchmarks share: repeated timing, prompts, tables and JSON."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from yoco_u.device import environment, gemm_rate
+from yoco_u.device import environment
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,11 +27,6 @@ def seconds(call: Callable[[], object], repeats: int) -> list[float]:
         call()
         found.append(time.perf_counter() - start)
     return found
-
-
-def bf16_gemm_rate() -> float:
-    """FLOP/s of bfloat16 matrix products on the CPU, measured now."""
-    return gemm_rate(torch.device("cpu"), torch.bfloat16)
 
 
 def standard_library_prompts(tokenizer: Any, lengths: Sequence[int]) -> list[list[int]]:

@@ -2,11 +2,11 @@
 
     python benchmarks/training.py
 
-A step is forward, backward, clipping and fused AdamW under bfloat16 autocast with float32 weights, at length 2048. The Llama
-has the shape, dtype and optimizer of our `transformer` preset; it runs as transformers runs it (eager, SDPA), and under
-torch.compile. The model FLOPs of all come from `yoco_u.budget`, where a window counts as W keys and causal attention as half: a
-model that computes what it then masks away gets no credit for it. Each round runs all models in turn and measures the GEMM
-rate, so that noise of the machine meets all alike.
+A step is forward, backward, clipping and fused AdamW under bfloat16 autocast with float32 weights, at length 2048; in float32
+alone on a CPU that does not multiply bfloat16. The Llama has the shape, dtype and optimizer of our `transformer` preset; it runs
+as transformers runs it (eager, SDPA), and under torch.compile. The model FLOPs of all come from `yoco_u.budget`, where a window
+counts as W keys and causal attention as half: a model that computes what it then masks away gets no credit for it. Each round
+runs all models in turn and measures the GEMM rate, so that noise of the machine meets all alike.
 """
 
 import statistics
@@ -14,16 +14,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import bf16_gemm_rate, parser, seconds, show, write
+from common import parser, seconds, show, write
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from yoco_u import Architecture, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import preset
 from yoco_u.budget import parameters, training_flops
+from yoco_u.device import gemm_rate, multiplies_bfloat16
 from yoco_u.training.parallelize import compile_model
 
 LENGTH = 2048
+CPU = torch.device("cpu")
+DTYPE = torch.bfloat16 if multiplies_bfloat16(CPU) else torch.float32
 
 
 def main() -> None:
@@ -34,8 +37,8 @@ def main() -> None:
     chosen = arguments.parse_args()
 
     rows = [row for size in chosen.sizes for row in measure(size, chosen.rounds, chosen.tokens // LENGTH)]
-    show(f"training at length {LENGTH}, bfloat16, {chosen.tokens} tokens per step", rows)
-    write(chosen.out, {"length": LENGTH, "tokens_per_step": chosen.tokens, "rows": rows})
+    show(f"training at length {LENGTH}, {DTYPE}, {chosen.tokens} tokens per step", rows)
+    write(chosen.out, {"length": LENGTH, "dtype": str(DTYPE), "tokens_per_step": chosen.tokens, "rows": rows})
 
 
 def measure(size: str, rounds: int, batch_rows: int) -> list[dict[str, Any]]:
@@ -47,20 +50,20 @@ def measure(size: str, rounds: int, batch_rows: int) -> list[dict[str, Any]]:
         architecture = preset(name, size)
         model = YocoUForCausalLM(YocoUConfig.from_architecture(architecture))
         compile_model(model, "on")
-        candidates[f"yoco-u {name}"] = (architecture, step(model, architecture, batch_rows, use_cache=False))
+        candidates[f"yoco-u {name}"] = (architecture, step(model, architecture, batch_rows, LENGTH, use_cache=False))
     for name, compiled in (("Llama (transformers)", False), ("Llama (transformers), compiled", True)):
         llama: Any = LlamaForCausalLM(llama_config(transformer))
         if compiled:
             llama.compile(dynamic=False)
-        candidates[name] = (transformer, step(llama, transformer, batch_rows))
+        candidates[name] = (transformer, step(llama, transformer, batch_rows, LENGTH))
 
     found: dict[str, list[float]] = {name: [] for name in candidates}
-    rates = [bf16_gemm_rate()]
+    rates = [gemm_rate(CPU, DTYPE)]
     for _ in range(rounds):
         for name, (architecture, call) in candidates.items():
             best = min(seconds(call, 2))
             found[name].append(training_flops(architecture, LENGTH) * batch_rows * LENGTH / best)
-        rates.append(bf16_gemm_rate())
+        rates.append(gemm_rate(CPU, DTYPE))
     gemm, llama_speed = statistics.median(rates), statistics.median(found["Llama (transformers)"])
     return [
         {
@@ -87,14 +90,14 @@ def llama_config(a: Architecture) -> LlamaConfig:
     )  # fmt: skip
 
 
-def step(model: nn.Module, architecture: Architecture, batch_rows: int, **kwargs: Any) -> Callable[[], None]:
+def step(model: nn.Module, architecture: Architecture, batch_rows: int, length: int, **kwargs: Any) -> Callable[[], None]:
     """A function that runs one optimizer step, on the same random rows each time."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens: Tensor = torch.randint(architecture.vocab_size, (batch_rows, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens: Tensor = torch.randint(architecture.vocab_size, (batch_rows, length), generator=torch.Generator().manual_seed(0))
 
     def call() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.bfloat16 == DTYPE):
             loss = model(input_ids=tokens, labels=tokens, **kwargs).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

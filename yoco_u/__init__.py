@@ -6,6 +6,7 @@ used. transformers' Auto classes know its models from then on, whether they are 
 
 import importlib
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from wrapt import register_post_import_hook
@@ -34,6 +35,11 @@ _HOMES = {
     "inference": ("LLM", "SamplingParams"),
     "model": ("YocoUCache", "YocoUConfig", "YocoUForCausalLM", "YocoUModel"),
 }
+
+# Threads that wait for the others at the end of a kernel spin on their cores, by default for milliseconds. When other programs
+# run too, that takes the cores from those who are waited for. OpenMP reads this when torch is loaded, and never again.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # about 40 microseconds
 
 # transformers imports torchao wherever it is installed, and that warns of its parts for GPUs that are missing.
 for _logger in ("torchao", "torch.utils._pytree"):

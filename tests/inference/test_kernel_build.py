@@ -48,13 +48,18 @@ def test_it_says_that_it_builds_and_builds_once(builds: list[str], capsys: pytes
     assert capsys.readouterr().err.count("Building the C++ kernels for this CPU, once") == 1
 
 
-def test_a_build_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch, builds: list[str]) -> None:
+def test_a_build_that_failed_is_said_done_without_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, builds: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("pages of output\nthe compiler was killed")
+        raise RuntimeError("pages of output\nninja: out of luck")
 
     with monkeypatch.context() as broken:
         broken.setattr(cpp_extension, "load", fail)
         assert not compiled.__wrapped__()
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "the C++ kernels could not be built (ninja: out of luck): decoding is slower than it could be"
+    )
     assert compiled.__wrapped__()
     assert len(builds) == 1
 

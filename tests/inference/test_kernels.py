@@ -222,23 +222,8 @@ def test_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not compiled.__wrapped__()
 
 
-def test_no_compiler_and_a_failing_one_are_said_and_done_without(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from torch.utils import cpp_extension
-
+def test_no_compiler_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("YOCO_U_KERNELS", "on")
-    with monkeypatch.context() as patch:
-        patch.setattr("yoco_u.device.shutil.which", lambda name: None)
-        assert not compiled.__wrapped__()
-    assert "no C++ compiler" in capsys.readouterr().err
-
-    def fail(*args: object, **settings: object) -> None:
-        raise RuntimeError("Error building extension\nninja: out of luck")
-
-    monkeypatch.setattr("yoco_u.device.shutil.which", lambda name: name)
-    monkeypatch.setattr(cpp_extension, "load", fail)
+    monkeypatch.setattr("yoco_u.device.shutil.which", lambda name: None)
     assert not compiled.__wrapped__()
-    assert capsys.readouterr().err == (
-        "the C++ kernels could not be built (ninja: out of luck): decoding is slower than it could be\n"
-    )
+    assert "no C++ compiler" in capsys.readouterr().err

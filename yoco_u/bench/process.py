@@ -39,6 +39,7 @@ class WorkerProcess:
         folder = Path(self._folder.name)
         self._log = (folder / "stderr").open("w+", encoding="utf-8", errors="replace")
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        environment.pop("GOMP_SPINCOUNT", None)  # our package sets it for itself; peers run as their users run them
         environment["PYTHONPATH"] = _search_path(python, script)
         self._process = subprocess.Popen(
             [python, str(script)],

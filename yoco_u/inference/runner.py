@@ -9,6 +9,7 @@ from yoco_u.architecture import Architecture
 from yoco_u.device import upload
 from yoco_u.inference.block_tables import BlockTables
 from yoco_u.inference.decode_graphs import Capture, DecodeGraphs, Slots, cuda_graphs
+from yoco_u.inference.free_cores import FreeCores
 from yoco_u.inference.gpu_backend import GpuBackend
 from yoco_u.inference.gpu_plan import StepPlan
 from yoco_u.inference.kv_cache import CacheShape, KVCache
@@ -43,6 +44,7 @@ class Runner:
         self.cache = KVCache(self.architecture, shape, self.device)
         self.tables = BlockTables(shape.max_num_seqs, shape.num_blocks, self.device)
         self._at_loops = lru_cache(self._with_loops)
+        self._free_cores = FreeCores() if self.device.type == "cpu" else None
         self.decode_graphs: DecodeGraphs | None = None
         if self.device.type != "cpu" if on_gpu is None else on_gpu:
             if capture is None and self.device.type == "cuda":
@@ -57,6 +59,8 @@ class Runner:
             The chunks that logits are asked of, each with the logits of its last positions, (kept, vocab): one row for each
             prompt token that is scored, and one to sample from. The next step may overwrite them.
         """
+        if self._free_cores is not None:
+            self._free_cores.follow()
         for request, state in step.restores:
             assert request.seat is not None
             self.cache.restore(request.seat, request.num_loops, state)  # type: ignore[arg-type]

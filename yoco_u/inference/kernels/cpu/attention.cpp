@@ -266,8 +266,9 @@ void attend_sequences(const at::Tensor& q, const at::Tensor& cache, const float*
 
   int64_t total = 0;
   for (int64_t b = 0; b < batch; ++b) total += length[b] * kv_heads;
-  const int64_t threads = omp_get_max_threads();
-  const int64_t share = std::max(SPLIT, (total + 4 * threads - 1) / (4 * threads));
+  // By the number of cores, not of threads, which follows what other programs leave: the result must not depend on them.
+  const int64_t parts_in_all = 4 * omp_get_num_procs();
+  const int64_t share = std::max(SPLIT, (total + parts_in_all - 1) / parts_in_all);
 
   struct Task {
     int64_t b, head, first, last;
@@ -284,7 +285,7 @@ void attend_sequences(const at::Tensor& q, const at::Tensor& cache, const float*
   Floats acc(tasks.size() * groups * padded);
   std::vector<float> peak(tasks.size() * groups), sum(tasks.size() * groups);
 
-#pragma omp parallel num_threads(std::min<int64_t>(threads, tasks.size()))
+#pragma omp parallel num_threads(std::min<int64_t>(omp_get_max_threads(), tasks.size()))
   {
     Scratch<T, Q> own(groups, padded);
 #pragma omp for schedule(dynamic, 1)

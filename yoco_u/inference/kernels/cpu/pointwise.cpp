@@ -11,7 +11,7 @@
 #include "kernels.h"
 #include "vectors.h"
 
-static constexpr int64_t PARALLEL = 32;  // the fewest rows for which several threads pay off
+static constexpr int64_t PARALLEL = 1 << 15;  // the fewest elements for which several threads pay off
 
 // x (..., size), weight (size) -> as x.
 at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double eps) {
@@ -24,7 +24,7 @@ at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double ep
     T* to = out.data_ptr<T>();
     std::vector<float> weights(size);
     to_float(scale, weights.data(), size, 1.0f);
-#pragma omp parallel if (rows >= PARALLEL)
+#pragma omp parallel if (x.numel() >= PARALLEL)
     {
       std::vector<float> wide(size);
 #pragma omp for
@@ -57,7 +57,7 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cosines, const at::Tens
     T* to = out.data_ptr<T>();
     const float *cos = cosines.const_data_ptr<float>(), *sin = sines.const_data_ptr<float>();
     const int64_t token_stride = x.stride(1), head_stride = x.stride(2);
-#pragma omp parallel if (tokens >= PARALLEL)
+#pragma omp parallel if (x.numel() >= PARALLEL)
     {
       std::vector<float> wide(dim), turned(dim);
 #pragma omp for
@@ -89,7 +89,7 @@ at::Tensor swiglu(const at::Tensor& x) {
     using T = decltype(element);
     const T* from = x.const_data_ptr<T>();
     T* to = out.data_ptr<T>();
-#pragma omp parallel for collapse(2) if (rows >= PARALLEL)
+#pragma omp parallel for collapse(2) if (out.numel() >= PARALLEL)
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t p = 0; p < parts; ++p) {
         alignas(64) float gate[PART] = {}, up[PART] = {};

@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <omp.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -23,6 +24,8 @@ constexpr int64_t PANEL = 64 * TOKENS;  // the most tokens whose sums are kept a
 constexpr int64_t FEW = 64;             // up to this many tokens, reading weights takes longer than storing sums
 constexpr int64_t SHORT = 8192;         // bytes of a piece, for up to FEW tokens
 constexpr int64_t LONG = 128;           // pairs of inputs of a piece, for more tokens
+constexpr int64_t ALONE = 1 << 17;      // products up to which waking the other threads takes longer than they would save
+constexpr int64_t TURNS = 16;           // pieces of work for each thread: one that other programs hold up takes fewer
 
 // Multiplies up to PANEL tokens by one block of weights. The next piece is prefetched meanwhile: during the passes of TOKENS
 // tokens over this piece, or, if there is only one pass, while this piece is widened.
@@ -55,11 +58,12 @@ void multiply_all(const at::Tensor& x, const at::Tensor& weights, const float* s
   const c10::BFloat16* from = x.const_data_ptr<c10::BFloat16>();
   const T* weight = weights.const_data_ptr<T>();
   c10::BFloat16* to = out.data_ptr<c10::BFloat16>();
-#pragma omp parallel
+  const int64_t turn = std::max<int64_t>(1, blocks / (TURNS * omp_get_max_threads()));
+#pragma omp parallel if (tokens * weights.numel() > ALONE)
   {
     std::vector<Sums> sums(std::min(tokens, PANEL));
     alignas(64) Weights piece[LONG * VECTORS];
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, turn)
     for (int64_t b = 0; b < blocks; ++b)
       for (int64_t begin = 0; begin < tokens; begin += PANEL) {
         const int64_t count = std::min(PANEL, tokens - begin);

@@ -1,0 +1,70 @@
+"""How many threads a step on a CPU gets: as many as there are cores that other programs leave.
+
+A kernel ends when its last thread does. A thread that takes turns with another program on a core holds up all others at every
+kernel of a step, so that one thread fewer is faster than one that waits for its core. The kernels' results do not depend on the
+number of threads.
+"""
+
+import os
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+
+_SECONDS = 0.25  # between two looks; the system counts in steps of 10 ms
+
+
+class FreeCores:
+    """Follows what other programs leave, between two steps and on the thread that runs them.
+
+    The number of threads stays as it is if the environment variable OMP_NUM_THREADS is set.
+
+    Args:
+        clock: seconds since some moment.
+        used: seconds of CPU time since some moment: of all programs on the cores that this process may use, and of its own.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        used: Callable[[], tuple[float, float]] = lambda: (_used_by_all(), _used_by_this_process()),
+    ) -> None:
+        self._clock, self._used = clock, used
+        self._fixed = "OMP_NUM_THREADS" in os.environ
+        self._most, self._cores = torch.get_num_threads(), len(_cores())
+        self._looked, self._before = clock(), used()
+
+    def follow(self) -> None:
+        """Set the number of threads of the calling thread's work, if it is time to look again."""
+        now = self._clock()
+        if self._fixed or now - self._looked < _SECONDS:
+            return
+        used = self._used()
+        of_all, own = (after - before for after, before in zip(used, self._before, strict=True))
+        free = self._cores - max(0.0, of_all - own) / (now - self._looked)
+        self._looked, self._before = now, used
+        threads = min(self._most, max(1, round(free)))
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+
+
+def _cores() -> list[int]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _used_by_all() -> float:
+    times = psutil.cpu_times(percpu=True)
+    return sum(_busy(times[core]) for core in _cores() if core < len(times))
+
+
+def _busy(times: object) -> float:
+    return sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq"))
+
+
+def _used_by_this_process() -> float:
+    times = os.times()
+    return times.user + times.system
