@@ -3,10 +3,10 @@
     python benchmarks/training.py
 
 A step is forward, backward, clipping and fused AdamW under bfloat16 autocast with float32 weights, at length 2048; in float32
-alone on a CPU that does not multiply bfloat16. The Llama has the shape, dtype and optimizer of our `transformer` preset; it runs
-as transformers runs it (eager, SDPA), and under torch.compile. The model FLOPs of all come from `yoco_u.budget`, where a window
-counts as W keys and causal attention as half: a model that computes what it then masks away gets no credit for it. Each round
-runs all models in turn and measures the GEMM rate, so that noise of the machine meets all alike.
+alone on a CPU that does not multiply bfloat16. The Llama has the shape, dtype and optimizer of our `transformer` preset; it
+runs as transformers runs it (eager, SDPA), and under torch.compile. The model FLOPs of all come from `yoco_u.budget`, where a
+window counts as W keys and causal attention as half: a model that computes what it then masks away gets no credit for it. Each
+round runs all models in turn and measures the GEMM rate, so that noise of the machine meets all alike.
 """
 
 import statistics

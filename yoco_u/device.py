@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import warnings
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def memory_read_rate(bytes_: int | None = None, repeats: int = 5, device: torch.
 def environment(device: torch.device) -> dict[str, Any]:
     """Time, versions and hardware, as runs and benchmarks record them beside their results."""
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "yoco_u": __version__,
         "python": platform.python_version(),
         **{name: version(name) for name in _PACKAGES},

@@ -39,7 +39,7 @@ class BodyLimit:
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise HTTPException(408, f"the body did not come within {self._seconds:g} seconds") from None
             taken += len(message.get("body", b""))
             complete = not message.get("more_body", False)
