@@ -29,7 +29,8 @@ class SamplingParams(Config):
         stop_token_ids: tokens that end the output, besides the model's end token.
         ignore_eos: go on after the model's end token.
         min_tokens: tokens of an output at least, before any end token or stop string counts.
-        logprobs: report log probabilities (natural) of each output token and of so many likeliest ones, 0 to 20.
+        logprobs: report log probabilities (natural) of each output token and of so many likeliest ones, 0 to 20. They are
+            those of the model's own logits, before penalties, grammars, temperature and filters.
         prompt_logprobs: the same of each prompt token after the first.
         prompt_logprobs_start: leave out the prompt tokens before this position. The cross-decoder and the LM head do not run
             for them, and their prefix is shared with other requests.
