@@ -1,5 +1,9 @@
 """Errors that the user can mend: one clear line instead of a traceback."""
 
+import errno
+import os
+import re
+
 
 class UserError(ValueError):
     """A mistake in what the user gave. The message says what came, what was expected, and what to do.
@@ -11,3 +15,45 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or the name of its class if it has no message."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The error of the operating system that is behind an exception; None if there is none.
+
+    Libraries wrap such errors, or put them into words of their own: safetensors' "No space left on device (os error 28)", the
+    failures of torch's checkpoints, torch.save's "PytorchStreamWriter failed writing file".
+    """
+    chain: list[BaseException | None] = [error]
+    for one in chain:
+        if one is None:
+            continue
+        if isinstance(one, OSError) and one.errno is not None:
+            return one
+        said = re.search(r"\[Errno (\d+)\]|\(os error (\d+)\)", str(one))
+        if said is not None:
+            number = int(said[1] or said[2])
+            return OSError(number, os.strerror(number))
+        if re.search(r"PytorchStreamWriter failed|\d+ requested and \d+ written", str(one)):
+            return OSError(errno.EIO, "Writing failed, perhaps for want of space")
+        wrapped = getattr(one, "failures", None)  # of torch's CheckpointException, by rank
+        chain += [one.__cause__, *(failure for failure, _ in (wrapped or {}).values())]
+    return None
+
+
+def describe_system_error(error: OSError) -> str:
+    """An error of the operating system in one line: the path, what happened, and what to do."""
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{where}{error.strerror}; {_ADVICE.get(error.errno or 0, 'mend this')}, then run the same command again"
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or ask for a larger quota",
+    errno.EROFS: "name another place, or make this one writable",
+    errno.EACCES: "name another place, or change the permissions",
+    errno.EPERM: "name another place, or change the permissions",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EIO: "look after the disk",
+} | dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "check the path")

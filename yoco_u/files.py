@@ -1,57 +1,246 @@
-"""Files and folders that appear whole or not at all, even if the power fails: written beside their place, then renamed."""
+"""Files and folders that appear whole or not at all, even if the power fails, and that take the place of nothing but our own.
 
+What is not complete lies in a folder `NAME.partial` beside its place, and is renamed when it is. Every folder that the package
+makes bears a mark, the empty file `.yoco-u-KIND`: `part` in folders that may be replaced and removed, such as a checkpoint or
+what is not complete; another kind, such as `run`, in those that are only written into. Files that users name bear a mark too,
+see `is_result`. What has no mark belongs to somebody else, and stays.
+"""
+
+import errno
 import json
 import os
+import re
 import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from yoco_u.errors import UserError
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from yoco_u.errors import UserError, system_error
+from yoco_u.version import __version__
+
+T = TypeVar("T")
+
+DAMAGED = "the file is damaged; restore it from a copy, or make it anew"
+"""What the error about a file says that does not hold what was once written there."""
 
 PARTIAL = ".partial"
-"""Suffix of files and folders that are not complete. Nothing ever reads them, and they may be removed."""
+"""Suffix of folders that are not complete. Nothing ever reads them, and those that bear our mark may be removed."""
+
+GENERATOR = f"yoco-u {__version__}"
+"""How the files that users name say who made them."""
+
+_PART = "part"
+_RESULT = re.compile(
+    rb'\A\{\s*"generator": "yoco-u '  # JSON, see `write_result`
+    rb"|\A\x89PNG.{0,999}Software\0yoco-u "  # `yoco_u.plotting.save_png`
+    rb'|\A\s*<!doctype html>.*<footer class="quiet">Written [^<]* by yoco-u [^<]*</footer>\s*</body>\s*</html>\s*\Z',
+    re.DOTALL,
+)
+_MOST = 2048  # bytes of the beginning and of the end of a file that tell who made it
 
 
 def beside(path: Path) -> Path:
-    """Where to write a file or folder that `publish(path)` then renames to `path`."""
+    """The folder beside `path` in which it is made."""
     return path.with_name(path.name + PARTIAL)
 
 
 def fresh_folder(path: Path) -> Path:
-    """Make an empty folder beside `path`, which `publish(path)` renames once it has been filled."""
+    """Make an empty folder beside `path`, which `publish(path)` renames once it has been filled.
+
+    Raises:
+        UserError: if a folder of that name is there and is not ours.
+    """
     folder = beside(path)
     discard(folder)
+    if os.path.lexists(folder):
+        raise _in_the_way(folder)
     folder.mkdir(parents=True)
+    mark(folder)
     return folder
 
 
 def publish(path: Path) -> None:
-    """Rename what was written beside `path` to `path`, after its contents have reached the disk.
+    """Rename the folder beside `path` to `path`, after its contents have reached the disk. An older one is removed first.
 
-    An old file is replaced in the same moment; an old folder, which cannot be, is removed first.
+    Raises:
+        UserError: if there is something else at `path`.
     """
     new = beside(path)
     for file in [new, *new.rglob("*")]:
-        _sync(file)
-    if path.is_dir():
-        discard(path)
+        sync(file)
+    discard(path)
+    if os.path.lexists(path):
+        raise _in_the_way(path)
     new.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder if it exists. It is renamed first, so that no half of it is ever seen under its name."""
-    if folder.is_dir() and folder.suffix != PARTIAL:
-        old = folder.with_name(f"{folder.name}.old{PARTIAL}")
-        shutil.rmtree(old, ignore_errors=True)
-        folder = folder.replace(old)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove a folder that is empty or ours; leave anything else alone.
+
+    It is renamed first, so that no half of it is ever seen under its name, and its mark goes last, so that what is left of it
+    when the process dies is still known to be ours.
+    """
+    if folder.suffix != PARTIAL:
+        discard(_old(folder))
+    if not _is_ours(folder):
+        return
+    if folder.suffix != PARTIAL:
+        folder = folder.replace(_old(folder))
+    with suppress(OSError):  # a file that another process still reads keeps its folder on some file systems
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry != _mark(folder, _PART):
+                entry.unlink()
+        _mark(folder, _PART).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def mark(folder: Path, kind: str = _PART) -> None:
+    """Mark a folder as ours."""
+    if not marked(folder, kind):
+        _mark(folder, kind).touch()
+
+
+def marked(folder: Path, kind: str = _PART) -> bool:
+    """Whether a folder bears our mark of this kind."""
+    return _mark(folder, kind).is_file()
+
+
+def check_claim(folder: Path, kind: str, known: Callable[[Path], bool] = lambda _: False) -> None:
+    """Check that `claim` would take a folder, without making anything.
+
+    Args:
+        kind: what the folder is for; a single word.
+        known: recognizes folders that were made before there were marks, by what they hold.
+
+    Raises:
+        UserError: if the folder holds anything and is not ours, or is no folder.
+    """
+    _check_parents(folder / "inside")
+    # The mark is the first file in a folder, so it is looked for last: another process may be making the same folder.
+    if folder.is_dir() and not _is_empty(folder) and not marked(folder, kind) and not known(folder):
+        raise UserError(
+            f"{folder}: holds other files than those of a yoco-u {kind}; name a new or an empty folder, or move them elsewhere"
+        )
+
+
+def claim(folder: Path, kind: str, known: Callable[[Path], bool] = lambda _: False) -> None:
+    """Make and mark the folder that a command writes into; arguments and errors as of `check_claim`."""
+    check_claim(folder, kind, known)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark(folder, kind)
+
+
+def check_place(path: Path) -> None:
+    """Check that a file or folder can be made beside `path`.
+
+    Raises:
+        UserError: if something that is not ours is in the way there.
+        OSError: if the folder that it is in cannot be written to.
+    """
+    new = beside(path)
+    if os.path.lexists(new) and not _is_ours(new):
+        raise _in_the_way(new)
+    os.rmdir(tempfile.mkdtemp(prefix=f"{new.name}.", dir=path.parent))
+
+
+def check_part(path: Path) -> None:
+    """Check that `publish` could put a folder at `path`; errors as of `check_place`."""
+    check_place(path)
+    for folder in (path, _old(path)):
+        if os.path.lexists(folder) and not _is_ours(folder):
+            raise _in_the_way(folder)
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file is JSON, a picture or a page that says that this package made it."""
+    with path.open("rb") as file:
+        head, size = file.read(_MOST), file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _MOST))
+        return bool(_RESULT.search(head + file.read()))
+
+
+def check_result(path: Path) -> None:
+    """Check, before anything is computed, that a result may be written to a file that a user names.
+
+    It may be new, or the result of an earlier command, see `is_result`.
+
+    Raises:
+        UserError: if something else is there.
+        OSError: if its folder cannot be written to.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
+    real = Path(os.path.realpath(path))
+    _check_parents(real)
+    if path.exists() or os.path.lexists(real):
+        if not path.is_file():
+            raise UserError(f"{path}: is no regular file; name another file")
+        if not is_result(path):
+            raise UserError(f"{path}: is there and was not made by yoco-u; name another file, or move it elsewhere")
+    if real.parent.is_dir():
+        check_place(real)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file, which becomes `path` in one moment when the block ends without an error.
+
+    A link is followed. An error of the file system names `path`, whatever library it comes from.
+    """
+    path = Path(os.path.realpath(path))
+    with naming(path):
+        file = fresh_folder(path) / path.name
+        try:
+            yield file
+            sync(file)
+            file.replace(path)
+            sync(path.parent)
+        finally:
+            discard(file.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn what libraries raise when the disk is full, or cannot be written to, into an OSError that names a file: `path`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        found = system_error(error)
+        if found is None or (found is error and error.filename is not None):
+            raise
+        raise OSError(found.errno, found.strerror, found.filename or str(path)) from error
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk. Windows cannot do so for a folder, nor can some network drives."""
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno == errno.EINVAL):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, which appears whole or not at all."""
-    beside(path).write_text(text, encoding="utf-8")
-    publish(path)
+    with replacing(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -59,23 +248,74 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
-def read_json(path: Path, default: Any) -> Any:
-    """Read a JSON file; `default` if there is none.
+def write_result(path: Path, data: dict[str, Any]) -> None:
+    """Write a JSON file that a user named, and that says who made it; see `check_result`."""
+    write_json(path, {"generator": GENERATOR} | data)
+
+
+def read_json(path: Path, shape: type[T], default: T | None = None) -> T:
+    """Read a JSON file. Every small file of a run, a dataset or a model is read by this function.
+
+    Args:
+        shape: what the file holds, as a type that pydantic checks: `dict[str, Any]`, `list[float]` or a model.
+        default: what to return if there is no file.
 
     Raises:
-        UserError: if it cannot be read, or is not JSON.
+        UserError: if it cannot be read, is not JSON, or holds anything but `shape`; it names the file and the place.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if default is not None and not os.path.lexists(path):
         return default
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read it as JSON ({error}); the file is damaged") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return parse_json(path.read_bytes(), shape, str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror})") from None
+
+
+def parse_json(text: bytes, shape: type[T], source: str) -> T:
+    """The value of a JSON text in UTF-8, as in `read_json`; `source` is where it came from, which the error names.
+
+    Infinity and NaN, which JSON does not have, are errors too.
+    """
+    if not text.strip(b"\0 \n"):
+        raise UserError(f"{source}: empty; {DAMAGED}")
+    try:
+        value: T = _adapter(shape).validate_python(from_json(text, allow_inf_nan=False))
+        return value
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"])) or "the whole"
+        raise UserError(f"{source}: {place}: {problem['msg']}; {DAMAGED}") from None
+    except ValueError as error:
+        raise UserError(f"{source}: not JSON ({error}); {DAMAGED}") from None
+
+
+def _mark(folder: Path, kind: str) -> Path:
+    return folder / f".yoco-u-{kind}"
+
+
+def _old(folder: Path) -> Path:
+    """What a folder is called while it is removed."""
+    return folder.with_name(f"{folder.name}.old{PARTIAL}")
+
+
+def _check_parents(path: Path) -> None:
+    there = next(parent for parent in path.parents if os.path.lexists(parent))
+    if not there.is_dir():
+        raise UserError(f"{there} is a {'file' if there.exists() else 'broken link'}; name a folder")
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and (marked(path) or _is_empty(path))
+
+
+def _is_empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+def _in_the_way(path: Path) -> UserError:
+    return UserError(f"{path}: is in the way: it was not made by yoco-u, or cannot be removed; move it elsewhere")
+
+
+@cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)

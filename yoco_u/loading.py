@@ -5,7 +5,7 @@ Torch and transformers are imported when a model is loaded, so that commands whi
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
@@ -63,7 +63,7 @@ def load_model(
     from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
     folder = model_folder(path)
-    kind = read_json(folder / "config.json", {}).get("model_type")
+    kind = read_json(folder / "config.json", dict[str, Any]).get("model_type")
     if kind != "yoco_u":
         raise UserError(f"{folder}: the model_type is {kind!r}, expected 'yoco_u'; give a model of this project")
     logging.disable_progress_bar()

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from yoco_u.files import beside, publish
+from yoco_u.files import GENERATOR, replacing
 from yoco_u.formatting import context_label
 
 PALETTE = (
@@ -112,8 +112,8 @@ def _finish(axes: Axes, contexts: Sequence[int], logarithmic: bool) -> None:
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
-    figure.savefig(beside(path), format="png")
-    publish(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": GENERATOR})
 
 
 def svg(draw: Callable[[Axes], None], size: tuple[float, float] = (5.2, 3.5)) -> str:

@@ -27,7 +27,7 @@ class Record:
 
     def __init__(self, path: Path, until: float = float("inf")) -> None:
         self.path, self._until = path, until
-        found = read_json(path, {})
+        found = read_json(path, dict[str, Any], {})
         self.figures: dict[str, Figure] = found.get("figures", {})
         self.complete: bool = found.get("complete", False)  # whether the phase ran to its end, even if figures failed
 

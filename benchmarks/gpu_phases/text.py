@@ -8,6 +8,7 @@ Runs that are under way when the time is up keep a checkpoint, so the same folde
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from gpu_phases.record import Figure, Record
 from gpu_phases.scale import Scale
@@ -26,7 +27,7 @@ def run(record: Record, scale: Scale) -> None:
         return
     minutes = max(0.0, record.remaining - _TO_REPORT) / 60
     record.measure("runs", lambda: _call(folder, ["--jobs", str(JOBS), "--minutes", f"{minutes:.2f}"]))
-    record.measure("report", lambda: {"report": read_json(folder / "report.json", None)})
+    record.measure("report", lambda: {"report": read_json(folder / "report.json", dict[str, Any])})
 
 
 def _call(folder: Path, options: list[str]) -> Figure:

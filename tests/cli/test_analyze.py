@@ -21,8 +21,12 @@ def test_a_run_is_looked_into(run: Any, workspace: Path, tmp_path: Path) -> None
     out = tmp_path / "analysis"
     outcome = run("analyze", workspace / "a", "--out", out, "--tokens", 10**6, "--queries", 8)
     assert outcome.status == 0
-    assert {path.name for path in out.iterdir()} == {"analysis.json", "analysis.html", *(f"{name}.png" for name in PNGS)}
-    for path in out.iterdir():
+    assert {path.name for path in out.glob("[!.]*")} == {
+        "analysis.json",
+        "analysis.html",
+        *(f"{name}.png" for name in PNGS),
+    }
+    for path in out.glob("[!.]*"):
         assert str(path) in outcome.out
         assert path.stat().st_size > 1000
     data = told(out)
@@ -53,7 +57,11 @@ def test_files_equal_evaluate_too(run: Any, workspace: Path, tmp_path: Path) -> 
     data = told(tmp_path)
     assert data["about"]["tokens"] == score["tokens"]
     assert data["studies"][0]["loss"][3]["loss"] == pytest.approx(score["loss"], rel=1e-6)
-    assert {path.name for path in tmp_path.iterdir()} == {"analysis.json", "analysis.html", "loss-against-loops.png"}
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {
+        "analysis.json",
+        "analysis.html",
+        "loss-against-loops.png",
+    }
 
 
 def test_a_run_without_loops_says_what_is_left_out(run: Any, workspace: Path) -> None:

@@ -148,4 +148,5 @@ def test_report(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert "metrics.jsonl" in run("report", tmp_path / "run").error
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     assert "no metrics yet" in run("report", tmp_path / "run").error
-    assert "cannot write" in run("report", workspace / "a", "--out", workspace / "config.yaml" / "report.html").error
+    error = run("report", workspace / "a", "--out", workspace / "config.yaml" / "report.html").error
+    assert f"{workspace / 'config.yaml'} is a file; name a folder" in error

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from yoco_u.config import dump_yaml, load_yaml, parse
 from yoco_u.data import Corpus, DataConfig, DatasetIndex, check_vocabulary, load_tokenizer, prepare, split_of
 from yoco_u.errors import UserError
+from yoco_u.files import fresh_folder
 
 module = sys.modules["yoco_u.data.prepare"]
 
@@ -125,8 +126,7 @@ def test_a_failed_run_leaves_nothing(config, tmp_path, monkeypatch, place, error
 
 
 def test_what_a_killed_run_left_is_cleared_away(prepared, config, tmp_path):
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
+    partial = fresh_folder(tmp_path / "out")
     (partial / "train-00009.bin").write_bytes(b"half")
     prepare(config, tmp_path / "out", progress=False)
     assert not partial.exists()
@@ -270,8 +270,8 @@ def test_configs_round_trip_and_refuse_nonsense(config, tmp_path):
     ("text", "message"),
     [
         (None, "no prepared dataset here"),
-        ("{", "not valid JSON"),
-        ("[]", "expected a mapping"),
+        ("{", "not JSON"),
+        ("[]", "should be a valid dictionary"),
         ('{"format": 2}', "dataset format 2, expected 1"),
         ('{"format": 1, "dtype": "uint8"}', "dtype"),
     ],

@@ -262,7 +262,7 @@ def test_broken_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert "neither a run folder" in error(folder)
     for content, part in (
         ("{", "damaged"),
-        ("[]", "None"),
+        ("[]", "damaged"),
         ('{"model_type": "llama"}', "'llama'"),
         ('{"model_type": "yoco_u"}', "missing"),
     ):

@@ -29,6 +29,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 
 MOMENTS = [
     "open */metrics.jsonl",
+    "open */step-00000002.partial/.yoco-u-part",
     "os.mkdir */step-00000002.partial",
     "open */step-00000002.partial/*.distcp",
     "os.rmdir */step-00000002.partial",  # while the files that the last kill left are removed
@@ -37,13 +38,14 @@ MOMENTS = [
     "open */tensorboard/*",
     "os.mkdir */step-00000006.partial",  # two older checkpoints are there, and one of them will be removed
     "os.rename */step-00000002 *.old.partial",
+    "os.remove */step-00000004.old.partial/.yoco-u-part",
     "os.rmdir */step-00000004.old.partial",
-    "open */step-00000010.partial/trainer.json.partial",
+    "open */trainer.json.partial/trainer.json",
     "os.mkdir */model.partial",
     "open */model.partial/config.json",
     "os.rename */model.partial *",
-    "open */summary.json.partial",
-    "os.rename */summary.json.partial *",
+    "open */summary.json.partial/summary.json",
+    "os.rename */summary.json.partial/summary.json *",
 ]
 
 
@@ -162,9 +164,10 @@ def test_another_dataset_is_refused_but_not_another_path_to_it(
 def test_a_checkpoint_of_another_architecture_is_refused(
     finished: tuple[Path, RunConfig], dataset: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
+    folder = unfinished_copy(finished[0], tmp_path / "run", step=6)
+    (folder / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"step-00000006: the checkpoint's model has hidden_size = 32, this run's 48"):
-        train(run_config(dataset, architecture={"hidden_size": 48}), tmp_path, progress=False)
+        train(run_config(dataset, architecture={"hidden_size": 48}), folder, progress=False)
 
 
 def test_a_damaged_checkpoint_is_named(finished: tuple[Path, RunConfig], tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from yoco_u.analysis.pictures import pictures, write_png
 from yoco_u.analysis.study import Study
 from yoco_u.analysis.tables import tables
-from yoco_u.errors import UserError
-from yoco_u.files import write_json
+from yoco_u.files import check_claim, check_result, claim, is_result, write_json
 from yoco_u.plotting import svg
 from yoco_u.report.page import render_page, write_page
 
@@ -33,7 +32,7 @@ class About:
 
 
 def write_study(studies: Sequence[Study], about: About, folder: Path) -> list[Path]:
-    """Write all files. Each is written under a temporary name and then renamed; other files in the folder stay as they are.
+    """Write all files, each whole or not at all.
 
     Args:
         studies: the study that is shown whole, then those that it is compared with.
@@ -44,19 +43,31 @@ def write_study(studies: Sequence[Study], about: About, folder: Path) -> list[Pa
         Paths of the files.
 
     Raises:
-        UserError: if the folder cannot be made or written to.
+        UserError: if the folder holds anything but an analysis.
+        OSError: if it cannot be written to.
     """
     drawn = pictures(studies)
     page = _page(studies, about)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / JSON, {"about": asdict(about), "studies": [study.as_json() for study in studies]})
-        for picture in drawn.values():
-            write_png(picture, folder / picture.file)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write the analysis ({error.strerror}); choose another --out") from None
+    claim(folder, *_OURS)
+    write_json(folder / JSON, {"about": asdict(about), "studies": [study.as_json() for study in studies]})
+    for picture in drawn.values():
+        write_png(picture, folder / picture.file)
     write_page(folder / PAGE, page)
     return [folder / name for name in (JSON, PAGE, *(picture.file for picture in drawn.values()))]
+
+
+def check_folder(folder: Path) -> None:
+    """Check, before anything is computed, that an analysis may be written to a folder; errors as of `write_study`."""
+    check_claim(folder, *_OURS)
+    check_result(folder / PAGE)
+
+
+def _was_analysis(folder: Path) -> bool:
+    page = folder / PAGE
+    return page.is_file() and is_result(page)
+
+
+_OURS = ("analysis", _was_analysis)
 
 
 def _page(studies: Sequence[Study], about: About) -> str:

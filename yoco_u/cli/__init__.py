@@ -6,8 +6,11 @@ by the other rooms. Commands import those rooms when they run, so that `yoco-u -
 Start with `main`, then read any command.
 """
 
+import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import typer
 
@@ -27,7 +30,7 @@ from yoco_u.cli.report import report
 from yoco_u.cli.serve import serve
 from yoco_u.cli.tasks import tasks
 from yoco_u.cli.train import train
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, describe_system_error, system_error
 
 app = typer.Typer(
     name="yoco-u",
@@ -69,12 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, 2 for a mistake of the user (one line `error: ...` on stderr), 130 when interrupted.
+        The exit status: 0, 2 for a mistake of the user or a full disk (one line `error: ...` on stderr), 130 when interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _check_moved(given)
-        status = app(args=given, prog_name="yoco-u", standalone_mode=False)
+        with _quiet_threads():
+            status = app(args=given, prog_name="yoco-u", standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))
     except typer.Exit as ended:
@@ -85,9 +90,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _interrupted()
     except _ClickException as error:
         return _fail(_usage(error)) if str(error) else 2
+    except Exception as error:
+        found = system_error(error)
+        if found is None:
+            raise
+        _drop_output()
+        return _fail(describe_system_error(found))
     if status == _INTERRUPTED:  # typer has turned a KeyboardInterrupt into this
         return _interrupted()
     return status if isinstance(status, int) else 0
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Keep threads from printing errors of the operating system, which the main thread meets as well."""
+    before = threading.excepthook
+
+    def show(failure: threading.ExceptHookArgs) -> None:
+        if failure.exc_value is None or system_error(failure.exc_value) is None:
+            before(failure)
+
+    threading.excepthook = show
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _drop_output() -> None:
+    """Throw away what standard output does not take, a full disk say; Python would fail on it once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_moved(arguments: Sequence[str]) -> None:

@@ -69,7 +69,7 @@ def analyze(
 
       yoco-u analyze runs/8m --compare runs/8m-two-loops --compare runs/yoco
     """
-    from yoco_u.analysis.output import About, write_study
+    from yoco_u.analysis.output import About, check_folder, write_study
     from yoco_u.analysis.study import COMPARED, StudySettings, study
     from yoco_u.device import find_device
     from yoco_u.evaluation.held_out import row_length
@@ -80,8 +80,7 @@ def analyze(
         raise UserError(f"--tolerance is {tolerance:g}; expected more than 0, such as 0.1")
     wanted = _measures(measures)
     folder = out or model / "analysis"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: is a file; give a folder")
+    check_folder(folder)
     subjects, tokenizer = _load([model, *(compare or [])], num_loops, find_device(device))
     wanted, left_out = _sensible(wanted, subjects, explicit=measures is not None)
     length = sequence_length or row_length(model)

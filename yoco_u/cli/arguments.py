@@ -1,8 +1,10 @@
 """What several commands ask of their options: lists with commas between, and checks of files that will be written."""
 
+import os
 from pathlib import Path
 
 from yoco_u.errors import UserError
+from yoco_u.files import check_result
 
 
 def names(text: str | None) -> tuple[str, ...] | None:
@@ -31,10 +33,16 @@ def check_can_be_written(**files: Path | None) -> None:
         files: paths by the name of their option, such as `json=path`; None where it was not given.
 
     Raises:
-        UserError: if the folder of a file does not exist, or a file is a folder itself.
+        UserError: if the folder of a file does not exist, two options name the same file, or something is there that is no
+            result of an earlier command.
+        OSError: if the folder cannot be written to.
     """
+    taken: dict[str, str] = {}
     for option, file in files.items():
         if file is not None and not file.absolute().parent.is_dir():
             raise UserError(f"--{option} {file}: no such folder {file.parent}; make it first")
-        if file is not None and file.is_dir():
-            raise UserError(f"--{option} {file}: is a folder; name a file")
+        if file is not None:
+            check_result(file)
+            same = taken.setdefault(os.path.realpath(file), option)
+            if same != option:
+                raise UserError(f"--{option} {file}: is the file of --{same} too; name another file")

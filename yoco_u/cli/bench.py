@@ -142,7 +142,7 @@ def _report(benchmark: "Benchmark", absent: list[str], paper: bool, json: Path |
     from yoco_u.bench.paper_tables import paper_json, print_paper_tables
     from yoco_u.bench.results import as_json, rows_of
     from yoco_u.bench.table import print_failures, print_tables
-    from yoco_u.files import write_json
+    from yoco_u.files import write_result
 
     measurement, console = benchmark.measurement, Console()
     if not measurement.ceilings:
@@ -153,7 +153,7 @@ def _report(benchmark: "Benchmark", absent: list[str], paper: bool, json: Path |
     else:
         print_tables(console, measurement, absent)
     if json is not None:
-        write_json(json, as_json(measurement) | ({"paper": paper_json(measurement)} if paper else {}))
+        write_result(json, as_json(measurement) | ({"paper": paper_json(measurement)} if paper else {}))
     if plot is not None:
         from yoco_u.bench.plot import write_plot
 

@@ -56,7 +56,7 @@ def context(
       yoco-u context runs/8m --files 'books/*.txt' --prefixes 2048,4096,8192
     """
     from yoco_u.evaluation.context import context_scores, text_losses
-    from yoco_u.files import write_json
+    from yoco_u.files import write_result
     from yoco_u.inference import LLM
 
     check_can_be_written(json=json, plot=plot)
@@ -82,7 +82,7 @@ def context(
     _print_table(curves)
     if json is not None:
         rows = [result | {"scores": [score.model_dump() for score in result["scores"]]} for result in results]
-        write_json(json, {"files": files, "last": last, "texts": len(cut), "results": rows})
+        write_result(json, {"files": files, "last": last, "texts": len(cut), "results": rows})
     if plot is not None:
         from yoco_u.evaluation.plots import write_context_plot
 

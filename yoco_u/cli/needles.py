@@ -64,7 +64,7 @@ def needles(
     from yoco_u.config import parse
     from yoco_u.evaluation.needle_grid import NeedleSettings, needle_grid
     from yoco_u.evaluation.needles import NOISE_KINDS, load_haystack
-    from yoco_u.files import write_json
+    from yoco_u.files import write_result
     from yoco_u.inference import LLM
 
     check_can_be_written(json=json, plot=plot)
@@ -80,7 +80,7 @@ def needles(
         scores = needle_grid(llm, settings, text, num_loops, advance)
     _print_tables(scores)
     if json is not None:
-        write_json(
+        write_result(
             json,
             {
                 "model": str(model), "num_loops": llm.engine.num_loops, "haystack": entries,

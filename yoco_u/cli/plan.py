@@ -61,7 +61,7 @@ def plan(
     from rich.console import Console
 
     from yoco_u.config import parse
-    from yoco_u.files import write_json
+    from yoco_u.files import write_result
     from yoco_u.planning.candidates import find_architecture
     from yoco_u.planning.hardware import THIS, find_hardware
     from yoco_u.planning.plan import PlanSettings, make_plan
@@ -91,7 +91,7 @@ def plan(
     if hardware == THIS:
         console.print(f"This machine again, without measuring: --hardware {machine.line}", highlight=False, soft_wrap=True)
     if json is not None:
-        write_json(json, found.as_json())
+        write_result(json, found.as_json())
     if plot is not None:
         from yoco_u.planning.plot import write_plot
 
@@ -110,7 +110,7 @@ def _plan_experiment(file: Path, overrides: list[str], hardware: str, json: Path
     from yoco_u.experiment.config import Experiment
     from yoco_u.experiment.duration import ASSUMED_SHARE, assumed_rate, measured_rate, predict
     from yoco_u.experiment.grid import expand
-    from yoco_u.files import write_json
+    from yoco_u.files import write_result
     from yoco_u.formatting import duration, number, scientific
     from yoco_u.planning.hardware import THIS, find_hardware
 
@@ -132,4 +132,4 @@ def _plan_experiment(file: Path, overrides: list[str], hardware: str, json: Path
     flops = scientific(sum(time.flops for time in times))
     print(f"{len(runs)} runs, {flops} FLOPs, {duration(total)} one after another ({basis})")
     if json is not None:
-        write_json(json, {"basis": basis, "minutes": total / 60, "runs": [time.as_json() for time in times]})
+        write_result(json, {"basis": basis, "minutes": total / 60, "runs": [time.as_json() for time in times]})

@@ -25,11 +25,13 @@ def report(
 
       yoco-u report runs/yoco runs/yoco-u --out comparison.html
     """
+    from yoco_u.files import check_result
     from yoco_u.report.comparison import compare
     from yoco_u.report.run_report import write_report
     from yoco_u.training.run_folder import read_run
 
     target = out or runs[0] / "report.html"
+    check_result(target)
     trained = [read_run(run) for run in runs]
     comparison = compare(trained)
     write_report(trained, comparison, target, title)

@@ -1,16 +1,15 @@
 """`dataset.json`, the index of a prepared dataset. It is written last, so that a folder that has it is complete."""
 
-import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from yoco_u.config import Config, parse
 from yoco_u.data.config import DataConfig
 from yoco_u.errors import UserError
-from yoco_u.files import write_text
+from yoco_u.files import read_json, write_text
 
 INDEX = "dataset.json"
 TOKENIZER = "tokenizer"
@@ -100,17 +99,12 @@ class DatasetIndex(Config):
             UserError: if the folder holds no complete dataset, or one of another format version.
         """
         path = Path(folder) / INDEX
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise UserError(f"{folder}: no prepared dataset here ({INDEX} is missing); run `yoco-u prepare`") from None
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error}); prepare the dataset again") from None
-        if isinstance(data, dict):
-            if data.get("format") != 1:
-                raise UserError(f"{path}: dataset format {data.get('format')!r}, expected 1; prepare the dataset again")
-            data = {**data, "folder": Path(folder)}
-        return parse(cls, data, str(path))
+        if not os.path.lexists(path):
+            raise UserError(f"{folder}: no prepared dataset here ({INDEX} is missing); run `yoco-u prepare`")
+        data = read_json(path, dict[str, Any])
+        if data.get("format") != 1:
+            raise UserError(f"{path}: dataset format {data.get('format')!r}, expected 1; prepare the dataset again")
+        return parse(cls, data | {"folder": Path(folder)}, str(path))
 
 
 def check_vocabulary(index: DatasetIndex, vocab_size: int) -> None:

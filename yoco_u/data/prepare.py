@@ -6,7 +6,6 @@
 import hashlib
 import heapq
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +26,7 @@ from yoco_u.data.index import INDEX, TOKENIZER, DatasetIndex, SplitName
 from yoco_u.data.shards import ShardWriter
 from yoco_u.data.tokenizer import DocumentEncoder, load_tokenizer, train_tokenizer
 from yoco_u.errors import UserError
+from yoco_u.files import discard, fresh_folder, naming, publish
 
 SAMPLE_CHARACTERS = 20_000_000
 """The most text that a tokenizer is trained on; more takes time and memory and hardly changes the tokenizer."""
@@ -50,13 +50,13 @@ def prepare(config: DataConfig, out: str | os.PathLike[str], progress: bool = Tr
     Raises:
         UserError: if the corpus cannot be read, a split comes out empty, or `out` holds anything else.
     """
-    out = Path(out)
+    out = Path(os.path.realpath(out))
     console = Console(stderr=True, quiet=not progress)
     found = _existing(config, out, console)
     if found:
         return found
     out.parent.mkdir(parents=True, exist_ok=True)
-    lock = out.parent / f".{out.name}.lock"
+    lock = out.parent / f".{out.name}.yoco-u.lock"
     with FileLock(lock):
         found = _existing(config, out, console) or _build_aside(config, out, console, workers or os.cpu_count() or 1)
         with suppress(OSError):
@@ -71,7 +71,7 @@ def split_of(source: str, fraction: float, seed: int) -> SplitName:
 
 def _existing(config: DataConfig, out: Path, console: Console) -> DatasetIndex | None:
     if not (out / INDEX).exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out}: exists and is no prepared dataset; choose another folder or remove it")
         return None
     index = DatasetIndex.load(out)
@@ -85,15 +85,14 @@ def _existing(config: DataConfig, out: Path, console: Console) -> DatasetIndex |
 
 def _build_aside(config: DataConfig, out: Path, console: Console, workers: int) -> DatasetIndex:
     """Build the dataset in a folder beside `out`, and rename that to `out` when it is complete."""
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
-    try:
-        partial.mkdir()
-        with _bars(console) as bars:
-            _build(config, partial, bars, workers)
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with naming(out):
+        partial = fresh_folder(out)
+        try:
+            with _bars(console) as bars:
+                _build(config, partial, bars, workers)
+            publish(out)
+        finally:
+            discard(partial)
     return DatasetIndex.load(out)
 
 

@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from yoco_u.analysis import angular_distances, split_batches
 from yoco_u.config import Config
 from yoco_u.data import DatasetIndex, DocumentEncoder, PackedDataset, load_tokenizer, prepare
@@ -16,9 +18,14 @@ from yoco_u.files import read_json, write_json
 from yoco_u.inference import LLM
 from yoco_u.loading import load_model
 from yoco_u.training.config import RunConfig
-from yoco_u.training.run_folder import SAMPLES, read_run_config
+from yoco_u.training.run_folder import SAMPLES, read_run_config, read_samples
 
 MEASURES = "measures.json"
+
+
+class _Taken(BaseModel):
+    settings: dict[str, Any]
+    result: dict[str, Any] | list[Any]
 
 
 def check_measures(measures: Measures, config: RunConfig, progress: bool) -> None:
@@ -48,7 +55,7 @@ def measure(run: Path, measures: Measures) -> None:
         "angular": (measures.angular, _angular),
         "needles": (measures.needles, _needles),
     }
-    found = read_json(run / MEASURES, {})
+    found = _read(run)
     for name, (settings, take) in ways.items():
         asked = None if settings is None else settings.model_dump(mode="json")
         if asked is not None and found.get(name, {}).get("settings") != asked:
@@ -58,7 +65,7 @@ def measure(run: Path, measures: Measures) -> None:
 
 def read_measures(run: Path) -> dict[str, Any]:
     """The results in a run folder by the name of the measure; empty if nothing was measured."""
-    return {name: found["result"] for name, found in read_json(run / MEASURES, {}).items()}
+    return {name: found["result"] for name, found in _read(run).items()}
 
 
 def write_samples(run: Path, samples: Samples) -> None:
@@ -67,8 +74,8 @@ def write_samples(run: Path, samples: Samples) -> None:
     Texts that are there already, for the same prompts and sampling parameters, are not written again.
     """
     settings = samples.sampling.model_dump(mode="json")
-    found = read_json(run / SAMPLES, [])
-    if [(sample["prompt"], sample["settings"]) for sample in found] == [(prompt, settings) for prompt in samples.prompts]:
+    found = read_samples(run)
+    if [(sample["prompt"], sample.get("settings")) for sample in found] == [(prompt, settings) for prompt in samples.prompts]:
         return
     requests = LLM(run, dtype="float32").generate(samples.prompts, samples.sampling)
     written = [
@@ -77,6 +84,11 @@ def write_samples(run: Path, samples: Samples) -> None:
         for output in request.outputs
     ]
     write_json(run / SAMPLES, written)
+
+
+def _read(run: Path) -> dict[str, dict[str, Any]]:
+    taken = read_json(run / MEASURES, dict[str, _Taken], {})
+    return {name: one.model_dump() for name, one in taken.items()}
 
 
 def _angular(run: Path, settings: AngularMeasure) -> dict[str, Any]:

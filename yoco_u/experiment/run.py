@@ -11,8 +11,11 @@ from yoco_u.config import dump_yaml
 from yoco_u.experiment.config import Experiment
 from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.measure import check_measures, measure, write_samples
+from yoco_u.files import check_result, claim
 from yoco_u.training import RunFolderTaken, TrainingDiverged, train
 from yoco_u.training.distributed import distributed_session
+
+_CONFIG, _LOCK = "experiment.yaml", ".lock"
 
 Say = Callable[[str], None]
 
@@ -37,9 +40,9 @@ def train_runs(
     Raises:
         UserError: as `train` does; also if a folder holds a run of other settings, or the measures cannot be taken.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        dump_yaml(experiment, folder / "experiment.yaml")
+    claim_experiment(folder)
+    with FileLock(folder / _LOCK):
+        dump_yaml(experiment, folder / _CONFIG)
     first = next((run for run in runs if not is_finished(folder / run.name)), None)
     if experiment.measures is not None and first is not None:
         with distributed_session(first.config.training.device) as distributed:
@@ -62,6 +65,16 @@ def train_runs(
         with distributed_session(run.config.training.device) as distributed:
             distributed.on_main(partial(_sample_and_measure, target, experiment))
     return [run for run in unfinished if not is_finished(folder / run.name)]  # another process may have finished some by now
+
+
+def claim_experiment(folder: Path) -> None:
+    """Make the folder of an experiment, before anything is computed.
+
+    Raises:
+        UserError: if it holds anything but an experiment, or a page of somebody else where the report goes.
+    """
+    claim(folder, "experiment", lambda old: all((old / name).is_file() for name in (_CONFIG, _LOCK)))
+    check_result(folder / "report.html")
 
 
 def _sample_and_measure(folder: Path, experiment: Experiment) -> None:

@@ -59,8 +59,9 @@ def _of_yaml(file: Path) -> Architecture:
 
 def _of_model(folder: Path) -> Architecture:
     file = model_folder(folder) / "config.json"
-    data = read_json(file, {})
-    if not isinstance(data, dict) or data.get("model_type") != "yoco_u":
-        kind = data.get("model_type") if isinstance(data, dict) else None
-        raise UserError(f"{file}: the model_type is {kind!r}, expected 'yoco_u'; give a model of this project")
+    data = read_json(file, dict[str, Any])
+    if data.get("model_type") != "yoco_u":
+        raise UserError(
+            f"{file}: the model_type is {data.get('model_type')!r}, expected 'yoco_u'; give a model of this project"
+        )
     return parse(Architecture, {key: data[key] for key in Architecture.model_fields if key in data}, str(file))

@@ -6,8 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from yoco_u.errors import UserError
-from yoco_u.files import write_text
+from yoco_u.files import check_result, write_text
 from yoco_u.plotting import PALETTE
 from yoco_u.version import __version__
 
@@ -34,10 +33,9 @@ def write_page(target: Path, page: str) -> None:
     """Write a page to a file, whole or not at all; the file's folder is made.
 
     Raises:
-        UserError: if the file cannot be written.
+        UserError: if there is something else than a page at its place.
+        OSError: if the file cannot be written.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, page)
-    except OSError as error:
-        raise UserError(f"{target}: cannot write the report ({error.strerror}); choose another --out") from None
+    check_result(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, page)

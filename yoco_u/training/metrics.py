@@ -14,15 +14,18 @@ import json
 import math
 import os
 import uuid
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, FiniteFloat, PositiveInt
 from torch.utils.tensorboard import SummaryWriter
 
 from yoco_u.errors import UserError
-from yoco_u.files import beside, publish
+from yoco_u.files import parse_json, write_text
 
-METRICS = "metrics.jsonl"
+METRICS, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
 Record = dict[str, Any]
 
 
@@ -35,20 +38,60 @@ def loss_figures(loss: float, bytes_per_token: float) -> Record:
     }
 
 
+class _Record(BaseModel, extra="allow"):
+    """What every record has. Its other figures are numbers too."""
+
+    kind: Literal["train", "evaluation"]
+    step: PositiveInt
+    tokens: PositiveInt
+    flops: int | FiniteFloat
+    loss: FiniteFloat
+    __pydantic_extra__: dict[str, int | FiniteFloat]
+
+
 def read_metrics(folder: Path) -> list[Record]:
-    """The records of a run folder in their order; none if there is no file yet. A half-written last line is left out."""
+    """The records of a run folder in their order; none if there is no file yet. A half-written last line is left out.
+
+    Raises:
+        UserError: if another line is damaged; it names the file and the line.
+    """
+    records, damage = _read(folder / METRICS)
+    if damage:
+        raise UserError(damage[0])
+    return records
+
+
+def _read(path: Path) -> tuple[list[Record], list[str]]:
+    """The records that are whole, and an error for each line that is not."""
     try:
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [], []
+    records, damage = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(parse_json(line, _Record, f"{path}, line {number}").model_dump())
+        except UserError as error:
+            damage.append(f"{error}, or remove this line to go on without it")
+    return records, damage
+
+
+def missing_steps(records: Sequence[Record], step: int) -> str | None:
+    """Which of the steps 1 to `step` have no record, in words; None if all have one."""
+    found = sorted({record["step"] for record in records if record["kind"] == "train" and record["step"] <= step})
+    gaps = [(a + 1, b - 1) for a, b in pairwise([0, *found, step + 1]) if b - a > 1]
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in gaps) or None
 
 
 class MetricsWriter:
     """Writes records to all places. Only rank 0 has one.
 
     Args:
-        step: the step after which the run continues; records of later steps are cut from the file.
+        step: the step after which the run continues; records of later steps are cut from the file. If the file is damaged,
+            its whole records stay, and the file as it was becomes `metrics.damaged.jsonl`.
+
+    Attributes:
+        missing: the steps up to `step` that have no record, in words; None if all have one.
 
     Raises:
         UserError: if Weights & Biases is asked for and not installed.
@@ -57,16 +100,20 @@ class MetricsWriter:
     def __init__(self, folder: Path, step: int, wandb_project: str | None = None, run_config: Record | None = None) -> None:
         self._wandb = _start_wandb(folder, wandb_project, run_config) if wandb_project else None
         path = folder / METRICS
-        kept = [record for record in read_metrics(folder) if record["step"] <= step]
-        beside(path).write_text("".join(map(_line, kept)), encoding="utf-8")
-        publish(path)
-        self._file = path.open("a", encoding="utf-8")
+        records, damage = _read(path)
+        if damage:
+            path.replace(path.with_name(DAMAGED))
+        kept = [record for record in records if record["step"] <= step]
+        self.missing = missing_steps(kept, step)
+        write_text(path, "".join(map(_line, kept)))
+        self._file = path.open("ab", buffering=0)  # so that a record which a full disk cuts is not written again at the end
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: Record) -> None:
         """Append one record. Once this returns, the record survives the death of the process, though not a power cut."""
-        self._file.write(_line(record))
-        self._file.flush()
+        line = _line(record).encode()
+        while line:
+            line = line[self._file.write(line) :]
         figures = {f"{record['kind']}/{key}": value for key, value in record.items() if key not in ("kind", "step")}
         for name, value in figures.items():
             self._tensorboard.add_scalar(name, value, record["step"])

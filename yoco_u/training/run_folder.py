@@ -1,6 +1,5 @@
 """The folder of a run: its files, how one run at a time writes them (`RunFolder`), and how they are read (`read_run`)."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,16 +9,47 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, PositiveInt
 
 from yoco_u.config import differences, dump_yaml, load_yaml, parse
 from yoco_u.errors import UserError
-from yoco_u.files import fresh_folder, publish, read_json, write_json
+from yoco_u.files import (
+    beside,
+    check_claim,
+    check_part,
+    check_place,
+    claim,
+    discard,
+    fresh_folder,
+    mark,
+    marked,
+    publish,
+    read_json,
+    write_json,
+)
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.metrics import METRICS, read_metrics
 
+RUN = "run"
+"""The kind of mark that a run folder bears."""
+
 SAMPLES = "samples.json"
 """The texts that experiments let a run's model write."""
+
+
+Environment = dict[str, Any]
+"""What a run runs on, as `yoco_u.device.environment` tells it, with the list `resumed` of later starts."""
+
+
+class _Sample(BaseModel, extra="allow"):
+    prompt: str
+    text: str
+
+
+class _Summary(BaseModel, extra="allow"):
+    name: str
+    steps: PositiveInt
 
 
 class RunFolderTaken(UserError):  # noqa: N818
@@ -39,24 +69,29 @@ class RunFolder:
         """Lock the folder for a run of `config`, new or continued. The lock ends with the process, however that ends.
 
         Raises:
-            UserError: if the folder holds a run of another config; `RunFolderTaken` if another process has the lock.
+            UserError: if the folder holds a run of another config, or files and no run; `RunFolderTaken` if another process has
+                the lock.
         """
         lock = FileLock(self.path / ".lock")
 
         def enter() -> None:
-            if self.path.exists() and not self.path.is_dir():
-                raise UserError(f"{self.path}: is a file; name a folder for the run")
-            self.path.mkdir(parents=True, exist_ok=True)
+            check_claim(self.path, RUN, _was_run)
+            self._mark_parts()
+            claim(self.path, RUN, _was_run)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise RunFolderTaken(
                     f"{self.path}: another process is training there; wait for it, or choose another folder"
                 ) from None
+            if not self.summary.exists():
+                check_part(self.model)
+                for place in (self.tokenizer, self.config, self.summary, self.environment, self.path / METRICS):
+                    check_place(place)
             if self.config.exists() and self._has_begun():
                 self.check_same(config)
             else:
-                shutil.rmtree(self.tokenizer, ignore_errors=True)
+                discard(self.tokenizer)
                 dump_yaml(config, self.config)
 
         try:
@@ -93,13 +128,20 @@ class RunFolder:
         if step == 0 or not self.environment.exists():
             write_json(self.environment, environment | {"resumed": []})
             return
-        first = json.loads(self.environment.read_text(encoding="utf-8"))
-        first["resumed"].append({"step": step} | environment)
-        write_json(self.environment, first)
+        first = read_json(self.environment, Environment)
+        write_json(self.environment, first | {"resumed": [*first.get("resumed", []), {"step": step} | environment]})
 
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None if the run is not finished."""
-        return json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else None
+        return read_json(self.summary, _Summary).model_dump() if self.summary.exists() else None
+
+    def _mark_parts(self) -> None:
+        """Mark what the run's folder holds, if it was made before there were marks."""
+        if self.path.is_dir() and not marked(self.path, RUN) and _was_run(self.path):
+            parts = (self.tokenizer, self.model)
+            for folder in [*parts, *map(beside, parts), *self.checkpoints.glob("*")]:
+                if folder.is_dir():
+                    mark(folder)
 
     def _has_begun(self) -> bool:
         """Whether a step was taken. A run that failed earlier, on a missing corpus say, may begin anew with another config."""
@@ -137,14 +179,28 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     """
     folder = RunFolder(Path(path))
     config = read_run_config(path)
-    try:
-        records = read_metrics(folder.path)
-    except ValueError as error:
-        raise UserError(f"{folder.path / METRICS}: not JSON lines ({error}); the file is damaged") from None
+    records = read_metrics(folder.path)
     if not records:
         raise UserError(f"{folder.path}: the run has no metrics yet; run `yoco-u train` first")
-    environment, samples = read_json(folder.environment, {}), read_json(folder.path / SAMPLES, [])
-    return Run(folder.path, config, records, environment, samples)
+    return Run(folder.path, config, records, read_json(folder.environment, Environment, {}), read_samples(folder.path))
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The texts that a run's model wrote; none if there is no file.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    return [sample.model_dump() for sample in read_json(folder / SAMPLES, list[_Sample], [])]
+
+
+def _was_run(folder: Path) -> bool:
+    """Whether a folder without a mark holds a run, as one of an earlier version does."""
+    try:
+        read_run_config(folder)
+    except UserError:
+        return False
+    return any((folder / name).exists() for name in (".lock", METRICS, "environment.json"))
 
 
 def read_run_config(path: str | os.PathLike[str]) -> RunConfig:

@@ -20,14 +20,14 @@ from yoco_u import budget
 from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
 from yoco_u.device import check_bfloat16, environment, gemm_rate, multiplies_bfloat16, peak_memory_bytes
 from yoco_u.errors import UserError
-from yoco_u.files import write_json
+from yoco_u.files import naming, write_json
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 from yoco_u.training.checkpoint import Checkpoints, TrainerState, step_name
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed, distributed_session
 from yoco_u.training.export import export_model
 from yoco_u.training.forward import DTYPES
-from yoco_u.training.metrics import MetricsWriter, Record, loss_figures, read_metrics
+from yoco_u.training.metrics import METRICS, MetricsWriter, Record, loss_figures, read_metrics
 from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.parallelize import parallelize
 from yoco_u.training.progress import progress_report
@@ -59,7 +59,8 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
         The summary, as in `summary.json`. If the run is finished already, its summary is returned and nothing else happens.
 
     Raises:
-        UserError: if the config, the dataset or the folder do not fit together.
+        UserError: if the config, the dataset or the folder do not fit together, or the folder holds something else than a run.
+        OSError: if the disk is full, or the folder cannot be written to. The same call goes on from the newest checkpoint then.
         TrainingDiverged: if the loss or the gradient is not finite.
         TrainingInterrupted: if SIGINT or SIGTERM stopped the run.
     """
@@ -67,7 +68,8 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
     with distributed_session(config.training.device) as distributed, run_folder.claim(config, distributed):
         summary = distributed.on_main(run_folder.read_summary)
         if summary is None:
-            return _Run(config, run_folder, distributed, progress).run()
+            with naming(run_folder.path):
+                return _Run(config, run_folder, distributed, progress).run()
         console = Console(stderr=True, quiet=not (progress and distributed.is_main))
         console.print(f"{run_folder.path}: the run is finished, at step {summary['steps']}; nothing to do.", soft_wrap=True)
         return summary
@@ -156,6 +158,8 @@ class _Run:
         with progress_report(self.config.name, self.state.step, steps, self.progress) as self.reporter:
             if self.saved is not None:
                 self.reporter.say(f"continuing from {self.saved}")
+            if self.distributed.is_main and self.metrics.missing:
+                self.reporter.say(f"{METRICS} was damaged or lost, steps {self.metrics.missing} are missing; going on")
             if self.config.training.dtype == "bfloat16" and not multiplies_bfloat16(self.distributed.device):
                 self.reporter.say("bfloat16 is slow without hardware for it; a new run with training.dtype=float32 is faster")
             yield
@@ -164,6 +168,8 @@ class _Run:
         training = self.config.training
         loader = BatchLoader(self.dataset, training.batch_rows, self.distributed.rank, self.distributed.world_size)
         batches = loader.iterate(self.state.step)
+        if self.state.step == training.steps and not self.distributed.on_main(self._is_evaluated):
+            self._evaluate()
         while self.state.step < training.steps:
             try:
                 self._step(batches)
@@ -213,6 +219,11 @@ class _Run:
         if not math.isfinite(result.loss):
             self._stop_diverged(f"the validation loss is {result.loss} after step {self.state.step}")
         self._record("evaluation", result.loss, self.validation, {})
+
+    def _is_evaluated(self) -> bool:
+        """Whether the validation loss of the last step is among the metrics, as it is unless the file was damaged."""
+        kinds = {record["kind"] for record in read_metrics(self.folder.path) if record["step"] == self.config.training.steps}
+        return "evaluation" in kinds
 
     def _record(self, kind: str, loss: float, dataset: PackedDataset, figures: Record) -> None:
         if not self.distributed.is_main:
@@ -265,9 +276,9 @@ class _Run:
             "tokens": self.state.tokens,
             "flops": self.config.training_flops(self.state.step),
             "parameters": budget.parameters(self.config.architecture).total,
-            "train_loss": steps[-1]["loss"],
+            "train_loss": steps[-1]["loss"] if steps else None,
             "validation": {key: evaluation[key] for key in ("loss", "perplexity", "bits_per_byte")},
-            **{key: statistics.median(record[key] for record in steps) for key in speeds},  # not the mean: compiling is slow
+            **{key: statistics.median(record[key] for record in steps) if steps else None for key in speeds},
             "gemm_flops_per_second": self.gemm_rate,
             "seconds": self.state.seconds,
             "peak_memory_bytes": peak_memory_bytes(self.distributed.device),
