@@ -33,7 +33,7 @@ def system_error(error: BaseException) -> OSError | None:
         if said is not None:
             number = int(said[1] or said[2])
             return OSError(number, os.strerror(number))
-        if re.search(r"PytorchStreamWriter failed|\d+ requested and \d+ written", str(one)):
+        if re.search(r"PytorchStreamWriter failed|unexpected pos \d+ vs|\d+ requested and \d+ written", str(one)):
             return OSError(errno.EIO, "Writing failed, perhaps for want of space")
         wrapped = getattr(one, "failures", None)  # of torch's CheckpointException, by rank
         chain += [one.__cause__, *(failure for failure, _ in (wrapped or {}).values())]

@@ -209,13 +209,25 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `path` when the block ends without an error; as `replacing` otherwise."""
+    with naming(path):
+        folder = fresh_folder(path)
+        try:
+            yield folder
+            publish(path)
+        finally:
+            discard(folder)
+
+
+@contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Turn what libraries raise when the disk is full, or cannot be written to, into an OSError that names a file: `path`."""
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         found = system_error(error)
         if found is None or (found is error and error.filename is not None):
             raise

@@ -86,7 +86,9 @@ def experiment(
 
 def _train_in_processes(command: list[str], runs: "list[GridRun]", folder: Path, jobs: int, minutes: float | None) -> None:
     from yoco_u.experiment.jobs import run_jobs
-    from yoco_u.experiment.run import is_finished
+    from yoco_u.experiment.run import claim_experiment, is_finished
+
+    claim_experiment(folder)
 
     def left() -> "list[GridRun]":
         return [run for run in runs if not is_finished(folder / run.name)]
@@ -116,7 +118,9 @@ def _report(grid: "Experiment", runs: "list[GridRun]", folder: Path) -> None:
     from yoco_u.experiment.sizes import summarize_sizes
     from yoco_u.experiment.sizes_report import headline, write_sizes_report
     from yoco_u.experiment.summary import summarize
+    from yoco_u.files import check_result
 
+    check_result(folder / f"{REPORT}.html")
     results = read_results(runs, folder)
     if grid.sizes:
         over_sizes = summarize_sizes(grid, results)

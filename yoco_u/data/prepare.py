@@ -26,7 +26,7 @@ from yoco_u.data.index import INDEX, TOKENIZER, DatasetIndex, SplitName
 from yoco_u.data.shards import ShardWriter
 from yoco_u.data.tokenizer import DocumentEncoder, load_tokenizer, train_tokenizer
 from yoco_u.errors import UserError
-from yoco_u.files import discard, fresh_folder, naming, publish
+from yoco_u.files import check_place, replacing_folder
 
 SAMPLE_CHARACTERS = 20_000_000
 """The most text that a tokenizer is trained on; more takes time and memory and hardly changes the tokenizer."""
@@ -56,6 +56,7 @@ def prepare(config: DataConfig, out: str | os.PathLike[str], progress: bool = Tr
     if found:
         return found
     out.parent.mkdir(parents=True, exist_ok=True)
+    check_place(out)
     lock = out.parent / f".{out.name}.yoco-u.lock"
     with FileLock(lock):
         found = _existing(config, out, console) or _build_aside(config, out, console, workers or os.cpu_count() or 1)
@@ -85,14 +86,8 @@ def _existing(config: DataConfig, out: Path, console: Console) -> DatasetIndex |
 
 def _build_aside(config: DataConfig, out: Path, console: Console, workers: int) -> DatasetIndex:
     """Build the dataset in a folder beside `out`, and rename that to `out` when it is complete."""
-    with naming(out):
-        partial = fresh_folder(out)
-        try:
-            with _bars(console) as bars:
-                _build(config, partial, bars, workers)
-            publish(out)
-        finally:
-            discard(partial)
+    with replacing_folder(out) as folder, _bars(console) as bars:
+        _build(config, folder, bars, workers)
     return DatasetIndex.load(out)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from yoco_u.files import fresh_folder, naming, publish
+from yoco_u.files import replacing_folder
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 from yoco_u.training.checkpoint import full_weights
 from yoco_u.training.distributed import Distributed
@@ -24,11 +24,9 @@ def export_model(model: nn.Module, config: YocoUConfig, folder: RunFolder, distr
             whole = YocoUForCausalLM(config)
         whole.load_state_dict(weights, assign=True)
         whole.tie_weights()
-        with naming(folder.model), _no_progress_bar():
-            beside = fresh_folder(folder.model)
+        with replacing_folder(folder.model) as beside, _no_progress_bar():
             whole.save_pretrained(beside)
             shutil.copytree(folder.tokenizer, beside, dirs_exist_ok=True)
-            publish(folder.model)
 
     distributed.on_main(save)
 

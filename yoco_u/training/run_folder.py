@@ -20,11 +20,10 @@ from yoco_u.files import (
     check_place,
     claim,
     discard,
-    fresh_folder,
     mark,
     marked,
-    publish,
     read_json,
+    replacing_folder,
     write_json,
 )
 from yoco_u.training.config import RunConfig
@@ -120,8 +119,8 @@ class RunFolder:
     def copy_tokenizer(self, source: Path) -> None:
         """Copy the dataset's tokenizer into the folder, unless it is there already."""
         if not self.tokenizer.exists():
-            shutil.copytree(source, fresh_folder(self.tokenizer), dirs_exist_ok=True)
-            publish(self.tokenizer)
+            with replacing_folder(self.tokenizer) as folder:
+                shutil.copytree(source, folder, dirs_exist_ok=True)
 
     def note_start(self, step: int, environment: dict[str, Any]) -> None:
         """Write down what the run runs on. A start that continues from `step` goes into the list `resumed` of the first one."""

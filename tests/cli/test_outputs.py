@@ -1,0 +1,174 @@
+"""Commands overwrite nothing that is not theirs, and say so before they compute anything; a full disk is one line."""
+
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from yaml import safe_dump
+
+
+def in_place(path: Path) -> None:
+    path.mkdir()
+    (path / "thesis.txt").write_text("years of work")
+
+
+def parts_of_a_run(path: Path) -> None:
+    for name in ("tokenizer", "model", "checkpoints/step-00000009", "analysis"):
+        (path / name).mkdir(parents=True)
+        (path / name / "mine").write_text("years of work")
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "dataset.json", "experiment.yaml", "report.html"):
+        (path / name).write_text("name: years of work")
+
+
+USERS: dict[str, Callable[[Path], object]] = {
+    "folder": in_place,
+    "folder with names of ours": parts_of_a_run,
+    "file": lambda path: path.write_text("years of work"),
+    "file in the place of its folder": lambda path: path.parent.rmdir() or path.parent.write_text("years of work"),
+    "pipe": os.mkfifo,
+    "partial file": lambda path: path.with_name(f"{path.name}.partial").write_text("years of work"),
+}
+
+COMMANDS = {
+    "train": ("train", "{workspace}/config.yaml", "--out", "{out}", "--json"),
+    "train, data too": ("train", "{workspace}/config.yaml", "dataset={out}", "--out", "{fresh}", "--json"),
+    "prepare": ("prepare", "--corpus", "{workspace}/corpus", "--out", "{out}", "data.validation_fraction=0.3", "--json"),
+    "report": ("report", "{workspace}/a", "--out", "{out}"),
+    "analyze": ("analyze", "{workspace}/a", "--out", "{out}"),
+    "experiment": ("experiment", "{workspace}/grid.yaml", "--out", "{out}"),
+    "experiment in processes": ("experiment", "{workspace}/grid.yaml", "--out", "{out}", "--jobs", 2),
+    "quickstart": ("quickstart", "--out", "{out}", "--config", "{workspace}/grid.yaml"),
+    "plan": ("plan", "{workspace}/a", "--json", "{out}"),
+    "plan, picture": ("plan", "{workspace}/a", "--plot", "{out}"),
+    "needles": ("needles", "{workspace}/a", "--json", "{out}"),
+    "context": ("context", "{workspace}/a", "--plot", "{out}"),
+    "bench": ("bench", "--quick", "--json", "{out}"),
+}
+
+
+@pytest.fixture(scope="module")
+def grid(workspace: Path) -> Path:
+    settings = {"preset": "yoco_u", "size": "test", "vocab_size": 300}
+    base = {
+        "dataset": str(workspace / "data"),
+        "architecture": settings,
+        "training": {"steps": 1, "sequence_length": 32, "batch_rows": 4, "micro_batch_rows": 4},
+        "optimizer": {"warmup_steps": 0},
+    }
+    (workspace / "grid.yaml").write_text(safe_dump({"title": "t", "base": base, "models": {"a": {}, "b": {}}}))
+    return workspace
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(path): path.read_text("latin-1") if path.is_file() else "" for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_user_put_there_is_refused(run: Any, grid: Path, tmp_path: Path, command: str, user: str) -> None:
+    if user == "partial file" and command.startswith(("train", "analyze", "experiment", "quickstart")):
+        pytest.skip("what is written lies in the folder, not beside it")
+    out = tmp_path / "place" / "out"
+    out.parent.mkdir()
+    USERS[user](out)
+    before = tree(out.parent)
+    arguments = [str(part).format(workspace=grid, out=out, fresh=tmp_path / "fresh") for part in COMMANDS[command]]
+    assert str(out.parent) in run(*arguments).error
+    assert tree(out.parent) == before
+
+
+def test_a_result_is_written_again_but_no_input_and_no_file_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run("plan", workspace / "a", "--json", tmp_path / "a.json").status == 0
+        assert run("report", workspace / "a", "--out", tmp_path / "a.html").status == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.json"]
+    before = tree(workspace)
+    for name in ("summary.json", "config.yaml", "metrics.jsonl", "model/config.json", "model", "."):
+        assert str(workspace / "a" / name) in run("report", workspace / "a", "--out", workspace / "a" / name).error
+    assert "was not made by yoco-u" in run("plan", workspace / "a", "--json", workspace / "a" / "config.yaml").error
+    assert "is the file of --json too" in run("plan", workspace / "a", "--json", tmp_path / "x", "--plot", tmp_path / "x").error
+    assert tree(workspace) == before
+
+
+def test_a_run_of_an_earlier_version_goes_on(run: Any, workspace: Path, tmp_path: Path) -> None:
+    """Its folders bear no marks; a killed process left parts of it."""
+    old = tmp_path / "old"
+    shutil.copytree(workspace / "a", old)
+    for mark in [*old.rglob(".yoco-u-*")]:
+        mark.unlink()
+    (old / "summary.json").unlink()
+    shutil.copytree(old / "model", old / "model.partial")
+    (old / "checkpoints" / "step-00000009.partial").mkdir()
+    (old / "checkpoints" / "step-00000009.partial" / "shard").touch()
+    assert run("train", workspace / "config.yaml", "--out", old, "--json").json["steps"] == 5
+    assert not list(old.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("limit", [1_000, 120_000])
+def test_what_grows_too_large_is_one_line_and_the_run_goes_on(run: Any, workspace: Path, tmp_path: Path, limit: int) -> None:
+    """As a full disk does, a limit of the size of files meets also what libraries write in C++ and Rust."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    command = ("train", workspace / "config.yaml", "--out", tmp_path / "run", "--json")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        error = run(*command).error
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.startswith(str(tmp_path / "run")) and error.endswith("then run the same command again")
+    assert run(*command).status == 0
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", workspace / "a")]
+    assert weights[0] == weights[1]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda whole: b"",
+    "cut": lambda whole: whole[: len(whole) // 2],
+    "zeros": lambda whole: bytes(len(whole)),
+    "not UTF-8": lambda whole: b"\xff" + whole,
+    "nested": lambda whole: b"[" * 100_000,
+    "another shape": lambda whole: b"[1]\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["environment.json", "samples.json", "metrics.jsonl", "summary.json"])
+def test_a_damaged_file_of_a_run_is_named(run: Any, workspace: Path, tmp_path: Path, name: str, damage: str) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(workspace / "a", folder, ignore=shutil.ignore_patterns("checkpoints", "model"))
+    (folder / "samples.json").write_text('[{"prompt": "a", "text": "b"}]')
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(DAMAGE[damage](whole))
+    if name == "summary.json":
+        outcome = run("train", workspace / "config.yaml", "--out", folder, "--json")
+    else:
+        outcome = run("report", folder)
+    if name == "metrics.jsonl" and damage == "cut":  # as that of a run which goes on
+        assert outcome.status == 0
+    elif name == "metrics.jsonl" and damage in ("nested", "zeros", "empty"):  # not a line of it is whole
+        assert "no metrics yet" in outcome.error
+    else:
+        assert name in outcome.error
+
+
+@pytest.mark.parametrize("lost", [range(0), range(1, 4), range(5), range(2, 3), range(4, 5)])
+def test_lost_metrics_are_told_and_the_run_is_finished(run: Any, workspace: Path, tmp_path: Path, lost: range) -> None:
+    """Lines are lost; those that stay are still there when the run is done."""
+    folder = tmp_path / "run"
+    shutil.copytree(workspace / "a", folder)
+    (folder / "summary.json").unlink()
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    steps = [step for step in range(1, 6) if step - 1 not in lost]
+    kept = [line for line in lines if any(f'"step": {step},' in line for step in steps)]
+    (folder / "metrics.jsonl").write_text("".join(kept[:1]) + "garbage\n" + "".join(kept[1:]))
+    assert "line" in run("report", folder).error
+    outcome = run("train", workspace / "config.yaml", "--out", folder)
+    assert outcome.status == 0
+    assert ("was damaged or lost" in outcome.err) == bool(lost)
+    assert "garbage" in (folder / "metrics.damaged.jsonl").read_text()
+    after = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert after[: len(kept)] == kept
+    assert sum('"kind": "evaluation", "step": 5,' in line for line in after) == 1
