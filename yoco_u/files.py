@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -291,8 +291,8 @@ def parse_json(text: bytes, shape: type[T], source: str) -> T:
     if not text.strip(b"\0 \n"):
         raise UserError(f"{source}: empty; {DAMAGED}")
     try:
-        value: T = _adapter(shape).validate_python(from_json(text, allow_inf_nan=False))
-        return value
+        adapter: TypeAdapter[T] = _adapter(cast("Any", shape))
+        return adapter.validate_python(from_json(text, allow_inf_nan=False))
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"])) or "the whole"

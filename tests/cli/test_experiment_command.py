@@ -19,6 +19,7 @@ from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.experiment import jobs
 from yoco_u.experiment.config import Measures
 from yoco_u.experiment.measure import measure, read_measures
+from yoco_u.files import claim
 from yoco_u.training import TrainingDiverged
 from yoco_u.training.run_folder import read_run
 
@@ -139,7 +140,8 @@ def test_taken_and_diverging_runs_do_not_stop_the_grid(
         return train(config, folder, progress=progress)
 
     monkeypatch.setattr(module, "train", diverge)
-    (out / RUNS[1]).mkdir(parents=True)
+    claim(out, "experiment")
+    claim(out / RUNS[1], "run")
     with FileLock(out / RUNS[1] / ".lock"):
         outcome = run("experiment", grid, "--out", out)
     assert outcome.status == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from yoco_u.analysis.pictures import pictures, write_png
 from yoco_u.analysis.study import Study
 from yoco_u.analysis.tables import tables
-from yoco_u.files import check_claim, check_result, claim, is_result, write_json
+from yoco_u.files import check_claim, check_place, check_result, claim, is_result, write_json
 from yoco_u.plotting import svg
 from yoco_u.report.page import render_page, write_page
 
@@ -59,6 +59,8 @@ def write_study(studies: Sequence[Study], about: About, folder: Path) -> list[Pa
 def check_folder(folder: Path) -> None:
     """Check, before anything is computed, that an analysis may be written to a folder; errors as of `write_study`."""
     check_claim(folder, *_OURS)
+    if not folder.exists() and folder.parent.is_dir():
+        check_place(folder)
     check_result(folder / PAGE)
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from yoco_u.errors import UserError
+from yoco_u.experiment.run import claim_experiment
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60.0
@@ -41,7 +42,7 @@ def run_jobs(
     Raises:
         UserError: if a process failed, with the last line that it printed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    claim_experiment(folder)
     logs = [folder / f"job-{number}.log" for number in range(1, jobs + 1)]
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     with _terminated_as_interrupted():
