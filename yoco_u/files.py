@@ -35,6 +35,7 @@ PARTIAL = ".partial"
 GENERATOR = f"yoco-u {__version__}"
 """How the files that users name say who made them."""
 
+_MARK = ".yoco-u-"
 _PART = "part"
 _RESULT = re.compile(
     rb'\A\{\s*"generator": "yoco-u '  # JSON, see `write_result`
@@ -112,6 +113,11 @@ def mark(folder: Path, kind: str = _PART) -> None:
 def marked(folder: Path, kind: str = _PART) -> bool:
     """Whether a folder bears our mark of this kind."""
     return _mark(folder, kind).is_file()
+
+
+def is_mark(path: Path) -> bool:
+    """Whether a file is a mark, of whatever kind."""
+    return path.name.startswith(_MARK)
 
 
 def check_claim(folder: Path, kind: str, known: Callable[[Path], bool] = lambda _: False) -> None:
@@ -302,7 +308,7 @@ def parse_json(text: bytes, shape: type[T], source: str) -> T:
 
 
 def _mark(folder: Path, kind: str) -> Path:
-    return folder / f".yoco-u-{kind}"
+    return folder / f"{_MARK}{kind}"
 
 
 def _old(folder: Path) -> Path:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yoco_u.checksums import SUMS, verify_checksums
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
 
@@ -63,6 +64,7 @@ def load_model(
     from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
     folder = model_folder(path)
+    verify_checksums(folder, f"copy it again, or train again; if you changed it on purpose, remove {SUMS}")
     kind = read_json(folder / "config.json", dict[str, Any]).get("model_type")
     if kind != "yoco_u":
         raise UserError(f"{folder}: the model_type is {kind!r}, expected 'yoco_u'; give a model of this project")

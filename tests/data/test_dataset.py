@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from yoco_u.checksums import SUMS, write_checksums
 from yoco_u.data import BatchLoader, DataConfig, DatasetIndex, PackedDataset
 from yoco_u.data.index import Shard, Split
 from yoco_u.data.shards import ShardWriter
@@ -157,6 +158,44 @@ def test_damage_is_noticed(folder):
     tokens.unlink()
     with pytest.raises(UserError, match="the dataset is damaged"):
         PackedDataset(folder, "train", 8)
+
+
+def test_any_damage_to_a_file_is_noticed_by_its_checksum(folder):
+    write_checksums(folder)
+    DatasetIndex.load(folder).verify()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS):
+        good = path.read_bytes()
+        index = DatasetIndex.load(folder)
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 4]))
+        with pytest.raises(UserError, match=rf"{path}: the file is damaged.*remove the dataset and prepare it again"):
+            index.verify()
+        validation = [] if path.name.startswith("train-") or path.parent.name == "tokenizer" else [path]
+        assert _is_damaged(index, "validation") == bool(validation)
+        path.write_bytes(good)
+
+
+def _is_damaged(index, split):
+    try:
+        index.verify(split)
+    except UserError:
+        return True
+    return False
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_an_error_and_no_signal(folder):
+    dataset = PackedDataset(folder, "train", 8)
+    rows = [dataset.row(n).tolist() for n in range(dataset.rows_per_epoch)]
+    for number in range(len(dataset.split.shards)):
+        path = folder / f"train-{number:05d}.bin"
+        path.write_bytes(path.read_bytes()[:2])
+    failed = 0
+    for n, row in enumerate(rows):
+        try:
+            assert dataset.row(n).tolist() == row
+        except UserError as error:
+            assert "ends before token" in str(error) and "prepare the dataset again" in str(error)
+            failed += 1
+    assert failed > len(rows) // 2
 
 
 def test_totals_are_sums_over_shards():

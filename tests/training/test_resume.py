@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from training_runs import STEPS, deterministic, run_config, start
 
+from yoco_u.checksums import SUMS
 from yoco_u.errors import UserError
 from yoco_u.training import RunConfig, TrainingInterrupted, train
 from yoco_u.training.metrics import METRICS, MetricsWriter
@@ -171,8 +172,10 @@ def test_a_checkpoint_of_another_architecture_is_refused(
 
 
 def test_a_damaged_checkpoint_is_named(finished: tuple[Path, RunConfig], tmp_path: Path) -> None:
+    """A checkpoint of an earlier version, which has no checksums. Those that have them are in `test_checkpoints.py`."""
     folder = unfinished_copy(finished[0], tmp_path / "run", step=4)
     next((folder / "checkpoints" / "step-00000004").glob("*.distcp")).unlink()
+    (folder / "checkpoints" / "step-00000004" / SUMS).unlink()
     with pytest.raises(UserError, match=r"step-00000004: the checkpoint is damaged .* remove it to go on from the one before"):
         train(finished[1], folder, progress=False)
     shutil.rmtree(folder / "checkpoints" / "step-00000004")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yoco_u.data.index import DatasetIndex, SplitName
-from yoco_u.data.shards import shard_paths
+from yoco_u.data.shards import TokenFile, shard_paths
 from yoco_u.errors import UserError
 
 
@@ -29,7 +29,7 @@ class _Epoch(NamedTuple):
 
 
 class PackedDataset:
-    """An endless sequence of packed rows, each of N + 1 tokens for `sequence_length` N, over memory-mapped shards.
+    """An endless sequence of packed rows, each of N + 1 tokens for `sequence_length` N, read from the shards on demand.
 
     In each epoch the documents, each beginning with `eot_id`, are laid one after another into one stream. Row r of the stream
     is the tokens r N to r N + N, of which the last is only a target; tokens at the end that do not fill a row are left out.
@@ -59,7 +59,7 @@ class PackedDataset:
                 f"{sequence_length} takes {sequence_length + 1}; give more text or shorten sequence_length"
             )
         self.rows_per_epoch = (self.split.tokens - 1) // sequence_length
-        self._tokens: list[NDArray[np.unsignedinteger]] = []
+        self._tokens: list[TokenFile] = []
         offsets = [self._open(Path(folder), split, number) for number in range(len(self.split.shards))]
         self._starts = np.concatenate([offset[:-1] for offset in offsets])  # (documents,), each counted within its shard
         self._lengths = np.concatenate([np.diff(offset) for offset in offsets])  # (documents,)
@@ -81,7 +81,7 @@ class PackedDataset:
             skip = begin + filled - int(epoch.ends[position] - self._lengths[document])
             take = min(int(self._lengths[document]) - skip, len(row) - filled)
             start = int(self._starts[document]) + skip
-            row[filled : filled + take] = self._tokens[self._shard(document)][start : start + take]
+            row[filled : filled + take] = self._tokens[self._shard(document)].read(start, take)
             filled += take
             position += 1
         return row
@@ -89,7 +89,7 @@ class PackedDataset:
     def documents(self) -> Iterator[NDArray[np.unsignedinteger]]:
         """The tokens of each document of the split, in the order of the files, `eot_id` first."""
         for document, (start, length) in enumerate(zip(self._starts.tolist(), self._lengths.tolist(), strict=True)):
-            yield self._tokens[self._shard(document)][start : start + length]
+            yield self._tokens[self._shard(document)].read(start, length)
 
     def _shard(self, document: int) -> int:
         return int(np.searchsorted(self._shard_ends, document, side="right"))
@@ -104,7 +104,7 @@ class PackedDataset:
         return _Epoch(order, np.cumsum(self._lengths[order]), row_order)
 
     def _open(self, folder: Path, split: SplitName, number: int) -> NDArray[np.int64]:
-        """Map the tokens of a shard into memory and return its offsets, after comparing both with the index."""
+        """Open the tokens of a shard and return its offsets, after comparing both with the index."""
         tokens, offsets = shard_paths(folder, split, number)
         shard = self.split.shards[number]
         dtype = np.dtype(self.index.dtype).newbyteorder("<")
@@ -120,5 +120,5 @@ class PackedDataset:
             )
         if found.shape != (shard.documents + 1,) or found[-1] != shard.tokens:
             raise UserError(f"{offsets}: does not fit the index; remove the dataset and prepare it again")
-        self._tokens.append(np.memmap(tokens, dtype=dtype, mode="r"))
+        self._tokens.append(TokenFile(tokens, dtype))
         return found

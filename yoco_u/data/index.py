@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from yoco_u.checksums import verify_checksums
 from yoco_u.config import Config, parse
 from yoco_u.data.config import DataConfig
 from yoco_u.errors import UserError
@@ -86,6 +87,21 @@ class DatasetIndex(Config):
                 "prepare with validation_fraction or validation_corpus"
             )
         return self.splits[name]
+
+    def verify(self, split: SplitName | None = None) -> None:
+        """Compare the files with the checksums that `prepare` wrote; a dataset of an earlier version has none.
+
+        Args:
+            split: compare the index and the shards of this split alone; by default everything.
+
+        Raises:
+            DamagedFile: if a file is missing or differs.
+        """
+
+        def wanted(name: str) -> bool:
+            return split is None or name == INDEX or name.startswith(f"{split}-")
+
+        verify_checksums(self.folder, "remove the dataset and prepare it again", wanted)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `dataset.json` into `folder`. It appears whole, by a rename."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from yoco_u.checksums import write_checksums
 from yoco_u.config import differences
 from yoco_u.data.config import DataConfig
 from yoco_u.data.corpus import Corpus
@@ -127,6 +128,7 @@ def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> No
         splits={name: split for name, split in splits.items() if split.shards},
         folder=folder,
     ).save(folder)
+    write_checksums(folder)
 
 
 class _Items:

@@ -1,5 +1,6 @@
 """The shards of a dataset, which hold its tokens: `<split>-<number>.bin` beside `<split>-<number>.offsets.npy`."""
 
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -8,12 +9,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yoco_u.data.index import Shard, Split, SplitName
+from yoco_u.errors import UserError
 
 
 def shard_paths(folder: Path, split: SplitName, number: int) -> tuple[Path, Path]:
     """The two files of a shard: its token ids one after another, and int64 offsets (documents + 1,), where each begins."""
     name = f"{split}-{number:05d}"
     return folder / f"{name}.bin", folder / f"{name}.offsets.npy"
+
+
+class TokenFile:
+    """The token ids of a shard. They are read and not mapped into memory, where a file that shrinks would kill the process."""
+
+    def __init__(self, path: Path, dtype: np.dtype[np.unsignedinteger]) -> None:
+        self._path, self._dtype = path, dtype
+        self._file = path.open("rb", buffering=0)
+        self._lock = threading.Lock()
+
+    def read(self, start: int, count: int) -> NDArray[np.unsignedinteger]:
+        """The tokens start .. start + count - 1, (count,).
+
+        Raises:
+            UserError: if the file has become shorter since it was opened, or cannot be read.
+        """
+        tokens = np.empty(count, self._dtype)
+        into = memoryview(tokens).cast("B")
+        try:
+            with self._lock:
+                self._file.seek(start * self._dtype.itemsize)
+                while into and (got := self._file.readinto(into)):
+                    into = into[got:]
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot read it ({error.strerror or error})") from None
+        if into:
+            raise UserError(f"{self._path}: ends before token {start + count}; the file was cut, prepare the dataset again")
+        return tokens
 
 
 class ShardWriter:

@@ -117,4 +117,6 @@ def validation_split(path: Path, sequence_length: int, files: str = "files") -> 
     """
     if not is_run(path):
         raise UserError(f"{path}: a saved model has no validation split; name {files} to take the text from")
-    return PackedDataset(read_run_config(path).dataset, "validation", sequence_length, shuffle=False)
+    dataset = PackedDataset(read_run_config(path).dataset, "validation", sequence_length, shuffle=False)
+    dataset.index.verify("validation")
+    return dataset

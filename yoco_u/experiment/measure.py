@@ -94,6 +94,7 @@ def _read(run: Path) -> dict[str, dict[str, Any]]:
 def _angular(run: Path, settings: AngularMeasure) -> dict[str, Any]:
     config = read_run_config(run)
     validation = PackedDataset(config.dataset, "validation", config.training.sequence_length, shuffle=False)
+    validation.index.verify("validation")
     model, _ = load_model(run, find_device(config.training.device))
     return asdict(angular_distances(model, split_batches(validation, settings.tokens)))
 

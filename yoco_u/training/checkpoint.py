@@ -1,21 +1,24 @@
 """Sharded checkpoints, which are either complete or not there, and which load on any number of processes.
 
 `checkpoints/step-00000100/` holds the shards of torch.distributed.checkpoint (weights and optimizer state by tensor name),
-`rng-<rank>.pt` and `trainer.json`. The ranks write it as `step-00000100.partial`, and rank 0 renames it when all are done.
-All ranks must see the same folder, so that a run on several machines needs a shared file system.
+`rng-<rank>.pt`, `trainer.json` and the checksums of all of them. The ranks write it as `step-00000100.partial`, and rank 0
+renames it when all are done. All ranks must see the same folder, so that a run on several machines needs a shared file system.
+
+Training goes on while a checkpoint is written: `save` copies the state, and threads write the copy.
 """
 
-import json
+import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,17 +26,24 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from yoco_u.architecture import Architecture
-from yoco_u.config import Config, differences, parse
+from yoco_u.checksums import verify_checksums, write_checksums
+from yoco_u.config import Config, differences
 from yoco_u.errors import UserError, first_line
-from yoco_u.files import PARTIAL, beside, discard, fresh_folder, publish, write_json
+from yoco_u.files import PARTIAL, beside, discard, fresh_folder, publish, read_json, write_json
+from yoco_u.training.checkpoint_reader import load_shards
 from yoco_u.training.distributed import Distributed
 
 TRAINER = "trainer.json"
-STEP = "step-"
+DAMAGED = ".damaged"
+"""Suffix of checkpoints that were found damaged. No run continues from them, and nothing removes them."""
+
+# torch says so on the thread that writes, where no context could keep it from that.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+_NAME = re.compile(r"step-[0-9]{8,}")
 
 
 class TrainerState(Config):
@@ -68,49 +78,81 @@ class Checkpoints:
 
     def __init__(self, folder: Path, distributed: Distributed) -> None:
         self.folder, self.distributed = folder, distributed
+        # Beside those of training, so that the collectives of a checkpoint may come at any moment of a step.
+        self._group = dist.new_group(backend="gloo") if distributed.world_size > 1 else None
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))  # keeps the memory of its copies
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
-    def newest(self) -> Path | None:
-        """The complete checkpoint of the most steps; None if there is none.
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint of the most steps that is not damaged, None if there is none; and what is wrong with later ones.
 
-        Removes what a killed process left half-written or half-removed.
+        Damaged ones are renamed. What a killed process left half-written or half-removed is removed.
         """
 
-        def find() -> Path | None:
+        def find() -> tuple[Path | None, list[str]]:
             for stale in self.folder.glob(f"*{PARTIAL}"):
                 discard(stale)
-            complete = self._complete()
-            return complete[-1] if complete else None
+            problems = []
+            for path in reversed(self._all()):
+                try:
+                    read_state(path)
+                    verify_checksums(path, "the checkpoint is set aside")
+                    return path, problems
+                except UserError as error:
+                    problems.append(str(error))
+                    _set_aside(path)
+            return None, problems
 
         return self.distributed.on_main(find)
 
-    def save(self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainerState) -> Path:
-        """Write a checkpoint, which is complete and on the disk when this returns.
+    def save(self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainerState, keep: int) -> Path:
+        """Copy the state, and begin to write the copy. The checkpoint appears under its name when it is on the disk.
 
         Args:
             name: the folder's name. A run resumes from those named `step_name(state.step)` alone.
+            keep: how many of the newest checkpoints are left once it is there.
+
+        Raises:
+            UserError: if the checkpoint before this one could not be written.
         """
+        self.wait()
         target = self.folder / name
         partial = self.distributed.on_main(lambda: fresh_folder(target))
-        with _alone(self.distributed) as single:
-            save(_tensors(model, optimizer), storage_writer=FileSystemWriter(partial), no_dist=single)
         torch.save(_rng_state(), partial / _rng_file(self.distributed.rank))
-        self.distributed.barrier()
-
-        def complete() -> None:
-            write_json(beside(target) / TRAINER, state.model_dump(mode="json"))
-            publish(target)
-
-        self.distributed.on_main(complete)
+        written = async_save(
+            _tensors(model, optimizer),
+            storage_writer=FileSystemWriter(partial),
+            async_stager=self._stager,
+            process_group=self._group,
+            no_dist=self.distributed.world_size == 1,
+        )
+        self._writing = self._finisher.submit(self._finish, written, target, state, keep)
         return target
 
-    def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` checkpoints."""
+    @property
+    def failed(self) -> bool:
+        """Whether this process knows by now that the checkpoint could not be written. `wait` raises the reason."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-        def remove() -> None:
-            for old in self._complete()[:-keep]:
-                discard(old)
+    def wait(self) -> None:
+        """Return when the checkpoint that was begun last is complete and on the disk.
 
-        self.distributed.on_main(remove)
+        Raises:
+            UserError: if it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        problem = writing.exception() if writing is not None else None
+        if self.distributed.any(problem is not None):
+            raise UserError(
+                f"{self.folder}: the checkpoint could not be written ({_reason(problem)}); mend that, and run the same command "
+                "again to continue from the one before"
+            )
+
+    def close(self) -> None:
+        """Give the memory of the copy back, after the last checkpoint."""
+        self._finisher.shutdown()
+        self._stager.close()
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, architecture: Architecture) -> TrainerState:
         """Bring the model, the optimizer and this rank's random number generators to the state of a checkpoint.
@@ -127,26 +169,51 @@ class Checkpoints:
                 "use the architecture it was trained with, or another run folder"
             )
         tensors = _tensors(model, optimizer)
+        rng = path / _rng_file(self.distributed.rank)
         try:
-            with _alone(self.distributed) as single:
-                load(tensors, checkpoint_id=path, no_dist=single)
-        except (OSError, CheckpointException) as error:
+            load_shards(tensors, path, no_dist=self.distributed.world_size == 1)
+            rng_state = torch.load(rng, weights_only=True) if rng.exists() else None
+        except (Exception, CheckpointException) as error:  # torch and pickle raise nearly anything on damaged files
             raise UserError(
-                f"{path}: the checkpoint is damaged ({first_line(error)}); remove it to go on from the one before"
+                f"{path}: the checkpoint is damaged ({_reason(error)}); remove it to go on from the one before"
             ) from None
         set_model_state_dict(model, tensors["model"])
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
-        rng = path / _rng_file(self.distributed.rank)
-        if rng.exists():
-            _set_rng_state(torch.load(rng, weights_only=True))
+        if rng_state is not None:
+            _set_rng_state(rng_state)
         return state
 
-    def _complete(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob(f"{STEP}*") if p.suffix != PARTIAL and (p / TRAINER).exists())
+    def _finish(self, written: Future[Any], target: Path, state: TrainerState, keep: int) -> None:
+        """On a thread: wait until all ranks have written their shards, then complete the checkpoint on rank 0."""
+        written.result()
+        if not self.distributed.is_main:
+            return
+        write_json(beside(target) / TRAINER, state.model_dump(mode="json"))
+        write_checksums(beside(target))
+        publish(target)
+        for old in self._all()[:-keep]:
+            discard(old)
+
+    def _all(self) -> list[Path]:
+        """The checkpoints that runs resume from, oldest first."""
+        found = [path for path in self.folder.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _reason(error: BaseException | None) -> str:
+    """The first line of what went wrong, in whichever process."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return first_line(error) if error is not None else "in another process"
+
+
+def _set_aside(path: Path) -> None:
+    free = (path.with_name(f"{path.name}{DAMAGED}{number or ''}") for number in range(10**6))
+    path.rename(next(name for name in free if not name.exists()))
 
 
 def step_name(step: int) -> str:
-    return f"{STEP}{step:08d}"
+    return f"step-{step:08d}"
 
 
 def read_state(path: Path) -> TrainerState:
@@ -155,23 +222,12 @@ def read_state(path: Path) -> TrainerState:
     Raises:
         UserError: if it cannot be read.
     """
-    try:
-        return parse(TrainerState, json.loads((path / TRAINER).read_text(encoding="utf-8")), str(path / TRAINER))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path / TRAINER}: not readable ({error}); expected a checkpoint written by training") from None
+    return read_json(path / TRAINER, TrainerState)
 
 
 def full_weights(model: nn.Module) -> dict[str, Any]:
     """All weights, unsharded, on the CPU of rank 0; empty on the other ranks. Every rank must call it."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-@contextmanager
-def _alone(distributed: Distributed) -> Iterator[bool]:
-    """Yields whether this is the only process, and keeps torch from warning that it is."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield distributed.world_size == 1
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

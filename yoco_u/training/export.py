@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from yoco_u.checksums import write_checksums
 from yoco_u.files import replacing_folder
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 from yoco_u.training.checkpoint import full_weights
@@ -27,6 +28,7 @@ def export_model(model: nn.Module, config: YocoUConfig, folder: RunFolder, distr
         with replacing_folder(folder.model) as beside, _no_progress_bar():
             whole.save_pretrained(beside)
             shutil.copytree(folder.tokenizer, beside, dirs_exist_ok=True)
+            write_checksums(beside, [*beside.glob("*.safetensors"), beside / "config.json", beside / "tokenizer.json"])
 
     distributed.on_main(save)
 

@@ -9,7 +9,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,8 +88,9 @@ class _Run:
         self._build()
         self._resume()
         self._measure_machine()
-        with self._writing_metrics(), self._reporting(), _stop_on_signal() as stop:
+        with closing(self.checkpoints), self._writing_metrics(), self._reporting(), _stop_on_signal() as stop:
             self._loop(stop)
+            self.checkpoints.wait()
         return self._finish()
 
     def _open_dataset(self) -> None:
@@ -99,6 +100,7 @@ class _Run:
             data = config.data
             self.distributed.on_main(lambda: prepare(data, path, progress=self.progress))
         self.index = DatasetIndex.load(path)
+        self.distributed.on_main(self.index.verify)
         check_vocabulary(self.index, config.architecture.vocab_size)
         self.dataset = PackedDataset(path, "train", training.sequence_length, training.seed)
         self.validation = PackedDataset(path, "validation", training.sequence_length, shuffle=False)
@@ -120,7 +122,7 @@ class _Run:
         self.training_step = TrainingStep(self.model, self.optimizer, config, self.distributed)
 
     def _resume(self) -> None:
-        self.saved = self.checkpoints.newest()
+        self.saved, self.damaged = self.checkpoints.newest()
         if self.saved is not None:
             self.state = self.checkpoints.load(self.saved, self.model, self.optimizer, self.config.architecture)
             return
@@ -156,8 +158,12 @@ class _Run:
     def _reporting(self) -> Iterator[None]:
         steps = self.config.training.steps
         with progress_report(self.config.name, self.state.step, steps, self.progress) as self.reporter:
+            for problem in self.damaged:
+                self.reporter.say(problem)
             if self.saved is not None:
                 self.reporter.say(f"continuing from {self.saved}")
+            elif self.damaged:
+                self.reporter.say("no checkpoint is left: beginning again")
             if self.distributed.is_main and self.metrics.missing:
                 self.reporter.say(f"{METRICS} was damaged or lost, steps {self.metrics.missing} are missing; going on")
             if self.config.training.dtype == "bfloat16" and not multiplies_bfloat16(self.distributed.device):
@@ -177,6 +183,7 @@ class _Run:
                 if stop.signal is None:
                     raise
                 # Ctrl-C also ends the C++ compiler of torch.compile, which fails with pages of its output.
+                self.checkpoints.wait()
                 raise TrainingInterrupted(
                     f"stopped in step {self.state.step + 1} of {training.steps}; run the same command again to continue from "
                     f"{self.saved or 'the beginning'}"
@@ -184,10 +191,11 @@ class _Run:
             last = self.state.step == training.steps
             if last or self.state.step % training.evaluate_every == 0:
                 self._evaluate()
-            interrupted = self.distributed.any(stop.signal is not None) and not last
+            interrupted = self.distributed.any(stop.signal is not None or self.checkpoints.failed) and not last
             if last or interrupted or self.state.step % training.save_every == 0:
                 self._save()
             if interrupted:
+                self.checkpoints.wait()
                 raise TrainingInterrupted(
                     f"stopped after step {self.state.step} of {training.steps}, with a checkpoint in {self.saved}; "
                     "run the same command again to continue"
@@ -237,8 +245,11 @@ class _Run:
     def _save(self) -> None:
         if self.distributed.is_main:
             self.metrics.sync()
-        self.saved = self.checkpoints.save(step_name(self.state.step), self.model, self.optimizer, self.state)
-        self.checkpoints.prune(self.config.training.keep_checkpoints)
+        self._begin_checkpoint(step_name(self.state.step))
+
+    def _begin_checkpoint(self, name: str) -> None:
+        keep = self.config.training.keep_checkpoints
+        self.saved = self.checkpoints.save(name, self.model, self.optimizer, self.state, keep)
 
     def _stop_at_step(self, result: StepResult) -> NoReturn:
         rows, names = self.config.training.batch_rows, self.training_step.non_finite_gradients()
@@ -252,10 +263,10 @@ class _Run:
     def _stop_diverged(self, what: str) -> NoReturn:
         """Save the state before the update, under a name that no run resumes from, and raise."""
         self.optimizer.zero_grad(set_to_none=True)
-        name = f"non-finite-{step_name(self.state.step)}"
-        saved = self.checkpoints.save(name, self.model, self.optimizer, self.state)
+        self._begin_checkpoint(f"non-finite-{step_name(self.state.step)}")
+        self.checkpoints.wait()
         raise TrainingDiverged(
-            f"{what}; the weights and optimizer state before that are in {saved}. Look at gradient_norm in metrics.jsonl: "
+            f"{what}; the weights and optimizer state before that are in {self.saved}. Look at gradient_norm in metrics.jsonl: "
             "if it rose over many steps, lower optimizer.learning_rate or lengthen optimizer.warmup_steps; if it jumped at "
             "once, look at these data, or compare with training.dtype float32"
         )
