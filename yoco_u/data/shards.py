@@ -33,7 +33,7 @@ class TokenFile:
             UserError: if the file has become shorter since it was opened, or cannot be read.
         """
         tokens = np.empty(count, self._dtype)
-        into = memoryview(tokens).cast("B")
+        into = tokens.data.cast("B")
         try:
             with self._lock:
                 self._file.seek(start * self._dtype.itemsize)

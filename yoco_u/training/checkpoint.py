@@ -93,7 +93,7 @@ class Checkpoints:
         def find() -> tuple[Path | None, list[str]]:
             for stale in self.folder.glob(f"*{PARTIAL}"):
                 discard(stale)
-            problems = []
+            problems: list[str] = []
             for path in reversed(self._all()):
                 try:
                     read_state(path)
@@ -127,8 +127,14 @@ class Checkpoints:
             process_group=self._group,
             no_dist=self.distributed.world_size == 1,
         )
+        assert isinstance(written, Future)  # the stager copies at once
         self._writing = self._finisher.submit(self._finish, written, target, state, keep)
         return target
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written now."""
+        return self._writing is not None and not self._writing.done()
 
     @property
     def failed(self) -> bool:
