@@ -32,7 +32,7 @@ from yoco_u.architecture import Architecture
 from yoco_u.checksums import verify_checksums, write_checksums
 from yoco_u.config import Config, differences
 from yoco_u.errors import UserError, first_line
-from yoco_u.files import PARTIAL, beside, discard, fresh_folder, publish, read_json, write_json
+from yoco_u.files import PARTIAL, beside, discard, fresh_folder, naming, publish, read_json, write_json
 from yoco_u.training.checkpoint_reader import load_shards
 from yoco_u.training.distributed import Distributed
 
@@ -114,7 +114,7 @@ class Checkpoints:
             keep: how many of the newest checkpoints are left once it is there.
 
         Raises:
-            UserError: if the checkpoint before this one could not be written.
+            OSError, UserError: if the checkpoint before this one could not be written, see `wait`.
         """
         self.wait()
         target = self.folder / name
@@ -145,11 +145,14 @@ class Checkpoints:
         """Return when the checkpoint that was begun last is complete and on the disk.
 
         Raises:
-            UserError: if it could not be written.
+            OSError: if the disk is full, or cannot be written to.
+            UserError: if it could not be written for another reason, or by another process.
         """
         writing, self._writing = self._writing, None
         problem = writing.exception() if writing is not None else None
         if self.distributed.any(problem is not None):
+            if isinstance(problem, OSError):
+                raise problem
             raise UserError(
                 f"{self.folder}: the checkpoint could not be written ({_reason(problem)}); mend that, and run the same command "
                 "again to continue from the one before"
@@ -191,12 +194,13 @@ class Checkpoints:
 
     def _finish(self, written: Future[Any], target: Path, state: TrainerState, keep: int) -> None:
         """On a thread: wait until all ranks have written their shards, then complete the checkpoint on rank 0."""
-        written.result()
-        if not self.distributed.is_main:
-            return
-        write_json(beside(target) / TRAINER, state.model_dump(mode="json"))
-        write_checksums(beside(target))
-        publish(target)
+        with naming(target):
+            written.result()
+            if not self.distributed.is_main:
+                return
+            write_json(beside(target) / TRAINER, state.model_dump(mode="json"))
+            write_checksums(beside(target))
+            publish(target)
         for old in self._all()[:-keep]:
             discard(old)
 
