@@ -170,7 +170,7 @@ def test_entries_that_lead_nowhere(tmp_path):
     for entry, message in [
         (tmp_path / "none.txt", "none.txt: no such file or folder"),
         (tmp_path / "*.nothing", "no file matches it"),
-        (tmp_path / "empty", "empty: no text, .jsonl, .jsonl.gz or .parquet file in this folder"),
+        (tmp_path / "empty", "empty: no text, JSON, CSV or Parquet file with texts in this folder; name"),
         ("hf:", r"expected hf:dataset\[:config\[:split\]\]"),
         ("hf:a:b:c:d", r"expected hf:dataset\[:config\[:split\]\]"),
         (f"hf:{tmp_path}/empty", "cannot load split 'train'"),

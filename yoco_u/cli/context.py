@@ -37,7 +37,7 @@ def context(
         typer.Option("--num-loops", min=1, help="Loop count T, instead of the model's own; can be given again."),
     ] = None,
     text_field: Annotated[
-        str, typer.Option("--text-field", help="Column of JSON lines and Parquet files that holds the text.")
+        str, typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text.")
     ] = "text",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,

@@ -28,7 +28,7 @@ def evaluate(
         int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. \\[default: the run's, or 1024]")
     ] = None,
     text_field: Annotated[
-        str, typer.Option("--text-field", help="Column of JSON lines and Parquet files that holds the text.")
+        str, typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text.")
     ] = "text",
     weights: Annotated[
         str | None,

@@ -36,7 +36,7 @@ def needles(
         ),
     ] = None,
     text_field: Annotated[
-        str, typer.Option("--text-field", help="Column of JSON lines and Parquet files that holds the text.")
+        str, typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text.")
     ] = "text",
     digits: Annotated[int | None, typer.Option("--digits", help="Digits of the hidden numbers. \\[default: 7]")] = None,
     values: Annotated[

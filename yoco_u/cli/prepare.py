@@ -30,7 +30,7 @@ def prepare(
 ) -> None:
     """Turn a corpus into a tokenizer and packed shards.
 
-    Reads text files, JSON lines, Parquet and Hugging Face datasets; trains a
+    Reads text, JSON, CSV and Parquet files and Hugging Face datasets; trains a
     byte-level BPE tokenizer unless data.tokenizer names one. A dataset that is
     already there and came from equal settings is left as it is.
 

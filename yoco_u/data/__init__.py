@@ -3,8 +3,8 @@
 `prepare` takes a `DataConfig` and makes a dataset: a folder with a tokenizer, shards of token ids and an index. `PackedDataset`
 cuts a split of that folder into rows of tokens, and `BatchLoader` makes a `Batch` of rows for every training step.
 
-Start at `prepare.py` for the way in (with `corpus.py` and `formats.py`, which read documents, and `tokenizer.py`), and at
-`dataset.py` for the way out. docs/data.md describes the folder.
+Start at `prepare.py` for the way in, and at `dataset.py` for the way out. On the way in, `corpus.py` and `paths.py` find files,
+`formats.py` and `compression.py` read documents from them, and `tokenizer.py` makes tokens. docs/data.md describes the folder.
 """
 
 from yoco_u.data.batches import Batch, BatchLoader, as_batch

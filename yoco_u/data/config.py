@@ -25,7 +25,7 @@ class DataConfig(Config):
         corpus: what to read, one entry or a list: "stdlib" (the Python standard library's own sources), "packages" (the
             sources of the installed Python packages), paths of files and folders, globs, and `hf:dataset[:config[:split]]`
             names.
-        text_field: the column of JSON lines, Parquet files and Hugging Face datasets that holds the text.
+        text_field: the field or column of JSON, CSV and Parquet files and of Hugging Face datasets that holds the text.
         tokenizer: folder or Hugging Face name of an existing tokenizer; None trains one on the training split.
         vocab_size: largest vocabulary of the trained tokenizer (a small corpus may yield fewer tokens); not used with
             `tokenizer`.

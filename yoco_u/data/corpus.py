@@ -1,33 +1,33 @@
 """The documents of a corpus: from the entries of a config to one lazy stream in a fixed order."""
 
-import glob
 import hashlib
 import os
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from yoco_u.data.compression import Advance, format_suffix
 from yoco_u.data.formats import (
-    Advance,
+    GENERAL_SUFFIXES,
+    READERS,
+    TEXT_SUFFIXES,
     Document,
+    has_documents,
     is_saved_dataset,
     read_hugging_face,
-    read_json_lines,
-    read_parquet,
     read_text,
+    reader_of,
 )
+from yoco_u.data.paths import is_hidden, matches, walk
 from yoco_u.errors import UserError
 
 STDLIB = "stdlib"
 PACKAGES = "packages"
 
-_PROSE = "txt md rst tex html xml css sql toml yaml yml"
-_SOURCES = "py pyi c h cc cpp hpp cs java kt scala swift go rs js jsx ts tsx rb pl lua r jl sh bash"
-TEXT_SUFFIXES = frozenset(f".{suffix}" for suffix in (*_PROSE.split(), *_SOURCES.split()))
-"""Suffixes of the text files that are read from a folder. A file that an entry names itself is read whatever its suffix."""
-
+_KINDS_TOLD = 8
 _SITES = frozenset({"site-packages", "dist-packages"})
 _CACHE = frozenset({"__pycache__"})
 
@@ -52,7 +52,8 @@ class _Source(NamedTuple):
 class Corpus:
     """The documents of a list of entries ("stdlib", "packages", paths, globs, `hf:` names), always in the same order.
 
-    Files are opened when their turn comes. A file that several entries reach is read once. Empty documents are left out.
+    Files are opened when their turn comes. A file that several entries reach is read once. Empty documents are left out. What
+    folders and patterns lead to but is not read is told in a line on stderr.
 
     Raises:
         UserError: if an entry leads to no file at all.
@@ -60,8 +61,16 @@ class Corpus:
 
     def __init__(self, entries: Sequence[str], text_field: str = "text") -> None:
         self.text_field = text_field
-        sources = {source.identity: source for entry in reversed(entries) for source in reversed(self._resolve(entry))}
+        self._left_out: Counter[str] = Counter()
+        found = [self._resolve(entry) for entry in entries]
+        sources = {source.identity: source for some in reversed(found) for source in reversed(some)}
         self._sources = list(reversed(sources.values()))
+        if self._left_out:
+            kinds = Counter(Path(source.name).suffix or "without a suffix" for source in self._sources)
+            read = f"{len(self._sources)} read ({_listed(kinds)})"
+            print(
+                f"{', '.join(entries)}: {read}, {self._left_out.total()} left out ({_listed(self._left_out)})", file=sys.stderr
+            )
 
     @property
     def size(self) -> int | None:
@@ -89,19 +98,28 @@ class Corpus:
                     yield document
 
     def _resolve(self, entry: str) -> list[_Source]:
+        if not entry:
+            raise UserError("an entry of the corpus is empty; expected a path, a glob, an hf: name, stdlib or packages")
         if entry == STDLIB:
             return _stdlib()
         if entry == PACKAGES:
             return _packages()
         if entry.startswith("hf:"):
             return [self._hugging_face(entry)]
-        path = Path(entry).expanduser()
+        try:
+            return self._paths(entry)
+        except OSError as error:
+            raise UserError(f"{error.filename or entry}: cannot read it ({error.strerror}); check the corpus setting") from None
+
+    def _paths(self, entry: str) -> list[_Source]:
+        path = Path(entry)
+        if not os.path.lexists(path):
+            path = Path(os.path.expanduser(entry))
         if path.is_dir():
             return self._folder(path)
-        if path.exists():
-            return [self._file(path)]
-        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        files = [self._file(match) for match in matches if match.is_file()]
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"{entry}: {_special(path)}, expected a file or folder; check the corpus setting")
+        files = [self._file(match) for match in matches(path) if self._is_file(match)]
         if not files:
             raise UserError(f"{entry}: no such file or folder, and no file matches it; check the corpus setting")
         return files
@@ -109,25 +127,43 @@ class Corpus:
     def _folder(self, folder: Path) -> list[_Source]:
         if is_saved_dataset(folder):
             return [self._hugging_face(f"hf:{folder}")]
-        files = [self._file(path) for path in _walk(folder) if path.suffix.lower() in TEXT_SUFFIXES or _is_table(path)]
+        files = [self._file(path) for path in walk(folder) if self._is_known(path)]
         if not files:
+            others = f", only {_listed(self._left_out)}" if self._left_out else ""
             raise UserError(
-                f"{folder}: no text, .jsonl, .jsonl.gz or .parquet file in this folder; "
+                f"{folder}: no text, JSON, CSV or Parquet file with texts in this folder{others}; "
                 "name files of other kinds one by one or with a glob"
             )
         return files
 
+    def _is_file(self, path: Path) -> bool:
+        """Whether a path is a file; what is none is noted."""
+        if path.is_file():
+            return True
+        self._left_out["folder" if path.is_dir() else _special(path)] += 1
+        return False
+
+    def _is_known(self, path: Path) -> bool:
+        """Whether a path in a folder is a file of a kind that is read from folders; what is none is noted."""
+        if is_hidden(path):
+            self._left_out["hidden"] += 1
+            return False
+        if path.is_dir() or not self._is_file(path):
+            return False
+        suffix = format_suffix(path)
+        if suffix in GENERAL_SUFFIXES and not has_documents(path, path.as_posix(), self.text_field):
+            self._left_out[f"{suffix} without {self.text_field!r}"] += 1
+            return False
+        if suffix in READERS or suffix in TEXT_SUFFIXES:
+            return True
+        self._left_out[path.suffix or "without a suffix"] += 1
+        return False
+
     def _file(self, path: Path) -> _Source:
-        name, field = path.as_posix(), self.text_field
-
-        def read(advance: Advance) -> Iterator[Document]:
-            if path.name.endswith((".jsonl", ".jsonl.gz")):
-                return read_json_lines(path, name, field, advance)
-            if path.suffix == ".parquet":
-                return read_parquet(path, name, field, advance)
-            return read_text(path, name, advance)
-
-        return _Source(name, path.stat().st_size, os.path.realpath(path), read)
+        name, read = path.as_posix(), reader_of(path)
+        return _Source(
+            name, path.stat().st_size, os.path.realpath(path), lambda advance: read(path, name, self.text_field, advance)
+        )
 
     def _hugging_face(self, entry: str) -> _Source:
         dataset, config, split, *rest = [*entry.removeprefix("hf:").split(":"), "", ""]
@@ -140,19 +176,16 @@ class Corpus:
         )
 
 
-def _is_table(path: Path) -> bool:
-    return path.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
+def _special(path: Path) -> str:
+    """What a path is that is neither a file nor a folder."""
+    return f"link {path} that leads nowhere" if path.is_symlink() else "pipe, socket or device"
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Every file in a folder and its subfolders, sorted by name within each; hidden files and folders are left out."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _walk(path)
-        elif path.is_file():
-            yield path
+def _listed(counts: Counter[str]) -> str:
+    """The counts of kinds of files, the most frequent first."""
+    most = [f"{count:,} {kind}" for kind, count in counts.most_common(_KINDS_TOLD)]
+    more = len(counts) - len(most)
+    return ", ".join([*most, f"{more} more kinds"] if more else most)
 
 
 def _stdlib() -> list[_Source]:
@@ -210,7 +243,7 @@ def _lenient(path: Path, name: str) -> Callable[[Advance], Iterator[Document]]:
 
     def read(advance: Advance) -> Iterator[Document]:
         try:
-            yield from read_text(path, name, advance)
+            yield from read_text(path, name, "", advance)
         except UserError:
             return
 

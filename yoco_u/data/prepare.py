@@ -20,9 +20,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from yoco_u.checksums import write_checksums
 from yoco_u.config import differences
+from yoco_u.data.compression import Advance
 from yoco_u.data.config import DataConfig
 from yoco_u.data.corpus import Corpus
-from yoco_u.data.formats import Advance, Document
+from yoco_u.data.formats import Document
 from yoco_u.data.index import INDEX, TOKENIZER, DatasetIndex, SplitName
 from yoco_u.data.shards import ShardWriter
 from yoco_u.data.tokenizer import DocumentEncoder, load_tokenizer, train_tokenizer

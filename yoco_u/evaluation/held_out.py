@@ -61,7 +61,7 @@ def score_held_out(
         files: entries of a corpus, as in a config's `data.corpus`; the run's validation split where there are none.
         num_loops: loop counts T; the model's own by default.
         sequence_length: tokens per row; by default the run's, or 1024 for a saved model.
-        text_field: the column of JSON lines and Parquet files that holds the text.
+        text_field: the field of JSON, CSV and Parquet files that holds the text.
         int8: score the text a second time with linear layers and LM head in int8. Activations stay in float32, so that the
             change is the weights' alone.
         device: auto, cpu or cuda.

@@ -155,7 +155,7 @@ def load_haystack(entries: Sequence[str], text_field: str = "text") -> str:
 
     Args:
         entries: what to read, as in a config's `data.corpus`: files, folders, globs, `stdlib`.
-        text_field: the column of JSON lines and Parquet files that holds the text.
+        text_field: the field of JSON, CSV and Parquet files that holds the text.
 
     Raises:
         UserError: if something cannot be read, or there is no text.

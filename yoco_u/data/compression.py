@@ -1,0 +1,134 @@
+"""The bytes of files, decompressed."""
+
+import bz2
+import gzip
+import io
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import IO, Any
+
+from yoco_u.errors import UserError, first_line
+
+Advance = Callable[[int], None]
+"""A callback that moves a progress bar on: it is called with the number of bytes read since the last call."""
+
+_BEGINNINGS = {
+    ".gz": re.compile(rb"\x1f\x8b\x08"),
+    ".bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17\x72\x45\x38\x50\x90)"),
+    ".xz": re.compile(rb"\xfd7zXZ\x00"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd"),
+}
+"""How compressed data begin, by the suffix that they usually have."""
+
+
+def format_suffix(path: PurePath) -> str:
+    """The suffix of a file in small letters, without that of a compression: `.jsonl` for `a.JSONL.gz`; empty without one."""
+    return _inner(path).suffix.lower()
+
+
+@contextmanager
+def open_bytes(path: Path, name: str, advance: Advance) -> Iterator[tuple[IO[bytes], "Place"]]:
+    """Open a file for reading, decompressed if its suffix or its first bytes say so.
+
+    Args:
+        name: how errors name the file.
+        advance: called with the bytes that are read from disk.
+
+    Yields:
+        The bytes, and the place that errors name, which the reader moves on.
+
+    Raises:
+        UserError: if the file cannot be read or decompressed, naming the place.
+    """
+    place = Place(name)
+    compression = ""
+    try:
+        with _Counted(path, advance) as raw, io.BufferedReader(raw) as buffered:
+            compression = _compression(path, buffered)
+            stream = _decompressed(buffered, compression)
+            with stream:
+                yield stream, place
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if compression and getattr(error, "errno", None) is None:
+            kind = {".gz": "gzip", ".bz2": "bzip2", ".zst": "zstd"}.get(compression, "xz")
+            raise UserError(
+                f"{place.next}: corrupt {kind} data ({first_line(error)}); fetch or compress the file again"
+            ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name}: cannot read the file ({reason}); check the path") from None
+
+
+class Place:
+    """A place in a file, for errors."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.line = name, 0
+
+    @property
+    def next(self) -> str:
+        """The line after the last one that was read."""
+        return f"{self.name}:{self.line + 1}"
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.line}"
+
+
+class _Counted(io.FileIO):
+    """A file that reports how much of it has been read."""
+
+    def __init__(self, path: Path, advance: Advance) -> None:
+        super().__init__(path)
+        self._advance = advance
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer) or 0
+        self._advance(count)
+        return count
+
+    def readall(self) -> bytes:
+        data = super().readall()
+        self._advance(len(data))
+        return data
+
+
+class _Zstandard(io.RawIOBase):
+    """Zstandard data, decompressed by Arrow."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        import pyarrow as pa
+
+        self._stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _inner(path: PurePath) -> PurePath:
+    return path.with_suffix("") if path.suffix.lower() in _BEGINNINGS else path
+
+
+def _compression(path: Path, stream: io.BufferedReader) -> str:
+    suffix = path.suffix.lower()
+    if suffix in _BEGINNINGS:
+        return suffix
+    beginning = stream.peek(16)
+    return next((suffix for suffix, pattern in _BEGINNINGS.items() if pattern.match(beginning)), "")
+
+
+def _decompressed(stream: io.BufferedReader, compression: str) -> IO[bytes]:
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=stream)
+    if compression == ".bz2":
+        return bz2.BZ2File(stream)
+    if compression == ".xz":
+        return lzma.LZMAFile(stream)
+    return io.BufferedReader(_Zstandard(stream)) if compression == ".zst" else stream
