@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import yoco_u.data.tokenizer as module
-from yoco_u.data import END_OF_TEXT, DocumentEncoder, load_tokenizer, train_tokenizer
+from yoco_u.data import END_OF_TEXT, PADDING, DocumentEncoder, load_tokenizer, train_tokenizer, vocabulary_size
 from yoco_u.errors import UserError
 
 CODE = ["def f(self):\n        return self.x\n\n\nclass A:\n        pass\n"] * 20
@@ -54,9 +54,10 @@ def test_batches_and_single_texts_agree():
     assert all((one == ENCODER.encode([text])[0]).all() for one, text in zip(together, documents, strict=True))
 
 
-def test_the_special_token_has_all_roles_and_indentation_is_one_token():
-    assert TOKENIZER.bos_token == TOKENIZER.eos_token == TOKENIZER.pad_token == END_OF_TEXT
-    assert len(TOKENIZER) <= 400
+def test_special_tokens_have_their_roles_and_indentation_is_one_token():
+    assert TOKENIZER.bos_token == TOKENIZER.eos_token == END_OF_TEXT
+    assert TOKENIZER.pad_token == PADDING
+    assert len(TOKENIZER) == vocabulary_size(TOKENIZER) <= 400
     tokens = TOKENIZER.convert_ids_to_tokens(ENCODER.encode(["self):\n        return"])[0].tolist())
     assert "Ċ" + 7 * "Ġ" in tokens
 
@@ -76,8 +77,8 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     TOKENIZER.save_pretrained(tmp_path)
     for loaded in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
         text = "def  f(x):\n\n    return 'é' , 1234 .\n"
-        assert loaded(text)["input_ids"] == ENCODER.encode([text])[0].tolist()[1:]
-        assert loaded.decode(loaded(text)["input_ids"]) == text
+        assert loaded(text)["input_ids"] == ENCODER.encode([text])[0].tolist()
+        assert loaded.decode(loaded(text)["input_ids"], skip_special_tokens=True) == text
         assert loaded.eos_token == END_OF_TEXT
 
 

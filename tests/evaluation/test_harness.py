@@ -92,7 +92,8 @@ def test_a_context_is_computed_once_and_only_scores_reach_the_head(folder: Path)
 @pytest.mark.parametrize("max_length", [33, 100, 2048])
 def test_rolling(folder: Path, max_length: int) -> None:
     asked = requests("loglikelihood_rolling", [(text,) for text in texts()["test"]["text"][:40:8]] + [("x",)])
-    expected = theirs(folder, max_length=max_length).loglikelihood_rolling(asked, disable_tqdm=True)
+    # With a tokenizer that puts the start token, the harness would put a second one before it, and score the first.
+    expected = theirs(folder, max_length=max_length, add_bos_token=False).loglikelihood_rolling(asked, disable_tqdm=True)
     found = ours(folder, max_length=max_length).loglikelihood_rolling(asked)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-4)
 

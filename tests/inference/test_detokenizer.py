@@ -19,7 +19,7 @@ texts = st.lists(st.sampled_from(PIECES), max_size=15).map("".join)
 @st.composite
 def tokenized(draw, texts=texts) -> list[int]:
     """The tokens of a text, some of them cut into their bytes, so that characters and stop strings cross tokens anyhow."""
-    tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER(draw(texts))["input_ids"])
+    tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER(draw(texts), add_special_tokens=False)["input_ids"])
     parts = [list(token) if draw(st.booleans()) else [token] for token in tokens]  # a character of a token stands for a byte
     return TOKENIZER.convert_tokens_to_ids([part for token in parts for part in token])
 
@@ -103,7 +103,7 @@ def test_stop_strings_do_not_count_before_min_tokens(text, stops, least):
     ],
 )
 def test_examples(pieces, stop, text, stopped):
-    tokens = [token for piece in pieces for token in TOKENIZER(piece)["input_ids"]]
+    tokens = [token for piece in pieces for token in TOKENIZER(piece, add_special_tokens=False)["input_ids"]]
     assert run(tokens, stop=stop)[:2] == (text, stopped)
 
 
@@ -115,7 +115,8 @@ def test_only_what_may_become_a_stop_string_is_held_back():
 
 
 def test_special_tokens_and_ids_without_a_token():
-    tokens = [*TOKENIZER("a")["input_ids"], EOS, len(TOKENIZER) + 5, *TOKENIZER("b")["input_ids"]]
+    a, b = TOKENIZER.convert_tokens_to_ids(["a", "b"])
+    tokens = [a, EOS, len(TOKENIZER) + 5, b]
     assert run(tokens)[0] == "ab"
     assert run(tokens, skip_special_tokens=False)[0] == f"a{END_OF_TEXT}b"
     assert run(tokens, skip_special_tokens=False, stop=END_OF_TEXT)[:2] == ("a", END_OF_TEXT)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engine_runs import assert_all_free
 from models import architecture, build
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from yoco_u import YocoUForCausalLM
 from yoco_u.data import train_tokenizer
@@ -63,7 +63,7 @@ def text_of(request: RequestOutput) -> str:
 def test_text_is_what_generate_gives(llm: LLM, model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     found = llm.generate(PROMPTS, GREEDY)
     for prompt, request in zip(PROMPTS, found, strict=True):
-        ids = [tokenizer.eos_token_id, *tokenizer(prompt).input_ids]
+        ids = [tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
         assert request.prompt == prompt and request.prompt_token_ids == ids
         row = torch.tensor([ids])
         out = model.generate(
@@ -73,6 +73,16 @@ def test_text_is_what_generate_gives(llm: LLM, model: YocoUForCausalLM, tokenize
         assert request.outputs[0].token_ids == new
         assert text_of(request) == tokenizer.decode(new, skip_special_tokens=True)
     assert_all_free(llm.engine)
+
+
+def test_transformers_reads_the_saved_folder_as_the_engine_does(llm: LLM, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    generate = pipeline("text-generation", model=str(folder), dtype="float32", device="cpu")
+    for request in llm.generate(PROMPTS, GREEDY):
+        assert request.prompt is not None and tokenizer(request.prompt).input_ids == request.prompt_token_ids
+        how: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
+        [found] = generate(request.prompt, return_full_text=False, **how)
+        assert found["generated_text"] == text_of(request)
 
 
 def test_one_prompt_tokens_and_a_params_each(llm: LLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -19,7 +19,7 @@ GREEDY: dict[str, Any] = {"messages": MESSAGES, "temperature": 0, "max_tokens": 
 @pytest.fixture(scope="module")
 def expected(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> RequestOutput:
     engine = engine_of(model, tokenizer)
-    ids = tokenizer(TEXT).input_ids
+    ids = tokenizer(TEXT, add_special_tokens=False).input_ids
     request = engine.add(ids, SamplingParams(temperature=0, max_tokens=12, logprobs=2))
     while engine.unfinished:
         engine.step()

@@ -14,10 +14,19 @@ from yoco_u.data.dataset import PackedDataset
 from yoco_u.data.formats import Document
 from yoco_u.data.index import DatasetIndex, Shard, Split, check_vocabulary
 from yoco_u.data.prepare import prepare, split_of
-from yoco_u.data.tokenizer import END_OF_TEXT, DocumentEncoder, end_of_text_id, load_tokenizer, train_tokenizer
+from yoco_u.data.tokenizer import (
+    END_OF_TEXT,
+    PADDING,
+    DocumentEncoder,
+    end_of_text_id,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
 
 __all__ = [
     "END_OF_TEXT",
+    "PADDING",
     "Batch",
     "BatchLoader",
     "Corpus",
@@ -35,4 +44,5 @@ __all__ = [
     "prepare",
     "split_of",
     "train_tokenizer",
+    "vocabulary_size",
 ]

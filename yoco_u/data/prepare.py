@@ -26,7 +26,7 @@ from yoco_u.data.corpus import Corpus
 from yoco_u.data.formats import Document
 from yoco_u.data.index import INDEX, TOKENIZER, DatasetIndex, SplitName
 from yoco_u.data.shards import ShardWriter
-from yoco_u.data.tokenizer import DocumentEncoder, load_tokenizer, train_tokenizer
+from yoco_u.data.tokenizer import DocumentEncoder, load_tokenizer, name_end_of_text, train_tokenizer, vocabulary_size
 from yoco_u.errors import UserError
 from yoco_u.files import check_place, replacing_folder
 
@@ -103,9 +103,10 @@ def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> No
         del sample
     else:
         tokenizer = load_tokenizer(config.tokenizer)
+        name_end_of_text(tokenizer)
     tokenizer.save_pretrained(folder / TOKENIZER)
 
-    vocab_size = len(tokenizer)
+    vocab_size = vocabulary_size(tokenizer)
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     encoder = DocumentEncoder(tokenizer)
     with ExitStack() as stack:

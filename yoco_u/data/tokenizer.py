@@ -1,32 +1,40 @@
-"""Tokenizers: a byte-level BPE trained here, or any existing fast tokenizer with a token that can begin documents."""
+"""Tokenizers: a byte-level BPE trained here, or any existing fast tokenizer with a token that can begin documents.
+
+A tokenizer itself puts the token before a text that begins documents, by its post-processor. So training, the engine and
+whatever reads the saved tokenizer (transformers, vLLM) give the same ids.
+"""
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from yoco_u.errors import UserError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
 
 # GPT-2's pattern with three changes: English contractions are no words of their own, digits come in groups of three at most,
 # and one leading symbol belongs to its word (`.join`, `_name`), as in later tokenizers. A line end and the indentation after it
 # are one word. On source code this pattern does better than GPT-2's and than those of later tokenizers.
 WORDS = r"[^\s\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 
+_UNUSED_BYTE = "ÿ"  # how a byte-level vocabulary writes the byte 0xFF, which no text in UTF-8 has
 _PIECE = 1 << 20
 _LINE_END = re.compile(r"(?<=\S)\n")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE of at most `vocab_size` tokens; `<|endoftext|>` is its bos, eos and padding.
+    """Learn a byte-level BPE of at most `vocab_size` tokens, with `<|endoftext|>` as bos and eos, and `<|pad|>` as padding.
 
-    The same texts give the same tokenizer, and every string comes back exactly from its tokens.
+    The same texts give the same tokenizer, and every string comes back exactly from its tokens. `<|pad|>` takes the place of a
+    byte that no text has, so that it costs no token of the vocabulary.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -43,17 +51,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    trained = PreTrainedTokenizerFast(
+        tokenizer_object=_with_padding(tokenizer),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
+        pad_token=PADDING,
         clean_up_tokenization_spaces=False,
     )
+    _begin_documents(trained)
+    return trained
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     """An existing tokenizer, from a folder or by its Hugging Face name.
+
+    It puts the token that begins documents before a text, in place of what it added itself, such as another start token.
 
     Raises:
         UserError: if there is none, if it has no fast implementation, or no token that can begin a document.
@@ -67,7 +79,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{name}: {type(tokenizer).__name__} is no fast tokenizer; choose one with tokenizer.json")
-    end_of_text_id(tokenizer, str(name))
+    _begin_documents(tokenizer, str(name))
     return tokenizer
 
 
@@ -81,6 +93,52 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast, name: str = "tokenizer") 
         if isinstance(token, int):
             return token
     raise UserError(f"{name}: the tokenizer has neither an eos nor a bos token to separate documents; give it one")
+
+
+def name_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Make the token that begins every document the tokenizer's bos and eos, which chat templates and `generate()` ask for."""
+    token = tokenizer.convert_ids_to_tokens(end_of_text_id(tokenizer))
+    tokenizer.bos_token = tokenizer.eos_token = token
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The rows that a model needs: the largest token id + 1, added tokens included. There are fewer tokens if ids have gaps."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def _with_padding(tokenizer: Tokenizer) -> Tokenizer:
+    """Give the id of a byte that no text has to the padding token."""
+    state = json.loads(tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary[PADDING] = vocabulary.pop(_UNUSED_BYTE)
+    renamed = Tokenizer.from_str(json.dumps(state))
+    renamed.add_special_tokens([PADDING])
+    return renamed
+
+
+def _begin_documents(tokenizer: PreTrainedTokenizerFast, name: str = "tokenizer") -> None:
+    """Set the post-processor: it puts the token that begins documents before each text, and adds no other token.
+
+    Of a post-processor that was there, only what trims the offsets of tokens is kept.
+    """
+    eot = end_of_text_id(tokenizer, name)
+    token = tokenizer.convert_ids_to_tokens(eot)
+
+    def document(text: str, kind: int) -> list[dict[str, dict[str, object]]]:
+        return [{"SpecialToken": {"id": token, "type_id": kind}}, {"Sequence": {"id": text, "type_id": kind}}]
+
+    template = {
+        "type": "TemplateProcessing",
+        "single": document("A", 0),
+        "pair": document("A", 0) + document("B", 1),
+        "special_tokens": {token: {"id": token, "ids": [eot], "tokens": [token]}},
+    }
+    backend = tokenizer.backend_tokenizer
+    before = json.loads(backend.post_processor.__getstate__()) if backend.post_processor is not None else {"type": None}
+    steps = [step for step in before.get("processors", [before]) if step["type"] == "ByteLevel"]
+    processor = processors.Sequence([])
+    processor.__setstate__(json.dumps({"type": "Sequence", "processors": [*steps, template]}).encode())
+    backend.post_processor = processor
 
 
 class DocumentEncoder:

@@ -1,6 +1,5 @@
 """The trained model as a Hugging Face folder, with the tokenizer beside the weights."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from yoco_u.checksums import write_checksums
+from yoco_u.data import load_tokenizer
 from yoco_u.files import replacing_folder
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 from yoco_u.training.checkpoint import full_weights
@@ -27,7 +27,7 @@ def export_model(model: nn.Module, config: YocoUConfig, folder: RunFolder, distr
         whole.tie_weights()
         with replacing_folder(folder.model) as beside, _no_progress_bar():
             whole.save_pretrained(beside)
-            shutil.copytree(folder.tokenizer, beside, dirs_exist_ok=True)
+            load_tokenizer(folder.tokenizer).save_pretrained(beside)
             write_checksums(beside, [*beside.glob("*.safetensors"), beside / "config.json", beside / "tokenizer.json"])
 
     distributed.on_main(save)

@@ -1,7 +1,6 @@
 """The folder of a run: its files, how one run at a time writes them (`RunFolder`), and how they are read (`read_run`)."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, PositiveInt
 
 from yoco_u.config import differences, dump_yaml, load_yaml, parse
+from yoco_u.data import load_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.files import (
     beside,
@@ -117,10 +117,10 @@ class RunFolder:
             )
 
     def copy_tokenizer(self, source: Path) -> None:
-        """Copy the dataset's tokenizer into the folder, unless it is there already."""
+        """Save the dataset's tokenizer in the folder, unless it is there already."""
         if not self.tokenizer.exists():
             with replacing_folder(self.tokenizer) as folder:
-                shutil.copytree(source, folder, dirs_exist_ok=True)
+                load_tokenizer(source).save_pretrained(folder)
 
     def note_start(self, step: int, environment: dict[str, Any]) -> None:
         """Write down what the run runs on. A start that continues from `step` goes into the list `resumed` of the first one."""

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from yoco_u import budget
-from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
+from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, load_tokenizer, prepare
 from yoco_u.device import check_bfloat16, environment, gemm_rate, multiplies_bfloat16, peak_memory_bytes
 from yoco_u.errors import UserError
 from yoco_u.files import naming, write_json
@@ -110,10 +110,10 @@ class _Run:
         config, training = self.config, self.config.training
         if training.dtype == "bfloat16":
             check_bfloat16(self.distributed.device)
-        eot = self.index.eot_id
+        eot, padding = self.index.eot_id, load_tokenizer(self.index.tokenizer).pad_token_id
         self.model_config = YocoUConfig.from_architecture(
             config.architecture, initializer_range=config.initializer_range,
-            bos_token_id=eot, eos_token_id=eot, pad_token_id=eot,
+            bos_token_id=eot, eos_token_id=eot, pad_token_id=eot if padding is None else padding,
         )  # fmt: skip
         torch.manual_seed(training.seed)
         self.model = parallelize(YocoUForCausalLM(self.model_config), training, self.distributed)
