@@ -55,12 +55,13 @@ def load_model(
         dtype: of the weights; float32 by default, whatever the files hold.
 
     Raises:
-        UserError: if a file is missing or damaged, or the model is not one of this project.
+        UserError: if a file is missing or damaged, the model is not one of this project, or its vocabulary is too small for the
+            tokenizer.
     """
     import torch
     from transformers.utils import logging
 
-    from yoco_u.data import load_tokenizer
+    from yoco_u.data import load_tokenizer, vocabulary_size
     from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
     folder = model_folder(path)
@@ -80,7 +81,13 @@ def load_model(
         raise UserError(f"{folder}: cannot load the model ({first_line(error)}); the folder is damaged") from None
     if info["missing_keys"]:
         raise UserError(f"{folder}: the weights lack {min(info['missing_keys'])}; the folder is damaged")
-    return model.eval().to(device), load_tokenizer(_tokenizer_folder(folder))
+    tokenizer = load_tokenizer(_tokenizer_folder(folder))
+    if (needed := vocabulary_size(tokenizer)) > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {needed - 1}, but the model's vocab_size is {config.vocab_size}; "
+            "give the model the tokenizer that it was trained with"
+        )
+    return model.eval().to(device), tokenizer
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":

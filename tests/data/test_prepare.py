@@ -14,7 +14,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.config import dump_yaml, load_yaml, parse
-from yoco_u.data import Corpus, DataConfig, DatasetIndex, check_vocabulary, load_tokenizer, prepare, split_of
+from yoco_u.data import (
+    Corpus,
+    DataConfig,
+    DatasetIndex,
+    PackedDataset,
+    check_vocabulary,
+    load_tokenizer,
+    prepare,
+    split_of,
+)
 from yoco_u.errors import UserError
 from yoco_u.files import fresh_folder
 
@@ -201,6 +210,40 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     with pytest.raises(UserError, match=r"70000.dataset.json: the tokenizer has 70002 tokens but .* is 4096; set"):
         check_vocabulary(index, 4096)
     check_vocabulary(index, 70002)
+
+
+def test_the_largest_id_counts_where_ids_have_gaps(tmp_path):
+    corpus = write_json_lines(tmp_path / "c.jsonl", ["a b", "b b a", "<added>"])
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 70000}, "a"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(tmp_path / "t")
+    config = DataConfig(corpus=str(corpus), tokenizer=str(tmp_path / "t"), validation_fraction=0)
+    index = prepare(config, tmp_path / "out", progress=False)
+    assert (index.vocab_size, index.dtype) == (70001, "uint32")
+    assert stored(tmp_path / "out", "train") == [[0, 1, 70000], [0, 70000, 70000, 1], [0, 1]]
+    with pytest.raises(UserError, match=r"the tokenizer has 70001 tokens but the model's vocab_size is 4096; set"):
+        check_vocabulary(index, 4096)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(prepared, tmp_path):
+    index = DatasetIndex.load(prepared)
+    shutil.copytree(prepared, tmp_path / "d")
+    smaller = index.model_copy(update={"vocab_size": 250})
+    smaller.save(tmp_path / "d")
+    dataset = PackedDataset(tmp_path / "d", "train", 64, shuffle=False)
+    for read in (lambda: list(dataset.documents()), lambda: [dataset.row(n) for n in range(dataset.rows_per_epoch)]):
+        with pytest.raises(UserError, match=r"d: token \d+ of the train split is beyond the vocabulary of 250; the dataset is"):
+            read()
+    for eot in (-1, 300):
+        with pytest.raises(UserError, match=rf"dataset.json: eot_id is {eot}, beyond the vocabulary of 300"):
+            check_vocabulary(index.model_copy(update={"eot_id": eot}), 4096)
+
+
+def test_a_byte_order_mark_is_no_byte_of_the_text(tmp_path):
+    for name, text in [("a.txt", "text"), ("b.py", "x = 1"), ("c.csv", "text\nabc\n"), ("d.jsonl", '{"text": "de"}')]:
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    index = prepare(DataConfig(corpus=str(tmp_path), vocab_size=257, validation_fraction=0), tmp_path / "out", progress=False)
+    assert index.split("train").bytes == len("textx = 1abcde")
 
 
 def test_a_text_that_spells_the_separator(tmp_path):

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from yoco_u.data import vocabulary_size
+
 NAMES = ("word", "number", "symbol", "space", "part of a character", "special")
 
 
@@ -29,7 +31,7 @@ def token_classes(tokenizer: PreTrainedTokenizerFast) -> TokenClasses:
     the rest is space. Bytes that are not text by themselves are `part of a character`; the end of a text and the tokenizer's
     other special tokens are `special`.
     """
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    texts = tokenizer.batch_decode([[token] for token in range(vocabulary_size(tokenizer))])
     special = set(tokenizer.all_special_ids)
     kinds = ["special" if token in special else _kind(text) for token, text in enumerate(texts)]
     return TokenClasses(NAMES, torch.tensor([NAMES.index(kind) for kind in kinds]))

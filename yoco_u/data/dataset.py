@@ -37,7 +37,8 @@ class PackedDataset:
     keep the order of the files. Memory is O(documents + rows); no shard is ever loaded whole.
 
     Raises:
-        UserError: if the split is missing or damaged, or too short for one row.
+        UserError: if the split is missing or damaged, or too short for one row; when rows are read, if a token is not in the
+            vocabulary.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class PackedDataset:
         shuffle: bool = True,
     ) -> None:
         self.index = DatasetIndex.load(folder)
-        self.split = self.index.split(split)
+        self.split, self._split_name = self.index.split(split), split
         self.sequence_length, self.seed, self.shuffle = sequence_length, seed, shuffle
         if sequence_length < 1:
             raise UserError(f"sequence_length is {sequence_length}, expected at least 1")
@@ -84,12 +85,22 @@ class PackedDataset:
             row[filled : filled + take] = self._tokens[self._shard(document)].read(start, take)
             filled += take
             position += 1
+        self._check_ids(row)
         return row
 
     def documents(self) -> Iterator[NDArray[np.unsignedinteger]]:
         """The tokens of each document of the split, in the order of the files, `eot_id` first."""
         for document, (start, length) in enumerate(zip(self._starts.tolist(), self._lengths.tolist(), strict=True)):
-            yield self._tokens[self._shard(document)].read(start, length)
+            tokens = self._tokens[self._shard(document)].read(start, length)
+            self._check_ids(tokens)
+            yield tokens
+
+    def _check_ids(self, tokens: NDArray[np.integer]) -> None:
+        if tokens.max() >= self.index.vocab_size:
+            raise UserError(
+                f"{self.index.folder}: token {tokens.max()} of the {self._split_name} split is beyond the vocabulary of "
+                f"{self.index.vocab_size}; the dataset is damaged, remove it and prepare it again"
+            )
 
     def _shard(self, document: int) -> int:
         return int(np.searchsorted(self._shard_ends, document, side="right"))

@@ -56,7 +56,7 @@ class DatasetIndex(Config):
         format: version of the folder's format.
         dtype: type of the token ids in the `.bin` files, little-endian.
         eot_id: the token `<|endoftext|>`, which begins every document and occurs nowhere else.
-        vocab_size: number of the tokenizer's tokens, added tokens included.
+        vocab_size: the tokenizer's largest token id + 1, added tokens included.
         config: the config that the dataset was made from.
         splits: totals of "train", and of "validation" if anything was held out.
         folder: the folder that the index was read from; it is not written.
@@ -127,11 +127,16 @@ def check_vocabulary(index: DatasetIndex, vocab_size: int) -> None:
     """Check that a model with `vocab_size` embeddings can read the dataset.
 
     Raises:
-        UserError: if the tokenizer has more tokens than the model.
+        UserError: if the tokenizer has larger ids than the model.
     """
     if index.vocab_size > vocab_size:
         raise UserError(
             f"{index.folder / INDEX}: the tokenizer has {index.vocab_size} tokens but the model's vocab_size is "
             f"{vocab_size}; set architecture.vocab_size to at least {index.vocab_size} or "
             "prepare with a smaller data.vocab_size"
+        )
+    if not 0 <= index.eot_id < index.vocab_size:
+        raise UserError(
+            f"{index.folder / INDEX}: eot_id is {index.eot_id}, beyond the vocabulary of {index.vocab_size}; "
+            "the dataset is damaged, remove it and prepare it again"
         )
