@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.data import END_OF_TEXT, train_tokenizer
@@ -172,6 +172,9 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
 
 def test_a_tokenizer_that_does_not_fit():
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<s>": 1}, "a")), eos_token="<s>")
-    for compiler in (GrammarCompiler(words, 2, [1]), GrammarCompiler(TOKENIZER, 100, [EOS])):
+    gaps = Tokenizer(models.BPE(vocab={"<s>": 0, **{letter: 3 * n + 5 for n, letter in enumerate("abc{}")}}, merges=[]))
+    gaps.decoder = decoders.ByteLevel()
+    sparse = PreTrainedTokenizerFast(tokenizer_object=gaps, eos_token="<s>")
+    for compiler in (GrammarCompiler(words, 2, [1]), GrammarCompiler(TOKENIZER, 100, [EOS]), GrammarCompiler(sparse, 20, [0])):
         with pytest.raises(UserError, match=r"cannot be used with this tokenizer: [^\n]+$"):
             compiler.matcher(SamplingParams(regex="a"))

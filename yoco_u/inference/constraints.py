@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from yoco_u.data import vocabulary_size
 from yoco_u.errors import UserError
 from yoco_u.inference.sampling_params import SamplingParams
 
@@ -97,6 +98,8 @@ class GrammarCompiler:
             from llguidance.hf import from_tokenizer
         except ImportError:
             raise UserError("json_schema and regex need llguidance: pip install 'yoco-u[structured]'") from None
+        if vocabulary_size(self._hf_tokenizer) > len(self._hf_tokenizer):  # llguidance counts tokens, not ids
+            raise UserError("json_schema and regex cannot be used with this tokenizer: its token ids have gaps")
         try:
             return from_tokenizer(self._hf_tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
         except ValueError as error:
