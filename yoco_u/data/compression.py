@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import IO, Any
+from typing import Any
 
 from yoco_u.errors import UserError, first_line
 
@@ -31,7 +31,7 @@ def format_suffix(path: PurePath) -> str:
 
 
 @contextmanager
-def open_bytes(path: Path, name: str, advance: Advance) -> Iterator[tuple[IO[bytes], "Place"]]:
+def open_bytes(path: Path, name: str, advance: Advance) -> Iterator[tuple[io.BufferedIOBase, "Place"]]:
     """Open a file for reading, decompressed if its suffix or its first bytes say so.
 
     Args:
@@ -98,7 +98,7 @@ class _Counted(io.FileIO):
 class _Zstandard(io.RawIOBase):
     """Zstandard data, decompressed by Arrow."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: io.BufferedIOBase) -> None:
         import pyarrow as pa
 
         self._stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
@@ -116,7 +116,7 @@ def _inner(path: PurePath) -> PurePath:
     return path.with_suffix("") if path.suffix.lower() in _BEGINNINGS else path
 
 
-def _compression(path: Path, stream: io.BufferedReader) -> str:
+def _compression(path: Path, stream: "io.BufferedReader[Any]") -> str:
     suffix = path.suffix.lower()
     if suffix in _BEGINNINGS:
         return suffix
@@ -124,7 +124,7 @@ def _compression(path: Path, stream: io.BufferedReader) -> str:
     return next((suffix for suffix, pattern in _BEGINNINGS.items() if pattern.match(beginning)), "")
 
 
-def _decompressed(stream: io.BufferedReader, compression: str) -> IO[bytes]:
+def _decompressed(stream: Any, compression: str) -> io.BufferedIOBase:
     if compression == ".gz":
         return gzip.GzipFile(fileobj=stream)
     if compression == ".bz2":

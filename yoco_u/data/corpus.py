@@ -27,7 +27,7 @@ from yoco_u.errors import UserError
 STDLIB = "stdlib"
 PACKAGES = "packages"
 
-_KINDS_TOLD = 8
+_MOST_TOLD = 8
 _SITES = frozenset({"site-packages", "dist-packages"})
 _CACHE = frozenset({"__pycache__"})
 
@@ -67,10 +67,10 @@ class Corpus:
         self._sources = list(reversed(sources.values()))
         if self._left_out:
             kinds = Counter(Path(source.name).suffix or "without a suffix" for source in self._sources)
-            read = f"{len(self._sources)} read ({_listed(kinds)})"
-            print(
-                f"{', '.join(entries)}: {read}, {self._left_out.total()} left out ({_listed(self._left_out)})", file=sys.stderr
-            )
+            read, left_out = f"{len(self._sources)} read ({_listed(kinds)})", _listed(self._left_out)
+            named = ", ".join(entries[:_MOST_TOLD]) + ", ..." * (len(entries) > _MOST_TOLD)
+            told = f"{named}: {read}, {self._left_out.total()} left out ({left_out})"
+            print(" ".join(told.encode(errors="backslashreplace").decode().split()), file=sys.stderr)  # names may hold anything
 
     @property
     def size(self) -> int | None:
@@ -183,7 +183,7 @@ def _special(path: Path) -> str:
 
 def _listed(counts: Counter[str]) -> str:
     """The counts of kinds of files, the most frequent first."""
-    most = [f"{count:,} {kind}" for kind, count in counts.most_common(_KINDS_TOLD)]
+    most = [f"{count:,} {kind}" for kind, count in counts.most_common(_MOST_TOLD)]
     more = len(counts) - len(most)
     return ", ".join([*most, f"{more} more kinds"] if more else most)
 

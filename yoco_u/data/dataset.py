@@ -96,9 +96,10 @@ class PackedDataset:
             yield tokens
 
     def _check_ids(self, tokens: NDArray[np.integer]) -> None:
-        if tokens.max() >= self.index.vocab_size:
+        largest = int(tokens.max(initial=0))
+        if largest >= self.index.vocab_size:
             raise UserError(
-                f"{self.index.folder}: token {tokens.max()} of the {self._split_name} split is beyond the vocabulary of "
+                f"{self.index.folder}: token {largest} of the {self._split_name} split is beyond the vocabulary of "
                 f"{self.index.vocab_size}; the dataset is damaged, remove it and prepare it again"
             )
 
