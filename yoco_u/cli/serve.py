@@ -56,13 +56,25 @@ def serve(
     ] = None,
     max_waiting: Annotated[int | None, typer.Option("--max-waiting", help="Outputs that may wait. \\[default: 256]")] = None,
     max_body_bytes: Annotated[
-        int | None, typer.Option("--max-body-bytes", help="Bytes of one HTTP request. \\[default: 8 MiB]")
+        int | None, typer.Option("--max-body-bytes", help="Bytes of one HTTP request. \\[default: 2 MiB]")
     ] = None,
     max_n: Annotated[int | None, typer.Option("--max-n", help="Most outputs of one prompt. \\[default: 16]")] = None,
     max_output_tokens: Annotated[
         int | None, typer.Option("--max-output-tokens", help="Tokens of one output. \\[default: 4096]")
     ] = None,
+    max_connections: Annotated[
+        int | None,
+        typer.Option("--max-connections", help="Connections at once, fewer if there are not so many files. \\[default: 512]"),
+    ] = None,
+    client_seconds: Annotated[
+        float | None,
+        typer.Option("--client-seconds", help="Seconds to wait for a client that sends or reads too slowly. \\[default: 60]"),
+    ] = None,
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="Seconds of one request. \\[default: 600]")] = None,
+    step_seconds: Annotated[
+        float | None,
+        typer.Option("--step-seconds", help="Seconds of one step, after which the server ends as stuck. \\[default: 120]"),
+    ] = None,
     drain_seconds: Annotated[
         float | None,
         typer.Option("--drain-seconds", help="Seconds that running requests have to end after SIGTERM. \\[default: 30]"),
@@ -100,7 +112,8 @@ def serve(
     given: dict[str, Any] = {
         "model_name": name or model_name(model), "api_keys": keys, "cors_origins": cors_origin,
         "max_num_loops": max_num_loops, "max_waiting": max_waiting, "max_body_bytes": max_body_bytes, "max_n": max_n,
-        "max_output_tokens": max_output_tokens, "time_limit": time_limit, "drain_seconds": drain_seconds,
+        "max_output_tokens": max_output_tokens, "max_connections": max_connections, "client_seconds": client_seconds,
+        "time_limit": time_limit, "step_seconds": step_seconds, "drain_seconds": drain_seconds,
     }  # fmt: skip
     settings = parse(ServerSettings, {name: value for name, value in given.items() if value is not None}, "options")
     listen = parse(Listen, {"host": host, "port": port, "certificate": certificate, "key": key}, "options")

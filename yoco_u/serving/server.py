@@ -1,23 +1,32 @@
-"""The server process: a socket, uvicorn around the application, and a shutdown that lets running requests end."""
+"""The server process: a socket, uvicorn around the application, and an end that comes in time."""
 
+import asyncio
+import faulthandler
+import gc
 import socket
 import sys
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine
 from yoco_u.serving.app import create_app
+from yoco_u.serving.connections import Acceptor, Connection
 from yoco_u.serving.engine_loop import EngineLoop
 from yoco_u.serving.settings import Listen, ServerSettings
 
 _LAST_WORDS = 5.0  # seconds after the drain in which the last answers can be sent
+_CLEANING = 3.0  # seconds after the last words in which the process may clean up before it is ended
 _FAILED = 1
 
 
 def serve(engine: Engine, settings: ServerSettings, listen: Listen) -> int:
-    """Serve until SIGTERM or SIGINT. Running requests are finished first; a second signal ends the server at once.
+    """Serve until SIGTERM or SIGINT. Running requests are finished first; a second signal ends them at once.
+
+    From the first signal on, or from the engine's failure, the process has `drain_seconds` and a few more to live. Then it
+    is ended with status 1, whatever its threads are doing.
 
     Returns:
         The exit status: 0, or 1 if the engine has failed.
@@ -29,50 +38,79 @@ def serve(engine: Engine, settings: ServerSettings, listen: Listen) -> int:
 
     def died() -> None:
         assert server is not None
-        server.should_exit = True
+        server.end(0.0)
 
     app = create_app(engine, settings, died)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="on",
         server_header=False,
         ssl_certfile=listen.certificate,
         ssl_keyfile=listen.key,
-        timeout_graceful_shutdown=round(settings.drain_seconds + _LAST_WORDS),
+        timeout_graceful_shutdown=round(settings.drain_seconds + _LAST_WORDS) + 1,
     )
     try:
         config.load()
     except OSError as error:  # ssl.SSLError is one
         raise UserError(f"{listen.certificate}: cannot use this certificate and key ({error}); expected PEM files") from None
-    server = _Server(config, app.state.loop, settings.drain_seconds)
+    server = _Server(config, app.state.loop, settings)
     with _socket(listen) as listening:
         scheme, port = "https" if listen.certificate else "http", listening.getsockname()[1]
         host = f"[{listen.host}]" if ":" in listen.host else listen.host
         print(
             f"{settings.model_name} at {scheme}://{host}:{port} (the page; the API is under /v1)", file=sys.stderr, flush=True
         )
+        gc.collect()
+        gc.freeze()  # else each large request makes the collector look at all of torch and transformers, for 0.1 to 0.5 s
         server.run(sockets=[listening])
     return _FAILED if app.state.loop.failure is not None else 0
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that drains the engine loop at the first signal.
+    """A uvicorn server that drains the engine loop at the first signal, and whose connections are limited.
 
     It does not raise the signal again after the shutdown, as uvicorn's own does, so that `serve` returns.
     """
 
-    def __init__(self, config: uvicorn.Config, loop: EngineLoop, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, loop: EngineLoop, settings: ServerSettings) -> None:
         super().__init__(config)
-        self._loop, self._drain_seconds = loop, drain_seconds
+        self._loop, self._settings = loop, settings
+        self._acceptor: Acceptor | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        assert sockets is not None
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(_FAILED)
+
+        def protocol() -> Connection:
+            return Connection(self.config, self.server_state, self.lifespan.state)
+
+        connections: set[Any] = self.server_state.connections  # of `Connection` alone
+        settings, tls = self._settings, self.config.ssl
+        self._acceptor = Acceptor(sockets[0], connections, protocol, tls, settings.max_connections, settings.client_seconds)
+        self.servers = [self._acceptor]  # type: ignore[list-item]
+        self._event_loop = asyncio.get_running_loop()
+        self.started = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
-            self.force_exit = True
-        elif self.started:
-            self._loop.drain(self._drain_seconds)
+        if self.started:
+            self.end(0.0 if self.should_exit else self._settings.drain_seconds)
         self.should_exit = True
+
+    def end(self, drain_seconds: float) -> None:
+        """Let what runs end within some seconds, and then the process. Safe in a signal handler; a later call may cut it short.
+
+        The deadline is kept by a thread without Python code, so that nothing can hold it up.
+        """
+        assert self._acceptor is not None
+        self.should_exit = True
+        faulthandler.dump_traceback_later(drain_seconds + _LAST_WORDS + _CLEANING, exit=True)
+        self._loop.drain(drain_seconds)
+        abort = self._acceptor.abort
+        self._event_loop.call_soon_threadsafe(lambda: self._event_loop.call_later(drain_seconds + _LAST_WORDS, abort))
 
 
 def _socket(listen: Listen) -> socket.socket:

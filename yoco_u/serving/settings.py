@@ -20,7 +20,11 @@ class ServerSettings(Config):
         max_output_tokens: most tokens of one output. A chat that names no number gets this many, or as many as the context has
             left.
         max_num_loops: largest T of a request.
+        max_connections: most connections to clients, fewer where the process may not open so many files.
+        client_seconds: longest time that the server waits for a client: for a request to come, and for the client to take more
+            of its answer.
         time_limit: longest time from a request's arrival until its last token, in seconds.
+        step_seconds: longest time of one step of the engine. After it the engine counts as stuck, and the server ends.
         drain_seconds: time that running requests have to end after SIGTERM.
     """
 
@@ -28,11 +32,14 @@ class ServerSettings(Config):
     api_keys: tuple[SecretStr, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_waiting: NonNegativeInt = 256
-    max_body_bytes: PositiveInt = 8 * 2**20
+    max_body_bytes: PositiveInt = 2 * 2**20
     max_n: PositiveInt = 16
     max_output_tokens: PositiveInt = 4096
     max_num_loops: PositiveInt = 8
+    max_connections: PositiveInt = 512
+    client_seconds: PositiveFloat = 60.0
     time_limit: PositiveFloat = 600.0
+    step_seconds: PositiveFloat = 120.0
     drain_seconds: PositiveFloat = 30.0
 
 
