@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from yoco_u import YocoUForCausalLM
 from yoco_u.architecture import preset
 from yoco_u.budget import kv_bytes
+from yoco_u.serving.engine_loop import Stuck
 
 pytestmark = pytest.mark.anyio
 
@@ -65,30 +67,6 @@ async def test_bodies_that_are_too_large(model: YocoUForCausalLM, tokenizer: Pre
             status, error = error_of(await server.client.post("/v1/completions", content=content, headers=headers))
             assert status == 413 and "larger than 1000 bytes" in error["message"]
         assert error_of(await server.client.post("/v1/completions", content=in_parts(2), headers=headers))[0] == 400
-
-
-async def test_bodies_that_do_not_come(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    async def slow() -> Any:
-        yield b"{"
-        await asyncio.sleep(600)
-
-    server = Server(engine_of(model, tokenizer), time_limit=0.05)
-    sent: list[Any] = []
-    scope = {
-        "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"",
-        "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http", "root_path": "",
-        "server": ("test", 80), "client": ("test", 1),
-    }  # fmt: skip
-    parts = slow()
-
-    async def receive() -> Any:
-        return {"type": "http.request", "body": await anext(parts), "more_body": True}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    await asyncio.wait_for(server.app(scope, receive, send), 60)
-    assert sent[0]["status"] == 408
 
 
 async def test_keys(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,6 +140,28 @@ async def test_health(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFas
         assert (await server.error("completions", prompt="x"))[0] == 503
 
 
+async def test_health_says_what_requests_are_told(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Whatever ends the engine: the probe, the metrics and requests for text agree, and name the reason."""
+    for state, reason in (
+        ({}, None),
+        ({"draining": True}, "the server is shutting down"),
+        ({"failure": RuntimeError("secret detail")}, "the engine has failed"),
+        ({"failure": Stuck("one step has taken longer than 120 seconds")}, "one step has taken longer than 120 seconds"),
+        ({"_thread": threading.Thread()}, "the engine does not run"),
+    ):
+        async with running(Server(engine_of(model, tokenizer))) as server:
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in state.items():
+                    patch.setattr(server.loop, name, value)
+                assert (await samples(server))["yoco_u_serving"] == (reason is None)
+                health = await server.client.get("/health")
+                for response in (health, await server.post("completions", prompt="x", max_tokens=1)):
+                    assert response.status_code == (200 if reason is None else 503)
+                    assert "secret" not in response.text
+                    if reason is not None:
+                        assert reason in error_of(response)[1]["message"]
+
+
 async def test_faults_are_answered(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(_: Any) -> Any:
         raise RuntimeError("secret detail")
@@ -214,6 +214,7 @@ async def test_metrics(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFa
         assert sum(blocks.values()) == 2048 / 16 and blocks["held"] == 0 and blocks["cached"] > 0
         assert found["yoco_u_window_seats[free]"] == 4
         assert found["yoco_u_snapshot_bytes"] > 0
+        assert found["yoco_u_serving"] == 1 and "yoco_u_step_age_seconds" in found
 
 
 async def test_what_the_page_asks_for(server: Server) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from yoco_u import YocoUForCausalLM
 from yoco_u.data import DocumentEncoder
 from yoco_u.inference import RequestOutput, SamplingParams
+from yoco_u.serving import answers, completions
 
 pytestmark = pytest.mark.anyio
 
@@ -145,6 +146,25 @@ async def test_a_stream_adds_up_to_the_whole(server: Server, extra: dict[str, An
         assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + [expected["finish_reason"]]
         for key in expected["logprobs"] or {}:
             assert [one for part in parts if part["logprobs"] for one in part["logprobs"][key]] == expected["logprobs"][key]
+
+
+async def test_large_answers_come_in_pieces(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the pieces in which an answer is written, whole or as a stream, they add up to the same."""
+    body = {"prompt": ["täglich 数🦉 ist kein Name", "def "], "echo": True, "logprobs": 2, "n": 2, "seed": 1, "max_tokens": 5}
+    whole = (await server.json("completions", **body))["choices"]
+    for size in (1, 2, 3):
+        for module in (answers, completions):
+            monkeypatch.setattr(module, "PIECE", size)
+        assert (await server.json("completions", **body))["choices"] == whole
+        parts = [chunk["choices"][0] for chunk in await server.stream("completions", **body)]
+        assert all(len(part["logprobs"]["tokens"]) <= size for part in parts if part["logprobs"])
+        for expected in whole:
+            own = [part for part in parts if part["index"] == expected["index"]]
+            assert "".join(part["text"] for part in own) == expected["text"]
+            assert [part["finish_reason"] for part in own[:-1]] == [None] * (len(own) - 1)
+            assert own[-1]["finish_reason"] == expected["finish_reason"]
+            for key, values in expected["logprobs"].items():
+                assert [one for part in own if part["logprobs"] for one in part["logprobs"][key]] == values
 
 
 async def test_a_stream_with_counts(server: Server) -> None:

@@ -1,6 +1,7 @@
 """The engine behind asyncio: order, limits, clients that leave, time that runs out, steps and engines that fail."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,12 +29,13 @@ def engine(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Engin
 
 @asynccontextmanager
 async def started(engine: Engine, **settings: Any) -> AsyncIterator[EngineLoop]:
-    loop = EngineLoop(engine, **{"max_waiting": 8, "time_limit": 60.0} | settings)
+    loop = EngineLoop(engine, **{"max_waiting": 8, "time_limit": 60.0, "step_limit": 60.0} | settings)
     loop.start()
     yield loop
     await loop.stop()
     assert loop.failure is not None or not engine.unfinished
-    assert loop._outstanding == 0 and not loop._jobs and not loop._running
+    assert loop._outstanding == 0 and not loop._jobs
+    assert not loop._running or loop.failure is not None
 
 
 async def tokens(job: Job) -> list[int]:
@@ -176,6 +178,39 @@ async def test_an_engine_that_keeps_failing_is_given_up(engine: Engine, monkeypa
         assert "3 steps in a row" in str(loop.failure)
         with pytest.raises(NotServing, match="the engine has failed"):
             await loop.submit([[1, 2]], SHORT)
+
+
+@pytest.mark.parametrize("where", ["step", "add"])
+async def test_an_engine_that_is_stuck_is_given_up(engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Whoever waits gets an answer, the next one too, and the server can end although the thread cannot."""
+    stuck, free, died = threading.Event(), threading.Event(), asyncio.Event()
+
+    def hangs(*_: Any) -> Any:
+        stuck.set()
+        free.wait()
+        return []
+
+    async with started(engine, died=died.set) as loop:
+        running = await loop.submit([[1, 2]], LONG)
+        await anext(running)
+        monkeypatch.setattr(engine, where, hangs)
+
+        async def ask() -> list[int]:
+            return await tokens(await loop.submit([[3]], SHORT))
+
+        asking = asyncio.create_task(ask())
+        await until(stuck.is_set)
+        loop.step_limit = 0.05
+        for job in (tokens(running), asking):
+            with pytest.raises(NotServing, match=r"one step has taken longer than 0\.05 seconds"):
+                await job
+        assert died.is_set()
+        with pytest.raises(NotServing, match="one step"):
+            await loop.submit([[1, 2]], SHORT)
+        assert loop.refusal
+    assert loop._thread.is_alive()
+    free.set()
+    await until(lambda: not loop._thread.is_alive())
 
 
 async def test_a_request_that_cannot_be_added_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,13 @@ import asyncio
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Generic, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from yoco_u.serving.errors import stream_error
@@ -23,6 +24,7 @@ from yoco_u.serving.responses import CachedTokens, ChatChunkChoice, CompletionCh
 ChunkChoice = TypeVar("ChunkChoice", CompletionChoice, ChatChunkChoice)
 
 CLIENT_GONE = 499
+PIECE = 512  # tokens that are written in one call, in a few milliseconds
 
 
 async def respond(answer: "Answer[Any]", request: Request) -> Response:
@@ -33,8 +35,11 @@ async def respond(answer: "Answer[Any]", request: Request) -> Response:
 class Answer(ABC, Generic[ChunkChoice]):
     """The answer to one request, made from the events of its job. Subclasses say which shape it has.
 
-    An event becomes a choice of one chunk. A stream sends the chunks one by one; a whole response joins, for each output,
-    the choices that the stream would have sent. An answer is read once, in one of the two ways.
+    An event becomes the choices of one or several chunks. A stream sends the chunks one by one; a whole response joins, for
+    each output, the choices that the stream would have sent. An answer is read once, in one of the two ways.
+
+    Answers can be large, with log probabilities or many outputs. A stream gives way to other clients after each chunk; a whole
+    response is written in a thread, in pieces, because Python can switch threads between two calls but not in one.
 
     Attributes:
         job: the job that the engine runs for the request.
@@ -52,43 +57,54 @@ class Answer(ABC, Generic[ChunkChoice]):
         self._new_tokens = 0
 
     @abstractmethod
-    def chunk_choice(self, index: int, event: Event, first: bool) -> ChunkChoice | None:
-        """What an event adds to output `index`, None if the client need not see it; `first` for the output's first event."""
+    def choices(self, index: int, event: Event, first: bool) -> Iterator[ChunkChoice]:
+        """What an event adds to output `index`, in pieces of bounded size; `first` for the output's first event."""
 
     @abstractmethod
     def chunk(self, choices: list[ChunkChoice], usage: Usage | None) -> BaseModel:
         """One chunk of a stream."""
 
     @abstractmethod
-    def whole(self, outputs: list[list[ChunkChoice]], usage: Usage) -> BaseModel:
-        """The response in one piece, from the choices of each output's chunks."""
+    def joined(self, index: int, parts: list[ChunkChoice]) -> tuple[BaseModel, dict[str, list[Any]] | None]:
+        """The whole response's choice of an output without its log probabilities, and these as lists by name."""
+
+    @abstractmethod
+    def whole(self, usage: Usage) -> BaseModel:
+        """The response in one piece, without its choices."""
 
     async def chunks(self) -> AsyncIterator[str]:
         """The chunks of a stream, as JSON."""
         omitted = None if self._usage_at_end or self._usage_always else {"usage"}
         async for event in self.job:
-            choice = self._take(event)
-            if choice is not None:
+            for choice in self._take(event):
                 usage = self._usage() if self._usage_always else None
                 yield self.chunk([choice], usage).model_dump_json(exclude=omitted)
+                await asyncio.sleep(0)
         if self._usage_at_end:
             yield self.chunk([], self._usage()).model_dump_json()
 
     async def response(self) -> str:
         """The response in one piece, as JSON."""
-        outputs: list[list[ChunkChoice]] = [[] for _ in range(self.job.num_outputs)]
-        async for event in self.job:
-            choice = self._take(event)
-            if choice is not None:
-                outputs[choice.index].append(choice)
-        return self.whole(outputs, self._usage()).model_dump_json()
+        return await asyncio.to_thread(self._write, [event async for event in self.job])
 
-    def _take(self, event: Event) -> ChunkChoice | None:
+    def _write(self, events: list[Event]) -> str:
+        outputs: list[list[ChunkChoice]] = [[] for _ in range(self.job.num_outputs)]
+        for event in events:
+            for choice in self._take(event):
+                outputs[choice.index].append(choice)
+        choices = []
+        for index, parts in enumerate(outputs):
+            joined, logprobs = self.joined(index, parts)
+            written = joined.model_dump_json()
+            choices.append(written if logprobs is None else _filled(written, '"logprobs":', "null", _lists(logprobs)))
+        return _filled(self.whole(self._usage()).model_dump_json(), '"choices":', "[]", f"[{','.join(choices)}]")
+
+    def _take(self, event: Event) -> Iterator[ChunkChoice]:
         index = event.prompt * self.job.params.n + event.output
         first = index not in self._begun
         self._begun.add(index)
         self._new_tokens += len(event.token_ids)
-        return self.chunk_choice(index, event, first)
+        return self.choices(index, event, first)
 
     def _usage(self) -> Usage:
         """Token counts so far."""
@@ -99,6 +115,22 @@ class Answer(ABC, Generic[ChunkChoice]):
             total_tokens=prompt_tokens + self._new_tokens,
             prompt_tokens_details=CachedTokens(cached_tokens=sum(self.job.cached_tokens.values())),
         )
+
+
+def _lists(lists: dict[str, list[Any]]) -> str:
+    """A JSON object of lists, written in many short calls."""
+    return "{" + ",".join(f'"{name}":[{",".join(_slices(values))}]' for name, values in lists.items()) + "}"
+
+
+def _slices(values: list[Any]) -> Iterator[str]:
+    for begin in range(0, len(values), PIECE):
+        yield to_json(values[begin : begin + PIECE])[1:-1].decode()
+
+
+def _filled(json: str, key: str, empty: str, value: str) -> str:
+    """JSON with the value of a key put in. The key with its quotes cannot be in a string, where quotes are escaped."""
+    before, after = json.split(key + empty, 1)
+    return before + key + value + after
 
 
 class EventStream(StreamingResponse):

@@ -3,6 +3,7 @@
 A request for text goes one way: its route here, `Admission`, `EngineLoop.submit`, an `Answer`.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from yoco_u.serving.completions import CompletionAnswer
 from yoco_u.serving.engine_loop import EngineLoop
 from yoco_u.serving.errors import RESPONSES, ApiError
 from yoco_u.serving.jobs import NotServing
-from yoco_u.serving.limits import BodyLimit
+from yoco_u.serving.limits import BodyLimit, OneBodyAtATime
 from yoco_u.serving.metrics import Metrics
 from yoco_u.serving.model_card import ModelCard
 from yoco_u.serving.requests import ChatRequest, CompletionRequest
@@ -58,7 +59,8 @@ def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None
     if engine.tokenizer is None:
         raise UserError("the engine has no tokenizer; texts cannot be served without one")
     metrics = Metrics(engine)
-    loop = EngineLoop(engine, settings.max_waiting, settings.time_limit, metrics, died)
+    loop = EngineLoop(engine, settings.max_waiting, settings.time_limit, settings.step_seconds, metrics, died)
+    metrics.watch(loop)
     card = ModelCard(engine, settings)
 
     @asynccontextmanager
@@ -70,14 +72,16 @@ def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None
     app = FastAPI(
         title="yoco-u", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=RESPONSES
     )  # without FastAPI's pages for documentation, which load scripts from other sites
-    app.state.loop = loop
+    app.router.route_class = OneBodyAtATime
+    app.state.loop, app.state.parsing = loop, asyncio.Lock()
     errors.install(app)
     _add_models(app, card, settings.model_name)
-    _add_generation(app, Admission(engine, engine.tokenizer, settings), loop, settings.model_name, TokenTexts(engine.tokenizer))
+    admission = Admission(engine, engine.tokenizer, settings)
+    _add_generation(app, admission, loop, settings.model_name, TokenTexts(engine.tokenizer))
     _add_state(app, loop, metrics)
     _add_figures(app, card)
     _add_page(app)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, seconds=settings.time_limit)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if settings.api_keys:
         app.add_middleware(ApiKeys, keys=[key.get_secret_value() for key in settings.api_keys])
     if settings.cors_origins:
@@ -121,8 +125,8 @@ def _add_state(app: FastAPI, loop: EngineLoop, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> Health:
         """200 while requests are taken, else 503."""
-        if loop.failure is not None or loop.draining:
-            raise NotServing("the engine has failed" if loop.failure is not None else "the server is shutting down")
+        if loop.refusal:
+            raise NotServing(loop.refusal)
         return Health()
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)

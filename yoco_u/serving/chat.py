@@ -1,5 +1,8 @@
 """`/v1/chat/completions`: what clients get for it. Its route is in `app.py`, its request in `requests.py`."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from yoco_u.inference import Logprob, TokenLogprobs
 from yoco_u.serving.answers import Answer
 from yoco_u.serving.jobs import Event, Job
@@ -25,31 +28,24 @@ class ChatAnswer(Answer[ChatChunkChoice]):
         super().__init__(body, job, model_name, "chatcmpl")
         self._texts, self._wants_logprobs = texts, bool(body.logprobs)
 
-    def chunk_choice(self, index: int, event: Event, first: bool) -> ChatChunkChoice | None:
+    def choices(self, index: int, event: Event, first: bool) -> Iterator[ChatChunkChoice]:
         delta = {"role": "assistant", "content": ""} if first else {}
         delta |= {"content": event.text} if event.text else {}
-        if not delta and not event.logprobs and event.finish_reason is None:
-            return None
-        logprobs = self._logprobs(event.logprobs or []) if self._wants_logprobs else None
-        return ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=event.finish_reason)
+        if delta or event.logprobs or event.finish_reason is not None:
+            logprobs = self._logprobs(event.logprobs or []) if self._wants_logprobs else None
+            yield ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=event.finish_reason)
 
     def chunk(self, choices: list[ChatChunkChoice], usage: Usage | None) -> ChatChunk:
         return ChatChunk(**self.head, choices=choices, usage=usage)
 
-    def whole(self, outputs: list[list[ChatChunkChoice]], usage: Usage) -> ChatResponse:
-        choices = [self._joined(index, parts) for index, parts in enumerate(outputs)]
-        return ChatResponse(**self.head, choices=choices, usage=usage)
+    def whole(self, usage: Usage) -> ChatResponse:
+        return ChatResponse(**self.head, choices=[], usage=usage)
 
-    def _joined(self, index: int, parts: list[ChatChunkChoice]) -> ChatChoice:
-        logprobs = None
-        if self._wants_logprobs:
-            logprobs = ChatLogprobs(content=[one for part in parts if part.logprobs for one in part.logprobs.content])
-        return ChatChoice(
-            index=index,
-            message=ChatMessage(content="".join(part.delta.get("content", "") for part in parts)),
-            logprobs=logprobs,
-            finish_reason=parts[-1].finish_reason or "stop",
-        )
+    def joined(self, index: int, parts: list[ChatChunkChoice]) -> tuple[ChatChoice, dict[str, list[Any]] | None]:
+        message = ChatMessage(content="".join(part.delta.get("content", "") for part in parts))
+        choice = ChatChoice(index=index, message=message, finish_reason=parts[-1].finish_reason or "stop")
+        content = [one for part in parts if part.logprobs for one in part.logprobs.content]
+        return choice, {"content": content} if self._wants_logprobs else None
 
     def _logprobs(self, logprobs: list[TokenLogprobs]) -> ChatLogprobs:
         return ChatLogprobs(

@@ -1,8 +1,11 @@
 """`/v1/completions`: what clients get for it. Its route is in `app.py`, its request in `requests.py`."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from yoco_u.inference import SamplingParams, TokenLogprobs
 from yoco_u.inference.detokenizer import Detokenizer
-from yoco_u.serving.answers import Answer
+from yoco_u.serving.answers import PIECE, Answer
 from yoco_u.serving.jobs import Event, Job
 from yoco_u.serving.requests import CompletionRequest
 from yoco_u.serving.responses import CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
@@ -19,7 +22,7 @@ class CompletionAnswer(Answer[CompletionChoice]):
             [_LogprobWriter(texts, job.params) for _ in range(job.num_outputs)] if body.logprobs is not None else None
         )
 
-    def chunk_choice(self, index: int, event: Event, first: bool) -> CompletionChoice | None:
+    def choices(self, index: int, event: Event, first: bool) -> Iterator[CompletionChoice]:
         text, tokens = event.text, event.token_ids
         logprobs: list[TokenLogprobs | None] = list(event.logprobs or [])
         if first and self._echo:
@@ -27,16 +30,34 @@ class CompletionAnswer(Answer[CompletionChoice]):
             text = self._echoed(event.prompt, request.prompt_token_ids) + text
             tokens = request.prompt_token_ids + tokens
             logprobs = (request.prompt_logprobs or []) + logprobs
-        written = self._writers[index].write(tokens, logprobs) if self._writers is not None and tokens else None
-        if not text and written is None and event.finish_reason is None:
-            return None
-        return CompletionChoice(index=index, text=text, logprobs=written, finish_reason=event.finish_reason)
+        if self._writers is None or not tokens:
+            if text or event.finish_reason is not None:
+                yield CompletionChoice(index=index, text=text, finish_reason=event.finish_reason)
+            return
+        for begin in range(0, len(tokens), PIECE):
+            end = begin + PIECE
+            yield CompletionChoice(
+                index=index,
+                text=text if begin == 0 else "",
+                logprobs=self._writers[index].write(tokens[begin:end], logprobs[begin:end]),
+                finish_reason=event.finish_reason if end >= len(tokens) else None,
+            )
 
     def chunk(self, choices: list[CompletionChoice], usage: Usage | None) -> CompletionResponse:
         return CompletionResponse(**self.head, choices=choices, usage=usage)
 
-    def whole(self, outputs: list[list[CompletionChoice]], usage: Usage) -> CompletionResponse:
-        return self.chunk([self._joined(index, parts) for index, parts in enumerate(outputs)], usage)
+    def whole(self, usage: Usage) -> CompletionResponse:
+        return self.chunk([], usage)
+
+    def joined(self, index: int, parts: list[CompletionChoice]) -> tuple[CompletionChoice, dict[str, list[Any]] | None]:
+        text = "".join(part.text for part in parts)
+        choice = CompletionChoice(index=index, text=text, finish_reason=parts[-1].finish_reason)
+        if self._writers is None:
+            return choice, None
+        found = [part.logprobs for part in parts if part.logprobs is not None]
+        return choice, {
+            name: [one for part in found for one in getattr(part, name)] for name in CompletionLogprobs.model_fields
+        }
 
     def _echoed(self, prompt: int, tokens: list[int]) -> str:
         given = self._prompts[prompt]
@@ -44,19 +65,6 @@ class CompletionAnswer(Answer[CompletionChoice]):
             return given
         skip = self.job.params.skip_special_tokens
         return str(self._tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=skip))
-
-    def _joined(self, index: int, parts: list[CompletionChoice]) -> CompletionChoice:
-        logprobs = None
-        if self._writers is not None:
-            found = [part.logprobs for part in parts if part.logprobs is not None]
-            logprobs = CompletionLogprobs(
-                tokens=[token for one in found for token in one.tokens],
-                token_logprobs=[value for one in found for value in one.token_logprobs],
-                top_logprobs=[top for one in found for top in one.top_logprobs],
-                text_offset=[offset for one in found for offset in one.text_offset],
-            )
-        text = "".join(part.text for part in parts)
-        return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=parts[-1].finish_reason)
 
 
 class _LogprobWriter:

@@ -6,6 +6,7 @@ locks are needed.
 """
 
 import asyncio
+import functools
 import logging
 import math
 import queue
@@ -21,6 +22,12 @@ from yoco_u.serving.jobs import Busy, Event, FinishReason, Job, NotServing, Requ
 log = logging.getLogger("yoco_u.serving")
 
 _MOST_FAILED_STEPS = 3  # after this many in a row the engine counts as broken
+_LOOK = 1.0  # seconds between two looks at the engine's thread
+_FAREWELL = 2.0  # seconds that the thread has to end
+
+
+class Stuck(Exception):  # noqa: N818
+    """A step of the engine does not end."""
 
 
 class Observer:
@@ -43,6 +50,7 @@ class EngineLoop:
         engine: the engine, which nobody else may touch from now on.
         max_waiting: outputs beyond the engine's seats that may wait.
         time_limit: seconds that one job may take, waiting included.
+        step_limit: seconds after which a step counts as stuck; the engine has failed then.
         observer: is told what happens.
         died: called on the event loop if the engine has failed for good.
 
@@ -50,6 +58,7 @@ class EngineLoop:
         capacity: outputs that may be in the engine at once, running or waiting.
         draining: whether new jobs are refused because the server is shutting down.
         failure: the exception that ended the engine, None while it works.
+        busy_since: time at which the thread began what it does now, None while it waits for work.
     """
 
     def __init__(
@@ -57,12 +66,14 @@ class EngineLoop:
         engine: Engine,
         max_waiting: int,
         time_limit: float,
+        step_limit: float,
         observer: Observer | None = None,
         died: Callable[[], None] = lambda: None,
     ) -> None:
-        self.engine, self.time_limit, self.draining = engine, time_limit, False
+        self.engine, self.time_limit, self.step_limit, self.draining = engine, time_limit, step_limit, False
         self.capacity = engine.settings.max_num_seqs + max_waiting
         self.failure: BaseException | None = None
+        self.busy_since: float | None = None
         self._observer, self._died = observer or Observer(), died
         self._outstanding = 0  # outputs that are running or waiting
         self._jobs: set[Job] = set()
@@ -76,12 +87,25 @@ class EngineLoop:
         """Start the thread. Jobs and observer are served on the event loop that calls this."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._watcher = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
-        """End all jobs and the thread."""
+        """End all jobs and the thread, which is left alone if it is stuck."""
+        self._watcher.cancel()
         self.close_all()
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        patience = time.monotonic() + _FAREWELL
+        while self._thread.is_alive() and time.monotonic() < patience:
+            await asyncio.sleep(0.01)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why no requests are taken, in one line; None while they are."""
+        if self.failure is not None:
+            return f"the engine has failed: {self.failure}" if isinstance(self.failure, Stuck) else "the engine has failed"
+        if self.draining:
+            return "the server is shutting down"
+        return None if self._thread.is_alive() else "the engine does not run"
 
     def drain(self, seconds: float) -> None:
         """Refuse new jobs, and end those that are not done after this many seconds. Safe in a signal handler."""
@@ -92,6 +116,26 @@ class EngineLoop:
         """End all jobs with `NotServing`."""
         for job in list(self._jobs):
             job.close(NotServing("the server is shutting down"))
+
+    def check_room(self, num_prompts: int, num_outputs: int) -> None:
+        """Refuse a job of so many prompts, with so many outputs each, if it could not be taken now.
+
+        Raises:
+            UserError: if it is never possible.
+            Busy: if the queue is full.
+            NotServing: while shutting down, or after the engine has failed.
+        """
+        if refusal := self.refusal:
+            self._observer.rejected("not serving")
+            raise NotServing(refusal)
+        count = num_prompts * num_outputs
+        if count > self.capacity:
+            raise UserError(
+                f"{num_prompts} prompts with {num_outputs} outputs each are more than the {self.capacity} of a full queue"
+            )
+        if self._outstanding + count > self.capacity:
+            self._observer.rejected("queue full")
+            raise Busy(min(60, math.ceil(self._seconds)))
 
     async def submit(self, prompts: list[list[int]], params: SamplingParams) -> Job:
         """Hand prompts to the engine.
@@ -104,17 +148,8 @@ class EngineLoop:
             Busy: if the queue is full.
             NotServing: while shutting down, or after the engine has failed.
         """
-        if self.failure is not None or self.draining:
-            self._observer.rejected("not serving")
-            raise NotServing("the server is shutting down" if self.failure is None else "the engine has failed")
+        self.check_room(len(prompts), params.n)
         count = len(prompts) * params.n
-        if count > self.capacity:
-            raise UserError(
-                f"{len(prompts)} prompts with {params.n} outputs each are more than the {self.capacity} of a full queue"
-            )
-        if self._outstanding + count > self.capacity:
-            self._observer.rejected("queue full")
-            raise Busy(min(60, math.ceil(self._seconds)))
         job = Job(prompts, params, self.time_limit, self._abort)
         self._outstanding += count
         self._jobs.add(job)
@@ -135,11 +170,13 @@ class EngineLoop:
         try:
             while self._take_commands(wait=not self.engine.unfinished):
                 if self.engine.unfinished:
+                    self.busy_since = time.monotonic()
                     self._step()
         except BaseException as error:
             log.exception("the engine has failed")
-            self.failure = error
-            self._tell(self._die)
+            self._tell(functools.partial(self._fail, error))
+        finally:
+            self.busy_since = None
 
     def _take_commands(self, wait: bool) -> bool:
         """Run the commands in the inbox, after waiting for one if `wait`.
@@ -148,12 +185,15 @@ class EngineLoop:
             False when asked to stop.
         """
         while True:
+            if wait:
+                self.busy_since = None
             try:
                 command = self._inbox.get(block=wait)
             except queue.Empty:
                 return True
             if command is None:
                 return False
+            self.busy_since = time.monotonic()
             command()
             wait = False
 
@@ -223,8 +263,27 @@ class EngineLoop:
 
     # The methods from here on run on the event loop.
 
+    async def _watch(self) -> None:
+        """Give up the engine if its thread is stuck in a step, or in a command."""
+        while self.failure is None:
+            await asyncio.sleep(min(_LOOK, self.step_limit))
+            begun = self.busy_since
+            if begun is not None and time.monotonic() - begun > self.step_limit:
+                error = Stuck(f"one step has taken longer than {self.step_limit:g} seconds")
+                log.error("the engine has failed: %s", error)
+                self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Answer all jobs, and take no more."""
+        self.failure = error
+        for job in list(self._jobs):
+            self._ended(job, NotServing(self.refusal or ""))
+        self._died()
+
     def _deliver(self, events: list[tuple[Job, Event]], ended: set[Job]) -> None:
         for job, event in events:
+            if job.done:
+                continue  # it was given up
             self._observer.event(job, event)
             job.put(event)
         for job in ended:
@@ -239,11 +298,6 @@ class EngineLoop:
         self._jobs.discard(job)
         self._outstanding -= job.num_outputs
         self._observer.ended(job)
-
-    def _die(self) -> None:
-        for job in list(self._jobs):
-            self._ended(job, NotServing("the engine has failed"))
-        self._died()
 
 
 def _event(prompt: int, update: Update) -> Event:

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from yoco_u.inference import Engine
-from yoco_u.serving.engine_loop import Observer
+from yoco_u.serving.engine_loop import EngineLoop, Observer
 from yoco_u.serving.jobs import Event, Job
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -52,6 +52,10 @@ class Metrics(Observer):
         self._whole = histogram("job", "From a job's arrival to its end.")
         self._step = histogram("step", "One step of the engine.")
         self._registry.register(_EngineState(engine))
+
+    def watch(self, loop: EngineLoop) -> None:
+        """Show also whether the engine loop works."""
+        self._registry.register(_LoopState(loop))
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -108,6 +112,19 @@ class _EngineState(Collector):
             "yoco_u_prefix_hit_tokens", "Tokens that were not computed again.", statistics.prefix_hit_tokens
         )
         yield CounterMetricFamily("yoco_u_preemptions", "Requests that gave way and were begun again.", statistics.preemptions)
+
+
+class _LoopState(Collector):
+    """Whether the engine's thread gets on with its work."""
+
+    def __init__(self, loop: EngineLoop) -> None:
+        self._loop = loop
+
+    def collect(self) -> Iterator[Metric]:
+        since = self._loop.busy_since
+        age = time.monotonic() - since if since is not None else 0.0
+        yield GaugeMetricFamily("yoco_u_serving", "1 while requests are taken, as /health says.", self._loop.refusal is None)
+        yield GaugeMetricFamily("yoco_u_step_age_seconds", "How long the step that runs has taken so far.", age)
 
 
 def _gauge(name: str, meaning: str, **values: int) -> GaugeMetricFamily:

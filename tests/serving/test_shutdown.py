@@ -1,0 +1,211 @@
+"""How the server ends, whatever it is doing: real signals and sockets, around an engine in this process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from asgi_server import engine_of
+from transformers import PreTrainedTokenizerFast
+
+from yoco_u import YocoUForCausalLM
+from yoco_u.inference import Engine
+from yoco_u.serving import server
+from yoco_u.serving.settings import Listen, ServerSettings
+
+LONG = {"prompt": "x", "max_tokens": 450, "ignore_eos": True}
+HALF = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+PATIENCE = 60
+
+
+@pytest.fixture
+def engine(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Engine:
+    return engine_of(model, tokenizer)
+
+
+@pytest.fixture
+def deadlines(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The deadlines that were set, which do not end this process."""
+    found: list[float] = []
+    monkeypatch.setattr(server.faulthandler, "dump_traceback_later", lambda seconds, exit: found.append(seconds))
+    return found
+
+
+def serve(engine: Engine, monkeypatch: pytest.MonkeyPatch, client: Callable[[int], None], **settings: Any) -> int:
+    """Serve in this thread, which gets the signals, until a client in another is done, who is given the port."""
+    listen, failed = server._socket, []
+
+    def listening(given: Listen) -> socket.socket:
+        found = listen(given)
+        threading.Thread(target=run, args=[found.getsockname()[1]]).start()
+        return found
+
+    def run(port: int) -> None:
+        try:
+            while httpx2.get(f"http://127.0.0.1:{port}/health", timeout=PATIENCE).status_code != 200:
+                time.sleep(0.01)
+            client(port)
+        except BaseException as error:
+            failed.append(error)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(server, "_socket", listening)
+    status = server.serve(engine, ServerSettings(model_name="tiny", **settings), Listen(port=0))
+    for error in failed:
+        raise error
+    return status
+
+
+@contextmanager
+def half_sent(port: int) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+        connection.sendall(HALF)
+        yield connection
+
+
+def all_of(connection: socket.socket) -> bytes:
+    found = b""
+    while part := connection.recv(2**16):
+        found += part
+    return found
+
+
+def checked_503(status: int, body: str) -> None:
+    assert status == 503
+    error = json.loads(body)["error"]
+    assert error["type"] == "service_unavailable_error" and set(error) == {"message", "type", "param", "code"}
+
+
+class Asking:
+    """A request that waits for its answer, in a thread."""
+
+    def __init__(self, port: int, **body: Any) -> None:
+        self.response: httpx2.Response | None = None
+        self._url = f"http://127.0.0.1:{port}/v1/completions"
+        self._thread = threading.Thread(target=self._run, args=[body])
+        self._thread.start()
+
+    def _run(self, body: dict[str, Any]) -> None:
+        with suppress(httpx2.TransportError):
+            self.response = httpx2.post(self._url, json=body, timeout=PATIENCE)
+
+    def join(self) -> None:
+        self._thread.join(PATIENCE)
+
+    def answer(self) -> httpx2.Response:
+        self.join()
+        assert self.response is not None
+        return self.response
+
+
+def slow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let each step take a while. Set in the end: the engine has begun."""
+    step, begun = engine.step, threading.Event()
+
+    def slowly() -> Any:
+        begun.set()
+        time.sleep(0.02)
+        return step()
+
+    monkeypatch.setattr(engine, "step", slowly)
+    return begun
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
+def test_a_second_signal_ends_what_runs_with_an_answer(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, deadlines: list[float], first: int, second: int
+) -> None:
+    begun = slow(engine, monkeypatch)
+
+    def client(port: int) -> None:
+        asking, streaming = Asking(port, **LONG), Asking(port, stream=True, **LONG)
+        assert begun.wait(PATIENCE)
+        with half_sent(port) as half:
+            time.sleep(0.2)
+            os.kill(os.getpid(), first)
+            head, body = all_of(half).split(b"\r\n\r\n", 1)
+            checked_503(int(head.split()[1]), body.decode())
+        os.kill(os.getpid(), second)
+        checked_503(asking.answer().status_code, asking.answer().text)
+        events = streaming.answer().text.strip().split("\n\n")
+        checked_503(503, events[-1].removeprefix("data: "))
+
+    assert serve(engine, monkeypatch, client, drain_seconds=1000.0) == 0
+    assert len(deadlines) == 2 and deadlines[0] > 1000 and deadlines[1] < 20
+
+
+def test_a_stuck_engine_ends_the_server(engine: Engine, monkeypatch: pytest.MonkeyPatch, deadlines: list[float]) -> None:
+    """Without any signal: clients are told why, and the status says that it went wrong."""
+    free = threading.Event()
+
+    def stuck() -> list[Any]:
+        free.wait()
+        return []
+
+    monkeypatch.setattr(engine, "step", stuck)
+
+    def client(port: int) -> None:
+        answer = Asking(port, **LONG).answer()
+        checked_503(answer.status_code, answer.text)
+        assert "one step has taken longer than 0.3 seconds" in answer.text
+
+    assert serve(engine, monkeypatch, client, step_seconds=0.3) == 1
+    assert len(deadlines) == 1 and deadlines[0] < 20
+    free.set()
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from yoco_u.data import DocumentEncoder
+from yoco_u.inference import LLM
+from yoco_u.serving import server
+from yoco_u.serving.settings import Listen, ServerSettings
+
+def stuck(*_):
+    time.sleep(10**6)
+
+server._LAST_WORDS = server._CLEANING = 0.5
+engine = LLM(Path(sys.argv[1]), dtype="float32", cache_tokens=8192).engine
+encode = DocumentEncoder.encode
+DocumentEncoder.encode = lambda self, texts: stuck() if len(texts[0]) > 10_000 else encode(self, texts)
+engine.step = stuck
+sys.exit(server.serve(engine, ServerSettings(model_name="tiny", drain_seconds=0.5), Listen(port=int(sys.argv[2]))))
+"""
+
+
+def test_sigterm_ends_a_process_that_is_stuck_everywhere(folder: Path) -> None:
+    """The engine's thread and one that tokenizes never come back, and a request is sent by half."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(folder), str(port)],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "YOCO_U_KERNELS": "off"},
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        while "Started server process" not in (line := process.stderr.readline()):
+            assert line, "the server did not start"
+        asking, tokenizing = Asking(port, **LONG), Asking(port, prompt="def " * 3000)
+        with half_sent(port) as half:
+            time.sleep(1.0)
+            process.send_signal(signal.SIGTERM)
+            assert b"503" in all_of(half).split(b"\r\n")[0]
+        checked_503(asking.answer().status_code, asking.answer().text)
+        assert process.wait(PATIENCE) == 1
+        assert "Timeout (0:00:01" in process.stderr.read()
+        tokenizing.join()
+        assert tokenizing.response is None
+    finally:
+        process.kill()
+        process.wait()
