@@ -83,7 +83,6 @@ async def test_without_a_number_the_context_is_the_limit(chat_server: Server, ex
         ({}, "messages", "messages is missing"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages", "'user'"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "'user'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "only parts of the form"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages", "string"),
         ({"messages": [{"role": "user", "content": "\udfff"}]}, "messages", "a lone surrogate"),
@@ -94,7 +93,6 @@ async def test_without_a_number_the_context_is_the_limit(chat_server: Server, ex
         ({"messages": MESSAGES, "logprobs": 3}, "logprobs", "boolean"),
         ({"messages": MESSAGES, "max_tokens": 3, "max_completion_tokens": 4}, None, "two names of one thing"),
         ({"messages": [{"role": "user", "content": "x" * 3000}]}, None, "this model's context is 512 tokens"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", "at most 0"),
     ],
 )  # fmt: skip
 async def test_chats_that_are_refused(chat_server: Server, body: dict[str, Any], param: str | None, message: str) -> None:

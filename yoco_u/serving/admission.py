@@ -5,7 +5,9 @@ and sampling parameters. Whether there is room for it now is decided afterwards,
 """
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+import json
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -13,14 +15,17 @@ from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, SamplingParams
 from yoco_u.inference.chat_template import chat_tokens
+from yoco_u.serving.engine_loop import EngineLoop
 from yoco_u.serving.errors import ApiError
 from yoco_u.serving.requests import ChatRequest, CompletionRequest, Message, SampledRequest
 from yoco_u.serving.settings import ServerSettings
 
 _DEFAULT_MAX_TOKENS = 16  # of a completion, as in OpenAI's API
-_SHORT = 10_000  # characters that are tokenized on the event loop, in a millisecond or two; longer texts go to a thread
+_SHORT = 10_000  # characters that are tokenized on the event loop, in a few milliseconds; longer texts go to a thread
+_LONG_TEXTS = 2  # requests whose long texts are tokenized at the same time; that takes 100 bytes of memory a character
+_ROLES = {"developer": "system"}  # OpenAI's newer name, which templates do not know
 _SAMPLING = (
-    "n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "num_loops", "top_k", "min_p", "repetition_penalty",
+    "n", "temperature", "presence_penalty", "frequency_penalty", "num_loops", "top_k", "min_p", "repetition_penalty",
     "min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens", "regex", "stop",
 )  # fmt: skip
 """Parameters that requests and `SamplingParams` have under the same name, with the same meaning."""
@@ -32,19 +37,22 @@ Admitted = tuple[list[list[int]], SamplingParams]
 class Admission:
     """Refuses requests, or turns them into what the engine takes."""
 
-    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerFast, settings: ServerSettings) -> None:
-        self._engine, self._tokenizer, self._settings = engine, tokenizer, settings
+    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerFast, loop: EngineLoop, settings: ServerSettings) -> None:
+        self._engine, self._tokenizer, self._loop, self._settings = engine, tokenizer, loop, settings
         self._encoder = DocumentEncoder(tokenizer)
+        self._most_characters = _most_characters(tokenizer, engine.max_model_len)
+        self._tokenizing = asyncio.Semaphore(_LONG_TEXTS)
 
     async def completion(self, body: CompletionRequest) -> Admitted:
         """Admit a request for completions.
 
         Raises:
             ApiError, UserError: if it is refused.
+            Busy, NotServing: if there is no room for it.
         """
-        self._check_offer(body)
+        self._check_offer(body, len(body.prompts))
         max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        prompts = [await self._encode(prompt) for prompt in body.prompts]
+        prompts = await self._encode(body.prompts)
         for prompt in prompts:
             self._check_length(len(prompt), max_tokens)
         prompt_logprobs = body.logprobs if body.echo else None
@@ -55,9 +63,10 @@ class Admission:
 
         Raises:
             ApiError, UserError: if it is refused.
+            Busy, NotServing: if there is no room for it.
         """
-        self._check_offer(body)
-        prompt = await self._encode_chat(body.messages)
+        self._check_offer(body, 1)
+        prompt = await self._encode_chat([_for_template(one) for one in body.messages])
         max_tokens = body.max_completion_tokens or body.max_tokens
         if max_tokens is None:
             max_tokens = max(1, min(self._settings.max_output_tokens, self._engine.max_model_len - len(prompt)))
@@ -65,8 +74,8 @@ class Admission:
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return [prompt], _sampling_params(body, max_tokens, logprobs=logprobs)
 
-    def _check_offer(self, body: SampledRequest) -> None:
-        """Refuse another model, and more outputs or loops than this server offers."""
+    def _check_offer(self, body: SampledRequest, num_prompts: int) -> None:
+        """Refuse another model, more outputs or loops than this server offers, and what there is no room for."""
         name, settings = self._settings.model_name, self._settings
         if body.model not in (None, name):
             raise ApiError(404, f"no model {body.model!r} here; there is {name!r}", param="model", code="model_not_found")
@@ -76,6 +85,7 @@ class Admission:
             raise ApiError(
                 400, f"num_loops is {body.num_loops}, but at most {settings.max_num_loops} are served", param="num_loops"
             )
+        self._loop.check_room(num_prompts, body.num_outputs)
 
     def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
         """Refuse outputs that are longer than this server offers, and sequences that are longer than the model's context."""
@@ -90,31 +100,73 @@ class Admission:
                 code="context_length_exceeded",
             )
 
-    async def _encode(self, prompt: str | list[int]) -> list[int]:
-        """A text as the tokens of a document that it begins; tokens stay as they are, if the vocabulary has them."""
-        if isinstance(prompt, list):
-            vocabulary = self._engine.architecture.vocab_size
-            for token in prompt:
-                if token >= vocabulary:
-                    raise ApiError(400, f"token {token} is not in the vocabulary of {vocabulary}", param="prompt")
-            return prompt
-        if len(prompt) <= _SHORT:
-            return self._encode_text(prompt)
-        return await asyncio.to_thread(self._encode_text, prompt)
+    async def _encode(self, prompts: list[str | list[int]]) -> list[list[int]]:
+        """Texts as the tokens of the documents that they begin; tokens stay as they are, if the vocabulary has them."""
+        vocabulary, texts, found = self._engine.architecture.vocab_size, [], []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                texts.append(prompt)
+            elif (token := max(prompt)) >= vocabulary:
+                raise ApiError(400, f"token {token} is not in the vocabulary of {vocabulary}", param="prompt")
+            else:
+                found.append(prompt)
+        characters = max(map(len, texts), default=0)
+        if self._most_characters is not None and characters > self._most_characters:
+            raise ApiError(
+                400,
+                f"this model's context is {self._engine.max_model_len} tokens, into which no text of {characters} characters "
+                "fits; shorten the prompt",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if sum(map(len, texts)) <= _SHORT:
+            return found + self._encode_texts(texts)
+        async with self._tokenizing:
+            return found + await asyncio.to_thread(self._encode_texts, texts)
 
-    def _encode_text(self, text: str) -> list[int]:
-        return [int(token) for token in self._encoder.encode([text])[0]]
+    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
+        return [tokens.tolist() for tokens in self._encoder.encode(texts)]
 
-    async def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    async def _encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Messages as tokens, by the chat template; refused without a template, or if the template refuses them."""
-        roles = {"developer": "system"}  # OpenAI's newer name, which templates do not know
-        plain = [{"role": roles.get(one.role, one.role), "content": one.content or ""} for one in messages]
+        is_short = sum(len(one["content"]) for one in messages) <= _SHORT
         try:
-            return await asyncio.to_thread(chat_tokens, self._tokenizer, plain)
+            async with contextlib.nullcontext() if is_short else self._tokenizing:
+                return await asyncio.to_thread(chat_tokens, self._tokenizer, messages)
         except UserError as error:
             if self._tokenizer.chat_template:
                 raise ApiError(400, str(error), param="messages") from None
             raise ApiError(400, f"{error} (/v1/completions)", param="messages", code="no_chat_template") from None
+
+
+def _most_characters(tokenizer: PreTrainedTokenizerFast, tokens: int) -> int | None:
+    """The most characters that so many tokens can stand for; None where the tokenizer may drop characters of a text."""
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is not None or "ByteLevel" not in str(backend.decoder):
+        return None
+    return tokens * max(map(len, backend.get_vocab(with_added_tokens=True)))
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """A message as chat templates know it: content is always there, and the arguments of tools are objects."""
+    found: dict[str, Any] = {"role": _ROLES.get(message.role, message.role), "content": message.content or ""}
+    for key in ("name", "tool_call_id"):
+        if (value := getattr(message, key)) is not None:
+            found[key] = value
+    if message.tool_calls:
+        found["tool_calls"] = [one.model_dump(exclude_none=True) for one in message.tool_calls]
+        for call in found["tool_calls"]:
+            call["function"]["arguments"] = _object(call["function"]["arguments"])
+    return found
+
+
+def _object(text: str) -> object:
+    """A JSON object, or the text as it is if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
 
 
 def _sampling_params(body: SampledRequest, max_tokens: int, **logprobs: int | None) -> SamplingParams:
@@ -124,6 +176,10 @@ def _sampling_params(body: SampledRequest, max_tokens: int, **logprobs: int | No
         UserError: if parameters do not go together.
     """
     given = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
+    if body.top_p == 0:
+        given["top_k"] = 1  # the likeliest token alone; a probability of nothing would leave none
+    elif body.top_p is not None:
+        given["top_p"] = body.top_p
     if body.seed is not None:
         given["seed"] = body.seed % 2**64
     if body.response_format is not None:

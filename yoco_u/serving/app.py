@@ -76,7 +76,7 @@ def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None
     app.state.loop, app.state.parsing = loop, asyncio.Lock()
     errors.install(app)
     _add_models(app, card, settings.model_name)
-    admission = Admission(engine, engine.tokenizer, settings)
+    admission = Admission(engine, engine.tokenizer, loop, settings)
     _add_generation(app, admission, loop, settings.model_name, TokenTexts(engine.tokenizer))
     _add_state(app, loop, metrics)
     _add_figures(app, card)

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from yoco_u.config import Config, describe_problems
 from yoco_u.errors import UserError
 from yoco_u.serving.jobs import Busy, NotServing, RequestFailed, TimeExceeded
-from yoco_u.serving.requests import REQUESTS
+from yoco_u.serving.requests import REQUESTS, brief
 from yoco_u.serving.responses import ErrorResponse
 
 log = logging.getLogger("yoco_u.serving")
@@ -111,7 +111,9 @@ def install(app: FastAPI) -> None:
 
 def _invalid_request(cls: type[Config], error: RequestValidationError) -> Response:
     """The answer to a body that does not fit its schema: every problem with the path of its key."""
-    problems = [problem | {"loc": problem["loc"][1:]} for problem in error.errors()]  # without "body"
+    problems = [
+        problem | {"loc": problem["loc"][1:], "input": _Brief(problem["input"])} for problem in error.errors()
+    ]  # without "body"
     if problems[0]["type"] == "json_invalid":
         return error_response(
             400, f"the body is not JSON: {problems[0]['ctx']['error']} at character {error.errors()[0]['loc'][1]}"
@@ -121,6 +123,16 @@ def _invalid_request(cls: type[Config], error: RequestValidationError) -> Respon
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     param = next((str(part) for part in first["loc"]), None)
     return error_response(400, describe_problems(cls, problems), param)
+
+
+class _Brief:
+    """A value that a client sent, whose representation is short."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        return brief(self._value)
 
 
 _DESCRIPTIONS: dict[int | str, str] = {

@@ -2,8 +2,12 @@
 
 Parameters of OpenAI's API that do not change the answer, such as `user`, are accepted and ignored. Those that would change it
 and that we do not support are refused. So are unknown parameters, as by OpenAI's own server.
+
+A body is checked on the event loop, while all other clients wait. So counts are checked before what is counted, and checks of
+long lists are single calls of functions in C.
 """
 
+import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, StrictBool, model_validator
@@ -17,28 +21,41 @@ _IGNORED = frozenset(
 _REFUSED: dict[str, tuple[Any, ...]] = {  # refused unless null or one of these values, with which they ask for nothing
     "suffix": ("",), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (),
-    "reasoning_effort": (), "verbosity": (), "moderation": (),
+    "reasoning_effort": ("none",), "verbosity": ("medium",), "moderation": (),
 }  # fmt: skip
+_NONE_OF = {"tools": "tool_choice", "functions": "function_call"}  # may be given where the other says that none is called
+_MOST_KEYS, _LONGEST_KEY = 100, 100  # each unknown key would be a problem to report
+_MOST_PROMPTS = 2048
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 200
+
+
+def brief(value: object) -> str:
+    """`repr` of what a client sent, cut where it is long."""
+    return _short.repr(value)
 
 
 def _number(value: object) -> object:
     if isinstance(value, (bool, str)):
-        raise ValueError(f"expected a number, got {value!r}")
+        raise ValueError(f"expected a number, got {brief(value)}")
     return value
 
 
 def _tokens_or_texts(value: object) -> object:
-    """Check a prompt: one text, one list of token ids, or a list of either."""
+    """Check a prompt: one text, one list of token ids, or a list of either; null is an empty text."""
+    if value is None:
+        return ""
     if isinstance(value, str):
         return _unicode(value)
     if not isinstance(value, list):
         raise ValueError(f"expected a string, token ids, or a list of either, got {type(value).__name__}")
     if not value:
         raise ValueError("the list is empty; give at least one token or one prompt")
-    if isinstance(value[0], str):
-        return [_one_text(one) for one in value]
-    if isinstance(value[0], list):
-        return [_tokens(one) for one in value]
+    if isinstance(value[0], (str, list)):
+        if len(value) > _MOST_PROMPTS:
+            raise ValueError(f"{len(value)} prompts are too many; expected at most {_MOST_PROMPTS} in one request")
+        return [_one_text(one) for one in value] if isinstance(value[0], str) else [_tokens(one) for one in value]
     return _tokens(value)
 
 
@@ -61,9 +78,9 @@ def _tokens(value: object) -> list[int]:
         raise ValueError(f"expected only lists of token ids in the list, got {type(value).__name__}")
     if not value:
         raise ValueError("a list of token ids is empty; give at least one")
-    for token in value:
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise ValueError(f"token {token!r} is no token id; expected whole numbers of at least 0")
+    if set(map(type, value)) != {int} or min(value) < 0:
+        wrong = next(token for token in value if type(token) is not int or token < 0)
+        raise ValueError(f"token {brief(wrong)} is no token id; expected whole numbers of at least 0")
     return value
 
 
@@ -80,17 +97,33 @@ Prompt = Annotated[
     PlainValidator(
         _tokens_or_texts,
         json_schema_input_type=str
+        | None
         | Annotated[list[str], Field(min_length=1)]
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)],
     ),
 ]
 _StopText = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_unicode)]
-_StopTexts = Annotated[list[_StopText], Field(max_length=64)]
+_StopTexts = Annotated[list[_StopText], Field(max_length=64, fail_fast=True)]
 Stop = Annotated[_StopTexts, BeforeValidator(_several, json_schema_input_type=_StopText | _StopTexts)]
 
 
-class StreamOptions(Config):
+class _Body(Config):
+    """A part of a body, or a whole one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            if len(data) > _MOST_KEYS:
+                raise ValueError(f"{len(data)} keys are too many")
+            for key in data:
+                if len(key) > _LONGEST_KEY:
+                    raise ValueError(f"unknown key {brief(key)}")
+        return data
+
+
+class StreamOptions(_Body):
     """What a stream reports besides the text.
 
     Attributes:
@@ -99,12 +132,12 @@ class StreamOptions(Config):
         include_obfuscation: accepted and ignored.
     """
 
-    include_usage: StrictBool = False
-    continuous_usage_stats: StrictBool = False
+    include_usage: StrictBool | None = None
+    continuous_usage_stats: StrictBool | None = None
     include_obfuscation: StrictBool | None = None
 
 
-class NamedSchema(Config):
+class NamedSchema(_Body):
     """A JSON schema with its name."""
 
     name: Text | None = None
@@ -113,7 +146,7 @@ class NamedSchema(Config):
     strict: StrictBool | None = None
 
 
-class ResponseFormat(Config):
+class ResponseFormat(_Body):
     """The form that the output must have: any text, any JSON object, or JSON that fits a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -133,7 +166,7 @@ class ResponseFormat(Config):
         return {"type": "object"} if self.type == "json_object" else None
 
 
-class SampledRequest(Config):
+class SampledRequest(_Body):
     """Parameters of completions and chats alike. null stands for the default everywhere, as in OpenAI's API."""
 
     model: Text | None = None
@@ -143,7 +176,7 @@ class SampledRequest(Config):
     seed: Annotated[Int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Stop | None = None
     temperature: Annotated[Float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[Float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] | None = None
     response_format: ResponseFormat | None = None
@@ -153,7 +186,7 @@ class SampledRequest(Config):
     repetition_penalty: Annotated[Float, Field(ge=0.01, le=100)] | None = None
     min_tokens: Annotated[Int, Field(ge=0)] | None = None
     ignore_eos: StrictBool | None = None
-    stop_token_ids: Annotated[list[Annotated[Int, Field(ge=0)]], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[list[Annotated[Int, Field(ge=0)]], Field(max_length=256, fail_fast=True)] | None = None
     skip_special_tokens: StrictBool | None = None
     regex: Text | None = None
 
@@ -163,9 +196,16 @@ class SampledRequest(Config):
         if not isinstance(data, dict):
             return data
         for name, neutral in _REFUSED.items():
-            if data.get(name) is not None and data[name] not in neutral:
+            unused = data.get(_NONE_OF.get(name, "")) == "none"
+            if data.get(name) is not None and data[name] not in neutral and not unused:
                 raise ValueError(f"{name} is not supported; leave it out")
         return {key: value for key, value in data.items() if key not in _IGNORED and key not in _REFUSED}
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> "SampledRequest":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for streams; set stream to true, or leave it out")
+        return self
 
     @property
     def num_outputs(self) -> int:
@@ -176,15 +216,15 @@ class SampledRequest(Config):
     def usage_in_stream(self) -> tuple[bool, bool]:
         """Whether a stream ends with token counts, and whether all its chunks have them."""
         options = self.stream_options or StreamOptions()
-        return options.include_usage, options.continuous_usage_stats
+        return bool(options.include_usage), bool(options.continuous_usage_stats)
 
 
 class CompletionRequest(SampledRequest):
     """Continue a prompt.
 
     Attributes:
-        prompt: a text, which begins a document; token ids, which are used as they are; or a list of either. With an empty text
-            the model begins a new document.
+        prompt: a text, which begins a document; token ids, which are used as they are; or a list of either. With an empty text,
+            or null, the model begins a new document.
         echo: put the prompt before the output.
         logprobs: report the log probability of each output token and, with `echo`, of each prompt token, beside those of this
             many likeliest tokens in its place.
@@ -196,7 +236,7 @@ class CompletionRequest(SampledRequest):
     max_tokens: Annotated[Int, Field(ge=0)] | None = None
     echo: StrictBool | None = None
     logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
-    best_of: Annotated[Int, Field(ge=1)] | None = None
+    best_of: Annotated[Int, Field(ge=0)] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -207,7 +247,7 @@ class CompletionRequest(SampledRequest):
 
     @model_validator(mode="after")
     def _best_of(self) -> "CompletionRequest":
-        if self.best_of not in (None, self.num_outputs):
+        if self.best_of not in (None, 0, self.num_outputs):
             raise ValueError(f"best_of {self.best_of} is not supported; leave it out and set n to get several outputs")
         return self
 
@@ -229,14 +269,38 @@ class TextPart(Config):
     text: str
 
 
-class Message(BaseModel):
-    """One message of a chat. Other keys are ignored, so that clients can send back the messages of OpenAI's answers."""
+class FunctionCall(BaseModel):
+    """A function's name, and its arguments as JSON text, as a model wrote them."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    role: Literal["system", "developer", "user", "assistant"]
+    name: Text
+    arguments: Text = "{}"
+
+
+class ToolCall(BaseModel):
+    """A tool that an earlier answer called. This server's answers call none, but a history may come from elsewhere."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(BaseModel):
+    """One message of a chat. Other keys are ignored, so that clients can send back the messages of OpenAI's answers.
+
+    The chat template gets the keys that a message has. Whether it shows names, calls and results of tools is up to it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[Text, BeforeValidator(_only_text, json_schema_input_type=str | list[TextPart])] | None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    name: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
+    tool_call_id: Text | None = None
 
 
 class ChatRequest(SampledRequest):
@@ -248,7 +312,7 @@ class ChatRequest(SampledRequest):
         top_logprobs: report also those of this many likeliest tokens in its place.
     """
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_tokens: Annotated[Int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
@@ -256,7 +320,7 @@ class ChatRequest(SampledRequest):
 
     @model_validator(mode="after")
     def _together(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs to be true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are two names of one thing; give one")

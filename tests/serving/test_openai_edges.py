@@ -1,0 +1,187 @@
+"""The edges of OpenAI's API: what asks for nothing changes nothing, as at OpenAI and in vLLM, and the rest is refused."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from asgi_server import Server, engine_of, running
+from transformers import PreTrainedTokenizerFast
+
+from yoco_u import YocoUForCausalLM
+from yoco_u.serving.requests import ChatRequest, CompletionRequest
+
+pytestmark = pytest.mark.anyio
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.name or '' }}{{ m.tool_call_id or '' }}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}({{ call.id }}:{{ call.function.name }}"
+    "{% for key, value in call.function.arguments.items() %} {{ key }}={{ value }}{% endfor %}){% endfor %}{% endfor %}"
+    "{% if tools %}TOOLS{% endif %}"
+)
+SAY: dict[str, Any] = {"model": "tiny", "prompt": "def ", "temperature": 0, "max_tokens": 8}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "def "}], "temperature": 0, "max_tokens": 8}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+
+
+@pytest.fixture(scope="module")
+async def chat_server(model: YocoUForCausalLM, chatty: PreTrainedTokenizerFast, anyio_backend: str) -> AsyncIterator[Server]:
+    """With a template that shows everything that messages can have."""
+    template, chatty.chat_template = chatty.chat_template, TEMPLATE
+    async with running(Server(engine_of(model, chatty))) as one:
+        yield one
+    chatty.chat_template = template
+
+
+@pytest.fixture(scope="module")
+async def client(chat_server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
+    """OpenAI's own client before our application."""
+    transport = httpx2.ASGITransport(app=chat_server.app, raise_app_exceptions=False)
+    http = httpx2.AsyncClient(transport=transport, base_url="http://test", timeout=60)
+    async with openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http, max_retries=0) as one:
+        yield one
+
+
+async def said(client: openai.AsyncOpenAI, **body: Any) -> str:
+    """The text of an answer, through the field names that the client knows; what it does not know goes into the body."""
+    if "messages" in body:
+        found = await client.post("/chat/completions", body=body, cast_to=object)
+        return found["choices"][0]["message"]["content"]  # type: ignore[index, no-any-return]
+    found = await client.post("/completions", body=body, cast_to=object)
+    return found["choices"][0]["text"]  # type: ignore[index, no-any-return]
+
+
+ASKS_FOR_NOTHING: list[dict[str, Any]] = [
+    {"stop": []}, {"stop": None}, {"n": 1}, {"seed": -5}, {"seed": 2**63 - 1}, {"seed": -(2**63)}, {"user": "somebody"},
+    {"user": ""}, {"metadata": {}}, {"metadata": {"a": "b"}}, {"store": True}, {"store": False}, {"service_tier": "auto"},
+    {"top_p": 1}, {"top_p": 0}, {"top_p": 0.0}, {"presence_penalty": 0}, {"frequency_penalty": 0}, {"logit_bias": {}},
+    {"response_format": {"type": "text"}}, {"response_format": {"type": "text", "json_schema": None}}, {"stream": False},
+    {"stream_options": None}, {"tools": []}, {"tools": None}, {"tool_choice": "none"}, {"tool_choice": "auto"},
+    {"tools": TOOLS, "tool_choice": "none"}, {"functions": [{"name": "f"}], "function_call": "none"},
+    {"modalities": ["text"]}, {"parallel_tool_calls": True}, {"reasoning_effort": "none"}, {"verbosity": "medium"},
+    {"model": None},
+]  # fmt: skip
+OF_COMPLETIONS: list[dict[str, Any]] = [
+    {"best_of": 0}, {"best_of": 1}, {"suffix": ""}, {"echo": False}, {"logprobs": 0}, {"logprobs": None},
+]  # fmt: skip
+OF_CHATS: list[dict[str, Any]] = [
+    {"logprobs": False}, {"logprobs": False, "top_logprobs": 0}, {"top_logprobs": 0}, {"logprobs": True, "top_logprobs": 0},
+    {"max_completion_tokens": 8},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "def"}, {"type": "text", "text": " "}]}]},
+    {"messages": [{"role": "user", "content": "def ", "refusal": None, "annotations": [], "audio": None}]},
+    {"messages": [{"role": "user", "content": "def ", "name": None, "tool_calls": None, "tool_call_id": None}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", ASKS_FOR_NOTHING + OF_COMPLETIONS)
+async def test_what_asks_for_nothing_changes_no_completion(client: openai.AsyncOpenAI, extra: dict[str, Any]) -> None:
+    assert await said(client, **SAY | extra) == await said(client, **SAY)
+
+
+@pytest.mark.parametrize("extra", ASKS_FOR_NOTHING + OF_CHATS)
+async def test_what_asks_for_nothing_changes_no_chat(client: openai.AsyncOpenAI, extra: dict[str, Any]) -> None:
+    assert await said(client, **CHAT | extra) == await said(client, **CHAT)
+
+
+@pytest.mark.parametrize(("cls", "body"), [(CompletionRequest, SAY), (ChatRequest, CHAT)])
+async def test_null_is_the_default_of_every_field(client: openai.AsyncOpenAI, cls: Any, body: dict[str, Any]) -> None:
+    nulls = {name: None for name in cls.model_fields if name not in body}
+    nulls |= dict.fromkeys(["user", "metadata", "store", "tools", "tool_choice", "logit_bias", "suffix", "prediction"])
+    expected = await said(client, **body)
+    assert await said(client, **body, **nulls) == expected
+    assert await said(client, **body | {"response_format": {"type": "text", "json_schema": None}}) == expected
+
+
+async def test_null_stream_options_mean_none(chat_server: Server) -> None:
+    options = {"include_usage": None, "continuous_usage_stats": None, "include_obfuscation": None}
+    chunks = await chat_server.stream("completions", stream_options=options, **SAY)
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+async def test_no_prompt_begins_a_document(client: openai.AsyncOpenAI) -> None:
+    expected = await said(client, **SAY | {"prompt": ""})
+    assert await said(client, **SAY | {"prompt": None}) == expected
+    assert await said(client, **{key: value for key, value in SAY.items() if key != "prompt"}) == expected
+    assert await said(client, **SAY | {"prompt": [""]}) == expected
+
+
+@pytest.mark.parametrize("extra", [{}, {"temperature": 1.0}, {"temperature": 2.0, "top_k": 7}, {"temperature": 1, "seed": 4}])
+async def test_top_p_of_nothing_takes_the_likeliest_token(client: openai.AsyncOpenAI, extra: dict[str, Any]) -> None:
+    for body in (SAY, CHAT):
+        assert await said(client, **body | extra | {"top_p": 0}) == await said(client, **body)
+
+
+async def test_scoring_needs_no_output(client: openai.AsyncOpenAI) -> None:
+    found = await client.completions.create(**SAY | {"max_tokens": 0, "echo": True, "logprobs": 0})
+    assert found.choices[0].text == "def " and found.usage.completion_tokens == 0
+    assert len(found.choices[0].logprobs.tokens) == found.usage.prompt_tokens
+    assert await said(client, **SAY | {"max_tokens": 0}) == ""
+
+
+HISTORIES: list[tuple[list[dict[str, Any]], str]] = [
+    (
+        [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": None, "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1, "b": "c"}'}},
+                {"id": "2", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+            ]},
+            {"role": "tool", "tool_call_id": "1", "content": "y"},
+            {"role": "tool", "tool_call_id": "2", "content": [{"type": "text", "text": "z"}]},
+        ],
+        "<|user|>x<|assistant|>(1:f a=1 b=c)(2:g)<|tool|>1y<|tool|>2z",
+    ),
+    (
+        [{"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}, "content": ""},
+         {"role": "function", "name": "f", "content": "y"}],
+        "<|assistant|><|function|>fy",
+    ),
+    ([{"role": "developer", "content": "x"}, {"role": "user", "name": "n", "content": "y"}], "<|system|>x<|user|>ny"),
+    ([{"role": "assistant"}, {"role": "user", "content": []}], "<|assistant|><|user|>"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("messages", "text"), HISTORIES)
+async def test_histories_reach_the_template(
+    client: openai.AsyncOpenAI, messages: list[dict[str, Any]], text: str, chatty: PreTrainedTokenizerFast
+) -> None:
+    tokens = chatty.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert await said(client, **CHAT | {"messages": messages}) == await said(client, **SAY | {"prompt": tokens})
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"n": 0}, "n: "), ({"seed": 2**64}, "seed: "), ({"seed": 1.5}, "seed: "), ({"stream_options": {}}, "for streams"),
+    ({"stream_options": {"include_usage": True}, "stream": False}, "for streams"), ({"top_p": -0.1}, "top_p: "),
+    ({"top_p": 1.1}, "top_p: "), ({"stop": ""}, "stop"), ({"stop": [None]}, "stop"), ({"unknown": 1}, "unknown key unknown"),
+    ({"tools": TOOLS}, "tools is not supported"), ({"tools": TOOLS, "tool_choice": "auto"}, "tools is not supported"),
+    ({"tools": TOOLS, "tool_choice": "required"}, "not supported"), ({"tool_choice": "required"}, "tool_choice is not"),
+    ({"functions": [{}], "tool_choice": "none"}, "functions is not supported"),
+    ({"logit_bias": {"5": 1}}, "logit_bias is not supported"), ({"response_format": {"type": "json_schema"}}, "together"),
+    ({"reasoning_effort": "high"}, "reasoning_effort is not"), ({"temperature": -1}, "temperature: "),
+]  # fmt: skip
+COMPLETIONS_REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"best_of": 2}, "best_of 2"), ({"best_of": -1}, "best_of: "), ({"prompt": []}, "prompt: "), ({"prompt": [[]]}, "prompt: "),
+    ({"prompt": [None]}, "prompt: "), ({"logprobs": -1}, "logprobs: "), ({"max_tokens": -1}, "max_tokens: "),
+    ({"prompt": {}}, "prompt: "),
+]  # fmt: skip
+CHATS_REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages: "), ({"messages": None}, "messages: "), ({"messages": [{}]}, "messages.0.role is missing"),
+    ({"max_tokens": 0}, "max_tokens: "), ({"max_completion_tokens": 0}, "max_completion_tokens: "),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "only parts"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "function is missing"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"type": "custom", "function": {"name": "f"}}]}]}, "'function'"),
+    ({"top_logprobs": 2}, "needs logprobs"), ({"logprobs": False, "top_logprobs": 2}, "needs logprobs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [(SAY | body, message) for body, message in REFUSED + COMPLETIONS_REFUSED]
+    + [(CHAT | body, message) for body, message in REFUSED + CHATS_REFUSED],
+)
+async def test_the_rest_is_refused(client: openai.AsyncOpenAI, body: dict[str, Any], message: str) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        await said(client, **body)
+    error: Any = raised.value.body
+    assert message in error["message"] and error["type"] == "invalid_request_error", error
