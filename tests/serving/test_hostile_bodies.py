@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import starlette.requests
 from asgi_server import Server, engine_of, error_of, running
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u import YocoUForCausalLM
 from yoco_u.data import DocumentEncoder
-from yoco_u.serving import admission
+from yoco_u.serving import admission, limits
 
 pytestmark = pytest.mark.anyio
 
@@ -149,11 +148,11 @@ async def test_long_texts_are_tokenized_beside_the_event_loop(chat_server: Serve
 async def test_bodies_are_parsed_in_turns(chat_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bodies that come together let everybody else have a turn between two of them."""
     turns, seen = 0, []
-    loads = starlette.requests.json.loads
+    parsed = limits._parsed
 
-    def noted(*arguments: Any, **options: Any) -> Any:
+    def noted(body: bytes) -> Any:
         seen.append(turns)
-        return loads(*arguments, **options)
+        return parsed(body)
 
     async def others() -> None:
         nonlocal turns
@@ -162,8 +161,7 @@ async def test_bodies_are_parsed_in_turns(chat_server: Server, monkeypatch: pyte
             await asyncio.sleep(0)
 
     everybody = asyncio.create_task(others())
-    monkeypatch.setattr(starlette.requests.json, "loads", noted)
+    monkeypatch.setattr(limits, "_parsed", noted)
     await asyncio.gather(*(post(chat_server, "completions", '{"prompt": []}') for _ in range(8)))
-    monkeypatch.undo()
     everybody.cancel()
     assert len(seen) == 8 and len(set(seen)) == 8

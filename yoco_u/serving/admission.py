@@ -6,8 +6,10 @@ and sampling parameters. Whether there is room for it now is decided afterwards,
 
 import asyncio
 import contextlib
+import ctypes
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
@@ -30,6 +32,7 @@ _SAMPLING = (
 )  # fmt: skip
 """Parameters that requests and `SamplingParams` have under the same name, with the same meaning."""
 
+T = TypeVar("T")
 Admitted = tuple[list[list[int]], SamplingParams]
 """Token ids of each prompt, and the sampling parameters of all: what `EngineLoop.submit` takes."""
 
@@ -121,18 +124,31 @@ class Admission:
             )
         if sum(map(len, texts)) <= _SHORT:
             return found + self._encode_texts(texts)
-        async with self._tokenizing:
-            return found + await asyncio.to_thread(self._encode_texts, texts)
+        return found + await self._aside(self._encode_texts, texts)
 
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:
         return [tokens.tolist() for tokens in self._encoder.encode(texts)]
+
+    async def _aside(self, encode: Callable[..., T], *arguments: Any) -> T:
+        """Tokenize long texts in a thread, of few at the same time, and give back the memory that this took."""
+
+        def run() -> T:
+            try:
+                return encode(*arguments)
+            finally:
+                with contextlib.suppress(OSError, TypeError, AttributeError):
+                    ctypes.CDLL(None).malloc_trim(0)  # glibc's; it keeps freed memory of threads otherwise
+
+        async with self._tokenizing:
+            return await asyncio.to_thread(run)
 
     async def _encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Messages as tokens, by the chat template; refused without a template, or if the template refuses them."""
         is_short = sum(len(one["content"]) for one in messages) <= _SHORT
         try:
-            async with contextlib.nullcontext() if is_short else self._tokenizing:
+            if is_short:
                 return await asyncio.to_thread(chat_tokens, self._tokenizer, messages)
+            return await self._aside(chat_tokens, self._tokenizer, messages)
         except UserError as error:
             if self._tokenizer.chat_template:
                 raise ApiError(400, str(error), param="messages") from None

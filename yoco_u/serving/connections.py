@@ -182,7 +182,7 @@ class Acceptor:
             # asyncio does so by itself for sockets whose protocol number says TCP, which that of create_server is not.
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, accepted, **handshake)  # type: ignore[arg-type]
-        except (OSError, asyncio.TimeoutError) as error:  # ssl.SSLError is an OSError
+        except (TimeoutError, OSError) as error:  # ssl.SSLError is an OSError
             log.debug("a connection failed before its first request: %s", error)
             accepted.close()
 

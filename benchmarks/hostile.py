@@ -1,0 +1,217 @@
+"""What one client can do to the others: hostile requests beside streams of innocent clients.
+
+Each kind of hostile request is sent several times at once, as large as the server takes it, while innocent clients stream
+greedy answers. Printed for each kind: the longest time that an innocent client waited between two tokens, beside that without
+hostile requests; how the server answered; and the memory that it holds afterwards. Every innocent answer must be that of the
+request alone.
+
+    python benchmarks/hostile.py runs/quickstart/yoco-u
+    python benchmarks/hostile.py runs/quickstart/yoco-u --minutes 10      # all kinds mixed, for a soak
+"""
+
+import asyncio
+import json
+import random
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+import torch
+from common import parser, show, standard_library_prompts, write
+from serving import Server, answers_alone, serving
+
+from yoco_u.loading import load_model
+from yoco_u.serving.settings import ServerSettings
+
+SIZE = ServerSettings(model_name="x").max_body_bytes - 100
+
+
+def filled(before: str, part: str, after: str, separator: str = ",") -> str:
+    """As many parts as a body may have."""
+    count = (SIZE - len(before) - len(after)) // (len(part) + len(separator))
+    return before + separator.join([part] * count) + after
+
+
+def schema(of: dict[str, Any]) -> str:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": of}}
+    return json.dumps({"prompt": "x", "response_format": form, "max_tokens": 20})
+
+
+def keys(number: int, of: Callable[[int], Any] = lambda _: 1) -> dict[str, Any]:
+    return {str(one): of(one) for one in range(number)}
+
+
+BODIES: dict[str, str] = {
+    "300,000 texts": json.dumps({"prompt": ["a"] * 300_000}),
+    "empty lists": filled('{"prompt":[', "[]", "]}"),
+    "lists of a token": filled('{"prompt":[', "[1]", "]}"),
+    "tokens": filled('{"prompt":[', "1", "]}"),
+    "long whole numbers": filled('{"prompt":[', "1" * 4000, "]}"),
+    "floats": filled('{"prompt":[', "1e5", "]}"),
+    "a word": filled('{"prompt":"', "a", '"}', ""),
+    "words": filled('{"prompt":"', "word ", '"}', ""),
+    "line ends": filled('{"prompt":"', "\\n", '"}', ""),
+    "256 texts": json.dumps({"prompt": ["def f(x): " * 8] * 256, "max_tokens": 2}),
+    "stop texts": filled('{"stop":[', '"a"', "]}"),
+    "biases": json.dumps({"logit_bias": keys(SIZE // 15)}),
+    "unknown keys": json.dumps(keys(SIZE // 15)),
+    "unknown options": json.dumps({"stream": True, "stream_options": keys(SIZE // 15)}),
+    "a long key": filled('{"', "a", '":1}', ""),
+    "nested": '{"prompt":' + "[" * (SIZE // 2),
+    "metadata": json.dumps({"prompt": "x", "metadata": keys(SIZE // 15), "max_tokens": 1}),
+    "no messages": filled('{"messages":[', "{}", "]}"),
+    "messages": filled('{"messages":[', '{"role":"user","content":"x"}', "]}"),
+    "parts": filled('{"messages":[{"role":"user","content":[', '{"type":"text","text":"x"}', "]}]}"),
+    "a long message": filled('{"messages":[{"role":"user","content":"', "word ", '"}]}', ""),
+    "no JSON": "x" * SIZE,
+    "outputs with log probabilities": json.dumps({"n": 16, "logprobs": 20, "max_tokens": 100, "ignore_eos": True}),
+    "64 stop texts": json.dumps({"prompt": "x", "stop": ["x" * 999 + str(one) for one in range(64)], "max_tokens": 100}),
+    "a schema of options": schema({"type": "object", "properties": keys(499, lambda _: {"type": "string"})}),
+    "a schema of patterns": schema({"type": "object", "patternProperties": {f"a{one}.*": {} for one in range(400)}}),
+    "a schema of references": schema(
+        {"$ref": "#/$defs/0", "$defs": keys(1000, lambda one: {"$ref": f"#/$defs/{one + 1}"} if one < 999 else {})}
+    ),
+    "a schema of many patterns": schema({"allOf": [{"type": "string", "pattern": f".*X.{{{one}}}"} for one in range(24)]}),
+    "an expression": json.dumps({"prompt": "x", "regex": "(a{1000}){1000}"}),
+    "a long expression": json.dumps({"prompt": "x", "regex": "a" * 2**20}),
+}
+"""Bodies by name; those of chats have messages."""
+
+
+@dataclass
+class Innocents:
+    """What the innocent clients saw.
+
+    Attributes:
+        gap: the longest time between two tokens since it was last set to 0, in seconds.
+        gaps: of all.
+    """
+
+    gap: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+    answers: list[tuple[int, str]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+async def innocent(server: Server, prompts: list[list[int]], draw: random.Random, chosen: Namespace, seen: Innocents) -> None:
+    """Stream one answer after another, for ever."""
+    async with server.client() as client:
+        while True:
+            number, text = draw.randrange(len(prompts)), ""
+            last: float | None = None
+            try:
+                stream = await client.completions.create(
+                    model="model", prompt=prompts[number], max_tokens=chosen.new, temperature=0, stream=True
+                )
+                async for event in stream:
+                    now = time.monotonic()
+                    if last is not None:
+                        seen.gap = max(seen.gap, now - last)
+                        seen.gaps.append(now - last)
+                    last = now
+                    text += event.choices[0].text
+                seen.answers.append((number, text))
+            except openai.RateLimitError:
+                await asyncio.sleep(0.2)
+            except openai.OpenAIError as error:
+                seen.errors.append(repr(error))
+                await asyncio.sleep(0.2)
+
+
+async def hostile(server: Server, body: str) -> str:
+    """Send one body, and return the status of the answer."""
+    address = urlsplit(server.url)
+    path = "/v1/chat/completions" if '"messages"' in body[:20] else "/v1/completions"
+    content = body.encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+    try:
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        writer.write(f"{head}Connection: close\r\n\r\n".encode() + content)
+        answer = await asyncio.wait_for(reader.read(), 120)
+        writer.close()
+    except (TimeoutError, OSError) as error:
+        return type(error).__name__
+    return answer.split(b" ", 2)[1].decode() if answer else "closed"
+
+
+async def attack(server: Server, chosen: Namespace, prompts: list[list[int]], seen: Innocents) -> list[dict[str, Any]]:
+    """One kind after another, or all mixed for some minutes."""
+    draws = [random.Random(number) for number in range(chosen.innocents)]
+    clients = [asyncio.create_task(innocent(server, prompts, draw, chosen, seen)) for draw in draws]
+    await asyncio.sleep(3)
+    seen.gap = 0.0
+    await asyncio.sleep(10)
+    rows = [row("nothing", seen, server, Counter(), 10.0)]
+    print(rows[-1], flush=True)
+    if chosen.minutes:
+        rows.append(await mixed(server, chosen, seen))
+    else:
+        for name, body in BODIES.items():
+            seen.gap, begun = 0.0, time.monotonic()
+            statuses = Counter(await asyncio.gather(*(hostile(server, body) for _ in range(chosen.at_once))))
+            await asyncio.sleep(0.5)
+            rows.append(row(name, seen, server, statuses, time.monotonic() - begun))
+            print(rows[-1], flush=True)
+    for client in clients:
+        client.cancel()
+    await asyncio.wait(clients)
+    return rows
+
+
+async def mixed(server: Server, chosen: Namespace, seen: Innocents) -> dict[str, Any]:
+    """All kinds, drawn at random, by several clients at once."""
+    seen.gap, begun, statuses = 0.0, time.monotonic(), Counter[str]()
+    draw, bodies = random.Random(0), list(BODIES.values())
+
+    async def one() -> None:
+        while time.monotonic() < begun + 60 * chosen.minutes:
+            statuses[await hostile(server, draw.choice(bodies))] += 1
+            await asyncio.sleep(draw.uniform(0, 1))
+
+    await asyncio.gather(*(one() for _ in range(chosen.at_once)))
+    return row("all mixed", seen, server, statuses, time.monotonic() - begun)
+
+
+def row(name: str, seen: Innocents, server: Server, statuses: Counter[str], seconds: float) -> dict[str, Any]:
+    return {
+        "hostile": name,
+        "longest gap, ms": 1e3 * seen.gap,
+        "statuses": ", ".join(f"{status} x {count}" for status, count in sorted(statuses.items())),
+        "s": seconds,
+        "MiB": server.resident_mib,
+    }
+
+
+def main() -> None:
+    arguments = parser(__doc__, "hostile")
+    arguments.add_argument("model", type=Path, help="a trained run or saved model")
+    arguments.add_argument("--innocents", type=int, default=4, help="clients that stream all the time")
+    arguments.add_argument("--at-once", type=int, default=3, help="hostile requests at the same time")
+    arguments.add_argument("--minutes", type=float, default=0.0, help="mix all kinds for so long, instead of one after another")
+    arguments.add_argument("--context", type=int, default=8192, help="tokens of the longest request that the server takes")
+    arguments.add_argument("--prompts", type=int, default=40, help="different ones")
+    arguments.add_argument("--longest", type=int, default=256, help="tokens of the longest prompt")
+    arguments.add_argument("--new", type=int, default=64, help="tokens of an answer")
+    chosen = arguments.parse_args()
+
+    _, tokenizer = load_model(chosen.model, torch.device("cpu"))
+    draw, seen = random.Random(0), Innocents()
+    prompts = standard_library_prompts(tokenizer, [round(chosen.longest ** draw.random()) for _ in range(chosen.prompts)])
+    with serving(chosen.model, "--dtype", "float32", "--max-model-len", str(chosen.context)) as server:
+        rows = asyncio.run(attack(server, chosen, prompts, seen))
+    alone = answers_alone(chosen, prompts)
+    wrong = sum(alone[number][-1] != text for number, text in seen.answers)
+    show("Hostile requests beside innocent streams", rows)
+    figures = {"innocent answers": len(seen.answers), "unlike alone": wrong, "innocent errors": len(seen.errors)}
+    show("Innocent clients", [figures])
+    write(chosen.out, {"hostile": rows, **figures, "errors": seen.errors[:20]})
+
+
+if __name__ == "__main__":
+    main()
