@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from yoco_u.architecture.stages import Architecture, Attention, Stage
-from yoco_u.config import describe, did_you_mean, parse
+from yoco_u.config import describe, did_you_mean, parse, shown
 from yoco_u.errors import UserError
 
 
@@ -110,7 +110,7 @@ def preset(name: str, /, size: str = "8m", **settings: Any) -> Architecture:
     """
     for value, known, what in ((name, STAGES, "preset"), (size, SIZES, "size")):
         if not isinstance(value, str) or value not in known:
-            raise UserError(f"unknown {what} {value!r}: {did_you_mean(str(value), known)}")
+            raise UserError(f"unknown {what} {shown(value)}: {did_you_mean(str(value), known)}")
     keys = [*Architecture.model_fields, "layers", "loops", "loop_gate", "streams", "prefix_tokens"]
     for key in settings.keys() - keys:
         raise UserError(f"preset {name}: unknown key {key}: {did_you_mean(key, keys)}")
@@ -118,8 +118,8 @@ def preset(name: str, /, size: str = "8m", **settings: Any) -> Architecture:
     if name in DEPTH_FACTOR:
         shape = _deepened(SIZES[size], DEPTH_FACTOR[name]) | settings
     layers = shape.pop("layers")
-    if not isinstance(layers, int) or layers < 2 or layers % 2:
-        raise UserError(f"layers is {layers!r}; expected an even number of at least 2, as presets split it in two halves")
+    if not isinstance(layers, int) or not 2 <= layers < 2**31 or layers % 2:
+        raise UserError(f"layers is {shown(layers)}; expected an even number of at least 2, as presets split it in two halves")
     looping: dict[str, Any] = {key: shape.pop(key) for key in ("loops", "loop_gate") if key in shape}
     if looping and name not in LOOPED:
         raise UserError(f"{name} has no loop, so {' and '.join(looping)} cannot be set; looped are {', '.join(sorted(LOOPED))}")

@@ -6,9 +6,9 @@ the cost and the tensor names are all derived from an `Architecture`. It is plai
 
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from yoco_u.config import Config
+from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, PositiveFloat32, shown
 from yoco_u.errors import UserError
 
 Attention = Literal["full", "sliding", "retention", "cross"]
@@ -27,9 +27,9 @@ class Stage(Config):
     """
 
     attention: Attention
-    layers: PositiveInt
-    loops: PositiveInt = 1
-    loop_gate: float | None = None
+    layers: Count
+    loops: Count = 1
+    loop_gate: Float32 | None = None
 
     @model_validator(mode="after")
     def _gate_needs_loops(self) -> "Stage":
@@ -56,12 +56,12 @@ class MixtureOfExperts(Config):
         bias_update_rate: step of the auxiliary-loss-free balancing bias; 0 turns it off.
     """
 
-    num_experts: PositiveInt = 64
-    experts_per_token: PositiveInt = 8
-    shared_experts: int = Field(default=1, ge=0)
-    intermediate_size: PositiveInt
-    auxiliary_loss_weight: float = Field(default=0.0, ge=0)
-    bias_update_rate: float = Field(default=1e-3, ge=0)
+    num_experts: Count = 64
+    experts_per_token: Count = 8
+    shared_experts: int = Field(default=1, ge=0, lt=2**31)
+    intermediate_size: Count
+    auxiliary_loss_weight: NonNegativeFloat32 = 0.0
+    bias_update_rate: NonNegativeFloat32 = 1e-3
 
     @model_validator(mode="after")
     def _enough_experts(self) -> "MixtureOfExperts":
@@ -82,8 +82,8 @@ class ParallelStreams(Config):
         smoothing: share of the mixing weight that is spread evenly over the streams.
     """
 
-    streams: int = Field(ge=2)
-    prefix_tokens: PositiveInt = 48
+    streams: int = Field(ge=2, lt=2**31)
+    prefix_tokens: Count = 48
     smoothing: float = Field(default=0.01, ge=0, lt=1)
 
 
@@ -122,19 +122,19 @@ class Architecture(Config):
         parallel: ParScale streams; all stages must then be `full`.
     """
 
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
     stages: tuple[Stage, ...]
-    window: PositiveInt | None = None
-    rope_theta: PositiveFloat = 10000.0
+    window: Count | None = None
+    rope_theta: PositiveFloat32 = 10000.0
     rope_cross: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
-    rms_norm_eps: PositiveFloat = 1e-6
+    rms_norm_eps: PositiveFloat32 = 1e-6
     experts: MixtureOfExperts | None = None
     parallel: ParallelStreams | None = None
 
@@ -147,7 +147,7 @@ class Architecture(Config):
         settings = dict(data)
         for key in settings:
             if not isinstance(key, str):
-                raise ValueError(f"key {key!r} is no text; expected the name of a setting (quote it if it is one)")
+                raise ValueError(f"key {shown(key)} is no text; expected the name of a setting (quote it if it is one)")
         from yoco_u.architecture.presets import preset  # which is made of this module's classes
 
         return preset(settings.pop("preset"), **settings).model_dump()
@@ -225,7 +225,7 @@ class Architecture(Config):
             UserError: if `loops` is not a whole number of at least 1.
         """
         if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
-            raise UserError(f"num_loops is {loops!r}; expected a whole number of at least 1")
+            raise UserError(f"num_loops is {shown(loops)}; expected a whole number of at least 1")
         change = {"loops": loops} if loops > 1 else {"loops": 1, "loop_gate": None}
         looped = self.looped_stages or (0,)
         stages = tuple(stage.model_copy(update=change) if i in looped else stage for i, stage in enumerate(self.stages))

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from yoco_u.config import Config
+from yoco_u.config import Config, Count, Seconds
 
 
 class BenchSettings(Config):
@@ -31,17 +31,17 @@ class BenchSettings(Config):
     size: str = "100m"
     architectures: tuple[str, ...] = ("yoco_u", "yoco", "transformer", "rins")
     model: str | None = None
-    num_loops: PositiveInt | None = None
-    contexts: tuple[PositiveInt, ...] = Field(default=(4096, 32768, 131072), min_length=1)
-    batches: tuple[PositiveInt, ...] = Field(default=(1, 16), min_length=1)
+    num_loops: Count | None = None
+    contexts: tuple[Count, ...] = Field(default=(4096, 32768, 131072), min_length=1)
+    batches: tuple[Count, ...] = Field(default=(1, 16), min_length=1)
     device: str = "cpu"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     weights: Literal["bfloat16", "int8"] = "bfloat16"
-    block_size: PositiveInt = 64
+    block_size: Count = 64
     compile_peers: bool = True
-    steps: PositiveInt = 32
-    rounds: PositiveInt = 3
-    time_limit: PositiveFloat = 600.0
+    steps: Count = 32
+    rounds: Count = 3
+    time_limit: Seconds = 600.0
 
     @property
     def bytes_per_element(self) -> int:

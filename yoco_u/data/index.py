@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from yoco_u.checksums import verify_checksums
 from yoco_u.config import Config, parse
@@ -21,9 +21,9 @@ SplitName = Literal["train", "validation"]
 class Shard(Config):
     """Totals of one shard: the pair of files `<split>-<number>.bin` and `<split>-<number>.offsets.npy`."""
 
-    tokens: int
-    documents: int
-    bytes: int
+    tokens: PositiveInt
+    documents: PositiveInt
+    bytes: PositiveInt
 
 
 class Split(Config):

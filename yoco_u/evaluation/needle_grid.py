@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
-from yoco_u.config import Config
+from yoco_u.config import Config, Count, Seed
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
+from yoco_u.evaluation.finite import check_finite
 from yoco_u.evaluation.needles import KINDS, Kind, Needle, Values, generate_needle
 from yoco_u.inference import LLM, RequestOutput, SamplingParams
 from yoco_u.inference.outputs import failed_output
@@ -31,10 +32,10 @@ class NeedleSettings(Config):
     """
 
     kinds: tuple[Kind, ...] = Field(default=KINDS, min_length=1)
-    lengths: tuple[PositiveInt, ...] = Field(default=(1024, 4096), min_length=1)
-    depths: PositiveInt = 5
-    samples: PositiveInt = 10
-    seed: NonNegativeInt = 0
+    lengths: tuple[Count, ...] = Field(default=(1024, 4096), min_length=1)
+    depths: Count = 5
+    samples: Count = 10
+    seed: Seed = 0
     digits: int = Field(default=7, ge=2, le=18)
     values: Values = "numbers"
 
@@ -91,7 +92,8 @@ def needle_grid(
         A score for each kind, length and depth, in this order.
 
     Raises:
-        UserError: before the model runs, if a length is too short for a kind or too long for the engine.
+        UserError: before the model runs, if a length is too short for a kind or too long for the engine; later, if a loss is
+            not finite.
     """
     assert llm.engine.tokenizer is not None
     encoder, longest = DocumentEncoder(llm.engine.tokenizer), max(settings.lengths)
@@ -105,6 +107,7 @@ def needle_grid(
             needles = _needles(kind, encoder, length, settings, haystack)
             while batch := list(islice(needles, llm.engine.settings.max_num_seqs)):
                 answered += _ask(llm, batch, num_loops)
+                check_finite(answered[-len(batch) :], llm.engine.runner.model)
                 advance(len(batch))
             means = np.array(answered).reshape(settings.depths, settings.samples, 3).mean(axis=1)
             for depth, (found, accuracy, loss) in zip(settings.depth_shares, means.tolist(), strict=True):

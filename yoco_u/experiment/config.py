@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
-from yoco_u.config import Config, merged
+from yoco_u.config import Config, Seed, merged
 from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.inference import SamplingParams
 
@@ -122,7 +122,7 @@ class Experiment(Config):
     vary: Vary = {}
     tokens: tuple[PositiveInt, ...] = ()
     tokens_per_parameter: tuple[PositiveInt, ...] = ()
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    seeds: tuple[Seed, ...] = ()
     match: Matches = ()
     samples: Samples | None = None
     measures: Measures | None = None

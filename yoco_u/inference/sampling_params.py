@@ -3,12 +3,10 @@
 import json
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
-from yoco_u.config import Config, describe
+from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, PositiveFloat32, describe
 from yoco_u.errors import UserError
-
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class SamplingParams(Config):
@@ -43,24 +41,24 @@ class SamplingParams(Config):
         UserError: on the first setting that does not fit.
     """
 
-    n: PositiveInt = 1
+    n: Count = 1
     max_tokens: NonNegativeInt = 16
-    temperature: _Finite = Field(default=1.0, ge=0)
+    temperature: NonNegativeFloat32 = 1.0
     top_k: NonNegativeInt = 0
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: _Finite = Field(default=1.0, gt=0)
-    presence_penalty: _Finite = 0.0
-    frequency_penalty: _Finite = 0.0
+    repetition_penalty: PositiveFloat32 = 1.0
+    presence_penalty: Float32 = 0.0
+    frequency_penalty: Float32 = 0.0
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    stop_token_ids: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = ()
     ignore_eos: bool = False
     min_tokens: NonNegativeInt = 0
     logprobs: int | None = Field(default=None, ge=0, le=20)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     prompt_logprobs_start: NonNegativeInt = 0
-    num_loops: PositiveInt | None = None
+    num_loops: Count | None = None
     json_schema: dict[str, Any] | None = None
     regex: str | None = None
     skip_special_tokens: bool = True

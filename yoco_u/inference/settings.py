@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import KVType, bytes_per_kv_element, cache_bytes
-from yoco_u.config import Config
+from yoco_u.config import Config, Count
 from yoco_u.device import check_bfloat16, free_memory_bytes, multiplies_bfloat16
 from yoco_u.errors import UserError
 from yoco_u.inference.kv_cache import CacheShape
@@ -41,12 +41,12 @@ class EngineSettings(Config):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     weights: Literal["int8"] | None = None
     kv_dtype: KVType | None = None
-    num_loops: PositiveInt | None = None
+    num_loops: Count | None = None
     cache_tokens: PositiveInt | None = None
-    max_model_len: PositiveInt | None = None
-    max_num_seqs: PositiveInt = 16
-    max_batched_tokens: PositiveInt = 512
-    block_size: PositiveInt = 64
+    max_model_len: Count | None = None
+    max_num_seqs: Count = 16
+    max_batched_tokens: Count = 512
+    block_size: Count = 64
     prefix_caching: bool = True
     snapshot_bytes: NonNegativeInt = 2**28
 

@@ -1,11 +1,10 @@
 """A machine as a plan sees it: how much memory it has, and how fast it multiplies and reads. Common GPUs are known by name."""
 
-import math
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BeforeValidator, ByteSize, PositiveFloat, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ByteSize, TypeAdapter, ValidationError
 
-from yoco_u.config import Config, did_you_mean, parse
+from yoco_u.config import Config, did_you_mean, parse, shown
 from yoco_u.errors import UserError
 
 DType = Literal["bfloat16", "float32"]
@@ -16,23 +15,21 @@ THIS = "this"
 
 def _amount(value: object) -> object:
     """A number as it is; a text such as 900e9, 24GiB or 80GB as the number that it says."""
-    if not isinstance(value, str):
-        return value
     try:
-        amount = float(value)
+        amount = float(value) if isinstance(value, str) else value
     except ValueError:
         try:
             amount = TypeAdapter(ByteSize).validate_python(value)
-        except ValidationError:
+        except (ValidationError, OverflowError):
             raise ValueError(
-                f"{value!r} is no amount; expected a number with or without a unit, such as 900e9 or 24GiB"
+                f"{shown(value)} is no amount; expected a number with or without a unit, such as 900e9 or 24GiB"
             ) from None
-    if not 0 < amount < math.inf:
-        raise ValueError(f"{value!r} is out of range; expected more than 0")
+    if isinstance(amount, (int, float)) and not 1 <= amount <= 1e30:
+        raise ValueError(f"{shown(value)} is out of range; expected 1 to 1e30")
     return amount
 
 
-_Amount = Annotated[PositiveFloat, BeforeValidator(_amount)]
+_Amount = Annotated[float, BeforeValidator(_amount)]
 
 
 class Hardware(Config):

@@ -17,7 +17,7 @@ from yoco_u.budget import (
     prefill_flops,
     training_flops,
 )
-from yoco_u.config import Config
+from yoco_u.config import Config, Count
 from yoco_u.planning.hardware import DType, Hardware
 from yoco_u.planning.roofline import decode_rate, largest_batch, largest_context, prefill_rate, training_rate
 
@@ -34,7 +34,7 @@ class PlanSettings(Config):
     """
 
     contexts: tuple[PositiveInt, ...] = Field(default=(8192, 65536, 262144), min_length=1)
-    batch: PositiveInt = 32
+    batch: Count = 32
     dtype: DType = "bfloat16"
     kv_dtype: KVType | None = None
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr
+from pydantic import Field, NonNegativeInt, PositiveInt, SecretStr
 
-from yoco_u.config import Config
+from yoco_u.config import Config, Count, Seconds
 
 
 class ServerSettings(Config):
@@ -33,14 +33,14 @@ class ServerSettings(Config):
     cors_origins: tuple[str, ...] = ()
     max_waiting: NonNegativeInt = 256
     max_body_bytes: PositiveInt = 2 * 2**20
-    max_n: PositiveInt = 16
-    max_output_tokens: PositiveInt = 4096
-    max_num_loops: PositiveInt = 8
-    max_connections: PositiveInt = 512
-    client_seconds: PositiveFloat = 60.0
-    time_limit: PositiveFloat = 600.0
-    step_seconds: PositiveFloat = 120.0
-    drain_seconds: PositiveFloat = 30.0
+    max_n: Count = 16
+    max_output_tokens: Count = 4096
+    max_num_loops: Count = 8
+    max_connections: Count = 512
+    client_seconds: Seconds = 60.0
+    time_limit: Seconds = 600.0
+    step_seconds: Seconds = 120.0
+    drain_seconds: Seconds = 30.0
 
 
 class Listen(Config):
@@ -51,7 +51,7 @@ class Listen(Config):
         certificate, key: PEM files; with them the server speaks TLS.
     """
 
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, lt=2**16)
     certificate: Path | None = None
     key: Path | None = None

@@ -1,14 +1,16 @@
 """The settings of a run, as one typed file."""
 
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import training_flops
-from yoco_u.config import Config
+from yoco_u.config import Config, Count, NonNegativeFloat32, PositiveFloat32, Seed
 from yoco_u.data.config import DataConfig
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Config):
@@ -27,13 +29,13 @@ class OptimizerConfig(Config):
         final_learning_rate: learning rate of the last step, as a share of the peak.
     """
 
-    learning_rate: PositiveFloat = 1e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(default=0.1, ge=0)
-    clip_norm: PositiveFloat = 1.0
+    learning_rate: PositiveFloat32 = 1e-3
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
+    eps: PositiveFloat32 = 1e-8
+    weight_decay: NonNegativeFloat32 = 0.1
+    clip_norm: PositiveFloat32 = 1.0
     schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: int = Field(default=100, ge=0)
+    warmup_steps: int = Field(default=100, ge=0, lt=2**31)
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     final_learning_rate: float = Field(default=0.1, ge=0, le=1)
 
@@ -52,7 +54,7 @@ class LoopPhase(Config):
     """
 
     until: float = Field(gt=0, lt=1)
-    loops: PositiveInt
+    loops: Count
 
 
 class TrainingConfig(Config):
@@ -78,20 +80,20 @@ class TrainingConfig(Config):
         wandb_project: Weights & Biases project that metrics are logged to as well; None logs to files alone.
     """
 
-    steps: PositiveInt
-    sequence_length: PositiveInt = 1024
-    batch_rows: PositiveInt = 8
-    micro_batch_rows: PositiveInt = 8
-    seed: int = 0
+    steps: Count
+    sequence_length: Count = 1024
+    batch_rows: Count = 8
+    micro_batch_rows: Count = 8
+    seed: Seed = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     compile: Literal["auto", "on", "off"] = "auto"
     checkpoint_stages: tuple[int, ...] = ()
     parallel: Literal["ddp", "fsdp"] = "ddp"
     device: str = "auto"
-    evaluate_every: PositiveInt = 100
+    evaluate_every: Count = 100
     evaluation_tokens: PositiveInt = 262_144
-    save_every: PositiveInt = 200
-    keep_checkpoints: PositiveInt = 2
+    save_every: Count = 200
+    keep_checkpoints: Count = 2
     loop_schedule: tuple[LoopPhase, ...] = ()
     wandb_project: str | None = None
 
@@ -129,7 +131,7 @@ class RunConfig(Config):
 
     name: str
     architecture: Architecture
-    initializer_range: PositiveFloat | None = None
+    initializer_range: PositiveFloat32 | None = None
     dataset: str
     data: DataConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -1,42 +1,35 @@
-"""Typed configuration: pydantic models read from YAML, with one-line errors that suggest the nearest known key.
-
-The usual path of a config file is `load_yaml`, then `apply_overrides` with what the command line adds, then `parse`.
-"""
+"""Configuration objects: what every setting must be, and the one line that says what is wrong with one."""
 
 import difflib
-import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
 from yoco_u.errors import UserError
-from yoco_u.files import write_text
+
+_LARGEST = 2**64 - 1  # a seed of torch has 64 bits
+_LONGEST_SHOWN = 80
 
 
 class Config(BaseModel):
-    """Base of every configuration object: immutable, and an unknown key is an error."""
+    """Base of every configuration object: immutable, and an unknown key is an error.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Numbers are finite, whole ones have at most 64 bits, and neither is ever true or false.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _numbers(cls, given: object, handler: ValidatorFunctionWrapHandler) -> object:
+        found: object = handler(given)
+        _check_numbers(given, found)
+        return found
 
 
 C = TypeVar("C", bound=Config)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which only true and false are booleans, as in YAML 1.2, so `compile: off` reads as the text "off"."""
-
-
-_BOOL = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def parse(cls: type[C], data: object, source: str) -> C:
@@ -55,79 +48,6 @@ def parse(cls: type[C], data: object, source: str) -> C:
         return cls.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{source}: {describe(cls, error)}") from None
-
-
-def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a YAML mapping; an empty file is an empty mapping.
-
-    Raises:
-        UserError: if the file cannot be read, is not YAML, or holds anything but a mapping.
-    """
-    try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the config file ({error.strerror}); check the path") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; expected a YAML config file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
-    return data
-
-
-def dump_yaml(config: Config, path: str | os.PathLike[str]) -> None:
-    """Write a config that `load_yaml` and `parse` read back to an equal object."""
-    write_text(Path(path), yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-
-
-def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return `data` with dotted overrides such as `training.steps=100` applied; values are YAML.
-
-    Raises:
-        UserError: if an override is not of the form `key=value`, or its key has an empty part or leads through
-            something that is no mapping.
-    """
-    for override in overrides:
-        dotted, separator, text = override.partition("=")
-        if not separator or not all(dotted.split(".")):
-            raise UserError(f"override {override!r}: expected key=value, such as training.steps=100")
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError:
-            raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
-        data = with_value(data, dotted, value, f"override {override!r}")
-    return data
-
-
-def with_value(data: dict[str, Any], dotted: str, value: Any, source: str) -> dict[str, Any]:
-    """Return a copy of `data` with one value replaced. Missing mappings on the path of its key are added.
-
-    Args:
-        dotted: path of the key, such as `training.steps`.
-        source: where the value comes from, which the error names.
-
-    Raises:
-        UserError: if the path leads through something that is no mapping.
-    """
-    key, _, rest = dotted.partition(".")
-    if not rest:
-        return data | {key: value}
-    group = data.get(key)
-    if group is not None and not isinstance(group, dict):
-        raise UserError(f"{source}: {key} is {group!r}, not a group of settings")
-    return data | {key: with_value(group or {}, rest, value, source)}
-
-
-def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Merge two nested mappings; for a key that both have, the value in `top` wins unless both values are mappings."""
-    result = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        result[key] = merged(base[key], value) if both else value
-    return result
 
 
 def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
@@ -186,7 +106,35 @@ def describe_problems(cls: type[BaseModel], problems: Sequence[Mapping[str, Any]
     message = problem["msg"].removeprefix("Value error, ")
     if not path:
         return message
-    return f"{path}: {message}" if problem["type"] == "value_error" else f"{path}: {message}, got {problem['input']!r}"
+    return f"{path}: {message}" if problem["type"] == "value_error" else f"{path}: {message}, got {shown(problem['input'])}"
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: what Python writes, the beginning alone if that is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def _check_numbers(given: object, found: object) -> None:
+    """Refuse whole numbers of more than 64 bits, and true or false where a number is expected.
+
+    Args:
+        given, found: a value before and after its validation; a list of them has become a tuple.
+
+    Raises:
+        ValueError: for the first such number.
+    """
+    if isinstance(found, tuple) and isinstance(given, (list, tuple)):
+        for one, made in zip(given, found, strict=False):
+            _check_numbers(one, made)
+    elif isinstance(found, (int, float)) and not isinstance(found, bool):
+        if isinstance(given, bool):
+            raise ValueError(f"expected a number, got {str(given).lower()}")
+        if isinstance(found, int) and abs(found) > _LARGEST:
+            raise ValueError(f"{shown(found)} is too large to compute with; expected a smaller number")
 
 
 def _known_keys(cls: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
