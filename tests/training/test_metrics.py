@@ -144,18 +144,37 @@ def test_wandb_is_asked_for_and_not_there(dataset: Path, tmp_path: Path, monkeyp
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="a stand-in where wandb is not installed")
 def test_wandb_gets_the_same_figures_under_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
-    logged: list[tuple[dict[str, Any], int]] = []
+    axes: dict[str, str | None] = {}
+    kept: list[dict[str, Any]] = []
+    last = 0  # W&B's own step, which counts calls of `log` over all starts; what has a lower one is dropped
 
-    def init(**settings: Any) -> SimpleNamespace:
+    class Run:
+        def define_metric(self, name: str, step_metric: str | None = None, hidden: bool = False) -> None:
+            axes[name] = step_metric
+
+        def log(self, figures: dict[str, Any], step: int | None = None) -> None:
+            nonlocal last
+            step = last + 1 if step is None else step
+            if step > last:
+                last = step
+                kept.append(figures)
+
+        def finish(self) -> None: ...
+
+    def init(**settings: Any) -> Run:
         started.append(settings)
-        return SimpleNamespace(log=lambda figures, step: logged.append((figures, step)), finish=lambda: None)
+        return Run()
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    for step in (0, 1):
-        writer = MetricsWriter(tmp_path, step, "loops", {"name": "run"})
-        writer.write({"kind": "train", "step": step + 1, "loss": 2.0})
+    steps = []
+    for resumed, losses in ((0, (3.0, 2.9, 2.8)), (1, (2.7, 2.6, 2.5))):  # killed after step 3, with a checkpoint of step 1
+        writer = MetricsWriter(tmp_path, resumed, "loops", {"name": "run"})
+        for step, loss in enumerate(losses, start=resumed + 1):
+            writer.write({"kind": "train", "step": step, "tokens": 8, "flops": 8, "loss": loss})
+            steps.append((step, loss))
         writer.close()
-    assert logged == [({"train/loss": 2.0}, 1), ({"train/loss": 2.0}, 2)]
+    assert axes == {"step": None, "*": "step"}
+    assert [(figures["step"], figures["train/loss"]) for figures in kept] == steps
     assert started[0]["id"] == started[1]["id"] and started[1]["resume"] == "allow"
 
 

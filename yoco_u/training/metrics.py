@@ -118,7 +118,7 @@ class MetricsWriter:
         for name, value in figures.items():
             self._tensorboard.add_scalar(name, value, record["step"])
         if self._wandb is not None:
-            self._wandb.log(figures, step=record["step"])
+            self._wandb.log(figures | {"step": record["step"]})
 
     def sync(self) -> None:
         """Bring all records to the disk, so that they survive a power cut as well."""
@@ -147,4 +147,9 @@ def _start_wandb(folder: Path, project: str, run_config: Record | None) -> Any:
     if not identity.exists():
         identity.write_text(uuid.uuid4().hex, encoding="utf-8")
     run_id = identity.read_text(encoding="utf-8")
-    return wandb.init(project=project, name=folder.name, id=run_id, resume="allow", dir=str(folder), config=run_config)
+    run = wandb.init(project=project, name=folder.name, id=run_id, resume="allow", dir=str(folder), config=run_config)
+    # Figures are drawn over a step of ours. W&B's own only rises, and figures of a lower one are dropped: those of steps that
+    # a run trains again from its last checkpoint, after it was killed.
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")
+    return run
