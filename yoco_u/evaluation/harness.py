@@ -18,6 +18,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from yoco_u.config import parse
 from yoco_u.data import end_of_text_id
 from yoco_u.errors import UserError
 from yoco_u.inference import LLM, RequestOutput, SamplingParams
@@ -132,20 +133,10 @@ class EngineLM(TemplateLM):
         eos = self.tokenizer.decode([self.eot_token_id])
         prompts, params, stops = [], [], []
         for index, request in enumerate(requests):
-            context, given = request.args
-            kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
-            stops.append(handle_stop_sequences(kwargs.pop("until"), eos))
-            new = kwargs.pop("max_gen_toks")
-            if not 0 < new < self.max_length:
-                raise UserError(
-                    f"{request.task_name or 'a request'} asks for {new} new tokens, but context and output have to fit into "
-                    f"{self.max_length}; raise max_length or let it ask for fewer"
-                )
-            prompts.append(self.tok_encode(context)[new - self.max_length :])
-            sampling = _sampling(kwargs, self.seed + index)
-            params.append(
-                SamplingParams(max_tokens=new, stop=tuple(filter(None, stops[-1])), num_loops=self.num_loops, **sampling)
-            )
+            how, stop = self._how_to_generate(request, self.seed + index, eos)
+            prompts.append(self.tok_encode(request.args[0])[how.max_tokens - self.max_length :])
+            params.append(how)
+            stops.append(stop)
         texts = [""] * len(requests)
 
         def finish(index: int, request: RequestOutput) -> None:
@@ -159,13 +150,45 @@ class EngineLM(TemplateLM):
         self._run("generating", prompts, params, finish)
         return texts
 
+    def check(self, requests: list[Instance]) -> None:
+        """Check that requests can be answered, without answering them.
+
+        Raises:
+            UserError: what answering them would raise.
+        """
+        eos = self.tokenizer.decode([self.eot_token_id])
+        for request in requests:
+            if request.request_type == "generate_until":
+                self._how_to_generate(request, self.seed, eos)
+            elif request.request_type == "loglikelihood":
+                self._check_continuation(self._encode_pair(*request.args)[1])
+
+    def _how_to_generate(self, request: Instance, seed: int, eos: str) -> tuple[SamplingParams, list[str]]:
+        """The sampling parameters of a request that generates, and its stop strings, `eos` among them."""
+        name, kwargs = (
+            request.task_name or "a request",
+            dict[str, Any](normalize_gen_kwargs(request.args[1], self.max_gen_toks)),
+        )
+        stop = handle_stop_sequences(kwargs.pop("until"), eos)
+        new = kwargs.pop("max_gen_toks")
+        if not 0 < new < self.max_length:
+            raise UserError(
+                f"{name} asks for {new} new tokens, but context and output have to fit into "
+                f"{self.max_length}; raise max_length or let it ask for fewer"
+            )
+        settings = {"max_tokens": new, "stop": tuple(filter(None, stop)), "num_loops": self.num_loops}
+        return parse(SamplingParams, settings | _sampling(kwargs, seed), f"{name}, generation_kwargs"), stop
+
+    def _check_continuation(self, tokens: list[int]) -> None:
+        if len(tokens) > self.max_length:
+            raise UserError(f"a continuation has {len(tokens)} tokens, but max_length is {self.max_length}; raise it")
+
     def _loglikelihood_tokens(self, requests: list[_Scored], **kwargs: Any) -> list[tuple[float, bool]]:
         prompts, params = [], []
         for _, context, continuation in requests:
+            self._check_continuation(continuation)
             tokens = (context + continuation)[-(self.max_length + 1) :]
             start = len(tokens) - len(continuation)
-            if start < 1:
-                raise UserError(f"a continuation has {len(continuation)} tokens, but max_length is {self.max_length}; raise it")
             prompts.append(tokens)
             params.append(
                 SamplingParams(max_tokens=0, prompt_logprobs=1, prompt_logprobs_start=start, num_loops=self.num_loops)

@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness, loaded by name and run: the harness's own, ours, and those of a user's folder."""
 
 import contextlib
+import io
 import logging
 import random
 import sys
@@ -18,6 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from yoco_u.config import did_you_mean
 from yoco_u.errors import UserError, first_line
+from yoco_u.evaluation.harness import EngineLM
 from yoco_u.evaluation.math_sets import MATH_GROUP, is_math, math_group, math_names, math_tasks
 
 TASKS = Path(__file__).with_name("tasks")
@@ -102,7 +104,8 @@ def run_tasks(lm: LM, tasks: dict[str, Any], how: HowToAsk, log_samples: bool = 
         file says which metric of each task counts.
 
     Raises:
-        UserError: if the tokenizer lacks the chat template, or a task runs programs and the user has not agreed to that.
+        UserError: before the first question is asked, if the tokenizer lacks the chat template, a task runs programs and the
+            user has not agreed to that, or the first question of any task cannot be asked so.
     """
     if how.chat_template and not lm.tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; leave out --chat-template")
@@ -110,6 +113,8 @@ def run_tasks(lm: LM, tasks: dict[str, Any], how: HowToAsk, log_samples: bool = 
         if getattr(task, "UNSAFE_CODE", False) and not how.run_generated_code:
             raise UserError(f"{name} runs programs that the model writes; add --run-generated-code to agree to that")
         _ask(task, how)
+    for name, task in tasks["tasks"].items():
+        _check(lm, name, task, how)
     with contextlib.redirect_stdout(sys.stderr):  # the harness prints progress to stdout, which is for results
         results: dict[str, Any] = evaluate(
             lm,
@@ -136,6 +141,28 @@ def _ask(task: Any, how: HowToAsk) -> None:
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     if how.max_tokens is not None and task.get_config("output_type") == "generate_until":
         task.set_config("generation_kwargs", {"max_gen_toks": how.max_tokens}, update=True)
+
+
+def _check(lm: LM, name: str, task: Any, how: HowToAsk) -> None:
+    """Make the first question of a task, and check that the model could answer it."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            task.build_all_requests(
+                limit=1,
+                apply_chat_template=how.chat_template,
+                fewshot_as_multiturn=how.chat_template,
+                chat_template=lm.apply_chat_template if how.chat_template else None,
+            )
+        if isinstance(lm, EngineLM):
+            lm.check(task.instances)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    except Exception as error:  # the tasks' own code and templates raise nearly anything
+        examples = task.get_config("num_fewshot")
+        raise UserError(
+            f"{name}: its first question, with {examples} examples before it, cannot be made ({first_line(error)}); change "
+            "--fewshot or the task, or leave it out"
+        ) from None
 
 
 def _average(metrics: dict[str, str], results: dict[str, Any]) -> float:
