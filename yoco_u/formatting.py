@@ -1,4 +1,7 @@
-"""Numbers as tables, plots and messages show them. Each docstring is an example."""
+"""Numbers as tables, plots, messages and JSON show them. Each docstring is an example."""
+
+import math
+from typing import Any
 
 
 def context_label(tokens: int) -> str:
@@ -43,3 +46,12 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def as_json_numbers(value: Any) -> Any:
+    """{"a": [nan, 1.0]} -> {"a": [None, 1.0]}, as JSON has neither NaN nor infinity"""
+    if isinstance(value, dict):
+        return {key: as_json_numbers(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json_numbers(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,6 +15,9 @@ from yoco_u.analysis.loss import LoopLoss, counts_around, loss_against_loops
 from yoco_u.analysis.trace import UnrolledLayer, at_loops, unroll
 from yoco_u.architecture import Architecture
 from yoco_u.data import Batch
+from yoco_u.errors import UserError
+from yoco_u.evaluation.finite import non_finite_weight
+from yoco_u.formatting import as_json_numbers
 from yoco_u.model import YocoUForCausalLM
 
 MEASURES = ("angular", "lens", "loss", "convergence", "attention")
@@ -90,7 +93,9 @@ class Study:
     attention: AttentionSpans | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The study as `analysis.json` holds it; what does not exist, such as a mean over no tokens, is null."""
+        found: dict[str, Any] = as_json_numbers(asdict(self))
+        return found
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,13 @@ def study(
     Args:
         batches: called once for each measure; returns the same batches each time.
         tokenizer: the model's tokenizer, for classes of tokens and for samples.
+
+    Raises:
+        UserError: if a weight of the model is not finite.
     """
+    damaged = non_finite_weight(subject.model)
+    if damaged is not None:
+        raise UserError(f"{subject.name}: {damaged} holds NaN or infinity; take another checkpoint, or train again")
     model, loops, own = subject.model, subject.num_loops, subject.model.model.architecture
     counts = counts_around(own) if subject.is_looped else [1]
     measures: dict[str, Callable[[Iterable[Batch]], Any]] = {

@@ -1,12 +1,12 @@
 """`yoco-u tasks`."""
 
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from yoco_u.cli.arguments import names
+from yoco_u.cli.output import print_json
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,8 +88,10 @@ def tasks(
     if json:
         from lm_eval.utils import handle_non_serializable
 
+        from yoco_u.formatting import as_json_numbers
+
         report = {"model": str(model), "tasks": chosen, "results": results}
-        print(dumps(report, indent=2, ensure_ascii=False, default=handle_non_serializable))
+        print_json(as_json_numbers(report), default=handle_non_serializable)
 
 
 def _print_tables(results: dict[str, Any], how: "HowToAsk") -> None:

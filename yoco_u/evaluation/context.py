@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from yoco_u.config import Config
 from yoco_u.errors import UserError
+from yoco_u.evaluation.finite import check_finite
 from yoco_u.inference import LLM, SamplingParams
 
 
@@ -78,7 +79,7 @@ def text_losses(
         advance: called after each text.
 
     Raises:
-        UserError: if a prefix and the targets are more than the engine holds.
+        UserError: if a prefix and the targets are more than the engine holds, or a loss is not finite.
     """
     params = [
         SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=prefix, num_loops=num_loops)
@@ -89,6 +90,7 @@ def text_losses(
         requests = llm.generate([list(text[len(text) - last - prefix :]) for prefix in prefixes], params)
         found = [[one.chosen.logprob for one in request.prompt_logprobs or () if one is not None] for request in requests]
         losses.append(-np.array(found).mean(axis=1))
+        check_finite(losses[-1], llm.engine.runner.model)
         advance()
     return np.array(losses)
 
@@ -102,7 +104,7 @@ def context_scores(losses: NDArray[np.float64], prefixes: Sequence[int]) -> list
         ContextScore(
             prefix=prefix,
             loss=float(loss),
-            perplexity=math.exp(loss),
+            perplexity=math.exp(min(loss, 700.0)),
             change=float(change),
             change_error=None if error is None else float(error),
         )

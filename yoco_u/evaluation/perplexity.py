@@ -12,6 +12,7 @@ from yoco_u.data import Batch, Document, DocumentEncoder, PackedDataset
 from yoco_u.data.batches import document_ids
 from yoco_u.device import read_back
 from yoco_u.errors import UserError
+from yoco_u.evaluation.finite import check_finite
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.training import evaluate
 from yoco_u.training.distributed import Distributed
@@ -62,13 +63,14 @@ def score_documents(
         num_loops: loop count T; the model's own by default.
 
     Raises:
-        UserError: if there is no text.
+        UserError: if there is no text, or the loss is not finite.
     """
     counts = _Counts()
     rows = _rows(_stream(encoder, documents, counts), sequence_length)
     nats, tokens = _score_rows(model, rows, sequence_length, encoder.eot_id, num_loops)
     if not tokens:
         raise UserError("there is no text in the files; give files that hold some")
+    check_finite(nats, model)
     figures = loss_figures(nats / tokens, counts.bytes / tokens)
     return Score(**figures, tokens=tokens, documents=counts.documents, bytes=counts.bytes)
 
@@ -85,9 +87,13 @@ def score_split(
         dataset: the split, made with `shuffle=False`.
         distributed: the processes among which the rows are divided.
         num_loops: loop count T; the model's own by default.
+
+    Raises:
+        UserError: if the loss is not finite.
     """
     rows = min(_rows_per_pass(model, dataset.sequence_length), dataset.rows_per_epoch)
     found = evaluate(model, dataset, None, rows, distributed, "float32", num_loops)
+    check_finite(found.loss, model)
     bytes_scored = round(found.tokens * dataset.split.bytes_per_token)
     return Score(**asdict(found), documents=dataset.split.documents, bytes=bytes_scored)
 
