@@ -39,11 +39,13 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if _has_gpu() else "cpu"
     try:
         device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        device = torch.empty(0, device=device).device  # cpu for cpu:5
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(
             f"device {name!r} cannot be used ({first_line(error)}); expected auto, cpu or a GPU of this machine"
         ) from None
+    if device.type == "meta":
+        raise UserError("device 'meta' computes nothing; expected auto, cpu or a GPU of this machine")
     return device
 
 

@@ -11,10 +11,12 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 
 from yoco_u.cli.analyze import analyze
+from yoco_u.cli.arguments import check_texts, with_checked_numbers
 from yoco_u.cli.bench import bench
 from yoco_u.cli.chat import chat
 from yoco_u.cli.context import context
@@ -22,7 +24,7 @@ from yoco_u.cli.evaluate import evaluate
 from yoco_u.cli.experiment import experiment
 from yoco_u.cli.generate import generate
 from yoco_u.cli.needles import needles
-from yoco_u.cli.output import Stopped
+from yoco_u.cli.output import Stopped, print_any_text
 from yoco_u.cli.plan import plan
 from yoco_u.cli.prepare import prepare
 from yoco_u.cli.quickstart import quickstart
@@ -59,9 +61,10 @@ for command in (
     experiment,
     bench,
 ):
-    app.command(no_args_is_help=command not in (quickstart, plan, bench))(command)
+    app.command(no_args_is_help=command not in (quickstart, plan, bench))(with_checked_numbers(command))
 
 _INTERRUPTED = 130
+_CLOSED = 141  # what a shell reports of a program that SIGPIPE ended
 
 # Some releases of typer bring a click of their own. Through these base classes we get the exceptions of the click in use.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -72,33 +75,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, 2 for a mistake of the user or a full disk (one line `error: ...` on stderr), 130 when interrupted.
+        The exit status: 0, 2 for a mistake of the user or a full disk (one line `error: ...` on stderr), 130 when interrupted, 141
+        when nobody reads the output any more. Any other exception is a mistake of ours, and keeps its traceback.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    print_any_text()
     try:
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except Exception as error:
+        found = system_error(error)
+        if found is None:
+            raise
+        if _drop_output() and isinstance(found, BrokenPipeError):
+            return _CLOSED
+        return _fail(describe_system_error(found))
+    return status
+
+
+def _run(given: list[str]) -> int:
+    try:
+        check_texts(given)
         _check_moved(given)
-        with _quiet_threads():
-            status = app(args=given, prog_name="yoco-u", standalone_mode=False)
-        sys.stdout.flush()
+        command: Any = typer.main.get_command(app)
+        # Not by calling it: that would take an EOFError for Ctrl-C, and hide that an output is closed.
+        with _quiet_threads(), command.make_context("yoco-u", given) as context:
+            command.invoke(context)
     except UserError as error:
         return _fail(str(error))
     except typer.Exit as ended:
         return ended.exit_code
     except Stopped as stopped:
         return _interrupted(str(stopped))
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         return _interrupted()
     except _ClickException as error:
         return _fail(_usage(error)) if str(error) else 2
-    except Exception as error:
-        found = system_error(error)
-        if found is None:
-            raise
-        _drop_output()
-        return _fail(describe_system_error(found))
-    if status == _INTERRUPTED:  # typer has turned a KeyboardInterrupt into this
-        return _interrupted()
-    return status if isinstance(status, int) else 0
+    return 0
 
 
 @contextmanager
@@ -117,12 +130,19 @@ def _quiet_threads() -> Iterator[None]:
         threading.excepthook = before
 
 
-def _drop_output() -> None:
-    """Throw away what standard output does not take, a full disk say; Python would fail on it once more at its end."""
+def _drop_output() -> bool:
+    """Throw away what standard output does not take, as Python would fail on it once more at its end.
+
+    Returns:
+        Whether there was any: the disk behind it is full, or nobody reads it any more, as behind `| head`.
+    """
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _check_moved(arguments: Sequence[str]) -> None:

@@ -1,10 +1,74 @@
-"""What several commands ask of their options: lists with commas between, and checks of files that will be written."""
+"""What commands ask of their arguments: texts, numbers, lists with commas between, and files that will be written."""
 
 import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
+from yoco_u.config import shown
 from yoco_u.errors import UserError
 from yoco_u.files import check_result
+
+_LARGEST = 2**64 - 1
+
+
+def check_texts(arguments: Sequence[str]) -> None:
+    """Check that each argument is a text that files and pages can hold, and not an empty one.
+
+    Raises:
+        UserError: for bytes that are not UTF-8, for NUL, and for an empty text, which is mostly a variable of the shell that is
+            not set: as a path it would mean the current folder.
+    """
+    before = "an argument"
+    for argument in arguments:
+        if "\0" in argument or not is_unicode(argument):
+            raise UserError(f"the argument {shown(argument)} is not UTF-8 text; write it, or rename the file, in UTF-8")
+        if not argument or (argument.startswith("--") and argument.endswith("=")):
+            raise UserError(f"{argument.removesuffix('=') or before} is empty; give at least one character, or leave it out")
+        before = argument if argument.startswith("-") else "an argument"
+
+
+def with_checked_numbers(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which refuses numbers that are not finite, and whole ones of more than 64 bits, before it begins.
+
+    Raises:
+        UserError: for the first such number.
+    """
+
+    @wraps(command)
+    def checked(**given: Any) -> None:
+        for name, value in given.items():
+            for one in value if isinstance(value, (tuple, list)) else [value]:
+                if isinstance(one, (int, float)) and not abs(one) <= _LARGEST:
+                    option = f"--{name.strip('_').replace('_', '-')}"
+                    raise UserError(f"{option} is {shown(one)}; expected a number that can be computed with")
+        command(**given)
+
+    return checked
+
+
+def standard_input() -> str:
+    """All text of the standard input.
+
+    Raises:
+        UserError: if it is closed, or not UTF-8 text.
+    """
+    if sys.stdin is None:
+        raise UserError("there is no standard input; give the text itself, or a file with <")
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError:
+        text = "\udcff"
+    if not is_unicode(text):
+        raise UserError("the standard input is not UTF-8 text; convert it first")
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8. Bytes that could not be read in it have become half pairs (surrogates)."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def names(text: str | None) -> tuple[str, ...] | None:

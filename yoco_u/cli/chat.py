@@ -1,11 +1,13 @@
 """`yoco-u chat`."""
 
+import sys
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from yoco_u.cli.arguments import is_unicode
 from yoco_u.cli.output import check_outputs, note
 from yoco_u.errors import UserError
 
@@ -91,11 +93,20 @@ class Conversation:
 
 
 def _read() -> str | None:
+    """The next line; an empty one for what is not UTF-8 text, and None at the end."""
+    if sys.stdin is None:
+        return None
     try:
-        return input("> ")
+        line = input("> ")
     except EOFError:
         print()
         return None
+    except UnicodeDecodeError:
+        line = "\udcff"
+    if not is_unicode(line):
+        note("this is not UTF-8 text; write it again")
+        return ""
+    return line
 
 
 def _command(line: str, params: "SamplingParams", said: Conversation) -> "SamplingParams":

@@ -1,11 +1,11 @@
 """`yoco-u generate`."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from yoco_u.cli.arguments import standard_input
 from yoco_u.cli.output import check_outputs, print_json
 from yoco_u.errors import UserError
 
@@ -53,7 +53,7 @@ def generate(
 
       yoco-u generate runs/8m --prompt 'import ' --prompt 'class ' -n 3 --json
     """
-    prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    prompts = [standard_input() if text == "-" else text for text in prompt]
     if not all(prompts):
         raise UserError("the prompt is empty; give at least one character")
 

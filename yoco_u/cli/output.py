@@ -1,5 +1,6 @@
 """What commands print: results on stdout, notes and progress for people on stderr."""
 
+import io
 import json
 import os
 import sys
@@ -7,9 +8,30 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from yoco_u.errors import UserError
 
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+def print_json(value: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Print a value as JSON.
+
+    Args:
+        default: what to write for objects that JSON does not have.
+
+    Raises:
+        UserError: for NaN and infinity, which JSON does not have.
+    """
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=default)
+    except ValueError as error:
+        raise UserError(f"the results hold a number that is not finite, which JSON does not have ({error})") from None
+    print(text)
+
+
+def print_any_text() -> None:
+    """Let stdout and stderr print characters that their encoding does not have, as Python writes them in a literal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def is_first_process() -> bool:

@@ -133,8 +133,8 @@ def _engine(model: Path, device: str, **settings: Any) -> "Engine":
     from yoco_u.inference import LLM
 
     given, place = {name: value for name, value in settings.items() if value is not None}, find_device(device)
-    if "max_batched_tokens" in given or place.type == "cpu":
-        given["max_batched_tokens"] = max(given.get("max_batched_tokens", 64), given.get("max_num_seqs", 16))
+    if place.type == "cpu":
+        given.setdefault("max_batched_tokens", max(64, given.get("max_num_seqs", 16)))
     return LLM(model, device=str(place), **given).engine
 
 
