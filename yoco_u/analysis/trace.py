@@ -52,8 +52,7 @@ def unroll(architecture: Architecture) -> list[UnrolledLayer]:
 
 def at_loops(model: YocoUForCausalLM, num_loops: int | None) -> Architecture:
     """The model's architecture with a loop count; with the model's own for None."""
-    architecture = model.model.architecture
-    return architecture if num_loops is None else architecture.with_loops(num_loops)
+    return model.model.at_loops(num_loops)
 
 
 def one_looped_stage(architecture: Architecture) -> int:

@@ -74,7 +74,7 @@ def score_held_out(
     with distributed_session(device) as distributed:
         model, tokenizer = load_model(path, distributed.device)
         length = sequence_length or row_length(path)
-        counts = num_loops or [model.config.architecture.num_loops]
+        counts = num_loops or [model.model.at_loops().num_loops]
 
         def scores() -> list[Score]:
             if not files:

@@ -64,9 +64,9 @@ class Engine:
             require_triton()
         settings = settings.on_device(model.device)
         self.settings, self.tokenizer = settings, tokenizer
-        self.num_loops = settings.num_loops or self.architecture.num_loops
+        self.num_loops = settings.num_loops or model.model.at_loops().num_loops
         if settings.num_loops is None:
-            _check_one_loop_count(self.architecture)
+            _check_one_loop_count(model.model.at_loops())
         shape = settings.cache_shape(self.architecture.with_loops(self.num_loops), model.device)
         _check_memory(self.architecture, shape, self.num_loops, 0, model.device)
         for parameter in model.parameters():  # not the buffers: the experts' choice biases stay float32

@@ -25,7 +25,6 @@ from yoco_u.model.cpu_attention import block_attention
 from yoco_u.model.gpu_attention import Sequences, find_sequences, runs_flash
 from yoco_u.model.retention import chunked_retention, recurrent_retention
 from yoco_u.model.rope import rotary_angles, rotate
-from yoco_u.model.segments import cumulative_lengths
 
 
 class AttentionBackend(Protocol):
@@ -234,7 +233,8 @@ def prepare_backend(
         kept: indices of the new tokens that the cross-decoder runs on, (kept,); None for all.
         last: how many these are, if they are known to be the last ones of each row; None otherwise.
         dtype: dtype of queries and keys.
-        cu_seqlens: cumulative lengths of the sequences, (sequences + 1,), int32; found here if flash attention needs them.
+        cu_seqlens: cumulative lengths of the sequences, (sequences + 1,), int32; without them segments are masked, as flash
+            attention works by lengths alone.
     """
     tokens, device = position_ids.shape[1], position_ids.device
     past = cache.get_seq_length() if cache is not None else 0
@@ -243,10 +243,9 @@ def prepare_backend(
     pair = (new, segments) if segments is not None and new is not None else None
     positions = torch.arange(past, past + tokens, device=device)
     sequences = None
-    if past == 0 and tokens > 1 and kinds != {"retention"} and runs_flash(device, dtype, architecture.head_dim):
-        if cu_seqlens is None and segments is not None:
-            cu_seqlens = cumulative_lengths(segments)
-        elif cu_seqlens is None:
+    known = segments is None or cu_seqlens is not None
+    if past == 0 and tokens > 1 and known and kinds != {"retention"} and runs_flash(device, dtype, architecture.head_dim):
+        if cu_seqlens is None:
             cu_seqlens = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=device)
         prefix = architecture.parallel.prefix_tokens if architecture.parallel else 0
         sequences = find_sequences(cu_seqlens, batch, tokens, last, prefix)

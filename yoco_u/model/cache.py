@@ -91,6 +91,7 @@ class YocoUCache(Cache):
 
     Attributes:
         loops: loop count of each stage, for which the cache was laid out; every call with it must use the same.
+        padded, packed: whether its rows hold padding, and more than one document, as far as is known.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -107,6 +108,7 @@ class YocoUCache(Cache):
             layers.append(DynamicLayer())
         super().__init__(layers=layers)
         self.loops = tuple(stage.loops for stage in architecture.stages)
+        self.padded = self.packed = False
 
     def append(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values of new tokens, and return all that the new tokens may see.
@@ -121,3 +123,33 @@ class YocoUCache(Cache):
 
     def set_retention_state(self, slot: int, state: Tensor, tokens: int) -> None:
         self.update(state, torch.empty(state.shape[0], 0, device=state.device), slot, tokens=tokens)
+
+
+def check_cache(
+    cache: YocoUCache | None, loops: tuple[int, ...], packing_arguments: list[str], attention_mask: Tensor | None
+) -> None:
+    """Refuse a cache that does not fit a call.
+
+    Args:
+        loops: loop count of each stage in this call.
+        packing_arguments: names of the arguments that say where documents begin.
+
+    Raises:
+        UserError: if it does not fit; the message says why.
+    """
+    if cache is None:
+        return
+    if not isinstance(cache, YocoUCache):
+        raise UserError(f"past_key_values is a {type(cache).__name__}; expected a YocoUCache, or None to have one made")
+    if cache.loops != loops:
+        raise UserError(
+            f"the cache was written with {cache.loops} loops per stage, this call asks for {loops}; use one num_loops per cache"
+        )
+    if cache.get_seq_length() == 0:
+        return
+    if packing_arguments:
+        raise UserError(f"{packing_arguments[0]} came with a filled cache; packed documents are for calls without one")
+    if cache.packed:
+        raise UserError("the cache holds packed documents, none of which can go on from it; run each document alone")
+    if cache.padded and attention_mask is None:
+        raise UserError("the cache holds padding, but attention_mask is missing; give one value per token so far")

@@ -1,12 +1,14 @@
 """The configuration class for transformers: the fields of `Architecture`, and what only a checkpoint needs."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from yoco_u.architecture import Architecture, preset
-from yoco_u.config import parse
+from yoco_u.config import did_you_mean, parse
+from yoco_u.errors import UserError
 
 _DEFAULT = preset("yoco_u", "8m").model_dump(mode="json")
 
@@ -17,7 +19,8 @@ class YocoUConfig(PreTrainedConfig):
 
     It has the fields of `Architecture` under the same names, so `config.json` shows the whole model; `config.architecture` is
     the validated object. The window is not called `sliding_window`, because other software infers from that name that every
-    layer slides. `initializer_range`, the standard deviation of the initial matrices, is 1 / sqrt(hidden_size) unless given.
+    layer slides. `num_loops` is the loop count T of calls that name none; by default it is that of the stages.
+    `initializer_range`, the standard deviation of the initial matrices, is 1 / sqrt(hidden_size) unless given.
 
     Raises:
         UserError: when built with fields that make an impossible architecture.
@@ -33,6 +36,7 @@ class YocoUConfig(PreTrainedConfig):
     num_key_value_heads: int = _DEFAULT["num_key_value_heads"]
     head_dim: int = _DEFAULT["head_dim"]
     stages: list[dict[str, Any]] | None = None
+    num_loops: Any = None  # a whole number, which `with_loops` checks: for another type, transformers' error has many lines
     window: int | None = None
     rope_theta: float = 10000.0
     rope_cross: bool = False
@@ -54,8 +58,28 @@ class YocoUConfig(PreTrainedConfig):
             self.window = _DEFAULT["window"] if self.window is None else self.window
         if self.initializer_range is None:
             self.initializer_range = self.hidden_size**-0.5
+        self._refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
+        if self.num_loops is not None:
+            self.architecture.with_loops(self.num_loops)
         _ = self.architecture
+
+    @classmethod
+    def fields(cls) -> set[str]:
+        """Names of what this project's models are configured by."""
+        return set(vars(cls)["__annotations__"]) - {"model_type"}
+
+    @classmethod
+    def _refuse_misspelt(cls, given: Iterable[str]) -> None:
+        """Refuse names that are almost those of our fields; other programs keep notes of their own in a config."""
+        for name in given:
+            if not hasattr(cls, name) and (near := did_you_mean(name, cls.fields(), otherwise="")):
+                raise UserError(f"the model config has no key {name!r}; {near}")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        cls._refuse_misspelt(kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_architecture(cls, architecture: Architecture, **kwargs: Any) -> "YocoUConfig":
@@ -74,4 +98,5 @@ class YocoUConfig(PreTrainedConfig):
     @property
     def num_hidden_layers(self) -> int:
         """How many blocks a token passes through; each loop counts."""
-        return self.architecture.unrolled_layers
+        architecture = self.architecture
+        return (architecture if self.num_loops is None else architecture.with_loops(self.num_loops)).unrolled_layers

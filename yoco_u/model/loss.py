@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from yoco_u.errors import UserError
 from yoco_u.model.layers import autocast_dtype, without_autocast
 
 LOGITS = 2**26
@@ -39,6 +41,36 @@ def chunk_loss(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor,
     hit = at == torch.arange(logits.shape[-1], device=logits.device)  # compared, not scattered: that fuses into one kernel
     off = (exact - normalizer).exp() - hit.to(exact.dtype)
     return loss, off.masked_fill(ignored[:, None], 0).to(logits.dtype)
+
+
+def targets_of(labels: Tensor | None, shift_labels: Tensor | None, shape: torch.Size, segments: Tensor | None) -> Tensor:
+    """The target of each token, (batch, tokens), with -100 where there is none.
+
+    Padding predicts nothing, and a document's last token does not predict the next document's first one.
+
+    Args:
+        labels: the input tokens, (batch, tokens): the target of a token is the label of the next one.
+        shift_labels: the targets themselves, used as they are; these go before `labels`.
+        shape: (batch, positions) of the hidden states.
+        segments: of all tokens so far, see `yoco_u.model.attention`; None for rows of one document without padding.
+
+    Raises:
+        UserError: if the shapes differ.
+    """
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    assert given is not None
+    if given.shape != shape:
+        raise UserError(
+            f"{name} has shape {tuple(given.shape)}; expected {tuple(shape)}, one per token, and none dropped by logits_to_keep"
+        )
+    if shift_labels is not None:
+        return shift_labels.contiguous()
+    targets = F.pad(given, (0, 1), value=IGNORED)[:, 1:]
+    if segments is not None:
+        new = segments[:, -shape[1] :]
+        foreign = (new[:, 1:] != new[:, :-1]) & (new[:, 1:] != 0)
+        targets = targets.masked_fill(F.pad(foreign, (0, 1)), IGNORED)
+    return targets.contiguous()
 
 
 ChunkLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]

@@ -5,6 +5,7 @@
 - Cross stages run only on the positions whose logits are asked for, so most tokens of a prefill skip them.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ from yoco_u.device import host_waits, upload
 from yoco_u.errors import UserError
 from yoco_u.model.backend import AttentionBackend, prepare_backend
 from yoco_u.model.blocks import Block, GlobalKVProjection, LoopedStack
-from yoco_u.model.cache import YocoUCache
+from yoco_u.model.cache import YocoUCache, check_cache
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.initialization import initialize
+from yoco_u.model.keywords import OF_LOSS, OF_MODEL, packing, refuse_impossible, refuse_unknown
 from yoco_u.model.layers import RMSNorm, autocast_dtype
-from yoco_u.model.loss import IGNORED, chunk_loss, chunked_cross_entropy
-from yoco_u.model.segments import check_cumulative_lengths, positions_of, segments_of
+from yoco_u.model.loss import IGNORED, chunk_loss, chunked_cross_entropy, targets_of
+from yoco_u.model.segments import lay_out
 
 
 class YocoUPreTrainedModel(PreTrainedModel):
@@ -39,8 +41,21 @@ class YocoUPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": OutputRecorder(Block, index=0)}
 
+    def __init__(self, config: YocoUConfig, **unknown: Any) -> None:
+        for name in config.fields() & unknown.keys():
+            raise UserError(f"{name} came beside a config; set it in the config")
+        refuse_unknown(type(self).__name__, unknown, config.fields())
+        super().__init__(config)
+
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self.config)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        if attn_implementation not in (None, "sdpa"):
+            raise UserError(
+                f"attn_implementation is {attn_implementation!r}, but the device decides how this model attends; leave it out"
+            )
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
 
 class StreamMixer(nn.Module):
@@ -62,8 +77,8 @@ class StreamMixer(nn.Module):
 class YocoUModel(YocoUPreTrainedModel):
     """Embedding, stages, final norm: everything but the LM head."""
 
-    def __init__(self, config: YocoUConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: YocoUConfig, **unknown: Any) -> None:
+        super().__init__(config, **unknown)
         architecture = config.architecture
         self.architecture = architecture
         self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
@@ -72,6 +87,7 @@ class YocoUModel(YocoUPreTrainedModel):
         self.stream_mixer = StreamMixer(config, architecture.parallel) if architecture.parallel else None
         self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.at_loops()  # refuses an impossible num_loops of the config
         if architecture.experts:
             self._keep_in_fp32_modules_strict = ["choice_bias"]
         self.post_init()
@@ -95,46 +111,70 @@ class YocoUModel(YocoUPreTrainedModel):
 
         Args:
             input_ids: (batch, tokens); or inputs_embeds: (batch, tokens, hidden).
-            attention_mask: (batch, cached + tokens), 0 where a token is padding, on either side.
-            position_ids: positions for RoPE, (batch, tokens); by default the tokens of each document are counted from 0,
-                without padding.
+            attention_mask: (batch, cached + tokens), 1 for a token and 0 for padding, which may stand before or after the
+                tokens of a document, not between them.
+            position_ids: positions for RoPE, (batch or 1, tokens); by default the tokens of each document are counted from 0,
+                without padding. Where they do not count up by one, a new document begins.
             past_key_values: the cache of an earlier call with the same loop count.
-            document_ids: (batch, tokens), never decreasing; tokens of different documents do not see each other.
+            document_ids: (batch, tokens), a number that changes where a document begins; tokens of different documents do not
+                see each other.
             cu_seqlens: where documents and padding begin, as `yoco_u.model.segments.cumulative_lengths` returns it,
                 (sequences + 1,), int32, on the model's device. Flash attention on a GPU works by it; if it is not given, the
-                GPU is waited for to find it in document_ids and attention_mask.
+                GPU is waited for to find it in document_ids, position_ids and attention_mask.
             num_loops: loop count T >= 1 of this call; the config's by default.
             logits_to_keep: the positions to return: the last n for an int n, all for 0, or those in a 1-D tensor of indices.
                 The cross-decoder runs on these alone.
+            kwargs: those of transformers that say where documents begin (`seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k` with
+                `max_length_q` and `max_length_k`), and `output_hidden_states`.
 
         Raises:
-            UserError: if inputs contradict each other; the message names them.
+            UserError: if inputs contradict each other, or ask for what the model does not do; the message names them.
         """
+        refuse_unknown("YocoUModel", kwargs, _MODEL_KEYWORDS)
+        refuse_impossible({"output_attentions": self.config.output_attentions} | kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        architecture = self.architecture if num_loops is None else self.architecture.with_loops(num_loops)
+        if x.ndim != 3:
+            given = "input_ids" if inputs_embeds is None else "inputs_embeds"
+            raise UserError(
+                f"{given} has {x.ndim - (inputs_embeds is None)} dimensions; expected rows of tokens, (batch, tokens)"
+            )
+        architecture = self.at_loops(num_loops)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and any(block.gradient_checkpointing for block in self.modules() if isinstance(block, Block)):
             use_cache, past_key_values = False, None
         if past_key_values is None and use_cache:
             past_key_values = YocoUCache(architecture)
-        _check_cache(past_key_values, tuple(stage.loops for stage in architecture.stages), document_ids)
+        ids, lengths = packing(document_ids, kwargs)
+        check_cache(past_key_values, tuple(stage.loops for stage in architecture.stages), [*ids, *lengths], attention_mask)
 
         batch, tokens = x.shape[:2]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        segments = segments_of(attention_mask, document_ids, (batch, tokens), past)
-        check_cumulative_lengths(cu_seqlens, segments)
-        if position_ids is None:
-            position_ids = positions_of(attention_mask, segments if document_ids is not None else None, tokens, past, x.device)
+        windowed = any(stage.attention == "sliding" for stage in architecture.stages)
+        layout = lay_out((batch, tokens), past, x.device, windowed, attention_mask, position_ids, ids, lengths, cu_seqlens)
         kept, last = _kept_positions(logits_to_keep, tokens, x.device)
-        dtype = autocast_dtype(x.device) or x.dtype
-        backend = prepare_backend(architecture, batch, position_ids, segments, kept, last, past_key_values, dtype, cu_seqlens)
+        backend = prepare_backend(
+            architecture, batch, layout.positions, layout.segments, kept, last, past_key_values,
+            autocast_dtype(x.device) or x.dtype, layout.cu_seqlens,
+        )  # fmt: skip
+        if past_key_values is not None and not past:
+            past_key_values.padded, past_key_values.packed = layout.padded, layout.packed
 
         x, losses = self.run_stages(x, backend, architecture)
         output = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
         output["auxiliary_loss"] = sum(losses) if losses else None
+        output["segments"] = layout.segments
         return output
+
+    def at_loops(self, num_loops: int | None = None) -> Architecture:
+        """The architecture of a call with a loop count; by default the config's `num_loops`, or else that of its stages.
+
+        Raises:
+            UserError: if `num_loops` is not a whole number of at least 1.
+        """
+        num_loops = self.config.num_loops if num_loops is None else num_loops
+        return self.architecture if num_loops is None else self.architecture.with_loops(num_loops)
 
     def run_stages(self, x: Tensor, backend: AttentionBackend, architecture: Architecture) -> tuple[Tensor, list[Tensor]]:
         """Run all stages and the final norm: the one forward pass of training, `generate()`, the engine and analysis.
@@ -184,13 +224,25 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: YocoUConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: YocoUConfig, **unknown: Any) -> None:
+        super().__init__(config, **unknown)
         self.model = YocoUModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.chunk_loss = chunk_loss
+        self.generation_config._from_model_config = False  # or a saved generation config would be loaded without num_loops
         self.post_init()
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Take `num_loops` from the generation config, where the call does not say; refuse what no config knows."""
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        public = [name for name in vars(generation_config) if not name.startswith("_")]
+        refuse_unknown("the generation config", public, {*vars(GenerationConfig()), "num_loops"})
+        if (loops := getattr(generation_config, "num_loops", None)) is not None:
+            model_kwargs.setdefault("num_loops", loops)
+        return generation_config, model_kwargs
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -204,8 +256,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
             return
-        architecture, loops = self.model.architecture, model_kwargs.get("num_loops")
-        model_kwargs["past_key_values"] = YocoUCache(architecture if loops is None else architecture.with_loops(loops))
+        model_kwargs["past_key_values"] = YocoUCache(self.model.at_loops(model_kwargs.get("num_loops")))
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
 
@@ -242,7 +293,9 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         Raises:
             UserError: if inputs contradict each other; the message names them.
         """
-        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        refuse_unknown("the model", kwargs, _CAUSAL_LM_KEYWORDS)
+        shift_labels, items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
+        has_labels = labels is not None or shift_labels is not None
         if not (return_logits or has_labels):
             raise UserError("return_logits is False, and there are no labels or shift_labels; then there is nothing to return")
         outputs = self.model(
@@ -256,42 +309,44 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
             num_loops=num_loops,
             logits_to_keep=logits_to_keep,
-            **{k: v for k, v in kwargs.items() if k.startswith("output_")},
+            **kwargs | {"return_dict": True},
         )
         hidden = outputs.last_hidden_state
-        logits = self.lm_head(hidden) if return_logits else None
-        loss = None
-        if logits is None:
-            targets = kwargs.get("shift_labels")
-            if targets is None:
-                assert labels is not None
-                targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-            items = kwargs.get("num_items_in_batch")
-            loss = chunked_cross_entropy(hidden, self.lm_head.weight, targets, items, self.chunk_loss)
-        elif has_labels:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if loss is not None and outputs["auxiliary_loss"] is not None:
-            loss = loss + outputs["auxiliary_loss"]
+        logits = loss = None
+        if return_logits or not _is_plain(self.lm_head):
+            logits = self.lm_head(hidden)
+        if has_labels:
+            targets = targets_of(labels, shift_labels, hidden.shape[:2], outputs["segments"])
+            if logits is None:
+                loss = chunked_cross_entropy(hidden, self.lm_head.weight, targets, items, self.chunk_loss)
+            else:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=items,
+                    shift_labels=targets,
+                )
+            if outputs["auxiliary_loss"] is not None:
+                # Trainers that accumulate give the number of targets of all micro-batches, whose losses are then added up.
+                share = 1.0 if items is None else (targets != IGNORED).sum() / items
+                loss = loss + share * outputs["auxiliary_loss"]
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=logits if return_logits else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
 
-def _check_cache(cache: YocoUCache | None, loops: tuple[int, ...], document_ids: Tensor | None) -> None:
-    if cache is None:
-        return
-    if not isinstance(cache, YocoUCache):
-        raise UserError(f"past_key_values is a {type(cache).__name__}; expected a YocoUCache, or None to have one made")
-    if cache.loops != loops:
-        raise UserError(
-            f"the cache was written with {cache.loops} loops per stage, this call asks for {loops}; use one num_loops per cache"
-        )
-    if document_ids is not None and cache.get_seq_length() > 0:
-        raise UserError("document_ids came with a filled cache; packed documents are for calls without one")
+_MODEL_KEYWORDS = frozenset((*signature(YocoUModel.forward).parameters, *OF_MODEL)) - {"self", "kwargs"}
+_CAUSAL_LM_KEYWORDS = frozenset((*signature(YocoUForCausalLM.forward).parameters, *OF_MODEL, *OF_LOSS)) - {"self", "kwargs"}
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether a head computes no more than its weight says: not wrapped, as by PEFT, and not loaded by a hook of accelerate."""
+    return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in vars(head)
 
 
 def _kept_positions(logits_to_keep: int | Tensor, tokens: int, device: torch.device) -> tuple[Tensor | None, int | None]:
@@ -301,10 +356,19 @@ def _kept_positions(logits_to_keep: int | Tensor, tokens: int, device: torch.dev
         Their indices, (kept,), or None for all; and their number if they are known to be the last ones of each row, else None.
     """
     if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.device == device and host_waits(device):
-            return logits_to_keep, None
+        if logits_to_keep.ndim != 1 or logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
+            raise UserError(
+                f"logits_to_keep has dtype {logits_to_keep.dtype} and shape {tuple(logits_to_keep.shape)}; expected indices, "
+                "(kept,)"
+            )
+        if torch.compiler.is_compiling() or (logits_to_keep.device == device and host_waits(device)):
+            return logits_to_keep.to(device), None
         only_last = logits_to_keep.numel() == 1 and int(logits_to_keep) in (-1, tokens - 1)
         return upload(logits_to_keep, device), 1 if only_last else None
+    if isinstance(logits_to_keep, bool) or logits_to_keep < 0:
+        raise UserError(
+            f"logits_to_keep is {logits_to_keep!r}; expected a number of last positions, 0 for all, or their indices"
+        )
     if logits_to_keep == 0 or logits_to_keep >= tokens:
         return None, tokens
     return torch.arange(tokens - logits_to_keep, tokens, device=device), logits_to_keep

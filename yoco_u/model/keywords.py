@@ -1,0 +1,67 @@
+"""The keyword arguments of a call that its signature does not name: those of transformers that we follow, and no others.
+
+A misspelt keyword, or one that asks for what the model does not do, would otherwise run the model as if it were not there.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from yoco_u.config import did_you_mean
+from yoco_u.errors import UserError
+
+OF_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits", "return_dict")
+OF_LOSS = ("shift_labels", "num_items_in_batch")
+_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
+OF_PACKING = ("seq_idx", *_LENGTHS, "max_length_q", "max_length_k")
+OF_MODEL = (*OF_OUTPUTS, *OF_PACKING, "is_causal")
+
+_IMPOSSIBLE: dict[str, tuple[bool, str]] = {
+    "output_attentions": (True, "the kernels of attention compute no weights; yoco_u.analysis.attention measures them"),
+    "output_router_logits": (True, "the scores of experts are not returned; leave it out"),
+    "is_causal": (False, "every architecture of this project is causal; leave it out"),
+}
+
+
+def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse keywords that are not known.
+
+    Raises:
+        UserError: if there is one; the message names the known one that is spelt most like it.
+    """
+    names = sorted(known)
+    for name in given:
+        if name not in names:
+            raise UserError(f"{what} has no argument {name!r}; {did_you_mean(name, names)}")
+
+
+def refuse_impossible(given: Mapping[str, Any]) -> None:
+    """Refuse values that ask for what no model of this project does.
+
+    Raises:
+        UserError: if there is one.
+    """
+    for name, (value, reason) in _IMPOSSIBLE.items():
+        if given.get(name) is not None and bool(given[name]) == value:
+            raise UserError(f"{name} is {given[name]!r}, but {reason}")
+
+
+def packing(document_ids: Tensor | None, given: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The documents of packed rows as transformers' collators name them.
+
+    `max_length_q` and `max_length_k` follow from the other two, and are not used.
+
+    Returns:
+        `ids` and `lengths` of `yoco_u.model.segments.lay_out`.
+
+    Raises:
+        UserError: if one argument needs another one.
+    """
+    ids = {"document_ids": document_ids, "seq_idx": given.get("seq_idx")}
+    lengths = {name: given.get(name) for name in _LENGTHS}
+    if lengths["cu_seq_lens_q"] is None:
+        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+            if given.get(name) is not None:
+                raise UserError(f"{name} came without cu_seq_lens_q, which says where documents begin; give both")
+    return ({k: v for k, v in ids.items() if v is not None}, {k: v for k, v in lengths.items() if v is not None})
