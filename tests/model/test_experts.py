@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import EXPERTS, architecture, assert_same_gradients, build, gradients, tokens
 from torch import nn
 
 from yoco_u import YocoUForCausalLM
-from yoco_u.model.feed_forward import ExpertMixture
+from yoco_u.model.blocks import Block
+from yoco_u.model.feed_forward import ExpertMixture, traced_grouped_product
 
 
 def make(name: str = "yoco_u", **experts: Any) -> YocoUForCausalLM:
@@ -187,3 +189,78 @@ def test_training_steps_on_every_kind_of_stage(name: str) -> None:
             mixture.balance()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.3
+
+
+def test_micro_batches_weigh_the_auxiliary_loss_by_their_targets() -> None:
+    """As trainers ask for: each loss is divided by the targets of all micro-batches, and the losses are added."""
+    model, parts = make(auxiliary_loss_weight=0.1).train(), [tokens(1, 9, seed=1), tokens(2, 14, seed=2), tokens(1, 5, seed=3)]
+    seen: list[torch.Tensor] = []
+    for mixture in mixtures(model):
+        mixture.register_forward_hook(lambda _, __, out: seen.append(out[1]))
+    counts = [part[:, 1:].numel() for part in parts]
+    expected = torch.zeros(())
+    for part, count in zip(parts, counts, strict=True):
+        seen.clear()
+        logits = model(part).logits
+        entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1), part[:, 1:].flatten())
+        expected = expected + (entropy + sum(seen)) * count / sum(counts)
+    expected_gradients = gradients(model, expected)
+    for return_logits in (True, False):
+        call = {"num_items_in_batch": torch.tensor(sum(counts)), "return_logits": return_logits}
+        found = sum(model(part, labels=part, **call).loss for part in parts)
+        torch.testing.assert_close(found, expected)
+        assert_same_gradients(gradients(model, found), expected_gradients, 1e-4)
+
+
+class Wrapper(nn.Module):
+    """Stands for PEFT's wrapper of parameters: another class, which only calls the layer that it holds."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.base_layer(x, *args, **kwargs)
+
+
+def test_a_wrapped_mixture_and_a_wrapped_head_compute_the_same() -> None:
+    model, ids = make(auxiliary_loss_weight=0.1).train(), tokens(2, 20)
+    call = {"labels": ids, "use_cache": False}
+    expected = model(ids, **call)
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        block.mlp = Wrapper(block.mlp)
+    model.lm_head = Wrapper(model.lm_head)
+    wrapped = model(ids, **call)
+    assert torch.equal(wrapped.logits, expected.logits) and torch.equal(wrapped.loss, expected.loss)
+    torch.testing.assert_close(model(ids, **call, return_logits=False).loss, expected.loss)
+
+
+def test_the_loss_without_logits_sees_what_a_head_adds_to_its_weight() -> None:
+    """As LoRA does: the wrapped layer has the weight of the old one, and computes more than its product."""
+    model, ids = make().eval(), tokens(2, 20)
+    low_rank = torch.randn(96, 32) * 0.1
+
+    class Adapted(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + x @ low_rank.T
+
+    weight = model.lm_head.weight
+    model.lm_head = Adapted(32, 96, bias=False)
+    model.lm_head.weight = weight
+    losses = [model(ids, labels=ids, return_logits=return_logits).loss for return_logits in (True, False)]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_traced_product_is_the_grouped_product(dtype: torch.dtype) -> None:
+    """Values and gradients, of loads that leave experts without a token."""
+    x, weights = torch.randn(24, 32, dtype=dtype), torch.randn(8, 32, 16, dtype=dtype)
+    ends = torch.tensor([0, 3, 3, 10, 20, 20, 21, 24], dtype=torch.int32)
+    outputs = []
+    for product in (F.grouped_mm, traced_grouped_product):
+        inputs = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        out = product(*inputs, offs=ends) if product is F.grouped_mm else product(*inputs, ends)
+        outputs.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    for actual, expected in zip(*outputs, strict=True):
+        torch.testing.assert_close(actual, expected)
+    torch.library.opcheck(traced_grouped_product, (x.requires_grad_(), weights.requires_grad_(), ends))

@@ -8,7 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from yoco_u.architecture import Stage
 from yoco_u.model.backend import AttentionBackend
 from yoco_u.model.configuration import YocoUConfig
-from yoco_u.model.feed_forward import ExpertMixture, feed_forward
+from yoco_u.model.feed_forward import feed_forward
 from yoco_u.model.layers import ResidualLinear, RMSNorm, project, without_autocast
 
 GlobalKV = tuple[Tensor, Tensor]
@@ -152,9 +152,8 @@ class Block(GradientCheckpointingLayer):
         global_kv = (keys, values) if keys is not None and values is not None else None
         x = x + self.attn(self.attn_norm(x), backend, slot, global_kv)
         out = self.mlp(self.mlp_norm(x))
-        if isinstance(self.mlp, ExpertMixture):
-            return x + out[0], out[1]
-        return x + out, None
+        out, loss = out if isinstance(out, tuple) else (out, None)  # not by the class of mlp: PEFT wraps a mixture of experts
+        return x + out, loss
 
 
 class LoopedStack(nn.Module):

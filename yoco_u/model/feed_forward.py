@@ -1,5 +1,8 @@
 """The feed-forward of a block: SwiGLU, or a fine-grained mixture of SwiGLU experts."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +26,15 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+class Router(nn.Linear):
+    """The scores of the experts before the sigmoid, computed in float32 whatever the dtype of the model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, hidden) -> (tokens, experts), float32"""
+        with without_autocast(x.device):
+            return F.linear(x.float(), self.weight.float())
+
+
 class ExpertMixture(nn.Module):
     """Each token visits its best `experts_per_token` experts and all shared ones; no token is dropped.
 
@@ -40,7 +52,7 @@ class ExpertMixture(nn.Module):
         self.num_experts, self.experts_per_token = experts.num_experts, experts.experts_per_token
         self.auxiliary_loss_weight, self.bias_update_rate = experts.auxiliary_loss_weight, experts.bias_update_rate
         inner = experts.intermediate_size
-        self.router = nn.Linear(hidden_size, experts.num_experts, bias=False)
+        self.router = Router(hidden_size, experts.num_experts, bias=False)
         self.gate_up_proj = nn.Parameter(torch.empty(experts.num_experts, hidden_size, 2 * inner))
         self.down_proj = nn.Parameter(torch.empty(experts.num_experts, inner, hidden_size))
         self.shared = SwiGLU(hidden_size, inner * experts.shared_experts) if experts.shared_experts else None
@@ -50,8 +62,7 @@ class ExpertMixture(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(..., hidden) -> outputs of the same shape, and the weighted auxiliary loss of these tokens, or None without one."""
         tokens = x.reshape(-1, x.shape[-1])
-        with without_autocast(x.device):
-            scores = torch.sigmoid(F.linear(tokens.float(), self.router.weight.float()))  # (tokens, experts)
+        scores = torch.sigmoid(self.router(tokens))  # (tokens, experts)
         chosen = (scores + self.choice_bias).topk(self.experts_per_token, dim=-1).indices  # (tokens, experts_per_token)
         weights = scores.gather(-1, chosen)
         weights = weights / weights.sum(-1, keepdim=True)
@@ -90,10 +101,58 @@ class ExpertMixture(nn.Module):
         self.tokens_per_expert.zero_()
 
 
-@torch.compiler.disable  # torch 2.13 refuses to trace the operator in float32, although it runs in float32
+def balance(mixtures: Sequence[ExpertMixture], sum_over_ranks: Callable[[Tensor], object]) -> None:
+    """Balance each mixture by the load of all micro-batches and ranks of an optimizer step.
+
+    Args:
+        sum_over_ranks: sums a tensor over the ranks, in place.
+    """
+    if not mixtures:
+        return
+    counts = torch.stack([mixture.tokens_per_expert for mixture in mixtures])  # (mixtures, experts)
+    sum_over_ranks(counts)
+    for mixture, count in zip(mixtures, counts, strict=True):
+        mixture.tokens_per_expert.copy_(count)
+        mixture.balance()
+
+
 def _grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Multiply rows 0 .. ends[0] - 1 by weights[0], rows ends[0] .. ends[1] - 1 by weights[1], and so on."""
+    if torch.compiler.is_compiling():
+        return traced_grouped_product(x, weights, ends)
     return F.grouped_mm(x, weights, offs=ends)
+
+
+@torch.library.custom_op("yoco_u::grouped_product", mutates_args=())
+def traced_grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`_grouped_product` for torch.compile and torch.export: torch 2.13 runs the product in float32 but does not trace it."""
+    return F.grouped_mm(x, weights, offs=ends)
+
+
+@torch.library.custom_op("yoco_u::grouped_product_backward", mutates_args=())
+def traced_grouped_product_backward(grad: Tensor, x: Tensor, weights: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return F.grouped_mm(grad, weights.transpose(-1, -2), offs=ends), F.grouped_mm(x.T, grad, offs=ends)
+
+
+@traced_grouped_product.register_fake
+def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weights.shape[2])
+
+
+@traced_grouped_product_backward.register_fake
+def _(grad: Tensor, x: Tensor, weights: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weights)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*traced_grouped_product_backward(grad.contiguous(), *ctx.saved_tensors), None)
+
+
+traced_grouped_product.register_autograd(_backward, setup_context=_save)
 
 
 def feed_forward(config: YocoUConfig) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from yoco_u.data import Batch
 from yoco_u.device import read_back
 from yoco_u.errors import UserError
-from yoco_u.model.feed_forward import ExpertMixture
+from yoco_u.model.feed_forward import ExpertMixture, balance
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.forward import batch_loss
@@ -96,7 +96,7 @@ class TrainingStep:
             group["lr"] = rate
         clip_grads_with_norm_(self.model.parameters(), self.config.optimizer.clip_norm, result.norm_tensor)
         self.optimizer.step()
-        self._balance_experts()
+        balance(self.mixtures, self.distributed.sum_tensor)
         return rate
 
     def learning_rate(self, step: int) -> float:
@@ -117,16 +117,6 @@ class TrainingStep:
     def _forward(self, part: dict[str, Tensor], num_loops: int | None) -> Tensor:
         """The mean loss of a micro-batch, in nats per target token."""
         return batch_loss(self.model, part, self.distributed.device, self.config.training.dtype, num_loops)
-
-    def _balance_experts(self) -> None:
-        """Balance each mixture of experts by the load of all micro-batches and ranks of the step."""
-        if not self.mixtures:
-            return
-        counts = torch.stack([mixture.tokens_per_expert for mixture in self.mixtures])  # (mixtures, experts)
-        self.distributed.sum_tensor(counts)
-        for mixture, count in zip(self.mixtures, counts, strict=True):
-            mixture.tokens_per_expert.copy_(count)
-            mixture.balance()
 
 
 def micro_batch_rows(config: RunConfig, world_size: int) -> int:
