@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, 2 for a mistake of the user or a full disk (one line `error: ...` on stderr), 130 when interrupted, 141
-        when nobody reads the output any more. Any other exception is a mistake of ours, and keeps its traceback.
+        The exit status: 0, 2 for a mistake of the user or a full disk (one line `error: ...` on stderr), 130 when interrupted,
+        141 when nobody reads the output any more. Any other exception is a mistake of ours, and keeps its traceback.
     """
     print_any_text()
     try:
