@@ -8,7 +8,7 @@ booleans, and only decimal numbers are numbers, as in YAML 1.2: `compile: off`, 
 import os
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
@@ -42,7 +42,7 @@ _PLAIN = {
 class _Loader(yaml.SafeLoader):
     """Reads a document as described above. It is checked while its nodes are composed, before any value is made of them."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -50,9 +50,9 @@ class _Loader(yaml.SafeLoader):
         self._anchored: dict[str, tuple[int, int] | None] = {}  # levels and values of what has an anchor; None while it is read
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            known = self._anchored.get(event.anchor, (0, 0))
+            known = self._anchored.get(str(event.anchor), (0, 0))
             if known is None:
                 raise _refused(f"the alias *{event.anchor} stands inside of what it repeats", event.start_mark)
             self._count(event, *known)
@@ -72,7 +72,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> Any:
+    def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -155,5 +155,5 @@ def dump_yaml(config: Config, path: str | os.PathLike[str]) -> None:
     write_text(Path(path), text)
 
 
-def _refused(problem: str, mark: yaml.Mark) -> ComposerError:
+def _refused(problem: str, mark: Any) -> ComposerError:
     return ComposerError(None, None, problem, mark)
