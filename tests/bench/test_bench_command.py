@@ -77,7 +77,7 @@ def test_paper(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (("--model", "a", "--size", "test"), "--model measures one checkpoint"),
         (("--paper", "--architectures", "yoco"), "--paper"),
         (("--paper", "--plot", "a.png"), "--plot"),
-        (("--device", "meta"), "--device meta: the benchmark measures CPUs and CUDA GPUs"),
+        (("--device", "meta"), "device 'meta' computes nothing; expected auto, cpu or a GPU of this machine"),
         (("--device", "gpu"), "device 'gpu' cannot be used"),
         (("--peers", "vlm"), "did you mean vllm"),
         (("--peer-python", "vllm"), "PEER=PYTHON"),

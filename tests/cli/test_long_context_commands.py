@@ -104,7 +104,7 @@ def test_needles_mistakes(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert (
         "too few for a needle of kind single_1" in run("needles", a, "--kinds", "single_1", "--lengths", "64,2000", *out).error
     )
-    assert "MiB are free" in run("needles", a, "--kinds", "single_1", "--lengths", "1000,100000000000", *out).error
+    assert "MiB are free" in run("needles", a, "--kinds", "single_1", "--lengths", "1000,1000000000", *out).error
     assert "--lengths is '1k'" in run("needles", a, "--lengths", "1k", *out).error
     assert "lengths" in run("needles", a, "--lengths", "0", *out).error
     assert "depths" in run("needles", a, "--depths", "0", *out).error

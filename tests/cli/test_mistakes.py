@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from yoco_u.checksums import SUMS
+
 
 def test_unknown_key_names_the_nearest(run: Any, workspace: Path) -> None:
     error = run("train", workspace / "config.yaml", "training.stepz=3").error
@@ -79,6 +81,8 @@ def test_damaged_weights(run: Any, workspace: Path, tmp_path: Path) -> None:
     model = damaged(workspace, tmp_path)
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    assert f"{weights}: the file is damaged, its checksum" in run("generate", model, "--prompt", "a").error
+    (model / SUMS).unlink()
     assert "cannot load the model" in run("generate", model, "--prompt", "a").error
     weights.unlink()
     assert "cannot load the model" in run("generate", model, "--prompt", "a").error
@@ -87,6 +91,8 @@ def test_damaged_weights(run: Any, workspace: Path, tmp_path: Path) -> None:
 def test_damaged_config_and_tokenizer(run: Any, workspace: Path, tmp_path: Path) -> None:
     model = damaged(workspace, tmp_path)
     (model / "tokenizer.json").write_text("{}")
+    assert f"{model / 'tokenizer.json'}: the file is damaged, its checksum" in run("generate", model, "--prompt", "a").error
+    (model / SUMS).unlink()
     assert "tokenizer" in run("generate", model, "--prompt", "a").error
     (model / "tokenizer.json").unlink()
     assert "tokenizer.json is missing" in run("generate", model, "--prompt", "a").error

@@ -25,7 +25,7 @@ def build(folder: Path, lengths: list[int], shard_tokens: int, dtype: str = "uin
         for length in lengths:
             documents.append([EOT, *range(number, number + length)])
             number += length
-            writer.add(np.array(documents[-1], dtype=np.uint32), length)
+            writer.add(np.array(documents[-1], dtype=np.uint32), length + 1)
         split = writer.finish()
     index = {"dtype": dtype, "eot_id": EOT, "vocab_size": number, "config": DataConfig(), "folder": folder}
     DatasetIndex(splits={"train": split}, **index).save(folder)

@@ -1,6 +1,7 @@
 """Loss by context length: the targets are the same behind every prefix, and one pass of the model gives the same losses."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[int], SamplingParams]] = []
+        self.engine = SimpleNamespace(runner=SimpleNamespace(model=torch.nn.Linear(1, 1)))
 
     def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
         self.asked += zip(prompts, params, strict=True)

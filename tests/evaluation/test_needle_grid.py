@@ -30,7 +30,12 @@ class Reader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, sight: int) -> None:
         self.tokenizer, self.sight = tokenizer, sight
-        self.engine = SimpleNamespace(tokenizer=tokenizer, max_model_len=5000, settings=SimpleNamespace(max_num_seqs=3))
+        self.engine = SimpleNamespace(
+            tokenizer=tokenizer,
+            max_model_len=5000,
+            settings=SimpleNamespace(max_num_seqs=3),
+            runner=SimpleNamespace(model=torch.nn.Linear(1, 1)),
+        )
         self.calls: list[int] = []
 
     def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:

@@ -150,6 +150,6 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "no key in it" in error("--api-key-file", tmp_path / "empty")
     shown = error("--api-key", "secret with spaces")
     assert "has spaces" in shown and "secret" not in shown
-    assert "an API key is empty" in error("--api-key", "")
+    assert "--api-key is empty; give at least one character" in error("--api-key", "")
     assert "port: " in error("--port", 99999)
     assert "time_limit: " in error("--time-limit", 0)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from training_runs import STEPS, deterministic, losses, run_config, train_on_ranks
 
+from yoco_u.files import mark
 from yoco_u.training import RunConfig, train
 
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16}
@@ -81,8 +82,9 @@ def go_back(folder: Path, step: int) -> None:
 def test_errors_reach_every_process(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: [")
     (tmp_path / "metrics.jsonl").touch()  # a run that has begun
+    mark(tmp_path, "run")
     assert train_on_ranks(config_of(dataset, "yoco_u", "ddp"), tmp_path) == [2, 2]
-    assert all("not valid YAML" in (tmp_path / f"error-{rank}.txt").read_text() for rank in (0, 1))
+    assert all(f"{tmp_path / 'config.yaml'}: not" in (tmp_path / f"error-{rank}.txt").read_text() for rank in (0, 1))
     config = config_of(dataset, "yoco_u", "ddp", batch_rows=3, micro_batch_rows=1)
     assert train_on_ranks(config, tmp_path / "other") == [2, 2]
     assert "does not divide among 2 processes" in (tmp_path / "other" / "error-1.txt").read_text()
