@@ -64,6 +64,17 @@ def test_it_looks_four_times_a_second_at_most(machine: Machine, monkeypatch: pyt
     assert torch.get_num_threads() == 1
 
 
+def test_what_ran_during_a_long_pause_does_not_count(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow = follower(machine, 2, 2, monkeypatch).follow
+    machine.run(60, others=2, own=0)
+    follow()
+    assert torch.get_num_threads() == 2
+    for others, expected in [(2, 1), (0, 2)]:
+        machine.run(0.3, others, own=1)
+        follow()
+        assert torch.get_num_threads() == expected
+
+
 @given(st.lists(st.tuples(st.floats(0.01, 3), st.floats(0, 20), st.floats(0, 8)), max_size=20))
 def test_there_is_always_a_thread_and_never_too_many(steps: list[tuple[float, float, float]]) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 _SECONDS = 0.25  # between two looks; the system counts in steps of 10 ms
+_STALE = 2.0  # seconds after which what was used tells too little of the present: look again first
 
 
 class FreeCores:
@@ -38,12 +39,15 @@ class FreeCores:
     def follow(self) -> None:
         """Set the number of threads of the calling thread's work, if it is time to look again."""
         now = self._clock()
-        if self._fixed or now - self._looked < _SECONDS:
+        elapsed = now - self._looked
+        if self._fixed or elapsed < _SECONDS:
             return
         used = self._used()
         of_all, own = (after - before for after, before in zip(used, self._before, strict=True))
-        free = self._cores - max(0.0, of_all - own) / (now - self._looked)
         self._looked, self._before = now, used
+        if elapsed > _STALE:
+            return
+        free = self._cores - max(0.0, of_all - own) / elapsed
         threads = min(self._most, max(1, round(free)))
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
