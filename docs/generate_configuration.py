@@ -60,8 +60,13 @@ optimizer: {learning_rate: 2.0e-3}
 training: {steps: 1000, sequence_length: 512}
 ```
 
-An unknown key is refused with the nearest known one.
+An unknown key is refused with the nearest known one, and so is a key that is there twice. Every number is finite; sizes and
+counts are below 2^31, and what becomes a number of a tensor fits into float32. Only `true` and `false` are booleans, and only
+decimal numbers are numbers: `off`, `12:30`, `010` and `2026-11-28` are texts.
 """
+
+_NO_MEANING = 2**31
+"""Limits from here on only keep computing from overflowing, and are said once for all settings."""
 
 
 def main() -> None:
@@ -120,7 +125,8 @@ def attributes(cls: type[BaseModel]) -> dict[str, str]:
 
 def _kind(field: FieldInfo) -> str:
     limits = {Ge: "at least {0.ge}", Gt: "more than {0.gt}", Le: "at most {0.le}", Lt: "less than {0.lt}"}
-    words = [limits[type(limit)].format(limit) for limit in field.metadata if type(limit) in limits]
+    given = [(limit, getattr(limit, type(limit).__name__.lower())) for limit in field.metadata if type(limit) in limits]
+    words = [limits[type(limit)].format(limit) for limit, value in given if abs(value) < _NO_MEANING]
     return _cell(" ".join([_type(field.annotation), ", ".join(words)]).strip())
 
 

@@ -180,3 +180,18 @@ def test_every_setting_refuses_what_it_is_not_made_for(cls: type[Config], good: 
                     config.training_flops()
             except UserError as error:
                 assert "\n" not in str(error) and len(str(error)) < 1000, key
+
+
+@pytest.mark.parametrize("text", [
+    ".inf", "-.inf", ".nan", "9" * 400, "9" * 5000, "-1", "1e300", "1.0e+300", "[2, 3]", "[.nan, 0]", "2026-13-45",
+    "{a: 1, a: 2}", "[" * 99, "&a [*a]", "!!python/name:os.system", "*b", "\0", "\udcff", '"\\ud800"', "", "'", "a: b: c",
+    "- 1",
+])  # fmt: skip
+def test_every_setting_by_override(text: str) -> None:
+    """What is no YAML is refused for itself, and what is no value of the setting for the setting."""
+    for key in places(RunConfig):
+        try:
+            config = parse(RunConfig, apply_overrides(RUN, [f"{key}={text}"]), "a.yaml")
+            json.dumps(config.model_dump(mode="json"), allow_nan=False)
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, key

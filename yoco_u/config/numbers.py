@@ -2,20 +2,20 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-Count = Annotated[int, Field(gt=0, lt=2**31)]
+Count = Annotated[PositiveInt, Field(lt=2**31)]
 """A size, such as a width or a number of rows."""
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[NonNegativeInt, Field(lt=2**63)]
 """Of a generator of random numbers; torch and numpy take no other."""
 
 Float32 = Annotated[float, Field(ge=-3.4e38, le=3.4e38)]
 """A number that becomes one of a tensor's."""
 
-NonNegativeFloat32 = Annotated[float, Field(ge=0, le=3.4e38)]
+NonNegativeFloat32 = Annotated[NonNegativeFloat, Field(le=3.4e38)]
 
-PositiveFloat32 = Annotated[float, Field(gt=0, le=3.4e38)]
+PositiveFloat32 = Annotated[PositiveFloat, Field(le=3.4e38)]
 
-Seconds = Annotated[float, Field(gt=0, le=1e9)]
+Seconds = Annotated[PositiveFloat, Field(le=1e9)]
 """A time that somebody may wait for; 1e9 seconds are 31 years, and clocks overflow later."""
