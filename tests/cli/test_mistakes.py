@@ -156,3 +156,9 @@ def test_report(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert "no metrics yet" in run("report", tmp_path / "run").error
     error = run("report", workspace / "a", "--out", workspace / "config.yaml" / "report.html").error
     assert f"{workspace / 'config.yaml'} is a file; name a folder" in error
+
+
+def test_a_model_that_cannot_fit(run: Any, workspace: Path, tmp_path: Path) -> None:
+    size = ["architecture.hidden_size=2000000", "architecture.intermediate_size=8000000"]
+    assert "weights, gradients and optimizer" in run("train", workspace / "config.yaml", *size, "--out", tmp_path / "run").error
+    assert not (tmp_path / "run").exists()

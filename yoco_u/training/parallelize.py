@@ -16,11 +16,30 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from yoco_u.device import cxx_compiler
+from yoco_u.architecture import Architecture
+from yoco_u.budget import optimizer_bytes, parameters
+from yoco_u.device import cxx_compiler, memory_bytes
+from yoco_u.errors import UserError
+from yoco_u.formatting import short_bytes, short_count
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import Block
 from yoco_u.training.config import TrainingConfig
 from yoco_u.training.distributed import Distributed
+
+
+def check_memory(architecture: Architecture, config: TrainingConfig, distributed: Distributed) -> None:
+    """Check that a device could hold what training keeps of a model, before anything is made.
+
+    Raises:
+        UserError: if weights, gradients and AdamW's state alone are more than its memory.
+    """
+    there, count = memory_bytes(distributed.device), parameters(architecture).total
+    needed = optimizer_bytes(architecture) // (distributed.world_size if config.parallel == "fsdp" else 1)
+    if needed > there:
+        raise UserError(
+            f"training a model of {short_count(count)} parameters takes {short_bytes(needed)} for weights, gradients and "
+            f"optimizer, but there are {short_bytes(there)}; choose a smaller one, or more processes with parallel fsdp"
+        )
 
 
 def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Distributed) -> nn.Module:

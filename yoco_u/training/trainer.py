@@ -29,7 +29,7 @@ from yoco_u.training.export import export_model
 from yoco_u.training.forward import DTYPES
 from yoco_u.training.metrics import METRICS, MetricsWriter, Record, loss_figures, read_metrics
 from yoco_u.training.optimizer import build_optimizer
-from yoco_u.training.parallelize import parallelize
+from yoco_u.training.parallelize import check_memory, parallelize
 from yoco_u.training.progress import progress_report
 from yoco_u.training.run_folder import RunFolder
 from yoco_u.training.step import StepResult, TrainingStep
@@ -59,20 +59,24 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
         The summary, as in `summary.json`. If the run is finished already, its summary is returned and nothing else happens.
 
     Raises:
-        UserError: if the config, the dataset or the folder do not fit together, or the folder holds something else than a run.
+        UserError: if the config, the dataset or the folder do not fit together, the folder holds something else than a run, or
+            the model does not fit into memory.
         OSError: if the disk is full, or the folder cannot be written to. The same call goes on from the newest checkpoint then.
         TrainingDiverged: if the loss or the gradient is not finite.
         TrainingInterrupted: if SIGINT or SIGTERM stopped the run.
     """
     run_folder = RunFolder(Path(folder))
-    with distributed_session(config.training.device) as distributed, run_folder.claim(config, distributed):
-        summary = distributed.on_main(run_folder.read_summary)
-        if summary is None:
-            with naming(run_folder.path):
-                return _Run(config, run_folder, distributed, progress).run()
-        console = Console(stderr=True, quiet=not (progress and distributed.is_main))
-        console.print(f"{run_folder.path}: the run is finished, at step {summary['steps']}; nothing to do.", soft_wrap=True)
-        return summary
+    with distributed_session(config.training.device) as distributed:
+        if not run_folder.summary.exists():
+            check_memory(config.architecture, config.training, distributed)
+        with run_folder.claim(config, distributed):
+            summary = distributed.on_main(run_folder.read_summary)
+            if summary is None:
+                with naming(run_folder.path):
+                    return _Run(config, run_folder, distributed, progress).run()
+            console = Console(stderr=True, quiet=not (progress and distributed.is_main))
+            console.print(f"{run_folder.path}: the run is finished, at step {summary['steps']}; nothing to do.", soft_wrap=True)
+            return summary
 
 
 class _Run:
