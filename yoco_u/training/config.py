@@ -10,6 +10,8 @@ from yoco_u.budget import training_flops
 from yoco_u.config import Config, Count, NonNegativeFloat32, PositiveFloat32, Seed
 from yoco_u.data.config import DataConfig
 
+_Text = Annotated[str, Field(min_length=1)]
+
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -95,7 +97,7 @@ class TrainingConfig(Config):
     save_every: Count = 200
     keep_checkpoints: Count = 2
     loop_schedule: tuple[LoopPhase, ...] = ()
-    wandb_project: str | None = None
+    wandb_project: _Text | None = None
 
     @model_validator(mode="after")
     def _phases_follow(self) -> "TrainingConfig":
@@ -129,10 +131,10 @@ class RunConfig(Config):
         training: how long and with which batches the model is trained.
     """
 
-    name: str
+    name: _Text
     architecture: Architecture
     initializer_range: PositiveFloat32 | None = None
-    dataset: str
+    dataset: _Text
     data: DataConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
