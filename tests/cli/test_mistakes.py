@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from yoco_u.checksums import SUMS
 
@@ -156,6 +157,36 @@ def test_report(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert "no metrics yet" in run("report", tmp_path / "run").error
     error = run("report", workspace / "a", "--out", workspace / "config.yaml" / "report.html").error
     assert f"{workspace / 'config.yaml'} is a file; name a folder" in error
+
+
+def test_weights_that_are_not_finite(run: Any, workspace: Path, tmp_path: Path) -> None:
+    """Every command that scores names the weight; none writes NaN, which JSON does not have."""
+    model = damaged(workspace, tmp_path)
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in sorted(weights) if name.endswith("down_proj.weight"))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    (model / SUMS).unlink()
+    text = workspace / "corpus" / "00.py"
+    grid = ["--kinds", "single_1", "--lengths", 512, "--samples", 1, "--depths", 1]
+    for line in (
+        ["evaluate", model, text, "--json"],
+        ["context", model, "--files", text, "--prefixes", 8, "--last", 8, "--json", tmp_path / "a.json"],
+        ["needles", model, *grid, "--json", tmp_path / "b.json"],
+        ["analyze", model, text, "--measures", "angular", "--out", tmp_path / "c"],
+        ["tasks", model, "yoco_u_stdlib_perplexity", "--limit", 1, "--json"],
+        ["generate", model, "--prompt", "a", "--max-tokens", 1, "-n", 2, "--greedy"],
+    ):
+        outcome = run(*line)
+        assert outcome.status == 2 and "NaN or infinity" in outcome.err.splitlines()[-1], (line, outcome)
+        assert name in outcome.err or line[0] in ("needles", "tasks", "generate")
+        assert outcome.out == "" or line[0] == "generate"
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize(("tokens", "part"), [(0, "max_batched_tokens"), (8, "raise max_batched_tokens to 16")])
+def test_steps_that_are_too_small(run: Any, workspace: Path, tokens: int, part: str) -> None:
+    assert part in run("serve", workspace / "a", "--max-batched-tokens", tokens).error
 
 
 def test_a_model_that_cannot_fit(run: Any, workspace: Path, tmp_path: Path) -> None:
