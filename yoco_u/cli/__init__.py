@@ -90,6 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _drop_output() and isinstance(found, BrokenPipeError):
             return _CLOSED
         return _fail(describe_system_error(found))
+    except SystemExit as ended:  # rich's, where nobody reads what it prints
+        if isinstance(ended.__context__, BrokenPipeError):
+            return _CLOSED
+        raise
     return status
 
 
