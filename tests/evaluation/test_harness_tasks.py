@@ -199,6 +199,26 @@ def test_programs_run_with_leave_alone(folder: Path) -> None:
     assert run_tasks(ours(folder), tasks, HowToAsk(limit=1, run_generated_code=True))["results"]
 
 
+@pytest.mark.parametrize(
+    ("how", "change", "part"),
+    [
+        (HowToAsk(max_tokens=2048), {}, "asks for 2048 new tokens"),
+        (HowToAsk(fewshot=65), {}, "with 65 examples before it"),
+        (HowToAsk(fewshot=10**18), {}, "examples before it"),
+        (HowToAsk(), {"temperature": -1.0, "do_sample": True}, "temperature"),
+        (HowToAsk(), {"beams": 4}, "generation_kwargs has beams"),
+        (HowToAsk(), {"until": 3}, "stop"),
+    ],
+)
+def test_nothing_is_scored_before_all_settings_fit(folder: Path, how: HowToAsk, change: dict[str, Any], part: str) -> None:
+    """The task that cannot be asked is the last one, and generates, which the harness does after all scoring."""
+    lm, tasks = ours(folder), load_tasks(["yoco_u_stdlib_perplexity", "yoco_u_stdlib_completion"])
+    tasks["tasks"]["yoco_u_stdlib_completion"].set_config("generation_kwargs", change, update=True)
+    lm.engine.step = None  # type: ignore[method-assign,assignment]  # so that nothing can run
+    with pytest.raises(UserError, match=f"^yoco_u_stdlib_[a-z]+: .*({part})"):
+        run_tasks(lm, tasks, how)
+
+
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness_tasks, "TaskManager", partial(TaskManager, include_defaults=False))  # those are slow to read
     with pytest.raises(UserError, match="yoco_u_papr: no task or group of this name; did you mean yoco_u_paper"):
