@@ -69,22 +69,26 @@ def generate(
         _stream(llm, prompts[0], params)
         return
     requests = llm.generate(prompts, params)
-    if json:
+    errors = [output.error for request in requests for output in request.outputs]
+    if json and None in errors:
         print_json({"settings": params.model_dump(mode="json"), "requests": [_as_json(request) for request in requests]})
-    else:
+    elif None in errors:
         for request in requests:
             for output in request.outputs:
                 print(f"{request.prompt}{output.text}\n{'-' * 40}")
-    check_outputs([output.error for request in requests for output in request.outputs])
+    check_outputs(errors)
 
 
 def _stream(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
-    print(prompt, end="", flush=True)
-    error = None
+    """Print the prompt and the text as it comes; nothing if the first step fails, as it does for a grammar that is none."""
+    begins, error = True, None
     for update in llm.stream(prompt, params):
-        print(update.text, end="", flush=True)
         error = update.output.error
-    print()
+        if error is None:
+            print(f"{prompt if begins else ''}{update.text}", end="", flush=True)
+            begins = False
+    if not begins:
+        print()
     check_outputs([error])
 
 
