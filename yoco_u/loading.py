@@ -42,7 +42,7 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
 
 def model_name(path: str | os.PathLike[str]) -> str:
     """What to call the model of a folder: the name of the run, or of the folder if the model is not in a run."""
-    folder = Path(path).resolve()
+    folder = Path(os.path.realpath(path))  # Path.resolve raises where links lead in a circle
     return folder.parent.name if folder.name == "model" and folder.parent.name else folder.name or "model"
 
 

@@ -73,6 +73,15 @@ def test_no_model_there(run: Any, workspace: Path, tmp_path: Path, command: tupl
     assert "not finished" in run(name, tmp_path / "unfinished", *options).error
 
 
+def test_links_that_lead_in_a_circle(run: Any, workspace: Path, tmp_path: Path) -> None:
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    assert "circle" in run("serve", circle).error
+    shutil.copytree(workspace / "a", tmp_path / "run")
+    line = ("train", tmp_path / "run" / "config.yaml", f"dataset={circle}", "data=null", "--out", tmp_path / "run")
+    assert "data" in run(*line).error
+
+
 def damaged(workspace: Path, tmp_path: Path) -> Path:
     shutil.copytree(workspace / "a" / "model", tmp_path / "model")
     return tmp_path / "model"

@@ -106,7 +106,7 @@ class RunFolder:
         datasets may be moved.
         """
         old = parse(RunConfig, load_yaml(self.config), str(self.config))
-        if (old.data and config.data) or Path(old.dataset).resolve() == Path(config.dataset).resolve():
+        if (old.data and config.data) or os.path.realpath(old.dataset) == os.path.realpath(config.dataset):
             old = old.model_copy(update={"dataset": config.dataset})
         difference = next(differences(old, config), None)
         if difference is not None:
