@@ -73,7 +73,7 @@ def load_model(
     try:
         config = YocoUConfig.from_pretrained(folder)
         model, info = YocoUForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype or torch.float32, output_loading_info=True
+            folder, config=config, dtype=dtype or torch.float32, output_loading_info=True, trust_remote_code=False
         )
     except UserError:
         raise

@@ -50,7 +50,7 @@ class TimedEngine:
             with torch.device(device):
                 loaded = YocoUForCausalLM._from_config(YocoUConfig.from_architecture(architecture), dtype=as_dtype)
         else:
-            loaded = YocoUForCausalLM.from_pretrained(model, dtype=as_dtype)
+            loaded = YocoUForCausalLM.from_pretrained(model, dtype=as_dtype, trust_remote_code=False)
         settings = EngineSettings.model_validate(
             {
                 "dtype": dtype,

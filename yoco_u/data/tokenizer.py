@@ -71,7 +71,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         UserError: if there is none, if it has no fast implementation, or no token that can begin a document.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except Exception as error:  # the library, the hub and the parsers raise nearly anything
         raise UserError(
             f"{name}: cannot load a tokenizer ({first_line(error)}); "
