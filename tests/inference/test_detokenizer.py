@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from yoco_u.data import END_OF_TEXT, train_tokenizer
 from yoco_u.inference.detokenizer import Detokenizer
@@ -12,6 +13,7 @@ from yoco_u.inference.sampling_params import SamplingParams
 
 TOKENIZER = train_tokenizer(["hello world, stop here. délta 数 🦉 🦉🦉 aab abab </end>\n"] * 20, 350)
 EOS = TOKENIZER.convert_tokens_to_ids(END_OF_TEXT)
+BYTES = {byte: TOKENIZER.convert_tokens_to_ids(piece) for byte, piece in bytes_to_unicode().items()}
 PIECES = [*"ab ", "é", "数", "🦉", "stop", "hello", "</end>", "\ufffd", "👩‍🚀"]
 texts = st.lists(st.sampled_from(PIECES), max_size=15).map("".join)
 
@@ -144,3 +146,84 @@ def test_a_byte_that_fits_nothing_does_not_stop_the_text():
     tokenizer = sentencepiece_like()
     tokens = [256, *"€".encode(), 0xE2, 257, 256, 256]
     assert run(tokens, tokenizer)[0] == "b€\ufffdb b b"
+
+
+def added_tokens() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with tokens beside its alphabet: special ones, others, one with blanks, one that is U+FFFD."""
+    tokenizer = train_tokenizer(["hello é 数 🦉"] * 3, 280)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<| blank |>"]})
+    tokenizer.add_tokens(["<plain>", "two words", "é数", "\ufffd"])
+    return tokenizer
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    vocab = {"[UNK]": 0, "a": 1, "##b": 2, ",": 3, "'": 4, "s": 5, "\ufffd": 6, "##\ufffd": 7, "do": 8, "n": 9, "not": 10}
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", clean_up_tokenization_spaces=False)
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    vocab = {"<unk>": 0, "▁": 1, "▁a": 2, "a": 3, "\ufffd": 4, "🦉": 5}
+    backend = Tokenizer(models.WordLevel(vocab, "<unk>"))
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", clean_up_tokenization_spaces=False)
+
+
+@given(st.sampled_from([TOKENIZER, added_tokens(), word_pieces(), metaspace()]), st.data())
+def test_long_runs_of_any_tokens_give_the_text_of_the_whole(tokenizer, data):
+    """Among them runs of bytes that never make a character, and of tokens without any text."""
+    runs = st.tuples(st.lists(st.integers(0, len(tokenizer) + 3), min_size=1, max_size=4), st.integers(1, 60))
+    parts = data.draw(st.lists(runs, max_size=5))
+    tokens = [token for part, times in parts for token in part * times]
+    skip = data.draw(st.booleans())
+    assert run(tokens, tokenizer, skip_special_tokens=skip)[0] == tokenizer.decode(tokens, skip_special_tokens=skip)
+
+
+byte_runs = st.lists(
+    st.tuples(st.lists(st.sampled_from([0xF0, 0x9F, 0xA6, 0x89, 0xC3, 0xA9, 0x80, 0xFF, 0x61]), max_size=5), st.integers(1, 40))
+)
+
+
+@given(byte_runs)
+def test_bytes_in_any_order(parts):
+    data = bytes(byte for part, times in parts for byte in part * times)
+    tokens = [BYTES[byte] for byte in data]
+    assert run(tokens)[0] == data.decode(errors="replace")
+
+
+@pytest.mark.parametrize("byte", [0xFF, 0xE2, 0x80])
+@pytest.mark.parametrize("before", ["", "b", "€"])
+def test_bytes_of_sentencepiece_that_never_make_a_character(byte, before):
+    """Each is U+FFFD, and those that begin a character after a text are none of it."""
+    tokenizer = sentencepiece_like()
+    known = [257] if before == "b" else list(before.encode())
+    text, _, _ = run([*known, *[byte] * 200, 257], tokenizer)
+    assert text == before + "\ufffd" * 200 + "b"
+
+
+@given(byte_runs)
+def test_bytes_of_sentencepiece_in_any_order(parts):
+    """What is shown stays, so a byte that fits nothing may not spoil it; nothing is shown twice, and the rest is U+FFFD."""
+    data = [byte for part, times in parts for byte in part * times]
+    text, _, _ = run([*data, 257], sentencepiece_like())
+    assert text.endswith("b") and len(text) <= len(data) + 1
+    valid = bytes(data).decode(errors="ignore")
+    shown = iter(valid)
+    assert all(char in shown for char in text[:-1].replace("\ufffd", ""))
+
+
+@pytest.mark.parametrize(
+    "tokens", [[EOS], [TOKENIZER.convert_tokens_to_ids("ð")], [TOKENIZER.convert_tokens_to_ids(c) for c in "ðŁ"]]
+)
+def test_a_token_costs_as_much_after_many_without_text(tokens, monkeypatch):
+    """Each decodes a few tokens a few times, however many came before."""
+    detokenizer = Detokenizer(TOKENIZER, SamplingParams())
+    counts: list[int] = []
+    text_of = detokenizer._text_of
+    monkeypatch.setattr(detokenizer, "_text_of", lambda tokens: counts.append(len(tokens)) or text_of(tokens))
+    many = tokens * 5000
+    for token in many:
+        detokenizer.append(token)
+    assert max(counts, default=0) <= 33 and len(counts) <= 2 * len(many)
+    assert detokenizer.text + detokenizer.flush() == TOKENIZER.decode(many, skip_special_tokens=True)

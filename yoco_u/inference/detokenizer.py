@@ -1,9 +1,11 @@
 """Text from tokens as they come: only whole characters, up to the first stop string, however tokens cut it."""
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.inference.sampling_params import SamplingParams
+
+_INCOMPLETE = 3  # U+FFFD at the end of a text that may yet become one character: its first three bytes of four
+_WINDOW = 32  # tokens that are decoded together at most
 
 
 class Detokenizer:
@@ -19,11 +21,12 @@ class Detokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, params: SamplingParams) -> None:
         self.stopped: str | None = None
         self._tokenizer = tokenizer.backend_tokenizer
-        self._skip_special_tokens = params.skip_special_tokens
+        self._hidden = _special_tokens(tokenizer) if params.skip_special_tokens else frozenset()
         self._stops = params.stop
         self._unstoppable = params.min_tokens  # tokens still to come before a stop string counts
-        self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
-        self._undecoded: list[int] = []  # tokens whose last character is not complete
+        self._window: list[int] = []  # the last tokens: those whose text is given out, then those whose text is not certain
+        self._given = 0  # tokens of the window whose text is given out as a whole
+        self._known = ""  # what is given out of the window's text
         self._held = ""  # text that may be the beginning of a stop string
         self._shown: list[str] = []
 
@@ -45,26 +48,59 @@ class Detokenizer:
         """The text held back so far, with U+FFFD for bytes that make no character; call it once, when no token follows."""
         if self.stopped is not None:
             return ""
-        rest = self._tokenizer.decode(self._undecoded, skip_special_tokens=self._skip_special_tokens)
-        self._undecoded = []
+        rest = self._text_of(self._window)[len(self._known) :]
+        self._known += rest
         shown = self._show(rest, stoppable=self._unstoppable < 0)
         self._shown.append(self._held)
         shown, self._held = shown + self._held, ""
         return shown
 
     def _decode(self, token: int) -> str:
-        self._undecoded.append(token)
-        try:
-            new = self._stream.step(self._tokenizer, token)
-        except Exception:
-            # A byte may spoil the characters before it, which are shown already (`<0xNN>` tokens of sentencepiece are
-            # decoded run by run): go on from here.
-            new = self._tokenizer.decode(self._undecoded, skip_special_tokens=self._skip_special_tokens)
-            self._stream = DecodeStream(self._undecoded, self._skip_special_tokens)
-        if new is None:
+        """The text that is certain with this token and was not before.
+
+        The window holds the tokens of the text given out last, on which the text of the next ones can depend (sentencepiece
+        leaves out a first blank), and the tokens after it.
+        """
+        if self._has_no_text(token):
             return ""
-        self._undecoded = []
-        return str(new)
+        self._window.append(token)
+        text = self._text_of(self._window)
+        if not text.startswith(self._known):
+            # A byte spoils the characters before it, which are given out already (`<0xNN>` tokens of sentencepiece are decoded
+            # run by run): go on from here.
+            self._window, self._known, self._given = self._window[self._given :], "", 0
+            text = self._text_of(self._window)
+        certain = len(text) - min(_INCOMPLETE, len(text) - len(text.rstrip("\ufffd")))
+        new = text[len(self._known) : certain]
+        if new and certain == len(text):
+            self._window = self._window[self._given :]
+            self._given, self._known = len(self._window), self._text_of(self._window)
+            return new
+        if new:
+            self._known += new
+            self._given = max(self._given, len(self._window) - _INCOMPLETE)
+        if len(self._window) > _WINDOW:
+            self._narrow(text)
+        return new
+
+    def _narrow(self, text: str) -> None:
+        """Drop the older half of a window whose text is not certain for long, so that what is left ends the text as before.
+
+        UTF-8 says at each byte whether a character begins there, so one of a few places is right.
+        """
+        held = len(text) - len(self._known)
+        half = len(self._window) - _WINDOW // 2
+        texts = {start: self._text_of(self._window[start:]) for start in range(half, half + _INCOMPLETE + 1)}
+        start = next((start for start, rest in texts.items() if text.endswith(rest)), half)
+        self._window, self._given = self._window[start:], max(0, self._given - start)
+        self._known = texts[start][: max(0, len(texts[start]) - held)]
+
+    def _has_no_text(self, token: int) -> bool:
+        piece = self._tokenizer.id_to_token(token)
+        return piece is None or piece in self._hidden
+
+    def _text_of(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
 
     def _show(self, new: str, *, stoppable: bool) -> str:
         text = self._held + new
@@ -93,3 +129,8 @@ class Detokenizer:
             if text.endswith(stop[:length])
         )
         return max(lengths, default=0)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    return frozenset(str(token.content) for token in added if token.special)
