@@ -17,6 +17,19 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
+def said_of(error: BaseException) -> str:
+    """What to say of an exception that one request has caused, so that the request ends and others go on.
+
+    Panics of libraries written in Rust count as well, which are no `Exception`.
+
+    Raises:
+        KeyboardInterrupt, SystemExit, GeneratorExit: if the exception is one of these, which ask for the end of more than that.
+    """
+    if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+        raise error
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def system_error(error: BaseException) -> OSError | None:
     """The error of the operating system that is behind an exception; None if there is none.
 

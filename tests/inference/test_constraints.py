@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from yoco_u.data import END_OF_TEXT, train_tokenizer
 from yoco_u.errors import UserError
-from yoco_u.inference.constraints import GrammarCompiler
+from yoco_u.inference.constraints import Grammars
 from yoco_u.inference.sampler import sample
 from yoco_u.inference.sampler_state import SamplerState
 from yoco_u.inference.sampling_params import SamplingParams
@@ -23,7 +23,7 @@ TEXTS = [
 TOKENIZER = train_tokenizer(TEXTS, 400)
 EOS = TOKENIZER.convert_tokens_to_ids(END_OF_TEXT)
 VOCAB = len(TOKENIZER) + 13  # a model's vocabulary is often padded
-COMPILER = GrammarCompiler(TOKENIZER, VOCAB, [EOS])
+GRAMMARS = Grammars(TOKENIZER, VOCAB, [EOS])
 
 SCHEMA = {
     "type": "object",
@@ -40,12 +40,11 @@ SCHEMA = {
 
 def walk(params: SamplingParams, index: int, steps: int = 500) -> list[int] | None:
     """Tokens drawn under the grammar from a model that knows nothing, the end token left out; None if they do not end."""
-    matcher = COMPILER.matcher(params)
+    matcher = GRAMMARS.matcher(params)
     state = SamplerState(params, [EOS], index, [EOS], matcher)
     tokens: list[int] = []
     for _ in range(steps):
         assert matcher is not None
-        assert bool(matcher.allowed()[EOS]) == matcher.accepting
         [sampled] = sample(torch.zeros(1, VOCAB), [state])
         assert sampled is not None and sampled.token < len(TOKENIZER)
         if sampled.token == EOS:
@@ -95,8 +94,8 @@ def test_every_walk_matches_the_expression(regex):
 def test_requests_with_and_without_grammar_share_a_batch():
     settings = [{"regex": "[0-9]{3}"}, {}, {"json_schema": {"type": "boolean"}}, {"regex": "[0-9]{3}", "temperature": 0}]
     params = [SamplingParams(seed=3, **one) for one in settings]
-    states = [SamplerState(one, [EOS], 0, [EOS], COMPILER.matcher(one)) for one in params]
-    alone = [SamplerState(one, [EOS], 0, [EOS], COMPILER.matcher(one)) for one in params]
+    states = [SamplerState(one, [EOS], 0, [EOS], GRAMMARS.matcher(one)) for one in params]
+    alone = [SamplerState(one, [EOS], 0, [EOS], GRAMMARS.matcher(one)) for one in params]
     logits = torch.randn(4, VOCAB)
     before = logits.clone()
     together = sample(logits, states)
@@ -107,7 +106,7 @@ def test_requests_with_and_without_grammar_share_a_batch():
 
 def test_a_model_that_cannot_say_it_fails_alone():
     params = SamplingParams(regex="a", temperature=0)
-    states = [SamplerState(params, [EOS], 0, [EOS], COMPILER.matcher(params)) for _ in range(2)]
+    states = [SamplerState(params, [EOS], 0, [EOS], GRAMMARS.matcher(params)) for _ in range(2)]
     logits = torch.zeros(2, VOCAB)
     logits[0, TOKENIZER.convert_tokens_to_ids("a")] = -torch.inf
     results = sample(logits, states)
@@ -121,7 +120,7 @@ def test_any_end_token_ends():
     ends = [EOS, tokenizer.convert_tokens_to_ids("<|end|>")]
     letter = tokenizer.convert_tokens_to_ids("a")
     for end in ends:
-        matcher = GrammarCompiler(tokenizer, VOCAB, ends).matcher(SamplingParams(regex="a"))
+        matcher = Grammars(tokenizer, VOCAB, ends).matcher(SamplingParams(regex="a"))
         assert matcher is not None
         assert matcher.allowed().nonzero().flatten().tolist() == [letter]
         matcher.append(letter)
@@ -129,17 +128,15 @@ def test_any_end_token_ends():
         matcher.append(end)
 
 
-def test_a_grammar_is_compiled_once_and_matchers_do_not_share_state():
-    compiler = GrammarCompiler(TOKENIZER, VOCAB, [EOS])
+def test_outputs_of_one_grammar_do_not_share_state():
+    grammars = Grammars(TOKENIZER, VOCAB, [EOS])
     params = SamplingParams(regex="ab")
-    first, second = compiler.matcher(params), compiler.matcher(params)
-    compiler.matcher(SamplingParams(json_schema={"type": "null"}))
-    assert compiler._compiled.cache_info().misses == 2
+    first, second = grammars.matcher(params), grammars.matcher(params)
     assert first is not None and second is not None
     before = second.allowed()
     first.append(TOKENIZER.convert_tokens_to_ids("a"))
     assert torch.equal(second.allowed(), before) and not torch.equal(first.allowed(), before)
-    assert compiler.matcher(SamplingParams()) is None
+    assert grammars.matcher(SamplingParams()) is None
 
 
 @pytest.mark.parametrize(
@@ -157,14 +154,14 @@ def test_a_grammar_is_compiled_once_and_matchers_do_not_share_state():
 )
 def test_what_the_library_refuses_is_one_line(settings, message):
     with pytest.raises(UserError, match=message) as caught:
-        COMPILER.matcher(SamplingParams(**settings))
+        GRAMMARS.matcher(SamplingParams(**settings))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     monkeypatch.delitem(sys.modules, "llguidance.hf", raising=False)
-    compiler = GrammarCompiler(TOKENIZER, VOCAB, [EOS])
+    compiler = Grammars(TOKENIZER, VOCAB, [EOS])
     assert compiler.matcher(SamplingParams()) is None
     with pytest.raises(UserError, match=r"need llguidance: pip install 'yoco-u\[structured\]'$"):
         compiler.matcher(SamplingParams(regex="a"))
@@ -175,6 +172,6 @@ def test_a_tokenizer_that_does_not_fit():
     gaps = Tokenizer(models.BPE(vocab={"<s>": 0, **{letter: 3 * n + 5 for n, letter in enumerate("abc{}")}}, merges=[]))
     gaps.decoder = decoders.ByteLevel()
     sparse = PreTrainedTokenizerFast(tokenizer_object=gaps, eos_token="<s>")
-    for compiler in (GrammarCompiler(words, 2, [1]), GrammarCompiler(TOKENIZER, 100, [EOS]), GrammarCompiler(sparse, 20, [0])):
+    for compiler in (Grammars(words, 2, [1]), Grammars(TOKENIZER, 100, [EOS]), Grammars(sparse, 20, [0])):
         with pytest.raises(UserError, match=r"cannot be used with this tokenizer: [^\n]+$"):
             compiler.matcher(SamplingParams(regex="a"))

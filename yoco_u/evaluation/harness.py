@@ -22,7 +22,8 @@ from yoco_u.config import parse
 from yoco_u.data import end_of_text_id
 from yoco_u.errors import UserError
 from yoco_u.inference import LLM, RequestOutput, SamplingParams
-from yoco_u.inference.outputs import failed_output
+from yoco_u.inference.chat_template import chat_text
+from yoco_u.inference.outputs import BROKEN_LOGITS, failed_output
 from yoco_u.inference.shared_prefixes import run_shared
 
 MAX_LENGTH = 2048
@@ -93,13 +94,7 @@ class EngineLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return str(text)
+        return chat_text(self.tokenizer, chat_history, continue_final_message=not add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Tokens of a text. `<|endoftext|>` is put before them, unless the text has it already or it is not wanted."""
@@ -199,7 +194,7 @@ class EngineLM(TemplateLM):
             scored = [one for one in request.prompt_logprobs or () if one is not None]
             total = math.fsum(one.chosen.logprob for one in scored)
             if math.isnan(total):
-                raise failed_output("the model's logits hold NaN or infinity")
+                raise failed_output(BROKEN_LOGITS)
             answers[index] = total, all(one.top[0].token_id == one.chosen.token_id for one in scored)
             if requests[index][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])

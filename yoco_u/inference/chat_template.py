@@ -1,27 +1,106 @@
-"""A chat as tokens, by the template that comes with the tokenizer."""
+"""A chat as a text or as tokens, by the template that comes with the tokenizer.
 
+A template is a program of whoever made the tokenizer, so it runs in a confined process, under limits of time and memory.
+"""
+
+import json
+import queue
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from yoco_u.confined.nursery import Confined, Ended, Nursery, Refused
 from yoco_u.errors import UserError
 
+_SECONDS, _MEMORY = 1.0, 2**28
+_NURSERY = Nursery("yoco_u.confined.template", {}, seconds=_SECONDS, memory=_MEMORY)
+_IDLE: "queue.LifoQueue[Confined]" = queue.LifoQueue(4)  # processes that are kept for chats to come
 
-def chat_tokens(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]]) -> list[int]:
+
+def chat_tokens(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """The tokens of a chat up to where the answer begins.
 
     Args:
         messages: mappings of `role` and `content`.
 
     Raises:
-        UserError: if the tokenizer has no template, or the template refuses the messages.
+        UserError: as of `chat_text`.
+    """
+    text = chat_text(tokenizer, messages)
+    # Not through the tokenizer itself, which sets up truncation anew at each call while other threads decode; and as a batch,
+    # which lets other threads go on meanwhile.
+    [encoded] = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    return list(encoded.ids)
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    continue_final_message: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """The text of a chat up to where the answer begins. Any thread may call this.
+
+    Args:
+        messages: mappings of `role` and `content`.
+        continue_final_message: end within the last message, which the answer goes on from.
+        tools: JSON schemas of the tools that the model may call.
+
+    Raises:
+        UserError: if the tokenizer has no template, if the template refuses the messages or fails, or if it takes more time or
+            memory than a template may.
     """
     if not tokenizer.chat_template:
         raise UserError("this model has no chat template: it continues texts; use plain completions")
     try:
-        text = tokenizer.apply_chat_template([dict(one) for one in messages], tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+        arguments = tokenizer.special_tokens_map | {
+            "conversations": [[{key: value for key, value in one.items() if value is not None} for one in messages]],
+            "tools": None if tools is None else list(tools),
+            "chat_template": tokenizer.get_chat_template(tools=tools),
+            "continue_final_message": continue_final_message,
+            "add_generation_prompt": not continue_final_message,
+        }
+        return _rendered(json.dumps(arguments).encode()).decode()
+    except (Refused, Ended, RecursionError, ValueError) as error:
         raise UserError(f"the model's chat template refuses these messages: {error}") from None
-    # Not through the tokenizer itself, which sets up truncation anew at each call while other threads decode.
-    return [int(token) for token in tokenizer.backend_tokenizer.encode(str(text), add_special_tokens=False).ids]
+
+
+def prepare() -> None:
+    """Begin to start what renders chats, so that the first chat need not wait for it."""
+    _NURSERY.start()
+
+
+def _rendered(message: bytes) -> bytes:
+    """The answer of a confined process, which is kept for the next chat."""
+    process = _idle_process() or _NURSERY.new()
+    process.ask(message)
+    try:
+        answer = process.answer()
+    except Ended:
+        process.close()
+        raise
+    except Refused:
+        _keep(process)
+        raise
+    _keep(process)
+    return answer
+
+
+def _idle_process() -> Confined | None:
+    while True:
+        try:
+            process = _IDLE.get_nowait()
+        except queue.Empty:
+            return None
+        if not process.connection.poll():
+            return process
+        process.close()  # it has been ended from outside
+
+
+def _keep(process: Confined) -> None:
+    try:
+        _IDLE.put_nowait(process)
+    except queue.Full:
+        process.close()

@@ -1,58 +1,100 @@
-"""Grammars: which tokens may come next so that the output fits a JSON schema or a regular expression, through llguidance."""
+"""Grammars: which tokens may come next so that the output fits a JSON schema or a regular expression, through llguidance.
 
-import functools
+A grammar is compiled, and outputs are followed through it, in a confined process of its own (`followers.py`). A mask of allowed
+tokens is asked for as soon as the token before is known, and computed while the model runs.
+"""
+
+import hashlib
+import importlib.util
 import json
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
+from multiprocessing import connection
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from yoco_u.confined.nursery import Confined, Ended, Nursery, Refused
 from yoco_u.data import vocabulary_size
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, said_of
+from yoco_u.inference.followers import Followed, Follower
 from yoco_u.inference.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+_SECONDS, _MEMORY = 2.0, 2**28  # that compiling a grammar may take, and each mask
+_LONGEST = 2**18  # characters of a schema or an expression
+_COMPILATIONS = 16  # at once
+_IDLE = 16  # followers that are kept for outputs to come
+_REMEMBERED = 4096  # grammars that are known to compile
+_PATIENCE = 60.0  # seconds to wait for a mask: longer than the process can compute, however busy the machine is
 
 
-class Matcher:
-    """The state of one output in its grammar."""
+class Matcher(Followed):
+    """The state of one output in its grammar. One thread may use the matchers of a `Grammars`.
 
-    def __init__(self, state: "LLMatcher", vocab_size: int) -> None:
-        self._state = state
-        self._vocab_size = vocab_size
+    Attributes:
+        error: why no token is allowed, in one line; empty while all is well.
+    """
+
+    def __init__(self, grammars: "Grammars", grammar: bytes) -> None:
+        super().__init__()
+        self.follower: Follower | None = None
+        self._grammars, self._grammar = grammars, grammar
+        self._asked = 0.0
+
+    def ask(self) -> None:
+        """Ask for the mask, ahead of its use."""
+        if self.decided or (self.follower is not None and not self.follower.ended):
+            return
+        try:
+            self.follower = self._grammars.follow(self, self._grammar)
+            self._asked = time.monotonic()
+        except BaseException as error:
+            self.error = said_of(error)
+
+    def append(self, token: int) -> None:
+        """Take in the next token, which must be an allowed one, and ask for the mask behind it."""
+        self.tokens.append(token)
+        self.mask = None
+        if self.follower is not None and not self.follower.ended:
+            self.follower.ask(self)
+            self._asked = time.monotonic()
+
+    @property
+    def decided(self) -> bool:
+        """Whether it is known which tokens may come next, or that there is an error."""
+        return self.mask is not None or self.error != ""
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the process has not answered for so long that it will not."""
+        return not self.decided and time.monotonic() - self._asked > _PATIENCE
 
     def allowed(self) -> Tensor:
         """(vocab,) bool: the tokens that may come next, an end token only where the grammar accepts the output.
 
-        All false if the grammar became too complex to follow; `error` then says so.
+        All false after an error. Waits until it is known.
         """
-        bits = np.frombuffer(self._state.compute_bitmask(), dtype=np.uint8)
-        if self._state.is_error():
-            return torch.zeros(self._vocab_size, dtype=torch.bool)
-        return torch.from_numpy(np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_))
+        while not self.decided:
+            self._grammars.wait([self], _PATIENCE)
+        if self.error:
+            return torch.zeros(self._grammars.vocab_size, dtype=torch.bool)
+        bits = np.frombuffer(self.mask or b"", dtype=np.uint8)
+        return torch.from_numpy(np.unpackbits(bits, count=self._grammars.vocab_size, bitorder="little").view(np.bool_))
 
-    def append(self, token: int) -> None:
-        """Take in the next token, which must be an allowed one."""
-        taken = self._state.consume_token(token)
-        assert taken, f"token {token} does not fit the grammar: {self.error}"
-
-    @property
-    def accepting(self) -> bool:
-        """Whether the output may end here."""
-        return self._state.is_accepting()
-
-    @property
-    def error(self) -> str:
-        """Why no token is allowed, in one line; empty while all is well."""
-        return _one_line(self._state.get_error())
+    def close(self) -> None:
+        """The output has ended."""
+        if self.follower is not None:
+            self.follower.forget(self)
 
 
-class GrammarCompiler:
-    """Compiles the grammars of requests for one tokenizer, each once.
+class Grammars:
+    """Compiles the grammars of requests for one tokenizer, and follows outputs through them.
 
     Args:
         tokenizer: a fast tokenizer whose tokens are bytes or characters of the text.
@@ -61,58 +103,128 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, eos_token_ids: Collection[int]) -> None:
-        self._hf_tokenizer = tokenizer
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
+        self._tokenizer = tokenizer
         self._eos_token_ids = list(eos_token_ids)
-        self._compiled = functools.lru_cache(maxsize=128)(self._compile)
+        self._nursery: Nursery | None = None
+        self._lock = threading.RLock()
+        self._followers: OrderedDict[bytes, Follower] = OrderedDict()  # by the grammar's hash; least recently used first
+        self._remembered: OrderedDict[bytes, None] = OrderedDict()  # hashes of grammars that compile
+        self._compilations = ThreadPoolExecutor(_COMPILATIONS, "grammar")
+
+    def prepare(self, params: SamplingParams) -> "Future[bytes | None]":
+        """Compile the grammar of a request, without waiting for it. Any thread may call this.
+
+        Returns:
+            What `matcher` needs; None without a grammar. Or a UserError: if llguidance is not installed, cannot read the
+            tokenizer, or refuses the schema or the expression, or if that takes more time or memory than a grammar may.
+        """
+        if not params.constrained:
+            nothing: Future[bytes | None] = Future()
+            nothing.set_result(None)
+            return nothing
+        return self._compilations.submit(self._compile, params)
 
     def matcher(self, params: SamplingParams) -> Matcher | None:
-        """A fresh matcher at the beginning of an output; None if the request has no grammar.
+        """A matcher at the beginning of an output; None if the request has no grammar.
 
         Raises:
-            UserError: if llguidance is not installed, cannot read the tokenizer, or refuses the schema or the expression.
+            UserError: as of `prepare`.
         """
-        if params.json_schema is not None:
-            compiled = self._compiled("json_schema", json.dumps(params.json_schema))
-        elif params.regex is not None:
-            compiled = self._compiled("regex", params.regex)
+        grammar = self.prepare(params).result()
+        return None if grammar is None else Matcher(self, grammar)
+
+    def follow(self, output: Followed, grammar: bytes) -> Follower:
+        """Ask a process that may be new for the mask of an output."""
+        key = _hash(grammar)
+        with self._lock:
+            follower = self._followers.get(key)
+            if follower is None or follower.ended:
+                follower = self._followers[key] = Follower(self._new_process(), grammar)
+            self._followers.move_to_end(key)
+            follower.ask(output)
+        return follower
+
+    def wait(self, matchers: Sequence[Matcher], seconds: float) -> None:
+        """Wait until all matchers are decided, or for so many seconds."""
+        end = time.monotonic() + seconds
+        while undecided := [matcher for matcher in matchers if not matcher.decided]:
+            for matcher in undecided:
+                matcher.ask()
+                if matcher.overdue and matcher.follower is not None:
+                    matcher.error = "its process does not answer"
+                    matcher.follower.end()
+            followers = [matcher.follower for matcher in undecided if not matcher.decided]
+            asked = {one.connection: one for one in followers if one is not None and not one.ended}
+            left = end - time.monotonic()
+            readable = connection.wait(list(asked), max(0.0, left))
+            for one in readable:
+                asked[one].take()  # type: ignore[index]
+            if left <= 0 and not readable:
+                return
+
+    def _compile(self, params: SamplingParams) -> bytes:
+        kind, text = _text(params)
+        grammar = json.dumps({"kind": kind, "text": text}).encode()
+        key = _hash(grammar)
+        with self._lock:
+            if key in self._remembered:
+                return grammar
+        follower = Follower(self._new_process(), grammar)
+        try:
+            follower.compile()
+        except (Refused, Ended) as error:
+            follower.end()
+            raise UserError(f"{kind} {_shortened(text)}: {error}") from None
+        with self._lock:
+            self._remembered[key] = None
+            if len(self._remembered) > _REMEMBERED:
+                self._remembered.popitem(last=False)
+            self._keep(key, follower)
+        return grammar
+
+    def _keep(self, key: bytes, follower: Follower) -> None:
+        """Keep a follower for outputs to come, and end those that were not needed for longest."""
+        if key in self._followers:
+            follower.end()
         else:
-            return None
-        return Matcher(compiled.deep_copy(), self._vocab_size)
+            self._followers[key] = follower
+        idle = [one for one, its in self._followers.items() if its.idle or its.ended]
+        for one in idle[:-_IDLE]:
+            self._followers.pop(one).end()
 
-    def _compile(self, kind: str, text: str) -> "LLMatcher":
-        tokenizer = self._tokenizer
-        from llguidance import LLMatcher
+    def _new_process(self) -> Confined:
+        with self._lock:
+            if self._nursery is None:
+                if importlib.util.find_spec("llguidance") is None:
+                    raise UserError("json_schema and regex need llguidance: pip install 'yoco-u[structured]'")
+                if vocabulary_size(self._tokenizer) > len(self._tokenizer):  # llguidance counts tokens, not ids
+                    raise UserError("json_schema and regex cannot be used with this tokenizer: its token ids have gaps")
+                backend = copy(self._tokenizer.backend_tokenizer)
+                backend.no_padding()
+                backend.no_truncation()
+                setup = {"tokenizer": backend.to_str(), "vocab_size": self.vocab_size, "eos_token_ids": self._eos_token_ids}
+                self._nursery = Nursery("yoco_u.confined.grammar", setup, seconds=_SECONDS, memory=_MEMORY)
+            return self._nursery.new()
 
-        grammar = LLMatcher.grammar_from_regex(text) if kind == "regex" else LLMatcher.grammar_from_json_schema(text)
-        matcher = LLMatcher(tokenizer, grammar, log_level=0)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # only now it is known whether any text fits
-        if matcher.is_error():
-            raise UserError(f"{kind} {_shortened(text)}: {_one_line(matcher.get_error())}")
-        return matcher
 
-    @functools.cached_property
-    def _tokenizer(self) -> "LLTokenizer":
+def _text(params: SamplingParams) -> tuple[str, str]:
+    """The kind of a grammar, and its text."""
+    if params.regex is not None:
+        kind, text = "regex", params.regex
+    else:
+        kind = "json_schema"
         try:
-            from llguidance.hf import from_tokenizer
-        except ImportError:
-            raise UserError("json_schema and regex need llguidance: pip install 'yoco-u[structured]'") from None
-        if vocabulary_size(self._hf_tokenizer) > len(self._hf_tokenizer):  # llguidance counts tokens, not ids
-            raise UserError("json_schema and regex cannot be used with this tokenizer: its token ids have gaps")
-        try:
-            return from_tokenizer(self._hf_tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
-        except ValueError as error:
-            raise UserError(f"json_schema and regex cannot be used with this tokenizer: {_one_line(str(error))}") from None
+            text = json.dumps(params.json_schema)
+        except RecursionError:
+            raise UserError("json_schema: it is nested too deeply") from None
+    if len(text) > _LONGEST:
+        raise UserError(f"{kind} {_shortened(text)}: it has {len(text)} characters, at most {_LONGEST} may be used")
+    return kind, text
 
 
-def _one_line(message: str) -> str:
-    """The sentence that matters of the library's message, which may draw the place over several lines."""
-    if message.startswith("NoExtension"):
-        return "no text fits it"
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    errors = [line.removeprefix("error:").strip() for line in lines if line.startswith("error:")]
-    return next(iter(errors or lines), "")
+def _hash(grammar: bytes) -> bytes:
+    return hashlib.sha256(grammar).digest()
 
 
 def _shortened(text: str, longest: int = 80) -> str:

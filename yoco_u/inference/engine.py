@@ -1,7 +1,8 @@
 """The engine: requests in, tokens out. `Engine.step` is schedule (`scheduler.py`), run (`runner.py`), sample (`sampler.py`)."""
 
 import itertools
-from dataclasses import dataclass
+import logging
+from concurrent.futures import Future
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -9,38 +10,31 @@ from transformers import PreTrainedTokenizerFast
 from yoco_u.architecture import Architecture
 from yoco_u.budget import bytes_per_kv_element, cache_bytes
 from yoco_u.data import DocumentEncoder
-from yoco_u.device import free_memory_bytes, upload
-from yoco_u.errors import UserError
-from yoco_u.inference.constraints import GrammarCompiler
+from yoco_u.device import free_memory_bytes
+from yoco_u.errors import UserError, said_of
+from yoco_u.inference.constraints import Grammars
 from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.inference.gpu_layers import fuse_layers
 from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.inference.kernels.gpu import require_triton
 from yoco_u.inference.kv_cache import CacheShape
-from yoco_u.inference.logprobs import score
-from yoco_u.inference.outputs import Completion, RequestOutput, TokenLogprobs, Update
+from yoco_u.inference.outputs import BROKEN_LOGITS, Completion, RequestOutput, Update
 from yoco_u.inference.prepacking import can_prepack, prepack
 from yoco_u.inference.quantization import quantize
 from yoco_u.inference.request import Request
 from yoco_u.inference.runner import Runner
+from yoco_u.inference.running_output import RunningOutput
 from yoco_u.inference.sampler import Sampled, sample
 from yoco_u.inference.sampler_state import SamplerState
 from yoco_u.inference.sampling_params import SamplingParams
-from yoco_u.inference.scheduler import Chunk, Scheduler
+from yoco_u.inference.scheduler import Chunk, Scheduler, Step
 from yoco_u.inference.settings import EngineSettings
 from yoco_u.model import YocoUForCausalLM
 
+log = logging.getLogger("yoco_u.inference")
 
-@dataclass(eq=False)
-class _Output:
-    """One output while it runs: the request that the scheduler sees, and everything that its tokens go through."""
-
-    request: Request
-    sampler: SamplerState
-    detokenizer: Detokenizer | None
-    completion: Completion
-    parent: RequestOutput
-    started: bool = False
+_GRACE = 0.01  # seconds that a step waits for a grammar's mask of allowed tokens; after that, its output waits for a later step
+_PAUSE = 0.05  # seconds that a step waits for masks that are late already, if it has nothing else to do
 
 
 class Engine:
@@ -96,16 +90,29 @@ class Engine:
         self._encoder = DocumentEncoder(tokenizer) if tokenizer is not None else None
         self.eos_token_ids = _end_tokens(model, self._encoder)
         self._grammars = (
-            GrammarCompiler(tokenizer, self.architecture.vocab_size, self.eos_token_ids) if tokenizer is not None else None
+            Grammars(tokenizer, self.architecture.vocab_size, self.eos_token_ids) if tokenizer is not None else None
         )
-        self._outputs: dict[str, _Output] = {}
-        self._siblings: dict[str, list[_Output]] = {}  # outputs that wait until the first one has computed their prompt
+        self._outputs: dict[str, RunningOutput] = {}
+        self._siblings: dict[str, list[RunningOutput]] = {}  # outputs that wait until the first one has computed their prompt
+        self._undecided: dict[RunningOutput, torch.Tensor] = {}  # outputs that wait for their grammar, with (vocab,) logits
         self._numbers = itertools.count(1)
 
     @property
     def unfinished(self) -> int:
         """Requests that wait or run, each of `n` outputs counted."""
         return len(self._outputs)
+
+    def prepare(self, params: SamplingParams) -> "Future[bytes | None]":
+        """Compile the grammar of a request, so that `add` need not wait for it. Any thread may call this.
+
+        Returns:
+            Done when the grammar is compiled, or when it is refused, with the `UserError` that `add` would raise.
+        """
+        if self._grammars is not None:
+            return self._grammars.prepare(params)
+        nothing: Future[bytes | None] = Future()
+        nothing.set_result(None)
+        return nothing
 
     def add(self, prompt: str | list[int], params: SamplingParams, request_id: str | None = None) -> RequestOutput:
         """Queue a request.
@@ -134,7 +141,7 @@ class Engine:
             parent.outputs.append(completion)
             own = params if index == 0 else params.model_copy(update={"prompt_logprobs": None})
             outputs.append(
-                _Output(
+                RunningOutput(
                     Request(own_name, tokens, own, loops),
                     SamplerState(params, tokens, index, self.eos_token_ids, matcher),
                     Detokenizer(self.tokenizer, params) if self.tokenizer is not None else None,
@@ -190,21 +197,37 @@ class Engine:
         """Run one step: some tokens of every request that runs.
 
         Returns:
-            What was added to which output, outputs that ended included; empty when there is nothing to do.
+            What was added to which output, outputs that ended included; empty when there is nothing to do. An output has ended
+            with an error if an exception came up in its own sampling, grammar, text or scores, and the others go on.
 
         Raises:
             Exception: whatever the model raised. The requests of this step have then ended with an error, the others go on.
         """
         step = self.scheduler.schedule()
-        if not step.chunks:
-            return []
+        for request in step.preempted:  # what it waited with is computed again
+            self._undecided.pop(self._outputs[request.id], None)
         for chunk in step.chunks:
+            self._outputs[chunk.request.id].start(chunk.start)
+        computed = self._run(step) if step.chunks else []
+        updates = []
+        rows = dict(self._undecided)  # logits of the outputs whose next token is to be chosen
+        for chunk, logits in computed:
             output = self._outputs[chunk.request.id]
-            if not output.started:
-                output.started = True
-                output.parent.cached_tokens += chunk.start
+            failed = self._score(output, chunk, logits) if chunk.request.params.prompt_logprobs is not None else None
+            if failed is not None:
+                updates.append(failed)
+            elif chunk.samples:
+                rows[output] = logits[-1]
+        updates += self._sample(rows, idle=not step.chunks)
+        ending = (self._outputs.get(chunk.request.id) for chunk in step.chunks if chunk.completes)
+        updates += [self._end(output, "length") for output in ending if output is not None]
+        self._release_siblings()
+        return updates
+
+    def _run(self, step: Step) -> list[tuple[Chunk, torch.Tensor]]:
+        """Compute a step; its chunks that logits are asked of, with them."""
         try:
-            scored = self.runner.run(step)
+            computed = self.runner.run(step)
         except BaseException:
             for chunk in step.chunks:  # what their caches hold is not known any more
                 self._end(self._outputs[chunk.request.id], "error")
@@ -212,60 +235,73 @@ class Engine:
         for request, key in step.snapshots:
             self.scheduler.keep_snapshot(key, *self.runner.window_state(request))
         self.scheduler.advance(step)
-        for chunk, logits in scored:
-            if chunk.request.params.prompt_logprobs is not None:
-                self._score_prompt(self._outputs[chunk.request.id], chunk, logits)
-        sampled = [(self._outputs[chunk.request.id], logits[-1]) for chunk, logits in scored if chunk.samples]
-        updates = []
-        if sampled:
-            found = sample(torch.stack([logits for _, logits in sampled]), [output.sampler for output, _ in sampled])
-            updates = [self._append(output, one) for (output, _), one in zip(sampled, found, strict=True)]
-        updates += [self._end(self._outputs[chunk.request.id], "length") for chunk in step.chunks if chunk.completes]
-        self._release_siblings()
-        return updates
+        return computed
 
-    def _append(self, output: _Output, sampled: Sampled | None) -> Update:
-        completion, request = output.completion, output.request
+    def _sample(self, rows: dict[RunningOutput, torch.Tensor], idle: bool) -> list[Update]:
+        """Choose the next tokens of outputs; those whose grammar has not said yet which may come wait for a later step.
+
+        Args:
+            rows: (vocab,) logits of each output.
+            idle: whether nothing else is to be done meanwhile.
+        """
+        if self._grammars is not None:
+            new = [output.sampler.matcher for output in rows if output not in self._undecided]
+            old = [output.sampler.matcher for output in self._undecided]
+            self._grammars.wait([matcher for matcher in new if matcher is not None], _GRACE)
+            self._grammars.wait([matcher for matcher in old if matcher is not None], _PAUSE if idle else 0)
+        decided = [output for output in rows if output.sampler.decided]
+        found: list[Sampled | None] = []
+        if decided:
+            found = sample(torch.stack([rows[output] for output in decided]), [output.sampler for output in decided])
+        self._undecided = {
+            output: self._undecided[output] if output in self._undecided else logits.clone()  # the next step overwrites them
+            for output, logits in rows.items()
+            if not output.sampler.decided
+        }
+        return [self._append(output, one) for output, one in zip(decided, found, strict=True)]
+
+    def _append(self, output: RunningOutput, sampled: Sampled | None) -> Update:
         if sampled is None:
-            completion.error = output.sampler.failure
-            return self._end(output, "error")
-        token = sampled.token
-        self.scheduler.append(request, token)
-        completion.token_ids.append(token)
-        if completion.logprobs is not None:
-            assert sampled.logprob is not None
-            completion.logprobs.append(TokenLogprobs(sampled.logprob, sampled.top))
-        if token in output.sampler.stop_token_ids:
-            completion.stop_reason = token
-            return self._end(output, "stop", [token])
-        text = output.detokenizer.append(token) if output.detokenizer is not None else ""
-        completion.text += text
-        if output.detokenizer is not None and output.detokenizer.stopped is not None:
-            completion.stop_reason = output.detokenizer.stopped
-            return self._end(output, "stop", [token], text)
-        if len(completion.token_ids) == request.params.max_tokens:
-            return self._end(output, "length", [token], text)
-        return Update(output.parent, completion, text, [token])
+            return self._fail(output, output.sampler.failure or "")
+        self.scheduler.append(output.request, sampled.token)
+        try:
+            text, reason = output.take(sampled)
+        except BaseException as error:
+            return self._fail(output, error)
+        if reason is not None:
+            return self._end(output, reason, [sampled.token], text)
+        return Update(output.parent, output.completion, text, [sampled.token])
 
-    def _end(self, output: _Output, reason: str, tokens: list[int] | None = None, text: str = "") -> Update:
-        if output.detokenizer is not None:
-            rest = output.detokenizer.flush()
-            output.completion.text += rest
-            text += rest
-        output.completion.finish_reason = reason
+    def _score(self, output: RunningOutput, chunk: Chunk, logits: torch.Tensor) -> Update | None:
+        """Score the prompt tokens of a chunk; the output's last update if that failed."""
+        try:
+            output.score(chunk.end, logits)
+        except BaseException as error:
+            return self._fail(output, error)
+        return None
+
+    def _fail(self, output: RunningOutput, reason: str | BaseException) -> Update:
+        """End an output with an error that concerns it alone."""
+        if isinstance(reason, BaseException):
+            output.completion.error = said_of(reason)
+            log.warning("request %s failed", output.request.id, exc_info=reason)
+        else:
+            output.completion.error = reason
+        return self._end(output, "error")
+
+    def _end(self, output: RunningOutput, reason: str, tokens: list[int] | None = None, text: str = "") -> Update:
+        try:
+            text += output.flush()
+        except BaseException as error:
+            output.completion.error, reason = output.completion.error or said_of(error), "error"
         if not any(output in others for others in self._siblings.values()):
-            self.scheduler.finish(output.request, reason)
+            # What was computed for an output that failed by itself is right, and may be shared.
+            wrong = reason == "error" and output.completion.error in (None, BROKEN_LOGITS)
+            self.scheduler.finish(output.request, "abort" if reason == "error" and not wrong else reason)
         del self._outputs[output.request.id]
+        self._undecided.pop(output, None)
         self._release_siblings()
-        return Update(output.parent, output.completion, text, tokens or [], reason)
-
-    def _score_prompt(self, output: _Output, chunk: Chunk, logits: torch.Tensor) -> None:
-        found, top = output.parent.prompt_logprobs, output.request.params.prompt_logprobs
-        assert found is not None and top is not None
-        targets = output.request.prompt[chunk.end - len(logits) + 1 : chunk.end + 1]
-        if targets:
-            scored = score(logits[: len(targets)], upload(targets, logits.device), top)
-            found += [TokenLogprobs(*one) for one in scored]
+        return output.ended(reason, tokens or [], text)
 
     def _release_siblings(self) -> None:
         """Queue the other outputs of a prompt once the first output has computed it, so that they find the prompt cached."""

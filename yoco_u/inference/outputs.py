@@ -78,6 +78,11 @@ class Update:
     finish_reason: str | None = None
 
 
+BROKEN_LOGITS = "the model's logits hold NaN or infinity"
+"""The `error` of an output for which the model computed no numbers."""
+
+
 def failed_output(error: str) -> UserError:
     """The error to raise for an output that ended with an `error`."""
-    return UserError(f"{error}; the model may be damaged, or its dtype too coarse for it: try float32")
+    advice = "; the model may be damaged, or its dtype too coarse for it: try float32" if error == BROKEN_LOGITS else ""
+    return UserError(error + advice)

@@ -8,6 +8,7 @@ All tensor operations run on the logits' device. What they need of the requests 
 without, and what a step finds comes back in one, the only time that the host waits.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 from yoco_u.device import read_back
+from yoco_u.errors import said_of
 from yoco_u.inference.logprobs import Logprob, rank, ranked
+from yoco_u.inference.outputs import BROKEN_LOGITS
 from yoco_u.inference.packed_upload import Arrays, upload_arrays
 from yoco_u.inference.sampler_state import SamplerState
 from yoco_u.inference.token_filters import (
@@ -30,6 +33,8 @@ from yoco_u.inference.token_filters import (
     penalty_arrays,
     running,
 )
+
+log = logging.getLogger("yoco_u.inference")
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,23 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled | Non
 
     Returns:
         One a row. None where the row has no token to choose, with the reason in the state's `failure`: the logits hold NaN
-        or plus infinity, or every token is forbidden.
+        or plus infinity, every token is forbidden, or choosing raised an exception, which concerns that row alone.
     """
+    try:
+        rows = _choose(logits, states)
+    except BaseException as error:
+        fault, said = error, said_of(error)
+    else:
+        return [_taken(state, row) for state, row in zip(states, rows, strict=True)]
+    if len(states) > 1:  # nothing has changed yet: find the row by which it fails
+        return [sample(logits[row : row + 1], [state])[0] for row, state in enumerate(states)]
+    log.warning("a request failed when its token was chosen", exc_info=fault)
+    states[0].failure = said
+    return [None]
+
+
+def _choose(logits: Tensor, states: Sequence[SamplerState]) -> list[list[float]]:
+    """A row of numbers a state, which `_result` reads. The states stay as they are."""
     logits = logits.float()
     arrays = step_arrays(states, logits.shape[-1])
     given = upload_arrays(arrays, logits.device)
@@ -68,11 +88,11 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled | Non
     tops = [state.params.logprobs for state in states if state.params.logprobs is not None]
     if tops:
         found = torch.cat([found, _rank(logits, tokens, max(tops), given.get("ranked_rows"))], dim=-1)
-    return [_result(state, row) for state, row in zip(states, read_back(found), strict=True)]
+    return read_back(found)
 
 
 def step_arrays(states: Sequence[SamplerState], vocab: int) -> Arrays:
-    """All that a step needs of the requests. It draws the random numbers of the rows that are sampled, so call it once."""
+    """All that a step needs of the requests."""
     arrays = {**penalty_arrays(states), **forbidden_arrays(states, vocab)}
     drawn = [row for row, state in enumerate(states) if not state.greedy]
     if drawn:
@@ -103,6 +123,16 @@ def _rank(logits: Tensor, tokens: Tensor, top: int, some: Tensor | None) -> Tens
     return table.new_zeros(len(logits), table.shape[-1]).index_copy(0, some, table)
 
 
+def _taken(state: SamplerState, row: list[float]) -> Sampled | None:
+    """`_result`, or None if it raises."""
+    try:
+        return _result(state, row)
+    except BaseException as error:
+        state.failure = said_of(error)
+        log.warning("a request failed when it took its token in", exc_info=error)
+        return None
+
+
 def _result(state: SamplerState, row: list[float]) -> Sampled | None:
     """The token of one row, taken in by its state.
 
@@ -111,7 +141,7 @@ def _result(state: SamplerState, row: list[float]) -> Sampled | None:
     """
     token, best, peak = int(row[0]), row[1], row[2]
     if not peak < math.inf:  # or NaN
-        state.failure = "the model's logits hold NaN or infinity"
+        state.failure = BROKEN_LOGITS
         return None
     if not best > FORBIDDEN:  # or NaN
         grammar = state.matcher.error if state.matcher is not None else ""

@@ -50,22 +50,26 @@ class SamplerState:
         self._counts = array("q", bytes(self._tokens.itemsize * len(self._tokens)))
         seed = secrets.randbits(64) if params.seed is None else params.seed
         self._random = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
+        self._uniform: float | None = None  # of the next token, once it is drawn
 
     def append(self, token: int) -> None:
         """Take in the output's next token. `sample` calls this for the tokens that it chooses."""
         self.num_tokens += 1
+        self._uniform = None
         if self.penalized:
             place = self._places.setdefault(token, len(self._tokens))
             if place == len(self._tokens):
                 self._tokens.append(token)
                 self._counts.append(0)
             self._counts[place] += 1
-        if self.matcher is not None:
+        if self.matcher is not None and token not in self.stop_token_ids:
             self.matcher.append(token)
 
     def uniform(self) -> float:
-        """The next random number in [0, 1)."""
-        return float(self._random.random())
+        """The random number in [0, 1) of the next token, the same until `append`."""
+        if self._uniform is None:
+            self._uniform = float(self._random.random())
+        return self._uniform
 
     def counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The tokens that penalties fall on, and how often the output has each (0: only the prompt has it); (tokens,) int64.
@@ -73,6 +77,11 @@ class SamplerState:
         They are views, to be dropped before the next `append`.
         """
         return np.frombuffer(self._tokens, np.int64), np.frombuffer(self._counts, np.int64)
+
+    @property
+    def decided(self) -> bool:
+        """Whether it is known which tokens may come next."""
+        return self.matcher is None or self.matcher.decided
 
     @property
     def unfinished(self) -> bool:

@@ -83,6 +83,8 @@ class SamplingParams(Config):
             return json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"not JSON: {error}") from None
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
 
     @model_validator(mode="after")
     def _together(self) -> "SamplingParams":

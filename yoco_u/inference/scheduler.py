@@ -191,7 +191,8 @@ class Scheduler:
                 self._grow(request, step)
         if not step.preempted:
             self._admit(step)
-        wanted = sorted(((self._next_stop(request) - request.computed, request) for request in self.running), key=itemgetter(0))
+        lacking = ((self._next_stop(request) - request.computed, request) for request in self.running)
+        wanted = sorted((one for one in lacking if one[0]), key=itemgetter(0))  # some only wait for their next token
         budget = self.max_batched_tokens
         for served, (tokens, request) in enumerate(wanted):
             # The shortest come first, so that what they leave of their even share goes to the longer ones.

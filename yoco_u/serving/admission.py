@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
-from yoco_u.inference import Engine, SamplingParams
-from yoco_u.inference.chat_template import chat_tokens
+from yoco_u.inference import Engine, SamplingParams, chat_template
 from yoco_u.serving.engine_loop import EngineLoop
 from yoco_u.serving.errors import ApiError
 from yoco_u.serving.requests import ChatRequest, CompletionRequest, Message, SampledRequest
@@ -45,6 +44,8 @@ class Admission:
         self._encoder = DocumentEncoder(tokenizer)
         self._most_characters = _most_characters(tokenizer, engine.max_model_len)
         self._tokenizing = asyncio.Semaphore(_LONG_TEXTS)
+        if tokenizer.chat_template:
+            chat_template.prepare()
 
     async def completion(self, body: CompletionRequest) -> Admitted:
         """Admit a request for completions.
@@ -147,8 +148,8 @@ class Admission:
         is_short = sum(len(one["content"]) for one in messages) <= _SHORT
         try:
             if is_short:
-                return await asyncio.to_thread(chat_tokens, self._tokenizer, messages)
-            return await self._aside(chat_tokens, self._tokenizer, messages)
+                return await asyncio.to_thread(chat_template.chat_tokens, self._tokenizer, messages)
+            return await self._aside(chat_template.chat_tokens, self._tokenizer, messages)
         except UserError as error:
             if self._tokenizer.chat_template:
                 raise ApiError(400, str(error), param="messages") from None

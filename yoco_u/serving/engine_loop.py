@@ -153,8 +153,10 @@ class EngineLoop:
         job = Job(prompts, params, self.time_limit, self._abort)
         self._outstanding += count
         self._jobs.add(job)
-        self._inbox.put(lambda: self._add(job))
         try:
+            await asyncio.wrap_future(self.engine.prepare(params))
+            if not job.accepted.done():  # it may have ended while its grammar was compiled
+                self._inbox.put(lambda: self._add(job))
             await job.accepted
         except BaseException:
             job.close()

@@ -1,0 +1,169 @@
+"""Whatever happens in a confined process, its starter only sees that it ended, and the next one is as good as the first."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from yoco_u.confined.nursery import Confined, Ended, Nursery, Refused
+
+LIMITS = {"seconds": 0.2, "memory": 2**26}
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Nursery:
+    return Nursery("services", {"greeting": "hi"}, **LIMITS)
+
+
+def say(process: Confined, message: str) -> str:
+    process.ask(message.encode())
+    return process.answer().decode()
+
+
+def test_messages_are_answered_in_their_order_by_processes_that_share_nothing(nursery: Nursery) -> None:
+    first, second = nursery.new(), nursery.new()
+    for name in ("a", "b", "c"):
+        first.ask(f"greet {name}".encode())
+    assert say(second, "greet d") == "hi d"
+    assert [first.answer() for _ in range(3)] == [b"hi a", b"hi b", b"hi c"]
+    assert say(first, "all ") == "a b c " and say(second, "all ") == "d "
+    long = "x" * 10**6
+    assert say(first, f"greet {long}") == f"hi {long}"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "compute x",
+        "allocate 1000000000000000",
+        *(f"crash {int(one)}" for one in (signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL)),
+    ],
+)
+def test_what_ends_a_process_ends_no_other(nursery: Nursery, message: str) -> None:
+    innocent, guilty = nursery.new(), nursery.new()
+    guilty.ask(message.encode())
+    with pytest.raises((Ended, Refused)) as caught:
+        guilty.answer()
+    assert (
+        "MemoryError" in str(caught.value)
+        or str(caught.value) == "it takes more than 0.2 s of computing or 64 MiB, the limits for it"
+    )
+    guilty.close()
+    assert say(innocent, "greet you") == say(nursery.new(), "greet you") == "hi you"
+
+
+def test_memory_is_limited_to_what_was_said(nursery: Nursery) -> None:
+    process = nursery.new()
+    assert say(process, f"allocate {2**25}") == str(2**25)
+    with pytest.raises(Refused, match="MemoryError"):
+        say(process, f"allocate {2**26}")
+    assert say(process, "greet you") == "hi you"
+
+
+def test_only_computing_counts_and_each_message_for_itself(nursery: Nursery) -> None:
+    process = nursery.new()
+    assert say(process, "sleep 0.5") == say(process, "sleep 0") == "rested"
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("fail fault", "first"),
+        ("fail exit", "first"),
+        ("fail interrupt", "first"),
+        ("recurse x", "maximum recursion depth"),
+        ("no x", "no attribute"),
+    ],
+)
+def test_what_a_service_raises_is_a_refusal(nursery: Nursery, message: str, reason: str) -> None:
+    process = nursery.new()
+    with pytest.raises(Refused, match=reason) as caught:
+        say(process, message)
+    assert "\n" not in str(caught.value)
+    assert say(process, "greet you") == "hi you"
+
+
+def test_nothing_is_written(nursery: Nursery, tmp_path: Path) -> None:
+    with pytest.raises((Refused, Ended)):
+        say(nursery.new(), f"write {tmp_path / 'file'}")
+    assert not (tmp_path / "file").exists() or (tmp_path / "file").stat().st_size == 0
+
+
+@pytest.mark.parametrize(
+    ("service", "setup", "reason"), [("services", {"greeting": ""}, "an empty greeting"), ("no_such", {}, "No module")]
+)
+def test_a_service_that_cannot_be_set_up_says_so_to_everyone(service: str, setup: dict[str, str], reason: str) -> None:
+    nursery = Nursery(service, setup, **LIMITS)
+    for _ in range(2):
+        with pytest.raises(Refused, match=reason):
+            say(nursery.new(), "greet you")
+
+
+def test_the_process_that_is_forked_may_be_ended_from_outside(nursery: Nursery) -> None:
+    running = nursery.new()
+    os.kill(int(say(running, "parent x")), signal.SIGKILL)
+    assert say(running, "greet you") == "hi you"
+    for _ in range(20):  # one that was handed over just before is lost with it
+        try:
+            assert say(nursery.new(), "greet you") == "hi you"
+            break
+        except Ended:
+            continue
+    else:
+        pytest.fail("the nursery did not recover")
+
+
+def test_several_threads_use_one_nursery() -> None:
+    nursery, found = Nursery("services", {}, **LIMITS), []
+    threads = [threading.Thread(target=lambda n=n: found.append(say(nursery.new(), f"greet {n}"))) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [f"hello {n}" for n in range(8)]
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def wait_until_gone(*pids: int) -> None:
+    for _ in range(600):
+        if all(gone(pid) for pid in pids):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"still there: {[pid for pid in pids if not gone(pid)]}")
+
+
+def test_no_process_outlives_its_starter() -> None:
+    """Not even one that computes when the starter is killed: it comes to its limit."""
+    code = (
+        "import os, signal, sys; from yoco_u.confined.nursery import Nursery\n"
+        "nursery = Nursery('services', {}, seconds=0.2, memory=2**26); idle, busy = nursery.new(), nursery.new()\n"
+        "for one in (idle, busy): one.ask(b'pid x')\n"
+        "idle.ask(b'parent x'); print(int(idle.answer()), int(busy.answer()), int(idle.answer()), flush=True)\n"
+        "busy.ask(b'compute x'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    wait_until_gone(*map(int, run.stdout.split()))
+
+
+def test_closed_processes_and_nurseries_end() -> None:
+    nursery = Nursery("services", {}, **LIMITS)
+    process = nursery.new()
+    pids = int(say(process, "pid x")), int(say(process, "parent x"))
+    process.close()
+    wait_until_gone(pids[0])
+    del nursery
+    wait_until_gone(pids[1])

@@ -1,0 +1,95 @@
+"""The process that confined processes are forked from, and what each of them does."""
+
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+from yoco_u.confined import ANSWERED, REFUSED
+
+Service = Callable[[bytes], bytes]
+"""Answers a message. What it raises is the answer as well: its first line."""
+
+
+def main() -> None:
+    """Set the service up, then fork a process for every connection that comes, until the starter is gone."""
+    fd, name, limits = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter decides what Ctrl-C ends
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel forgets children that have ended
+    with socket.socket(fileno=fd) as control:
+        service = _set_up(name, _received(control))
+        gc.freeze()  # a collection would copy memory that is shared with the children
+        while fds := socket.recv_fds(control, 1, 1)[1]:
+            _fork(service, control, fds[0], limits["seconds"], limits["bytes"])
+
+
+def _received(control: socket.socket) -> dict[str, Any]:
+    """The service's setup, JSON behind its length."""
+    length = int.from_bytes(control.recv(8, socket.MSG_WAITALL), "big")
+    return json.loads(control.recv(length, socket.MSG_WAITALL) or "{}")
+
+
+def _set_up(name: str, setup: dict[str, Any]) -> Service:
+    """The service of a module; if it cannot be set up, one that says so whatever it is asked."""
+    try:
+        return importlib.import_module(name).Service(**setup)
+    except Exception as error:
+        reason = _reason(error)
+
+        def refuse(_: bytes) -> bytes:
+            raise RuntimeError(reason)
+
+        return refuse
+
+
+def _fork(service: Service, control: socket.socket, fd: int, seconds: float, memory: int) -> None:
+    try:
+        child = os.fork() == 0
+    except OSError:  # too many processes: the starter finds its connection closed
+        child = False
+    if not child:
+        os.close(fd)
+        return
+    try:
+        control.close()
+        _confine(memory)
+        _serve(service, Connection(fd), seconds)
+    finally:
+        os._exit(0)
+
+
+def _confine(memory: int) -> None:
+    """Let this process take `memory` more bytes, and write neither files nor core dumps."""
+    most = psutil.Process().memory_info().vms + memory
+    for kind, limit in ((resource.RLIMIT_AS, most), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        resource.setrlimit(kind, (limit, limit))
+
+
+def _serve(service: Service, connection: Connection, seconds: float) -> None:
+    """Answer messages one after another until the starter closes the connection."""
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except EOFError:
+            return
+        # Seconds of CPU, so that a busy machine ends nobody. The signal ends the process, whatever it is doing.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            answer = ANSWERED + service(message)
+        except BaseException as error:  # panics of Rust are no `Exception`
+            answer = REFUSED + _reason(error).encode(errors="replace")
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        connection.send_bytes(answer)
+
+
+def _reason(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
