@@ -181,7 +181,7 @@ def test_long_runs_of_any_tokens_give_the_text_of_the_whole(tokenizer, data):
 
 
 byte_runs = st.lists(
-    st.tuples(st.lists(st.sampled_from([0xF0, 0x9F, 0xA6, 0x89, 0xC3, 0xA9, 0x80, 0xFF, 0x61]), max_size=5), st.integers(1, 40))
+    st.tuples(st.lists(st.sampled_from([0xF0, 0x9F, 0xA6, 0x89, 0xC3, 0xA9, 0x80, 0xFE, 0x61]), max_size=5), st.integers(1, 40))
 )
 
 
