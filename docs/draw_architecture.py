@@ -38,7 +38,7 @@ SAYS = {
     "errors": "one-line errors", "version": "", "paper": "the paper's figures", "files": "whole or not at all",
     "checksums": "damage is noticed",
     "formatting": "numbers in words", "device": "what runs here", "config": "YAML, overrides", "plotting": "one palette",
-    "confined": "processes that may be ended",
+    "confined": "under limits",
     "architecture": "a list of stages", "budget": "FLOPs and bytes by arithmetic", "data": "corpus to batches",
     "model": "the one forward pass", "training": "batch to step, runs", "loading": "runs and models by path",
     "inference": "the engine", "report": "a page about runs", "planning": "what would fit", "evaluation": "loss, tasks",

@@ -85,6 +85,12 @@ def test_stop_strings_end_the_text_wherever_the_tokens_lie(tokens, stops):
         assert not any(stop in TOKENIZER.decode(tokens[: taken - 1]) for stop in stops)
 
 
+@given(st.text("ab", max_size=60), st.lists(st.text("ab", min_size=1, max_size=9), max_size=3), st.integers(0, 40))
+def test_stop_strings_that_begin_within_one_another(text, stops, least):
+    tokens = TOKENIZER.convert_tokens_to_ids(list(text))
+    assert run(tokens, stop=stops, min_tokens=least)[:2] == expected(text, stops, start=least)
+
+
 @given(st.text("ab", max_size=12), stop_strings, st.integers(0, 8))
 def test_stop_strings_do_not_count_before_min_tokens(text, stops, least):
     tokens = TOKENIZER.convert_tokens_to_ids(list(text))

@@ -1,5 +1,6 @@
 """A fault in one request's sampling, grammar, text or scores ends that request alone, whatever else is in its batch."""
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -196,3 +197,22 @@ def test_outputs_wait_for_a_late_mask_alone(kinds: list[int], late: int, abort: 
     let_go()
     drain()
     assert abort or said(waiting) == wanted[0]
+
+
+@settings(max_examples=15)
+@given(kinds=st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=5), chance=st.randoms(use_true_random=False))
+def test_masks_that_come_late_at_any_token(kinds: list[int], chance: random.Random) -> None:
+    """Each output says what it says alone, however many steps it waits for each of its tokens."""
+    expected = [alone(kind, number) for number, kind in enumerate(kinds)]
+    decided, steps = SamplerState.decided.fget, {}  # type: ignore[attr-defined]
+
+    def late(state: SamplerState) -> bool:
+        place = state, state.num_tokens
+        steps[place] = steps.get(place, chance.choice([0, 0, 1, 2, 5])) - 1
+        return steps[place] < 0 and bool(decided(state))
+
+    requests = [ENGINE.add(*request(kind, number)) for number, kind in enumerate(kinds)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SamplerState, "decided", property(late))
+        drain()
+    assert [said(one) for one in requests] == [outputs for outputs, _ in expected]

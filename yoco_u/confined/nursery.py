@@ -113,7 +113,7 @@ class Confined:
 
     def __init__(self, connection: Connection, seconds: float, memory: int) -> None:
         self.connection = connection
-        self._limits = f"more than {seconds:g} s of computing or {memory >> 20} MiB, the limits for it"
+        self._limits = f"more than {seconds:g} s of computing or {memory >> 20} MiB, or crashes"
 
     def ask(self, message: bytes) -> None:
         """Send a message. If the process has ended, `answer` will say so."""

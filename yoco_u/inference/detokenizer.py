@@ -22,7 +22,7 @@ class Detokenizer:
         self.stopped: str | None = None
         self._tokenizer = tokenizer.backend_tokenizer
         self._hidden = _special_tokens(tokenizer) if params.skip_special_tokens else frozenset()
-        self._stops = params.stop
+        self._stops = [_StopString(stop) for stop in params.stop]
         self._unstoppable = params.min_tokens  # tokens still to come before a stop string counts
         self._window: list[int] = []  # the last tokens: those whose text is given out, then those whose text is not certain
         self._given = 0  # tokens of the window whose text is given out as a whole
@@ -104,31 +104,50 @@ class Detokenizer:
 
     def _show(self, new: str, *, stoppable: bool) -> str:
         text = self._held + new
-        if stoppable and (found := self._first_stop(text, len(self._held))):
-            self.stopped, end = found
-            text = text[: end - len(self.stopped)]
-            self._held = ""
+        for end, char in enumerate(new, len(self._held) + 1):
+            complete = [stop.text for stop in self._stops if stop.ends_with(char)]
+            if complete and stoppable:
+                self.stopped = max(complete, key=len)
+                text, held = text[: end - len(self.stopped)], 0
+                break
         else:
-            safe = len(text) - self._may_become_stop(text)
-            text, self._held = text[:safe], text[safe:]
+            held = max((stop.begun for stop in self._stops), default=0)
+        safe = len(text) - held
+        text, self._held = text[:safe], text[safe:]
         self._shown.append(text)
         return text
 
-    def _first_stop(self, text: str, seen: int) -> tuple[str, int] | None:
-        """The stop string whose end comes first after `seen` characters, and that end."""
-        starts = ((stop, text.find(stop, max(0, seen - len(stop) + 1))) for stop in self._stops)
-        ends = [(stop, start + len(stop)) for stop, start in starts if start >= 0]
-        return min(ends, key=lambda found: (found[1], -len(found[0])), default=None)
 
-    def _may_become_stop(self, text: str) -> int:
-        """Characters of the longest end of the text that a stop string begins with, without being it."""
-        lengths = (
-            length
-            for stop in self._stops
-            for length in range(min(len(stop) - 1, len(text)), 0, -1)
-            if text.endswith(stop[:length])
-        )
-        return max(lengths, default=0)
+class _StopString:
+    """Looks for a string in a text that comes character by character, in constant time for each (Knuth, Morris, Pratt).
+
+    Attributes:
+        text: the string.
+        begun: length of the longest beginning of the string, short of the whole, that the text ends with.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.begun = text, 0
+        self._borders = [0]  # for each beginning of the string: the longest shorter one that it ends with; as far as needed
+
+    def ends_with(self, char: str) -> bool:
+        """Take in the text's next character. Whether the text ends with the string now."""
+        self.begun = self._longer(self.begun, char)
+        if self.begun < len(self.text):
+            return False
+        self.begun = self._border(self.begun)
+        return True
+
+    def _longer(self, length: int, char: str) -> int:
+        """The longest beginning that a text ends with which ended with one of `length`, and goes on with a character."""
+        while length and self.text[length] != char:
+            length = self._border(length)
+        return length + (self.text[length] == char)
+
+    def _border(self, length: int) -> int:
+        while len(self._borders) < length:
+            self._borders.append(self._longer(self._borders[-1], self.text[len(self._borders)]))
+        return self._borders[length - 1]
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:

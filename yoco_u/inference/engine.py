@@ -249,15 +249,15 @@ class Engine:
             old = [output.sampler.matcher for output in self._undecided]
             self._grammars.wait([matcher for matcher in new if matcher is not None], _GRACE)
             self._grammars.wait([matcher for matcher in old if matcher is not None], _PAUSE if idle else 0)
-        decided = [output for output in rows if output.sampler.decided]
-        found: list[Sampled | None] = []
-        if decided:
-            found = sample(torch.stack([rows[output] for output in decided]), [output.sampler for output in decided])
+        decided = {output: None for output in rows if output.sampler.decided}
         self._undecided = {
             output: self._undecided[output] if output in self._undecided else logits.clone()  # the next step overwrites them
             for output, logits in rows.items()
-            if not output.sampler.decided
+            if output not in decided
         }
+        if not decided:
+            return []
+        found = sample(torch.stack([rows[output] for output in decided]), [output.sampler for output in decided])
         return [self._append(output, one) for output, one in zip(decided, found, strict=True)]
 
     def _append(self, output: RunningOutput, sampled: Sampled | None) -> Update:
