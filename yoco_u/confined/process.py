@@ -16,6 +16,8 @@ import psutil
 
 from yoco_u.confined import ANSWERED, REFUSED
 
+_NICENESS = 19  # what computes for one request leaves the cores to the model, which computes for all
+
 Service = Callable[[bytes], bytes]
 """Answers a message. What it raises is the answer as well: its first line."""
 
@@ -61,6 +63,7 @@ def _fork(service: Service, control: socket.socket, fd: int, seconds: float, mem
         return
     try:
         control.close()
+        os.nice(_NICENESS)
         _confine(memory)
         _serve(service, Connection(fd), seconds)
     finally:
