@@ -2,20 +2,48 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: quickstart test check benchmarks gpu-wheels clean
+# uv installs in a fifth of pip's time. It does not read pip's settings, so those of the environment are handed to it.
+comma := ,
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(subst $() ,$(comma),$(PIP_FIND_LINKS))
+endif
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+ifdef PIP_EXTRA_INDEX_URL
+export UV_INDEX ?= $(PIP_EXTRA_INDEX_URL)
+endif
+
+# Python keeps the byte code of what is imported, and of nothing else: the installation does not compile, so that must be on.
+unexport PYTHONDONTWRITEBYTECODE
+
+define install
+	$(PYTHON) -m venv .venv
+	$(PIP) install --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '$(1)'
+endef
+
+.PHONY: quickstart test pytest check format mypy benchmarks gpu-wheels clean
 
 quickstart: .venv/installed
 	$(BIN)/yoco-u quickstart
 
-test: check
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+test: format
+	@$(MAKE) --no-print-directory --jobs 2 mypy pytest
 
-check: .venv/installed-dev
+pytest: .venv/installed-dev
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+check: format mypy
+
+mypy: .venv/installed-dev
+	$(BIN)/mypy
+
+format: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror yoco_u/inference/kernels/cpu/*.cpp yoco_u/inference/kernels/cpu/*.h
 
 benchmarks: .venv/installed
@@ -24,20 +52,19 @@ benchmarks: .venv/installed
 
 # For benchmarks/gpu.py on a machine without a package index: Linux, x86-64, Python 3.12.
 gpu-wheels: .venv/installed
-	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version 3.12 --implementation cp \
+	$(PIP) download --no-deps --only-binary :all: --python-version 3.12 --implementation cp \
 		--platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 --requirement benchmarks/gpu_wheels.txt --dest benchmarks/wheels
 	@du --human-readable --summarize benchmarks/wheels
 
 .venv/installed: pyproject.toml constraints.txt
-	@echo "creating .venv and installing yoco-u (a minute or two)"
-	$(PYTHON) -m venv .venv
-	$(INSTALL) --editable .
+	@echo "creating .venv and installing yoco-u (half a minute and the download of torch)"
+	$(call install,.)
 	@touch $@
 
-.venv/installed-dev: .venv/installed
-	@echo "installing the test tools"
-	$(INSTALL) --editable '.[dev]'
-	@touch $@
+.venv/installed-dev: pyproject.toml constraints.txt
+	@echo "creating .venv and installing yoco-u and the test tools (half a minute and the download of torch)"
+	$(call install,.[dev])
+	@touch .venv/installed $@
 
 clean:
 	rm -rf .venv runs datasets benchmarks/wheels
