@@ -1,6 +1,7 @@
-"""Settings for every test: one thread, fixed seeds, hypothesis without deadlines and always the same examples."""
+"""For every test: one thread, fixed seeds, hypothesis without deadlines and always the same examples; and the files' order."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,30 @@ settings.register_profile(
 )
 settings.load_profile("yoco_u")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# The files that take longest. They come first, so that no process is left alone with one of them in the end.
+SLOWEST = (
+    "training/test_resume.py",
+    "bench/test_bench_command.py",
+    "inference/test_gpu_engine.py",
+    "cli/test_experiment_command.py",
+    "inference/test_engine_properties.py",
+    "inference/test_portable_kernels.py",
+    "serving/test_server.py",
+    "training/test_training.py",
+    "training/test_distributed.py",
+    "serving/test_fuzzing.py",
+    "inference/test_gpu_kernels.py",
+    "cli/test_imports.py",
+    "cli/test_long_context_commands.py",
+    "cli/test_commands.py",
+)
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {TESTS / file: index for index, file in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(autouse=True)
