@@ -5,15 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import SUBPROCESS
 
 from yoco_u.architecture import preset
-from yoco_u.bench import engines
+from yoco_u.bench import engines, process
 from yoco_u.bench import run as run_module
 from yoco_u.bench.ceilings import Ceilings
 from yoco_u.cli import main
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
 TINY = ("--size", "test", "--contexts", "32,64", "--batches", "1,2", "--rounds", "1")
+
+
+@pytest.fixture(autouse=True)
+def _forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`test_engines.py` starts workers as the command does."""
+    monkeypatch.setattr(process, "subprocess", SUBPROCESS)
 
 
 @pytest.fixture(autouse=True)

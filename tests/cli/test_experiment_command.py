@@ -4,16 +4,18 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
-from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from filelock import FileLock
+from forked import FORKS, SUBPROCESS
+from own_signals import signal_at
 
+from yoco_u.cli import main
 from yoco_u.errors import UserError
 from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.experiment import jobs
@@ -53,7 +55,6 @@ def grid(workspace: Path, tmp_path: Path) -> Path:
     return file
 
 
-TESTS = Path(__file__).parents[1]
 RUNS = ["yoco_seed-0", "yoco-u_seed-0", "yoco_seed-1", "yoco-u_seed-1"]
 
 
@@ -177,17 +178,19 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in read_run(folder).records]
 
 
+def _killed_at(moment: str, arguments: list[str]) -> None:
+    signal_at(moment, signal.SIGKILL)
+    main(arguments)
+
+
 def test_killed_in_a_run_it_goes_on_to_the_same_losses(run: Any, workspace: Path, tmp_path: Path) -> None:
     file, out, whole = tmp_path / "grid.yaml", tmp_path / "out", tmp_path / "whole"
     file.write_text(GRID.format(folder=workspace, steps=12))
-    killed = f"""
-        from own_signals import signal_at
-        from yoco_u.cli import main
-        signal_at("os.mkdir */{RUNS[1]}/checkpoints/step-00000006.partial", {signal.SIGKILL:d})
-        main(["experiment", {str(file)!r}, "seeds=[0]", "--out", {str(out)!r}])
-    """
-    done = subprocess.run([sys.executable, "-c", dedent(killed)], cwd=TESTS, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL
+    moment = f"os.mkdir */{RUNS[1]}/checkpoints/step-00000006.partial"
+    process = FORKS.Process(target=_killed_at, args=(moment, ["experiment", str(file), "seeds=[0]", "--out", str(out)]))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert (out / RUNS[0] / "summary.json").exists()
     assert not (out / RUNS[1] / "summary.json").exists()
     first = (out / RUNS[0] / "metrics.jsonl").stat().st_mtime_ns
@@ -200,6 +203,12 @@ def test_killed_in_a_run_it_goes_on_to_the_same_losses(run: Any, workspace: Path
         assert losses(out / name) == expected
 
 
+@pytest.fixture
+def forked_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "subprocess", SUBPROCESS)
+
+
+@pytest.mark.usefixtures("forked_jobs")
 def test_several_processes_train_each_run_once(run: Any, grid: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     outcome = run("experiment", grid, "measures=null", "--out", out, "--jobs", "2")
@@ -222,6 +231,7 @@ def test_without_time_nothing_is_trained_and_nothing_is_wrong(run: Any, grid: Pa
     assert not list(out.glob("*/summary.json"))
 
 
+@pytest.mark.usefixtures("forked_jobs")
 @pytest.mark.parametrize(("how", "count"), [("the time is over", 2), ("asked to stop", 1)])
 def test_processes_that_stop_leave_a_checkpoint(
     how: str, count: int, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -229,7 +239,7 @@ def test_processes_that_stop_leave_a_checkpoint(
     """The time is over, or the signal comes, once each process has taken a step; no run can end before."""
     file, out, now = tmp_path / "grid.yaml", tmp_path / "out", [0.0]
     file.write_text(GRID.format(folder=workspace, steps=10**6))
-    monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep))
 
     def watch() -> None:
         if len([metrics for metrics in out.glob("*/metrics.jsonl") if metrics.stat().st_size > 0]) == count:

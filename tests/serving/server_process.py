@@ -1,4 +1,4 @@
-"""`yoco-u serve` as a process of its own."""
+"""`yoco-u serve` in a process of its own."""
 
 import os
 import re
@@ -10,19 +10,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forked
 import httpx2
 
 SETTINGS = ("--dtype", "float32", "--cache-tokens", "4096", "--max-num-seqs", "4", "--max-waiting", "4", "--port", "0")
 
 
 class Process:
-    """A server process and where it listens."""
+    """A server process and where it listens.
 
-    def __init__(self, folder: Path, *arguments: str, log: Path, environment: dict[str, str] | None = None) -> None:
+    Args:
+        popen: what starts it: `subprocess.Popen` does it as a user does, which takes longer.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        log: Path,
+        environment: dict[str, str] | None = None,
+        popen: type[forked.Popen] | type[subprocess.Popen[Any]] = forked.Popen,
+    ) -> None:
         self.log = log
         command = [sys.executable, "-m", "yoco_u.cli", "serve", str(folder), "--name", "tiny", *SETTINGS, *arguments]
         with log.open("w") as file:
-            self.process = subprocess.Popen(
+            self.process = popen(
                 command,
                 stdout=file,
                 stderr=subprocess.STDOUT,

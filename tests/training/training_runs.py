@@ -1,7 +1,6 @@
 """Tiny training runs, in this process or in other processes."""
 
 import gc
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from flash import use_flash
+from forked import FORKS
 from own_signals import signal_at
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,10 +20,6 @@ from yoco_u.architecture import preset
 from yoco_u.config import parse
 from yoco_u.errors import UserError
 from yoco_u.training import RunConfig, read_metrics, train
-
-# Children are forked from a server process that has imported torch, which saves time, and that has no threads.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["yoco_u.training", "torch._dynamo"])
 
 STEPS = 6
 
