@@ -8,7 +8,7 @@ import torch
 from forked import SUBPROCESS
 
 from yoco_u.architecture import preset
-from yoco_u.bench import engines, process
+from yoco_u.bench import engines, paper_tables, process
 from yoco_u.bench import run as run_module
 from yoco_u.bench.ceilings import Ceilings
 from yoco_u.cli import main
@@ -62,7 +62,8 @@ def test_a_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert [row["failure"] for row in found["rows"]] == [None, None]
 
 
-def test_paper(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_paper(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper_tables, "CHUNK", 256)  # 2,048 take a Transformer seconds
     options = ("--size", "test", "--contexts", "2048,4096", "--rounds", "1")
     assert main(["bench", "--paper", *options, "--json", f"{tmp_path}/bench.json"]) == 0
     shown = capsys.readouterr().out
