@@ -15,19 +15,19 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 # The files that take longest. They come first, so that no process is left alone with one of them in the end.
 SLOWEST = (
-    "training/test_resume.py",
-    "bench/test_bench_command.py",
     "inference/test_gpu_engine.py",
-    "cli/test_experiment_command.py",
     "inference/test_engine_properties.py",
+    "training/test_resume.py",
     "inference/test_portable_kernels.py",
-    "serving/test_server.py",
+    "cli/test_experiment_command.py",
+    "serving/test_fuzzing.py",
+    "bench/test_bench_command.py",
     "training/test_training.py",
     "training/test_distributed.py",
-    "serving/test_fuzzing.py",
     "inference/test_gpu_kernels.py",
+    "serving/test_server.py",
     "cli/test_imports.py",
-    "cli/test_long_context_commands.py",
+    "bench/test_engines.py",
     "cli/test_commands.py",
 )
 TESTS = Path(__file__).parent
