@@ -4,25 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-# uv installs in a fifth of pip's time. It does not read pip's settings, so those of the environment are handed to it.
-comma := ,
-ifdef PIP_FIND_LINKS
-export UV_FIND_LINKS ?= $(subst $() ,$(comma),$(PIP_FIND_LINKS))
-endif
-ifdef PIP_INDEX_URL
-export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
-endif
-ifdef PIP_EXTRA_INDEX_URL
-export UV_INDEX ?= $(PIP_EXTRA_INDEX_URL)
-endif
-
 # Python keeps the byte code of what is imported, and of nothing else: the installation does not compile, so that must be on.
 unexport PYTHONDONTWRITEBYTECODE
 
 define install
 	$(PYTHON) -m venv .venv
-	$(PIP) install --constraint constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '$(1)'
+	$(PIP) install --no-compile --constraint constraints.txt --editable '$(1)'
 endef
 
 .PHONY: quickstart test pytest check format mypy benchmarks gpu-wheels clean
@@ -57,12 +44,12 @@ gpu-wheels: .venv/installed
 	@du --human-readable --summarize benchmarks/wheels
 
 .venv/installed: pyproject.toml constraints.txt
-	@echo "creating .venv and installing yoco-u (half a minute and the download of torch)"
+	@echo "creating .venv and installing yoco-u (a minute or two)"
 	$(call install,.)
 	@touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt
-	@echo "creating .venv and installing yoco-u and the test tools (half a minute and the download of torch)"
+	@echo "creating .venv and installing yoco-u and the test tools (a minute or two)"
 	$(call install,.[dev])
 	@touch .venv/installed $@
 
