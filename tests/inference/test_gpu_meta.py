@@ -12,7 +12,7 @@ from models import architecture
 from yoco_u import YocoUConfig, YocoUForCausalLM
 from yoco_u.inference import Engine, EngineSettings, SamplingParams
 
-UPLOADERS = ("block_tables", "engine", "gpu_plan", "packed_upload", "runner")
+UPLOADERS = ("block_tables", "gpu_plan", "packed_upload", "runner", "running_output")
 READERS = ("logprobs", "sampler")
 
 
