@@ -56,7 +56,7 @@ def serve(
     ] = None,
     max_waiting: Annotated[int | None, typer.Option("--max-waiting", help="Outputs that may wait. \\[default: 256]")] = None,
     max_body_bytes: Annotated[
-        int | None, typer.Option("--max-body-bytes", help="Bytes of one HTTP request. \\[default: 2 MiB]")
+        int | None, typer.Option("--max-body-bytes", help="Bytes of one HTTP request. \\[default: 1 MiB]")
     ] = None,
     max_n: Annotated[int | None, typer.Option("--max-n", help="Most outputs of one prompt. \\[default: 16]")] = None,
     max_output_tokens: Annotated[

@@ -32,7 +32,7 @@ class ServerSettings(Config):
     api_keys: tuple[SecretStr, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_waiting: NonNegativeInt = 256
-    max_body_bytes: PositiveInt = 2 * 2**20
+    max_body_bytes: PositiveInt = 2**20
     max_n: Count = 16
     max_output_tokens: Count = 4096
     max_num_loops: Count = 8
