@@ -24,7 +24,7 @@ from rich.progress import Progress
 LOADS = (0, 1, 2)
 CONTEXT = 512
 CASES = ("decode, batch 1", "decode, batch 16", "prefill", "training")
-WARM_SECONDS = 0.6
+WARM_SECONDS = 2.5
 OPENMP_SPINS = "300000"  # what libgomp does if nothing is set
 
 
@@ -119,7 +119,7 @@ def work() -> None:
         if size not in measures:
             measures[size] = measures_of(size)
         begin = time.perf_counter()
-        while time.perf_counter() - begin < WARM_SECONDS:  # in which the engine notices what else runs
+        while time.perf_counter() - begin < WARM_SECONDS:  # in which it is noticed what else runs
             rate = measures[size][case]()
         print(json.dumps(rate), flush=True)
 
@@ -133,6 +133,7 @@ def measures_of(size: str) -> dict[str, Callable[[], float]]:
     from yoco_u.architecture import preset
     from yoco_u.bench.timed_engine import TimedEngine
     from yoco_u.device import multiplies_bfloat16
+    from yoco_u.training.other_programs import OtherPrograms
 
     dtype = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
     architecture, steps = preset("yoco_u", size), 30 if size == "test" else 8
@@ -141,10 +142,10 @@ def measures_of(size: str) -> dict[str, Callable[[], float]]:
     )
     one_step = step(YocoUForCausalLM(YocoUConfig.from_architecture(architecture)), architecture, 1, CONTEXT, use_cache=False)
 
-    threads = torch.get_num_threads()
+    others = OtherPrograms(True, print)  # as with training.follow_free_cores
 
     def train() -> float:
-        torch.set_num_threads(threads)  # which the engine may have changed
+        others.mind()
         begin = time.perf_counter()
         repeats = 4 if size == "test" else 1
         for _ in range(repeats):

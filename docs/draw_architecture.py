@@ -21,7 +21,7 @@ PACKAGE = ROOT / "yoco_u"
 
 FLOORS = (
     ("errors", "version", "paper"),
-    ("files", "checksums", "formatting", "device", "config", "plotting", "confined"),
+    ("files", "checksums", "formatting", "device", "free_cores", "config", "plotting", "confined"),
     ("architecture", "budget"),
     ("data", "model"),
     ("training", "loading"),
@@ -37,7 +37,8 @@ ROOMS = tuple(room for floor in FLOORS for room in floor)
 SAYS = {
     "errors": "one-line errors", "version": "", "paper": "the paper's figures", "files": "whole or not at all",
     "checksums": "damage is noticed",
-    "formatting": "numbers in words", "device": "what runs here", "config": "YAML, overrides", "plotting": "one palette",
+    "formatting": "numbers in words", "device": "what runs here", "free_cores": "beside others",
+    "config": "YAML, overrides", "plotting": "one palette",
     "confined": "under limits",
     "architecture": "a list of stages", "budget": "FLOPs and bytes by arithmetic", "data": "corpus to batches",
     "model": "the one forward pass", "training": "batch to step, runs", "loading": "runs and models by path",

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from yoco_u.architecture import Architecture
 from yoco_u.device import upload
+from yoco_u.free_cores import FreeCores
 from yoco_u.inference.block_tables import BlockTables
 from yoco_u.inference.decode_graphs import Capture, DecodeGraphs, Slots, cuda_graphs
-from yoco_u.inference.free_cores import FreeCores
 from yoco_u.inference.gpu_backend import GpuBackend
 from yoco_u.inference.gpu_plan import StepPlan
 from yoco_u.inference.kv_cache import CacheShape, KVCache

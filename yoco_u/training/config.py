@@ -73,6 +73,8 @@ class TrainingConfig(Config):
         checkpoint_stages: stages, by index, whose activations are recomputed in the backward pass instead of kept.
         parallel: how several processes share the work: `ddp` copies the model, `fsdp` shards it (FSDP2).
         device: a device of torch, or `auto`: a GPU where there is one, otherwise the CPU.
+        follow_free_cores: whether training on a CPU takes fewer threads while other programs run, which is faster beside
+            them. The results then depend on what else ran, in their last bits, and so do those of a run that is continued.
         evaluate_every: steps between evaluations on the validation split; the last step is always evaluated.
         evaluation_tokens: the most validation tokens that an evaluation scores.
         save_every: steps between checkpoints; the last step is always saved.
@@ -92,6 +94,7 @@ class TrainingConfig(Config):
     checkpoint_stages: tuple[int, ...] = ()
     parallel: Literal["ddp", "fsdp"] = "ddp"
     device: str = "auto"
+    follow_free_cores: bool = False
     evaluate_every: Count = 100
     evaluation_tokens: PositiveInt = 262_144
     save_every: Count = 200

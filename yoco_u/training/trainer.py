@@ -8,7 +8,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +29,7 @@ from yoco_u.training.export import export_model
 from yoco_u.training.forward import DTYPES
 from yoco_u.training.metrics import METRICS, MetricsWriter, Record, loss_figures, read_metrics
 from yoco_u.training.optimizer import build_optimizer
+from yoco_u.training.other_programs import minding_others
 from yoco_u.training.parallelize import check_memory, parallelize
 from yoco_u.training.progress import progress_report
 from yoco_u.training.run_folder import RunFolder
@@ -92,8 +93,10 @@ class _Run:
         self._build()
         self._resume()
         self._measure_machine()
+        device, follow = self.distributed.device, self.config.training.follow_free_cores
         with closing(self.checkpoints), self._writing_metrics(), self._reporting(), _stop_on_signal() as stop:
-            self._loop(stop)
+            with minding_others(device, follow, self.reporter.say) as mind_others:
+                self._loop(stop, mind_others)
             self.checkpoints.wait()
         return self._finish()
 
@@ -174,13 +177,14 @@ class _Run:
                 self.reporter.say("bfloat16 is slow without hardware for it; a new run with training.dtype=float32 is faster")
             yield
 
-    def _loop(self, stop: "_Stop") -> None:
+    def _loop(self, stop: "_Stop", mind_others: Callable[[], None]) -> None:
         training = self.config.training
         loader = BatchLoader(self.dataset, training.batch_rows, self.distributed.rank, self.distributed.world_size)
         batches = loader.iterate(self.state.step)
         if self.state.step == training.steps and not self.distributed.on_main(self._is_evaluated):
             self._evaluate()
         while self.state.step < training.steps:
+            mind_others()
             try:
                 self._step(batches)
             except RuntimeError:

@@ -2,14 +2,15 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yoco_u.inference import free_cores
-from yoco_u.inference.free_cores import FreeCores
+from yoco_u import free_cores
+from yoco_u.free_cores import FreeCores
 
 
 class Machine:
@@ -30,12 +31,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine()
 
 
-def follower(machine: Machine, cores: int, most: int, monkeypatch: pytest.MonkeyPatch) -> FreeCores:
+def follower(machine: Machine, cores: int, most: int, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> FreeCores:
     monkeypatch.setattr(free_cores, "_cores", lambda: list(range(cores)))
     threads = [most]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
-    return FreeCores(lambda: machine.now, lambda: (machine.of_all, machine.own))
+    return FreeCores(clock=lambda: machine.now, used=lambda: (machine.of_all, machine.own), **settings)
 
 
 def test_one_thread_less_for_each_busy_program(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +53,14 @@ def test_cores_to_spare_go_first(machine: Machine, monkeypatch: pytest.MonkeyPat
         machine.run(1.0, others, own=3)
         follow()
         assert torch.get_num_threads() == expected
+
+
+def test_numbers_that_are_halved_are_few(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow = follower(machine, 16, 12, monkeypatch, seconds=1.0, stale=1e9, halving=True).follow
+    for others, expected in [(0, 12), (4, 12), (5, 6), (9, 6), (11, 3), (13, 3), (14, 1), (99, 1), (0, 12)]:
+        machine.run(30.0, others, own=1)
+        follow()
+        assert torch.get_num_threads() == expected, others
 
 
 def test_it_looks_four_times_a_second_at_most(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
