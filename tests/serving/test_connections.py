@@ -40,7 +40,8 @@ class Servant:
         return Connection(self._config, self.state, {})
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
-        while (message := await receive()).get("more_body"):
+        message: Any = {"type": ""}
+        while scope["path"] != "/early" and (message := await receive()).get("more_body"):
             pass
         if message["type"] == "http.disconnect":
             self.gone += 1
@@ -70,7 +71,7 @@ class Servant:
         await asyncio.wait_for(wait(), PATIENCE)
 
 
-BODIES = {"/": b"here", "/later": b"here", "/large": bytes(LARGE)}
+BODIES = {"/": b"here", "/later": b"here", "/early": b"here", "/large": bytes(LARGE)}
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -191,6 +192,19 @@ async def test_what_is_no_http_is_answered(sent: bytes, status: int) -> None:
         client = await servant.connect()
         client[1].write(sent)
         assert error_of(await rest(client))[0] == status
+
+
+@pytest.mark.parametrize("size", [1, 100_000, LARGE])
+async def test_an_answer_before_the_end_of_the_request_is_not_lost(size: int) -> None:
+    async with serving() as servant:
+        _, writer = client = await servant.connect()
+        writer.write(f"POST /early HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {size}\r\n\r\n".encode())
+        for start in range(0, size, 65536):
+            writer.write(bytes(min(65536, size - start)))
+            await writer.drain()
+        head, body = (await rest(client)).split(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200") and body == b"here"
+        await servant.until(lambda: not servant.connections)
 
 
 async def test_idle_connections_make_room() -> None:

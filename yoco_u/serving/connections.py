@@ -11,6 +11,7 @@ import ssl
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import h11
 import psutil
@@ -26,24 +27,55 @@ _LINGER = 1.0  # seconds for which what a refused client still sends is read, so
 _SILENCE = 10.0  # seconds between two lines of the log about the same trouble
 
 
+class _Transport:
+    """A transport whose `close` lets a client that still sends its request read the answer.
+
+    A socket that is closed with bytes that nobody has read is reset by the operating system, and what was written to it may be
+    lost on the way.
+    """
+
+    def __init__(self, transport: asyncio.Transport, connection: "Connection") -> None:
+        self._transport, self._connection, self._closing = transport, connection, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._closing or self._transport.is_closing()
+
+    def close(self) -> None:
+        cycle = self._connection.cycle
+        if self.is_closing():
+            return
+        self._closing = True
+        if (self._connection.refused or (cycle is not None and cycle.more_body)) and self._transport.can_write_eof():
+            self._connection.refused = True
+            self._transport.write_eof()
+            self._transport.resume_reading()
+            asyncio.get_running_loop().call_later(_LINGER, self._transport.abort)
+        else:
+            self._transport.close()
+
+
 class Connection(H11Protocol):
     """One connection to a client. Whatever it refuses, it refuses in the shape of OpenAI's API.
 
     Attributes:
         since: time at which the connection was made, or its last answer was complete.
         stalled_since: time since which the client has not taken what was sent to it, None while it takes it.
+        refused: whether what the client still sends is of no interest.
     """
 
     since = 0.0
     stalled_since: float | None = None
-    _refused = False
+    refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.since = time.monotonic()
-        super().connection_made(transport)
+        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
 
     def data_received(self, data: bytes) -> None:
-        if not self._refused:
+        if not self.refused:
             super().data_received(data)
 
     def on_response_complete(self) -> None:
@@ -101,12 +133,8 @@ class Connection(H11Protocol):
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event) or b"")
-        self._refused = True
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-            self.loop.call_later(_LINGER, self.transport.abort)
-        else:  # TLS
-            self.transport.close()
+        self.refused = True
+        self.transport.close()
 
     def shutdown(self) -> None:
         """uvicorn calls this at the beginning of a shutdown."""
