@@ -90,11 +90,13 @@ class Innocents:
 
     Attributes:
         gap: the longest time between two tokens since it was last set to 0, in seconds.
-        gaps: of all.
+        gaps: all of them, each with the hostile requests at its end.
+        hostile: names of the hostile requests that the server has at the moment.
     """
 
     gap: float = 0.0
-    gaps: list[float] = field(default_factory=list)
+    gaps: list[tuple[float, tuple[str, ...]]] = field(default_factory=list)
+    hostile: list[str] = field(default_factory=list)
     answers: list[tuple[int, str]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
@@ -113,7 +115,7 @@ async def innocent(server: Server, prompts: list[list[int]], draw: random.Random
                     now = time.monotonic()
                     if last is not None:
                         seen.gap = max(seen.gap, now - last)
-                        seen.gaps.append(now - last)
+                        seen.gaps.append((now - last, tuple(seen.hostile)))
                     last = now
                     text += event.choices[0].text
                 seen.answers.append((number, text))
@@ -167,11 +169,14 @@ async def attack(server: Server, chosen: Namespace, prompts: list[list[int]], se
 async def mixed(server: Server, chosen: Namespace, seen: Innocents) -> dict[str, Any]:
     """All kinds, drawn at random, by several clients at once."""
     seen.gap, begun, statuses = 0.0, time.monotonic(), Counter[str]()
-    draw, bodies = random.Random(0), list(BODIES.values())
+    draw, names = random.Random(0), list(BODIES)
 
     async def one() -> None:
         while time.monotonic() < begun + 60 * chosen.minutes:
-            statuses[await hostile(server, draw.choice(bodies))] += 1
+            name = draw.choice(names)
+            seen.hostile.append(name)
+            statuses[await hostile(server, BODIES[name])] += 1
+            seen.hostile.remove(name)
             await asyncio.sleep(draw.uniform(0, 1))
 
     await asyncio.gather(*(one() for _ in range(chosen.at_once)))
@@ -208,8 +213,16 @@ def main() -> None:
     alone = answers_alone(chosen, prompts)
     wrong = sum(alone[number][-1] != text for number, text in seen.answers)
     show("Hostile requests beside innocent streams", rows)
+    longest = sorted(seen.gaps, reverse=True)
     figures = {"innocent answers": len(seen.answers), "unlike alone": wrong, "innocent errors": len(seen.errors)}
+    for percent in (50, 99, 99.9):
+        figures[f"{percent:g}% of gaps under, ms"] = round(1e3 * longest[round(len(longest) * (1 - percent / 100))][0])
     show("Innocent clients", [figures])
+    if chosen.minutes:
+        show(
+            "The longest gaps",
+            [{"ms": 1e3 * gap, "hostile requests at its end": ", ".join(names)} for gap, names in longest[:10]],
+        )
     write(chosen.out, {"hostile": rows, **figures, "errors": seen.errors[:20]})
 
 
