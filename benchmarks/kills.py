@@ -94,7 +94,7 @@ def torment(config: RunConfig, folder: Path, chosen: Namespace, duration: float)
         process.join()
         outcome, text = OUTCOMES.get(process.exitcode or 0, "failed"), said.read_text(errors="replace")
         if outcome == "refused":
-            named = [path for path in whole if path.name in text]
+            named = [path for path in whole if str(path) in text and path.exists()]
             for path in named:
                 path.write_bytes(whole.pop(path))
             if not named or text.count("\n") != 1:
@@ -102,7 +102,7 @@ def torment(config: RunConfig, folder: Path, chosen: Namespace, duration: float)
         if outcome == "ended" and not same(run, folder / "reference"):
             outcome = "ended otherwise"
         if outcome not in OUTCOMES.values():
-            print(f"{outcome}, {latest} damaged:\n{text}", file=sys.stderr, flush=True)
+            print(f"{outcome}, status {process.exitcode}, {latest} damaged:\n{text}", file=sys.stderr, flush=True)
         counts[outcome] += 1
         if latest is not None:
             table.setdefault(kind_of(latest), Counter()).update(["damaged", "told" if kept_apart(latest, text) else outcome])
