@@ -5,6 +5,8 @@ import itertools
 import os
 import pickle
 import shutil
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,27 @@ def test_nothing_in_a_checkpoint_is_executed(finished: tuple[Path, RunConfig], t
         with pytest.raises(UserError, match=r"step-00000004: the checkpoint is damaged \(.*\); remove it to go on"):
             train(finished[1], folder, progress=False)
         assert not trace.exists()
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("name", ["PosixPath", "WindowsPath"])
+def test_a_checkpoint_of_another_python_or_system_is_read(
+    finished: tuple[Path, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
+    """Its metadata says where it was written, by a class whose module and name differ from one to another."""
+    folder = unfinished_copy(finished[0], tmp_path / "run", step=4)
+    checkpoint = folder / "checkpoints" / step_name(4)
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    elsewhere = type(name, (), {"__module__": module, "__reduce__": lambda self: (type(self), ("runs", "elsewhere"))})
+    metadata.storage_meta.checkpoint_id = elsewhere()
+    with monkeypatch.context() as patch:
+        there = types.ModuleType(module)
+        setattr(there, name, elsewhere)
+        patch.setitem(sys.modules, module, there)
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    write_checksums(checkpoint)
+    train(finished[1], folder, progress=False)
+    assert_same_run(folder, finished[0])
 
 
 def test_no_value_beside_the_tensors_is_executed(finished: tuple[Path, RunConfig], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Here a pickle may only make the objects that torch writes there.
 
 import io
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -34,10 +34,8 @@ _ALLOWED = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib", "WindowsPath"),
 }
+_PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
 
 
 def load_shards(tensors: dict[str, Any], folder: Path, no_dist: bool) -> None:
@@ -57,6 +55,8 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
+        if module in ("pathlib", "pathlib._local") and name in _PATHS:  # the module's name in Python 3.13, and in others
+            return _PATHS[name]
         raise pickle.UnpicklingError(f"the metadata asks for {module}.{name}, which no checkpoint needs")
 
 
