@@ -207,3 +207,22 @@ def test_a_model_that_cannot_fit(run: Any, workspace: Path, tmp_path: Path) -> N
     size = ["architecture.hidden_size=2000000", "architecture.intermediate_size=8000000"]
     assert "weights, gradients and optimizer" in run("train", workspace / "config.yaml", *size, "--out", tmp_path / "run").error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "too_much", ["training.micro_batch_rows=1000000000", "training.sequence_length=1000000000", "architecture.loops=1000000000"]
+)
+def test_a_batch_that_cannot_fit(run: Any, workspace: Path, tmp_path: Path, too_much: str) -> None:
+    batch = ["training.batch_rows=1000000000"] if "rows" in too_much else []
+    assert "keeps at least" in run("train", workspace / "config.yaml", too_much, *batch, "--out", tmp_path / "run").error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(run: Any, workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine", encoding="utf-8")
+    error = run("train", workspace / "config.yaml", f"dataset={tmp_path / 'mine'}", "--out", tmp_path / "run").error
+    assert "is no prepared dataset" in error and "remove" not in error
+    run("train", workspace / "config.yaml", "training.sequence_length=60000", "--out", tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]

@@ -160,6 +160,18 @@ def malicious(trace: Path) -> list[Any]:
     return [*whole, {"deep": [(1, whole[0])]}]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_tokenizer_of_a_run_is_named(finished: tuple[Path, RunConfig], tmp_path: Path, name: str, kind: str) -> None:
+    folder = unfinished_copy(finished[0], tmp_path / "run", step=4)
+    damage(folder / "tokenizer" / name, kind)
+    with pytest.raises(UserError, match=rf"tokenizer/{name}.*remove .*tokenizer, which is then copied"):
+        train(finished[1], folder, progress=False)
+    shutil.rmtree(folder / "tokenizer")
+    train(finished[1], folder, progress=False)
+    assert_same_run(folder, finished[0])
+
+
 def test_nothing_in_a_checkpoint_is_executed(finished: tuple[Path, RunConfig], tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     for number, thing in enumerate(malicious(trace)):

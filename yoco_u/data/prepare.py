@@ -75,7 +75,7 @@ def split_of(source: str, fraction: float, seed: int) -> SplitName:
 def _existing(config: DataConfig, out: Path, console: Console) -> DatasetIndex | None:
     if not (out / INDEX).exists():
         if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out}: exists and is no prepared dataset; choose another folder or remove it")
+            raise UserError(f"{out}: exists and is no prepared dataset; choose another folder")
         return None
     index = DatasetIndex.load(out)
     if index.config != config:

@@ -25,13 +25,15 @@ from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import Block
 from yoco_u.training.config import TrainingConfig
 from yoco_u.training.distributed import Distributed
+from yoco_u.training.forward import DTYPES
 
 
 def check_memory(architecture: Architecture, config: TrainingConfig, distributed: Distributed) -> None:
     """Check that a device could hold what training keeps of a model, before anything is made.
 
     Raises:
-        UserError: if weights, gradients and AdamW's state alone are more than its memory.
+        UserError: if weights, gradients and AdamW's state alone are more than its memory, or one number for each token, block
+            and element of the hidden states, of which every block keeps more for the backward pass.
     """
     there, count = memory_bytes(distributed.device), parameters(architecture).total
     needed = optimizer_bytes(architecture) // (distributed.world_size if config.parallel == "fsdp" else 1)
@@ -39,6 +41,14 @@ def check_memory(architecture: Architecture, config: TrainingConfig, distributed
         raise UserError(
             f"training a model of {short_count(count)} parameters takes {short_bytes(needed)} for weights, gradients and "
             f"optimizer, but there are {short_bytes(there)}; choose a smaller one, or more processes with parallel fsdp"
+        )
+    tokens = config.micro_batch_rows * config.sequence_length
+    kept = tokens * architecture.unrolled_layers * architecture.hidden_size * DTYPES[config.dtype].itemsize
+    if kept > there:
+        raise UserError(
+            f"training on micro-batches of {config.micro_batch_rows} x {config.sequence_length} tokens through "
+            f"{architecture.unrolled_layers} blocks keeps at least {short_bytes(kept)}, but there are {short_bytes(there)}; "
+            "lower micro_batch_rows, sequence_length or loops"
         )
 
 

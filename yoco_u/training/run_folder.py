@@ -10,6 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, PositiveInt
 
+from yoco_u.checksums import verify_checksums, write_checksums
 from yoco_u.config import differences, dump_yaml, load_yaml, parse
 from yoco_u.data import load_tokenizer
 from yoco_u.errors import UserError
@@ -20,6 +21,7 @@ from yoco_u.files import (
     check_place,
     claim,
     discard,
+    is_mark,
     mark,
     marked,
     read_json,
@@ -71,7 +73,7 @@ class RunFolder:
             UserError: if the folder holds a run of another config, or files and no run; `RunFolderTaken` if another process has
                 the lock.
         """
-        lock = FileLock(self.path / ".lock")
+        lock, is_new = FileLock(self.path / ".lock"), not self.path.exists()
 
         def enter() -> None:
             check_claim(self.path, RUN, _was_run)
@@ -96,6 +98,10 @@ class RunFolder:
         try:
             distributed.on_main(enter)
             yield
+        except UserError:
+            if is_new and lock.is_locked:
+                self._leave()
+            raise
         finally:
             lock.release()
 
@@ -117,10 +123,17 @@ class RunFolder:
             )
 
     def copy_tokenizer(self, source: Path) -> None:
-        """Save the dataset's tokenizer in the folder, unless it is there already."""
-        if not self.tokenizer.exists():
-            with replacing_folder(self.tokenizer) as folder:
-                load_tokenizer(source).save_pretrained(folder)
+        """Save the dataset's tokenizer in the folder, unless it is there already.
+
+        Raises:
+            UserError: if it is there and damaged.
+        """
+        if self.tokenizer.exists():
+            verify_checksums(self.tokenizer, f"remove {self.tokenizer}, which is then copied from the dataset again")
+            return
+        with replacing_folder(self.tokenizer) as folder:
+            load_tokenizer(source).save_pretrained(folder)
+            write_checksums(folder)
 
     def note_start(self, step: int, environment: dict[str, Any]) -> None:
         """Write down what the run runs on. A start that continues from `step` goes into the list `resumed` of the first one."""
@@ -141,6 +154,14 @@ class RunFolder:
             for folder in [*parts, *map(beside, parts), *self.checkpoints.glob("*")]:
                 if folder.is_dir():
                     mark(folder)
+
+    def _leave(self) -> None:
+        """Remove a folder in which nothing has begun."""
+        mine = {".lock", self.config.name, *(path.name for path in self.path.iterdir() if is_mark(path))}
+        if {path.name for path in self.path.iterdir()} <= mine:
+            for name in mine:
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
 
     def _has_begun(self) -> bool:
         """Whether a step was taken. A run that failed earlier, on a missing corpus say, may begin anew with another config."""
