@@ -105,7 +105,9 @@ def torment(config: RunConfig, folder: Path, chosen: Namespace, duration: float)
             print(f"{outcome}, status {process.exitcode}, {latest} damaged:\n{text}", file=sys.stderr, flush=True)
         counts[outcome] += 1
         if latest is not None:
-            table.setdefault(kind_of(latest), Counter()).update(["damaged", "told" if kept_apart(latest, text) else outcome])
+            table.setdefault(kind_of(latest), Counter()).update(
+                ["damaged", "told" if outcome != "refused" and kept_apart(latest, text) else outcome]
+            )
             latest = None
         if outcome not in ("killed", "refused"):
             shutil.rmtree(run)

@@ -304,3 +304,12 @@ async def test_requests_that_are_refused(
     assert found == status and message in error["message"], error
     assert error["param"] == param and error["type"] == "invalid_request_error"
     assert not server.engine.unfinished
+
+
+async def test_a_schema_that_cannot_be_followed_is_a_mistake_of_the_request(server: Server) -> None:
+    """It compiles, and is too complex from the first token on."""
+    schema = {"type": "object", "properties": {str(n): {"type": "string"} for n in range(499)}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    status, error = await server.error("completions", prompt="x", response_format=form)
+    assert (status, error["type"]) == (400, "invalid_request_error")
+    assert error["message"].startswith("no token may come next: ")

@@ -79,6 +79,7 @@ class Update:
 
 
 BROKEN_LOGITS = "the model's logits hold NaN or infinity"
+NO_TOKEN = "no token may come next"  # by what the request itself asks for: its grammar, stop tokens and so on
 """The `error` of an output for which the model computed no numbers."""
 
 

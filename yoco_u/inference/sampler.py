@@ -20,7 +20,7 @@ from torch import Tensor
 from yoco_u.device import read_back
 from yoco_u.errors import said_of
 from yoco_u.inference.logprobs import Logprob, rank, ranked
-from yoco_u.inference.outputs import BROKEN_LOGITS
+from yoco_u.inference.outputs import BROKEN_LOGITS, NO_TOKEN
 from yoco_u.inference.packed_upload import Arrays, upload_arrays
 from yoco_u.inference.sampler_state import SamplerState
 from yoco_u.inference.token_filters import (
@@ -145,7 +145,7 @@ def _result(state: SamplerState, row: list[float]) -> Sampled | None:
         return None
     if not best > FORBIDDEN:  # or NaN
         grammar = state.matcher.error if state.matcher is not None else ""
-        state.failure = f"no token may come next{': ' + grammar if grammar else ''}"
+        state.failure = f"{NO_TOKEN}{': ' + grammar if grammar else ''}"
         return None
     state.append(token)
     if state.params.logprobs is None:

@@ -17,6 +17,7 @@ from typing import cast
 
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, SamplingParams, Update
+from yoco_u.inference.outputs import NO_TOKEN
 from yoco_u.serving.jobs import Busy, Event, FinishReason, Job, NotServing, RequestFailed
 
 log = logging.getLogger("yoco_u.serving")
@@ -242,7 +243,8 @@ class EngineLoop:
         ended = {job for job, _ in events if all(request.finished for request in job.requests)}
         self._tell(lambda: self._deliver(events, ended))
         for job, error in failed.items():
-            self._end(job, RequestFailed(error or "the engine could not compute the request"))
+            reason = error or "the engine could not compute the request"
+            self._end(job, RequestFailed(reason, is_refusal=reason.startswith(NO_TOKEN)))
 
     def _fail_step(self) -> None:
         """End the jobs of a failed step: those whose requests the engine has marked as failed, or all if it has marked none."""

@@ -61,7 +61,7 @@ def _status(error: Exception) -> tuple[int, str]:
     if isinstance(error, (NotServing, TimeExceeded)):
         return 503, str(error)
     if isinstance(error, RequestFailed):
-        return 500, str(error)
+        return 400 if error.is_refusal else 500, str(error)
     log.error("an answer failed", exc_info=error)
     return 500, _INTERNAL
 
@@ -102,7 +102,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestFailed)
     async def _failed(_: Request, error: RequestFailed) -> Response:
-        return error_response(500, str(error))
+        return error_response(*_status(error))
 
     @app.exception_handler(Exception)
     async def _internal(_: Request, __: Exception) -> Response:

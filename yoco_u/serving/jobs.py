@@ -32,7 +32,15 @@ class TimeExceeded(Exception):  # noqa: N818
 
 
 class RequestFailed(Exception):  # noqa: N818
-    """The engine could not compute the request."""
+    """The engine could not compute the request.
+
+    Attributes:
+        is_refusal: whether that is because of what the request asks for, such as a grammar that becomes too complex to follow.
+    """
+
+    def __init__(self, reason: str, *, is_refusal: bool = False) -> None:
+        super().__init__(reason)
+        self.is_refusal = is_refusal
 
 
 @dataclass(frozen=True)
