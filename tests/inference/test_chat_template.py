@@ -48,7 +48,7 @@ def test_the_text_is_that_of_transformers(template: Any, tools: Any, goes_on: bo
     assert goes_on or tools or chat_tokens(TOKENIZER, messages) == TOKENIZER.encode(expected, add_special_tokens=False)
 
 
-ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% if j < 0 %}x{% endif %}{% endfor %}{% endfor %}"  # takes time alone
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% if j < 0 %}x{% endif %}{% endfor %}{% endfor %}"
 
 
 @pytest.mark.parametrize(
