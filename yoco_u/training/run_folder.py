@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class RunFolder:
     """The paths of a run, and its small files, which rank 0 alone writes."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.lock = path, path / ".lock"
         self.config, self.summary, self.environment = path / "config.yaml", path / "summary.json", path / "environment.json"
         self.checkpoints, self.tokenizer, self.model = path / "checkpoints", path / "tokenizer", path / "model"
 
@@ -73,7 +73,7 @@ class RunFolder:
             UserError: if the folder holds a run of another config, or files and no run; `RunFolderTaken` if another process has
                 the lock.
         """
-        lock, is_new = FileLock(self.path / ".lock"), not self.path.exists()
+        lock, is_new = FileLock(self.lock), not self.path.exists()
 
         def enter() -> None:
             check_claim(self.path, RUN, _was_run)
@@ -156,12 +156,14 @@ class RunFolder:
                     mark(folder)
 
     def _leave(self) -> None:
-        """Remove a folder in which nothing has begun."""
-        mine = {".lock", self.config.name, *(path.name for path in self.path.iterdir() if is_mark(path))}
-        if {path.name for path in self.path.iterdir()} <= mine:
-            for name in mine:
-                (self.path / name).unlink(missing_ok=True)
-            self.path.rmdir()
+        """Remove a folder in which nothing has begun. The lock goes last, so that nobody takes the folder meanwhile."""
+        there = list(self.path.iterdir())
+        mine = [*filter(is_mark, there), self.config, self.lock]
+        if set(there) <= set(mine):
+            with suppress(OSError):  # another process has come to the folder, and keeps it
+                for path in mine:
+                    path.unlink(missing_ok=True)
+                self.path.rmdir()
 
     def _has_begun(self) -> bool:
         """Whether a step was taken. A run that failed earlier, on a missing corpus say, may begin anew with another config."""
