@@ -47,6 +47,10 @@ class Matcher(Followed):
         self._grammars, self._grammar = grammars, grammar
         self._asked = 0.0
 
+    def sibling(self) -> "Matcher":
+        """One at the beginning of another output in the same grammar."""
+        return Matcher(self._grammars, self._grammar)
+
     def ask(self) -> None:
         """Ask for the mask, ahead of its use."""
         if self.decided or (self.follower is not None and not self.follower.ended):
@@ -112,17 +116,13 @@ class Grammars:
         self._remembered: OrderedDict[bytes, None] = OrderedDict()  # hashes of grammars that compile
         self._compilations = ThreadPoolExecutor(_COMPILATIONS, "grammar")
 
-    def prepare(self, params: SamplingParams) -> "Future[bytes | None]":
+    def prepare(self, params: SamplingParams) -> "Future[bytes]":
         """Compile the grammar of a request, without waiting for it. Any thread may call this.
 
         Returns:
-            What `matcher` needs; None without a grammar. Or a UserError: if llguidance is not installed, cannot read the
-            tokenizer, or refuses the schema or the expression, or if that takes more time or memory than a grammar may.
+            What a `Matcher` needs. Or a UserError: if llguidance is not installed, cannot read the tokenizer, or refuses the
+            schema or the expression, or if that takes more time or memory than a grammar may.
         """
-        if not params.constrained:
-            nothing: Future[bytes | None] = Future()
-            nothing.set_result(None)
-            return nothing
         return self._compilations.submit(self._compile, params)
 
     def matcher(self, params: SamplingParams) -> Matcher | None:
@@ -131,8 +131,7 @@ class Grammars:
         Raises:
             UserError: as of `prepare`.
         """
-        grammar = self.prepare(params).result()
-        return None if grammar is None else Matcher(self, grammar)
+        return Matcher(self, self.prepare(params).result()) if params.constrained else None
 
     def follow(self, output: Followed, grammar: bytes) -> Follower:
         """Ask a process that may be new for the mask of an output."""

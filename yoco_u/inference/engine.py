@@ -3,6 +3,7 @@
 import itertools
 import logging
 from concurrent.futures import Future
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -102,15 +103,15 @@ class Engine:
         """Requests that wait or run, each of `n` outputs counted."""
         return len(self._outputs)
 
-    def prepare(self, params: SamplingParams) -> "Future[bytes | None]":
+    def prepare(self, params: SamplingParams) -> "Future[Any]":
         """Compile the grammar of a request, so that `add` need not wait for it. Any thread may call this.
 
         Returns:
             Done when the grammar is compiled, or when it is refused, with the `UserError` that `add` would raise.
         """
-        if self._grammars is not None:
+        if self._grammars is not None and params.constrained:
             return self._grammars.prepare(params)
-        nothing: Future[bytes | None] = Future()
+        nothing: Future[None] = Future()
         nothing.set_result(None)
         return nothing
 
@@ -135,15 +136,15 @@ class Engine:
             raise UserError(f"request {taken}: a request of this id is not finished yet; choose another id")
         parent = RequestOutput(name, prompt if isinstance(prompt, str) else None, tokens, [], loops)
         outputs = []
+        matcher = self._grammars.matcher(params) if self._grammars is not None else None
         for index, own_name in enumerate(names):
-            matcher = self._grammars.matcher(params) if self._grammars is not None else None
             completion = Completion(index, logprobs=[] if params.logprobs is not None else None)
             parent.outputs.append(completion)
             own = params if index == 0 else params.model_copy(update={"prompt_logprobs": None})
             outputs.append(
                 RunningOutput(
                     Request(own_name, tokens, own, loops),
-                    SamplerState(params, tokens, index, self.eos_token_ids, matcher),
+                    SamplerState(params, tokens, index, self.eos_token_ids, matcher and matcher.sibling()),
                     Detokenizer(self.tokenizer, params) if self.tokenizer is not None else None,
                     completion,
                     parent,
