@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from yoco_u.confined import ANSWERED, REFUSED
+from yoco_u.errors import first_line
 
 _NICENESS = 19  # what computes for one request leaves the cores to the model, which computes for all
 
@@ -45,7 +46,7 @@ def _set_up(name: str, setup: dict[str, Any]) -> Service:
     try:
         return importlib.import_module(name).Service(**setup)
     except Exception as error:
-        reason = _reason(error)
+        reason = first_line(error)
 
         def refuse(_: bytes) -> bytes:
             raise RuntimeError(reason)
@@ -89,10 +90,6 @@ def _serve(service: Service, connection: Connection, seconds: float) -> None:
         try:
             answer = ANSWERED + service(message)
         except BaseException as error:  # panics of Rust are no `Exception`
-            answer = REFUSED + _reason(error).encode(errors="replace")
+            answer = REFUSED + first_line(error).encode(errors="replace")
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(answer)
-
-
-def _reason(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
