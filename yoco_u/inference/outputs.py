@@ -79,8 +79,10 @@ class Update:
 
 
 BROKEN_LOGITS = "the model's logits hold NaN or infinity"
-NO_TOKEN = "no token may come next"  # by what the request itself asks for: its grammar, stop tokens and so on
 """The `error` of an output for which the model computed no numbers."""
+
+NO_TOKEN = "no token may come next"
+"""How the `error` of an output begins for which its own request, by its grammar say, left no token to choose."""
 
 
 def failed_output(error: str) -> UserError:
