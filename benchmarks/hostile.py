@@ -10,6 +10,7 @@ request alone.
 """
 
 import asyncio
+import gc
 import json
 import random
 import time
@@ -92,6 +93,7 @@ class Innocents:
         gap: the longest time between two tokens since it was last set to 0, in seconds.
         gaps: all of them, each with the hostile requests at its end.
         hostile: names of the hostile requests that the server has at the moment.
+        pause: the longest time for which the program of the clients itself did not run, in seconds; it is in the gaps too.
     """
 
     gap: float = 0.0
@@ -99,6 +101,15 @@ class Innocents:
     hostile: list[str] = field(default_factory=list)
     answers: list[tuple[int, str]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    pause: float = 0.0
+
+
+async def watch(seen: Innocents) -> None:
+    """Note for how long other programs, or this one's own work, kept the clients from running."""
+    while True:
+        begun = time.monotonic()
+        await asyncio.sleep(0.005)
+        seen.pause = max(seen.pause, time.monotonic() - begun - 0.005)
 
 
 async def innocent(server: Server, prompts: list[list[int]], draw: random.Random, chosen: Namespace, seen: Innocents) -> None:
@@ -146,8 +157,9 @@ async def attack(server: Server, chosen: Namespace, prompts: list[list[int]], se
     """One kind after another, or all mixed for some minutes."""
     draws = [random.Random(number) for number in range(chosen.innocents)]
     clients = [asyncio.create_task(innocent(server, prompts, draw, chosen, seen)) for draw in draws]
+    clients.append(asyncio.create_task(watch(seen)))
     await asyncio.sleep(3)
-    seen.gap = 0.0
+    seen.gap = seen.pause = 0.0
     await asyncio.sleep(10)
     rows = [row("nothing", seen, server, Counter(), 10.0)]
     print(rows[-1], flush=True)
@@ -155,7 +167,7 @@ async def attack(server: Server, chosen: Namespace, prompts: list[list[int]], se
         rows.append(await mixed(server, chosen, seen))
     else:
         for name, body in BODIES.items():
-            seen.gap, begun = 0.0, time.monotonic()
+            seen.gap, seen.pause, begun = 0.0, 0.0, time.monotonic()
             statuses = Counter(await asyncio.gather(*(hostile(server, body) for _ in range(chosen.at_once))))
             await asyncio.sleep(0.5)
             rows.append(row(name, seen, server, statuses, time.monotonic() - begun))
@@ -168,7 +180,7 @@ async def attack(server: Server, chosen: Namespace, prompts: list[list[int]], se
 
 async def mixed(server: Server, chosen: Namespace, seen: Innocents) -> dict[str, Any]:
     """All kinds, drawn at random, by several clients at once."""
-    seen.gap, begun, statuses = 0.0, time.monotonic(), Counter[str]()
+    seen.gap, seen.pause, begun, statuses = 0.0, 0.0, time.monotonic(), Counter[str]()
     draw, names = random.Random(0), list(BODIES)
 
     async def one() -> None:
@@ -187,6 +199,7 @@ def row(name: str, seen: Innocents, server: Server, statuses: Counter[str], seco
     return {
         "hostile": name,
         "longest gap, ms": 1e3 * seen.gap,
+        "own pause, ms": 1e3 * seen.pause,
         "statuses": ", ".join(f"{status} x {count}" for status, count in sorted(statuses.items())),
         "s": seconds,
         "MiB": server.resident_mib,
@@ -208,6 +221,8 @@ def main() -> None:
     _, tokenizer = load_model(chosen.model, torch.device("cpu"))
     draw, seen = random.Random(0), Innocents()
     prompts = standard_library_prompts(tokenizer, [round(chosen.longest ** draw.random()) for _ in range(chosen.prompts)])
+    gc.collect()
+    gc.freeze()  # else a collection looks at all of torch and transformers, for 0.1 to 0.5 s, in which no client runs
     with serving(chosen.model, "--dtype", "float32", "--max-model-len", str(chosen.context)) as server:
         rows = asyncio.run(attack(server, chosen, prompts, seen))
     alone = answers_alone(chosen, prompts)
