@@ -1,6 +1,8 @@
 """Reading config files: words such as `off` stay text, and every mistake is an error of one line."""
 
+import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +15,7 @@ from pydantic import BaseModel
 from yoco_u.architecture import Architecture
 from yoco_u.bench.cases import BenchSettings
 from yoco_u.config import Config, apply_overrides, dump_yaml, load_yaml, parse
+from yoco_u.config.yaml_text import load_text
 from yoco_u.errors import UserError
 from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.experiment.config import Experiment
@@ -95,6 +98,44 @@ def test_what_is_ambiguous_or_without_end_is_refused(text: str, part: str, tmp_p
     file.write_text(text)
     with pytest.raises(UserError, match=rf"a\.yaml: [^\n]*{part}[^\n]*$"):
         load_yaml(file)
+
+
+WRONG_VALUES = (
+    "9" * 5000, "-" + "9" * 10_000, "1_000" * 2000, "1.0e+400", "-" + "9" * 400 + ".5", ".5e+99999", "&a [*a]", "&a {b: [*a]}",
+    "{<<: &a {b: *a}}", "&a {<<: *a}", "{<<: 3}", "{<<: [1]}", "*nobody", "{<<: *nobody}", "!!timestamp 2026-13-45",
+    "!!binary ///", "!!int 0x" + "F" * 10_000, "!!float 1:30", "! x", "\0", "\x07", '"\\0"', '"\\ud800"', '"\\UFFFFFFFF"',
+    '"\\U00110000"', '"\\q"', "{b: 1, b: 2}", '{"b\\nc": 1, "b\\nc": 2}', "{1: 2}", "{? [1] : 2}", "{? {} : 2}", "b: c: d",
+    "@", "`", "&", "*", "[1, 2}", "}", "[" * 99 + "]" * 99, "&a [1] &b", LAUGHS.replace("\n", ", ").join("{}"),
+    "{" + "x" * 2000 + ": 1, " + "x" * 2000 + ": 1}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", WRONG_VALUES, ids=lambda value: ascii(value)[:20])
+def test_every_mistake_names_the_file_and_the_line(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    befores = ("", "# a\n", "b: 1\r\nc: |\n  x\n\n", "b: é\u2028 d\n")
+    for before, end in itertools.product(befores, ("", "\n", "\r\n", "\nlast: 1\n")):
+        file.write_bytes(f"{before}a: {value}{end}".encode())
+        with pytest.raises(UserError) as raised:
+            load_yaml(file)
+        line = len((before + ".").splitlines())
+        assert str(raised.value).startswith(f"{file}: not valid YAML in line {line}: ")
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+
+
+@pytest.mark.parametrize("before", [b"", b"a: 1\n", b"\n" * 5])
+def test_what_is_no_utf_8_names_the_line(before: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(before + b"b: \xff")
+    with pytest.raises(UserError, match=rf"a\.yaml: not UTF-8 text in line {before.count(10) + 1}"):
+        load_yaml(tmp_path / "a.yaml")
+
+
+@given(st.text(st.sampled_from("ab0.9eE-+ \n\t[]{}&*!|>'\"\\%@`#,?:<~\0\x85\u2028UxF"), max_size=40))
+def test_any_text_is_read_or_refused_with_its_line(text: str) -> None:
+    try:
+        load_text(text, "source")
+    except UserError as error:
+        assert re.fullmatch(r"source: not valid YAML in line [1-9]\d*: [^\n]+", str(error))
 
 
 class _Texts(Config):

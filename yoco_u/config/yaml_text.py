@@ -5,6 +5,7 @@ leads back to itself or repeats its contents without end, or more nesting than a
 booleans, and only decimal numbers are numbers, as in YAML 1.2: `compile: off`, `12:30`, `010` and `2026-11-28` are texts.
 """
 
+import math
 import os
 import re
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
+from yaml.reader import ReaderError
 
-from yoco_u.config.base import Config
+from yoco_u.config.base import Config, shown
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import write_text
 
@@ -21,7 +23,8 @@ DEEPEST = 64
 """Levels of nesting that a config may have."""
 
 _MOST_VALUES = 100_000  # in one text, those behind an alias counted each time
-_MOST_CHARACTERS = 2**24
+_MOST_BYTES = 2**24
+_LONGEST_PROBLEM = 200
 _LINE_ENDS = "\x85\u2028\u2029"  # of YAML besides \n; PyYAML writes them so that they are read as spaces
 
 _TAG = "tag:yaml.org,2002:"
@@ -90,6 +93,20 @@ class _Loader(yaml.SafeLoader):
             raise _refused("a text has a character that no file can hold (NUL or half a pair)", node.start_mark)
         return text
 
+    def whole_number(self, node: yaml.ScalarNode) -> int:
+        """The value of a whole number."""
+        try:
+            return int(self.construct_yaml_int(node))
+        except ValueError:  # Python reads no more than 4,300 digits
+            raise _refused(f"a number of {len(node.value):,} digits cannot be computed with", node.start_mark) from None
+
+    def number(self, node: yaml.ScalarNode) -> float:
+        """The value of a number with a point."""
+        value = float(self.construct_yaml_float(node))
+        if math.isinf(value) and not node.value.lower().endswith("inf"):
+            raise _refused(f"the number {shown(node.value)} is too large to compute with", node.start_mark)
+        return value
+
     def _count(self, event: Any, levels: int, values: int) -> None:
         self._deepest = max(self._deepest, self._depth + levels)
         self._values += values
@@ -102,6 +119,8 @@ class _Loader(yaml.SafeLoader):
 for _name, (_pattern, _first) in _PLAIN.items():
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), _first)
 _Loader.add_constructor(_TAG + "str", _Loader.text)
+_Loader.add_constructor(_TAG + "int", _Loader.whole_number)
+_Loader.add_constructor(_TAG + "float", _Loader.number)
 
 
 def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -111,20 +130,23 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: if the file cannot be read, is not YAML as described above, or holds anything but a mapping.
     """
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            text = file.read(_MOST_CHARACTERS + 1)
+        with Path(path).open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot read the config file ({error.strerror}); check the path") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; expected a YAML config file") from None
-    if len(text) > _MOST_CHARACTERS:
-        raise UserError(f"{path}: longer than {_MOST_CHARACTERS:,} characters; expected a YAML config file")
-    data = load_text(text, str(path))
-    if data is None:
+    if len(data) > _MOST_BYTES:
+        raise UserError(f"{path}: longer than {_MOST_BYTES:,} bytes; expected a YAML config file")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}: not UTF-8 text in line {line}; expected a YAML config file") from None
+    settings = load_text(text, str(path))
+    if settings is None:
         return {}
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
-    return data
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected a mapping of settings, got {type(settings).__name__}")
+    return settings
 
 
 def load_text(text: str, source: str) -> Any:
@@ -134,16 +156,22 @@ def load_text(text: str, source: str) -> Any:
         source: where the text came from, which the error names.
 
     Raises:
-        UserError: if it is not YAML as described above.
+        UserError: if it is not YAML as described above, with the line.
     """
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+    except ReaderError as error:
+        line = len(f"{text[: error.position]}.".splitlines())
+        raise UserError(f"{source}: not valid YAML in line {line}: the character U+{error.character:04X}") from None
+    try:
+        return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" in line {mark.line + 1}" if mark is not None and text.count("\n") > 1 else ""
-        raise UserError(f"{source}: not valid YAML{where}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
-        raise UserError(f"{source}: not valid YAML: {first_line(error)}") from None
+        mark = error.problem_mark or error.context_mark
+        line, problem = loader.line if mark is None else mark.line, str(error.problem)
+    except (ValueError, OverflowError) as error:  # a number too large for what PyYAML does with it, in an escape say
+        line, problem = loader.line, first_line(error)
+    short = " ".join(problem.split())[:_LONGEST_PROBLEM]
+    raise UserError(f"{source}: not valid YAML in line {line + 1}: {short}")
 
 
 def dump_yaml(config: Config, path: str | os.PathLike[str]) -> None:
