@@ -22,6 +22,7 @@ from yoco_u.experiment.config import Experiment
 from yoco_u.inference import EngineSettings, SamplingParams
 from yoco_u.planning.hardware import Hardware
 from yoco_u.planning.plan import PlanSettings
+from yoco_u.serving.requests import ChatRequest, CompletionRequest
 from yoco_u.serving.settings import Listen, ServerSettings
 from yoco_u.training import RunConfig
 
@@ -221,6 +222,31 @@ def test_every_setting_refuses_what_it_is_not_made_for(cls: type[Config], good: 
                     config.training_flops()
             except UserError as error:
                 assert "\n" not in str(error) and len(str(error)) < 1000, key
+
+
+def limits(schema: Any) -> Iterator[str]:
+    """The limits of whole numbers in a JSON schema, which Python keeps exact."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "integer":
+            yield from (str(schema[key]) for key in schema if "imum" in key)
+        for value in schema.values():
+            yield from limits(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from limits(value)
+
+
+@pytest.mark.parametrize(("cls", "good"), [*GOOD, (CompletionRequest, {}), (ChatRequest, {"messages": [{"role": "user"}]})])
+def test_limits_of_whole_numbers_are_printed_exactly(cls: type[Config], good: dict[str, Any]) -> None:
+    found = set()
+    for key, value in itertools.product(places(cls), (10**30, -(10**30), 2**64, -(2**64))):
+        try:
+            parse(cls, changed(good, key, value), "a.yaml")
+        except UserError as error:
+            if limit := re.search(r"(?:less|greater) than (?:or equal to )?(.+), got", str(error)):
+                found.add(limit[1])
+    of_floats = {"1000000000", "3.4e38", "-3.4e38"}
+    assert {limit for limit in found if abs(float(limit)) > 10**6} <= {*limits(cls.model_json_schema()), *of_floats}
 
 
 @pytest.mark.parametrize("text", [

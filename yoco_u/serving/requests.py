@@ -89,8 +89,7 @@ def _several(value: object) -> object:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
-Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Number = BeforeValidator(_number)  # comes last: a limit behind it would be rounded to a float in errors
 TokenId = Annotated[int, Field(ge=0)]
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
@@ -172,21 +171,21 @@ class SampledRequest(_Body):
     model: Text | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[Int, Field(ge=1)] | None = None
-    seed: Annotated[Int, Field(ge=-(2**63), lt=2**64)] | None = None
+    n: Annotated[int, Field(ge=1), Number] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64), Number] | None = None
     stop: Stop | None = None
-    temperature: Annotated[Float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[Float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), Number] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1), Number] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2), Number] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2), Number] | None = None
     response_format: ResponseFormat | None = None
-    num_loops: Annotated[Int, Field(ge=1)] | None = None
-    top_k: Annotated[Int, Field(ge=0)] | None = None
-    min_p: Annotated[Float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Float, Field(ge=0.01, le=100)] | None = None
-    min_tokens: Annotated[Int, Field(ge=0)] | None = None
+    num_loops: Annotated[int, Field(ge=1), Number] | None = None
+    top_k: Annotated[int, Field(ge=0), Number] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1), Number] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100), Number] | None = None
+    min_tokens: Annotated[int, Field(ge=0), Number] | None = None
     ignore_eos: StrictBool | None = None
-    stop_token_ids: Annotated[list[Annotated[Int, Field(ge=0)]], Field(max_length=256, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0), Number]], Field(max_length=256, fail_fast=True)] | None = None
     skip_special_tokens: StrictBool | None = None
     regex: Text | None = None
 
@@ -233,10 +232,10 @@ class CompletionRequest(SampledRequest):
     """
 
     prompt: Prompt = ""
-    max_tokens: Annotated[Int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0), Number] | None = None
     echo: StrictBool | None = None
-    logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
-    best_of: Annotated[Int, Field(ge=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), Number] | None = None
+    best_of: Annotated[int, Field(ge=0), Number] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -313,10 +312,10 @@ class ChatRequest(SampledRequest):
     """
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
-    max_tokens: Annotated[Int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), Number] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), Number] | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), Number] | None = None
 
     @model_validator(mode="after")
     def _together(self) -> "ChatRequest":
