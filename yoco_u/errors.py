@@ -9,7 +9,14 @@ class UserError(ValueError):
     """A mistake in what the user gave. The message says what came, what was expected, and what to do.
 
     The command line prints the message on one line and exits with status 2.
+
+    Args:
+        setting: dotted name of the setting or parameter that is wrong, where it is a single one.
     """
+
+    def __init__(self, message: str = "", setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 def first_line(error: BaseException) -> str:

@@ -270,25 +270,25 @@ async def test_cached_tokens_are_counted(model: YocoUForCausalLM, server: Server
         ({"prompt": "x", "max_tokens": 5000}, 400, "max_tokens", "max_tokens is 5000, but at most 4096"),
         ({"prompt": "x", "max_tokens": 10**300}, 400, "max_tokens", "is too large to compute with"),
         ({"prompt": "x", "max_tokens": 600}, 400, None, "this model's context is 512 tokens"),
-        ({"prompt": "x" * 600}, 400, None, "shorten the prompt"),
+        ({"prompt": "x" * 600}, 400, "prompt", "shorten the prompt"),
         ({"prompt": "x", "n": 17}, 400, "n", "at most 16"),
         ({"prompt": "x", "n": 0}, 400, "n", "greater than or equal to 1"),
         ({"prompt": "x", "num_loops": 9}, 400, "num_loops", "at most 8"),
         ({"prompt": "x", "num_loops": 0}, 400, "num_loops", "greater than"),
-        ({"prompt": "x", "best_of": 2}, 400, None, "best_of 2 is not supported"),
-        ({"prompt": "x", "suffix": "y"}, 400, None, "suffix is not supported"),
-        ({"prompt": "x", "logit_bias": {"1": 5}}, 400, None, "logit_bias is not supported"),
+        ({"prompt": "x", "best_of": 2}, 400, "best_of", "best_of 2 is not supported"),
+        ({"prompt": "x", "suffix": "y"}, 400, "suffix", "suffix is not supported"),
+        ({"prompt": "x", "logit_bias": {"1": 5}}, 400, "logit_bias", "logit_bias is not supported"),
         ({"prompt": "x", "logprobs": 21}, 400, "logprobs", "less than or equal to 20"),
-        ({"prompt": "x", "stop": ["a", ""]}, 400, "stop", "at least 1 character"),
+        ({"prompt": "x", "stop": ["a", ""]}, 400, "stop.1", "at least 1 character"),
         ({"prompt": "x", "stop": ["a"] * 65}, 400, "stop", "at most 64"),
         ({"prompt": "x", "stop": 5}, 400, "stop", "list"),
         ({"prompt": "x", "stream": "yes"}, 400, "stream", "boolean"),
         ({"prompt": "x", "seed": 2**64}, 400, "seed", "less than"),
-        ({"prompt": "x", "regex": "("}, 400, None, "regex '('"),
-        ({"prompt": "x", "regex": "a", "response_format": {"type": "json_object"}}, 400, None, "exclude each other"),
+        ({"prompt": "x", "regex": "("}, 400, "regex", "regex '('"),
+        ({"prompt": "x", "regex": "a", "response_format": {"type": "json_object"}}, 400, "regex", "exclude each other"),
         ({"prompt": "x", "response_format": {"type": "json_schema"}}, 400, "response_format", "belong together"),
-        ({"prompt": "x", "response_format": {"type": "xml"}}, 400, "response_format", "json_object"),
-        ({"prompt": "x", "min_tokens": 20}, 400, None, "min_tokens 20 is more than max_tokens 16"),
+        ({"prompt": "x", "response_format": {"type": "xml"}}, 400, "response_format.type", "json_object"),
+        ({"prompt": "x", "min_tokens": 20}, 400, "min_tokens", "min_tokens 20 is more than max_tokens 16"),
         ({"prompt": "x", "model": "gpt"}, 404, "model", "no model 'gpt' here; there is 'tiny'"),
         ({"prompt": ["x"] * 300}, 400, None, "300 prompts with 1 outputs each are more"),
         ({"messages": []}, 400, "messages", "unknown key messages"),
@@ -311,5 +311,5 @@ async def test_a_schema_that_cannot_be_followed_is_a_mistake_of_the_request(serv
     schema = {"type": "object", "properties": {str(n): {"type": "string"} for n in range(499)}}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     status, error = await server.error("completions", prompt="x", response_format=form)
-    assert (status, error["type"]) == (400, "invalid_request_error")
+    assert (status, error["type"], error["param"]) == (400, "invalid_request_error", "response_format")
     assert error["message"].startswith("no token may come next: ")

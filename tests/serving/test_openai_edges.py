@@ -185,3 +185,59 @@ async def test_the_rest_is_refused(client: openai.AsyncOpenAI, body: dict[str, A
         await said(client, **body)
     error: Any = raised.value.body
     assert message in error["message"] and error["type"] == "invalid_request_error", error
+
+
+NEVER = ["suffix", "logit_bias", "tools", "tool_choice", "functions", "function_call", "modalities", "audio", "prediction",
+         "web_search_options", "reasoning_effort", "verbosity", "moderation", "unheard_of"]  # fmt: skip
+WRONG: list[Any] = [{"a": 1}, [{}], [[]], "\udfff", "", 10**25, -(10**25), 2.5, True, -1]
+
+
+@pytest.mark.parametrize(
+    ("cls", "path", "good"), [(CompletionRequest, "completions", SAY), (ChatRequest, "chat/completions", CHAT)]
+)
+async def test_a_refusal_names_the_parameter(chat_server: Server, cls: Any, path: str, good: dict[str, Any]) -> None:
+    """Whatever is wrong with it, wherever it is found out; and limits are printed as they are."""
+    for name in [*cls.model_fields, *NEVER]:
+        answers = [(value, await chat_server.post(path, **good | {name: value})) for value in WRONG]
+        refused = [(value, one.json()["error"]) for value, one in answers if one.status_code in (400, 404)]
+        assert len(refused) + sum(one.status_code == 200 for _, one in answers) == len(WRONG)
+        assert refused, name
+        for value, error in refused:
+            assert error["param"] is not None and error["param"].split(".")[0] == name, (name, value, error)
+            assert "e+" not in error["message"], error
+
+
+TOGETHER: list[tuple[dict[str, Any], str | None]] = [
+    ({"stream_options": {}}, "stream_options"), ({"stream": True, "stream_options": {"b": 1}}, "stream_options.b"),
+    ({"regex": "a("}, "regex"), ({"regex": "a{9999}" * 999}, "regex"), ({"regex": "a", "min_tokens": 2}, "min_tokens"),
+    ({"regex": "a", "ignore_eos": True}, "ignore_eos"), ({"min_tokens": 9}, "min_tokens"),
+    ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+    ({"response_format": {"type": "json_object", "a": 1}}, "response_format.a"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format.json_schema.schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"a": "b" * 300_000}}}}, "response_format"),
+    ({"x" * 200: 1}, "x" * 100), ({"stop_token_ids": [1, 2**31]}, "stop_token_ids.1"), ({"n": 300}, "n"),
+    ({str(n): 1 for n in range(101)}, None),
+]  # fmt: skip
+OF_A_CHAT: list[tuple[dict[str, Any], str | None]] = [
+    ({"max_tokens": 5000}, "max_tokens"), ({"max_tokens": None, "max_completion_tokens": 5000}, "max_completion_tokens"),
+    ({"max_completion_tokens": 9}, "max_tokens"),
+    ({"messages": [CHAT["messages"][0], {"role": "user", "content": 1}]}, "messages.1.content"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "messages.0.tool_calls.0.function.name"),
+]  # fmt: skip
+OF_A_COMPLETION: list[tuple[dict[str, Any], str | None]] = [
+    ({"max_tokens": 5000}, "max_tokens"), ({"max_tokens": 0, "n": 2}, "n"), ({"max_tokens": 0, "prompt": [1]}, "max_tokens"),
+    ({"prompt": ["a", "\udfff"]}, "prompt"), ({"prompt": [[10**6]]}, "prompt"), ({"best_of": 3, "n": 2}, "best_of"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [("completions", SAY | body, param) for body, param in TOGETHER + OF_A_COMPLETION]
+    + [("chat/completions", CHAT | body, param) for body, param in TOGETHER + OF_A_CHAT],
+)
+async def test_a_refusal_of_several_together_names_the_one_to_change(
+    chat_server: Server, path: str, body: dict[str, Any], param: str | None
+) -> None:
+    status, error = await chat_server.error(path, **body)
+    assert (status, error["param"]) == (400, param), error

@@ -3,7 +3,7 @@
 The usual path of a config file is `load_yaml`, then `apply_overrides` with what the command line adds, then `parse`.
 """
 
-from yoco_u.config.base import Config, describe, describe_problems, did_you_mean, differences, parse, shown
+from yoco_u.config.base import Config, describe, describe_problems, did_you_mean, differences, parse, shown, wrong_setting
 from yoco_u.config.numbers import Count, Float32, NonNegativeFloat32, PositiveFloat32, Seconds, Seed
 from yoco_u.config.overrides import apply_overrides, merged, with_value
 from yoco_u.config.yaml_text import dump_yaml, load_yaml
@@ -27,4 +27,5 @@ __all__ = [
     "parse",
     "shown",
     "with_value",
+    "wrong_setting",
 ]

@@ -96,7 +96,7 @@ def describe_problems(cls: type[BaseModel], problems: Sequence[Mapping[str, Any]
     An unknown key goes before any other problem: a misspelt key is both unknown and, under its right name, missing, and only
     the unknown one tells the user what to change.
     """
-    problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = _first(problems)
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = sorted(_known_keys(cls, problem["loc"][:-1]))
@@ -107,6 +107,17 @@ def describe_problems(cls: type[BaseModel], problems: Sequence[Mapping[str, Any]
     if not path:
         return message
     return f"{path}: {message}" if problem["type"] == "value_error" else f"{path}: {message}, got {shown(problem['input'])}"
+
+
+def wrong_setting(problems: Sequence[Mapping[str, Any]]) -> str | None:
+    """The dotted name of the setting that `describe_problems` speaks of; None if it speaks of several, or of the whole."""
+    problem = _first(problems)
+    inner = getattr(problem.get("ctx", {}).get("error"), "setting", None)  # of a UserError that a validator has raised
+    return ".".join(map(str, problem["loc"] if inner is None else (*problem["loc"], inner))) or None
+
+
+def _first(problems: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
 
 
 def shown(value: object) -> str:

@@ -169,12 +169,15 @@ class Grammars:
         with self._lock:
             if key in self._remembered:
                 return grammar
-        follower = Follower(self._new_process(), grammar)
+        try:
+            follower = Follower(self._new_process(), grammar)
+        except UserError as error:
+            raise UserError(str(error), kind) from None
         try:
             follower.compile()
         except (Refused, Ended) as error:
             follower.end()
-            raise UserError(f"{kind} {_shortened(text)}: {error}") from None
+            raise UserError(f"{kind} {_shortened(text)}: {error}", kind) from None
         with self._lock:
             self._remembered[key] = None
             if len(self._remembered) > _REMEMBERED:
@@ -216,9 +219,9 @@ def _text(params: SamplingParams) -> tuple[str, str]:
         try:
             text = json.dumps(params.json_schema)
         except RecursionError:
-            raise UserError("json_schema: it is nested too deeply") from None
+            raise UserError("json_schema: it is nested too deeply", kind) from None
     if len(text) > _LONGEST:
-        raise UserError(f"{kind} {_shortened(text)}: it has {len(text)} characters, at most {_LONGEST} may be used")
+        raise UserError(f"{kind} {_shortened(text)}: it has {len(text)} characters, at most {_LONGEST} may be used", kind)
     return kind, text
 
 

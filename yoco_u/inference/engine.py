@@ -359,7 +359,8 @@ def _check_memory(a: Architecture, shape: CacheShape, loops: int, allocated: int
         raise UserError(
             f"caches of {tokens} tokens and {shape.max_num_seqs} sequences at {loops} loops need {needed >> 20} MiB, "
             f"{missing >> 20} more than are allocated, but {free >> 20} MiB are free; lower cache_tokens, max_num_seqs or "
-            f"num_loops ({max(fit, 0)} tokens would fit)"
+            f"num_loops ({max(fit, 0)} tokens would fit)",
+            "num_loops",
         )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
-from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, PositiveFloat32, describe
+from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, PositiveFloat32, describe, wrong_setting
 from yoco_u.errors import UserError
 
 
@@ -67,7 +67,7 @@ class SamplingParams(Config):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise UserError(f"SamplingParams: {describe(type(self), error)}") from None
+            raise UserError(f"SamplingParams: {describe(type(self), error)}", wrong_setting(error.errors())) from None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -89,19 +89,28 @@ class SamplingParams(Config):
     @model_validator(mode="after")
     def _together(self) -> "SamplingParams":
         if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; lower it")
+            raise UserError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; lower it", "min_tokens")
         if not self.max_tokens and self.n > 1:
-            raise ValueError(f"max_tokens 0 samples nothing, but n is {self.n}; lower n to 1")
+            raise UserError(f"max_tokens 0 samples nothing, but n is {self.n}; lower n to 1", "n")
         if self.prompt_logprobs_start and self.prompt_logprobs is None:
-            raise ValueError("prompt_logprobs_start needs prompt_logprobs; set it, to 0 for the chosen tokens alone")
+            needed = "prompt_logprobs_start needs prompt_logprobs; set it, to 0 for the chosen tokens alone"
+            raise UserError(needed, "prompt_logprobs_start")
         if self.json_schema is not None and self.regex is not None:
-            raise ValueError("json_schema and regex exclude each other; give one")
+            raise UserError("json_schema and regex exclude each other; give one", "regex")
         if self.constrained and (self.ignore_eos or self.min_tokens):
             given = "ignore_eos" if self.ignore_eos else "min_tokens"
-            raise ValueError(f"{given} does not go with json_schema or regex, which say where the output may end; drop one")
+            problem = f"{given} does not go with {self.grammar}, which says where the output may end; drop one"
+            raise UserError(problem, given)
         return self
+
+    @property
+    def grammar(self) -> str | None:
+        """The name of the setting that says which tokens may come, `json_schema` or `regex`; None if all may."""
+        if self.regex is not None:
+            return "regex"
+        return "json_schema" if self.json_schema is not None else None
 
     @property
     def constrained(self) -> bool:
         """Whether a grammar says which tokens may come."""
-        return self.json_schema is not None or self.regex is not None
+        return self.grammar is not None

@@ -141,7 +141,8 @@ class Scheduler:
             raise UserError(f"request {request.id}: the prompt is empty; give at least one token")
         if not output and prompt == 1:
             raise UserError(
-                f"request {request.id}: a prompt of one token and max_tokens 0 leave nothing to compute; raise max_tokens"
+                f"request {request.id}: a prompt of one token and max_tokens 0 leave nothing to compute; raise max_tokens",
+                "max_tokens",
             )
         if request.params.prompt_logprobs_start >= prompt:
             raise UserError(

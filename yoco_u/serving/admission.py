@@ -58,7 +58,7 @@ class Admission:
         max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         prompts = await self._encode(body.prompts)
         for prompt in prompts:
-            self._check_length(len(prompt), max_tokens)
+            self._check_length("prompt", len(prompt), "max_tokens", max_tokens)
         prompt_logprobs = body.logprobs if body.echo else None
         return prompts, _sampling_params(body, max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
 
@@ -71,10 +71,11 @@ class Admission:
         """
         self._check_offer(body, 1)
         prompt = await self._encode_chat([_for_template(one) for one in body.messages])
-        max_tokens = body.max_completion_tokens or body.max_tokens
+        name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
+        max_tokens: int | None = getattr(body, name)
         if max_tokens is None:
             max_tokens = max(1, min(self._settings.max_output_tokens, self._engine.max_model_len - len(prompt)))
-        self._check_length(len(prompt), max_tokens)
+        self._check_length("messages", len(prompt), name, max_tokens)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return [prompt], _sampling_params(body, max_tokens, logprobs=logprobs)
 
@@ -91,16 +92,21 @@ class Admission:
             )
         self._loop.check_room(num_prompts, body.num_outputs)
 
-    def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
-        """Refuse outputs that are longer than this server offers, and sequences that are longer than the model's context."""
+    def _check_length(self, prompt: str, prompt_tokens: int, limit: str, max_tokens: int) -> None:
+        """Refuse outputs that are longer than this server offers, and sequences that are longer than the model's context.
+
+        Args:
+            prompt, limit: what the request calls its prompt, and the most tokens of its output.
+        """
         longest, most = self._engine.max_model_len, self._settings.max_output_tokens
         if max_tokens > most:
-            raise ApiError(400, f"max_tokens is {max_tokens}, but at most {most} are served", param="max_tokens")
+            raise ApiError(400, f"{limit} is {max_tokens}, but at most {most} are served", param=limit)
         if prompt_tokens + max_tokens > longest:
             raise ApiError(
                 400,
                 f"this model's context is {longest} tokens, but {prompt_tokens} of the prompt and {max_tokens} of the output "
-                f"make {prompt_tokens + max_tokens}; shorten the prompt or lower max_tokens",
+                f"make {prompt_tokens + max_tokens}; shorten the prompt or lower {limit}",
+                param=prompt if prompt_tokens > longest else None,
                 code="context_length_exceeded",
             )
 

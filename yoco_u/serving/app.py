@@ -101,7 +101,7 @@ def _add_models(app: FastAPI, card: ModelCard, model_name: str) -> None:
     async def one_model(name: str) -> Model:
         """The model, by its name."""
         if name != model_name:
-            raise ApiError(404, f"no model {name!r} here; there is {model_name!r}", code="model_not_found")
+            raise ApiError(404, f"no model {name!r} here; there is {model_name!r}", param="model", code="model_not_found")
         return card.listed()
 
 

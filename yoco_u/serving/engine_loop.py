@@ -244,7 +244,7 @@ class EngineLoop:
         self._tell(lambda: self._deliver(events, ended))
         for job, error in failed.items():
             reason = error or "the engine could not compute the request"
-            self._end(job, RequestFailed(reason, is_refusal=reason.startswith(NO_TOKEN)))
+            self._end(job, RequestFailed(reason, is_refusal=reason.startswith(NO_TOKEN), setting=job.params.grammar))
 
     def _fail_step(self) -> None:
         """End the jobs of a failed step: those whose requests the engine has marked as failed, or all if it has marked none."""

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from yoco_u.config import Config, describe_problems
+from yoco_u.config import Config, describe_problems, wrong_setting
 from yoco_u.errors import UserError
 from yoco_u.serving.jobs import Busy, NotServing, RequestFailed, TimeExceeded
 from yoco_u.serving.requests import REQUESTS, brief
@@ -19,6 +19,7 @@ from yoco_u.serving.responses import ErrorResponse
 log = logging.getLogger("yoco_u.serving")
 
 _INTERNAL = "internal error; the server's log says more"
+_NAMES = {"json_schema": "response_format"}  # of the engine's settings in requests, where they differ
 _LONGEST = 500  # characters of a message; messages quote what clients sent, which may be long
 
 
@@ -36,11 +37,15 @@ class ApiError(Exception):
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The JSON object `{"error": ...}`, with the type that OpenAI's API gives to errors of this status."""
+    """The JSON object `{"error": ...}`, with the type that OpenAI's API gives to errors of this status.
+
+    Args:
+        param: name of the request's parameter that is wrong, or of the engine's setting.
+    """
     kinds = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     short = message if len(message) <= _LONGEST else message[:_LONGEST] + "..."
-    return {"error": {"message": short, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": short, "type": kind, "param": _NAMES.get(param or "", param), "code": code}}
 
 
 def error_response(
@@ -53,17 +58,17 @@ def error_response(
 
 def stream_error(error: Exception) -> str:
     """A server-sent event for an error that occurs after the answer has begun, when no status can be sent any more."""
-    status, message = _status(error)
-    return f"data: {json.dumps(error_body(status, message))}\n\n"
+    return f"data: {json.dumps(error_body(*_status(error)))}\n\n"
 
 
-def _status(error: Exception) -> tuple[int, str]:
+def _status(error: Exception) -> tuple[int, str, str | None]:
+    """The status, the message and the parameter of an error."""
     if isinstance(error, (NotServing, TimeExceeded)):
-        return 503, str(error)
+        return 503, str(error), None
     if isinstance(error, RequestFailed):
-        return 400 if error.is_refusal else 500, str(error)
+        return (400, str(error), error.setting) if error.is_refusal else (500, str(error), None)
     log.error("an answer failed", exc_info=error)
-    return 500, _INTERNAL
+    return 500, _INTERNAL, None
 
 
 def install(app: FastAPI) -> None:
@@ -75,7 +80,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def _user(_: Request, error: UserError) -> Response:
-        return error_response(400, str(error))
+        return error_response(400, str(error), error.setting)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
@@ -120,9 +125,7 @@ def _invalid_request(cls: type[Config], error: RequestValidationError) -> Respon
         )
     if problems[0]["loc"] == () and problems[0]["type"] != "value_error":
         return error_response(400, "the body must be a JSON object, with Content-Type: application/json")
-    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-    param = next((str(part) for part in first["loc"]), None)
-    return error_response(400, describe_problems(cls, problems), param)
+    return error_response(400, describe_problems(cls, problems), wrong_setting(problems))
 
 
 class _Brief:

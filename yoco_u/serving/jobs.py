@@ -36,11 +36,12 @@ class RequestFailed(Exception):  # noqa: N818
 
     Attributes:
         is_refusal: whether that is because of what the request asks for, such as a grammar that becomes too complex to follow.
+        setting: the sampling parameter that asks for it; None if it is not known.
     """
 
-    def __init__(self, reason: str, *, is_refusal: bool = False) -> None:
+    def __init__(self, reason: str, *, is_refusal: bool = False, setting: str | None = None) -> None:
         super().__init__(reason)
-        self.is_refusal = is_refusal
+        self.is_refusal, self.setting = is_refusal, setting
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, StrictBool, model_validator
 
 from yoco_u.config import Config
+from yoco_u.errors import UserError
 
 _IGNORED = frozenset(
     ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
@@ -118,7 +119,7 @@ class _Body(Config):
                 raise ValueError(f"{len(data)} keys are too many")
             for key in data:
                 if len(key) > _LONGEST_KEY:
-                    raise ValueError(f"unknown key {brief(key)}")
+                    raise UserError(f"unknown key {brief(key)}", key[:_LONGEST_KEY])
         return data
 
 
@@ -197,13 +198,13 @@ class SampledRequest(_Body):
         for name, neutral in _REFUSED.items():
             unused = data.get(_NONE_OF.get(name, "")) == "none"
             if data.get(name) is not None and data[name] not in neutral and not unused:
-                raise ValueError(f"{name} is not supported; leave it out")
+                raise UserError(f"{name} is not supported; leave it out", name)
         return {key: value for key, value in data.items() if key not in _IGNORED and key not in _REFUSED}
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> "SampledRequest":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for streams; set stream to true, or leave it out")
+            raise UserError("stream_options is for streams; set stream to true, or leave it out", "stream_options")
         return self
 
     @property
@@ -247,7 +248,9 @@ class CompletionRequest(SampledRequest):
     @model_validator(mode="after")
     def _best_of(self) -> "CompletionRequest":
         if self.best_of not in (None, 0, self.num_outputs):
-            raise ValueError(f"best_of {self.best_of} is not supported; leave it out and set n to get several outputs")
+            raise UserError(
+                f"best_of {self.best_of} is not supported; leave it out and set n to get several outputs", "best_of"
+            )
         return self
 
 
@@ -320,9 +323,9 @@ class ChatRequest(SampledRequest):
     @model_validator(mode="after")
     def _together(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs to be true")
+            raise UserError("top_logprobs needs logprobs to be true", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens are two names of one thing; give one")
+            raise UserError("max_tokens and max_completion_tokens are two names of one thing; give one", "max_tokens")
         return self
 
 
