@@ -144,6 +144,47 @@ def test_a_second_signal_ends_what_runs_with_an_answer(
     assert len(deadlines) == 2 and deadlines[0] > 1000 and deadlines[1] < 20
 
 
+def test_new_clients_are_told_while_requests_are_finished(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, deadlines: list[float]
+) -> None:
+    """For as long as a request runs, whatever else is open; after it, connections without a request hold up nothing."""
+    step, begun, go_on = engine.step, threading.Event(), threading.Event()
+
+    def waits() -> Any:
+        begun.set()
+        go_on.wait(PATIENCE)
+        return step()
+
+    monkeypatch.setattr(engine, "step", waits)
+
+    def client(port: int) -> None:
+        url, place = f"http://127.0.0.1:{port}", ("127.0.0.1", port)
+        asking = Asking(port, **LONG | {"max_tokens": 9})
+        with socket.create_connection(place) as idle, httpx2.Client(timeout=PATIENCE) as kept:
+            assert kept.get(f"{url}/v1/models").status_code == 200
+            assert begun.wait(PATIENCE)
+            os.kill(os.getpid(), signal.SIGTERM)
+            while httpx2.get(f"{url}/health", timeout=PATIENCE).status_code == 200:
+                time.sleep(0.01)
+            assert all_of(idle) == b""
+            with socket.create_connection(place), half_sent(port), httpx2.Client(timeout=PATIENCE) as late:
+                assert late.get(f"{url}/v1/models").status_code == 200
+                for body in (LONG, {"prompt": "x", "stream": True}):
+                    answer = late.post(f"{url}/v1/completions", json=body)
+                    checked_503(answer.status_code, answer.text)
+                    assert int(answer.headers["retry-after"]) > 0 and answer.headers["connection"] == "close"
+                health = kept.get(f"{url}/health")
+                checked_503(health.status_code, health.text)
+                assert asking.response is None
+                go_on.set()
+                assert asking.answer().json()["usage"]["completion_tokens"] == 9
+                with pytest.raises(httpx2.TransportError):
+                    while True:
+                        httpx2.get(f"{url}/health", timeout=PATIENCE)
+
+    assert serve(engine, monkeypatch, client, drain_seconds=1000.0) == 0
+
+
 def test_a_stuck_engine_ends_the_server(engine: Engine, monkeypatch: pytest.MonkeyPatch, deadlines: list[float]) -> None:
     """Without any signal: clients are told why, and the status says that it went wrong."""
     free = threading.Event()

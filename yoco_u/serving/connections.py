@@ -183,7 +183,8 @@ class Acceptor:
         self._tasks[1].cancel()
 
     def abort(self) -> None:
-        """End all connections at once."""
+        """End all connections at once, and take no more."""
+        self.close()
         for connection in list(self._connections):
             connection.transport.abort()
 

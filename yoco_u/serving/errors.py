@@ -99,7 +99,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(NotServing)
     async def _not_serving(_: Request, error: NotServing) -> Response:
-        return error_response(503, str(error), headers={"Retry-After": "5"})
+        # Closed, so that a client's next try may reach another server behind the same address.
+        return error_response(503, str(error), headers={"Retry-After": "5", "Connection": "close"})
 
     @app.exception_handler(TimeExceeded)
     async def _too_long(_: Request, error: TimeExceeded) -> Response:

@@ -19,6 +19,7 @@ from yoco_u.serving.settings import Listen, ServerSettings
 
 _LAST_WORDS = 5.0  # seconds after the drain in which the last answers can be sent
 _CLEANING = 3.0  # seconds after the last words in which the process may clean up before it is ended
+_LOOK = 0.05  # seconds between two looks whether all requests are answered
 _FAILED = 1
 
 
@@ -94,6 +95,15 @@ class _Server(uvicorn.Server):
         self.servers = [self._acceptor]  # type: ignore[list-item]
         self._event_loop = asyncio.get_running_loop()
         self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what has come, while new clients are told that the server ends; then close the socket too."""
+        before = set(self.server_state.connections)
+        for connection in before:
+            connection.shutdown()
+        while before & self.server_state.connections:
+            await asyncio.sleep(_LOOK)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.started:
