@@ -1,5 +1,6 @@
 """How the server ends, whatever it is doing: real signals and sockets, around an engine in this process."""
 
+import gc
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import httpx2
 import pytest
 from asgi_server import engine_of
+from models import architecture, build
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u import YocoUForCausalLM
@@ -205,6 +208,34 @@ def test_a_stuck_engine_ends_the_server(engine: Engine, monkeypatch: pytest.Monk
     free.set()
 
 
+def test_nothing_of_a_server_outlives_it(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, deadlines: list[float]
+) -> None:
+    """Whoever serves from Python gets the memory back, and the process goes on."""
+    model = build(architecture("yoco_u", vocab_size=len(tokenizer)))
+    engine = engine_of(model, tokenizer)
+    gone = [weakref.ref(one) for one in (model, engine, engine.cache, engine.scheduler)]
+    handlers, threads = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)], set(threading.enumerate())
+    cancelled: list[bool] = []
+    monkeypatch.setattr(server.faulthandler, "cancel_dump_traceback_later", lambda: cancelled.append(True))
+
+    def client(port: int) -> None:
+        Asking(port, **LONG | {"max_tokens": 2, "n": 2}).answer()
+        Asking(port, **LONG | {"max_tokens": 2, "regex": "a+", "ignore_eos": False}).answer()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert serve(engine, monkeypatch, client) == 0
+    monkeypatch.undo()
+    del model, engine
+    gc.collect()
+    assert [one() for one in gone] == [None] * 4
+    assert gc.get_freeze_count() == 0 and len(cancelled) == len(deadlines) == 1
+    assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
 STUCK = """
 import sys, time
 from pathlib import Path
@@ -221,7 +252,7 @@ engine = LLM(Path(sys.argv[1]), dtype="float32", cache_tokens=8192).engine
 encode = DocumentEncoder.encode
 DocumentEncoder.encode = lambda self, texts: stuck() if len(texts[0]) > 10_000 else encode(self, texts)
 engine.step = stuck
-sys.exit(server.serve(engine, ServerSettings(model_name="tiny", drain_seconds=0.5), Listen(port=int(sys.argv[2]))))
+sys.exit(server.serve_process(engine, ServerSettings(model_name="tiny", drain_seconds=0.5), Listen(port=int(sys.argv[2]))))
 """
 
 

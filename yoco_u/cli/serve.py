@@ -103,7 +103,7 @@ def serve(
             raise UserError(f"serving needs {package}: pip install 'yoco-u[serve]'")
     from yoco_u.config import parse
     from yoco_u.loading import model_name
-    from yoco_u.serving.server import serve as run
+    from yoco_u.serving.server import serve_process
     from yoco_u.serving.settings import Listen, ServerSettings
 
     if (certificate is None) != (key is None):
@@ -123,7 +123,7 @@ def serve(
     )  # fmt: skip
     if host not in ("127.0.0.1", "::1", "localhost") and not keys:
         typer.echo("anybody who reaches this address can use the model; --api-key-file asks for keys", err=True)
-    status = run(engine, settings, listen)
+    status = serve_process(engine, settings, listen)
     if status:
         raise typer.Exit(status)
 

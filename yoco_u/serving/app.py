@@ -1,14 +1,17 @@
 """The routes: where every HTTP request enters.
 
-A request for text goes one way: its route here, `Admission`, `EngineLoop.submit`, an `Answer`.
+A request for text goes one way: its route here, `Admission`, `EngineLoop.submit`, an `Answer`. The routes are functions of this
+module, which get what they need from the application, because FastAPI keeps every route for as long as the process lives.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse
 
@@ -33,6 +36,7 @@ from yoco_u.serving.token_texts import TokenTexts
 from yoco_u.version import __version__
 
 PAGE = Path(__file__).parent / "page"
+_FILES = {path.name: path for path in PAGE.iterdir() if path.is_file()}
 
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
@@ -41,6 +45,28 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the routes use, as `app.state.parts`."""
+
+    admission: Admission
+    loop: EngineLoop
+    card: ModelCard
+    metrics: Metrics
+    model_name: str
+    texts: TokenTexts
+
+
+async def _parts(request: Request) -> _Parts:
+    parts: _Parts = request.app.state.parts
+    return parts
+
+
+Parts = Annotated[_Parts, Depends(_parts)]
+
+routes = APIRouter(route_class=OneBodyAtATime)
 
 
 def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None] = lambda: None) -> FastAPI:
@@ -61,7 +87,7 @@ def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None
     metrics = Metrics(engine)
     loop = EngineLoop(engine, settings.max_waiting, settings.time_limit, settings.step_seconds, metrics, died)
     metrics.watch(loop)
-    card = ModelCard(engine, settings)
+    card, admission = ModelCard(engine, settings), Admission(engine, engine.tokenizer, loop, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -72,15 +98,10 @@ def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None
     app = FastAPI(
         title="yoco-u", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=RESPONSES
     )  # without FastAPI's pages for documentation, which load scripts from other sites
-    app.router.route_class = OneBodyAtATime
     app.state.loop, app.state.parsing = loop, asyncio.Lock()
+    app.state.parts = _Parts(admission, loop, card, metrics, settings.model_name, TokenTexts(engine.tokenizer))
+    app.include_router(routes)
     errors.install(app)
-    _add_models(app, card, settings.model_name)
-    admission = Admission(engine, engine.tokenizer, loop, settings)
-    _add_generation(app, admission, loop, settings.model_name, TokenTexts(engine.tokenizer))
-    _add_state(app, loop, metrics)
-    _add_figures(app, card)
-    _add_page(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if settings.api_keys:
         app.add_middleware(ApiKeys, keys=[key.get_secret_value() for key in settings.api_keys])
@@ -91,71 +112,71 @@ def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None
     return app
 
 
-def _add_models(app: FastAPI, card: ModelCard, model_name: str) -> None:
-    @app.get("/v1/models")
-    async def models() -> ModelList:
-        """The one model that is served."""
-        return ModelList(data=[card.listed()])
-
-    @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> Model:
-        """The model, by its name."""
-        if name != model_name:
-            raise ApiError(404, f"no model {name!r} here; there is {model_name!r}", param="model", code="model_not_found")
-        return card.listed()
+@routes.get("/v1/models")
+async def models(parts: Parts) -> ModelList:
+    """The one model that is served."""
+    return ModelList(data=[parts.card.listed()])
 
 
-def _add_generation(app: FastAPI, admission: Admission, loop: EngineLoop, model_name: str, texts: TokenTexts) -> None:
-    @app.post("/v1/completions", response_model=CompletionResponse)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue prompts; with `stream`, as server-sent events of the same shape."""
-        prompts, params = await admission.completion(body)
-        job = await loop.submit(prompts, params)
-        return await respond(CompletionAnswer(body, job, model_name, texts), request)
-
-    @app.post("/v1/chat/completions", response_model=ChatResponse)
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Answer a chat; with `stream`, as server-sent events (`chat.completion.chunk`)."""
-        prompts, params = await admission.chat(body)
-        job = await loop.submit(prompts, params)
-        return await respond(ChatAnswer(body, job, model_name, texts), request)
+@routes.get("/v1/models/{name:path}")
+async def one_model(name: str, parts: Parts) -> Model:
+    """The model, by its name."""
+    if name != parts.model_name:
+        raise ApiError(404, f"no model {name!r} here; there is {parts.model_name!r}", param="model", code="model_not_found")
+    return parts.card.listed()
 
 
-def _add_state(app: FastAPI, loop: EngineLoop, metrics: Metrics) -> None:
-    @app.get("/health")
-    async def health() -> Health:
-        """200 while requests are taken, else 503."""
-        if loop.refusal:
-            raise NotServing(loop.refusal)
-        return Health()
-
-    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)
-    async def prometheus() -> Response:
-        """Counts and times for Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+@routes.post("/v1/completions", response_model=CompletionResponse)
+async def completions(body: CompletionRequest, request: Request, parts: Parts) -> Response:
+    """Continue prompts; with `stream`, as server-sent events of the same shape."""
+    prompts, params = await parts.admission.completion(body)
+    job = await parts.loop.submit(prompts, params)
+    return await respond(CompletionAnswer(body, job, parts.model_name, parts.texts), request)
 
 
-def _add_figures(app: FastAPI, card: ModelCard) -> None:
-    @app.get("/model")
-    async def facts() -> ModelFacts:
-        """What the page shows of the model."""
-        return card.facts()
-
-    @app.get("/kv")
-    async def kv(tokens: int = Query(ge=0, le=2**40), num_loops: int | None = Query(default=None, ge=1, le=1000)) -> KVBytes:
-        """Bytes of keys and values of one sequence, by arithmetic; a Transformer's of the same shape beside them."""
-        return card.kv_bytes(tokens, num_loops)
+@routes.post("/v1/chat/completions", response_model=ChatResponse)
+async def chat_completions(body: ChatRequest, request: Request, parts: Parts) -> Response:
+    """Answer a chat; with `stream`, as server-sent events (`chat.completion.chunk`)."""
+    prompts, params = await parts.admission.chat(body)
+    job = await parts.loop.submit(prompts, params)
+    return await respond(ChatAnswer(body, job, parts.model_name, parts.texts), request)
 
 
-def _add_page(app: FastAPI) -> None:
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return FileResponse(PAGE / "index.html", headers=_PAGE_HEADERS)
+@routes.get("/health")
+async def health(parts: Parts) -> Health:
+    """200 while requests are taken, else 503."""
+    if parts.loop.refusal:
+        raise NotServing(parts.loop.refusal)
+    return Health()
 
-    files = {path.name: path for path in PAGE.iterdir() if path.is_file()}
 
-    @app.get("/page/{name}", include_in_schema=False)
-    async def part_of_page(name: str) -> Response:
-        if name not in files:
-            raise ApiError(404, f"the page has no part {name!r}")
-        return FileResponse(files[name], headers=_PAGE_HEADERS)
+@routes.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)
+async def prometheus(parts: Parts) -> Response:
+    """Counts and times for Prometheus."""
+    return Response(parts.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@routes.get("/model")
+async def facts(parts: Parts) -> ModelFacts:
+    """What the page shows of the model."""
+    return parts.card.facts()
+
+
+@routes.get("/kv")
+async def kv(
+    parts: Parts, tokens: int = Query(ge=0, le=2**40), num_loops: int | None = Query(default=None, ge=1, le=1000)
+) -> KVBytes:
+    """Bytes of keys and values of one sequence, by arithmetic; a Transformer's of the same shape beside them."""
+    return parts.card.kv_bytes(tokens, num_loops)
+
+
+@routes.get("/", include_in_schema=False)
+async def page() -> Response:
+    return FileResponse(PAGE / "index.html", headers=_PAGE_HEADERS)
+
+
+@routes.get("/page/{name}", include_in_schema=False)
+async def part_of_page(name: str) -> Response:
+    if name not in _FILES:
+        raise ApiError(404, f"the page has no part {name!r}")
+    return FileResponse(_FILES[name], headers=_PAGE_HEADERS)

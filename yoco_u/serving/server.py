@@ -26,8 +26,19 @@ _FAILED = 1
 def serve(engine: Engine, settings: ServerSettings, listen: Listen) -> int:
     """Serve until SIGTERM or SIGINT. Running requests are finished first; a second signal ends them at once.
 
-    From the first signal on, or from the engine's failure, the process has `drain_seconds` and a few more to live. Then it
-    is ended with status 1, whatever its threads are doing.
+    From the first signal on, or from the engine's failure, this function has `drain_seconds` and a few more to return. Then the
+    process is ended with status 1, whatever its threads are doing.
+
+    Returns and raises what `serve_process` does.
+    """
+    try:
+        return serve_process(engine, settings, listen)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def serve_process(engine: Engine, settings: ServerSettings, listen: Listen) -> int:
+    """The same in a process that only serves, and has to end in the same time.
 
     Returns:
         The exit status: 0, or 1 if the engine has failed.
@@ -65,7 +76,10 @@ def serve(engine: Engine, settings: ServerSettings, listen: Listen) -> int:
         )
         gc.collect()
         gc.freeze()  # else each large request makes the collector look at all of torch and transformers, for 0.1 to 0.5 s
-        server.run(sockets=[listening])
+        try:
+            server.run(sockets=[listening])
+        finally:
+            gc.unfreeze()  # else nothing of the engine would ever be freed
     return _FAILED if app.state.loop.failure is not None else 0
 
 
