@@ -1,10 +1,12 @@
 """A talk in the terminal: what is said, what the model reads, what settings do."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from yoco_u.checksums import SUMS
 from yoco_u.cli.chat import Conversation
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.loading import load_model
@@ -82,3 +84,11 @@ def test_a_chat_template_is_used(workspace: Path) -> None:
     said.ask("x")
     said.answer("y")
     assert tokenizer.decode(said.ask("z")) == "u:x;a:y;u:z;a:"
+
+
+def test_a_broken_chat_template_is_refused_before_the_talk(run: Any, workspace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace / "a" / "model", tmp_path / "model")
+    (tmp_path / "model" / SUMS).unlink()
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}\n{% if %}")
+    error = run("chat", tmp_path / "model").error
+    assert error.startswith(f"{tmp_path}/model/chat_template.jinja: this model's chat template is broken (line 2: ")

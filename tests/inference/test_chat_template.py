@@ -1,13 +1,14 @@
 """Chat templates are programs of strangers: ordinary ones give what transformers gives, others end with one line."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from yoco_u.data import train_tokenizer
+from yoco_u.data import load_tokenizer, train_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.inference import chat_template
-from yoco_u.inference.chat_template import chat_text, chat_tokens
+from yoco_u.inference.chat_template import chat_text, chat_tokens, template_file, why_no_chats
 
 TOKENIZER = train_tokenizer(["hello you"], 300)
 CHAT = [
@@ -57,14 +58,11 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% if j < 0 %}x
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[9].content }}", "no element 9"),
-        ("{% if %}", "Expected an expression"),
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-        ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "recursion"),
         ("{{ 'a' * 10**10 }}", "MemoryError"),
         ("{{ 'ab' * 10**7 }}", "20000000 characters"),
         ("{{ [0] * 10**10 }}", "MemoryError"),
-        ("{{ 10 ** 10000 }}", "Exceeds the limit"),
         ("{{ range(10**9) | list }}", "Range too big"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ cycler.__init__.__globals__.os }}", "unsafe"),
@@ -80,7 +78,48 @@ def test_a_template_that_fails_is_one_line(template: str, reason: str) -> None:
     with pytest.raises(UserError, match=f"^the model's chat template refuses these messages: .*{reason}") as caught:
         text(template)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    assert why_no_chats(TOKENIZER) is None
     assert text(PLAIN, CHAT[:1]).endswith("<system>Be short.\n")
+
+
+@pytest.mark.parametrize("lines", [0, 3])
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% if %}", "line 1: Expected an expression"),
+        ("{{ x | nosuch }}", "line 1: No filter named 'nosuch'"),
+        ("{% nosuch %}", "line 1: Encountered unknown tag 'nosuch'"),
+        ("{% for m in messages %}", "line 1: Unexpected end of template"),
+        ("{{ 'abc }}", "line 1: unexpected char"),
+        ("{{ (1 }}", "line 1: unexpected '}'"),
+        ("{{ a b }}", "line 1: expected token"),
+        ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "recursion"),
+        ("{{ 10 ** 10000 }}", "Exceeds the limit"),
+        ("{{ " + "9" * 5000 + " }}", "Exceeds the limit"),
+    ],
+)
+def test_a_template_that_cannot_be_compiled_is_blamed_itself(template: str, reason: str, lines: int) -> None:
+    before, reason = "{# x #}\n" * lines, reason.replace("line 1", f"line {lines + 1}")
+    with pytest.raises(UserError) as caught:
+        text(before + template)
+    assert str(caught.value) == why_no_chats(TOKENIZER)
+    assert str(caught.value).startswith("this model's chat template is broken (") and reason in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_choice_of_templates_without_one_for_chats() -> None:
+    with pytest.raises(UserError, match=r"chat template is broken .*no default"):
+        text({"tool_use": PLAIN})
+    assert text({"tool_use": PLAIN}, tools=TOOLS)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_file_of_a_template_is_found(own: bool, tmp_path: Path) -> None:
+    TOKENIZER.chat_template = "{% if %}"
+    TOKENIZER.save_pretrained(tmp_path, save_jinja_files=own)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.chat_template == "{% if %}"
+    assert "{% if %}" in template_file(loaded).read_text(encoding="utf-8")
 
 
 def test_messages_that_no_template_can_take() -> None:

@@ -1,9 +1,10 @@
 """Chats: the template's tokens, OpenAI's shape, whole and as a stream."""
 
+import copy
 from typing import Any
 
 import pytest
-from asgi_server import Server, engine_of
+from asgi_server import Server, engine_of, running
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u import YocoUForCausalLM
@@ -104,3 +105,21 @@ async def test_a_base_model_says_so(server: Server) -> None:
     status, error = await server.error("chat/completions", messages=MESSAGES)
     assert status == 400 and error["code"] == "no_chat_template"
     assert error["message"] == "this model has no chat template: it continues texts; use plain completions (/v1/completions)"
+
+
+async def test_a_broken_template_is_told_at_the_start_and_is_not_the_fault_of_messages(
+    model: YocoUForCausalLM, chatty: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = copy.copy(chatty)
+    broken.chat_template, broken.name_or_path = "{{ 1 }}\n{% if %}", "somewhere"
+    async with running(Server(engine_of(model, broken))) as server:
+        [told] = [record.getMessage() for record in caplog.records if record.name == "yoco_u.serving"]
+        assert told.startswith("somewhere/tokenizer_config.json: ") and "line 2: Expected an expression" in told
+        assert "\n" not in told
+        for messages in (MESSAGES, [{"role": "user", "content": "x" * 20_000}]):
+            status, error = await server.error("chat/completions", messages=messages)
+            assert (status, error["param"], error["code"]) == (400, None, "no_chat_template")
+            assert error["message"].startswith("this model's chat template is broken (line 2: ")
+            assert "somewhere" not in error["message"]
+        await server.json("completions", prompt="def ", max_tokens=1)
+        assert (await server.client.get("/model")).json()["chat"] is False

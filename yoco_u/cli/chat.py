@@ -48,14 +48,18 @@ def chat(
 
     from yoco_u.config import parse
     from yoco_u.inference import LLM, SamplingParams
+    from yoco_u.inference.chat_template import template_file, why_no_chats
 
     chosen: dict[str, Any] = {
         "num_loops": num_loops, "temperature": temperature, "max_tokens": max_tokens, "seed": seed
     }  # fmt: skip
     params = parse(SamplingParams, chosen, "options")
     llm = LLM(model, device=device, dtype=dtype)
-    assert llm.engine.tokenizer is not None
-    said = Conversation(llm.engine.tokenizer)
+    tokenizer = llm.engine.tokenizer
+    assert tokenizer is not None
+    if tokenizer.chat_template and (problem := why_no_chats(tokenizer)):
+        raise UserError(f"{template_file(tokenizer)}: {problem}")
+    said = Conversation(tokenizer)
     note(f"{'chat' if said.has_template else 'no chat template: what you write is continued'}; {_HELP}")
     while (line := _read()) is not None:
         try:

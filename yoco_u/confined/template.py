@@ -2,16 +2,24 @@
 
 import json
 
+from jinja2 import TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 _LONGEST = 2**24  # characters of a chat
 
 
 class Service:
-    """Renders a chat: a message is the arguments of `render_jinja_template` for one conversation, its answer the text."""
+    """Renders chats: a message is the arguments of `render_jinja_template`, its answer the text.
+
+    Without any conversation, the template is compiled and not run.
+    """
 
     def __call__(self, message: bytes) -> bytes:
-        [text], _ = render_jinja_template(**json.loads(message))
+        try:
+            texts, _ = render_jinja_template(**json.loads(message))
+        except TemplateSyntaxError as error:
+            raise ValueError(f"line {error.lineno}: {error.message}") from None
+        text = "".join(texts)
         if len(text) > _LONGEST:
             raise ValueError(f"it makes {len(text)} characters of them, more than {_LONGEST}")
         return text.encode(errors="replace")

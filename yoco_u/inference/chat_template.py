@@ -6,15 +6,17 @@ A template is a program of whoever made the tokenizer, so it runs in a confined 
 import json
 import queue
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.confined.nursery import Confined, Ended, Nursery, Refused
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, first_line
 
 _SECONDS, _MEMORY = 1.0, 2**28
 _NURSERY = Nursery("yoco_u.confined.template", {}, seconds=_SECONDS, memory=_MEMORY)
+_NONE = "this model has no chat template: it continues texts; use plain completions"
 _IDLE: "queue.LifoQueue[Confined]" = queue.LifoQueue(4)  # processes that are kept for chats to come
 
 
@@ -49,11 +51,11 @@ def chat_text(
         tools: JSON schemas of the tools that the model may call.
 
     Raises:
-        UserError: if the tokenizer has no template, if the template refuses the messages or fails, or if it takes more time or
-            memory than a template may.
+        UserError: if the tokenizer has no template that can be used, if the template refuses the messages or fails, or if it
+            takes more time or memory than a template may.
     """
     if not tokenizer.chat_template:
-        raise UserError("this model has no chat template: it continues texts; use plain completions")
+        raise UserError(_NONE)
     try:
         arguments = tokenizer.special_tokens_map | {
             "conversations": [[{key: value for key, value in one.items() if value is not None} for one in messages]],
@@ -64,12 +66,33 @@ def chat_text(
         }
         return _rendered(json.dumps(arguments).encode()).decode()
     except (Refused, Ended, RecursionError, ValueError) as error:
-        raise UserError(f"the model's chat template refuses these messages: {error}") from None
+        problem = why_no_chats(tokenizer, tools) or f"the model's chat template refuses these messages: {error}"
+        raise UserError(problem) from None
 
 
-def prepare() -> None:
-    """Begin to start what renders chats, so that the first chat need not wait for it."""
-    _NURSERY.start()
+def why_no_chats(tokenizer: PreTrainedTokenizerFast, tools: Sequence[Mapping[str, Any]] | None = None) -> str | None:
+    """Why there can be no chats, whatever the messages: without a template, or with one that cannot be compiled.
+
+    Returns:
+        One line; None if there can be chats.
+    """
+    if not tokenizer.chat_template:
+        return _NONE
+    try:
+        template = tokenizer.get_chat_template(tools=None if tools is None else list(tools))
+        _rendered(json.dumps({"conversations": [], "chat_template": template}).encode())
+    except UserError as error:
+        return str(error)
+    except (Refused, Ended, ValueError) as error:
+        return f"this model's chat template is broken ({first_line(error)}); mend it, or use plain completions"
+    return None
+
+
+def template_file(tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The file that the tokenizer's chat template comes from."""
+    folder = Path(tokenizer.name_or_path)
+    own = folder / "chat_template.jinja"
+    return own if own.is_file() else folder / "tokenizer_config.json"
 
 
 def _rendered(message: bytes) -> bytes:

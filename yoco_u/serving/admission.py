@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
-from yoco_u.inference import Engine, SamplingParams, chat_template
+from yoco_u.inference import Engine, SamplingParams
+from yoco_u.inference.chat_template import chat_tokens
 from yoco_u.serving.engine_loop import EngineLoop
 from yoco_u.serving.errors import ApiError
 from yoco_u.serving.requests import ChatRequest, CompletionRequest, Message, SampledRequest
@@ -37,15 +38,25 @@ Admitted = tuple[list[list[int]], SamplingParams]
 
 
 class Admission:
-    """Refuses requests, or turns them into what the engine takes."""
+    """Refuses requests, or turns them into what the engine takes.
 
-    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerFast, loop: EngineLoop, settings: ServerSettings) -> None:
+    Args:
+        no_chats: why chats are refused, None if they are not.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerFast,
+        loop: EngineLoop,
+        settings: ServerSettings,
+        no_chats: str | None,
+    ) -> None:
         self._engine, self._tokenizer, self._loop, self._settings = engine, tokenizer, loop, settings
         self._encoder = DocumentEncoder(tokenizer)
         self._most_characters = _most_characters(tokenizer, engine.max_model_len)
         self._tokenizing = asyncio.Semaphore(_LONG_TEXTS)
-        if tokenizer.chat_template:
-            chat_template.prepare()
+        self._no_chats = no_chats
 
     async def completion(self, body: CompletionRequest) -> Admitted:
         """Admit a request for completions.
@@ -150,16 +161,16 @@ class Admission:
             return await asyncio.to_thread(run)
 
     async def _encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Messages as tokens, by the chat template; refused without a template, or if the template refuses them."""
+        """Messages as tokens, by the chat template; refused if it cannot be used, or refuses them."""
+        if self._no_chats is not None:
+            raise ApiError(400, f"{self._no_chats} (/v1/completions)", code="no_chat_template")
         is_short = sum(len(one["content"]) for one in messages) <= _SHORT
         try:
             if is_short:
-                return await asyncio.to_thread(chat_template.chat_tokens, self._tokenizer, messages)
-            return await self._aside(chat_template.chat_tokens, self._tokenizer, messages)
+                return await asyncio.to_thread(chat_tokens, self._tokenizer, messages)
+            return await self._aside(chat_tokens, self._tokenizer, messages)
         except UserError as error:
-            if self._tokenizer.chat_template:
-                raise ApiError(400, str(error), param="messages") from None
-            raise ApiError(400, f"{error} (/v1/completions)", param="messages", code="no_chat_template") from None
+            raise ApiError(400, str(error), param="messages") from None
 
 
 def _most_characters(tokenizer: PreTrainedTokenizerFast, tokens: int) -> int | None:

@@ -5,6 +5,7 @@ module, which get what they need from the application, because FastAPI keeps eve
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from starlette.responses import FileResponse
 
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine
+from yoco_u.inference.chat_template import template_file, why_no_chats
 from yoco_u.serving import errors
 from yoco_u.serving.admission import Admission
 from yoco_u.serving.answers import respond
@@ -34,6 +36,8 @@ from yoco_u.serving.responses import ChatResponse, CompletionResponse, Health, K
 from yoco_u.serving.settings import ServerSettings
 from yoco_u.serving.token_texts import TokenTexts
 from yoco_u.version import __version__
+
+log = logging.getLogger("yoco_u.serving")
 
 PAGE = Path(__file__).parent / "page"
 _FILES = {path.name: path for path in PAGE.iterdir() if path.is_file()}
@@ -87,7 +91,11 @@ def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None
     metrics = Metrics(engine)
     loop = EngineLoop(engine, settings.max_waiting, settings.time_limit, settings.step_seconds, metrics, died)
     metrics.watch(loop)
-    card, admission = ModelCard(engine, settings), Admission(engine, engine.tokenizer, loop, settings)
+    no_chats = why_no_chats(engine.tokenizer)
+    if no_chats is not None and engine.tokenizer.chat_template:
+        log.warning("%s: %s", template_file(engine.tokenizer), no_chats)
+    card = ModelCard(engine, settings, no_chats is None)
+    admission = Admission(engine, engine.tokenizer, loop, settings, no_chats)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

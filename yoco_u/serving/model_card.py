@@ -9,10 +9,14 @@ from yoco_u.serving.settings import ServerSettings
 
 
 class ModelCard:
-    """Describes the one model of a server: for OpenAI's clients in `/v1/models`, for the page in `/model` and `/kv`."""
+    """Describes the one model of a server: for OpenAI's clients in `/v1/models`, for the page in `/model` and `/kv`.
 
-    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
-        self._engine, self._settings, self._created = engine, settings, int(time.time())
+    Args:
+        has_chats: whether the model's chat template can be used.
+    """
+
+    def __init__(self, engine: Engine, settings: ServerSettings, has_chats: bool) -> None:
+        self._engine, self._settings, self._has_chats, self._created = engine, settings, has_chats, int(time.time())
 
     def listed(self) -> Model:
         """The model's entry in `/v1/models`."""
@@ -23,7 +27,7 @@ class ModelCard:
         engine, settings = self._engine, self._settings
         return ModelFacts(
             name=settings.model_name,
-            chat=engine.tokenizer is not None and bool(engine.tokenizer.chat_template),
+            chat=self._has_chats,
             parameters=parameters(engine.architecture).total,
             stages=[
                 f"{stage.attention} x {stage.layers}" + (f", {stage.loops} loops" if stage.loops > 1 else "")

@@ -123,7 +123,7 @@ class ModelFacts(BaseModel):
     """What the page shows of the model, and the limits of its controls.
 
     Attributes:
-        chat: whether the model has a chat template; without one it continues texts.
+        chat: whether the model has a chat template that can be used; without one it continues texts.
         num_loops: T of requests that name none.
     """
 
