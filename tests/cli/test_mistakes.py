@@ -224,5 +224,10 @@ def test_a_run_that_cannot_begin_leaves_no_folder(run: Any, workspace: Path, tmp
     error = run("train", workspace / "config.yaml", f"dataset={tmp_path / 'mine'}", "--out", tmp_path / "run").error
     assert "is no prepared dataset" in error and "remove" not in error
     run("train", workspace / "config.yaml", "training.sequence_length=60000", "--out", tmp_path / "run")
+    (tmp_path / "mine" / "empty").mkdir()
+    for out in ("new/runs/a", "new/b", "mine/c", "mine/empty/d/e"):
+        for what in ("architecture.loops=1000000000", "training.sequence_length=60000", f"dataset={tmp_path / 'nowhere'}"):
+            assert run("train", workspace / "config.yaml", what, "data=null", "--out", tmp_path / out).error
+    (tmp_path / "mine" / "empty").rmdir()
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]

@@ -73,7 +73,7 @@ class RunFolder:
             UserError: if the folder holds a run of another config, or files and no run; `RunFolderTaken` if another process has
                 the lock.
         """
-        lock, is_new = FileLock(self.lock), not self.path.exists()
+        lock, missing = FileLock(self.lock), [path for path in (self.path, *self.path.parents) if not path.exists()]
 
         def enter() -> None:
             check_claim(self.path, RUN, _was_run)
@@ -99,8 +99,8 @@ class RunFolder:
             distributed.on_main(enter)
             yield
         except UserError:
-            if is_new and lock.is_locked:
-                self._leave()
+            if missing and lock.is_locked:
+                self._leave(missing)
             raise
         finally:
             lock.release()
@@ -155,15 +155,20 @@ class RunFolder:
                 if folder.is_dir():
                     mark(folder)
 
-    def _leave(self) -> None:
-        """Remove a folder in which nothing has begun. The lock goes last, so that nobody takes the folder meanwhile."""
+    def _leave(self, made: list[Path]) -> None:
+        """Remove a folder in which nothing has begun. The lock goes last, so that nobody takes the folder meanwhile.
+
+        Args:
+            made: the folders that were made for the run, the innermost first.
+        """
         there = list(self.path.iterdir())
         mine = [*filter(is_mark, there), self.config, self.lock]
         if set(there) <= set(mine):
             with suppress(OSError):  # another process has come to the folder, and keeps it
                 for path in mine:
                     path.unlink(missing_ok=True)
-                self.path.rmdir()
+                for folder in made:
+                    folder.rmdir()
 
     def _has_begun(self) -> bool:
         """Whether a step was taken. A run that failed earlier, on a missing corpus say, may begin anew with another config."""
