@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yoco_u.checksums import SUMS, DamagedFile, verify_checksums, write_checksums
+from yoco_u.checksums import SUMS, verify_checksums, write_checksums
+from yoco_u.files import DamagedFile
 
 DAMAGES = ("flip", "cut", "longer", "empty", "missing")
 

@@ -7,16 +7,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from yoco_u.errors import UserError
-from yoco_u.files import is_mark, write_text
+from yoco_u.files import DamagedFile, is_mark, write_text
 
 SUMS = "SHA256SUMS"
 
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
-
-
-class DamagedFile(UserError):  # noqa: N818
-    """A file is missing, or does not hold what was written to it."""
 
 
 def write_checksums(folder: Path, files: Iterable[Path] | None = None) -> None:

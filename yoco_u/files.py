@@ -46,6 +46,14 @@ _RESULT = re.compile(
 _MOST = 2048  # bytes of the beginning and of the end of a file that tell who made it
 
 
+class DamagedFile(UserError):  # noqa: N818
+    """A file is missing, or does not hold what was written to it."""
+
+
+Say = Callable[[str], object]
+"""What to do with a line for the user."""
+
+
 def beside(path: Path) -> Path:
     """The folder beside `path` in which it is made."""
     return path.with_name(path.name + PARTIAL)
@@ -271,15 +279,17 @@ def write_result(path: Path, data: dict[str, Any]) -> None:
     write_json(path, {"generator": GENERATOR} | data)
 
 
-def read_json(path: Path, shape: type[T], default: T | None = None) -> T:
+def read_json(path: Path, shape: type[T], default: T | None = None, say: Say | None = None) -> T:
     """Read a JSON file. Every small file of a run, a dataset or a model is read by this function.
 
     Args:
         shape: what the file holds, as a type that pydantic checks: `dict[str, Any]`, `list[float]` or a model.
         default: what to return if there is no file.
+        say: given by whoever makes the file anew where it is missing: so counts a damaged one then, which is said.
 
     Raises:
-        UserError: if it cannot be read, is not JSON, or holds anything but `shape`; it names the file and the place.
+        UserError: if it cannot be read; it names the file.
+        DamagedFile: if it is not JSON, or holds anything but `shape`; it names the file and the place.
     """
     if default is not None and not os.path.lexists(path):
         return default
@@ -287,6 +297,11 @@ def read_json(path: Path, shape: type[T], default: T | None = None) -> T:
         return parse_json(path.read_bytes(), shape, str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
+    except DamagedFile as error:
+        if default is None or say is None:
+            raise
+        say(f"{str(error).removesuffix(DAMAGED)}it is made anew")
+        return default
 
 
 def parse_json(text: bytes, shape: type[T], source: str) -> T:
@@ -295,16 +310,16 @@ def parse_json(text: bytes, shape: type[T], source: str) -> T:
     Infinity and NaN, which JSON does not have, are errors too.
     """
     if not text.strip(b"\0 \n"):
-        raise UserError(f"{source}: empty; {DAMAGED}")
+        raise DamagedFile(f"{source}: empty; {DAMAGED}")
     try:
         adapter: TypeAdapter[T] = _adapter(cast("Any", shape))
         return adapter.validate_python(from_json(text, allow_inf_nan=False))
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"])) or "the whole"
-        raise UserError(f"{source}: {place}: {problem['msg']}; {DAMAGED}") from None
+        raise DamagedFile(f"{source}: {place}: {problem['msg']}; {DAMAGED}") from None
     except ValueError as error:
-        raise UserError(f"{source}: not JSON ({error}); {DAMAGED}") from None
+        raise DamagedFile(f"{source}: not JSON ({error}); {DAMAGED}") from None
 
 
 def _mark(folder: Path, kind: str) -> Path:

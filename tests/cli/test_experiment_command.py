@@ -166,10 +166,10 @@ def test_needles_that_cannot_be_made_are_refused_before_training(run: Any, grid:
 def test_needles_are_asked_for_once(workspace: Path, tmp_path: Path) -> None:
     shutil.copytree(workspace / "a", tmp_path / "a")
     asked = Measures(needles=NeedleSettings(kinds=("single_1",), lengths=(700,), depths=2, samples=1))
-    measure(tmp_path / "a", asked)
+    measure(tmp_path / "a", asked, print)
     assert [(score["length"], score["depth"]) for score in read_measures(tmp_path / "a")["needles"]] == [(700, 0.0), (700, 1.0)]
     written = (tmp_path / "a" / "measures.json").stat().st_mtime_ns
-    measure(tmp_path / "a", asked)
+    measure(tmp_path / "a", asked, print)
     assert (tmp_path / "a" / "measures.json").stat().st_mtime_ns == written
     assert read_measures(workspace) == {}
 

@@ -1,5 +1,6 @@
 """Commands overwrite nothing that is not theirs, and say so before they compute anything; a full disk is one line."""
 
+import json
 import os
 import resource
 import shutil
@@ -9,6 +10,12 @@ from typing import Any
 
 import pytest
 from yaml import safe_dump
+
+from yoco_u.evaluation.needle_grid import NeedleSettings
+from yoco_u.experiment.config import Measures, Samples
+from yoco_u.experiment.measure import measure, write_samples
+from yoco_u.experiment.run import is_finished
+from yoco_u.inference import SamplingParams
 
 
 def in_place(path: Path) -> None:
@@ -152,6 +159,49 @@ def test_a_damaged_file_of_a_run_is_named(run: Any, workspace: Path, tmp_path: P
         assert "no metrics yet" in outcome.error
     else:
         assert name in outcome.error
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_that_can_be_made_anew_is(run: Any, workspace: Path, tmp_path: Path, damage: str) -> None:
+    """The checkpoints are whole, so that the run goes on; what is made is what was there, but for times."""
+    folder = tmp_path / "run"
+    shutil.copytree(workspace / "a", folder)
+    before = {name: json.loads((folder / name).read_text()) for name in ("summary.json", "environment.json")}
+    weights = (folder / "model" / "model.safetensors").read_bytes()
+    for name in before:
+        (folder / name).write_bytes(DAMAGE[damage]((folder / name).read_bytes()))
+    assert not is_finished(folder)
+    outcome = run("train", workspace / "config.yaml", "--out", folder)
+    assert outcome.status == 0 and is_finished(folder)
+    told = " ".join(outcome.err.split())
+    for name, old in before.items():
+        assert told.count(f"{folder / name}: ") == 1
+        new = json.loads((folder / name).read_text())
+        assert new.keys() == old.keys()
+        assert all(new[key] == old[key] for key in ("name", "steps", "validation", "world_size", "resumed") if key in old)
+    assert told.count("it is made anew") == 2 and "no checkpoint is left" not in told
+    assert (folder / "model" / "model.safetensors").read_bytes() == weights
+    assert run("train", workspace / "config.yaml", "--out", folder).err.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "another shape"])
+def test_damaged_texts_and_measures_are_made_anew(workspace: Path, tmp_path: Path, damage: str) -> None:
+    (folder := tmp_path / "run").mkdir()
+    for name in ("model", "tokenizer"):
+        (folder / name).symlink_to(workspace / "a" / name)
+    samples = Samples(prompts=("one",), sampling=SamplingParams(temperature=0, max_tokens=2))
+    measures = Measures(needles=NeedleSettings(kinds=("single_1",), lengths=(700,), depths=1, samples=1))
+    makers = {"samples.json": lambda say: write_samples(folder, samples, say)}
+    makers["measures.json"] = lambda say: measure(folder, measures, say)
+    shutil.copy(workspace / "a" / "config.yaml", folder)
+    for name, make in makers.items():
+        said: list[str] = []
+        make(said.append)
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(DAMAGE[damage](whole))
+        make(said.append)
+        assert [line.startswith(f"{folder / name}: ") and line.endswith("it is made anew") for line in said] == [True]
+        assert (folder / name).read_bytes() == whole
 
 
 @pytest.mark.parametrize("lost", [range(0), range(1, 4), range(5), range(2, 3), range(4, 5)])

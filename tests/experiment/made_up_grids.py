@@ -50,7 +50,7 @@ def write_run(run: GridRun, folder: Path, loss: Loss, done: float = 1.0) -> None
         records.append({"kind": "evaluation", "loss": loss(run, number / POINTS)} | common)
     (target / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if done == 1:
-        (target / "summary.json").write_text("{}")
+        (target / "summary.json").write_text('{"name": "a", "steps": 1}')
 
 
 def write_grid(experiment: Experiment, folder: Path, loss: Loss) -> list[GridRun]:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,6 +177,11 @@ def test_wandb_gets_the_same_figures_under_one_id(tmp_path: Path, monkeypatch: p
     assert axes == {"step": None, "*": "step"}
     assert [(figures["step"], figures["train/loss"]) for figures in kept] == steps
     assert started[0]["id"] == started[1]["id"] and started[1]["resume"] == "allow"
+    for damaged in (b"", b"\xff", bytes(32), b"../other"):
+        (tmp_path / "wandb-id").write_bytes(damaged)
+        for _ in range(2):
+            MetricsWriter(tmp_path, 0, "loops", {"name": "run"}).close()
+        assert re.fullmatch("[0-9a-f]{32}", started[-1]["id"]) and started[-1]["id"] == started[-2]["id"]
 
 
 def test_the_gemm_rate_is_a_rate() -> None:

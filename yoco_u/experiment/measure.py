@@ -14,7 +14,7 @@ from yoco_u.device import find_device
 from yoco_u.evaluation.needle_grid import NeedleSettings, check_needles, needle_grid
 from yoco_u.evaluation.needles import NOISE_KINDS, load_haystack
 from yoco_u.experiment.config import AngularMeasure, Measures, Samples
-from yoco_u.files import read_json, write_json
+from yoco_u.files import Say, read_json, write_json
 from yoco_u.inference import LLM
 from yoco_u.loading import load_model
 from yoco_u.training.config import RunConfig
@@ -46,16 +46,19 @@ def check_measures(measures: Measures, config: RunConfig, progress: bool) -> Non
         check_needles(measures.needles, DocumentEncoder(load_tokenizer(index.tokenizer)), _haystack(config, measures.needles))
 
 
-def measure(run: Path, measures: Measures) -> None:
+def measure(run: Path, measures: Measures, say: Say) -> None:
     """Measure the model in a run folder, and keep the results in its measures.json.
 
     A measure that is there already, taken with the same settings, is not taken again.
+
+    Args:
+        say: told if the file was damaged, so that all measures are taken again.
     """
     ways: Mapping[str, tuple[Config | None, Callable[[Path, Any], Any]]] = {
         "angular": (measures.angular, _angular),
         "needles": (measures.needles, _needles),
     }
-    found = _read(run)
+    found = _read(run, say)
     for name, (settings, take) in ways.items():
         asked = None if settings is None else settings.model_dump(mode="json")
         if asked is not None and found.get(name, {}).get("settings") != asked:
@@ -68,13 +71,16 @@ def read_measures(run: Path) -> dict[str, Any]:
     return {name: found["result"] for name, found in _read(run).items()}
 
 
-def write_samples(run: Path, samples: Samples) -> None:
+def write_samples(run: Path, samples: Samples, say: Say) -> None:
     """Let the model in a run folder continue the prompts, and keep the texts in its samples.json.
 
     Texts that are there already, for the same prompts and sampling parameters, are not written again.
+
+    Args:
+        say: told if the file was damaged, so that all texts are written again.
     """
     settings = samples.sampling.model_dump(mode="json")
-    found = read_samples(run)
+    found = read_samples(run, say)
     if [(sample["prompt"], sample.get("settings")) for sample in found] == [(prompt, settings) for prompt in samples.prompts]:
         return
     requests = LLM(run, dtype="float32").generate(samples.prompts, samples.sampling)
@@ -86,8 +92,8 @@ def write_samples(run: Path, samples: Samples) -> None:
     write_json(run / SAMPLES, written)
 
 
-def _read(run: Path) -> dict[str, dict[str, Any]]:
-    taken = read_json(run / MEASURES, dict[str, _Taken], {})
+def _read(run: Path, say: Say | None = None) -> dict[str, dict[str, Any]]:
+    taken = read_json(run / MEASURES, dict[str, _Taken], {}, say)
     return {name: one.model_dump() for name, one in taken.items()}
 
 

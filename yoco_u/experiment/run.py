@@ -1,6 +1,6 @@
 """Trains the runs of a grid one after another. Several processes may share a grid: no run is trained by two of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +11,12 @@ from yoco_u.config import dump_yaml
 from yoco_u.experiment.config import Experiment
 from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.measure import check_measures, measure, write_samples
-from yoco_u.files import check_result, claim
+from yoco_u.files import Say, check_result, claim
 from yoco_u.training import RunFolderTaken, TrainingDiverged, train
 from yoco_u.training.distributed import distributed_session
+from yoco_u.training.run_folder import RunFolder
 
 _CONFIG, _LOCK = "experiment.yaml", ".lock"
-
-Say = Callable[[str], None]
 
 
 def train_runs(
@@ -63,7 +62,7 @@ def train_runs(
             unfinished.append(run)
             continue
         with distributed_session(run.config.training.device) as distributed:
-            distributed.on_main(partial(_sample_and_measure, target, experiment))
+            distributed.on_main(partial(_sample_and_measure, target, experiment, say))
     return [run for run in unfinished if not is_finished(folder / run.name)]  # another process may have finished some by now
 
 
@@ -77,16 +76,16 @@ def claim_experiment(folder: Path) -> None:
     check_result(folder / "report.html")
 
 
-def _sample_and_measure(folder: Path, experiment: Experiment) -> None:
+def _sample_and_measure(folder: Path, experiment: Experiment, say: Say) -> None:
     if experiment.samples is not None:
-        write_samples(folder, experiment.samples)
+        write_samples(folder, experiment.samples, say)
     if experiment.measures is not None:
-        measure(folder, experiment.measures)
+        measure(folder, experiment.measures, say)
 
 
 def is_finished(folder: Path) -> bool:
     """Whether the run in this folder was trained to its end."""
-    return (folder / "summary.json").exists()
+    return RunFolder(folder).read_summary() is not None
 
 
 def has_diverged(folder: Path) -> bool:

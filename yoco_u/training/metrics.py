@@ -13,6 +13,7 @@ Records of kind `train` also have
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Sequence
 from itertools import pairwise
@@ -144,9 +145,10 @@ def _start_wandb(folder: Path, project: str, run_config: Record | None) -> Any:
             f"training.wandb_project is {project!r} but wandb is not installed; pip install 'yoco-u[wandb]' or drop the setting"
         ) from None
     identity = folder / "wandb-id"
-    if not identity.exists():
-        identity.write_text(uuid.uuid4().hex, encoding="utf-8")
-    run_id = identity.read_text(encoding="utf-8")
+    run_id = identity.read_bytes().decode(errors="replace") if identity.exists() else ""
+    if not re.fullmatch("[0-9a-f]{32}", run_id):
+        run_id = uuid.uuid4().hex
+        write_text(identity, run_id)
     run = wandb.init(project=project, name=folder.name, id=run_id, resume="allow", dir=str(folder), config=run_config)
     # Figures are drawn over a step of ours. W&B's own only rises, and figures of a lower one are dropped: those of steps that
     # a run trains again from its last checkpoint, after it was killed.

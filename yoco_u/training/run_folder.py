@@ -15,6 +15,7 @@ from yoco_u.config import differences, dump_yaml, load_yaml, parse
 from yoco_u.data import load_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.files import (
+    Say,
     beside,
     check_claim,
     check_part,
@@ -39,8 +40,10 @@ SAMPLES = "samples.json"
 """The texts that experiments let a run's model write."""
 
 
-Environment = dict[str, Any]
-"""What a run runs on, as `yoco_u.device.environment` tells it, with the list `resumed` of later starts."""
+class _Environment(BaseModel, extra="allow"):
+    """What a run runs on, as `yoco_u.device.environment` tells it, with the later starts."""
+
+    resumed: list[dict[str, Any]] = []
 
 
 class _Sample(BaseModel, extra="allow"):
@@ -85,7 +88,7 @@ class RunFolder:
                 raise RunFolderTaken(
                     f"{self.path}: another process is training there; wait for it, or choose another folder"
                 ) from None
-            if not self.summary.exists():
+            if self.read_summary() is None:
                 check_part(self.model)
                 for place in (self.tokenizer, self.config, self.summary, self.environment, self.path / METRICS):
                     check_place(place)
@@ -135,17 +138,27 @@ class RunFolder:
             load_tokenizer(source).save_pretrained(folder)
             write_checksums(folder)
 
-    def note_start(self, step: int, environment: dict[str, Any]) -> None:
+    def note_start(self, step: int, environment: dict[str, Any], say: Say) -> None:
         """Write down what the run runs on. A start that continues from `step` goes into the list `resumed` of the first one."""
-        if step == 0 or not self.environment.exists():
+        nothing = _Environment()
+        first = read_json(self.environment, _Environment, nothing, say)
+        if step == 0 or first is nothing:
             write_json(self.environment, environment | {"resumed": []})
-            return
-        first = read_json(self.environment, Environment)
-        write_json(self.environment, first | {"resumed": [*first.get("resumed", []), {"step": step} | environment]})
+        else:
+            later = [*first.resumed, {"step": step} | environment]
+            write_json(self.environment, first.model_dump() | {"resumed": later})
 
-    def read_summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run; None if the run is not finished."""
-        return read_json(self.summary, _Summary).model_dump() if self.summary.exists() else None
+    def read_summary(self, say: Say = lambda _: None) -> dict[str, Any] | None:
+        """The summary of a finished run; None if the run is not finished.
+
+        A damaged one counts as missing, which is said, while there is a checkpoint from which the run can finish again.
+
+        Raises:
+            UserError: if it is damaged and there is no checkpoint.
+        """
+        nothing, can_finish = _Summary(name="", steps=1), any(self.checkpoints.glob("step-*"))
+        found = read_json(self.summary, _Summary, nothing, say if can_finish else None)
+        return None if found is nothing else found.model_dump()
 
     def _mark_parts(self) -> None:
         """Mark what the run's folder holds, if it was made before there were marks."""
@@ -209,16 +222,20 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     records = read_metrics(folder.path)
     if not records:
         raise UserError(f"{folder.path}: the run has no metrics yet; run `yoco-u train` first")
-    return Run(folder.path, config, records, read_json(folder.environment, Environment, {}), read_samples(folder.path))
+    environment = read_json(folder.environment, _Environment, _Environment()).model_dump()
+    return Run(folder.path, config, records, environment, read_samples(folder.path))
 
 
-def read_samples(folder: Path) -> list[dict[str, Any]]:
+def read_samples(folder: Path, say: Say | None = None) -> list[dict[str, Any]]:
     """The texts that a run's model wrote; none if there is no file.
+
+    Args:
+        say: given by who writes the file anew then. Without it a damaged file is an error.
 
     Raises:
         UserError: if the file is damaged.
     """
-    return [sample.model_dump() for sample in read_json(folder / SAMPLES, list[_Sample], [])]
+    return [sample.model_dump() for sample in read_json(folder / SAMPLES, list[_Sample], [], say)]
 
 
 def _was_run(folder: Path) -> bool:

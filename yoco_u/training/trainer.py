@@ -66,25 +66,31 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
         TrainingDiverged: if the loss or the gradient is not finite.
         TrainingInterrupted: if SIGINT or SIGTERM stopped the run.
     """
-    run_folder = RunFolder(Path(folder))
+    run_folder, damaged = RunFolder(Path(folder)), list[str]()
     with distributed_session(config.training.device) as distributed:
-        if not run_folder.summary.exists():
+        if run_folder.read_summary() is None:
             check_memory(config.architecture, config.training, distributed)
         with run_folder.claim(config, distributed):
-            summary = distributed.on_main(run_folder.read_summary)
+            summary = distributed.on_main(lambda: run_folder.read_summary(damaged.append))
             if summary is None:
                 with naming(run_folder.path):
-                    return _Run(config, run_folder, distributed, progress).run()
+                    return _Run(config, run_folder, distributed, progress, damaged).run()
             console = Console(stderr=True, quiet=not (progress and distributed.is_main))
             console.print(f"{run_folder.path}: the run is finished, at step {summary['steps']}; nothing to do.", soft_wrap=True)
             return summary
 
 
 class _Run:
-    """One run in one process. Each phase of `run` sets the attributes that the later ones use."""
+    """One run in one process. Each phase of `run` sets the attributes that the later ones use.
 
-    def __init__(self, config: RunConfig, folder: RunFolder, distributed: Distributed, progress: bool) -> None:
-        self.config, self.folder, self.distributed = config, folder, distributed
+    Args:
+        damaged: what to say of files that are made anew.
+    """
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, distributed: Distributed, progress: bool, damaged: list[str]
+    ) -> None:
+        self.config, self.folder, self.distributed, self.damaged = config, folder, distributed, damaged
         self.progress = progress and distributed.is_main
         self.checkpoints = Checkpoints(folder.checkpoints, distributed)
 
@@ -129,7 +135,7 @@ class _Run:
         self.training_step = TrainingStep(self.model, self.optimizer, config, self.distributed)
 
     def _resume(self) -> None:
-        self.saved, self.damaged = self.checkpoints.newest()
+        self.saved, self.lost = self.checkpoints.newest()
         if self.saved is not None:
             self.state = self.checkpoints.load(self.saved, self.model, self.optimizer, self.config.architecture)
             return
@@ -144,7 +150,7 @@ class _Run:
         found = environment(device) | {
             "world_size": self.distributed.world_size, "dtype": training.dtype, "gemm_flops_per_second": self.gemm_rate,
         }  # fmt: skip
-        self.distributed.on_main(lambda: self.folder.note_start(self.state.step, found))
+        self.distributed.on_main(lambda: self.folder.note_start(self.state.step, found, self.damaged.append))
 
     @contextmanager
     def _writing_metrics(self) -> Iterator[None]:
@@ -165,11 +171,11 @@ class _Run:
     def _reporting(self) -> Iterator[None]:
         steps = self.config.training.steps
         with progress_report(self.config.name, self.state.step, steps, self.progress) as self.reporter:
-            for problem in self.damaged:
+            for problem in [*self.damaged, *self.lost]:
                 self.reporter.say(problem)
             if self.saved is not None:
                 self.reporter.say(f"continuing from {self.saved}")
-            elif self.damaged:
+            elif self.lost:
                 self.reporter.say("no checkpoint is left: beginning again")
             if self.distributed.is_main and self.metrics.missing:
                 self.reporter.say(f"{METRICS} was damaged or lost, steps {self.metrics.missing} are missing; going on")
