@@ -16,9 +16,10 @@ from torch.utils import cpp_extension
 import test_chunk_attention, test_prepacked_linear
 from yoco_u.inference.kernels import cpu
 
-sources = [f"{cpu.__path__[0]}/{name}.cpp" for name in ("prepacked_linear", "chunk_attention")]
+kernels = cpu.__path__[0]
+sources = [f"{kernels}/prepacked_linear.cpp", f"{kernels}/chunk_attention.cpp", f"{sys.argv[1]}/portable_operators.cpp"]
 flags = [*cpu._FLAGS, "-U__AVX512BF16__"]
-cpp_extension.load("yoco_u_portable", sources, extra_cflags=flags, is_python_module=False)
+cpp_extension.load("yoco_u_portable", sources, extra_cflags=flags, extra_include_paths=[kernels], is_python_module=False)
 for shape in [(1, 64, 64), (7, 33, 65), (70, 300, 130)]:
     test_prepacked_linear.check_kernel(*shape)
 for shape, window in [((1, 1, 1, 1, 2), 1), ((70, 150, 2, 3, 40), 60), ((9, 200, 1, 4, 64), 200)]:

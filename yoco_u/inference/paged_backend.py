@@ -62,7 +62,7 @@ class PagedBackend(AttentionBackend):
         return self._index([token for one, own in self._with_tokens() for token in own[one.count - one.kept :]]), self._of(kept)
 
     def decode_block_arguments(self, slot: int) -> tuple[Any, ...] | None:
-        """The arguments of `run` in `kernels/cpu/decode_block.cpp`, for a step of decodes that all write to the caches."""
+        """The arguments of `run` in `kernels/cpu/operators.cpp`, for a step of decodes that all write to the caches."""
         if self.prefills:
             return None
         kind = self.slots[slot].attention

@@ -4,9 +4,7 @@
 // blocks in its block table. There is one pass over keys and values with a running maximum (arXiv 2205.14135), in float32. The
 // rows of a long sequence are divided among threads, and the parts are joined by their maxima and sums of exponentials.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
 #include <omp.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -340,7 +338,7 @@ at::Tensor decode_attention(const at::Tensor& queries, const at::Tensor& cache, 
   const at::Tensor q = queries.contiguous();
   TORCH_CHECK(cache.is_contiguous() && table.is_contiguous() && lengths.is_contiguous());
   TORCH_CHECK(cache.scalar_type() != at::kChar || scales, "an int8 cache needs scales");
-  at::Tensor out = at::empty_like(q);
+  at::Tensor out = q.new_empty(q.sizes());
   const float* factors = scales ? scales->const_data_ptr<float>() : nullptr;
   with_type(q, [&](auto query) {
     using Q = decltype(query);
@@ -353,9 +351,3 @@ at::Tensor decode_attention(const at::Tensor& queries, const at::Tensor& cache, 
   });
   return out;
 }
-
-TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
-  m.def("decode_attention(Tensor q, Tensor cache, Tensor? scales, Tensor table, int block_size, Tensor lengths) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(yoco_u, CPU, m) { m.impl("decode_attention", &decode_attention); }

@@ -4,13 +4,12 @@
 // Keys and values are laid out in tiles of 64 keys. A tile serves a block of queries and all heads that share the keys,
 // together about ROWS rows: enough to make up for laying out the tile, few enough to waste little at the edges of a window.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "kernels.h"
 #include "products.h"
 #include "vectors.h"
 
@@ -153,7 +152,7 @@ at::Tensor chunk_attention(const at::Tensor& queries, const at::Tensor& keys, co
   TORCH_CHECK(q.size(0) == 1 && k.size(1) >= q.size(1) && q.size(3) % 2 == 0 && window >= 1);
   const int64_t heads = q.size(2), kv_heads = k.size(2);
   const Shape s{q.size(1), k.size(1), heads / kv_heads, q.size(3), std::min(window, k.size(1))};
-  at::Tensor out = at::empty(q.sizes(), q.options());
+  at::Tensor out = q.new_empty(q.sizes());
   const Half *query = q.const_data_ptr<Half>(), *key = k.const_data_ptr<Half>(), *value = v.const_data_ptr<Half>();
   Half* result = out.data_ptr<Half>();
   const int64_t stride = kv_heads * s.dim, blocks = (s.queries + s.block() - 1) / s.block();
@@ -189,7 +188,3 @@ at::Tensor chunk_attention(const at::Tensor& queries, const at::Tensor& keys, co
   }
   return out;
 }
-
-TORCH_LIBRARY_FRAGMENT(yoco_u, m) { m.def("chunk_attention(Tensor q, Tensor k, Tensor v, int window) -> Tensor"); }
-
-TORCH_LIBRARY_IMPL(yoco_u, CPU, m) { m.impl("chunk_attention", &chunk_attention); }

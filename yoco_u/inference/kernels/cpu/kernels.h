@@ -1,4 +1,4 @@
-// The kernels that other kernels call. Each is described where it is defined.
+// The kernels. Each is described where it is defined.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,3 +15,4 @@ void store_rows(const at::Tensor& k, const at::Tensor& v, const at::Tensor& slot
                 const std::optional<at::Tensor>& scales);
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& cache, const std::optional<at::Tensor>& scales,
                             const at::Tensor& table, int64_t block_size, const at::Tensor& lengths);
+at::Tensor chunk_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t window);

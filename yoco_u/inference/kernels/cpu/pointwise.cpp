@@ -1,9 +1,6 @@
 // The operations between the matrix products of a block, each in one pass over memory: RMSNorm, RoPE, SwiGLU. They compute in
 // float32.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <vector>
@@ -16,7 +13,7 @@ static constexpr int64_t PARALLEL = 1 << 15;  // the fewest elements for which s
 // x (..., size), weight (size) -> as x.
 at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double eps) {
   const at::Tensor x = input.contiguous();
-  at::Tensor out = at::empty_like(x);
+  at::Tensor out = x.new_empty(x.sizes());
   const int64_t size = x.size(-1), rows = size ? x.numel() / size : 0;
   with_type(x, [&](auto element) {
     using T = decltype(element);
@@ -50,7 +47,7 @@ at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double ep
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& sines) {
   const int64_t tokens = x.size(1), heads = x.size(2), dim = x.size(3), half = dim / 2;
   TORCH_CHECK(x.size(0) == 1 && x.stride(3) == 1 && cosines.is_contiguous() && sines.is_contiguous());
-  at::Tensor out = at::empty({1, tokens, heads, dim}, x.options());
+  at::Tensor out = x.new_empty({1, tokens, heads, dim});
   with_type(x, [&](auto element) {
     using T = decltype(element);
     const T* from = x.const_data_ptr<T>();
@@ -82,7 +79,7 @@ at::Tensor swiglu(const at::Tensor& x) {
   const int64_t size = x.size(-1) / 2, rows = size ? x.numel() / (2 * size) : 0;
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = size;
-  at::Tensor out = at::empty(shape, x.options());
+  at::Tensor out = x.new_empty(shape);
   constexpr int64_t PART = 256;
   const int64_t parts = (size + PART - 1) / PART;
   with_type(x, [&](auto element) {
@@ -105,16 +102,4 @@ at::Tensor swiglu(const at::Tensor& x) {
       }
   });
   return out;
-}
-
-TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
-  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  m.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
-  m.def("swiglu(Tensor x) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(yoco_u, CPU, m) {
-  m.impl("rms_norm", &rms_norm);
-  m.impl("rotate", &rotate);
-  m.impl("swiglu", &swiglu);
 }

@@ -6,10 +6,7 @@
 // bfloat16 there, which represents every int8 exactly. Products are summed in float32; int8 weights have one scale per output,
 // which multiplies the sum.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
 #include <omp.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
@@ -78,6 +75,15 @@ void multiply_all(const at::Tensor& x, const at::Tensor& weights, const float* s
   }
 }
 
+// With a column of zeros behind the others.
+at::Tensor padded(const at::Tensor& x) {
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() += 1;
+  at::Tensor out = x.new_zeros(shape);
+  out.narrow(-1, 0, x.size(-1)).copy_(x);
+  return out;
+}
+
 }  // namespace
 
 // x (..., inputs) bfloat16; weights (blocks, pairs, 64, 2) bfloat16, or int8 with scales (blocks * 64) float32, both padded
@@ -87,10 +93,10 @@ at::Tensor prepacked_linear(const at::Tensor& input, const at::Tensor& weights, 
   const int64_t blocks = weights.size(0), pairs = weights.size(1), inputs = input.size(-1);
   TORCH_CHECK(input.scalar_type() == at::kBFloat16 && weights.is_contiguous() && weights.size(2) == BLOCK);
   TORCH_CHECK((inputs + 1) / 2 == pairs && (outputs + BLOCK - 1) / BLOCK == blocks);
-  const at::Tensor x = (inputs % 2 ? at::constant_pad_nd(input, {0, 1}) : input).contiguous();
+  const at::Tensor x = (inputs % 2 ? padded(input) : input).contiguous();
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = outputs;
-  at::Tensor out = at::empty(shape, x.options());
+  at::Tensor out = x.new_empty(shape);
   if (weights.scalar_type() == at::kBFloat16) {
     multiply_all<c10::BFloat16>(x, weights, nullptr, outputs, out);
     return out;
@@ -100,9 +106,3 @@ at::Tensor prepacked_linear(const at::Tensor& input, const at::Tensor& weights, 
   multiply_all<int8_t>(x, weights, scales->const_data_ptr<float>(), outputs, out);
   return out;
 }
-
-TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
-  m.def("prepacked_linear(Tensor x, Tensor weights, Tensor? scales, int outputs) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(yoco_u, CPU, m) { m.impl("prepacked_linear", &prepacked_linear); }

@@ -1,6 +1,5 @@
 // Writes the keys and values of new tokens to the rows of a paged cache, which it may quantize to int8.
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <optional>
@@ -63,9 +62,3 @@ void store_rows(const at::Tensor& k, const at::Tensor& v, const at::Tensor& slot
     }
   });
 }
-
-TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
-  m.def("store_rows(Tensor k, Tensor v, Tensor slot_mapping, Tensor(a!) cache, Tensor(b!)? scales) -> ()");
-}
-
-TORCH_LIBRARY_IMPL(yoco_u, CPU, m) { m.impl("store_rows", &store_rows); }
