@@ -1,17 +1,28 @@
-"""For every test: one thread, fixed seeds, hypothesis without deadlines and always the same examples; and the files' order."""
+"""For every test: one thread, fixed seeds, hypothesis without deadlines, the speed measured once; and the files' order."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from examples import FUZZ, examples
 from hypothesis import HealthCheck, settings
 
+from yoco_u import device
+
 settings.register_profile(
-    "yoco_u", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "yoco_u",
+    deadline=None,
+    derandomize=FUZZ is None,
+    max_examples=examples(40),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("yoco_u")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# Every run that is trained measures it, which takes as long as a few steps of the tests' models.
+device.gemm_rate = cache(device.gemm_rate)
 
 # The files that take longest. They come first, so that no process is left alone with one of them in the end.
 SLOWEST = (
@@ -41,3 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines' caches of 16 MiB unless another size is asked for: filling a GiB with zeros takes longer than most tests."""
+    monkeypatch.setattr("yoco_u.inference.settings.DEFAULT_CACHE_BYTES", 2**24)

@@ -48,6 +48,11 @@ class Outcome:
         return self.err.removeprefix("error: ").strip()
 
 
+@pytest.fixture(autouse=True)
+def _small_caches(small_caches: None) -> None:
+    """For every command."""
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs a command in this process."""

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from data_samples import texts
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
@@ -24,7 +25,7 @@ pieces = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(pieces, max_size=6).map("".join))
 def test_every_text_comes_back_exactly(text):
     [tokens] = ENCODER.encode([text])
@@ -33,7 +34,7 @@ def test_every_text_comes_back_exactly(text):
     assert TOKENIZER.decode(tokens[1:].tolist()) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.one_of(pieces, st.sampled_from(["a\n", " b)\n", "\n  "])), max_size=20).map("".join), st.integers(1, 9))
 def test_cutting_long_texts_changes_nothing(text, size):
     whole = ENCODER.encode([text])[0].tolist()

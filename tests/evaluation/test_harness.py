@@ -62,7 +62,7 @@ def test_what_greedy_decoding_would_write_is_greedy(folder: Path) -> None:
 @pytest.mark.parametrize("loops", [1, 2, 4])
 def test_loop_counts(folder: Path, loops: int) -> None:
     """The engine at several loop counts against one pass over the whole text without a cache."""
-    llm = LLM(folder, device="cpu", dtype="float32")
+    llm = LLM(folder, device="cpu", dtype="float32", cache_tokens=8192)
     lm = EngineLM(llm, num_loops=loops)
     found = lm.loglikelihood(requests("loglikelihood", PAIRS[:5]))
     for (context, continuation), (logprob, _) in zip(PAIRS, found, strict=False):

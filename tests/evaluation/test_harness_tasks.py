@@ -14,6 +14,7 @@ import lm_eval.__main__
 import lm_eval.evaluator
 import lm_eval.tasks
 import pytest
+from forked import Popen
 from harness_models import ours, save_model, theirs
 from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
@@ -26,6 +27,7 @@ from yoco_u.evaluation import lm_eval as launcher
 from yoco_u.evaluation.harness_tasks import TASKS, HowToAsk, load_tasks, run_tasks
 from yoco_u.evaluation.math_sets import MATH_SETS, math_names, same_answer
 
+pytestmark = pytest.mark.usefixtures("small_caches")
 STDLIB = ("yoco_u_stdlib_choice", "yoco_u_stdlib_completion", "yoco_u_stdlib_perplexity")
 
 
@@ -303,13 +305,17 @@ def test_the_harness_s_own_command_line(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == "error: no such folder\n"
 
 
-def test_the_launcher_makes_the_model_known(folder: Path) -> None:
-    script = (
-        "import lm_eval.__main__, yoco_u.evaluation.lm_eval as launcher; from lm_eval.api.registry import get_model; "
-        "lm_eval.__main__.cli_evaluate = lambda: print(get_model('yoco_u')); launcher.main()"
+def test_the_launcher_makes_the_model_known(tmp_path: Path) -> None:
+    """In a process that has not imported what makes it known."""
+    (tmp_path / "launch.py").write_text(
+        "import sys; assert 'yoco_u.evaluation.harness' not in sys.modules\n"
+        "import lm_eval.__main__, yoco_u.evaluation.lm_eval as launcher; from lm_eval.api.registry import get_model\n"
+        "lm_eval.__main__.cli_evaluate = lambda: print(get_model('yoco_u'))\n"
+        "launcher.main()\n"
     )
-    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "EngineLM" in shown.stdout
+    process = Popen([sys.executable, str(tmp_path / "launch.py")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and "EngineLM" in process.stdout.read()
+    assert process.wait() == 0
 
 
 def test_without_the_harness(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from examples import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -99,7 +100,7 @@ def places(needle: Needle) -> list[float]:
     return [*found, len(text) - before]
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(40))
 @given(st.sampled_from(sorted(ENCODERS)), arguments)
 def test_the_length_is_exact_and_the_same_arguments_give_the_same(tokenizer: str, given: dict) -> None:
     encoder = ENCODERS[tokenizer]
@@ -112,7 +113,7 @@ def test_the_length_is_exact_and_the_same_arguments_give_the_same(tokenizer: str
     assert needle == generate_needle(encoder=encoder, **given)
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(30))
 @given(arguments)
 def test_facts_lie_at_their_depths(given: dict) -> None:
     """The fact that is asked for lies at the depth; several lie at even distances from there to the end."""
@@ -129,7 +130,7 @@ def test_facts_lie_at_their_depths(given: dict) -> None:
         assert abs(place - share * size) <= PLACE_TOLERANCE + 10
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(30))
 @given(arguments)
 def test_the_answer_is_in_the_text_once(given: dict) -> None:
     needle = generate_needle(encoder=BPE, **given)

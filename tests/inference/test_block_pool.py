@@ -2,6 +2,7 @@ import random
 from itertools import pairwise
 
 import pytest
+from examples import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -214,7 +215,7 @@ class BlockTables(RuleBasedStateMachine):
 
 
 TestBlockTables = BlockTables.TestCase
-TestBlockTables.settings = settings(max_examples=100, stateful_step_count=25)
+TestBlockTables.settings = settings(max_examples=examples(40), stateful_step_count=25)
 
 
 def test_sequences_that_grow_in_turn_stay_in_long_runs():

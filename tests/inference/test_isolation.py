@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import assert_all_free
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import architecture, build
@@ -92,7 +93,7 @@ def alone(kind: int, number: int) -> Any:
     return ALONE[kind, number]
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(20))
 @given(
     kinds=st.lists(st.integers(0, len(KINDS) - 1), min_size=2, max_size=5),
     guilty=st.integers(0, 6),
@@ -178,7 +179,7 @@ def never_decided(engine: Engine) -> Callable[[], None]:
     return lambda: setattr(matcher, "__class__", Matcher)
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(8))
 @given(st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=5), st.integers(0, 20), st.booleans())
 def test_outputs_wait_for_a_late_mask_alone(kinds: list[int], late: int, abort: bool) -> None:
     """Others go on meanwhile, also if they have to take the blocks of the one that waits; what it says is the same."""
@@ -199,7 +200,7 @@ def test_outputs_wait_for_a_late_mask_alone(kinds: list[int], late: int, abort: 
     assert abort or said(waiting) == wanted[0]
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(10))
 @given(kinds=st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=5), chance=st.randoms(use_true_random=False))
 def test_masks_that_come_late_at_any_token(kinds: list[int], chance: random.Random) -> None:
     """Each output says what it says alone, however many steps it waits for each of its tokens."""

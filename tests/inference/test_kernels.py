@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import CACHES, DTYPES, Case, assert_rounded, head_dims, paged, random, seeds, split_keys
@@ -31,7 +32,7 @@ cases = st.builds(
 
 
 @needs_kernels
-@settings(max_examples=200)
+@settings(max_examples=examples(80))
 @given(cases)
 def test_decode_attention(case: Case) -> None:
     assert_rounded(case.found(), case.exact)
@@ -93,7 +94,7 @@ def test_decode_attention_of_extreme_scores() -> None:
 
 
 @needs_kernels
-@settings(max_examples=100)
+@settings(max_examples=examples(40))
 @given(
     seed=seeds,
     dtype=st.sampled_from(DTYPES),

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from examples import examples
 from fake_model import SNAPSHOT_BYTES, FakeEngine, new_request
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -98,7 +99,7 @@ class Traffic(RuleBasedStateMachine):
 
 
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(max_examples=150, stateful_step_count=20)
+TestTraffic.settings = settings(max_examples=examples(50), stateful_step_count=20)
 
 
 @pytest.mark.parametrize("window", [True, False])

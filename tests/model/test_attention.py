@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import architecture, build, tokens
@@ -73,7 +74,7 @@ def draw_segments(data: st.DataObject, length: int) -> Tensor | None:
 
 
 @both_ways
-@settings(max_examples=300)
+@settings(max_examples=examples(100))
 @given(
     st.data(),
     st.integers(1, 150),

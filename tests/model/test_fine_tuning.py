@@ -28,7 +28,7 @@ def test_a_saved_model_can_be_trained_further(tmp_path: Path, name: str) -> None
     model.save_pretrained(tmp_path / "after")
 
     tuned = YocoUForCausalLM.from_pretrained(tmp_path / "after").eval()
-    engine = Engine(tuned, None, EngineSettings(dtype="float32"))
+    engine = Engine(tuned, None, EngineSettings(dtype="float32", cache_tokens=512))
     row = batch[0].tolist()
     request = engine.add(row[:8], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
     while not request.finished:

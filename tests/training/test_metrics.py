@@ -19,7 +19,7 @@ from yoco_u import YocoUForCausalLM, budget
 from yoco_u.data import DatasetIndex, PackedDataset
 from yoco_u.device import gemm_rate
 from yoco_u.errors import UserError
-from yoco_u.training import evaluate, read_metrics, train
+from yoco_u.training import evaluate, read_metrics, train, trainer
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.metrics import MetricsWriter
 
@@ -65,6 +65,7 @@ def test_slow_bfloat16_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: in_hardware)
+    monkeypatch.setattr(trainer, "gemm_rate", lambda device, dtype: 1e9)  # it would take long where that is not so
     train(run_config(dataset, steps=1, dtype=dtype, optimizer_warmup_steps=0, device="cpu"), tmp_path)
     assert ("training.dtype=float32 is faster" in capsys.readouterr().err) == warned
 
