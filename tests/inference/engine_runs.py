@@ -107,6 +107,20 @@ def generated(variant: str, ids: list[int], new: int = NEW, loops: int | None = 
     return _generated(variant, tuple(ids), new, loops)
 
 
+def likeliest(variant: str, ids: list[int], new: list[int], loops: int | None = None) -> list[int]:
+    """The likeliest token at each place of `new` behind `ids`, from one pass over both without a cache.
+
+    It equals `new` if and only if `new` is what greedy decoding gives, by induction over its places, in one pass instead of one
+    for each token.
+    """
+    return _likeliest(variant, tuple(ids), tuple(new), loops)
+
+
+@cache
+def _likeliest(variant: str, ids: tuple[int, ...], new: tuple[int, ...], loops: int | None) -> list[int]:
+    return full_logprobs(variant, [*ids, *new[:-1]], loops)[len(ids) - 1 :].argmax(-1).tolist() if new else []
+
+
 @torch.no_grad()
 def full_logprobs(variant: str, ids: list[int], loops: int | None = None) -> Tensor:
     """Of every position, (tokens, vocab), from one pass over the whole text without a cache."""
@@ -144,3 +158,9 @@ def chosen_logprobs(completion: Completion) -> Tensor:
 def output(request: RequestOutput) -> list[int]:
     assert len(request.outputs) == 1
     return request.outputs[0].token_ids
+
+
+def assert_greedy(variant: str, request: RequestOutput, loops: int | None = None, new: int = NEW) -> None:
+    """The one output has `new` tokens, and they are those of greedy decoding."""
+    assert len(output(request)) == new
+    assert output(request) == likeliest(variant, request.prompt_token_ids, output(request), loops)

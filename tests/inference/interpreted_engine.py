@@ -1,4 +1,4 @@
-"""The engine on the Triton kernels, in Triton's interpreter, token for token; `test_gpu_engine.py` runs these tests.
+"""The engine on the Triton kernels, in Triton's interpreter, token for token; `test_gpu_kernels.py` runs these tests.
 
 They have a process of their own, since `TRITON_INTERPRET=1` holds for all kernels of a process.
 """
@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import triton_interpreter  # noqa: F401  before the first kernel
-from engine_runs import VARIANTS, generated, greedy, output, prompt, run
+from engine_runs import VARIANTS, assert_greedy, greedy, prompt, run
 from flash import use_flash
 from models import architecture, build
 
@@ -18,7 +18,7 @@ NEW = 3
 
 
 @pytest.mark.parametrize("variant", ["yoco_u", "yoco_retention", "parscale", "experts", "gated upper loop"])
-def test_engine_generates_what_generate_does(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_decodes_greedily(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in chunks beside decodes, then decodes alone, with fused layers, of two loop counts."""
     monkeypatch.setattr(kernels, "_on_gpu", lambda x: True)
     monkeypatch.setattr("yoco_u.inference.engine.Runner", partial(runner.Runner, on_gpu=True))
@@ -27,8 +27,9 @@ def test_engine_generates_what_generate_does(variant: str, monkeypatch: pytest.M
     fuse_layers(model)
     chosen = {"dtype": "float32", "cache_tokens": 128, "block_size": 4, "max_num_seqs": 4, "max_batched_tokens": 16}
     engine = Engine(model, None, EngineSettings.model_validate(chosen))
-    prompts, loops = [prompt(length, seed=length) for length in (3, 11, 21)], [None, 1, None]
+    prompts, loops = [prompt(length, seed=length) for length in (3, 11, 9)], [2, 1, 2]
     with monkeypatch.context() as patch:
         use_flash(patch)
         found = run(engine, prompts, [greedy(max_tokens=NEW, num_loops=n) for n in loops])
-    assert [output(one) for one in found] == [generated(variant, ids, NEW, n) for ids, n in zip(prompts, loops, strict=True)]
+    for request, n in zip(found, loops, strict=True):
+        assert_greedy(variant, request, n, NEW)

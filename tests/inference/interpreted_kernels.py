@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import triton_interpreter  # noqa: F401  before the first kernel
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import CACHES, DTYPES, Case, assert_rounded, paged, random, seeds, split_keys
@@ -37,7 +38,7 @@ def split(lengths: Tensor, capacity: int, tile: int = 128) -> SplitPlan:
     return SplitPlan(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(10))
 @given(
     case=st.builds(
         paged,
@@ -88,7 +89,7 @@ def test_decode_attention_keeps_nan_where_it_is(kind: torch.dtype) -> None:
         assert int(out.isnan().sum()) == out[0, 3:].numel()
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(10))
 @given(
     seed=seeds,
     dtype=st.sampled_from(DTYPES),
@@ -122,7 +123,7 @@ def test_store_rows(
     torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(8))
 @given(seed=seeds, tokens=st.integers(0, 3), heads=st.integers(1, 3), head_dim=st.sampled_from([2, 16, 40, 64]))
 def test_retention_step(seed: int, tokens: int, heads: int, head_dim: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -141,7 +142,7 @@ def exact_norm(x: Tensor, weight: Tensor) -> Tensor:
     return wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(10))
 @given(
     seed=seeds,
     dtype=st.sampled_from(DTYPES),
@@ -160,7 +161,7 @@ def test_rms_norm(seed: int, dtype: torch.dtype, size: int, tokens: int, magnitu
     assert_rounded(normed, exact_norm(x + residual, weight))
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(10))
 @given(
     seed=seeds,
     dtype=st.sampled_from(DTYPES),
@@ -180,6 +181,7 @@ def test_rotate(seed: int, dtype: torch.dtype, head_dim: int, heads: int, batch:
     assert_rounded(gpu.rotate(x, *angles), x.double() * cos + torch.cat([-right, left], dim=-1) * sin)
 
 
+@settings(max_examples=examples(15))
 @given(seed=seeds, dtype=st.sampled_from(DTYPES), size=st.sampled_from([1, 7, 256, 3000]), rows=st.integers(0, 3))
 def test_swiglu(seed: int, dtype: torch.dtype, size: int, rows: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from engine_runs import assert_all_free, engine, full_logprobs, generated, greedy, prompt
+from engine_runs import assert_all_free, engine, full_logprobs, greedy, likeliest, prompt
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,13 +57,13 @@ VARIANTS = ["yoco_u", "yoco_u", "rins", "yoco_retention", "upper_loop", "upper_l
 
 
 def check(variant: str, arrival: Arrival, request: RequestOutput) -> None:
-    expected = generated(variant, arrival.ids, 16, arrival.loops)[: arrival.max_tokens]
     for completion in request.outputs:
+        assert completion.token_ids == likeliest(variant, arrival.ids, completion.token_ids, arrival.loops)
         if completion.finish_reason == "length":
-            assert completion.token_ids == expected
+            assert len(completion.token_ids) == arrival.max_tokens
         else:
             assert completion.finish_reason == "abort" and arrival.aborted is not None
-            assert completion.token_ids == expected[: len(completion.token_ids)]
+            assert len(completion.token_ids) <= arrival.max_tokens
     if arrival.scored and request.outputs[0].finish_reason == "length":
         assert request.prompt_logprobs is not None
         truth = full_logprobs(variant, arrival.ids, arrival.loops)
@@ -71,7 +72,7 @@ def check(variant: str, arrival: Arrival, request: RequestOutput) -> None:
         torch.testing.assert_close(reported, expected_scores, rtol=0, atol=2e-5)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(30))
 @given(variant=st.sampled_from(VARIANTS), chosen=engines, traffic=st.lists(arrivals, min_size=1, max_size=12))
 def test_traffic(variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -> None:
     serve(variant, chosen, traffic)

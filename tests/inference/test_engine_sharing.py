@@ -8,6 +8,7 @@ from engine_runs import (
     VARIANTS,
     WINDOW,
     assert_all_free,
+    assert_greedy,
     assert_ranked,
     chosen_logprobs,
     engine,
@@ -55,7 +56,7 @@ def test_prefix_hits(variant: str) -> None:
     ]
     for ids, cached in cases:
         [request] = run(subject, [ids], greedy(max_tokens=6))
-        assert output(request) == generated(variant, ids, 6)
+        assert_greedy(variant, request, new=6)
         assert request.cached_tokens == cached, len(ids)
 
 
@@ -127,7 +128,7 @@ def test_requests_that_give_way(variant: str) -> None:
     found = run(subject, prompts, params)
     assert subject.scheduler.statistics.preemptions > 1
     for request, ids, own in zip(found, prompts, params, strict=True):
-        assert output(request) == generated(variant, ids, 20, own.num_loops)
+        assert_greedy(variant, request, own.num_loops, 20)
         truth = full_logprobs(variant, ids + output(request), own.num_loops)[len(ids) - 1 : -1]
         expected = truth.gather(-1, torch.tensor(output(request))[:, None])[:, 0]
         torch.testing.assert_close(chosen_logprobs(request.outputs[0]), expected, rtol=0, atol=2e-5)
@@ -140,7 +141,8 @@ def test_preemption_at_every_block_size(block_size: int, prefix_caching: bool) -
     subject = engine(cache_tokens=64, block_size=block_size, max_batched_tokens=8, prefix_caching=prefix_caching)
     found = run(subject, prompts, greedy(max_tokens=25))
     assert subject.scheduler.statistics.preemptions > 0
-    assert [output(request) for request in found] == [generated("yoco_u", ids, 25) for ids in prompts]
+    for request in found:
+        assert_greedy("yoco_u", request, new=25)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, WINDOW - 1, WINDOW, WINDOW + 1, 64])
@@ -178,7 +180,7 @@ def test_prompt_logprobs_of_requests_that_give_way(variant: str) -> None:
     assert subject.scheduler.statistics.preemptions > 1
     for request in found:
         check_prompt_logprobs(request, variant)
-        assert output(request) == generated(variant, request.prompt_token_ids, 22)
+        assert_greedy(variant, request, new=22)
 
 
 @pytest.mark.parametrize("variant", PRESETS)

@@ -16,8 +16,8 @@ from yoco_u.inference.kernels.gpu.splits import TILE, SplitPlan, merge_attention
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
-def test_the_kernels_in_the_interpreter() -> None:
-    pass_in_the_interpreter("interpreted_kernels.py")
+def test_the_kernels_and_the_engine_on_them_in_the_interpreter() -> None:
+    pass_in_the_interpreter("interpreted_kernels.py", "interpreted_engine.py")
 
 
 @settings(max_examples=300)

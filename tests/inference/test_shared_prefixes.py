@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from engine_runs import assert_all_free, assert_ranked, engine, full_logprobs, generated, greedy, output, prompt
+from engine_runs import assert_all_free, assert_greedy, assert_ranked, engine, full_logprobs, greedy, prompt
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,7 +69,7 @@ def test_multiple_choice(variant: str) -> None:
     assert sum(seen) == 60 + 4 * 28 + tails
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(15))
 @given(
     parts=st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9)), max_size=4), min_size=1, max_size=8),
     starts=st.lists(st.integers(1, 40), min_size=8, max_size=8),
@@ -88,7 +89,7 @@ def test_any_tree(parts: list[list[tuple[int, int]]], starts: list[int], caching
     for ids, own, request in zip(prompts, params, found, strict=True):
         assert request.prompt_token_ids == ids
         if own.max_tokens:
-            assert output(request) == generated("yoco_u", ids, 3, own.num_loops)
+            assert_greedy("yoco_u", request, own.num_loops, 3)
         else:
             check(request, own.prompt_logprobs_start, loops=own.num_loops)
 
