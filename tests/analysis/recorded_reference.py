@@ -1,8 +1,10 @@
 """The slow reference of `reference.py`, which also records what every layer reads, writes and attends to."""
 
+from functools import cache
 from typing import Any
 
 import torch
+from loop_models import batch, make
 from reference import _Reference
 from torch import Tensor
 
@@ -63,3 +65,9 @@ class RecordedReference(_Reference):
         """The logits if the network ended at these states, (tokens, vocab)."""
         head = self.w["model.embed_tokens.weight" if self.a["tie_word_embeddings"] else "lm_head.weight"]
         return torch.stack([head @ self.norm("model.norm", x) for x in states])
+
+
+@cache
+def recorded(variant: str, num_loops: int | None = None) -> RecordedReference:
+    """That of the variant's model on the row of `batch()`, which takes longer than all that is held against it."""
+    return RecordedReference(make(variant), num_loops, batch()["input_ids"][0].tolist())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from loop_models import VARIANTS, batch, make, packed, tolerance
-from recorded_reference import RecordedReference
+from recorded_reference import recorded
 from torch import Tensor
 
 from yoco_u.analysis import attention, attention_spans
@@ -27,7 +27,7 @@ def test_spans_of_every_layer_token_by_token(variant: str) -> None:
     model, text = make(variant), batch()
     n = text["input_ids"].shape[1]
     found = attention_spans(model, [text], queries=1000)
-    reference = RecordedReference(model, None, text["input_ids"][0].tolist())
+    reference = recorded(variant)
     unrolled, streams = unroll(model.model.architecture), len(reference.ends)
     prefix = model.config.parallel["prefix_tokens"] if model.config.parallel else 0
     assert found.queries == n
@@ -71,7 +71,7 @@ def test_weights_times_values_are_the_models_attention(variant: str, path: str, 
     wanted: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor]] = []
     for name in ("sliding_attention", "full_attention", "cross_attention"):
-        monkeypatch.setattr(backend.PaddedBackend, name, recorded(getattr(backend.PaddedBackend, name), pairs, name))
+        monkeypatch.setattr(backend.PaddedBackend, name, watched(getattr(backend.PaddedBackend, name), pairs, name))
     with watch_attention(model, lambda _, attended: wanted.append(attention_weights(attended, positions))):
         last_states(model, text)
     assert len(wanted) == len(pairs) > 0
@@ -82,7 +82,7 @@ def test_weights_times_values_are_the_models_attention(variant: str, path: str, 
         )
 
 
-def recorded(method, pairs: list, name: str):
+def watched(method, pairs: list, name: str):
     def call(self, *args):
         out = method(self, *args)
         if name == "cross_attention":

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from loop_models import LOOPED, VARIANTS, batch, make, packed, tolerance
-from recorded_reference import RecordedReference
+from recorded_reference import recorded
 from torch import Tensor
 
 from yoco_u import YocoUForCausalLM
@@ -51,7 +51,7 @@ def logits(model: YocoUForCausalLM, ids: Tensor, loops: int) -> Tensor:
 def test_angular_distances_of_every_layer_and_loop(variant: str, num_loops: int | None) -> None:
     model, text = make(variant), batch()
     found = angular_distances(model, [text], num_loops)
-    reference = RecordedReference(model, num_loops, text["input_ids"][0].tolist())
+    reference = recorded(variant, num_loops)
     streams = len(reference.ends)
     layers = np.reshape([arccos_distance(x, y) for x, y in zip(reference.reads, reference.writes, strict=True)], (streams, -1))
     np.testing.assert_allclose(found.layers, layers.mean(0), rtol=tolerance(model))
@@ -95,7 +95,7 @@ def test_angular_distance_is_exact_at_every_angle(angle: float, length: float) -
 def test_logit_lens_against_the_models_of_fewer_loops(variant: str) -> None:
     model, text = make(variant), batch()
     lens, ids, targets = logit_lens(model, [text]), text["input_ids"], text["shift_labels"][0]
-    reference = RecordedReference(model, None, ids[0].tolist())
+    reference = recorded(variant)
     last = len(lens.loops)
     assert last == 2 if variant == "universal_transformer" else last == 3
     final = logits(model, ids, last).log_softmax(-1)
@@ -208,7 +208,7 @@ def test_loops_to_convergence_token_by_token(variant: str, limit: float) -> None
     found = loops_to_convergence(model, [text], loops, limit, classes)
     predictions = torch.stack([logits(model, text["input_ids"], t).argmax(-1) for t in range(1, loops + 1)])
     by_prediction = [steady_from(token) for token in predictions.T.tolist()]
-    states = RecordedReference(model, loops, text["input_ids"][0].tolist()).loop_states()
+    states = recorded(variant, loops).loop_states()
     moved = torch.stack([(y - x).norm(dim=-1) / y.norm(dim=-1) for x, y in pairwise(states)])
     by_state = [next(t for t in range(1, loops + 1) if (move[t:] <= limit).all()) for move in moved.T]
 

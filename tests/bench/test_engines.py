@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from forked import SUBPROCESS
 
 from yoco_u.architecture import STAGES, preset
+from yoco_u.bench import process
 from yoco_u.bench.cases import BenchSettings, Decode, Prefill, case_as_json
 from yoco_u.bench.engines import BenchEngine, find_peers, our_engines, peer_engines
 from yoco_u.bench.process import WorkerProcess
@@ -31,6 +33,12 @@ def answers(engine: BenchEngine) -> list[dict]:
         worker.close()
 
 
+@pytest.fixture
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "subprocess", SUBPROCESS)
+
+
+@pytest.mark.usefixtures("_forked")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_our_worker(dtype: str) -> None:
     [engine] = our_engines(BenchSettings(size="test", architectures=("yoco_u",), dtype=dtype, num_loops=2))
@@ -75,6 +83,7 @@ def test_behind_a_made_up_context_every_row_is_read(monkeypatch: pytest.MonkeyPa
     assert all(filled for _, filled in rest)
 
 
+@pytest.mark.usefixtures("_forked")
 def test_transformers_worker() -> None:
     settings = BenchSettings(size="test", compile_peers=False)
     [engine] = peer_engines(settings, preset("yoco_u", "test"), ["transformers"], {})

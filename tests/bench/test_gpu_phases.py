@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from flash import use_flash
+from forked import SUBPROCESS
 from gpu_phases import (
     check_engine,
     check_flash,
@@ -30,6 +31,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yoco_u.architecture import STAGES, preset
+from yoco_u.bench import process
 from yoco_u.bench import run as run_module
 from yoco_u.bench.cases import Decode, Prefill
 from yoco_u.bench.ceilings import Ceilings
@@ -130,6 +132,7 @@ def test_the_engine_of_a_gpu_with_and_without_graphs(monkeypatch: pytest.MonkeyP
 
 def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "measure_ceilings", lambda dtype, device: Ceilings(1e12, 1e10))
+    monkeypatch.setattr(process, "subprocess", SUBPROCESS)
     found = figures(tables.run, tmp_path)
     assert set(found) == {"yoco_u, prefill 2048", "yoco_u, decode 32, batch 2"}
     for figure in found.values():

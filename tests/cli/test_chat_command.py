@@ -1,6 +1,7 @@
 """A talk in the terminal: what is said, what the model reads, what settings do."""
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def talk(run: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return call
 
 
+@cache
 def answers(folder: Path, *texts: str, **settings: Any) -> list[str]:
     params = SamplingParams(**{"temperature": 0, "max_tokens": 6} | settings)
     return [request.outputs[0].text for request in LLM(folder, dtype="float32").generate(list(texts), params)]

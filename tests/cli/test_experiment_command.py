@@ -185,8 +185,8 @@ def _killed_at(moment: str, arguments: list[str]) -> None:
 
 def test_killed_in_a_run_it_goes_on_to_the_same_losses(run: Any, workspace: Path, tmp_path: Path) -> None:
     file, out, whole = tmp_path / "grid.yaml", tmp_path / "out", tmp_path / "whole"
-    file.write_text(GRID.format(folder=workspace, steps=12))
-    moment = f"os.mkdir */{RUNS[1]}/checkpoints/step-00000006.partial"
+    file.write_text(GRID.format(folder=workspace, steps=6))
+    moment = f"os.mkdir */{RUNS[1]}/checkpoints/step-00000004.partial"
     process = FORKS.Process(target=_killed_at, args=(moment, ["experiment", str(file), "seeds=[0]", "--out", str(out)]))
     process.start()
     process.join()

@@ -17,11 +17,7 @@ SETTINGS = ("--dtype", "float32", "--cache-tokens", "4096", "--max-num-seqs", "4
 
 
 class Process:
-    """A server process and where it listens.
-
-    Args:
-        popen: what starts it: `subprocess.Popen` does it as a user does, which takes longer.
-    """
+    """A server process and where it listens."""
 
     def __init__(
         self,
@@ -29,12 +25,11 @@ class Process:
         *arguments: str,
         log: Path,
         environment: dict[str, str] | None = None,
-        popen: type[forked.Popen] | type[subprocess.Popen[Any]] = forked.Popen,
     ) -> None:
         self.log = log
         command = [sys.executable, "-m", "yoco_u.cli", "serve", str(folder), "--name", "tiny", *SETTINGS, *arguments]
         with log.open("w") as file:
-            self.process = popen(
+            self.process = forked.Popen(
                 command,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -113,7 +113,6 @@ def test_tls_keys_that_stay_secret_and_a_drain_with_an_end(folder: Path, tmp_pat
     with serving(
         folder, "--certificate", str(certificate), "--key", str(key), "--drain-seconds", "0.2", "--api-key-file", str(keys),
         "--api-key", "from-an-option", log=tmp_path / "log", environment={"YOCO_U_API_KEY": "from-the-environment"},
-        popen=subprocess.Popen,
     ) as process, httpx2.Client(base_url=process.url, verify=trusted, timeout=60) as client:  # fmt: skip
         assert process.url.startswith("https://127.0.0.1:")
         for name, status in (
