@@ -113,17 +113,17 @@ def likeliest(variant: str, ids: list[int], new: list[int], loops: int | None = 
     It equals `new` if and only if `new` is what greedy decoding gives, by induction over its places, in one pass instead of one
     for each token.
     """
-    return _likeliest(variant, tuple(ids), tuple(new), loops)
-
-
-@cache
-def _likeliest(variant: str, ids: tuple[int, ...], new: tuple[int, ...], loops: int | None) -> list[int]:
     return full_logprobs(variant, [*ids, *new[:-1]], loops)[len(ids) - 1 :].argmax(-1).tolist() if new else []
 
 
-@torch.no_grad()
 def full_logprobs(variant: str, ids: list[int], loops: int | None = None) -> Tensor:
     """Of every position, (tokens, vocab), from one pass over the whole text without a cache."""
+    return _full(variant, tuple(ids), loops)
+
+
+@cache
+@torch.no_grad()
+def _full(variant: str, ids: tuple[int, ...], loops: int | None) -> Tensor:
     logits = model(variant)(torch.tensor([ids]), use_cache=False, num_loops=loops).logits[0]
     return logits.float().log_softmax(-1)
 
