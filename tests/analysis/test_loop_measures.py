@@ -26,7 +26,6 @@ from yoco_u.analysis.convergence import first_steady
 from yoco_u.analysis.loss import counts_around
 from yoco_u.errors import UserError
 
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_looped = pytest.mark.parametrize("variant", LOOPED)
 
 
@@ -46,8 +45,9 @@ def logits(model: YocoUForCausalLM, ids: Tensor, loops: int) -> Tensor:
 # Angular distance
 
 
-@every_variant
-@pytest.mark.parametrize("num_loops", [None, 4])
+@pytest.mark.parametrize(
+    ("variant", "num_loops"), [*((variant, None) for variant in VARIANTS), *((variant, 4) for variant in (*LOOPED, "yoco"))]
+)
 def test_angular_distances_of_every_layer_and_loop(variant: str, num_loops: int | None) -> None:
     model, text = make(variant), batch()
     found = angular_distances(model, [text], num_loops)

@@ -109,7 +109,7 @@ def test_generate_until(folder: Path) -> None:
         {"until": "\n", "do_sample": False, "temperature": 0.7},
         {"until": ["e"], "max_new_tokens": 12},
     ]
-    asked = requests("generate_until", [(context, own) for own in settings for context in CONTEXTS])
+    asked = requests("generate_until", [(context, own) for own in settings for context in CONTEXTS[1:4]])
     for max_length in (2048, 300):
         expected = theirs(folder, max_length=max_length, add_bos_token=False).generate_until(asked, disable_tqdm=True)
         assert ours(folder, max_length=max_length, add_bos_token=False).generate_until(asked) == expected
