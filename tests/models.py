@@ -9,6 +9,7 @@ from yoco_u import Architecture, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import STAGES, preset
 
 PRESETS = tuple(STAGES)
+EVERYTHING = {"qk_norm": True, "rope_cross": True, "loop_gate": 0.3, "tie_word_embeddings": True, "global_kvs": 2}
 EXPERTS = {"num_experts": 8, "experts_per_token": 3, "shared_experts": 1, "intermediate_size": 16}
 
 

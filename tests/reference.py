@@ -42,18 +42,24 @@ class _Reference:
         return torch.stack([head @ self.norm("model.norm", x) for x in xs])
 
     def stages(self, xs: list[Tensor], stream: int) -> list[Tensor]:
-        global_kv = None
+        global_kvs: list[Any] = []
+        crossing = sum(stage["layers"] for stage in self.a["stages"] if stage["attention"] == "cross")
+        crossed = 0
         for s, stage in enumerate(self.a["stages"]):
-            if stage["attention"] == "cross" and global_kv is None:
-                global_kv = self.global_kv(xs)
+            if stage["attention"] == "cross" and not global_kvs:
+                global_kvs = [self.global_kv(xs, number) for number in range(self.a["global_kvs"])]
             for loop in range(stage["loops"]):
                 before = xs
                 for layer in range(stage["layers"]):
-                    xs = self.block(f"model.stages.{s}.layers.{layer}", stage["attention"], xs, stream, global_kv)
+                    read = None
+                    if stage["attention"] == "cross":
+                        read = global_kvs[(crossed + layer) * len(global_kvs) // crossing]
+                    xs = self.block(f"model.stages.{s}.layers.{layer}", stage["attention"], xs, stream, read)
                 if loop and stage["loop_gate"] is not None:
                     gates = self.w[f"model.stages.{s}.loop_gates"]
                     gate = gates[min(loop - 1, len(gates) - 1)]
                     xs = [h + gate * (f - h) for h, f in zip(before, xs, strict=True)]
+            crossed += stage["layers"] if stage["attention"] == "cross" else 0
         return xs
 
     def block(self, name: str, kind: str, xs: list[Tensor], stream: int, global_kv: Any) -> list[Tensor]:
@@ -87,14 +93,15 @@ class _Reference:
             outputs.append(self.w[f"{name}.o_proj.weight"] @ self.softmax_attention(query, seen_keys, seen_values))
         return outputs
 
-    def global_kv(self, xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def global_kv(self, xs: list[Tensor], number: int) -> tuple[list[Tensor], list[Tensor]]:
+        """One of several, whose weights lie one behind the other."""
         name = "model.global_kv"
         keys, values = [], []
         for n, x in enumerate(xs):
             x = self.norm(f"{name}.norm", x)
             position = n if self.a["rope_cross"] else None
-            keys.append(self.project(f"{name}.k_proj", x, self.kv_heads, position, f"{name}.k_norm"))
-            values.append(self.project(f"{name}.v_proj", x, self.kv_heads))
+            keys.append(self.project(f"{name}.k_proj", x, self.kv_heads, position, f"{name}.k_norm", part=number))
+            values.append(self.project(f"{name}.v_proj", x, self.kv_heads, part=number))
         return keys, values
 
     def cross(self, name: str, xs: list[Tensor], global_kv: tuple[list[Tensor], list[Tensor]]) -> list[Tensor]:
@@ -137,11 +144,19 @@ class _Reference:
             outputs.append(self.w[f"{name}.o_proj.weight"] @ (gate * torch.sigmoid(gate) * torch.cat(heads)))
         return outputs
 
-    def project(self, name: str, x: Tensor, heads: int, position: int | None = None, norm: str | None = None) -> Tensor:
-        """Project to (heads, head_dim), normalise if the architecture has QK norms, rotate if there is a position."""
-        y = (self.w[f"{name}.weight"] @ x).reshape(heads, self.a["head_dim"])
+    def project(
+        self, name: str, x: Tensor, heads: int, position: int | None = None, norm: str | None = None, part: int = 0
+    ) -> Tensor:
+        """Project to (heads, head_dim), normalise if the architecture has QK norms, rotate if there is a position.
+
+        Args:
+            part: which of several projections that lie one behind the other.
+        """
+        size = self.a["head_dim"]
+        y = (self.w[f"{name}.weight"][part * heads * size : (part + 1) * heads * size] @ x).reshape(heads, size)
         if norm and self.a["qk_norm"]:
-            y = torch.stack([self.norm(norm, row) for row in y])
+            weights = self.w[f"{norm}.weight"].reshape(-1, size)[part]
+            y = torch.stack([row / torch.sqrt((row**2).mean() + self.a["rms_norm_eps"]) * weights for row in y])
         return y if position is None else torch.stack([self.rotate(row, position) for row in y])
 
     def rotate(self, x: Tensor, position: int) -> Tensor:

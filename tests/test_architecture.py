@@ -97,6 +97,24 @@ def test_presets_take_settings() -> None:
     assert preset("parscale", "test", streams=4, prefix_tokens=3).parallel == ParallelStreams(streams=4, prefix_tokens=3)
 
 
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
+def test_neighbouring_cross_layers_share_a_global_kv_in_even_groups(layers: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, sum(layers)))
+    first = Stage(attention="full", layers=2)
+    arch = architecture("yoco", window=None, stages=(first, *(Stage(attention="cross", layers=n) for n in layers)))
+    arch = parse(Architecture, arch.model_dump() | {"global_kvs": count}, "x")
+    read = [arch.global_kv_of(stage, layer) for stage, n in enumerate(layers, 1) for layer in range(n)]
+    assert read == sorted(read) and set(read) == set(range(count))
+    sizes = [read.count(number) for number in range(count)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("name", "count", "crossing"), [("yoco_u", 3, 2), ("upper_loop", 3, 2), ("transformer", 2, 0)])
+def test_more_global_kvs_than_layers_that_read_them(name: str, count: int, crossing: int) -> None:
+    with pytest.raises(UserError, match=f"global_kvs is {count}, but there are {crossing} cross layers"):
+        architecture(name, global_kvs=count)
+
+
 # YAML there and back
 
 
@@ -318,6 +336,7 @@ def test_architectures_in_words() -> None:
         "gated": "2 sliding x3 gated + 2 cross, width 32",
         "two looped stages": "2 full x2 + 2 full + 3 cross x4, width 32",
     }
+    assert architecture("yoco", global_kvs=2).in_words == "2 sliding + 2 cross, width 32, 2 global KVs"
     assert {name: SMALL[name].in_words for name in words} == words
 
 

@@ -44,7 +44,7 @@ def parameters(a: Architecture) -> Parameters:
             idle = a.experts.num_experts - a.experts.experts_per_token
             unvisited += stage.layers * idle * _expert_weights(a)
     if a.has_global_kv:
-        total += a.hidden_size + _global_kv_weights(a) + (a.head_dim if a.qk_norm else 0)
+        total += a.hidden_size + _global_kv_weights(a) + (a.global_kvs * a.head_dim if a.qk_norm else 0)
     total += _mixer_weights(a)
     return Parameters(total, total - unvisited, embedding)
 
@@ -72,8 +72,8 @@ def training_flops(a: Architecture, sequence_length: int) -> float:
 def prefill_flops(a: Architecture, context: int) -> float:
     """Model FLOPs of a whole prefill, from `context` prompt tokens to the logits of the first new token.
 
-    All tokens run the self-decoder, which writes caches, and the global KV projection. The cross-decoder, which writes none,
-    and the LM head run for the last token alone.
+    All tokens run the self-decoder, which writes caches, and the projection to the global KVs. The cross-decoder, which writes
+    none, and the LM head run for the last token alone.
     """
     streams = a.parallel.streams if a.parallel else 1
     every, last = 0.0, 2.0 * (a.vocab_size * a.hidden_size + _mixer_weights(a))
@@ -96,7 +96,7 @@ def decode_bytes(
 
     Weights are counted each time they are applied: once per loop for the whole batch, LM head included. Vectors (norms, gates)
     and the embedding's rows are left out. The count of routed experts is the mean number of distinct experts that the batch
-    visits if all are equally likely. Each cross layer and loop reads the whole global KV; retention reads its float32 states.
+    visits if all are equally likely. Each cross layer and loop reads a whole global KV; retention reads its float32 states.
 
     Args:
         context: tokens that a new token sees, itself included.
@@ -121,7 +121,7 @@ def prefill_bytes(a: Architecture, context: int, bytes_per_weight: float = 2, by
     """Bytes that the prefill of one prompt must at least move, even if all intermediate results stay in the processor's caches.
 
     The weights count each time they are applied, as in `decode_bytes`, but once for the whole prompt. The caches count once,
-    when they are written, and the global KV once more for each cross layer and loop, in which the last token reads it.
+    when they are written, and a global KV once more for each cross layer and loop, in which the last token reads it.
     """
     crossing = sum(stage.layers * stage.loops for stage in a.stages if stage.attention == "cross")
     read = crossing * context * _row_elements(a) * bytes_per_element
@@ -131,7 +131,7 @@ def prefill_bytes(a: Architecture, context: int, bytes_per_weight: float = 2, by
 def kv_bytes(a: Architecture, tokens: int, bytes_per_element: float = 2) -> int:
     """Bytes that one sequence of `tokens` keeps for decoding.
 
-    These are the global KV, the last `window` rows of each sliding slot, all rows of each full slot and ParScale stream, and
+    These are the global KVs, the last `window` rows of each sliding slot, all rows of each full slot and ParScale stream, and
     one float32 state of each retention slot.
     """
     return cache_bytes(a, tokens, 1, min(tokens, a.window) if a.window else 0, bytes_per_element)
@@ -141,13 +141,13 @@ def cache_bytes(a: Architecture, tokens: int, sequences: int, window: int, bytes
     """Bytes of an engine's caches.
 
     Args:
-        tokens: rows of the global KV and of each full slot, which all sequences share.
+        tokens: rows of each global KV and of each full slot, which all sequences share.
         sequences: how many sequences have a ring in each sliding slot and a state in each retention slot.
         window: rows of one ring.
         bytes_per_element: bytes of one number in the keys and values.
     """
     row = _row_elements(a) * bytes_per_element
-    total = tokens * row if a.has_global_kv else 0.0
+    total = a.global_kvs * tokens * row if a.has_global_kv else 0.0
     total += a.num_slots("full") * tokens * row * (a.parallel.streams if a.parallel else 1)
     total += a.num_slots("sliding") * sequences * window * row
     state = a.num_attention_heads * a.head_dim**2 * _RETENTION_BYTES_PER_ELEMENT
@@ -275,7 +275,7 @@ def _row_elements(a: Architecture) -> int:
 
 
 def _global_kv_weights(a: Architecture) -> int:
-    return 2 * a.hidden_size * a.num_key_value_heads * a.head_dim
+    return a.global_kvs * 2 * a.hidden_size * a.num_key_value_heads * a.head_dim
 
 
 def _mixer_weights(a: Architecture) -> int:

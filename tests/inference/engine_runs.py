@@ -20,6 +20,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PRESETS},
     "experts": ("yoco_u", {"experts": EXPERTS}),
     "qk norm, rotated": ("yoco_u", {"qk_norm": True, "rope_cross": True}),
+    "two global KVs": ("yoco_u", {"global_kvs": 2, "qk_norm": True, "rope_cross": True}),
+    "global KVs for groups": ("upper_loop", {"layers": 6, "global_kvs": 2}),
     "gated": ("yoco_u", {"loop_gate": 0.3}),
     "gated upper loop": ("upper_loop", {"loop_gate": 0.3, "rope_cross": True}),
     "window 1": ("yoco_u", {"window": 1}),

@@ -106,8 +106,7 @@ def test_shared_blocks_are_not_written_again() -> None:
     subject = engine(snapshot_bytes=0, max_batched_tokens=7)
     ids = prompt(26)
     run(subject, [ids], greedy(max_tokens=1))
-    assert subject.cache.global_kv is not None
-    pages = subject.cache.global_kv.data
+    pages = subject.cache.global_kvs[0].data
     before = pages.clone()
     second = subject.add(ids, greedy(max_tokens=1))
     subject.step()

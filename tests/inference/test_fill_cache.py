@@ -61,8 +61,8 @@ def context_of(subject: Engine, request: Request) -> YocoUCache:
             append(index, kept.rings[slot], seat * kept.rings[slot].block_size + positions % kept.rings[slot].block_size)
         else:
             cache.set_retention_state(index, kept.states[slot][None, seat].clone(), FILLED)
-    if kept.global_kv is not None:
-        append(len(owning), kept.global_kv, pages)
+    for number, global_kv in enumerate(kept.global_kvs):
+        append(len(owning) + number, global_kv, pages)
     return cache
 
 

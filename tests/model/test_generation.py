@@ -15,6 +15,7 @@ NEW = 12
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {"layers": 2}) for name in PRESETS},
     "yoco_u, rotated, gated": ("yoco_u", {"rope_cross": True, "loop_gate": 0.3}),
+    "yoco, two global KVs": ("yoco", {"global_kvs": 2, "qk_norm": True}),
     "yoco_u, window 1": ("yoco_u", {"window": 1}),
     "yoco_u of experts": ("yoco_u", {"experts": EXPERTS}),
 }

@@ -11,7 +11,7 @@ import torch
 from flash import use_flash
 from hypothesis import given
 from hypothesis import strategies as st
-from models import EXPERTS, PRESETS, architecture, assert_same_gradients, build, gradients, tokens
+from models import EVERYTHING, EXPERTS, PRESETS, architecture, assert_same_gradients, build, gradients, tokens
 from torch import Tensor
 
 from yoco_u import YocoUConfig, YocoUForCausalLM
@@ -23,7 +23,7 @@ from yoco_u.model.segments import cumulative_lengths
 N = 29
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PRESETS},
-    "everything": ("yoco_u", {"qk_norm": True, "rope_cross": True, "loop_gate": 0.3, "tie_word_embeddings": True}),
+    "everything": ("yoco_u", EVERYTHING),
     "window 1": ("yoco_u", {"window": 1}),
     "experts": ("yoco_u", {"experts": EXPERTS}),
 }

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from dry_run import META, HiddenCopyError, OnDevice, on_meta
-from models import EXPERTS, PRESETS, architecture
+from models import EVERYTHING, EXPERTS, PRESETS, architecture
 from torch import Tensor
 
 from yoco_u import YocoUConfig, YocoUForCausalLM
@@ -13,7 +13,7 @@ from yoco_u.model import YocoUCache
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PRESETS},
-    "everything": ("yoco_u", {"qk_norm": True, "rope_cross": True, "loop_gate": 0.3, "tie_word_embeddings": True}),
+    "everything": ("yoco_u", EVERYTHING),
     "experts": ("yoco_u", {"experts": EXPERTS | {"auxiliary_loss_weight": 0.01}}),
 }
 CASES = [

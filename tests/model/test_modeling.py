@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import EXPERTS, PRESETS, architecture, assert_same_gradients, build, gradients, tokens
+from models import EVERYTHING, EXPERTS, PRESETS, architecture, assert_same_gradients, build, gradients, tokens
 from torch import Tensor
 
 from yoco_u import Architecture, YocoUForCausalLM
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("attention_path")
 N, WINDOW = 29, 8
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PRESETS},
-    "yoco_u with everything": ("yoco_u", {"qk_norm": True, "rope_cross": True, "loop_gate": 0.3, "tie_word_embeddings": True}),
+    "yoco_u with everything": ("yoco_u", EVERYTHING),
     "yoco_u, window 1": ("yoco_u", {"window": 1}),
     "yoco_u of experts": ("yoco_u", {"experts": EXPERTS}),
 }

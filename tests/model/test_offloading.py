@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from models import EXPERTS, PRESETS, architecture, build, tokens
+from models import EVERYTHING, EXPERTS, PRESETS, architecture, build, tokens
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PRESETS},
-    "everything": ("yoco_u", {"qk_norm": True, "rope_cross": True, "loop_gate": 0.3, "tie_word_embeddings": True}),
+    "everything": ("yoco_u", EVERYTHING),
     "experts": ("yoco_u", {"experts": EXPERTS}),
     "experts with streams": ("parscale", {"experts": EXPERTS}),
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flash import use_flash
-from models import EXPERTS, PRESETS, architecture, assert_same_gradients, build, gradients, tokens
+from models import EVERYTHING, EXPERTS, PRESETS, architecture, assert_same_gradients, build, gradients, tokens
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 from transformers.masking_utils import find_packed_sequence_indices
@@ -21,7 +21,7 @@ N = 26
 CPU = torch.device("cpu")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PRESETS},
-    "everything": ("yoco_u", {"qk_norm": True, "rope_cross": True, "loop_gate": 0.3, "tie_word_embeddings": True}),
+    "everything": ("yoco_u", EVERYTHING),
     "experts": ("yoco_u", {"experts": EXPERTS}),
 }
 ONE_OF_EACH_KIND = ["transformer", "yoco_u", "yoco_retention", "parscale"]

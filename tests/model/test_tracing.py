@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import EXPERTS, PRESETS, architecture, assert_same_gradients, build, gradients, tokens
+from models import EVERYTHING, EXPERTS, PRESETS, architecture, assert_same_gradients, build, gradients, tokens
 from torch import Tensor
 
 from yoco_u import YocoUForCausalLM
@@ -13,7 +13,7 @@ from yoco_u.architecture import LOOPED
 N = 13
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PRESETS if name not in ("deep", "deeper")},  # stages of yoco_u at another depth
-    "everything": ("yoco_u", {"qk_norm": True, "rope_cross": True, "loop_gate": 0.3, "tie_word_embeddings": True}),
+    "everything": ("yoco_u", EVERYTHING),
     "experts": ("yoco_u", {"experts": EXPERTS | {"auxiliary_loss_weight": 0.1}}),
 }
 

@@ -115,6 +115,8 @@ class Architecture(Config):
 
         window: keys that a token sees in a sliding layer, itself included; set if and only if a stage is sliding.
         rope_theta: base of the rotary embedding (RoPE) of self-attention, and of the cross-decoder with `rope_cross`.
+        global_kvs: how many global KVs there are. YOCO has 1. With more, neighbouring cross layers form so many groups, as
+            equal as possible, and each group reads one of its own. As many as cross layers are SwiftKV's (arXiv 2410.03960).
         rope_cross: apply RoPE in the cross-decoder too, to its queries and the global keys (YOCO 2024 does, YOCO-U does not).
         qk_norm: apply RMSNorm over head_dim to queries and keys, before RoPE.
         tie_word_embeddings: the LM head reuses the embedding.
@@ -131,6 +133,7 @@ class Architecture(Config):
     stages: tuple[Stage, ...]
     window: Count | None = None
     rope_theta: PositiveFloat32 = 10000.0
+    global_kvs: Count = 1
     rope_cross: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
@@ -168,6 +171,16 @@ class Architecture(Config):
         return any(stage.attention == "cross" for stage in self.stages)
 
     @property
+    def cross_layers(self) -> int:
+        """Blocks of the cross-decoder, each counted once whatever its loops."""
+        return sum(stage.layers for stage in self.stages if stage.attention == "cross")
+
+    def global_kv_of(self, stage: int, layer: int) -> int:
+        """Which of the `global_kvs` caches a block of a cross stage reads, in all of its loops."""
+        before = sum(one.layers for one in self.stages[:stage] if one.attention == "cross")
+        return (before + layer) * self.global_kvs // self.cross_layers
+
+    @property
     def looped_stages(self) -> tuple[int, ...]:
         """Indices of the stages whose loop count is above 1; empty for an architecture without a loop."""
         return tuple(i for i, stage in enumerate(self.stages) if stage.loops > 1)
@@ -196,8 +209,9 @@ class Architecture(Config):
 
     @property
     def in_words(self) -> str:
-        """Stages and width, such as `3 sliding x3 gated + 3 cross, width 128`."""
-        return f"{' + '.join(stage.in_words for stage in self.stages)}, width {self.hidden_size}"
+        """Stages, width and global KVs beyond one, such as `3 sliding x3 gated + 3 cross, width 128, 3 global KVs`."""
+        several = f", {self.global_kvs} global KVs" if self.global_kvs > 1 else ""
+        return f"{' + '.join(stage.in_words for stage in self.stages)}, width {self.hidden_size}{several}"
 
     def dense_transformer(self) -> "Architecture":
         """The plain Transformer to compare with: the same widths and the same number of layers, all full, all applied once.
@@ -241,6 +255,10 @@ def _problems(a: Architecture) -> list[str]:
         found.append("the first stage is cross, but nothing writes the global KV before it; begin with sliding or another kind")
     if "cross" in kinds and any(kind != "cross" for kind in kinds[kinds.index("cross") :]):
         found.append(f"stages are {', '.join(kinds)}: only cross stages can follow a cross stage")
+    if a.global_kvs > max(1, a.cross_layers):
+        found.append(
+            f"global_kvs is {a.global_kvs}, but there are {a.cross_layers} cross layers to read them; give at most one for each"
+        )
     if a.num_attention_heads % a.num_key_value_heads:
         found.append(
             f"num_attention_heads {a.num_attention_heads} is not a multiple of num_key_value_heads {a.num_key_value_heads}"

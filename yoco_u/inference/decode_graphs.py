@@ -154,15 +154,15 @@ class DecodeGraphs:
 
         x = before
         for stage, loop in segment.applications:
-            global_kv = None
+            global_kvs: Sequence[tuple[Tensor, Tensor]] = ()
             if architecture.stages[stage].attention == "cross":
                 if loop == 0 and architecture.stages[stage - 1].attention != "cross":
                     assert model.global_kv is not None
-                    backend.global_kv(*model.global_kv(x, backend))
-                global_kv = x, x  # the backend reads the pages instead
+                    backend.global_kvs(model.global_kv(x, backend))
+                global_kvs = [(x, x)] * architecture.global_kvs  # the backend reads the pages instead
             stack: Any = model.stages[stage]
             first_slot = next(number for number, slot in enumerate(slots) if slot.stage == stage)
-            x, _ = stack.run_loop(x, backend, loop, first_slot, global_kv)
+            x, _ = stack.run_loop(x, backend, loop, first_slot, global_kvs)
         if segment.loop:
             x = torch.where(runs.view(1, -1, *[1] * (x.ndim - 2)), x, before)
         if segment.is_last:

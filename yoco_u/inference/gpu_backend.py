@@ -5,6 +5,7 @@ keys of earlier steps are gathered from the cache, in front of their own. Everyt
 in its plan (`gpu_plan.py`).
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -61,12 +62,13 @@ class DecodeBackend(AttentionBackend):
         pages.store(self.plan.tokens["page_slots"], k[0], v[0])
         return self._attend_pages(pages, q, prefix)
 
-    def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self._global_kv.store(self.plan.tokens["page_slots"], k[0], v[0])
-        return k, v
+    def global_kvs(self, new: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
+        for storage, (k, v) in zip(self.cache.global_kvs, new, strict=True):
+            storage.store(self.plan.tokens["page_slots"], k[0], v[0])
+        return new
 
     def cross_attention(self, slot: int, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
-        return self._attend_pages(self._global_kv, q, None)
+        return self._attend_pages(self.cache.read_by(self.slots[slot]), q, None)
 
     def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         return step_retention(q, k, v, log_decay, self.cache.states[self.slots[slot]], self.plan.decodes.seats)
@@ -87,11 +89,6 @@ class DecodeBackend(AttentionBackend):
         """The attention of the decodes among the queries (1, tokens, heads, head_dim)."""
         n, block_size = self.plan.num_decodes, storage.block_size
         return decode_attention(q[0, :n], storage.data, storage.scales, block_tables, block_size, lengths, splits, prefix)[None]
-
-    @property
-    def _global_kv(self) -> KVStorage:
-        assert self.cache.global_kv is not None
-        return self.cache.global_kv
 
 
 class GpuBackend(DecodeBackend):

@@ -1,6 +1,6 @@
 """The engine's memory: pages for what grows with the context, rings for windows, states for retention; nothing else.
 
-Every slot of the architecture, a (stage, loop, layer), has storage of its own, and so has the global KV. A sequence has one
+Every slot of the architecture, a (stage, loop, layer), has storage of its own, and so has each global KV. A sequence has one
 block table, which serves all its slots that grow with the context. Windows need no table: a sequence has a seat, a number below
 `max_num_seqs`, which is its place in every ring and every state.
 """
@@ -100,10 +100,10 @@ class CacheShape:
 
 
 class KVCache:
-    """Storage of all slots and of the global KV; there is none before `grow`.
+    """Storage of all slots and of the global KVs; there is none before `grow`.
 
     Attributes:
-        global_kv: of an architecture with a cross-decoder.
+        global_kvs: those of an architecture with a cross-decoder.
         pages: of the slots of full attention.
         rings: of the sliding slots.
         states: of the retention slots, each (seats, heads, head_dim, head_dim), float32.
@@ -111,7 +111,7 @@ class KVCache:
 
     def __init__(self, architecture: Architecture, shape: CacheShape, device: torch.device) -> None:
         self.architecture, self.shape, self.device = architecture, shape, device
-        self.global_kv: KVStorage | None = None
+        self.global_kvs: list[KVStorage] = []
         self.pages: dict[Slot, KVStorage] = {}
         self.rings: dict[Slot, KVStorage] = {}
         self.states: dict[Slot, Tensor] = {}
@@ -119,8 +119,8 @@ class KVCache:
     def grow(self, num_loops: int) -> None:
         """Make storage for the slots of so many loops; what is there stays as it is."""
         a = self.architecture.with_loops(num_loops)
-        if a.has_global_kv and self.global_kv is None:
-            self.global_kv = self._pages()
+        if a.has_global_kv and not self.global_kvs:
+            self.global_kvs = [self._pages() for _ in range(a.global_kvs)]
         for slot in a.slots():
             if slot.attention == "full" and slot not in self.pages:
                 self.pages[slot] = self._pages()
@@ -139,6 +139,10 @@ class KVCache:
         """Copy a window state into a seat."""
         for tensor, kept in zip(self._of_seat(seat, num_loops), state, strict=True):
             tensor.copy_(kept)
+
+    def read_by(self, slot: Slot) -> KVStorage:
+        """The global KV that a slot of cross-attention reads."""
+        return self.global_kvs[self.architecture.global_kv_of(slot.stage, slot.layer)]
 
     def clear(self, seat: int) -> None:
         """Set the retention states of a seat to zero. Rings can stay: no row of theirs is read before it is written."""
@@ -176,7 +180,7 @@ class KVCache:
 
     @property
     def _paged(self) -> list[KVStorage]:
-        return [*self.pages.values(), *([self.global_kv] if self.global_kv is not None else [])]
+        return [*self.pages.values(), *self.global_kvs]
 
     def _of_seat(self, seat: int, num_loops: int) -> list[Tensor]:
         loops = [stage.loops for stage in self.architecture.with_loops(num_loops).stages]

@@ -72,7 +72,7 @@ class PagedBackend(AttentionBackend):
             storage, (block_table, lengths) = self.cache.rings[self.slots[slot]], self._ring_reads
             tokens, slot_mapping = self._ring_slot_mapping
         else:
-            storage = self._global_kv if kind == "cross" else self.cache.pages[self.slots[slot]]
+            storage = self.cache.read_by(self.slots[slot]) if kind == "cross" else self.cache.pages[self.slots[slot]]
             block_table, lengths = self._block_tables, self._seats_and_lengths[1]
             tokens, slot_mapping = self._page_slot_mapping if kind != "cross" else (None, None)
         if tokens is not None:
@@ -99,21 +99,17 @@ class PagedBackend(AttentionBackend):
         _store(pages, k, v, *self._page_slot_mapping)
         return self._attend_pages(pages, q, prefix)
 
-    def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        _store(self._global_kv, k, v, *self._page_slot_mapping)
-        return k, v
+    def global_kvs(self, new: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
+        for storage, (k, v) in zip(self.cache.global_kvs, new, strict=True):
+            _store(storage, k, v, *self._page_slot_mapping)
+        return new
 
     def cross_attention(self, slot: int, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
-        return self._attend_pages(self._global_kv, q, None)
+        return self._attend_pages(self.cache.read_by(self.slots[slot]), q, None)
 
     def retention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         states, seats = self.cache.states[self.slots[slot]], self._seats_and_lengths[0] if self.decodes else None
         return step_retention(q, k, v, log_decay, states, seats, [one for one, _ in self.prefills])
-
-    @property
-    def _global_kv(self) -> KVStorage:
-        assert self.cache.global_kv is not None
-        return self.cache.global_kv
 
     def _attend_pages(self, pages: KVStorage, q: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
         out = torch.empty_like(q)

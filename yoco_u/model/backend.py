@@ -12,6 +12,7 @@ A backend for another device is one more class that implements this protocol.
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -76,13 +77,13 @@ class AttentionBackend(Protocol):
         ...
 
     @abstractmethod
-    def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember the global keys and values of the new tokens. Returns the `global_kv` to call `cross_attention` with."""
+    def global_kvs(self, new: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
+        """Remember the keys and values of the new tokens, for each global KV. Returns those to call `cross_attention` with."""
         ...
 
     @abstractmethod
     def cross_attention(self, slot: int, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
-        """Attend from each token to the global keys and values of all tokens so far, itself included."""
+        """Attend from each token to the keys and values of all tokens so far, itself included, in the slot's global KV."""
         ...
 
     @abstractmethod
@@ -173,8 +174,8 @@ class PaddedBackend(AttentionBackend):
             return self._block_attention(q, k, v, k.shape[1])
         return attend(q, k, v, self.full, causal=self.full is None and q.shape[1] > 1)
 
-    def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self._remember(-1, k, v)  # the last layer of the cache
+    def global_kvs(self, new: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
+        return [self._remember(number - len(new), k, v) for number, (k, v) in enumerate(new)]  # the last layers of the cache
 
     def cross_attention(self, slot: int, q: Tensor, global_kv: tuple[Tensor, Tensor]) -> Tensor:
         if self.sequences is not None and self.sequences.of_kept is not None:

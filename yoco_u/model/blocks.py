@@ -1,18 +1,19 @@
 """The blocks of every kind of stage, and the stack of blocks that a looped stage applies several times."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from yoco_u.architecture import Stage
 from yoco_u.model.backend import AttentionBackend
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.feed_forward import feed_forward
-from yoco_u.model.layers import ResidualLinear, RMSNorm, project, without_autocast
+from yoco_u.model.layers import GroupedRMSNorm, ResidualLinear, RMSNorm, project, without_autocast
 
 GlobalKV = tuple[Tensor, Tensor]
-"""The global keys and values, each (batch, tokens, kv_heads, head_dim)."""
+"""The keys and values of one global KV, each (batch, tokens, kv_heads, head_dim)."""
 
 
 class SelfAttention(nn.Module):
@@ -80,7 +81,7 @@ class GatedRetention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of this layer's own queries to the one global KV; the layer projects no keys and values."""
+    """Attention of this layer's own queries to a global KV; the layer projects no keys and values."""
 
     def __init__(self, config: YocoUConfig) -> None:
         super().__init__()
@@ -101,23 +102,28 @@ class CrossAttention(nn.Module):
 
 
 class GlobalKVProjection(nn.Module):
-    """The global KV from the self-decoder's output X: `K = RMSNorm(X) W_K`, `V = RMSNorm(X) W_V`, once for all loops."""
+    """The global KVs from the self-decoder's output X: `K = RMSNorm(X) W_K`, `V = RMSNorm(X) W_V`, once for all loops.
+
+    The projections of several global KVs lie one behind the other in the rows of `k_proj` and of `v_proj`.
+    """
 
     def __init__(self, config: YocoUConfig) -> None:
         super().__init__()
         a = config.architecture
-        self.head_dim, self.rope = a.head_dim, a.rope_cross
+        self.head_dim, self.kv_heads, self.rope = a.head_dim, a.num_key_value_heads, a.rope_cross
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        self.k_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
-        self.v_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
-        self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
+        self.k_proj = nn.Linear(a.hidden_size, a.global_kvs * a.num_key_value_heads * a.head_dim, bias=False)
+        self.v_proj = nn.Linear(a.hidden_size, a.global_kvs * a.num_key_value_heads * a.head_dim, bias=False)
+        self.k_norm = GroupedRMSNorm(a.global_kvs, a.head_dim, a.rms_norm_eps) if a.qk_norm else None
 
-    def forward(self, x: Tensor, backend: AttentionBackend) -> GlobalKV:
+    def forward(self, x: Tensor, backend: AttentionBackend) -> tuple[GlobalKV, ...]:
         x = self.norm(x)
-        k, v = (_heads(y, self.head_dim) for y in project(x, self.k_proj, self.v_proj))
+        k, v = (y.unflatten(-1, (-1, self.kv_heads, self.head_dim)) for y in project(x, self.k_proj, self.v_proj))
         if self.k_norm is not None:
             k = self.k_norm(k)
-        return backend.rotate(k) if self.rope else k, v
+        if self.rope:
+            k = backend.rotate(k.flatten(2, 3)).view_as(k)
+        return tuple(zip(k.unbind(2), v.unbind(2), strict=True))
 
 
 class Block(GradientCheckpointingLayer):
@@ -143,8 +149,8 @@ class Block(GradientCheckpointingLayer):
         Args:
             x: (batch, tokens, hidden), or (batch, tokens, streams, hidden).
             slot: index of this application of the block in `Architecture.slots()`; ignored by a backend without a cache.
-            keys, values: the global KV, for cross blocks. They are two arguments because reentrant gradient checkpointing
-                follows tensors, but not tuples of tensors.
+            keys, values: the global KV that a cross block reads. They are two arguments because reentrant gradient
+                checkpointing follows tensors, but not tuples of tensors.
 
         Returns:
             The new hidden states, and the auxiliary loss of a mixture of experts or None.
@@ -161,16 +167,22 @@ class LoopedStack(nn.Module):
 
     With gates, a learned scalar scales the change that each loop after the first makes: `h + g_t (f(h) - h)`. Loops beyond the
     loop count of the config use the last gate.
+
+    Args:
+        index: which of the architecture's stages this is.
     """
 
-    def __init__(self, config: YocoUConfig, stage: Stage) -> None:
+    def __init__(self, config: YocoUConfig, index: int) -> None:
         super().__init__()
+        a = config.architecture
+        stage = a.stages[index]
+        self.reads = [a.global_kv_of(index, layer) if stage.attention == "cross" else None for layer in range(stage.layers)]
         self.layers = nn.ModuleList(Block(config, stage.attention) for _ in range(stage.layers))
         self.gate_init = stage.loop_gate
         self.loop_gates = nn.Parameter(torch.empty(stage.loops - 1)) if stage.loop_gate is not None else None
 
     def forward(
-        self, x: Tensor, backend: AttentionBackend, loops: int, first_slot: int = 0, global_kv: GlobalKV | None = None
+        self, x: Tensor, backend: AttentionBackend, loops: int, first_slot: int = 0, global_kvs: Sequence[GlobalKV] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """Run all loops.
 
@@ -178,7 +190,7 @@ class LoopedStack(nn.Module):
             x: (batch, tokens, hidden), or (batch, tokens, streams, hidden).
             loops: loop count T of this call.
             first_slot: index of the stage's first slot in `Architecture.slots()`.
-            global_kv: for cross stages, what `AttentionBackend.global_kv` returned.
+            global_kvs: for cross stages, what `AttentionBackend.global_kvs` returned.
 
         Returns:
             The hidden states after the last loop, and the auxiliary losses of all blocks and loops.
@@ -189,7 +201,7 @@ class LoopedStack(nn.Module):
             if tokens is not None and len(tokens) == 0:  # none of the kept tokens needs another loop
                 break
             before = x if tokens is None else x[:, tokens]
-            out, loop_losses = self.run_loop(before, in_loop, loop, first_slot, global_kv)
+            out, loop_losses = self.run_loop(before, in_loop, loop, first_slot, global_kvs)
             losses += loop_losses
             x = out if tokens is None else x.index_copy(1, tokens, out)
         if self.training and loops == 1 and self.loop_gates is not None:
@@ -197,13 +209,13 @@ class LoopedStack(nn.Module):
         return x, losses
 
     def run_loop(
-        self, x: Tensor, backend: AttentionBackend, loop: int, first_slot: int = 0, global_kv: GlobalKV | None = None
+        self, x: Tensor, backend: AttentionBackend, loop: int, first_slot: int = 0, global_kvs: Sequence[GlobalKV] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """Run one loop, on the tokens that the backend stands for. Arguments and results as in `forward`."""
         losses, out = [], x
-        for i, layer in enumerate(self.layers):
+        for i, (layer, read) in enumerate(zip(self.layers, self.reads, strict=True)):
             slot = first_slot + loop * len(self.layers) + i if backend.has_cache else 0
-            out, loss = layer(out, backend, slot, *(global_kv or ()))
+            out, loss = layer(out, backend, slot, *(() if read is None else global_kvs[read]))
             if loss is not None:
                 losses.append(loss)
         if loop > 0 and self.loop_gates is not None:

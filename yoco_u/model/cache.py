@@ -1,4 +1,4 @@
-"""The cache of `generate()`: one layer of transformers' `Cache` for each slot with a cache, and one for the global KV."""
+"""The cache of `generate()`: one layer of transformers' `Cache` for each slot with a cache, and for each global KV."""
 
 from typing import Any
 
@@ -86,8 +86,8 @@ class SlidingLayer(DynamicSlidingWindowLayer):
 class YocoUCache(Cache):
     """The caches of one batch of sequences.
 
-    Layer i of the cache belongs to slot i of `Architecture.slots()`; the last layer holds the global KV, if there is one. Only
-    the global KV and the layers of `full` stages grow with the number of tokens.
+    Layer i of the cache belongs to slot i of `Architecture.slots()`; the last layers hold the global KVs, if there are any.
+    Only these and the layers of `full` stages grow with the number of tokens.
 
     Attributes:
         loops: loop count of each stage, for which the cache was laid out; every call with it must use the same.
@@ -105,7 +105,7 @@ class YocoUCache(Cache):
             elif slot.attention == "retention":
                 layers.append(RetentionLayer())
         if architecture.has_global_kv:
-            layers.append(DynamicLayer())
+            layers += [DynamicLayer() for _ in range(architecture.global_kvs)]
         super().__init__(layers=layers)
         self.loops = tuple(stage.loops for stage in architecture.stages)
         self.padded = self.packed = False

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -24,6 +25,23 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         dtype = autocast_dtype(x.device)
         return super().forward(x) if dtype is None else super().forward(x.float()).to(dtype)
+
+
+class GroupedRMSNorm(RMSNorm):
+    """RMSNorm over head_dim of (..., groups, heads, head_dim), with weights for each group, which lie one behind the other."""
+
+    def __init__(self, groups: int, head_dim: int, eps: float) -> None:
+        super().__init__(head_dim, eps)
+        self.groups = groups
+        if groups > 1:
+            self.weight = nn.Parameter(torch.empty(groups * head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.groups == 1:
+            return super().forward(x)
+        dtype = autocast_dtype(x.device)
+        out = F.rms_norm(x if dtype is None else x.float(), self.normalized_shape, eps=self.eps)
+        return (out * self.weight.view(self.groups, 1, -1)).to(dtype or x.dtype)
 
 
 class ResidualLinear(nn.Linear):

@@ -1,10 +1,11 @@
 """The causal language model: one forward pass for every architecture.
 
 - Stages run in order; a looped stage runs its blocks T times with the same weights.
-- Before the first cross stage, the global KV is written once; the cross stages receive it as tensors.
+- Before the first cross stage, the global KV is written once; the cross stages receive it as tensors. There may be several.
 - Cross stages run only on the positions whose logits are asked for, so most tokens of a prefill skip them.
 """
 
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
@@ -20,7 +21,7 @@ from yoco_u.architecture import Architecture, ParallelStreams
 from yoco_u.device import host_waits, upload
 from yoco_u.errors import UserError
 from yoco_u.model.backend import AttentionBackend, prepare_backend
-from yoco_u.model.blocks import Block, GlobalKVProjection, LoopedStack
+from yoco_u.model.blocks import Block, GlobalKV, GlobalKVProjection, LoopedStack
 from yoco_u.model.cache import YocoUCache, check_cache
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.initialization import initialize
@@ -82,7 +83,7 @@ class YocoUModel(YocoUPreTrainedModel):
         architecture = config.architecture
         self.architecture = architecture
         self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
-        self.stages = nn.ModuleList(LoopedStack(config, stage) for stage in architecture.stages)
+        self.stages = nn.ModuleList(LoopedStack(config, index) for index in range(len(architecture.stages)))
         self.global_kv = GlobalKVProjection(config) if architecture.has_global_kv else None
         self.stream_mixer = StreamMixer(config, architecture.parallel) if architecture.parallel else None
         self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
@@ -188,19 +189,20 @@ class YocoUModel(YocoUPreTrainedModel):
             Hidden states of the kept tokens after the final norm, (batch, kept, hidden), and the auxiliary losses of blocks.
         """
         x = self.streams(x)
-        global_kv, slot, losses = None, 0, []
+        global_kvs: Sequence[GlobalKV] = ()
+        slot, losses = 0, []
         for stack, stage in zip(self.stages, architecture.stages, strict=True):
-            if stage.attention == "cross" and global_kv is None:
+            if stage.attention == "cross" and not global_kvs:
                 assert self.global_kv is not None
-                global_kv = backend.global_kv(*self.global_kv(x, backend))
+                global_kvs = backend.global_kvs(self.global_kv(x, backend))
                 kept, backend = backend.kept()
                 x = x if kept is None else x[:, kept]
                 if x.shape[1] == 0:
                     break
-            x, stage_losses = stack(x, backend, stage.loops, slot, global_kv)
+            x, stage_losses = stack(x, backend, stage.loops, slot, global_kvs)
             losses += stage_losses
             slot += stage.layers * stage.loops
-        if global_kv is None:
+        if not global_kvs:
             kept, backend = backend.kept()
             x = x if kept is None else x[:, kept]
         return self.final_norm(x), losses

@@ -1,10 +1,10 @@
-"""vLLM's `Attention` layers of a model: one for each slot, and one that owns the global KV.
+"""vLLM's `Attention` layers of a model: one for each slot, and one that owns each global KV.
 
 An `Attention` of vLLM is both a cache and the call that attends to it. It registers itself under its name while it is built.
 vLLM expects two things of that register:
 
 - The name of each holds exactly one number, and no two hold the same.
-- The readers of the global KV are built last. With fast prefill, vLLM takes the layers from the end of the register up to the
+- The readers of global KVs are built last. With fast prefill, vLLM takes the layers from the end of the register up to the
   first that owns a cache for those that need not see a prompt.
 """
 
@@ -22,8 +22,8 @@ class AttentionLayers(nn.Module):
 
     Attributes:
         by_slot: the layer of each slot, in the order of `Architecture.slots()`. Those of cross slots own no cache and read the
-            writer's.
-        writer: the layer that owns the global KV and never attends; None without cross slots. Its number follows all slots.
+            writers'.
+        writers: the layers that own the global KVs and never attend. Their numbers follow all slots.
 
     Raises:
         UserError: if the attention backend that vLLM chose cannot run the model.
@@ -37,12 +37,12 @@ class AttentionLayers(nn.Module):
             for number, slot in enumerate(slots)
             if slot.has_cache
         ]
-        self.writer = None
-        if a.has_global_kv:  # cross slots are behind all others
-            self.writer = _attention(a, vllm_config, len(slots))
-            layers += [
-                _attention(a, vllm_config, number, reads=self.writer.layer_name) for number in range(len(layers), len(slots))
-            ]
+        count = a.global_kvs if a.has_global_kv else 0
+        self.writers = nn.ModuleList(_attention(a, vllm_config, len(slots) + number) for number in range(count))
+        for number in range(len(layers), len(slots)):  # cross slots are behind all others
+            slot = slots[number]
+            writer = self.writers[a.global_kv_of(slot.stage, slot.layer)]
+            layers.append(_attention(a, vllm_config, number, reads=writer.layer_name))
         self.by_slot = nn.ModuleList(layers)
 
 

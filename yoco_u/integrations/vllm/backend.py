@@ -7,7 +7,7 @@ A forward pass has three pieces: the graph of the self-decoder, a piece that is 
 (`decoders.py`, `model.py`). A compiled graph takes tensors, not backends, so each piece makes a backend of its own, and
 torch.compile traces through those that are made inside a graph. This is why three methods are narrower than in other backends:
 
-- `global_kv` and `kept` belong to the piece between the graphs. In a graph, the compiler would drop the write of the global KV,
+- `global_kvs` and `kept` belong to the piece between the graphs. In a graph, the compiler would drop the write of a global KV,
   because nothing uses its result, and `kept` reads what vLLM sets anew for each step.
 - `kept` fills its rows up to a number for which vLLM has a graph. The backend that it returns says in `sampled` how many of
   them are real, and has no rotary angles, because the cross-decoder computes those of its rows in its graph.
@@ -16,6 +16,8 @@ torch.compile traces through those that are made inside a graph. This is why thr
 
 Gated retention and ParScale's prefixes have no cache in vLLM; `support.py` refuses such models before any layer is built.
 """
+
+from collections.abc import Sequence
 
 from torch import Tensor
 from vllm.forward_context import get_forward_context
@@ -69,10 +71,10 @@ class VllmBackend(AttentionBackend):
         assert prefix is None
         return self._attend(slot, q, k[0], v[0])
 
-    def global_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.layers.writer is not None
-        unified_kv_cache_update(k[0], v[0], self.layers.writer.layer_name)
-        return k, v
+    def global_kvs(self, new: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
+        for writer, (k, v) in zip(self.layers.writers, new, strict=True):
+            unified_kv_cache_update(k[0], v[0], writer.layer_name)
+        return new
 
     def cross_attention(self, slot: int, q: Tensor, global_kv: tuple[Tensor, Tensor] | None) -> Tensor:
         return self._attend(slot, q, None, None)

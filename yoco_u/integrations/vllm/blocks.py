@@ -4,6 +4,8 @@ Hidden states are (tokens, hidden): the tokens of all sequences lie one after th
 of tensor parallelism, so the heads that a block computes are those of one rank.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.activation import SiluAndMul
@@ -14,6 +16,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from yoco_u.architecture import Architecture, Attention
 from yoco_u.integrations.vllm.attention import heads_of_rank
@@ -46,7 +49,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries of this layer against the one global KV; keys and values are not projected here."""
+    """Queries of this layer against a global KV; keys and values are not projected here."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -66,22 +69,44 @@ class CrossAttention(nn.Module):
 
 
 class GlobalKVProjection(nn.Module):
-    """`K = RMSNorm(X) W_K`, `V = RMSNorm(X) W_V` from the self-decoder's output; `VllmBackend.global_kv` writes them."""
+    """`K = RMSNorm(X) W_K`, `V = RMSNorm(X) W_V` from the self-decoder's output; `VllmBackend.global_kvs` writes them."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         self.head_dim, self.rope = a.head_dim, a.rope_cross
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        # vLLM's projection of queries, keys and values with no queries: it splits or repeats the heads over the ranks.
-        self.kv_proj = QKVParallelLinear(a.hidden_size, a.head_dim, 0, a.num_key_value_heads, bias=False, return_bias=False)
-        self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
+        # vLLM's projections of queries, keys and values with no queries: they split or repeat the heads over the ranks.
+        self.kv_projs = nn.ModuleList(
+            QKVParallelLinear(a.hidden_size, a.head_dim, 0, a.num_key_value_heads, bias=False, return_bias=False)
+            for _ in range(a.global_kvs)
+        )
+        self.k_norms = nn.ModuleList(RMSNorm(a.head_dim, a.rms_norm_eps) for _ in range(a.global_kvs if a.qk_norm else 0))
 
-    def forward(self, x: Tensor, backend: VllmBackend) -> tuple[Tensor, Tensor]:
-        """Keys and values of the tokens, each (1, tokens, kv_heads, head_dim)."""
-        k, v = (_heads(y, self.head_dim) for y in self.kv_proj(self.norm(x)).chunk(2, dim=-1))
-        if self.k_norm is not None:
-            k = self.k_norm(k)
-        return backend.rotate(k) if self.rope else k, v
+    def forward(self, x: Tensor, backend: VllmBackend) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the tokens for each global KV, (1, tokens, kv_heads, head_dim)."""
+        x, found = self.norm(x), []
+        for number, kv_proj in enumerate(self.kv_projs):
+            k, v = (_heads(y, self.head_dim) for y in kv_proj(x).chunk(2, dim=-1))
+            if self.k_norms:
+                k = self.k_norms[number](k)
+            found.append((backend.rotate(k) if self.rope else k, v))
+        return found
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Divide the checkpoint's tensors, in which the global KVs lie one behind the other."""
+        parameters, count, loaded = dict(self.named_parameters()), len(self.kv_projs), set()
+        for name, tensor in weights:
+            layer = name.removesuffix(".weight")
+            places: list[tuple[str, Tensor, tuple[str, ...]]] = [(name, tensor, ())]
+            if layer == "k_norm":
+                places = [(f"k_norms.{n}.weight", part.flatten(), ()) for n, part in enumerate(tensor.view(count, -1))]
+            elif layer != "norm":
+                places = [(f"kv_projs.{n}.weight", part, (layer[0],)) for n, part in enumerate(tensor.chunk(count))]
+            for own, part, shard in places:
+                load = getattr(parameters[own], "weight_loader", default_weight_loader)
+                load(parameters[own], part, *shard)
+                loaded.add(own)
+        return loaded
 
 
 class SwiGLU(nn.Module):

@@ -37,17 +37,18 @@ class SelfDecoder(nn.Module):
 
     def forward(
         self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """The final hidden states, (tokens, hidden), of a model without cross stages.
 
-        With cross stages, the hidden states before them, and the global keys and values, (1, tokens, kv_heads, head_dim).
+        With cross stages, the hidden states before them, and the keys and values of each global KV, each (1, tokens, kv_heads,
+        head_dim).
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         backend = VllmBackend(self.attention, rotary_angles(positions[None], self.head_dim, self.theta))
         for stage in self.stages.values():
             x = stage(x, backend)
         if self.global_kv is not None:
-            return (x, *self.global_kv(x, backend))
+            return (x, *(one for pair in self.global_kv(x, backend) for one in pair))
         assert self.norm is not None
         return self.norm(x)
 

@@ -2,7 +2,7 @@
 
 - Each slot, that is each (stage, loop, layer) that writes, owns one cache. vLLM's hybrid cache manager frees the blocks of a
   sliding one that its window has left.
-- The global KV has one owner, which writes and never attends; all cross layers read from it.
+- A global KV has one owner, which writes and never attends; cross layers read from it.
 - With `--kv-sharing-fast-prefill` the cross-decoder runs only on the rows that are sampled from: a prompt exits early.
 """
 
@@ -26,7 +26,7 @@ from yoco_u.integrations.vllm.weights import weights_mapper
 
 
 class YocoUForCausalLM(nn.Module):
-    """Two compiled parts, the write of the global KV between them, and a head."""
+    """Two compiled parts, the write of the global KVs between them, and a head."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         """Build the model.
@@ -79,9 +79,9 @@ class YocoUForCausalLM(nn.Module):
         """Final hidden states, (tokens, hidden). With fast prefill they are zeros in the rows that are not sampled from."""
         if self.cross_decoder is None:
             return self.self_decoder(input_ids, positions, inputs_embeds)
-        x, *global_kv = self.self_decoder(input_ids, positions, inputs_embeds)
+        x, *written = self.self_decoder(input_ids, positions, inputs_embeds)
         backend = VllmBackend(self.attention)
-        backend.global_kv(*global_kv)
+        backend.global_kvs(list(zip(written[::2], written[1::2], strict=True)))
         kept, backend = backend.kept()
         if kept is None:
             return self.cross_decoder(*self._in_place(x, positions))

@@ -12,10 +12,7 @@ def weights_mapper(a: Architecture) -> WeightsMapper:
     last = "cross_decoder" if a.has_global_kv else "self_decoder"
     parts = {"model.embed_tokens.": "self_decoder.embed_tokens.", "model.global_kv.": "self_decoder.global_kv."}
     parts["model.norm."] = f"{last}.norm."
-    stacked: dict[str, tuple[str, str | int]] = {
-        "global_kv.k_proj.": ("global_kv.kv_proj.", "k"),
-        "global_kv.v_proj.": ("global_kv.kv_proj.", "v"),
-    }
+    stacked: dict[str, tuple[str, str | int]] = {}
     for mlp in (".mlp.", ".mlp.shared."):
         stacked |= {f"{mlp}{name}_proj.": (f"{mlp}gate_up_proj.", shard) for shard, name in enumerate(("gate", "up"))}
     for number, stage in enumerate(a.stages):
