@@ -9,13 +9,22 @@ from yoco_u import Architecture, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import STAGES, preset
 
 PRESETS = tuple(STAGES)
-EVERYTHING = {"qk_norm": True, "rope_cross": True, "loop_gate": 0.3, "tie_word_embeddings": True, "global_kvs": 2}
+EVERYTHING = {
+    "qk_norm": True,
+    "rope_cross": True,
+    "loop_gate": 0.3,
+    "tie_word_embeddings": True,
+    "global_kvs": 2,
+    "attention_bias": True,
+}
 EXPERTS = {"num_experts": 8, "experts_per_token": 3, "shared_experts": 1, "intermediate_size": 16}
 
 
 def architecture(name: str = "yoco_u", **settings: Any) -> Architecture:
     if name == "parscale":
         settings.setdefault("prefix_tokens", 5)
+    if "global_kvs" in settings:  # small variants have fewer cross layers
+        settings["global_kvs"] = min(settings["global_kvs"], settings.get("layers", 4) // 2)
     return preset(name, "test", **settings)
 
 
@@ -28,6 +37,8 @@ def build(arch: Architecture, seed: int = 0, **config: Any) -> YocoUForCausalLM:
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name:
                 tensor.copy_(1 + 0.2 * noise)
+            elif name.endswith("_bias") and "choice" not in name:
+                tensor.copy_(0.5 * noise)
             elif "loop_gates" in name:
                 tensor.copy_(0.4 + 0.2 * noise)
             elif "choice_bias" in name:

@@ -153,7 +153,12 @@ class _Reference:
             part: which of several projections that lie one behind the other.
         """
         size = self.a["head_dim"]
-        y = (self.w[f"{name}.weight"][part * heads * size : (part + 1) * heads * size] @ x).reshape(heads, size)
+        rows = slice(part * heads * size, (part + 1) * heads * size)
+        y = self.w[f"{name}.weight"][rows] @ x
+        if self.a["attention_bias"]:
+            module, layer = name.rsplit(".", 1)
+            y = y + self.w[f"{module}.{layer[0]}_bias"][rows]
+        y = y.reshape(heads, size)
         if norm and self.a["qk_norm"]:
             weights = self.w[f"{norm}.weight"].reshape(-1, size)[part]
             y = torch.stack([row / torch.sqrt((row**2).mean() + self.a["rms_norm_eps"]) * weights for row in y])

@@ -112,7 +112,7 @@ def test_neighbouring_cross_layers_share_a_global_kv_in_even_groups(layers: list
 @pytest.mark.parametrize(("name", "count", "crossing"), [("yoco_u", 3, 2), ("upper_loop", 3, 2), ("transformer", 2, 0)])
 def test_more_global_kvs_than_layers_that_read_them(name: str, count: int, crossing: int) -> None:
     with pytest.raises(UserError, match=f"global_kvs is {count}, but there are {crossing} cross layers"):
-        architecture(name, global_kvs=count)
+        preset(name, "test", global_kvs=count)
 
 
 # YAML there and back

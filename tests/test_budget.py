@@ -25,6 +25,7 @@ EXPERTS = {"num_experts": 6, "experts_per_token": 2, "shared_experts": 1, "inter
 VARIANTS = {
     "gated": preset("yoco_u", "test", loops=3, loop_gate=0.1),
     "qk_norm": preset("yoco_u", "test", qk_norm=True, tie_word_embeddings=True),
+    "biases": preset("yoco_u", "test", attention_bias=True, global_kvs=2),
     "two_global_kvs": preset("yoco_u", "test", qk_norm=True, global_kvs=2),
     "retention": preset("yoco_retention", "test", qk_norm=True),
     "experts": preset("yoco_u", "test", experts=EXPERTS),

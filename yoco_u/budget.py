@@ -45,6 +45,7 @@ def parameters(a: Architecture) -> Parameters:
             unvisited += stage.layers * idle * _expert_weights(a)
     if a.has_global_kv:
         total += a.hidden_size + _global_kv_weights(a) + (a.global_kvs * a.head_dim if a.qk_norm else 0)
+        total += a.global_kvs * _row_elements(a) if a.attention_bias else 0
     total += _mixer_weights(a)
     return Parameters(total, total - unvisited, embedding)
 
@@ -57,6 +58,17 @@ def forward_flops(a: Architecture, context: int) -> float:
     step, which updates and reads one head_dim x head_dim state per head.
     """
     return _token_flops(a, lambda window: mean_visible_keys(context, window))
+
+
+def self_decoder_flops(a: Architecture, context: int) -> float:
+    """The part of `forward_flops` that is not in the cross stages, the global KVs or the LM head."""
+    stages = tuple(stage for stage in a.stages if stage.attention != "cross")
+    return forward_flops(a.model_copy(update={"stages": stages, "global_kvs": 1}), context) - head_flops(a)
+
+
+def head_flops(a: Architecture) -> float:
+    """Model FLOPs per token of the LM head."""
+    return 2.0 * a.vocab_size * a.hidden_size
 
 
 def decode_flops(a: Architecture, context: int) -> float:
@@ -221,6 +233,8 @@ def _attention_weights(a: Architecture, stage: Stage) -> int:
 def _attention_parameters(a: Architecture, stage: Stage) -> int:
     norms = {"full": 2, "sliding": 2, "cross": 1, "retention": 0}[stage.attention] if a.qk_norm else 0
     count = _attention_weights(a, stage) + norms * a.head_dim
+    if a.attention_bias:
+        count += a.num_attention_heads * a.head_dim + (0 if stage.attention == "cross" else _row_elements(a))
     if a.parallel:
         count += 2 * a.parallel.prefix_tokens * a.parallel.streams * a.num_key_value_heads * a.head_dim
     return count

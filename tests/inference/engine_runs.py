@@ -16,12 +16,20 @@ NEW = 12
 WINDOW = 8  # of the `test` size
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": NEW, "ignore_eos": True}
 
+SCALING = {"type": "yarn", "factor": 2.0, "original_length": 16}
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PRESETS},
     "experts": ("yoco_u", {"experts": EXPERTS}),
     "qk norm, rotated": ("yoco_u", {"qk_norm": True, "rope_cross": True}),
     "two global KVs": ("yoco_u", {"global_kvs": 2, "qk_norm": True, "rope_cross": True}),
     "global KVs for groups": ("upper_loop", {"layers": 6, "global_kvs": 2}),
+    "biases": ("yoco_u", {"attention_bias": True, "rope_cross": True, "global_kvs": 2}),
+    "biases, full": ("transformer", {"attention_bias": True}),
+    "scaled rotation": (
+        "yoco_u",
+        {"rope_cross": True, "rotary_scaling": {"type": "yarn", "factor": 2.0, "original_length": 16}},
+    ),
     "gated": ("yoco_u", {"loop_gate": 0.3}),
     "gated upper loop": ("upper_loop", {"loop_gate": 0.3, "rope_cross": True}),
     "window 1": ("yoco_u", {"window": 1}),

@@ -23,6 +23,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "two global KVs": ("yoco_u", {"global_kvs": 2}),
     "two global KVs, qk norm, rope, a loop": ("upper_loop", {"global_kvs": 2, "qk_norm": True, "rope_cross": True}),
     "global KVs for groups of unequal size": ("yoco", {"layers": 10, "global_kvs": 3}),
+    "biases": ("yoco_u", {"attention_bias": True, "rope_cross": True}),
+    "biases, qk norm, two global KVs": ("yoco", {"attention_bias": True, "qk_norm": True, "global_kvs": 2}),
     "loop gate": ("yoco_u", {"loop_gate": 0.3}),
     "loop gate on the upper loop": ("upper_loop", {"loop_gate": 0.3}),
     "loop gate, T=5": ("rins", {"loop_gate": 0.3, "loops": 5}),

@@ -5,7 +5,15 @@ paper's architectures are in `presets.py`.
 """
 
 from yoco_u.architecture.presets import LOOPED, SIZES, STAGES, preset
-from yoco_u.architecture.stages import Architecture, Attention, MixtureOfExperts, ParallelStreams, Slot, Stage
+from yoco_u.architecture.stages import (
+    Architecture,
+    Attention,
+    MixtureOfExperts,
+    ParallelStreams,
+    RotaryScaling,
+    Slot,
+    Stage,
+)
 
 __all__ = [
     "LOOPED",
@@ -15,6 +23,7 @@ __all__ = [
     "Attention",
     "MixtureOfExperts",
     "ParallelStreams",
+    "RotaryScaling",
     "Slot",
     "Stage",
     "preset",

@@ -87,6 +87,38 @@ class ParallelStreams(Config):
     smoothing: float = Field(default=0.01, ge=0, lt=1)
 
 
+class RotaryScaling(Config):
+    """How the frequencies of RoPE were changed so that a model reads longer texts than it was trained on first.
+
+    Attributes:
+        type: `linear` divides all frequencies by `factor` (arXiv 2306.15595). The others divide those that turn seldom within
+            the original length, and change smoothly to those that turn often, which stay: `llama3` in the number of turns (as
+            Llama 3.1 does), `yarn` in the dimensions (arXiv 2309.00071).
+        factor: what frequencies are divided by.
+        original_length: tokens of the texts that the model was trained on first; set unless `linear`.
+        low_turns: frequencies with fewer turns within the original length are divided by the whole factor.
+        high_turns: frequencies with more turns stay.
+        attention_factor: what queries and keys are multiplied by; of `yarn`.
+        truncate: whether the two dimensions are rounded outwards; of `yarn`.
+    """
+
+    type: Literal["linear", "llama3", "yarn"]
+    factor: PositiveFloat32
+    original_length: Count | None = None
+    low_turns: PositiveFloat32 = 1.0
+    high_turns: PositiveFloat32 = 4.0
+    attention_factor: PositiveFloat32 = 1.0
+    truncate: bool = True
+
+    @model_validator(mode="after")
+    def _complete(self) -> "RotaryScaling":
+        if (self.type == "linear") != (self.original_length is None):
+            raise ValueError(f"original_length is {self.original_length}, but rotary_scaling.type is {self.type}")
+        if self.high_turns <= self.low_turns:
+            raise ValueError(f"high_turns {self.high_turns} is not above low_turns {self.low_turns}")
+        return self
+
+
 class Slot(NamedTuple):
     """One application of a block in a forward pass; see `Architecture.slots`.
 
@@ -115,9 +147,11 @@ class Architecture(Config):
 
         window: keys that a token sees in a sliding layer, itself included; set if and only if a stage is sliding.
         rope_theta: base of the rotary embedding (RoPE) of self-attention, and of the cross-decoder with `rope_cross`.
+        rotary_scaling: RoPE scaling; None for none. (Not called `rope_scaling`, which other software rewrites.)
         global_kvs: how many global KVs there are. YOCO has 1. With more, neighbouring cross layers form so many groups, as
             equal as possible, and each group reads one of its own. As many as cross layers are SwiftKV's (arXiv 2410.03960).
         rope_cross: apply RoPE in the cross-decoder too, to its queries and the global keys (YOCO 2024 does, YOCO-U does not).
+        attention_bias: add a bias to queries, keys and values, as Qwen2 does.
         qk_norm: apply RMSNorm over head_dim to queries and keys, before RoPE.
         tie_word_embeddings: the LM head reuses the embedding.
         experts: mixture of experts in place of the SwiGLU of width `intermediate_size`.
@@ -133,8 +167,10 @@ class Architecture(Config):
     stages: tuple[Stage, ...]
     window: Count | None = None
     rope_theta: PositiveFloat32 = 10000.0
+    rotary_scaling: RotaryScaling | None = None
     global_kvs: Count = 1
     rope_cross: bool = False
+    attention_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
     rms_norm_eps: PositiveFloat32 = 1e-6
@@ -216,8 +252,8 @@ class Architecture(Config):
     def dense_transformer(self) -> "Architecture":
         """The plain Transformer to compare with: the same widths and the same number of layers, all full, all applied once.
 
-        A mixture of experts becomes one SwiGLU as wide as all experts that a token visits. There are no QK norms and no
-        ParScale streams.
+        A mixture of experts becomes one SwiGLU as wide as all experts that a token visits. There are no QK norms, no biases
+        and no ParScale streams.
         """
         inner = self.intermediate_size
         if self.experts is not None:
@@ -227,7 +263,7 @@ class Architecture(Config):
             vocab_size=self.vocab_size, hidden_size=self.hidden_size, intermediate_size=inner,
             num_attention_heads=self.num_attention_heads, num_key_value_heads=self.num_key_value_heads,
             head_dim=self.head_dim, stages=(Stage(attention="full", layers=layers),), rope_theta=self.rope_theta,
-            tie_word_embeddings=self.tie_word_embeddings, rms_norm_eps=self.rms_norm_eps,
+            rotary_scaling=self.rotary_scaling, tie_word_embeddings=self.tie_word_embeddings, rms_norm_eps=self.rms_norm_eps,
         )  # fmt: skip
 
     def with_loops(self, loops: int) -> "Architecture":
@@ -274,6 +310,8 @@ def _problems(a: Architecture) -> list[str]:
             f"hidden_size is {a.hidden_size} and experts.intermediate_size {a.experts.intermediate_size}; "
             "the grouped products of experts need multiples of 8"
         )
+    if a.attention_bias and "retention" in kinds:
+        found.append("attention_bias is set, but retention has no biases; drop it or choose another kind of attention")
     if a.parallel and set(kinds) != {"full"}:
         found.append(f"parallel streams need full attention in every stage, got {', '.join(kinds)}")
     return found

@@ -141,7 +141,8 @@ class DecodeGraphs:
     def _run(self, segment: Segment, bucket: int, architecture: Architecture, slots: Slots) -> None:
         model, static = self.model.model, self.static.tensors
         if segment.is_first:
-            angles = rotary_angles(static["positions"][None, :bucket], architecture.head_dim, architecture.rope_theta)
+            a = architecture
+            angles = rotary_angles(static["positions"][None, :bucket], a.head_dim, a.rope_theta, a.rotary_scaling)
             for place, angle in zip(self.rotary, angles, strict=True):
                 place[:, :bucket].copy_(angle)
             self.block_tables[:bucket].copy_(self.tables.on_device.index_select(0, static["seats"][:bucket]))

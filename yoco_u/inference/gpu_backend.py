@@ -46,7 +46,8 @@ class DecodeBackend(AttentionBackend):
     @cached_property
     def rotary(self) -> tuple[Tensor, Tensor]:
         """cos and sin of the tokens' positions; see `rotary_angles`."""
-        return rotary_angles(self.plan.tokens["positions"][None], self.architecture.head_dim, self.architecture.rope_theta)
+        a = self.architecture
+        return rotary_angles(self.plan.tokens["positions"][None], a.head_dim, a.rope_theta, a.rotary_scaling)
 
     def rotate(self, x: Tensor) -> Tensor:
         return rotate(x, self.rotary)

@@ -135,7 +135,8 @@ class PagedBackend(AttentionBackend):
     def _rotary(self) -> tuple[Tensor, Tensor]:
         chunks = [torch.arange(one.start, one.end, device=self.cache.device) for one, _ in self.prefills]
         positions = torch.cat([self._index([one.start for one in self.decodes]), *chunks])
-        return rotary_angles(positions[None], self.architecture.head_dim, self.architecture.rope_theta)
+        a = self.architecture
+        return rotary_angles(positions[None], a.head_dim, a.rope_theta, a.rotary_scaling)
 
     @cached_property
     def _seats_and_lengths(self) -> tuple[Tensor, Tensor]:

@@ -116,9 +116,11 @@ class FusedDecodeBlock(nn.Module):
 
     @staticmethod
     def can_run(block: nn.Module) -> TypeGuard[Block]:
-        """Whether the kernel exists for this block: softmax attention without ParScale's prefixes, and a prepacked SwiGLU."""
+        """Whether the kernel exists for this block: softmax attention without biases or prefixes, and a prepacked SwiGLU."""
         match block:
-            case Block(attn=SelfAttention(has_prefix=False) | CrossAttention(), mlp=OnePassSwiGLU()):
+            case Block(
+                attn=SelfAttention(has_prefix=False, has_bias=False) | CrossAttention(has_bias=False), mlp=OnePassSwiGLU()
+            ):
                 return True
         return False
 

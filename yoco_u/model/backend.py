@@ -268,7 +268,7 @@ def prepare_backend(
         cross = _cross_mask(positions, kept, last, past + tokens, pair, dtype)
 
     return PaddedBackend(
-        rotary=rotary_angles(position_ids, architecture.head_dim, architecture.rope_theta),
+        rotary=rotary_angles(position_ids, architecture.head_dim, architecture.rope_theta, architecture.rotary_scaling),
         kept_tokens=kept,
         window=architecture.window,
         blockwise=blockwise,

@@ -10,13 +10,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from yoco_u.model.backend import AttentionBackend
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.feed_forward import feed_forward
-from yoco_u.model.layers import GroupedRMSNorm, ResidualLinear, RMSNorm, project, without_autocast
+from yoco_u.model.layers import Biased, GroupedRMSNorm, ResidualLinear, RMSNorm, project, without_autocast
 
 GlobalKV = tuple[Tensor, Tensor]
 """The keys and values of one global KV, each (batch, tokens, kv_heads, head_dim)."""
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Biased):
     """Full or sliding causal attention with RoPE and grouped key and value heads.
 
     Hidden states are (batch, tokens, hidden) or, with ParScale streams, (batch, tokens, streams, hidden). One attention call
@@ -31,6 +31,8 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
         self.v_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
         self.o_proj = ResidualLinear(a.num_attention_heads * a.head_dim, a.hidden_size)
+        if a.attention_bias:
+            self.make_biases(q=self.q_proj, k=self.k_proj, v=self.v_proj)
         self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
         self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
         if a.parallel:
@@ -40,7 +42,8 @@ class SelfAttention(nn.Module):
         self.has_prefix = a.parallel is not None
 
     def forward(self, x: Tensor, backend: AttentionBackend, slot: int, global_kv: GlobalKV | None) -> Tensor:
-        q, k, v = (_heads(y, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+        projected = self.biased("qkv", project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (_heads(y, self.head_dim) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = backend.rotate(q), backend.rotate(k)
@@ -80,7 +83,7 @@ class GatedRetention(nn.Module):
         return self.o_proj(F.silu(gate) * out.to(gate.dtype))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Biased):
     """Attention of this layer's own queries to a global KV; the layer projects no keys and values."""
 
     def __init__(self, config: YocoUConfig) -> None:
@@ -89,11 +92,14 @@ class CrossAttention(nn.Module):
         self.head_dim, self.rope = a.head_dim, a.rope_cross
         self.q_proj = nn.Linear(a.hidden_size, a.num_attention_heads * a.head_dim, bias=False)
         self.o_proj = ResidualLinear(a.num_attention_heads * a.head_dim, a.hidden_size)
+        if a.attention_bias:
+            self.make_biases(q=self.q_proj)
         self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
 
     def forward(self, x: Tensor, backend: AttentionBackend, slot: int, global_kv: GlobalKV | None) -> Tensor:
         assert global_kv is not None
-        q = _heads(self.q_proj(x), self.head_dim)
+        (q,) = self.biased("q", [self.q_proj(x)])
+        q = _heads(q, self.head_dim)
         if self.q_norm is not None:
             q = self.q_norm(q)
         if self.rope:
@@ -101,7 +107,7 @@ class CrossAttention(nn.Module):
         return self.o_proj(backend.cross_attention(slot, q, global_kv).flatten(-2))
 
 
-class GlobalKVProjection(nn.Module):
+class GlobalKVProjection(Biased):
     """The global KVs from the self-decoder's output X: `K = RMSNorm(X) W_K`, `V = RMSNorm(X) W_V`, once for all loops.
 
     The projections of several global KVs lie one behind the other in the rows of `k_proj` and of `v_proj`.
@@ -114,11 +120,14 @@ class GlobalKVProjection(nn.Module):
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.k_proj = nn.Linear(a.hidden_size, a.global_kvs * a.num_key_value_heads * a.head_dim, bias=False)
         self.v_proj = nn.Linear(a.hidden_size, a.global_kvs * a.num_key_value_heads * a.head_dim, bias=False)
+        if a.attention_bias:
+            self.make_biases(k=self.k_proj, v=self.v_proj)
         self.k_norm = GroupedRMSNorm(a.global_kvs, a.head_dim, a.rms_norm_eps) if a.qk_norm else None
 
     def forward(self, x: Tensor, backend: AttentionBackend) -> tuple[GlobalKV, ...]:
         x = self.norm(x)
-        k, v = (y.unflatten(-1, (-1, self.kv_heads, self.head_dim)) for y in project(x, self.k_proj, self.v_proj))
+        projected = self.biased("kv", project(x, self.k_proj, self.v_proj))
+        k, v = (y.unflatten(-1, (-1, self.kv_heads, self.head_dim)) for y in projected)
         if self.k_norm is not None:
             k = self.k_norm(k)
         if self.rope:

@@ -39,7 +39,10 @@ class YocoUConfig(PreTrainedConfig):
     num_loops: Any = None  # a whole number, which `with_loops` checks: for another type, transformers' error has many lines
     window: int | None = None
     rope_theta: float = 10000.0
+    rotary_scaling: dict[str, Any] | None = None
+    global_kvs: int = 1
     rope_cross: bool = False
+    attention_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
     rms_norm_eps: float = 1e-6

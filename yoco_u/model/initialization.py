@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from yoco_u.model.blocks import LoopedStack, SelfAttention
+from yoco_u.model.blocks import LoopedStack
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.feed_forward import ExpertMixture
-from yoco_u.model.layers import ResidualLinear, RMSNorm
+from yoco_u.model.layers import Biased, ResidualLinear, RMSNorm
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def initialize(module: nn.Module, config: YocoUConfig) -> None:
     - Matrices: normal, std `initializer_range`, by default 1 / sqrt(hidden_size): 0.02 at the paper's 2560.
     - Matrices that write to the residual stream: std divided by sqrt(2 x unrolled depth). Unrolled depth is layers x loops,
       not layers, because a block of a stage looped T times adds to the stream T times.
-    - Norms: 1. Loop gates: the stage's `loop_gate`. ParScale prefixes: like matrices.
+    - Norms: 1. Biases: 0. Loop gates: the stage's `loop_gate`. ParScale prefixes: like matrices.
     """
     std = config.initializer_range
     assert std is not None
@@ -36,9 +36,12 @@ def initialize(module: nn.Module, config: YocoUConfig) -> None:
             init.normal_(module.down_proj, std=residual_std)
             init.zeros_(module.choice_bias)
             init.zeros_(module.tokens_per_expert)
-        case SelfAttention() if module.has_prefix:
-            init.normal_(module.prefix_keys, std=std)
-            init.normal_(module.prefix_values, std=std)
+        case Biased():
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("_bias"):
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, std=std)  # ParScale's prefixes
         case LoopedStack() if module.loop_gates is not None:
             init.constant_(module.loop_gates, module.gate_init)
         case _:

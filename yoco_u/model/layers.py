@@ -70,3 +70,24 @@ class JointLinear(nn.Module):
 def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     """The outputs of several linear layers of the same input: from one product if they are one `JointLinear`."""
     return layers[0].split(x) if isinstance(layers[0], JointLinear) else tuple(layer(x) for layer in layers)
+
+
+class Biased(nn.Module):
+    """A module that adds biases to what its linear layers give, where its architecture has biases.
+
+    They are apart from the layers, which so can be joined, prepacked and quantized.
+    """
+
+    has_bias = False
+
+    def make_biases(self, **layers: nn.Linear) -> None:
+        """Make the parameter `NAME_bias` for the output of each layer."""
+        self.has_bias = True
+        for name, layer in layers.items():
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(layer.out_features)))
+
+    def biased(self, names: str, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The outputs plus the biases of these names, a letter each; the outputs alone if there are none."""
+        if not self.has_bias:
+            return outputs
+        return [output + getattr(self, f"{name}_bias").to(output.dtype) for name, output in zip(names, outputs, strict=True)]

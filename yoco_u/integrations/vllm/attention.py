@@ -38,11 +38,12 @@ class AttentionLayers(nn.Module):
             if slot.has_cache
         ]
         count = a.global_kvs if a.has_global_kv else 0
-        self.writers = nn.ModuleList(_attention(a, vllm_config, len(slots) + number) for number in range(count))
+        writers = [_attention(a, vllm_config, len(slots) + number) for number in range(count)]
         for number in range(len(layers), len(slots)):  # cross slots are behind all others
             slot = slots[number]
-            writer = self.writers[a.global_kv_of(slot.stage, slot.layer)]
+            writer = writers[a.global_kv_of(slot.stage, slot.layer)]
             layers.append(_attention(a, vllm_config, number, reads=writer.layer_name))
+        self.writers = nn.ModuleList(writers)
         self.by_slot = nn.ModuleList(layers)
 
 

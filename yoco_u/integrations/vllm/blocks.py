@@ -33,7 +33,7 @@ class SelfAttention(nn.Module):
         heads, kv_heads = heads_of_rank(a)
         self.sizes = [heads * a.head_dim, kv_heads * a.head_dim, kv_heads * a.head_dim]
         self.qkv_proj = QKVParallelLinear(
-            a.hidden_size, a.head_dim, a.num_attention_heads, a.num_key_value_heads, bias=False, return_bias=False
+            a.hidden_size, a.head_dim, a.num_attention_heads, a.num_key_value_heads, bias=a.attention_bias, return_bias=False
         )
         self.o_proj = RowParallelLinear(a.num_attention_heads * a.head_dim, a.hidden_size, bias=False, return_bias=False)
         self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
@@ -55,7 +55,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.head_dim, self.rope = a.head_dim, a.rope_cross
         width = a.num_attention_heads * a.head_dim
-        self.q_proj = ColumnParallelLinear(a.hidden_size, width, bias=False, return_bias=False)
+        self.q_proj = ColumnParallelLinear(a.hidden_size, width, bias=a.attention_bias, return_bias=False)
         self.o_proj = RowParallelLinear(width, a.hidden_size, bias=False, return_bias=False)
         self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if a.qk_norm else None
 
@@ -77,7 +77,7 @@ class GlobalKVProjection(nn.Module):
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         # vLLM's projections of queries, keys and values with no queries: they split or repeat the heads over the ranks.
         self.kv_projs = nn.ModuleList(
-            QKVParallelLinear(a.hidden_size, a.head_dim, 0, a.num_key_value_heads, bias=False, return_bias=False)
+            QKVParallelLinear(a.hidden_size, a.head_dim, 0, a.num_key_value_heads, bias=a.attention_bias, return_bias=False)
             for _ in range(a.global_kvs)
         )
         self.k_norms = nn.ModuleList(RMSNorm(a.head_dim, a.rms_norm_eps) for _ in range(a.global_kvs if a.qk_norm else 0))
@@ -96,12 +96,14 @@ class GlobalKVProjection(nn.Module):
         """Divide the checkpoint's tensors, in which the global KVs lie one behind the other."""
         parameters, count, loaded = dict(self.named_parameters()), len(self.kv_projs), set()
         for name, tensor in weights:
-            layer = name.removesuffix(".weight")
+            layer, kind = name.removesuffix(".weight"), "weight"
+            if layer.endswith("_bias"):
+                kind = "bias"
             places: list[tuple[str, Tensor, tuple[str, ...]]] = [(name, tensor, ())]
             if layer == "k_norm":
                 places = [(f"k_norms.{n}.weight", part.flatten(), ()) for n, part in enumerate(tensor.view(count, -1))]
             elif layer != "norm":
-                places = [(f"kv_projs.{n}.weight", part, (layer[0],)) for n, part in enumerate(tensor.chunk(count))]
+                places = [(f"kv_projs.{n}.{kind}", part, (layer[0],)) for n, part in enumerate(tensor.chunk(count))]
             for own, part, shard in places:
                 load = getattr(parameters[own], "weight_loader", default_weight_loader)
                 load(parameters[own], part, *shard)

@@ -29,7 +29,7 @@ class SelfDecoder(nn.Module):
     def __init__(self, *, architecture: Architecture, gates: list[int], attention: AttentionLayers) -> None:
         super().__init__()
         a = architecture
-        self.head_dim, self.theta, self.attention = a.head_dim, a.rope_theta, attention
+        self.rope, self.attention = (a.head_dim, a.rope_theta, a.rotary_scaling), attention
         self.embed_tokens = VocabParallelEmbedding(a.vocab_size, a.hidden_size)
         self.stages = _stages(a, gates, cross=False)
         self.global_kv = GlobalKVProjection(a) if a.has_global_kv else None
@@ -44,7 +44,7 @@ class SelfDecoder(nn.Module):
         head_dim).
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        backend = VllmBackend(self.attention, rotary_angles(positions[None], self.head_dim, self.theta))
+        backend = VllmBackend(self.attention, rotary_angles(positions[None], *self.rope))
         for stage in self.stages.values():
             x = stage(x, backend)
         if self.global_kv is not None:
@@ -60,13 +60,13 @@ class CrossDecoder(nn.Module):
     def __init__(self, *, architecture: Architecture, gates: list[int], attention: AttentionLayers) -> None:
         super().__init__()
         a = architecture
-        self.head_dim, self.theta, self.attention = a.head_dim, a.rope_theta, attention
+        self.rope, self.attention = (a.head_dim, a.rope_theta, a.rotary_scaling), attention
         self.stages = _stages(a, gates, cross=True)
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """(tokens, hidden) -> the final hidden states of the same tokens."""
-        backend = VllmBackend(self.attention, rotary_angles(positions[None], self.head_dim, self.theta))
+        backend = VllmBackend(self.attention, rotary_angles(positions[None], *self.rope))
         for stage in self.stages.values():
             x = stage(x, backend)
         return self.norm(x)

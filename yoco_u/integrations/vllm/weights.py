@@ -22,9 +22,12 @@ def weights_mapper(a: Architecture) -> WeightsMapper:
             for layer in range(stage.layers):
                 attn = f".stages.{number}.layers.{layer}.attn."
                 stacked |= {f"{attn}{name}_proj.": (f"{attn}qkv_proj.", name) for name in "qkv"}
+                stacked |= {f"{attn}{name}_bias": (f"{attn}qkv_proj.bias", name) for name in "qkv"}
+    cross = "|".join(str(number) for number, stage in enumerate(a.stages) if stage.attention == "cross")
+    cross_biases = {re.compile(rf"(\.stages\.(?:{cross})\.layers\.\d+\.attn)\.q_bias$"): r"\1.q_proj.bias"} if cross else {}
     return WeightsMapper(
         # The experts' tensors have no `.weight` at the end; those of a SwiGLU do.
-        orig_to_new_regex={re.compile(r"\.mlp\.(gate_up_proj|down_proj)$"): r".mlp.experts.\1"},
+        orig_to_new_regex={re.compile(r"\.mlp\.(gate_up_proj|down_proj)$"): r".mlp.experts.\1"} | cross_biases,
         orig_to_new_stacked=stacked,
         orig_to_new_prefix=parts,
     )

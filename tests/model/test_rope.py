@@ -1,0 +1,57 @@
+"""RoPE scaling against transformers' own functions."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from yoco_u.architecture import Architecture, RotaryScaling, preset
+from yoco_u.config import parse
+from yoco_u.errors import UserError
+from yoco_u.model.rope import rotary_angles
+
+THEIRS = {"linear": (), "llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
+
+
+@given(
+    kind=st.sampled_from(sorted(THEIRS)), head_dim=st.sampled_from([2, 8, 64, 128]), theta=st.sampled_from([100.0, 1e4, 5e5]),
+    factor=st.floats(1, 40), original=st.integers(8, 100_000), low=st.floats(0.5, 3), high=st.floats(4, 40),
+    truncate=st.booleans(), attention_factor=st.floats(0.5, 2),
+)  # fmt: skip
+def test_scaling(
+    kind: Any, head_dim: int, theta: float, factor: float, original: int, low: float, high: float, truncate: bool,
+    attention_factor: float,
+) -> None:  # fmt: skip
+    given_to_all = {"rope_type": kind, "rope_theta": theta, "factor": factor, "original_max_position_embeddings": original}
+    theirs = given_to_all | dict(zip(THEIRS[kind], (low, high), strict=False))
+    theirs |= {"truncate": truncate, "attention_factor": attention_factor}
+    config = LlamaConfig(hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, rope_parameters=theirs)
+    expected, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    more = {} if kind == "linear" else {"original_length": original, "low_turns": low, "high_turns": high}
+    more |= {"truncate": truncate, "attention_factor": attention_factor} if kind == "yarn" else {}
+    positions = torch.tensor([[0, 1, 17, 300]])
+    cos, sin = rotary_angles(positions, head_dim, theta, RotaryScaling(type=kind, factor=factor, **more))
+    angles = positions[..., None].double() * expected.double()
+    torch.testing.assert_close(cos[0, :, 0, : head_dim // 2].double(), angles[0].cos() * scale, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(sin[0, :, 0, : head_dim // 2].double(), angles[0].sin() * scale, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "said"),
+    [
+        ({"type": "dynamic", "factor": 2}, "type"),
+        ({"type": "linear"}, "factor"),
+        ({"type": "linear", "factor": 0}, "factor"),
+        ({"type": "linear", "factor": 2, "original_length": 8}, "original_length is 8"),
+        ({"type": "yarn", "factor": 2}, "original_length is None"),
+        ({"type": "llama3", "factor": 2, "original_length": 8, "low_turns": 5}, "high_turns 4.0 is not above low_turns 5.0"),
+    ],
+)
+def test_impossible_scalings(scaling: dict[str, Any], said: str) -> None:
+    plain = preset("yoco_u", "test").model_dump()
+    with pytest.raises(UserError, match=said):
+        parse(Architecture, plain | {"rotary_scaling": scaling}, "x")
