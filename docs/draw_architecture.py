@@ -24,9 +24,9 @@ FLOORS = (
     ("files", "checksums", "formatting", "device", "free_cores", "config", "plotting", "confined"),
     ("architecture", "budget"),
     ("data", "model"),
-    ("training", "loading"),
+    ("loading", "training"),
     ("inference", "report"),
-    ("planning", "evaluation", "analysis", "serving", "integrations"),
+    ("planning", "evaluation", "analysis", "conversion", "serving", "integrations"),
     ("experiment", "bench"),
     ("cli",),
 )
@@ -43,7 +43,8 @@ SAYS = {
     "architecture": "a list of stages", "budget": "FLOPs and bytes by arithmetic", "data": "corpus to batches",
     "model": "the one forward pass", "training": "batch to step, runs", "loading": "runs and models by path",
     "inference": "the engine", "report": "a page about runs", "planning": "what would fit", "evaluation": "loss, tasks",
-    "analysis": "inside the loops", "serving": "OpenAI's API", "integrations": "vLLM", "experiment": "grids and verdicts",
+    "analysis": "inside the loops", "conversion": "from Llama to YOCO-U",
+    "serving": "OpenAI's API", "integrations": "vLLM", "experiment": "grids and verdicts",
     "bench": "ours beside peers", "cli": "one thin file a command",
 }  # fmt: skip
 

@@ -13,9 +13,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from yoco_u.architecture import LOOPED, SIZES, STAGES, Architecture, MixtureOfExperts, ParallelStreams, Stage
+from yoco_u.architecture import LOOPED, SIZES, STAGES, Architecture, MixtureOfExperts, ParallelStreams, RotaryScaling, Stage
 from yoco_u.data.config import DataConfig
-from yoco_u.training.config import LoopPhase, OptimizerConfig, RunConfig, TrainingConfig
+from yoco_u.training.config import DistillationConfig, LoopPhase, OptimizerConfig, RunConfig, TrainingConfig, WindowPhase
 
 TARGET = Path(__file__).with_name("configuration.md")
 
@@ -25,10 +25,13 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("A stage", "architecture.stages[i].", Stage),
     ("Mixture of experts", "architecture.experts.", MixtureOfExperts),
     ("Parallel streams", "architecture.parallel.", ParallelStreams),
+    ("RoPE scaling", "architecture.rotary_scaling.", RotaryScaling),
     ("Data", "data.", DataConfig),
     ("Optimizer", "optimizer.", OptimizerConfig),
     ("Training", "training.", TrainingConfig),
     ("A phase of another loop count", "training.loop_schedule[i].", LoopPhase),
+    ("A phase of another window", "training.window_schedule[i].", WindowPhase),
+    ("A teacher", "distillation.", DistillationConfig),
 ]
 
 # Keys that the docstrings do not explain, because their names say enough to a reader of the code.

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yoco_u.architecture import Architecture
 from yoco_u.checksums import SUMS, verify_checksums
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
@@ -40,6 +41,45 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
     raise UserError(f"{folder}: neither a run folder (with model/config.json) nor a saved model (with config.json)")
 
 
+def saved_architecture(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The architecture in the `config.json` of a run folder or a saved model of this project, as plain data.
+
+    Raises:
+        UserError: if there is none.
+    """
+    config = read_config(model_folder(path))
+    return {name: config[name] for name in Architecture.model_fields if name in config}
+
+
+def with_architectures(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run with the architectures that its folders say: of what it starts from, and of its teacher.
+
+    Raises:
+        UserError: as of `saved_architecture`.
+    """
+    settings = dict(settings)
+    if isinstance(start := settings.get("start_from"), str) and start:
+        own = settings.get("architecture") or {}
+        if isinstance(own, dict) and "preset" not in own:
+            settings["architecture"] = saved_architecture(start) | own
+    teaching = settings.get("distillation")
+    if isinstance(teaching, dict) and "architecture" not in teaching and isinstance(teaching.get("teacher"), str):
+        settings["distillation"] = teaching | {"architecture": saved_architecture(teaching["teacher"])}
+    return settings
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a saved model of this project.
+
+    Raises:
+        UserError: if it is missing or damaged, or that of another model.
+    """
+    config = read_json(folder / "config.json", dict[str, Any])
+    if (kind := config.get("model_type")) != "yoco_u":
+        raise UserError(f"{folder}: the model_type is {kind!r}, expected 'yoco_u'; convert it with yoco-u convert")
+    return config
+
+
 def model_name(path: str | os.PathLike[str]) -> str:
     """What to call the model of a folder: the name of the run, or of the folder if the model is not in a run."""
     folder = Path(os.path.realpath(path))  # Path.resolve raises where links lead in a circle
@@ -66,9 +106,7 @@ def load_model(
 
     folder = model_folder(path)
     verify_checksums(folder, f"copy it again, or train again; if you changed it on purpose, remove {SUMS}")
-    kind = read_json(folder / "config.json", dict[str, Any]).get("model_type")
-    if kind != "yoco_u":
-        raise UserError(f"{folder}: the model_type is {kind!r}, expected 'yoco_u'; give a model of this project")
+    read_config(folder)
     logging.disable_progress_bar()
     try:
         config = YocoUConfig.from_pretrained(folder)
@@ -81,7 +119,7 @@ def load_model(
         raise UserError(f"{folder}: cannot load the model ({first_line(error)}); the folder is damaged") from None
     if info["missing_keys"]:
         raise UserError(f"{folder}: the weights lack {min(info['missing_keys'])}; the folder is damaged")
-    tokenizer = load_tokenizer(_tokenizer_folder(folder))
+    tokenizer = load_tokenizer(tokenizer_folder(folder))
     if (needed := vocabulary_size(tokenizer)) > config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has ids up to {needed - 1}, but the model's vocab_size is {config.vocab_size}; "
@@ -98,10 +136,16 @@ def read_tokenizer(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
     """
     from yoco_u.data import load_tokenizer
 
-    return load_tokenizer(_tokenizer_folder(model_folder(path)))
+    return load_tokenizer(tokenizer_folder(path))
 
 
-def _tokenizer_folder(model: Path) -> Path:
+def tokenizer_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder with the tokenizer of a run folder or a saved model.
+
+    Raises:
+        UserError: if it is missing.
+    """
+    model = model_folder(path)
     for candidate in (model, model.parent / "tokenizer"):
         if (candidate / "tokenizer.json").is_file():
             return candidate

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from yoco_u.errors import UserError
 from yoco_u.model import loss
-from yoco_u.model.loss import chunked_cross_entropy
+from yoco_u.model.loss import SoftTargets, chunked_cross_entropy
 
 
 def whole(hidden: Tensor, weight: Tensor, targets: Tensor, items: Any) -> Tensor:
@@ -128,3 +128,37 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyPatch) ->
 def test_no_logits_and_no_labels_is_refused() -> None:
     with pytest.raises(UserError, match="return_logits is False, and there are no labels"):
         build(architecture())(tokens(1, 3), return_logits=False)
+
+
+def whole_distillation(logits: Tensor, targets: Tensor, soft: SoftTargets) -> Tensor:
+    """The same from all logits at once: the teacher's other tokens, and the model's, are one token more."""
+    own, likely = logits.log_softmax(-1), soft.log_probs.exp()
+    picked = own.gather(-1, soft.ids)
+    rest = (1 - likely.sum(-1, keepdim=True)).clamp_min(0)
+    own_rest = 1 - picked.exp().sum(-1, keepdim=True)
+    whole_teacher, whole_own = torch.cat([likely, rest], -1), torch.cat([picked, own_rest.log()], -1)
+    divergence = torch.where(whole_teacher > 0, whole_teacher * (whole_teacher.log() - whole_own), 0).sum(-1)
+    counted = targets != -100
+    hard = F.cross_entropy(logits, targets, reduction="none")
+    return ((1 - soft.share) * hard + soft.share * divergence)[counted].mean()
+
+
+@given(
+    seed=st.integers(0, 2**32), count=st.integers(1, 9), vocab=st.integers(3, 20), k=st.integers(1, 19),
+    tokens_at_a_time=st.integers(1, 30), share=st.floats(0, 1),
+)  # fmt: skip
+def test_distillation(seed: int, count: int, vocab: int, k: int, tokens_at_a_time: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    make: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+    hidden, weight = torch.randn(count, 5, **make).requires_grad_(), torch.randn(vocab, 5, **make).requires_grad_()
+    teacher = torch.randn(count, vocab, **make).log_softmax(-1).topk(min(k, vocab - 1), dim=-1)
+    soft = SoftTargets(teacher.indices, teacher.values, share)
+    targets = torch.randint(vocab, (count,), generator=generator)
+    targets[1::2] = -100
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "LOGITS", tokens_at_a_time * vocab)
+        found = chunked_cross_entropy(hidden, weight, targets, soft=soft)
+    expected = whole_distillation(hidden @ weight.T, targets, soft)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(3 * x, (hidden, weight)) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from yoco_u.config import apply_overrides, did_you_mean, load_yaml, parse
 from yoco_u.errors import UserError
+from yoco_u.loading import with_architectures
 
 if TYPE_CHECKING:
     from yoco_u.training.config import RunConfig
@@ -49,4 +50,4 @@ def load_run_config(name: str, overrides: Sequence[str]) -> "RunConfig":
     """
     from yoco_u.training.config import RunConfig
 
-    return parse(RunConfig, load_settings(name, overrides), name)
+    return parse(RunConfig, with_architectures(load_settings(name, overrides)), name)

@@ -7,5 +7,6 @@ blocks in `blocks.py`, and then to `backend.py`, where blocks hand their queries
 from yoco_u.model.cache import YocoUCache
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.modeling import YocoUForCausalLM, YocoUModel
+from yoco_u.model.saving import save_model
 
-__all__ = ["YocoUCache", "YocoUConfig", "YocoUForCausalLM", "YocoUModel"]
+__all__ = ["YocoUCache", "YocoUConfig", "YocoUForCausalLM", "YocoUModel", "save_model"]

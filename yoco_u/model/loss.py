@@ -5,7 +5,7 @@ them, so that no logits are kept or computed again; the backward pass only scale
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,39 @@ LOGITS = 2**26
 IGNORED = -100
 
 
-def chunk_loss(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+class SoftTargets(NamedTuple):
+    """What a teacher expects in the place of each token: distillation (arXiv 1503.02531) from its likeliest tokens.
+
+    The loss is `share` times the divergence KL(teacher || model), and 1 - share times the usual cross-entropy. The tokens that
+    are not among the teacher's likeliest count as one, so that the divergence is a lower bound of the whole one.
+
+    Attributes:
+        ids: the teacher's likeliest tokens, (..., k).
+        log_probs: their log probabilities, (..., k).
+        share: from 0 to 1.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    share: float
+
+    def flat(self) -> "SoftTargets":
+        return SoftTargets(self.ids.flatten(0, -2), self.log_probs.flatten(0, -2), self.share)
+
+    def part(self, tokens: slice) -> "SoftTargets":
+        return SoftTargets(self.ids[tokens], self.log_probs[tokens], self.share)
+
+
+def chunk_loss(
+    logits: Tensor, targets: Tensor, gradient: bool, soft: SoftTargets | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The loss of one chunk of tokens, summed over its targets, in float32 at least.
 
     Args:
         logits: (tokens, vocab).
         targets: (tokens,); -100 is ignored.
         gradient: whether the loss's gradient is asked for.
+        soft: a teacher's targets of these tokens, where there is one.
 
     Returns:
         The loss, and the gradient of the logits in their dtype or None.
@@ -36,11 +62,39 @@ def chunk_loss(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor,
     at = targets.masked_fill(ignored, 0)[:, None]
     normalizer = exact.logsumexp(-1, keepdim=True)
     loss = (normalizer - exact.gather(-1, at)).masked_fill(ignored[:, None], 0).sum()
+    if soft is not None:
+        divergence, rest = _divergence(exact.gather(-1, soft.ids) - normalizer, soft.log_probs.to(exact.dtype))
+        loss = (1 - soft.share) * loss + soft.share * divergence.masked_fill(ignored, 0).sum()
     if not gradient:
         return loss, None
     hit = at == torch.arange(logits.shape[-1], device=logits.device)  # compared, not scattered: that fuses into one kernel
-    off = (exact - normalizer).exp() - hit.to(exact.dtype)
+    off = (exact - normalizer).exp()
+    if soft is None:
+        off = off - hit.to(exact.dtype)
+    else:
+        # The teacher's distribution beyond its likeliest tokens is taken to be the model's own, scaled to the same sum.
+        known = soft.log_probs.to(exact.dtype).exp() - off.gather(-1, soft.ids) * rest
+        off = off * (1 - soft.share * rest) - (1 - soft.share) * hit.to(exact.dtype)
+        off = off.scatter_add(-1, soft.ids, -soft.share * known)
     return loss, off.masked_fill(ignored[:, None], 0).to(logits.dtype)
+
+
+def _divergence(own: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(teacher || model) of each token, and the teacher's share of the other tokens as a multiple of the model's.
+
+    Args:
+        own: log probabilities of the model for the teacher's likeliest tokens, (tokens, k).
+        teacher: log probabilities of the teacher for them.
+
+    Returns:
+        (tokens,) and (tokens, 1)
+    """
+    smallest = torch.finfo(own.dtype).tiny
+    likely = teacher.exp()
+    rest = (1 - likely.sum(-1)).clamp_min(0)
+    own_rest = (1 - own.exp().sum(-1)).clamp_min(smallest)
+    divergence = (likely * (teacher - own)).sum(-1) + torch.xlogy(rest, rest) - rest * own_rest.log()
+    return divergence, (rest / own_rest)[:, None]
 
 
 def targets_of(labels: Tensor | None, shift_labels: Tensor | None, shape: torch.Size, segments: Tensor | None) -> Tensor:
@@ -73,7 +127,7 @@ def targets_of(labels: Tensor | None, shift_labels: Tensor | None, shape: torch.
     return targets.contiguous()
 
 
-ChunkLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+ChunkLoss = Callable[[Tensor, Tensor, bool, SoftTargets | None], tuple[Tensor, Tensor | None]]
 
 
 def chunked_cross_entropy(
@@ -82,6 +136,7 @@ def chunked_cross_entropy(
     targets: Tensor,
     num_items_in_batch: Tensor | int | None = None,
     of_chunk: ChunkLoss = chunk_loss,
+    soft: SoftTargets | None = None,
 ) -> Tensor:
     """The cross-entropy of an LM head's logits, as the loss function of transformers computes it from them.
 
@@ -94,10 +149,12 @@ def chunked_cross_entropy(
         targets: (...); -100 is ignored.
         num_items_in_batch: what the summed loss is divided by; the number of targets by default.
         of_chunk: `chunk_loss`, or a compiled version of it.
+        soft: a teacher's targets, (..., k), where there is one.
     """
     count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    total: Tensor = _SummedLoss.apply(hidden, weight, targets, of_chunk, torch.is_grad_enabled())
+    soft = None if soft is None else soft.flat()
+    total: Tensor = _SummedLoss.apply(hidden, weight, targets, of_chunk, torch.is_grad_enabled(), soft)
     return total / count
 
 
@@ -105,7 +162,9 @@ class _SummedLoss(torch.autograd.Function):
     """Of hidden states (tokens, hidden), the LM head's weight (vocab, hidden) and targets (tokens,): the summed loss."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, of_chunk: ChunkLoss, gradient: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, of_chunk: ChunkLoss, gradient: bool, soft: SoftTargets | None
+    ) -> Tensor:
         dtype = autocast_dtype(hidden.device) or hidden.dtype
         exact = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=hidden.device)
@@ -117,7 +176,7 @@ class _SummedLoss(torch.autograd.Function):
             for start in range(0, len(hidden), size):
                 part = slice(start, start + size)
                 states = hidden[part].to(dtype)
-                loss, grad = of_chunk(states @ head.T, targets[part], gradient)
+                loss, grad = of_chunk(states @ head.T, targets[part], gradient, None if soft is None else soft.part(part))
                 total += loss
                 if grad is not None and grad_hidden is not None and grad_weight is not None:
                     grad_hidden[part] = grad @ head
@@ -129,4 +188,4 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0], (grad_weight * grads[0]).to(ctx.weight_dtype), None, None, None
+        return grad_hidden * grads[0], (grad_weight * grads[0]).to(ctx.weight_dtype), None, None, None, None

@@ -27,7 +27,7 @@ from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.initialization import initialize
 from yoco_u.model.keywords import OF_LOSS, OF_MODEL, packing, refuse_impossible, refuse_unknown
 from yoco_u.model.layers import RMSNorm, autocast_dtype
-from yoco_u.model.loss import IGNORED, chunk_loss, chunked_cross_entropy, targets_of
+from yoco_u.model.loss import IGNORED, SoftTargets, chunk_loss, chunked_cross_entropy, targets_of
 from yoco_u.model.segments import lay_out
 
 
@@ -277,6 +277,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         num_loops: int | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool = True,
+        soft_targets: SoftTargets | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits, and the loss if there are labels. The arguments not named here are those of `YocoUModel.forward`.
@@ -287,6 +288,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
             logits_to_keep: must keep all positions if there are labels.
             return_logits: if false, the loss is computed in chunks of tokens, whose logits are not kept; see
                 `yoco_u.model.loss`.
+            soft_targets: of a teacher for each token, (batch, tokens, k); the loss is then that of distillation, in chunks.
 
         Returns:
             logits (batch, positions, vocab), or None without `return_logits`; loss in nats per token, to which training adds
@@ -300,6 +302,8 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         has_labels = labels is not None or shift_labels is not None
         if not (return_logits or has_labels):
             raise UserError("return_logits is False, and there are no labels or shift_labels; then there is nothing to return")
+        if soft_targets is not None and (return_logits or not has_labels):
+            raise UserError("soft_targets needs labels or shift_labels, and return_logits=False")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -320,7 +324,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         if has_labels:
             targets = targets_of(labels, shift_labels, hidden.shape[:2], outputs["segments"])
             if logits is None:
-                loss = chunked_cross_entropy(hidden, self.lm_head.weight, targets, items, self.chunk_loss)
+                loss = chunked_cross_entropy(hidden, self.lm_head.weight, targets, items, self.chunk_loss, soft_targets)
             else:
                 loss = self.loss_function(
                     logits=logits,

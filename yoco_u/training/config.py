@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from yoco_u.architecture import Architecture
-from yoco_u.budget import training_flops
+from yoco_u.budget import forward_flops, head_flops, self_decoder_flops, training_flops
 from yoco_u.config import Config, Count, NonNegativeFloat32, PositiveFloat32, Seed
 from yoco_u.data.config import DataConfig
 
@@ -59,6 +59,37 @@ class LoopPhase(Config):
     loops: Count
 
 
+class DistillationConfig(Config):
+    """A teacher that a model learns from.
+
+    Attributes:
+        teacher: folder of a saved model or run with the same vocabulary, such as the source of a conversion.
+        stage: `layers` trains the global KVs and the attention of the cross blocks alone, each to change the teacher's hidden
+            states as the teacher's layer in its place does; `logits` trains everything to expect what the teacher expects.
+        architecture: the teacher's, whose FLOPs count as well. It can be left out in a file, since the folder says it.
+        share: with `logits`, the weight of the divergence from the teacher; the rest is that of the usual cross-entropy.
+        top_k: with `logits`, how many of the teacher's likeliest tokens are told apart in each place.
+    """
+
+    teacher: _Text
+    stage: Literal["layers", "logits"] = "logits"
+    architecture: Architecture
+    share: float = Field(default=0.9, ge=0, le=1)
+    top_k: Count = 64
+
+
+class WindowPhase(Config):
+    """A part of training with its own window.
+
+    Attributes:
+        until: share of the steps at which the phase ends, as of `LoopPhase`.
+        window: keys that a token sees in a sliding layer.
+    """
+
+    until: float = Field(gt=0, lt=1)
+    window: Count
+
+
 class TrainingConfig(Config):
     """How a model is trained.
 
@@ -81,6 +112,8 @@ class TrainingConfig(Config):
         keep_checkpoints: how many of the newest checkpoints are kept.
         loop_schedule: phases, from the first step on, that train the model with other loop counts. After the last phase, and in
             every evaluation, the model runs with the architecture's own.
+        window_schedule: phases, from the first step on, with other windows of the sliding layers, such as from long to short.
+            After the last phase, and in every evaluation, the window is the architecture's own.
         wandb_project: Weights & Biases project that metrics are logged to as well; None logs to files alone.
     """
 
@@ -100,15 +133,15 @@ class TrainingConfig(Config):
     save_every: Count = 200
     keep_checkpoints: Count = 2
     loop_schedule: tuple[LoopPhase, ...] = ()
+    window_schedule: tuple[WindowPhase, ...] = ()
     wandb_project: _Text | None = None
 
     @model_validator(mode="after")
     def _phases_follow(self) -> "TrainingConfig":
-        ends = [phase.until for phase in self.loop_schedule]
-        if any(later <= earlier for earlier, later in pairwise(ends)):
-            raise ValueError(
-                f"loop_schedule ends its phases at {', '.join(map(str, ends))}; each must end after the one before"
-            )
+        for name, phases in (("loop_schedule", self.loop_schedule), ("window_schedule", self.window_schedule)):
+            ends = [phase.until for phase in phases]
+            if any(later <= earlier for earlier, later in pairwise(ends)):
+                raise ValueError(f"{name} ends its phases at {', '.join(map(str, ends))}; each must end after the one before")
         return self
 
     @model_validator(mode="after")
@@ -126,7 +159,10 @@ class RunConfig(Config):
 
     Attributes:
         name: the run's name in tables and plots.
-        architecture: the model; `{preset: yoco_u, size: 8m}` in a file, with any field of `Architecture` on top.
+        architecture: the model; `{preset: yoco_u, size: 8m}` in a file, with any field of `Architecture` on top. It can be
+            left out in a file with `start_from`, which says it.
+        start_from: folder of a saved model or run whose weights the run begins with, and whose tokenizer the dataset has.
+        distillation: a teacher to learn from; without it the loss is the cross-entropy of the next token.
         initializer_range: standard deviation of the initial matrices; 1 / sqrt(hidden_size) if none is given.
         dataset: folder of a prepared dataset. If it does not exist, it is prepared there from `data`.
         data: what to prepare the dataset from; without it the dataset must be there already.
@@ -136,6 +172,8 @@ class RunConfig(Config):
 
     name: _Text
     architecture: Architecture
+    start_from: _Text | None = None
+    distillation: DistillationConfig | None = None
     initializer_range: PositiveFloat32 | None = None
     dataset: _Text
     data: DataConfig | None = None
@@ -157,6 +195,12 @@ class RunConfig(Config):
                 raise ValueError(f"training.checkpoint_stages names stage {stage}; the model's are 0 to {stages - 1}")
         if self.training.loop_schedule and all(stage.loops == 1 for stage in self.architecture.stages):
             raise ValueError("training.loop_schedule changes the loop count, but the architecture has no loop; drop it")
+        if self.training.window_schedule and self.architecture.window is None:
+            raise ValueError("training.window_schedule changes the window, but the architecture has none; drop it")
+        if self.distillation and self.distillation.stage == "layers" and not self.architecture.has_global_kv:
+            raise ValueError("distillation.stage layers trains cross blocks, but the architecture has none; use logits")
+        if self.start_from and self.initializer_range is not None:
+            raise ValueError("initializer_range is for new weights, but start_from says where they come from; drop one of them")
         return self
 
     @property
@@ -173,19 +217,32 @@ class RunConfig(Config):
         phases = self.training.loop_schedule
         return next((phase.loops for phase in phases if step < self._end(phase)), None)
 
+    def window_at(self, step: int) -> int | None:
+        """The window of training step `step` = 0 .. steps - 1; None where the architecture has none."""
+        phases = self.training.window_schedule
+        return next((phase.window for phase in phases if step < self._end(phase)), self.architecture.window)
+
     def training_flops(self, steps: int | None = None) -> float:
         """Model FLOPs, forward and backward, of the first `steps` training steps; of all steps by default.
 
         Each step counts with its own loop count. Evaluations do not count.
         """
         steps = self.training.steps if steps is None else steps
-        total, begin = 0.0, 0
-        for phase in (*self.training.loop_schedule, None):
-            end = min(steps, steps if phase is None else self._end(phase))
-            architecture = self.architecture if phase is None else self.architecture.with_loops(phase.loops)
-            total += training_flops(architecture, self.training.sequence_length) * ((end - begin) * self.tokens_per_step)
-            begin = end
-        return total
+        phases: tuple[LoopPhase | WindowPhase, ...] = (*self.training.loop_schedule, *self.training.window_schedule)
+        ends = sorted({0, steps, *(min(steps, self._end(phase)) for phase in phases)})
+        return sum(self._token_flops(begin) * ((end - begin) * self.tokens_per_step) for begin, end in pairwise(ends))
 
-    def _end(self, phase: LoopPhase) -> int:
+    def _token_flops(self, step: int) -> float:
+        """FLOPs per token of a training step, with those of a teacher."""
+        length, loops, distillation = self.training.sequence_length, self.loops_at(step), self.distillation
+        own = self.architecture if loops is None else self.architecture.with_loops(loops)
+        own = own.model_copy(update={"window": self.window_at(step)})
+        if distillation is None:
+            return training_flops(own, length)
+        teacher = forward_flops(distillation.architecture, length)
+        if distillation.stage == "logits":
+            return training_flops(own, length) + teacher
+        return 3 * forward_flops(own, length) - 2 * self_decoder_flops(own, length) + teacher - 4 * head_flops(own)
+
+    def _end(self, phase: LoopPhase | WindowPhase) -> int:
         return round(phase.until * self.training.steps)

@@ -28,11 +28,16 @@ def batch_loss(
     Returns:
         The loss, a scalar on the device.
     """
+    if host_waits(device):
+        kwargs["return_logits"] = False
+    with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+        loss: Tensor = model(**on_device(batch, device), num_loops=num_loops, use_cache=False, **kwargs).loss
+    return loss
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a batch on a device, with those that flash attention works by on a GPU, which is not waited for."""
     inputs = {name: tensor for name, tensor in batch.items() if isinstance(tensor, Tensor)}
     if host_waits(device):
         inputs["cu_seqlens"] = cumulative_lengths(inputs["document_ids"])
-        kwargs["return_logits"] = False
-    on_device = {name: upload(tensor, device) for name, tensor in inputs.items()}
-    with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-        loss: Tensor = model(**on_device, num_loops=num_loops, use_cache=False, **kwargs).loss
-    return loss
+    return {name: upload(tensor, device) for name, tensor in inputs.items()}

@@ -10,14 +10,15 @@ from yoco_u.training.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over all parameters, with weight decay on matrices that multiply activations.
+    """AdamW (arXiv 1711.05101) over all parameters that are trained, with weight decay on matrices that multiply activations.
 
     Embeddings (and an LM head tied to them), norms, loop gates and ParScale prefixes do not decay.
     """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = {id(parameter) for parameter in _matrices(model)}
     groups: list[dict[str, object]] = [
-        {"params": [p for p in model.parameters() if id(p) in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
     ]
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from yoco_u.data import Batch
 from yoco_u.device import read_back
 from yoco_u.errors import UserError
+from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.feed_forward import ExpertMixture, balance
 from yoco_u.training.config import RunConfig
+from yoco_u.training.distillation import objective
 from yoco_u.training.distributed import Distributed
-from yoco_u.training.forward import batch_loss
 from yoco_u.training.optimizer import learning_rate
 from yoco_u.training.parallelize import unwrap, without_gradient_sync
 
@@ -52,6 +53,7 @@ class TrainingStep:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, distributed: Distributed) -> None:
         self.model, self.optimizer, self.config, self.distributed = model, optimizer, config, distributed
         self.micro_batch_rows = micro_batch_rows(config, distributed.world_size)
+        self.objective = objective(model, config, distributed)
         self.mixtures = [module for module in model.modules() if isinstance(module, ExpertMixture)]
 
     def gradients(self, batch: Batch, num_loops: int | None = None) -> StepResult:
@@ -73,7 +75,7 @@ class TrainingStep:
         for part, is_last in self._micro_batches(batch):
             share = _count_targets(part["shift_labels"]) / targets
             with nullcontext() if is_last else without_gradient_sync(self.model):
-                part_loss = self._forward(part, num_loops)
+                part_loss = self.objective(part, num_loops)
                 # DDP and FSDP average the gradients of the ranks, but the sum is needed: each share is of all ranks' targets.
                 (part_loss * (share * self.distributed.world_size)).backward()
             loss += part_loss.detach() * share
@@ -114,9 +116,16 @@ class TrainingStep:
             end = first + self.micro_batch_rows
             yield {name: tensor[first:end] for name, tensor in batch.items() if isinstance(tensor, Tensor)}, end >= rows
 
-    def _forward(self, part: dict[str, Tensor], num_loops: int | None) -> Tensor:
-        """The mean loss of a micro-batch, in nats per target token."""
-        return batch_loss(self.model, part, self.distributed.device, self.config.training.dtype, num_loops)
+
+@contextmanager
+def windowed(model: YocoUForCausalLM, window: int | None) -> Iterator[None]:
+    """Let the sliding layers see another number of keys while the block runs."""
+    own = model.model.architecture
+    model.model.architecture = own.model_copy(update={"window": window})
+    try:
+        yield
+    finally:
+        model.model.architecture = own
 
 
 def micro_batch_rows(config: RunConfig, world_size: int) -> int:

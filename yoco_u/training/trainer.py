@@ -17,23 +17,25 @@ import torch
 from rich.console import Console
 
 from yoco_u import budget
-from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, load_tokenizer, prepare
+from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
 from yoco_u.device import check_bfloat16, environment, gemm_rate, multiplies_bfloat16, peak_memory_bytes
 from yoco_u.errors import UserError
 from yoco_u.files import naming, write_json
-from yoco_u.model import YocoUConfig, YocoUForCausalLM
+from yoco_u.loading import tokenizer_folder
 from yoco_u.training.checkpoint import Checkpoints, TrainerState, step_name
 from yoco_u.training.config import RunConfig
+from yoco_u.training.distillation import freeze
 from yoco_u.training.distributed import Distributed, distributed_session
 from yoco_u.training.export import export_model
 from yoco_u.training.forward import DTYPES
 from yoco_u.training.metrics import METRICS, MetricsWriter, Record, loss_figures, read_metrics
 from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.other_programs import minding_others
-from yoco_u.training.parallelize import check_memory, parallelize
+from yoco_u.training.parallelize import check_memory, parallelize, unwrap
 from yoco_u.training.progress import progress_report
 from yoco_u.training.run_folder import RunFolder
-from yoco_u.training.step import StepResult, TrainingStep
+from yoco_u.training.starting import check_start, first_model
+from yoco_u.training.step import StepResult, TrainingStep, windowed
 from yoco_u.training.validation import evaluate
 
 
@@ -69,6 +71,7 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
     run_folder, damaged = RunFolder(Path(folder)), list[str]()
     with distributed_session(config.training.device) as distributed:
         if run_folder.read_summary() is None:
+            check_start(config)
             check_memory(config.architecture, config.training, distributed)
         with run_folder.claim(config, distributed):
             summary = distributed.on_main(lambda: run_folder.read_summary(damaged.append))
@@ -117,19 +120,19 @@ class _Run:
         check_vocabulary(self.index, config.architecture.vocab_size)
         self.dataset = PackedDataset(path, "train", training.sequence_length, training.seed)
         self.validation = PackedDataset(path, "validation", training.sequence_length, shuffle=False)
-        self.distributed.on_main(lambda: self.folder.copy_tokenizer(self.index.tokenizer))
+        start = config.start_from
+        tokenizer = tokenizer_folder(start) if start is not None else self.index.tokenizer
+        self.distributed.on_main(lambda: self.folder.copy_tokenizer(tokenizer))
 
     def _build(self) -> None:
         config, training = self.config, self.config.training
         if training.dtype == "bfloat16":
             check_bfloat16(self.distributed.device)
-        eot, padding = self.index.eot_id, load_tokenizer(self.index.tokenizer).pad_token_id
-        self.model_config = YocoUConfig.from_architecture(
-            config.architecture, initializer_range=config.initializer_range,
-            bos_token_id=eot, eos_token_id=eot, pad_token_id=eot if padding is None else padding,
-        )  # fmt: skip
         torch.manual_seed(training.seed)
-        self.model = parallelize(YocoUForCausalLM(self.model_config), training, self.distributed)
+        model = first_model(config, self.index)
+        self.model_config = model.config
+        freeze(model, config.distillation)
+        self.model = parallelize(model, training, self.distributed)
         torch.manual_seed(training.seed + self.distributed.rank)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.training_step = TrainingStep(self.model, self.optimizer, config, self.distributed)
@@ -217,7 +220,9 @@ class _Run:
 
     def _step(self, batches: Iterator[Batch]) -> None:
         start = time.perf_counter()
-        result = self.training_step.gradients(next(batches), self.config.loops_at(self.state.step))
+        step = self.state.step
+        with windowed(unwrap(self.model), self.config.window_at(step)):
+            result = self.training_step.gradients(next(batches), self.config.loops_at(step))
         if not result.finite:
             self._stop_at_step(result)
         rate = self.training_step.update(result, self.state.step)
@@ -252,7 +257,9 @@ class _Run:
             return
         step = self.state.step
         so_far = {"step": step, "tokens": self.state.tokens, "flops": self.config.training_flops(step)}
-        record = {"kind": kind} | so_far | loss_figures(loss, dataset.split.bytes_per_token) | figures
+        of_text = kind == "evaluation" or self.config.distillation is None
+        losses = loss_figures(loss, dataset.split.bytes_per_token) if of_text else {"loss": loss}
+        record = {"kind": kind} | so_far | losses | figures
         self.metrics.write(record)
         self.reporter.show(record)
 

@@ -1,0 +1,220 @@
+"""Runs that begin with a saved model and learn from a teacher."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from test_resume import assert_same_run, unfinished_copy
+from training_runs import losses, run_config, train_on_ranks
+
+from yoco_u.budget import forward_flops, training_flops
+from yoco_u.config import parse
+from yoco_u.data import DataConfig, prepare
+from yoco_u.errors import UserError
+from yoco_u.loading import load_model, with_architectures
+from yoco_u.model import YocoUConfig, YocoUForCausalLM, save_model
+from yoco_u.training import RunConfig, read_metrics, train
+from yoco_u.training.distillation import LayerLoss, LogitLoss
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def teacher(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Transformer that was trained on the dataset."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    train(run_config(dataset, "transformer", steps=30, evaluate_every=30, save_every=30), folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher's blocks as a YOCO-U of two loops with closed gates, whose global KVs are those of its first cross layer."""
+    source, tokenizer = load_model(teacher, CPU)
+    own = source.model.architecture.model_dump() | {
+        "stages": [{"attention": "sliding", "layers": 2, "loops": 2, "loop_gate": 0.0}, {"attention": "cross", "layers": 2}],
+        "window": 12, "rope_cross": True,
+    }  # fmt: skip
+    model = YocoUForCausalLM(YocoUConfig(**own, bos_token_id=0, eos_token_id=0))
+    given = source.state_dict()
+    renamed = {
+        name: given[name.replace("stages.1.layers.0", "stages.0.layers.2").replace("stages.1.layers.1", "stages.0.layers.3")]
+        for name in model.state_dict()
+        if "global_kv" not in name and "gates" not in name
+    }
+    first = "model.stages.0.layers.2"
+    renamed |= {f"model.global_kv.{name}.weight": given[f"{first}.attn.{name}.weight"] for name in ("k_proj", "v_proj")}
+    renamed["model.global_kv.norm.weight"] = given[f"{first}.attn_norm.weight"]
+    model.load_state_dict(renamed, strict=False)
+    folder = tmp_path_factory.mktemp("student") / "model"
+    save_model(model, tokenizer, folder)
+    return folder
+
+
+def healing(
+    dataset: Path, student: Path, teacher: Path | None, distillation: dict[str, Any] | None = None, **training: Any
+) -> RunConfig:
+    plain = run_config(dataset, **training).model_dump()
+    del plain["architecture"]
+    if teacher is not None:
+        plain["distillation"] = {"teacher": str(teacher)} | (distillation or {})
+    return parse(RunConfig, with_architectures(plain | {"start_from": str(student)}), "test")
+
+
+def batch(length: int = 24) -> dict[str, torch.Tensor]:
+    ids = torch.randint(300, (2, length + 1), generator=torch.Generator().manual_seed(1))
+    documents = (torch.arange(length)[None] >= torch.tensor([[9], [length]])).long()
+    return {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:], "document_ids": documents}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_logit_loss_is_the_divergence_from_the_teacher(dataset: Path, student: Path, teacher: Path, share: float) -> None:
+    config = healing(dataset, student, teacher, {"share": share, "top_k": 300})
+    model, other = load_model(student, CPU)[0], load_model(teacher, CPU)[0]
+    assert config.distillation is not None
+    part = batch()
+    found = LogitLoss(model, other, config.distillation, CPU, "float32")(part, None)
+    inputs = {name: part[name] for name in ("input_ids", "document_ids")}
+    logits = model(**inputs).logits.flatten(0, 1)
+    with torch.no_grad():
+        expected = other(**inputs).logits.flatten(0, 1).log_softmax(-1)
+    divergence = F.kl_div(logits.log_softmax(-1), expected, reduction="batchmean", log_target=True)
+    wanted = share * divergence + (1 - share) * F.cross_entropy(logits, part["shift_labels"].flatten())
+    torch.testing.assert_close(found, wanted)
+
+
+def test_layer_loss_compares_each_block_on_the_teachers_own_states(student: Path, teacher: Path) -> None:
+    model, other = load_model(student, CPU)[0], load_model(teacher, CPU)[0]
+    part = batch()
+    found = LayerLoss(model, other, "float32")(part, None)
+    states: list[torch.Tensor] = []
+    for block in other.model.stages[0].layers:
+        block.register_forward_pre_hook(lambda _, given: states.append(given[0]))
+    ends: list[torch.Tensor] = []
+    other.model.stages[0].layers[3].register_forward_hook(lambda _, given, out: ends.append(out[0]))
+    inputs = {name: part[name] for name in ("input_ids", "document_ids")}
+    with torch.no_grad():
+        other.model(**inputs)
+        given = [*states[2:], ends[0]]
+        changes = []
+        for number in (0, 1):
+            block = model.model.stages[1].layers[number]
+            handle = block.register_forward_pre_hook(lambda _, a, x=given[number]: (x, *a[1:]))
+            out: list[torch.Tensor] = []
+            second = block.register_forward_hook(lambda _, a, o, out=out: out.append(o[0]))
+            model.model(**inputs)
+            handle.remove(), second.remove()
+            difference = (out[0] - given[number + 1]).square().sum()
+            changes.append(difference / (given[number + 1] - given[number]).square().sum())
+    torch.testing.assert_close(found.detach(), torch.stack(changes).mean())
+    assert min(changes) > 1e-3
+
+
+def test_a_model_begins_as_the_saved_one_and_heals(dataset: Path, student: Path, teacher: Path, tmp_path: Path) -> None:
+    before = healing(dataset, student, None, steps=1, optimizer_learning_rate=1e-12, optimizer_warmup_steps=0)
+    untouched = train(before, tmp_path / "untouched", progress=False)
+    healed = train(healing(dataset, student, teacher, steps=20, evaluate_every=20), tmp_path / "healed", progress=False)
+    assert healed["validation"]["loss"] < untouched["validation"]["loss"]
+    saved, again = load_file(student / "model.safetensors"), load_file(tmp_path / "untouched" / "model" / "model.safetensors")
+    assert saved.keys() == again.keys()
+    for name in saved:
+        torch.testing.assert_close(saved[name], again[name], msg=name)
+
+
+def test_layers_train_what_is_new_and_nothing_else(dataset: Path, student: Path, teacher: Path, tmp_path: Path) -> None:
+    config = healing(dataset, student, teacher, {"stage": "layers"}, steps=15, evaluate_every=15)
+    train(config, tmp_path / "run", progress=False)
+    found = losses(tmp_path / "run")
+    assert found[-1] < 0.8 * found[0]
+    before, after = load_file(student / "model.safetensors"), load_file(tmp_path / "run" / "model" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    new = {name for name in before if "global_kv" in name or ("stages.1" in name and ".attn" in name)}
+    assert changed == new
+
+
+@pytest.mark.parametrize("stage", ["layers", "logits"])
+def test_it_continues_exactly(dataset: Path, student: Path, teacher: Path, tmp_path: Path, stage: str) -> None:
+    config = healing(dataset, student, teacher, {"stage": stage}, save_every=2, window_schedule=[{"until": 0.5, "window": 20}])
+    train(config, tmp_path / "whole", progress=False)
+    folder = unfinished_copy(tmp_path / "whole", tmp_path / "part", 2)
+    train(config, folder, progress=False)
+    assert_same_run(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_are_one(dataset: Path, student: Path, teacher: Path, tmp_path: Path, parallel: str) -> None:
+    config = healing(dataset, student, teacher, steps=3, parallel=parallel, micro_batch_rows=2)
+    train(config, tmp_path / "one", progress=False)
+    train_on_ranks(config, tmp_path / "two", 2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_windows_by_schedule(dataset: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    forward = YocoUForCausalLM.forward
+
+    def watch(self: YocoUForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        seen.append((self.training, self.model.architecture.window))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(YocoUForCausalLM, "forward", watch)
+    schedule = [{"until": 0.5, "window": 24}, {"until": 0.75, "window": 16}]
+    config = healing(dataset, student, None, steps=4, evaluate_every=4, window_schedule=schedule)
+    train(config, tmp_path / "run", progress=False)
+    assert [window for training, window in seen if training] == [24, 24, 16, 12]
+    assert {window for training, window in seen if not training} == {12}
+
+
+def test_flops_count_the_teacher(dataset: Path, student: Path, teacher: Path) -> None:
+    logits = healing(dataset, student, teacher, steps=5)
+    layers = healing(dataset, student, teacher, {"stage": "layers"}, steps=5)
+    own, theirs = logits.architecture, load_model(teacher, CPU)[0].model.architecture
+    tokens = 5 * 4 * 24
+    assert logits.training_flops() == pytest.approx(tokens * (training_flops(own, 24) + forward_flops(theirs, 24)))
+    weights = 2 * (32 * 32 * 2 + 3 * 32 * 48)  # of one block without keys and values, times two, as for all products below
+    products, kvs, head = 4 * 32, 2 * 32 * 32, 2 * 32 * 300
+    full = 4 * (weights + kvs + products * 12.5)
+    sliding = 2 * 2 * (weights + kvs + products * (12 * 6.5 + 12 * 12) / 24)
+    cross = 2 * (weights + products * 12.5) + kvs
+    assert forward_flops(theirs, 24) == pytest.approx(full + head)
+    assert layers.training_flops() == pytest.approx(tokens * (full + sliding + 3 * cross))
+
+
+def test_what_does_not_fit_is_refused(dataset: Path, student: Path, teacher: Path, tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(f"def f{number}():\n    return {number}\n" * 100)
+    data = DataConfig(corpus=f"{tmp_path}/*.txt", vocab_size=280, validation_fraction=0.4)
+    prepare(data, tmp_path / "other", progress=False)
+    cases: dict[str, Any] = {
+        "another tokenizer": healing(tmp_path / "other", student, teacher),
+        "4 full": healing(dataset, student, teacher, {"stage": "layers"}),
+    }
+    plain = cases["4 full"].model_dump()
+    deeper = dict(plain["architecture"], stages=[{"attention": "sliding", "layers": 3}, {"attention": "cross", "layers": 2}])
+    wider = dict(plain["architecture"], global_kvs=2)
+    for architecture, said in ((deeper, "convert it first"), (wider, "global_kv")):
+        with pytest.raises(UserError, match=said):
+            train(parse(RunConfig, plain | {"architecture": architecture}, "x"), tmp_path / "run", progress=False)
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="was prepared with another tokenizer"):
+        train(cases["another tokenizer"], tmp_path / "run", progress=False)
+    shutil.copytree(teacher / "model", tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        healing(dataset, student, tmp_path / "damaged")
+    with pytest.raises(UserError, match="the architecture has none"):
+        parse(RunConfig, plain | {"architecture": plain["distillation"]["architecture"]}, "x")
+
+
+def test_figures_of_a_teacher_are_no_perplexity(dataset: Path, student: Path, teacher: Path, tmp_path: Path) -> None:
+    train(
+        healing(dataset, student, teacher, steps=2, evaluate_every=2, optimizer_warmup_steps=1),
+        tmp_path / "run",
+        progress=False,
+    )
+    for record in read_metrics(tmp_path / "run"):
+        assert ("perplexity" in record) == (record["kind"] == "evaluation")

@@ -1,0 +1,175 @@
+"""Distillation: a run whose loss comes from a teacher, mostly the model that the run's model was converted from.
+
+`layers` trains what a conversion made anew: each cross block gets the teacher's own input, and learns to give the teacher's
+output from the global KVs. `logits` trains the whole model to expect what the teacher expects. The teacher runs in the same
+process, on the same tokens, so nothing is stored, and a run continues exactly as any other.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yoco_u.errors import UserError
+from yoco_u.loading import load_model
+from yoco_u.model import YocoUForCausalLM
+from yoco_u.model.blocks import Block
+from yoco_u.model.loss import LOGITS, SoftTargets
+from yoco_u.training.config import DistillationConfig, RunConfig
+from yoco_u.training.distributed import Distributed
+from yoco_u.training.forward import DTYPES, batch_loss, on_device
+from yoco_u.training.parallelize import compile_model, unwrap
+
+Objective = Callable[[Mapping[str, Any], int | None], Tensor]
+"""The loss of a micro-batch, the mean over its targets, from its tensors and the loop count."""
+
+
+def objective(model: nn.Module, config: RunConfig, distributed: Distributed) -> Objective:
+    """What a run minimizes: the cross-entropy of the next token, or what its teacher asks for.
+
+    Args:
+        model: a causal LM on the device, or one that `parallelize` wrapped.
+
+    Raises:
+        UserError: if the teacher does not fit the model.
+    """
+    device, dtype = distributed.device, config.training.dtype
+    if config.distillation is None:
+        return lambda part, num_loops: batch_loss(model, part, device, dtype, num_loops)
+    teacher = load_teacher(config, device)
+    if config.distillation.stage == "layers":
+        if distributed.world_size > 1:
+            raise UserError("distillation.stage layers runs in one process; start it without torchrun")
+        return LayerLoss(unwrap(model), teacher, dtype)
+    return LogitLoss(model, teacher, config.distillation, device, dtype)
+
+
+def load_teacher(config: RunConfig, device: torch.device) -> YocoUForCausalLM:
+    """The teacher, in evaluation mode and without gradients."""
+    assert config.distillation is not None
+    teacher, _ = load_model(config.distillation.teacher, device)
+    if teacher.config.vocab_size != config.architecture.vocab_size:
+        raise UserError(
+            f"{config.distillation.teacher}: the vocabulary has {teacher.config.vocab_size} tokens, the run's model "
+            f"{config.architecture.vocab_size}; a teacher needs the same"
+        )
+    compile_model(teacher, config.training.compile)
+    return teacher.requires_grad_(False)
+
+
+def freeze(model: YocoUForCausalLM, config: DistillationConfig | None) -> None:
+    """Leave only those parameters to training that the stage of a distillation trains."""
+    if config is None or config.stage == "logits":
+        return
+    a = model.model.architecture
+    model.requires_grad_(False)
+    assert model.model.global_kv is not None
+    model.model.global_kv.requires_grad_(True)
+    for block in _cross_blocks(model):
+        block.attn.requires_grad_(True)
+        block.attn_norm.requires_grad_(True)
+    assert a.has_global_kv
+
+
+class LogitLoss:
+    """`share` times the divergence from the teacher, and 1 - share times the cross-entropy."""
+
+    def __init__(
+        self, model: nn.Module, teacher: YocoUForCausalLM, config: DistillationConfig, device: torch.device, dtype: str
+    ) -> None:
+        self.model, self.teacher, self.config, self.device, self.dtype = model, teacher, config, device, dtype
+
+    def __call__(self, part: Mapping[str, Any], num_loops: int | None) -> Tensor:
+        soft = self.soft_targets(part)
+        return batch_loss(self.model, part, self.device, self.dtype, num_loops, soft_targets=soft, return_logits=False)
+
+    @torch.no_grad()
+    def soft_targets(self, part: Mapping[str, Any]) -> SoftTargets:
+        """The teacher's likeliest tokens in the place of each token, chunk by chunk."""
+        inputs = on_device(part, self.device)
+        inputs.pop("shift_labels")
+        ids, log_probs = [], []
+        with torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != "float32"):
+            hidden = self.teacher.model(**inputs, use_cache=False).last_hidden_state
+            size = max(1, LOGITS // self.teacher.config.vocab_size)
+            for chunk in hidden.flatten(0, 1).split(size):
+                logits = self.teacher.lm_head(chunk).float()
+                found = logits.topk(min(self.config.top_k, logits.shape[-1]), dim=-1)
+                ids.append(found.indices)
+                log_probs.append(found.values - logits.logsumexp(-1, keepdim=True))
+        shape = (*hidden.shape[:2], -1)
+        return SoftTargets(torch.cat(ids).view(shape), torch.cat(log_probs).view(shape), self.config.share)
+
+
+class LayerLoss:
+    """For each cross block, how far its change of the teacher's hidden states is from the teacher's own.
+
+    The loss is the mean over the blocks of |change - teacher's change|^2 / |teacher's change|^2, over all tokens.
+    """
+
+    def __init__(self, model: YocoUForCausalLM, teacher: YocoUForCausalLM, dtype: str) -> None:
+        self.model, self.dtype = model, dtype
+        self.theirs = list(_blocks(teacher))[-model.model.architecture.cross_layers :]
+        self.ours = list(_cross_blocks(model))
+        self.teacher = teacher
+        if len(list(_blocks(teacher))) != len(list(_blocks(model))):
+            raise UserError("the teacher has another number of layers than the model; distillation by layers needs the same")
+
+    def __call__(self, part: Mapping[str, Any], num_loops: int | None) -> Tensor:
+        inputs = on_device(part, self.model.device)
+        inputs.pop("shift_labels")
+        begin: dict[int, Tensor] = {}
+        end: dict[int, Tensor] = {}
+        losses: list[Tensor] = []
+        with torch.autocast(self.model.device.type, DTYPES[self.dtype], enabled=self.dtype != "float32"), ExitStack() as hooks:
+            for number, block in enumerate(self.theirs):
+                hooks.callback(block.register_forward_pre_hook(_keeping(begin, number)).remove)
+                hooks.callback(block.register_forward_hook(_keeping_output(end, number)).remove)
+            with torch.no_grad():
+                self.teacher.model(**inputs, use_cache=False)
+            for number, block in enumerate(self.ours):
+                hooks.callback(block.register_forward_pre_hook(_giving(begin, number)).remove)
+                hooks.callback(block.register_forward_hook(_comparing(begin, end, number, losses)).remove)
+            self.model.model(**inputs, use_cache=False, num_loops=num_loops)
+        return torch.stack(losses).mean()
+
+
+def _keeping(found: dict[int, Tensor], number: int) -> Callable[..., None]:
+    def keep(block: nn.Module, arguments: tuple[Any, ...]) -> None:
+        found[number] = arguments[0]
+
+    return keep
+
+
+def _keeping_output(found: dict[int, Tensor], number: int) -> Callable[..., None]:
+    def keep(block: nn.Module, arguments: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
+        found[number] = output[0]
+
+    return keep
+
+
+def _giving(begin: dict[int, Tensor], number: int) -> Callable[..., tuple[Any, ...]]:
+    def give(block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return begin[number], *arguments[1:]
+
+    return give
+
+
+def _comparing(begin: dict[int, Tensor], end: dict[int, Tensor], number: int, losses: list[Tensor]) -> Callable[..., None]:
+    def compare(block: nn.Module, arguments: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
+        x, y = begin[number].float(), end[number].float()
+        losses.append((output[0].float() - y).square().sum() / (y - x).square().sum())
+
+    return compare
+
+
+def _blocks(model: YocoUForCausalLM) -> Iterator[Block]:
+    return (module for module in model.modules() if isinstance(module, Block))
+
+
+def _cross_blocks(model: YocoUForCausalLM) -> Iterator[Block]:
+    for stack, stage in zip(model.model.stages, model.model.architecture.stages, strict=True):
+        if stage.attention == "cross":
+            yield from (block for block in stack.modules() if isinstance(block, Block))

@@ -1,0 +1,70 @@
+"""The model of a run before its first step: with new weights, or with those of a saved model."""
+
+import torch
+
+from yoco_u.architecture import Architecture
+from yoco_u.config import parse
+from yoco_u.data import DatasetIndex, load_tokenizer
+from yoco_u.errors import UserError
+from yoco_u.loading import load_model, model_folder, read_tokenizer, saved_architecture
+from yoco_u.model import YocoUConfig, YocoUForCausalLM
+from yoco_u.training.config import RunConfig
+
+
+def first_model(config: RunConfig, index: DatasetIndex) -> YocoUForCausalLM:
+    """The model that a run begins with; `torch.manual_seed` draws what is new.
+
+    Args:
+        index: of the run's dataset.
+
+    Raises:
+        UserError: if the run starts from a model with another tokenizer than the dataset's.
+    """
+    if config.start_from is None:
+        eot, padding = index.eot_id, load_tokenizer(index.tokenizer).pad_token_id
+        return YocoUForCausalLM(YocoUConfig.from_architecture(
+            config.architecture, initializer_range=config.initializer_range,
+            bos_token_id=eot, eos_token_id=eot, pad_token_id=eot if padding is None else padding,
+        ))  # fmt: skip
+    before, tokenizer = load_model(config.start_from, torch.device("cpu"))
+    if tokenizer.get_vocab() != load_tokenizer(index.tokenizer).get_vocab():
+        raise UserError(
+            f"{index.folder}: was prepared with another tokenizer than that of {config.start_from}; "
+            f"prepare it with data.tokenizer={model_folder(config.start_from)}"
+        )
+    fields = before.config.to_dict() | config.architecture.model_dump(mode="json")
+    model = YocoUForCausalLM(YocoUConfig.from_dict(fields | {"num_loops": None}))
+    model.load_state_dict(before.state_dict(), strict=False)
+    model.generation_config = before.generation_config
+    return model
+
+
+def check_start(config: RunConfig) -> None:
+    """Check that what a run starts from, and its teacher, are there and fit, before anything is made.
+
+    Raises:
+        UserError: if a folder is missing or damaged, or weights do not fit the run's architecture.
+    """
+    if config.distillation is not None:
+        read_tokenizer(config.distillation.teacher)
+    if config.start_from is None:
+        return
+    read_tokenizer(config.start_from)
+    found = _shapes(parse(Architecture, saved_architecture(config.start_from), config.start_from))
+    expected = _shapes(config.architecture)
+    for name, shape in expected.items():
+        if name not in found and not name.endswith("loop_gates"):
+            raise UserError(f"{config.start_from}: has no {name}, which the run's architecture needs; convert it first")
+        if name in found and found[name] != shape:
+            raise UserError(
+                f"{config.start_from}: {name} has shape {tuple(found[name])}, but the run's architecture needs {tuple(shape)}; "
+                "convert it first, or leave architecture out"
+            )
+    if unknown := found.keys() - expected.keys():
+        raise UserError(f"{config.start_from}: {min(unknown)} has no place in the run's architecture; convert it first")
+
+
+def _shapes(architecture: Architecture) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = YocoUForCausalLM(YocoUConfig.from_architecture(architecture))
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
