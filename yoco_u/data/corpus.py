@@ -2,14 +2,17 @@
 
 import hashlib
 import os
+import random
 import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from yoco_u.data.compression import Advance, format_suffix
+from yoco_u.data.documentation import read_description, read_docstrings
 from yoco_u.data.formats import (
     GENERAL_SUFFIXES,
     READERS,
@@ -26,6 +29,7 @@ from yoco_u.errors import UserError
 
 STDLIB = "stdlib"
 PACKAGES = "packages"
+DOCUMENTATION = "documentation"
 
 _MOST_TOLD = 8
 _SITES = frozenset({"site-packages", "dist-packages"})
@@ -50,7 +54,7 @@ class _Source(NamedTuple):
 
 
 class Corpus:
-    """The documents of a list of entries ("stdlib", "packages", paths, globs, `hf:` names), always in the same order.
+    """The documents of a list of entries ("stdlib", "packages", "documentation", paths, globs, `hf:` names), in a fixed order.
 
     Files are opened when their turn comes. A file that several entries reach is read once. Empty documents are left out. What
     folders and patterns lead to but is not read is told in a line on stderr.
@@ -97,13 +101,16 @@ class Corpus:
                 if document.text:
                     yield document
 
+    def sample(self, seed: int) -> Iterator[Document]:
+        """Every document, the files in an order that is drawn by a seed; errors as of `documents`."""
+        drawn = random.Random(seed).sample(self._sources, len(self._sources))
+        return (document for source in drawn for document in source.read(lambda _: None) if document.text)
+
     def _resolve(self, entry: str) -> list[_Source]:
         if not entry:
-            raise UserError("an entry of the corpus is empty; expected a path, a glob, an hf: name, stdlib or packages")
-        if entry == STDLIB:
-            return _stdlib()
-        if entry == PACKAGES:
-            return _packages()
+            raise UserError(f"an entry of the corpus is empty; expected a path, a glob, an hf: name or {', '.join(_INSTALLED)}")
+        if entry in _INSTALLED:
+            return _INSTALLED[entry]()
         if entry.startswith("hf:"):
             return [self._hugging_face(entry)]
         try:
@@ -204,15 +211,38 @@ def _packages() -> list[_Source]:
 
     Packages copy files from each other, so the contents of a file are its identity: of equal files the first one is read.
     """
-    roots = [Path(folder) for folder in sys.path if Path(folder).name in _SITES]
     sources = [
         _python_source(path, f"{PACKAGES}/{path.relative_to(root).as_posix()}")._replace(identity=_contents(path))
-        for root in roots
+        for root in _sites()
         for path in _python_files(root, _CACHE)
     ]
     if not sources:
         raise UserError(f"{PACKAGES}: this Python has no packages with .py sources; name another corpus")
     return sources
+
+
+def _documentation() -> list[_Source]:
+    """The descriptions and docstrings of the packages that the running interpreter has installed, named `documentation/...`."""
+    sources = []
+    for root in _sites():
+        for path in sorted(root.glob("*.dist-info/METADATA")):
+            name = f"{DOCUMENTATION}/{path.relative_to(root).as_posix()}"
+            sources.append(_Source(name, path.stat().st_size, _contents(path), partial(read_description, path, name)))
+        for path in _python_files(root, _CACHE):
+            name = f"{DOCUMENTATION}/{path.relative_to(root).as_posix()}"
+            identity = f"docstrings:{_contents(path)}"
+            sources.append(_Source(name, path.stat().st_size, identity, partial(read_docstrings, path, name)))
+    if not sources:
+        raise UserError(f"{DOCUMENTATION}: this Python has no packages with documentation; name another corpus")
+    return sources
+
+
+_INSTALLED = {STDLIB: _stdlib, PACKAGES: _packages, DOCUMENTATION: _documentation}
+"""What is read from the running interpreter's installation, by the name of the entry."""
+
+
+def _sites() -> list[Path]:
+    return [Path(folder) for folder in sys.path if Path(folder).name in _SITES]
 
 
 def _python_files(root: Path, skipped: frozenset[str], leave_out: Path | None = None) -> Iterator[Path]:

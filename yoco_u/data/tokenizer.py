@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ WORDS = r"[^\s\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s
 
 _UNUSED_BYTE = "ÿ"  # how a byte-level vocabulary writes the byte 0xFF, which no text in UTF-8 has
 _PIECE = 1 << 20
+_START = "document_start"  # in tokenizer_config.json, a token
 _LINE_END = re.compile(r"(?<=\S)\n")
 
 
@@ -62,16 +64,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return trained
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str | Path, keep_start: bool = False, **kwargs: Any) -> PreTrainedTokenizerFast:
     """An existing tokenizer, from a folder or by its Hugging Face name.
 
     It puts the token that begins documents before a text, in place of what it added itself, such as another start token.
+
+    Args:
+        keep_start: if it adds a start token itself, let that token begin documents from now on, also when it has been saved and
+            loaded again: for a tokenizer whose model was trained so.
+        kwargs: further arguments of `AutoTokenizer.from_pretrained`.
 
     Raises:
         UserError: if there is none, if it has no fast implementation, or no token that can begin a document.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **kwargs)
     except Exception as error:  # the library, the hub and the parsers raise nearly anything
         raise UserError(
             f"{name}: cannot load a tokenizer ({first_line(error)}); "
@@ -79,6 +86,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{name}: {type(tokenizer).__name__} is no fast tokenizer; choose one with tokenizer.json")
+    if keep_start and len(start := tokenizer("").input_ids) == 1:
+        tokenizer.init_kwargs[_START] = tokenizer.convert_ids_to_tokens(start[0])
     _begin_documents(tokenizer, str(name))
     return tokenizer
 
@@ -86,9 +95,13 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
 def end_of_text_id(tokenizer: PreTrainedTokenizerFast, name: str = "tokenizer") -> int:
     """The id of the token that begins every document: the tokenizer's eos token, or its bos token if it has no eos.
 
+    A tokenizer that came with a converted model may name another, see `load_tokenizer`.
+
     Raises:
         UserError: if the tokenizer has neither.
     """
+    if (start := tokenizer.init_kwargs.get(_START)) is not None and isinstance(start, str):
+        return int(tokenizer.convert_tokens_to_ids(start))
     for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         if isinstance(token, int):
             return token
@@ -96,7 +109,12 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast, name: str = "tokenizer") 
 
 
 def name_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Make the token that begins every document the tokenizer's bos and eos, which chat templates and `generate()` ask for."""
+    """Make the token that begins every document the tokenizer's bos and eos, which chat templates and `generate()` ask for.
+
+    The tokenizer of a converted model is left as it is.
+    """
+    if _START in tokenizer.init_kwargs:
+        return
     token = tokenizer.convert_ids_to_tokens(end_of_text_id(tokenizer))
     tokenizer.bos_token = tokenizer.eos_token = token
 
