@@ -20,6 +20,7 @@ from yoco_u.cli.arguments import check_texts, with_checked_numbers
 from yoco_u.cli.bench import bench
 from yoco_u.cli.chat import chat
 from yoco_u.cli.context import context
+from yoco_u.cli.convert import convert
 from yoco_u.cli.evaluate import evaluate
 from yoco_u.cli.experiment import experiment
 from yoco_u.cli.generate import generate
@@ -48,6 +49,7 @@ for command in (
     quickstart,
     plan,
     prepare,
+    convert,
     train,
     evaluate,
     tasks,

@@ -1,0 +1,149 @@
+"""The blocks of a source in the stages of another architecture, and the keys and values of their cross-decoder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import SHAPE, save
+
+from yoco_u.cli import main
+from yoco_u.conversion import METHODS, Calibration, Source, convert, read_source, target_architecture, write
+from yoco_u.conversion.target import PRESETS
+from yoco_u.errors import UserError
+from yoco_u.loading import load_model
+
+TEXT = Calibration(("stdlib",), tokens=600, length=100)
+
+
+def ids(length: int = 60) -> torch.Tensor:
+    return torch.randint(300, (1, length), generator=torch.Generator().manual_seed(3))
+
+
+def source(folder: Path, family: str = "llama", **settings: Any) -> Source:
+    save(folder, family, **settings)
+    return read_source(str(folder))
+
+
+def without_change(read: Source, layers: list[int]) -> None:
+    """Let some layers add nothing, so that the layers behind them all read the same hidden states."""
+    with torch.no_grad():
+        for layer in layers:
+            block = read.model.model.stages[0].layers[layer]
+            block.attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+
+
+def target(read: Source, **settings: Any) -> Any:
+    return target_architecture(read.model.model.architecture, settings)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("method", METHODS)
+def test_keys_and_values_of_the_border_state_are_found_exactly(tmp_path: Path, family: str, method: str) -> None:
+    """If the upper layers read the border state itself, each global KV of its own gives the source's logits again."""
+    read = source(tmp_path, family)
+    without_change(read, [2])  # so layer 3 reads what layer 2 does
+    converted = convert(read, target(read, window=100, global_kvs=2), method, TEXT)
+    with torch.no_grad():
+        torch.testing.assert_close(converted.model(ids()).logits, read.model(ids()).logits, rtol=2e-3, atol=2e-3)
+    if method != "mean":
+        assert converted.explained == pytest.approx([1.0, 1.0], abs=1e-3)
+
+
+def test_a_group_gets_the_mean_of_its_layers(tmp_path: Path) -> None:
+    """Least squares for the mean is the mean of least squares, and `mean` the mean of the layers' own projections."""
+    read = source(tmp_path)
+    without_change(read, [2])
+    many = {method: convert(read, target(read, global_kvs=2), method, TEXT).model for method in ("mean", "fit")}
+    for method, model in many.items():
+        one = convert(read, target(read, global_kvs=1), method, TEXT).model
+        for name in ("k_proj", "v_proj"):
+            expected = model.get_submodule(f"model.global_kv.{name}").weight.view(2, -1, 32).mean(0)
+            torch.testing.assert_close(one.get_submodule(f"model.global_kv.{name}").weight, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_best_is_the_layer_that_explains_its_group_best(tmp_path: Path) -> None:
+    read = source(tmp_path)
+    without_change(read, [2])
+    found = convert(read, target(read), "best", TEXT)
+    block = [read.model.model.stages[0].layers[layer] for layer in (2, 3)]
+    own = [(b.attn.k_proj.weight * b.attn_norm.weight).detach() for b in block]
+    assert any(torch.allclose(found.model.model.global_kv.k_proj.weight, one, atol=1e-6) for one in own)
+    assert found.explained is not None and max(found.explained) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_merging_global_kvs(tmp_path: Path) -> None:
+    """From many to one in two steps: the mean of those that a group had."""
+    read = source(tmp_path / "source", num_hidden_layers=8)
+    write(convert(read, target(read, global_kvs=4), "mean"), read, tmp_path / "four")
+    again = read_source(str(tmp_path / "four"))
+    two = convert(again, target(again, global_kvs=2), "mean").model
+    four = again.model.model.global_kv
+    for name in ("k_proj", "v_proj"):
+        parts = four.get_submodule(name).weight.view(2, 2, -1, 32)
+        torch.testing.assert_close(two.model.global_kv.get_submodule(name).weight, parts.mean(1).flatten(0, 1))
+    fitted = convert(again, target(again, global_kvs=2), "fit", TEXT).model
+    torch.testing.assert_close(fitted.model.global_kv.v_proj.weight, two.model.global_kv.v_proj.weight, rtol=0.02, atol=0.02)
+
+
+def test_loops_begin_harmless(tmp_path: Path) -> None:
+    """With closed gates any loop count gives what one loop gives."""
+    read = source(tmp_path)
+    looped = convert(read, target(read, loops=3, window=16), "mean").model
+    once = convert(read, target(read, window=16), "mean").model
+    with torch.no_grad():
+        expected = once(ids()).logits
+        for loops in (1, 2, 3, 5):
+            torch.testing.assert_close(looped(ids(), num_loops=loops).logits, expected)
+
+
+def test_all_presets_that_have_a_place_for_every_layer(tmp_path: Path) -> None:
+    read = source(tmp_path)
+    for preset in PRESETS:
+        model = convert(read, target(read, preset=preset), "mean").model
+        assert model(ids(5)).logits.isfinite().all()
+        if "cross" not in {stage.attention for stage in model.model.architecture.stages}:
+            torch.testing.assert_close(model(ids(9)).logits, read.model(ids(9)).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"preset": "yoco_v"}, "unknown preset 'yoco_v'"),
+        ({"preset": "parscale"}, "unknown preset 'parscale'"),
+        ({"preset": "yoco_retention"}, "unknown preset"),
+        ({"windw": 3}, "windw cannot be set"),
+        ({"hidden_size": 3}, "hidden_size cannot be set"),
+        ({"global_kvs": 3}, "global_kvs is 3"),
+        ({"layers": 3}, "layers"),
+        ({"layers": 2}, "2 layers, the source 4"),
+        ({"layers": "x"}, "layers"),
+        ({"loops": 0}, "loops is 0"),
+        ({"preset": "yoco", "loops": 2}, "no loop"),
+        ({"window": 0}, "window"),
+        ({"stages": [{"attention": "cross", "layers": 4}]}, "cross"),
+        ({"stages": 3}, "stages"),
+    ],
+)
+def test_targets_that_the_weights_do_not_fit(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    read = source(tmp_path)
+    with pytest.raises(UserError, match=said):
+        target(read, **settings)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "source", "llama")
+    command = ["convert", str(tmp_path / "source"), "window=16", "global_kvs=2", "--out", str(tmp_path / "ours")]
+    assert main([*command, "--text", "stdlib", "--tokens", "2000"]) == 0
+    assert "2 sliding + 2 cross, width 32, 2 global KVs" in capsys.readouterr().out
+    model, tokenizer = load_model(tmp_path / "ours", torch.device("cpu"))
+    assert model.model.architecture.window == 16 and model.config.max_position_embeddings == SHAPE["max_position_embeddings"]
+    assert tokenizer.chat_template
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("x")
+    assert main([*command[:-1], str(tmp_path / "mine")]) == 2
+    assert (tmp_path / "mine" / "x").read_text() == "x"
+    assert main([*command[:-1], str(tmp_path / "new"), "--kv", "guess"]) == 2
+    assert main(["convert", str(tmp_path / "nothing"), "--out", str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,79 @@
+"""`yoco-u convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from yoco_u.cli.output import print_json, progress_bar
+from yoco_u.config import apply_overrides
+from yoco_u.errors import UserError
+from yoco_u.files import check_part
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder with safetensors, a GGUF file, a run or model of this project, or a name on the hub.",
+        ),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="What the model becomes: preset, loops, window, global_kvs, stages, rope_cross."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the converted model.")] = Path("converted"),
+    kv: Annotated[str, typer.Option("--kv", help="How global keys and values come about: fit, best or mean.")] = "fit",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text", help="Texts to fit them to, as --corpus of yoco-u prepare. \\[default: documentation, packages]"
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of these texts that are read.")] = 32_768,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Turn a Llama, Mistral, Qwen or SmolLM into a YOCO-U.
+
+    The lower half of the layers becomes the sliding self-decoder, the upper half
+    the cross-decoder, whose layers read one global KV, or several with global_kvs.
+    The tokenizer, its chat template and the generation settings come along. What
+    the model has lost thereby, training brings back: see docs/conversion.md.
+
+    [bold]Examples[/bold]
+
+      yoco-u convert SmolLM2-135M/ --out models/yoco-u
+
+      yoco-u convert model.gguf window=512 global_kvs=5 loops=2 --out models/yoco-u
+
+      yoco-u convert model.gguf preset=transformer --out models/teacher
+
+      yoco-u convert models/yoco-u-15 global_kvs=5 --kv mean --out models/yoco-u-5
+    """
+    from yoco_u.conversion import METHODS, Calibration, read_source, target_architecture, write
+    from yoco_u.conversion import convert as convert_model
+
+    method = next((one for one in METHODS if one == kv), None)
+    if method is None:
+        raise UserError(f"--kv is {kv!r}; expected {', '.join(METHODS)}")
+    check_part(out)
+    given = apply_overrides({}, settings or [])
+    read = read_source(source)
+    target = target_architecture(read.model.model.architecture, given)
+    calibration = Calibration(tuple(text), tokens) if text else Calibration(tokens=tokens)
+    converted = convert_model(read, target, method, calibration, lambda total: progress_bar("reading texts", total))
+    write(converted, read, out)
+    result = {
+        "source": source, "model": str(out), "architecture": target.in_words, "kv": method if target.has_global_kv else None,
+        "explained": converted.explained,
+    }  # fmt: skip
+    if json:
+        print_json(result)
+        return
+    print(f"{target.in_words}, in {out}")
+    if converted.explained:
+        shares = ", ".join(f"{one:.0%}" for one in converted.explained)
+        print(f"of the replaced layers' keys and values, the global KVs explain {shares}")

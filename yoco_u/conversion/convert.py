@@ -1,0 +1,171 @@
+"""Conversion: the blocks of a source in the stages of another architecture, and its folder."""
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from yoco_u.architecture import Architecture
+from yoco_u.conversion.families import config_of, tensor_names
+from yoco_u.conversion.global_kv import Method, Moments, block_at, blocks, collect, own_weights, write_global_kvs
+from yoco_u.conversion.source import Source
+from yoco_u.data import Corpus, DocumentEncoder
+from yoco_u.errors import UserError
+from yoco_u.model import YocoUConfig, YocoUForCausalLM, save_model
+from yoco_u.model.blocks import GlobalKVProjection, LoopedStack
+
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The texts whose activations the global KVs are fitted to.
+
+    Attributes:
+        corpus: entries as of `yoco_u.data.Corpus`.
+        tokens: how many tokens are read, equally many from each entry, from documents that are drawn by `seed`.
+        length: tokens of a row.
+    """
+
+    corpus: tuple[str, ...] = ("documentation", "packages")
+    tokens: int = 32_768
+    length: int = 1024
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted model.
+
+    Attributes:
+        model: in evaluation mode, in float32.
+        explained: for each layer that the cross-decoder replaces, the share of the variance of its keys and values that its
+            global KV explains on the calibration texts; None if there were none.
+    """
+
+    model: YocoUForCausalLM
+    explained: list[float] | None
+
+
+def convert(
+    source: Source,
+    target: Architecture,
+    method: Method = "fit",
+    calibration: Calibration | None = None,
+    progress: Progress = lambda total: nullcontext(lambda done: None),
+) -> Converted:
+    """Put the blocks of a source into the stages of another architecture, in their order.
+
+    Args:
+        target: as `target_architecture` makes it.
+        method: how the global KVs come about, see `yoco_u.conversion.global_kv`.
+        calibration: the texts for methods other than `mean`.
+        progress: from a number of tokens, a context that is called with the tokens done.
+
+    Raises:
+        UserError: if the texts cannot be read, or are too few.
+    """
+    kept = {name: getattr(source.model.config, name) for name in _KEPT}
+    with torch.device("meta"):
+        model = YocoUForCausalLM(YocoUConfig.from_architecture(target, **kept))
+    _copy_blocks(source.model, model)
+    if not target.has_global_kv:
+        return Converted(model.eval(), None)
+    moments = None
+    if method != "mean":
+        rows = _rows(source, calibration or Calibration())
+        with progress(rows.numel()) as advance:
+            moments = collect(model.eval(), source.model, rows, advance)
+    write_global_kvs(model, source.model, method, moments)
+    return Converted(model.eval(), _explained(model, moments) if moments is not None else None)
+
+
+def write(converted: Converted, source: Source, folder: Path) -> None:
+    """Save a converted model with its source's tokenizer, chat template and generation config, in the source's dtype.
+
+    Raises:
+        UserError: if something else is in the folder.
+    """
+    converted.model.generation_config = source.generation or converted.model.generation_config
+    save_model(converted.model.to(source.dtype), source.tokenizer, folder)
+
+
+_CHARACTERS = 8  # per token, more than a piece of a document needs
+_KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+
+
+def write_back(source: Source, folder: Path) -> None:
+    """Save a Transformer of ours as a Llama, Mistral or Qwen, which other programs read.
+
+    Raises:
+        UserError: if the model is none of these, or something else is in the folder.
+    """
+    config, a = source.model.config, source.model.model.architecture
+    kept = {name: getattr(config, name) for name in _KEPT}
+    theirs = AutoConfig.for_model(**config_of(a, **{name: value for name, value in kept.items() if value is not None}))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(theirs)
+    weights = source.model.state_dict()
+    model.load_state_dict({name: weights[ours].to(source.dtype) for name, ours in tensor_names(a)}, strict=False, assign=True)
+    model.tie_weights()
+    model.generation_config = source.generation or model.generation_config
+    save_model(model, source.tokenizer, folder)
+
+
+def _copy_blocks(source: YocoUForCausalLM, target: YocoUForCausalLM) -> None:
+    """Copy what both have; what only the target has gets its initial values."""
+    weights, found = source.state_dict(), {}
+    names = {
+        f"stages.{s}.layers.{n}.": f"stages.{t}.layers.{m}."
+        for (s, n), (t, m) in zip(blocks(source), blocks(target), strict=True)
+    }
+    back = {ours: theirs for theirs, ours in names.items()}
+    for name, empty in target.state_dict().items():
+        theirs = name
+        for ours, source_layer in back.items():
+            if name.startswith(f"model.{ours}"):
+                theirs = name.replace(ours, source_layer, 1)
+        if theirs in weights and weights[theirs].shape == empty.shape:
+            found[name] = weights[theirs].clone()
+        else:
+            found[name] = torch.zeros(empty.shape)
+    target.load_state_dict(found, assign=True)
+    target.tie_weights()
+    for stack in target.modules():
+        if isinstance(stack, LoopedStack) and stack.loop_gates is not None and stack.gate_init is not None:
+            torch.nn.init.constant_(stack.loop_gates, stack.gate_init)
+
+
+def _rows(source: Source, calibration: Calibration) -> Tensor:
+    """Rows of tokens, (rows, length): a piece of each document, of which every entry of the corpus gives as many tokens."""
+    encoder, draw = DocumentEncoder(source.tokenizer), random.Random(calibration.seed)
+    count, length = -(-calibration.tokens // calibration.length), calibration.length
+    stream: list[int] = []
+    for number, entry in enumerate(calibration.corpus, 1):
+        wanted = count * length * number // len(calibration.corpus)
+        for document in Corpus([entry]).sample(calibration.seed):
+            if len(stream) >= wanted:
+                break
+            begin = draw.randrange(max(1, len(document.text) - _CHARACTERS * length))
+            [tokens] = encoder.encode([document.text[begin : begin + _CHARACTERS * length]])
+            stream += tokens[:length].tolist()
+    rows = min(count, len(stream) // length)
+    if not rows:
+        raise UserError(f"the calibration texts have {len(stream)} tokens; expected at least {length}")
+    return torch.tensor(stream[: rows * length]).view(rows, length)
+
+
+def _explained(model: YocoUForCausalLM, moments: Moments) -> list[float]:
+    projection, a = model.model.global_kv, model.model.architecture
+    assert isinstance(projection, GlobalKVProjection)
+    found = []
+    crossing = [(stage, layer) for stage, layer in blocks(model) if a.stages[stage].attention == "cross"]
+    for index, (stage, layer) in enumerate(crossing):
+        weights, biases = own_weights(model, block_at(model, stage, layer), a.global_kv_of(stage, layer))
+        found.append(moments.explained(index, weights if biases is None else torch.cat([weights, biases[:, None]], dim=1)))
+    return found

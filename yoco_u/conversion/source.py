@@ -1,0 +1,177 @@
+"""Reading a checkpoint of another family, as a model of ours that computes the same: our Transformer."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from yoco_u.checksums import SUMS, verify_checksums
+from yoco_u.conversion.families import architecture_of, tensor_names
+from yoco_u.data import load_tokenizer, vocabulary_size
+from yoco_u.errors import UserError, first_line
+from yoco_u.files import read_json
+from yoco_u.loading import load_model, model_folder
+from yoco_u.model import YocoUConfig, YocoUForCausalLM
+
+INDEX = "model.safetensors.index.json"
+_CHECKED = ("model_type",)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to convert.
+
+    Attributes:
+        name: what it is called in messages.
+        model: a model of ours, in evaluation mode, in float32 on the CPU.
+        tokenizer: as it came, with its chat template.
+        dtype: of the weights in the checkpoint.
+        generation: how the checkpoint's makers would sample from it; None if they do not say.
+    """
+
+    name: str
+    model: YocoUForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    dtype: torch.dtype
+    generation: GenerationConfig | None
+
+
+def read_source(path: str) -> Source:
+    """Read a checkpoint.
+
+    Args:
+        path: a folder with safetensors, a GGUF file, a model or run of this project, or a name on the Hugging Face hub.
+
+    Raises:
+        UserError: if it cannot be read: an unknown family, a tensor or file that is missing, damaged or of another shape. The
+            message names file and tensor.
+    """
+    place = Path(path)
+    if place.is_file():
+        return _read_gguf(place)
+    if not place.exists():
+        place = _download(path)
+    if _is_ours(place):
+        return _read_ours(place)
+    if (place / SUMS).exists():
+        verify_checksums(place, "copy it again")
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # transformers raises nearly anything on a damaged file
+        raise UserError(f"{place}: cannot read the config ({first_line(error)}); give a folder with config.json") from None
+    weights = _read_safetensors(place)
+    return _assemble(path, config, weights, load_tokenizer(place, keep_start=True), _generation(place))
+
+
+def _is_ours(place: Path) -> bool:
+    try:
+        return read_json(model_folder(place) / "config.json", dict[str, Any]).get("model_type") == "yoco_u"
+    except UserError:
+        return False
+
+
+def _read_ours(place: Path) -> Source:
+    model, tokenizer = load_model(place, torch.device("cpu"))
+    stored = read_json(model_folder(place) / "config.json", dict[str, Any]).get("dtype")
+    dtype = getattr(torch, stored) if isinstance(stored, str) and hasattr(torch, stored) else torch.float32
+    return Source(str(place), model, tokenizer, dtype, _generation(model_folder(place)))
+
+
+def _download(name: str) -> Path:
+    if name.count("/") != 1:
+        raise UserError(f"{name}: no such folder or file; give a checkpoint's folder, a GGUF file or a name on the hub")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]))
+    except Exception as error:  # whatever the network does
+        raise UserError(f"{name}: no such folder, and not to be had from the Hugging Face hub ({first_line(error)})") from None
+
+
+def _read_safetensors(folder: Path) -> dict[str, Tensor]:
+    if (folder / INDEX).is_file():
+        files = sorted(
+            {folder / str(name) for name in read_json(folder / INDEX, dict[str, Any]).get("weight_map", {}).values()}
+        )
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: there is no *.safetensors file; only such weights are read, since others can run programs")
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                weights |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise UserError(f"{file}: the file is missing; copy the checkpoint again") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: damaged ({first_line(error)}); copy the checkpoint again") from None
+    return weights
+
+
+def _read_gguf(file: Path) -> Source:
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{file}: GGUF files need the gguf package: pip install 'yoco-u[conversion]'")
+    logging.disable_progress_bar()
+    try:
+        arguments = {"gguf_file": file.name, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(file.parent, **arguments)
+        architecture_of(config, str(file))
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
+        tokenizer = load_tokenizer(file.parent, keep_start=True, gguf_file=file.name)
+    except UserError:
+        raise
+    except Exception as error:  # the parsers raise nearly anything on a damaged file
+        raise UserError(
+            f"{file}: cannot be read as GGUF ({first_line(error)}); it is damaged, or of a family unknown to transformers"
+        ) from None
+    return _assemble(str(file), config, model.state_dict(), tokenizer, model.generation_config)
+
+
+def _assemble(
+    name: str,
+    config: PreTrainedConfig,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    generation: GenerationConfig | None,
+) -> Source:
+    architecture = architecture_of(config, name)
+    if (needed := vocabulary_size(tokenizer)) > architecture.vocab_size:
+        raise UserError(f"{name}: the tokenizer has ids up to {needed - 1}, but the vocabulary has {architecture.vocab_size}")
+    ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ours = YocoUConfig.from_architecture(
+        architecture, max_position_embeddings=getattr(config, "max_position_embeddings", None), **ids
+    )
+    with torch.device("meta"):
+        model = YocoUForCausalLM(ours)
+    expected, found = model.state_dict(), {}
+    for theirs, mine in tensor_names(architecture):
+        if theirs not in weights:
+            raise UserError(f"{name}: the tensor {theirs} is missing; the checkpoint is incomplete or of another family")
+        tensor, shape = weights[theirs], expected[mine].shape
+        if tensor.shape != shape:
+            raise UserError(f"{name}: the tensor {theirs} has shape {tuple(tensor.shape)}; the config says {tuple(shape)}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{name}: the tensor {theirs} has values that are not finite; the checkpoint is damaged")
+        found[mine] = tensor.float()
+    unknown = weights.keys() - {theirs for theirs, _ in tensor_names(architecture)} - {"lm_head.weight"}
+    if left := sorted(name for name in unknown if not name.endswith("rotary_emb.inv_freq")):
+        raise UserError(f"{name}: the tensor {left[0]} is none of its family; {len(left)} tensors would be lost")
+    model.load_state_dict(found, strict=False, assign=True)
+    model.tie_weights()
+    dtype = weights["model.embed_tokens.weight"].dtype
+    return Source(name, model.eval(), tokenizer, dtype, generation)
+
+
+def _generation(folder: Path) -> GenerationConfig | None:
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"{folder / 'generation_config.json'}: damaged ({first_line(error)}); remove it to go on") from None

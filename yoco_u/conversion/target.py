@@ -1,0 +1,79 @@
+"""The architecture that a source becomes, from the settings that users give."""
+
+from typing import Any
+
+from yoco_u.architecture import LOOPED, STAGES, Architecture, Stage
+from yoco_u.config import did_you_mean, parse, shown
+from yoco_u.errors import UserError
+
+WINDOW = 512
+PRESETS = tuple(name for name in STAGES if name not in ("yoco_retention", "deep", "deeper", "parscale"))
+"""The presets whose blocks a Transformer's layers can become."""
+
+
+def target_architecture(source: Architecture, settings: dict[str, Any]) -> Architecture:
+    """The architecture that a source is converted to: its shapes in the stages of a preset.
+
+    Args:
+        source: the architecture of the source.
+        settings: `preset` (yoco_u by default), `layers` and `loops` as of `yoco_u.architecture.preset`, and any field of
+            `Architecture` that does not change the shape of the source's layers. The window is 512 unless given, T is 1, and
+            loops beyond the first have closed gates.
+
+    Raises:
+        UserError: for an unknown setting, or one that the source's weights do not fit.
+    """
+    settings = dict(settings)
+    name = settings.pop("preset", "yoco_u")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise UserError(f"unknown preset {shown(name)}: {did_you_mean(str(name), PRESETS)}")
+    free = ("stages", "window", "global_kvs", "rope_cross", "max_position_embeddings")
+    for key in settings.keys() - {*free, "layers", "loops", "loop_gate"}:
+        raise UserError(f"{key} cannot be set in a conversion: {did_you_mean(key, (*free, 'preset', 'layers', 'loops'))}")
+    layers = settings.pop("layers", sum(stage.layers for stage in source.stages))
+    shape = source.model_dump() | {"rope_cross": True, "global_kvs": 1}
+    if "stages" not in settings:
+        if not isinstance(layers, int) or layers < 2:
+            raise UserError(f"layers is {shown(layers)}; expected a whole number of at least 2")
+        shape["stages"] = [stage.model_dump() for stage in _stages(name, layers, settings)]
+    for key in ("loops", "loop_gate"):
+        settings.pop(key, None)
+    shape |= settings
+    stages = shape["stages"] if isinstance(shape["stages"], (list, tuple)) else []
+    slides = any(isinstance(stage, dict) and stage.get("attention") == "sliding" for stage in stages)
+    if slides and "window" not in settings:
+        shape["window"] = min(WINDOW, source.window or WINDOW)
+    elif not slides:
+        shape["window"] = settings.get("window")
+    target = parse(Architecture, shape, "conversion")
+    if not target.has_global_kv:
+        target = target.model_copy(update={"rope_cross": False})
+    _check(source, target)
+    return target
+
+
+def _stages(name: str, layers: int, settings: dict[str, Any]) -> tuple[Stage, ...]:
+    if name not in LOOPED:
+        if looping := [key for key in ("loops", "loop_gate") if key in settings]:
+            raise UserError(f"{name} has no loop, so {' and '.join(looping)} cannot be set")
+        return STAGES[name](layers)
+    loops = settings.get("loops", 1)
+    if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
+        raise UserError(f"loops is {shown(loops)}; expected a whole number of at least 1")
+    return STAGES[name](layers, loops=loops, **({"loop_gate": settings.get("loop_gate", 0.0)} if loops > 1 else {}))
+
+
+def _check(source: Architecture, target: Architecture) -> None:
+    """Raise a UserError unless every block of the target can take the place of one of the source."""
+    theirs = [stage.attention for stage in source.stages for _ in range(stage.layers)]
+    ours = [stage.attention for stage in target.stages for _ in range(stage.layers)]
+    if source.parallel:
+        raise UserError("parallel streams cannot be converted: their prefixes belong to full layers of one model")
+    if len(ours) != len(theirs):
+        raise UserError(f"the target has {len(ours)} layers, the source {len(theirs)}; each takes the place of one")
+    for number, (before, after) in enumerate(zip(theirs, ours, strict=True)):
+        softmax = ("full", "sliding")
+        if not (before == after or (after == "cross" and before in softmax) or (after in softmax and before in softmax)):
+            raise UserError(f"layer {number} is {before} in the source and {after} in the target; that cannot be converted")
+    if "cross" in theirs and ours.index("cross") != theirs.index("cross"):
+        raise UserError("the global KV must be written after the same layer as in the source")
