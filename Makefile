@@ -12,10 +12,17 @@ define install
 	$(PIP) install --no-compile --constraint constraints.txt --editable '$(1)'
 endef
 
-.PHONY: quickstart test pytest check format mypy benchmarks gpu-wheels clean
+.PHONY: quickstart talk test pytest check format mypy benchmarks gpu-wheels clean
 
 quickstart: .venv/installed
 	$(BIN)/yoco-u quickstart
+
+MINUTES := 20
+
+# Fetches a small chat model, converts it to a YOCO-U, heals it for so many minutes, and opens a chat with it.
+talk: .venv/installed
+	@$(BIN)/python -c 'import gguf' 2> /dev/null || $(PIP) install --no-compile --constraint constraints.txt gguf
+	$(BIN)/python recipes/talk.py --minutes $(MINUTES)
 
 test: format
 	@$(MAKE) --no-print-directory --jobs 2 mypy pytest

