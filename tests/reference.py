@@ -169,10 +169,26 @@ class _Reference:
         half = len(x) // 2
         first, second = [], []
         for i in range(half):
-            angle = position * self.a["rope_theta"] ** (-2 * i / len(x))
+            angle = position * self.frequency(i, len(x))
             first.append(x[i] * math.cos(angle) - x[i + half] * math.sin(angle))
             second.append(x[i + half] * math.cos(angle) + x[i] * math.sin(angle))
-        return torch.stack(first + second)
+        return torch.stack(first + second) * (self.a["rotary_scaling"] or {"attention_factor": 1.0})["attention_factor"]
+
+    def frequency(self, i: int, size: int) -> float:
+        """Of one plane, in radians per position. The only scaling here is YaRN's, without rounding."""
+        theta, scaling = self.a["rope_theta"], self.a["rotary_scaling"]
+        frequency: float = theta ** (-2 * i / size)
+        if scaling is None:
+            return frequency
+        assert scaling["type"] == "yarn" and not scaling["truncate"]
+
+        def plane(turns: float) -> float:
+            """Where a plane would lie that turns so often within the original length."""
+            return size * math.log(scaling["original_length"] / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+        first, last = max(plane(scaling["high_turns"]), 0), min(plane(scaling["low_turns"]), size - 1)
+        divided = min(max((i - first) / (last - first), 0), 1)
+        return frequency * (1 - divided) + frequency / scaling["factor"] * divided
 
     # the rest
 

@@ -16,7 +16,7 @@ NEW = 12
 WINDOW = 8  # of the `test` size
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": NEW, "ignore_eos": True}
 
-SCALING = {"type": "yarn", "factor": 2.0, "original_length": 16}
+SCALING = {"type": "yarn", "factor": 2.0, "original_length": 64, "attention_factor": 1.2, "truncate": False}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PRESETS},
@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "biases, full": ("transformer", {"attention_bias": True}),
     "scaled rotation": (
         "yoco_u",
-        {"rope_cross": True, "rotary_scaling": {"type": "yarn", "factor": 2.0, "original_length": 16}},
+        {"rope_cross": True, "rotary_scaling": SCALING},
     ),
     "gated": ("yoco_u", {"loop_gate": 0.3}),
     "gated upper loop": ("upper_loop", {"loop_gate": 0.3, "rope_cross": True}),
