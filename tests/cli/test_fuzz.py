@@ -55,6 +55,7 @@ COMMANDS = (
     Command("prepare", ("config.yaml", "data.vocab_size=300"), {"--out": "prepared", "--json": FLAG}),
     Command("prepare", ("data.validation_fraction=0.3",), {"--corpus": "corpus", "--out": "prepared", "--json": FLAG}),
     Command("train", ("config.yaml", "training.steps=2", "optimizer.warmup_steps=1"), {"--out": "trained", "--json": FLAG}),
+    Command("convert", ("run", "global_kvs=2"), {"--out": "new", "--kv": "fit", "--text": "corpus", "--tokens": "64"}),
     Command("generate", ("run",), {"--prompt": "a", "--max-tokens": "2"}),
     Command("chat", ("run",), {"--max-tokens": "2"}),
     Command("evaluate", ("run", "file"), {"--sequence-length": "16"}),

@@ -44,6 +44,7 @@ COMMANDS = {
     "train": ("train", "{workspace}/config.yaml", "--out", "{out}", "--json"),
     "train, data too": ("train", "{workspace}/config.yaml", "dataset={out}", "--out", "{fresh}", "--json"),
     "prepare": ("prepare", "--corpus", "{workspace}/corpus", "--out", "{out}", "data.validation_fraction=0.3", "--json"),
+    "convert": ("convert", "{workspace}/a", "--kv", "mean", "--out", "{out}"),
     "report": ("report", "{workspace}/a", "--out", "{out}"),
     "analyze": ("analyze", "{workspace}/a", "--out", "{out}"),
     "experiment": ("experiment", "{workspace}/grid.yaml", "--out", "{out}"),

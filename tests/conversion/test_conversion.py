@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import SHAPE, save
+from transformers import AutoModelForCausalLM
 
 from yoco_u.cli import main
 from yoco_u.conversion import METHODS, Calibration, Source, convert, read_source, target_architecture, write
@@ -87,6 +88,24 @@ def test_merging_global_kvs(tmp_path: Path) -> None:
     torch.testing.assert_close(fitted.model.global_kv.v_proj.weight, two.model.global_kv.v_proj.weight, rtol=0.02, atol=0.02)
 
 
+def test_a_model_of_ours_keeps_its_stages_and_gates(tmp_path: Path) -> None:
+    read = source(tmp_path / "source", num_hidden_layers=6)
+    stages = [{"attention": "sliding", "layers": 2, "loops": 3, "loop_gate": 0.2}, {"attention": "cross", "layers": 4}]
+    first = convert(read, target(read, stages=stages, window=16, global_kvs=4), "mean")
+    with torch.no_grad():
+        first.model.model.stages[0].loop_gates.copy_(torch.tensor([0.3, 0.7]))
+    write(first, read, tmp_path / "first")
+    again = read_source(str(tmp_path / "first"))
+    fewer = convert(again, target(again, global_kvs=2), "mean").model
+    assert fewer.model.architecture == first.model.model.architecture.model_copy(update={"global_kvs": 2})
+    torch.testing.assert_close(fewer.model.stages[0].loop_gates, torch.tensor([0.3, 0.7]))
+    whole = convert(again, target(again, global_kvs=4), "mean").model
+    with torch.no_grad():
+        torch.testing.assert_close(whole(ids()).logits, first.model(ids()).logits)
+    more = convert(again, target(again, global_kvs=4, loops=5), "mean").model
+    assert more.model.architecture.stages[0].loops == 5
+
+
 def test_loops_begin_harmless(tmp_path: Path) -> None:
     """With closed gates any loop count gives what one loop gives."""
     read = source(tmp_path)
@@ -130,6 +149,22 @@ def test_targets_that_the_weights_do_not_fit(tmp_path: Path, settings: dict[str,
     read = source(tmp_path)
     with pytest.raises(UserError, match=said):
         target(read, **settings)
+
+
+def test_the_command_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = save(tmp_path / "source", "qwen3")
+    folders = [str(tmp_path / name) for name in ("source", "ours", "back", "none")]
+    assert main(["convert", folders[0], "preset=transformer", "--out", folders[1]]) == 0
+    assert main(["convert", folders[1], "--back", "--out", folders[2]]) == 0
+    assert "a qwen3, in" in capsys.readouterr().out
+    back = AutoModelForCausalLM.from_pretrained(folders[2])
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids()).logits, theirs(ids()).logits)
+    assert main(["convert", folders[1], "window=8", "--back", "--out", folders[3]]) == 2
+    assert main(["convert", folders[1], "window=8", "--kv", "mean", "--out", folders[3]]) == 0
+    assert main(["convert", folders[3], "--back", "--out", str(tmp_path / "never")]) == 2
+    assert "more than one stage" in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

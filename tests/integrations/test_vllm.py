@@ -111,6 +111,8 @@ def yoco_u(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return checkpoint(tmp_path_factory.mktemp("yoco_u"), "yoco_u", loops=3, loop_gate=0.3)
 
 
+LLAMA3 = {"type": "llama3", "factor": 4.0, "original_length": 128}
+
 CASES: dict[str, dict[str, Any]] = {
     "transformer": {},
     "yoco": {"rope_cross": True, "qk_norm": True},
@@ -122,6 +124,9 @@ CASES: dict[str, dict[str, Any]] = {
     "deep": {"layers": 6},
     "deeper": {"num_key_value_heads": 1},
     "yoco_u with experts": {"experts": EXPERTS},
+    "yoco_u as converted": {"global_kvs": 2, "attention_bias": True, "rope_cross": True, "rotary_scaling": LLAMA3},
+    "yoco with global KVs": {"global_kvs": 2, "qk_norm": True},
+    "transformer with biases": {"attention_bias": True},
 }
 
 
@@ -197,12 +202,13 @@ def test_loop_count_by_override(num_loops: int, yoco_u: Checkpoint) -> None:
 
 
 @needs_vllm
-@pytest.mark.parametrize("case", ["yoco_u", "rins", "yoco_u with one kv head", "yoco_u with experts"])
+@pytest.mark.parametrize("case", ["yoco_u", "rins", "yoco_u with one kv head", "yoco_u with experts", "yoco_u as converted"])
 def test_tensor_parallel(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     settings: dict[str, Any] = {
         "yoco_u with one kv head": {"num_key_value_heads": 1},
         "yoco_u with experts": {"experts": EXPERTS},
+        "yoco_u as converted": CASES["yoco_u as converted"],
     }
     made = checkpoint(tmp_path, case.split()[0], **settings.get(case, {"tie_word_embeddings": True}))
     asked = prompts(LENGTHS, seed=3)

@@ -34,6 +34,9 @@ def convert(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of these texts that are read.")] = 32_768,
+    back: Annotated[
+        bool, typer.Option("--back", help="Write a Transformer of ours as the Llama, Mistral or Qwen that it is.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Turn a Llama, Mistral, Qwen or SmolLM into a YOCO-U.
@@ -52,8 +55,10 @@ def convert(
       yoco-u convert model.gguf preset=transformer --out models/teacher
 
       yoco-u convert models/yoco-u-15 global_kvs=5 --kv mean --out models/yoco-u-5
+
+      yoco-u convert runs/transformer --back --out models/llama
     """
-    from yoco_u.conversion import METHODS, Calibration, read_source, target_architecture, write
+    from yoco_u.conversion import METHODS, Calibration, read_source, target_architecture, write, write_back
     from yoco_u.conversion import convert as convert_model
 
     method = next((one for one in METHODS if one == kv), None)
@@ -61,7 +66,16 @@ def convert(
         raise UserError(f"--kv is {kv!r}; expected {', '.join(METHODS)}")
     check_part(out)
     given = apply_overrides({}, settings or [])
+    if back and settings:
+        raise UserError("--back changes nothing about the model; leave the settings out")
     read = read_source(source)
+    if back:
+        kind = write_back(read, out)
+        if json:
+            print_json({"source": source, "model": str(out), "model_type": kind})
+        else:
+            print(f"a {kind}, in {out}")
+        return
     target = target_architecture(read.model.model.architecture, given)
     calibration = Calibration(tuple(text), tokens) if text else Calibration(tokens=tokens)
     converted = convert_model(read, target, method, calibration, lambda total: progress_bar("reading texts", total))

@@ -99,8 +99,11 @@ _CHARACTERS = 8  # per token, more than a piece of a document needs
 _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
 
-def write_back(source: Source, folder: Path) -> None:
+def write_back(source: Source, folder: Path) -> str:
     """Save a Transformer of ours as a Llama, Mistral or Qwen, which other programs read.
+
+    Returns:
+        The `model_type` of the family.
 
     Raises:
         UserError: if the model is none of these, or something else is in the folder.
@@ -115,6 +118,7 @@ def write_back(source: Source, folder: Path) -> None:
     model.tie_weights()
     model.generation_config = source.generation or model.generation_config
     save_model(model, source.tokenizer, folder)
+    return str(theirs.model_type)
 
 
 def _copy_blocks(source: YocoUForCausalLM, target: YocoUForCausalLM) -> None:
@@ -136,9 +140,11 @@ def _copy_blocks(source: YocoUForCausalLM, target: YocoUForCausalLM) -> None:
             found[name] = torch.zeros(empty.shape)
     target.load_state_dict(found, assign=True)
     target.tie_weights()
-    for stack in target.modules():
+    for name, stack in target.named_modules():
         if isinstance(stack, LoopedStack) and stack.loop_gates is not None and stack.gate_init is not None:
-            torch.nn.init.constant_(stack.loop_gates, stack.gate_init)
+            kept = weights.get(f"{name}.loop_gates")
+            if kept is None or kept.shape != stack.loop_gates.shape:
+                torch.nn.init.constant_(stack.loop_gates, stack.gate_init)
 
 
 def _rows(source: Source, calibration: Calibration) -> Tensor:

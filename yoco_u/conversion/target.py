@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from yoco_u.architecture import LOOPED, STAGES, Architecture, Stage
-from yoco_u.config import did_you_mean, parse, shown
+from yoco_u.config import describe, did_you_mean, parse, shown
 from yoco_u.errors import UserError
 
 WINDOW = 512
@@ -16,14 +18,18 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
 
     Args:
         source: the architecture of the source.
-        settings: `preset` (yoco_u by default), `layers` and `loops` as of `yoco_u.architecture.preset`, and any field of
-            `Architecture` that does not change the shape of the source's layers. The window is 512 unless given, T is 1, and
-            loops beyond the first have closed gates.
+        settings: `preset`, `layers`, `loops` and `loop_gate` as of `yoco_u.architecture.preset`, and any field of
+            `Architecture` that does not change the shape of the source's layers. A source with cross stages keeps its stages
+            unless they are given; another becomes a `yoco_u`. The window is 512 unless given or known, T is 1, and loops beyond
+            the first have closed gates.
 
     Raises:
         UserError: for an unknown setting, or one that the source's weights do not fit.
     """
     settings = dict(settings)
+    if source.has_global_kv and not {"preset", "layers", "stages"} & settings.keys():
+        settings["stages"] = [stage.model_dump() for stage in _with_loops(source, settings)]
+        settings = {"window": source.window, "rope_cross": source.rope_cross} | settings
     name = settings.pop("preset", "yoco_u")
     if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f"unknown preset {shown(name)}: {did_you_mean(str(name), PRESETS)}")
@@ -33,7 +39,7 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
     layers = settings.pop("layers", sum(stage.layers for stage in source.stages))
     shape = source.model_dump() | {"rope_cross": True, "global_kvs": 1}
     if "stages" not in settings:
-        if not isinstance(layers, int) or layers < 2:
+        if not isinstance(layers, int) or not 2 <= layers < 2**31:
             raise UserError(f"layers is {shown(layers)}; expected a whole number of at least 2")
         shape["stages"] = [stage.model_dump() for stage in _stages(name, layers, settings)]
     for key in ("loops", "loop_gate"):
@@ -57,10 +63,29 @@ def _stages(name: str, layers: int, settings: dict[str, Any]) -> tuple[Stage, ..
         if looping := [key for key in ("loops", "loop_gate") if key in settings]:
             raise UserError(f"{name} has no loop, so {' and '.join(looping)} cannot be set")
         return STAGES[name](layers)
-    loops = settings.get("loops", 1)
-    if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
-        raise UserError(f"loops is {shown(loops)}; expected a whole number of at least 1")
-    return STAGES[name](layers, loops=loops, **({"loop_gate": settings.get("loop_gate", 0.0)} if loops > 1 else {}))
+    loops = _loops(settings.get("loops", 1))
+    try:
+        return STAGES[name](layers, loops=loops, **({"loop_gate": settings.get("loop_gate", 0.0)} if loops > 1 else {}))
+    except ValidationError as error:
+        raise UserError(describe(Stage, error)) from None
+
+
+def _with_loops(source: Architecture, settings: dict[str, Any]) -> tuple[Stage, ...]:
+    """The source's stages; with another loop count, where one is set, and closed gates if it had none."""
+    if "loops" not in settings:
+        return source.stages
+    loops = _loops(settings["loops"])
+    stages = list(source.with_loops(loops).stages)
+    for number, stage in enumerate(stages):
+        if stage.loops > 1 and source.stages[number].loops == 1:
+            stages[number] = stage.model_copy(update={"loop_gate": settings.get("loop_gate", 0.0)})
+    return tuple(stages)
+
+
+def _loops(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise UserError(f"loops is {shown(value)}; expected a whole number of at least 1")
+    return value
 
 
 def _check(source: Architecture, target: Architecture) -> None:
