@@ -23,7 +23,7 @@ from yoco_u.inference.packed_upload import upload_arrays
 from yoco_u.inference.sampler import sample, step_arrays
 from yoco_u.inference.sampler_state import SamplerState
 from yoco_u.inference.sampling_params import SamplingParams
-from yoco_u.inference.token_filters import allowed, filtered, penalized
+from yoco_u.inference.token_filters import allowed, biased, filtered, penalized
 
 EOS = 0
 
@@ -48,6 +48,7 @@ random_params = st.builds(
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.7]),
     presence_penalty=st.sampled_from([0.0, 0.6, -0.4]),
     frequency_penalty=st.sampled_from([0.0, 0.3]),
+    logit_bias=st.dictionaries(st.integers(0, 4), st.floats(-100, 100, width=32), max_size=3),
     min_tokens=st.sampled_from([0, 2]),
     seed=st.integers(0, 2**64 - 1),
     logprobs=st.sampled_from([None, 0, 2, 5]),
@@ -60,6 +61,8 @@ def reference(logits: Tensor, params: SamplingParams, prompt: list[int], output:
     scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, logits[None].clone())
     for token, count in Counter(output).items():
         scores[0, token] -= params.presence_penalty + params.frequency_penalty * count
+    for token, bias in params.logit_bias.items():
+        scores[0, token] += bias
     if len(output) < params.min_tokens:
         scores[0, EOS] = -math.inf
     warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
@@ -75,7 +78,7 @@ def reference(logits: Tensor, params: SamplingParams, prompt: list[int], output:
 def distribution(logits: Tensor, states: list[SamplerState]) -> Tensor:
     arrays = step_arrays(states, logits.shape[-1])
     given = upload_arrays(arrays, logits.device)
-    weights = filtered(allowed(penalized(logits, given), given), arrays, given)
+    weights = filtered(allowed(biased(penalized(logits, given), given), given), arrays, given)
     return weights / weights.sum(-1, keepdim=True)
 
 

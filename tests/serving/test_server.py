@@ -75,7 +75,7 @@ def test_openais_client(process: Process) -> None:
         for wrong, error in (
             ({"model": "gpt"}, openai.NotFoundError),
             ({"temperature": 9}, openai.BadRequestError),
-            ({"logit_bias": {"1": 1}}, openai.BadRequestError),
+            ({"logit_bias": {"1": 1000}}, openai.BadRequestError),
         ):
             with pytest.raises(error) as raised:
                 client.completions.create(**({"model": "tiny", "prompt": "x"} | wrong))

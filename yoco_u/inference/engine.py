@@ -327,9 +327,15 @@ class Engine:
                 raise UserError(f"token {token!r} of the prompt is no whole number; give token ids")
             if not 0 <= token < self.architecture.vocab_size:
                 raise UserError(f"token {token} of the prompt is not in the vocabulary of {self.architecture.vocab_size}")
+        self._check_params(params)
+        return list(prompt)
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if (token := max(params.logit_bias, default=0)) >= self.architecture.vocab_size:
+            problem = f"token {token} of logit_bias is not in the vocabulary of {self.architecture.vocab_size}"
+            raise UserError(problem, "logit_bias")
         if self.tokenizer is None and (params.stop or params.constrained):
             raise UserError("stop strings, json_schema and regex need a tokenizer; use stop_token_ids or give one")
-        return list(prompt)
 
     def _make_room(self, loops: int) -> None:
         """Allocate the caches that requests of `loops` loops need, unless they are there.

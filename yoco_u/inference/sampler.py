@@ -1,4 +1,4 @@
-"""From logits to tokens: penalties, grammars, temperature, top-k, top-p and min-p, over all rows of a step at once.
+"""From logits to tokens: penalties, biases, grammars, temperature, top-k, top-p and min-p, over all rows of a step at once.
 
 The token of a row depends on that row alone, whatever else is in the batch: every tensor operation works row by row, and each
 row has a counter-based random generator of its own. One random number a token picks the token by the cumulative probabilities
@@ -26,6 +26,8 @@ from yoco_u.inference.sampler_state import SamplerState
 from yoco_u.inference.token_filters import (
     FORBIDDEN,
     allowed,
+    bias_arrays,
+    biased,
     filter_arrays,
     filtered,
     forbidden_arrays,
@@ -76,7 +78,7 @@ def _choose(logits: Tensor, states: Sequence[SamplerState]) -> list[list[float]]
     logits = logits.float()
     arrays = step_arrays(states, logits.shape[-1])
     given = upload_arrays(arrays, logits.device)
-    scores = allowed(penalized(logits, given), given)
+    scores = allowed(biased(penalized(logits, given), given), given)
     best, tokens = scores.max(dim=-1)  # NaN if there is one; the first of equals
     if "uniforms" in given:
         some = given.get("drawn_rows")
@@ -93,7 +95,7 @@ def _choose(logits: Tensor, states: Sequence[SamplerState]) -> list[list[float]]
 
 def step_arrays(states: Sequence[SamplerState], vocab: int) -> Arrays:
     """All that a step needs of the requests."""
-    arrays = {**penalty_arrays(states), **forbidden_arrays(states, vocab)}
+    arrays = {**penalty_arrays(states), **bias_arrays(states), **forbidden_arrays(states, vocab)}
     drawn = [row for row, state in enumerate(states) if not state.greedy]
     if drawn:
         arrays |= filter_arrays([states[row].params for row in drawn], vocab)

@@ -22,6 +22,7 @@ class SamplingParams(Config):
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the output; 1 for none.
         presence_penalty: subtracted from the logit of each token that the output has.
         frequency_penalty: subtracted from the logit of a token for each time that the output has it.
+        logit_bias: added to the logits of tokens, by token id, after the penalties.
         seed: the same seed gives the same output whatever else runs; None draws a new one.
         stop: texts that end the output, not part of it; one string or several.
         stop_token_ids: tokens that end the output, besides the model's end token.
@@ -50,6 +51,7 @@ class SamplingParams(Config):
     repetition_penalty: PositiveFloat32 = 1.0
     presence_penalty: Float32 = 0.0
     frequency_penalty: Float32 = 0.0
+    logit_bias: dict[Annotated[int, Field(ge=0, lt=2**31)], Float32] = {}
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     stop_token_ids: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = ()

@@ -50,6 +50,26 @@ def penalized(logits: Tensor, given: Tensors) -> Tensor:
     return logits.index_put(where, torch.where(values < 0, values * factors, values / factors) - terms)
 
 
+def bias_arrays(states: Sequence[SamplerState]) -> Arrays:
+    """For `biased`: the tokens whose logits the requests change, and by how much."""
+    biases = [(row, state.params.logit_bias) for row, state in enumerate(states) if state.params.logit_bias]
+    if not biases:
+        return {}
+    return {
+        "biased_rows": np.repeat([row for row, _ in biases], [len(bias) for _, bias in biases]),
+        "biased_ids": np.array([token for _, bias in biases for token in bias]),
+        "biases": np.array([value for _, bias in biases for value in bias.values()], dtype=np.float64),
+    }
+
+
+def biased(logits: Tensor, given: Tensors) -> Tensor:
+    """Add the requests' biases to (rows, vocab) float32; the same tensor if there are none."""
+    if "biased_ids" not in given:
+        return logits
+    where = (given["biased_rows"], given["biased_ids"])
+    return logits.index_put(where, logits[where] + given["biases"].to(logits.dtype))
+
+
 def forbidden_arrays(states: Sequence[SamplerState], vocab: int) -> Arrays:
     """For `allowed`: the masks of grammars, and the ends that `min_tokens` forbids."""
     arrays = {}

@@ -20,7 +20,7 @@ _IGNORED = frozenset(
      "prompt_cache_retention", "parallel_tool_calls"]
 )  # fmt: skip
 _REFUSED: dict[str, tuple[Any, ...]] = {  # refused unless null or one of these values, with which they ask for nothing
-    "suffix": ("",), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (),
     "reasoning_effort": ("none",), "verbosity": ("medium",), "moderation": (),
 }  # fmt: skip
@@ -108,6 +108,30 @@ _StopTexts = Annotated[list[_StopText], Field(max_length=64, fail_fast=True)]
 Stop = Annotated[_StopTexts, BeforeValidator(_several, json_schema_input_type=_StopText | _StopTexts)]
 
 
+_MOST_BIASES = 1024
+
+
+def _biases(value: object) -> object:
+    """Check biases by token id, which JSON has as text."""
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object of token ids and numbers, got {type(value).__name__}")
+    if len(value) > _MOST_BIASES:
+        raise ValueError(f"{len(value)} tokens are too many; expected at most {_MOST_BIASES}")
+    found: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10):
+            raise ValueError(f"{brief(key)} is no token id; expected whole numbers as text")
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
+            raise ValueError(f"the bias of {key} is {brief(bias)}; expected a number from -100 to 100")
+        found[int(key)] = float(bias)
+    return found
+
+
+Bias = Annotated[
+    dict[int, float], PlainValidator(_biases, json_schema_input_type=dict[str, Annotated[float, Field(ge=-100, le=100)]])
+]
+
+
 class _Body(Config):
     """A part of a body, or a whole one."""
 
@@ -179,6 +203,7 @@ class SampledRequest(_Body):
     top_p: Annotated[float, Field(ge=0, le=1), Number] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2), Number] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2), Number] | None = None
+    logit_bias: Bias | None = None
     response_format: ResponseFormat | None = None
     num_loops: Annotated[int, Field(ge=1), Number] | None = None
     top_k: Annotated[int, Field(ge=0), Number] | None = None
