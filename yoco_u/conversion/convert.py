@@ -58,6 +58,7 @@ def convert(
     method: Method = "fit",
     calibration: Calibration | None = None,
     progress: Progress = lambda total: nullcontext(lambda done: None),
+    moments: Moments | None = None,
 ) -> Converted:
     """Put the blocks of a source into the stages of another architecture, in their order.
 
@@ -66,6 +67,7 @@ def convert(
         method: how the global KVs come about, see `yoco_u.conversion.global_kv`.
         calibration: the texts for methods other than `mean`.
         progress: from a number of tokens, a context that is called with the tokens done.
+        moments: what `collect` found for another number of global KVs, where it is there already.
 
     Raises:
         UserError: if the texts cannot be read, or are too few.
@@ -76,9 +78,8 @@ def convert(
     _copy_blocks(source.model, model)
     if not target.has_global_kv:
         return Converted(model.eval(), None)
-    moments = None
-    if method != "mean":
-        rows = _rows(source, calibration or Calibration())
+    if method != "mean" and moments is None:
+        rows = calibration_rows(source, calibration or Calibration())
         with progress(rows.numel()) as advance:
             moments = collect(model.eval(), source.model, rows, advance)
     write_global_kvs(model, source.model, method, moments)
@@ -147,7 +148,7 @@ def _copy_blocks(source: YocoUForCausalLM, target: YocoUForCausalLM) -> None:
                 torch.nn.init.constant_(stack.loop_gates, stack.gate_init)
 
 
-def _rows(source: Source, calibration: Calibration) -> Tensor:
+def calibration_rows(source: Source, calibration: Calibration) -> Tensor:
     """Rows of tokens, (rows, length): a piece of each document, of which every entry of the corpus gives as many tokens."""
     encoder, draw = DocumentEncoder(source.tokenizer), random.Random(calibration.seed)
     count, length = -(-calibration.tokens // calibration.length), calibration.length
