@@ -26,7 +26,7 @@ FLOORS = (
     ("data", "model"),
     ("loading", "training"),
     ("inference", "report"),
-    ("planning", "evaluation", "analysis", "conversion", "serving", "integrations"),
+    ("planning", "evaluation", "analysis", "conversion", "tuning", "serving", "integrations"),
     ("experiment", "bench"),
     ("cli",),
 )
@@ -43,7 +43,7 @@ SAYS = {
     "architecture": "a list of stages", "budget": "FLOPs and bytes by arithmetic", "data": "corpus to batches",
     "model": "the one forward pass", "training": "batch to step, runs", "loading": "runs and models by path",
     "inference": "the engine", "report": "a page about runs", "planning": "what would fit", "evaluation": "loss, tasks",
-    "analysis": "inside the loops", "conversion": "from Llama to YOCO-U",
+    "analysis": "inside the loops", "conversion": "from Llama to YOCO-U", "tuning": "on chats, by TRL",
     "serving": "OpenAI's API", "integrations": "vLLM", "experiment": "grids and verdicts",
     "bench": "ours beside peers", "cli": "one thin file a command",
 }  # fmt: skip

@@ -31,6 +31,7 @@ from yoco_u.cli.prepare import prepare
 from yoco_u.cli.quickstart import quickstart
 from yoco_u.cli.report import report
 from yoco_u.cli.serve import serve
+from yoco_u.cli.sft import sft
 from yoco_u.cli.tasks import tasks
 from yoco_u.cli.train import train
 from yoco_u.errors import UserError, describe_system_error, system_error
@@ -51,6 +52,7 @@ for command in (
     prepare,
     convert,
     train,
+    sft,
     evaluate,
     tasks,
     context,

@@ -41,6 +41,7 @@ def chat_text(
     messages: Sequence[Mapping[str, Any]],
     *,
     continue_final_message: bool = False,
+    generation_prompt: bool | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """The text of a chat up to where the answer begins. Any thread may call this.
@@ -48,6 +49,7 @@ def chat_text(
     Args:
         messages: mappings of `role` and `content`.
         continue_final_message: end within the last message, which the answer goes on from.
+        generation_prompt: whether the text ends with what an answer begins with; by default unless it ends within a message.
         tools: JSON schemas of the tools that the model may call.
 
     Raises:
@@ -62,7 +64,7 @@ def chat_text(
             "tools": None if tools is None else list(tools),
             "chat_template": tokenizer.get_chat_template(tools=tools),
             "continue_final_message": continue_final_message,
-            "add_generation_prompt": not continue_final_message,
+            "add_generation_prompt": not continue_final_message if generation_prompt is None else generation_prompt,
         }
         return _rendered(json.dumps(arguments).encode()).decode()
     except (Refused, Ended, RecursionError, ValueError) as error:

@@ -1,0 +1,98 @@
+"""Chats as examples: read from JSON lines, and written by the model's chat template, with the assistant's part marked."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, Field
+from transformers import PreTrainedTokenizerFast
+
+from yoco_u.errors import UserError
+from yoco_u.files import parse_json
+from yoco_u.inference.chat_template import chat_text
+
+
+class _Message(BaseModel, extra="allow"):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class _Line(BaseModel, extra="allow"):
+    messages: list[_Message] = Field(min_length=1)
+
+
+class Chat(NamedTuple):
+    """A chat and where it came from: its messages, mappings of `role` and `content`, as a chat template takes them."""
+
+    place: str
+    messages: list[dict[str, Any]]
+
+
+class Example(NamedTuple):
+    """Tokens of a chat, and whether each of them is the assistant's."""
+
+    input_ids: list[int]
+    assistant: list[bool]
+
+
+def read_chats(files: Sequence[Path]) -> Iterator[Chat]:
+    """Read files of JSON lines, each `{"messages": [{"role": ..., "content": ...}, ...]}`; other keys are ignored.
+
+    Raises:
+        UserError: at the first file that cannot be read, and the first line that is no chat with an answer; it names both.
+    """
+    for file in files:
+        try:
+            lines = file.read_bytes().splitlines()
+        except OSError as error:
+            raise UserError(f"{file}: cannot read it ({error.strerror}); give files of JSON lines with messages") from None
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{file}, line {number}"
+            messages = parse_json(line, _Line, place).messages
+            if all(message.role != "assistant" for message in messages):
+                raise UserError(f"{place}: no message is the assistant's, so there is nothing to learn")
+            yield Chat(place, [message.model_dump() for message in messages])
+
+
+def examples(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerFast) -> Iterator[Example]:
+    """Write chats by the tokenizer's chat template.
+
+    What the assistant says, up to the end of its turn, is marked: the text that follows the prompt for an answer. A template
+    that writes earlier messages differently once there are later ones, as some leave out earlier thoughts, gives an example for
+    each such stretch of a chat.
+
+    Raises:
+        UserError: if there is no template, or it refuses a chat; the chat is named.
+    """
+    for chat in chats:
+        try:
+            for text, spans in _texts(chat.messages, tokenizer):
+                yield _example(text, spans, tokenizer)
+        except UserError as error:
+            raise UserError(f"{chat.place}: {error}") from None
+
+
+def _texts(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Texts of a chat, and the assistant's characters in each: from a place, to another."""
+    text, spans = "", list[tuple[int, int]]()
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = chat_text(tokenizer, messages[:number])
+        after = chat_text(tokenizer, messages[: number + 1], generation_prompt=False)
+        if not after.startswith(before):
+            raise UserError("the chat template does not write an answer behind the prompt for it")
+        if not before.startswith(text):
+            yield text, spans
+            spans = []
+        text = after
+        spans.append((len(before), len(after)))
+    yield text, spans
+
+
+def _example(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerFast) -> Example:
+    encoded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    marked = [any(begin <= start and end <= last for begin, last in spans) for start, end in encoded.offsets]
+    return Example(list(encoded.ids), marked)
