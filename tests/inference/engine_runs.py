@@ -23,12 +23,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("yoco_u", {"experts": EXPERTS}),
     "qk norm, rotated": ("yoco_u", {"qk_norm": True, "rope_cross": True}),
     "two global KVs": ("yoco_u", {"global_kvs": 2, "qk_norm": True, "rope_cross": True}),
-    "global KVs for groups": ("upper_loop", {"layers": 6, "global_kvs": 2}),
-    "biases": ("yoco_u", {"attention_bias": True, "rope_cross": True, "global_kvs": 2}),
-    "biases, full": ("transformer", {"attention_bias": True}),
-    "scaled rotation": (
-        "yoco_u",
-        {"rope_cross": True, "rotary_scaling": SCALING},
+    "as converted": (
+        "upper_loop",
+        {"layers": 6, "global_kvs": 2, "attention_bias": True, "rope_cross": True, "rotary_scaling": SCALING},
     ),
     "gated": ("yoco_u", {"loop_gate": 0.3}),
     "gated upper loop": ("upper_loop", {"loop_gate": 0.3, "rope_cross": True}),

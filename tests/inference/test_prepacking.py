@@ -14,7 +14,7 @@ from yoco_u.inference import engine as engine_module
 from yoco_u.inference.prepacking import FusedDecodeBlock, PrepackedEmbedding, PrepackedLinear, can_prepack, prepack
 
 COARSE = {"experts", "one key-value head, tied"}  # choices of experts flip; logits of a tied head are large
-OTHER_BLOCKS = {"biases", "biases, full", "experts", "parscale", "streams with qk norm"}  # that are several calls
+OTHER_BLOCKS = {"as converted", "experts", "parscale", "streams with qk norm"}  # that are several calls
 LENGTH = 60
 
 needs_prepacking = pytest.mark.skipif(not can_prepack(build(architecture()).bfloat16()), reason="needs a C++ compiler")

@@ -31,8 +31,9 @@ class Moments:
 
     Attributes:
         states: (features, features).
-        products: of each layer, (features, keys and values).
-        squares: of each layer, of keys and values about their mean: (keys and values,).
+        products: of each layer, the states' products with its keys and values, (features, keys and values).
+        sums: of each layer, of its keys and values, (keys and values,).
+        squares: of each layer, of their squares, (keys and values,).
         tokens: how many there were.
     """
 
@@ -144,7 +145,6 @@ def collect(
     zeros = [torch.zeros(features, size, dtype=torch.float64) for _ in replaced]
     sums = [torch.zeros(size, dtype=torch.float64) for _ in replaced]
     moments = Moments(torch.zeros(features, features, dtype=torch.float64), zeros, sums, [one.clone() for one in sums])
-    seen: dict[int, Tensor] = {}
     with ExitStack() as hooks:
         border = _Catcher(hooks, target.model.global_kv)
         catchers = [_KeyValues(hooks, source, block, number) for block, number in replaced]
@@ -162,7 +162,6 @@ def collect(
                 moments.sums[layer] += y.sum(0)
                 moments.squares[layer] += y.square().sum(0)
             moments.tokens += len(x)
-            seen.clear()
             advance(len(x))
     return moments
 

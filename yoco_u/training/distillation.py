@@ -17,7 +17,7 @@ from yoco_u.loading import load_model
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import Block
 from yoco_u.model.loss import LOGITS, SoftTargets
-from yoco_u.training.config import DistillationConfig, RunConfig
+from yoco_u.training.config import DistillationConfig, RunConfig, TrainingConfig
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.forward import DTYPES, batch_loss, on_device
 from yoco_u.training.parallelize import compile_model, unwrap
@@ -55,7 +55,7 @@ def load_teacher(config: RunConfig, device: torch.device) -> YocoUForCausalLM:
             f"{config.distillation.teacher}: the vocabulary has {teacher.config.vocab_size} tokens, the run's model "
             f"{config.architecture.vocab_size}; a teacher needs the same"
         )
-    compile_model(teacher, config.training.compile)
+    compile_model(teacher, compilation(config).compile)
     return teacher.requires_grad_(False)
 
 
@@ -63,14 +63,19 @@ def freeze(model: YocoUForCausalLM, config: DistillationConfig | None) -> None:
     """Leave only those parameters to training that the stage of a distillation trains."""
     if config is None or config.stage == "logits":
         return
-    a = model.model.architecture
-    model.requires_grad_(False)
     assert model.model.global_kv is not None
+    model.requires_grad_(False)
     model.model.global_kv.requires_grad_(True)
     for block in _cross_blocks(model):
         block.attn.requires_grad_(True)
         block.attn_norm.requires_grad_(True)
-    assert a.has_global_kv
+
+
+def compilation(config: RunConfig) -> TrainingConfig:
+    """How the model of a run is trained: layer by layer it is not compiled, since what is kept of each block is not traced."""
+    if config.distillation is None or config.distillation.stage == "logits":
+        return config.training
+    return config.training.model_copy(update={"compile": "off"})
 
 
 class LogitLoss:

@@ -24,7 +24,7 @@ from yoco_u.files import naming, write_json
 from yoco_u.loading import tokenizer_folder
 from yoco_u.training.checkpoint import Checkpoints, TrainerState, step_name
 from yoco_u.training.config import RunConfig
-from yoco_u.training.distillation import freeze
+from yoco_u.training.distillation import compilation, freeze
 from yoco_u.training.distributed import Distributed, distributed_session
 from yoco_u.training.export import export_model
 from yoco_u.training.forward import DTYPES
@@ -132,7 +132,7 @@ class _Run:
         model = first_model(config, self.index)
         self.model_config = model.config
         freeze(model, config.distillation)
-        self.model = parallelize(model, training, self.distributed)
+        self.model = parallelize(model, compilation(config), self.distributed)
         torch.manual_seed(training.seed + self.distributed.rank)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.training_step = TrainingStep(self.model, self.optimizer, config, self.distributed)
