@@ -3,6 +3,7 @@
 Python itself does not start and shut down there as it does for a user: what depends on that needs `subprocess`.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -104,6 +105,7 @@ SUBPROCESS = SimpleNamespace(**vars(subprocess) | {"Popen": Popen})
 
 
 def _run(command: list[str], streams: list[Connection], cwd: Path, environment: dict[str, str], new_session: bool) -> None:
+    gc.freeze()  # what was imported before the fork, so that collecting garbage does not look through it
     if new_session:
         os.setsid()
     for number, stream in enumerate(streams):

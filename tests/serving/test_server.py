@@ -85,7 +85,7 @@ def test_openais_client(process: Process) -> None:
 def test_sigterm_lets_what_runs_end(process: Process) -> None:
     """The last test of this process."""
     with httpx2.stream(
-        "POST", f"{process.url}/v1/completions", json={**LONG, "max_tokens": 500, "stream": True}, timeout=60
+        "POST", f"{process.url}/v1/completions", json={**LONG, "max_tokens": 200, "stream": True}, timeout=60
     ) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")

@@ -91,6 +91,7 @@ def train_on_ranks(config: RunConfig, folder: Path, world_size: int = 2, gpu_pat
 def _child(
     config: str, folder: Path, rank: int, world_size: int, port: int, own_signal: tuple[str, int] | None, gpu_path: bool
 ) -> None:
+    gc.freeze()  # what was imported before the fork, so that collecting garbage does not look through it
     torch.set_num_threads(1)
     trainer.gemm_rate = lambda device, dtype: 1e9  # which takes as long as a few steps, and changes nothing that is compared
     if gpu_path:
