@@ -89,7 +89,7 @@ def sample_texts(out: Path) -> list[Path]:
             continue
         print(f"reading {entry}", flush=True)
         lines, size = [], 0
-        for document in Corpus([entry]).sample(0):
+        for document in Corpus([entry], unique=False).sample(0):
             text = document.text[:20_000]
             lines.append(json.dumps({"text": text}))
             size += len(text)

@@ -155,7 +155,7 @@ def calibration_rows(source: Source, calibration: Calibration) -> Tensor:
     stream: list[int] = []
     for number, entry in enumerate(calibration.corpus, 1):
         wanted = count * length * number // len(calibration.corpus)
-        for document in Corpus([entry]).sample(calibration.seed):
+        for document in Corpus([entry], unique=False).sample(calibration.seed):
             if len(stream) >= wanted:
                 break
             begin = draw.randrange(max(1, len(document.text) - _CHARACTERS * length))

@@ -36,6 +36,9 @@ _SITES = frozenset({"site-packages", "dist-packages"})
 _CACHE = frozenset({"__pycache__"})
 
 
+Identify = Callable[[Path], str]
+
+
 class _Source(NamedTuple):
     """A file or a Hugging Face dataset.
 
@@ -59,12 +62,18 @@ class Corpus:
     Files are opened when their turn comes. A file that several entries reach is read once. Empty documents are left out. What
     folders and patterns lead to but is not read is told in a line on stderr.
 
+    Args:
+        entries: what to read.
+        text_field: the field or column that holds the text.
+        unique: whether equal files of installed packages are read once. To find them, all of them are read beforehand.
+
     Raises:
         UserError: if an entry leads to no file at all.
     """
 
-    def __init__(self, entries: Sequence[str], text_field: str = "text") -> None:
+    def __init__(self, entries: Sequence[str], text_field: str = "text", unique: bool = True) -> None:
         self.text_field = text_field
+        self._identify = _contents if unique else os.path.realpath
         self._left_out: Counter[str] = Counter()
         found = [self._resolve(entry) for entry in entries]
         sources = {source.identity: source for some in reversed(found) for source in reversed(some)}
@@ -110,7 +119,7 @@ class Corpus:
         if not entry:
             raise UserError(f"an entry of the corpus is empty; expected a path, a glob, an hf: name or {', '.join(_INSTALLED)}")
         if entry in _INSTALLED:
-            return _INSTALLED[entry]()
+            return _INSTALLED[entry](self._identify)
         if entry.startswith("hf:"):
             return [self._hugging_face(entry)]
         try:
@@ -195,7 +204,7 @@ def _listed(counts: Counter[str]) -> str:
     return ", ".join([*most, f"{more} more kinds"] if more else most)
 
 
-def _stdlib() -> list[_Source]:
+def _stdlib(identify: Identify) -> list[_Source]:
     """The running interpreter's own sources, named `stdlib/...` wherever they are installed."""
     root = Path(sysconfig.get_paths()["stdlib"])
     # Python 2, and files broken on purpose
@@ -206,13 +215,13 @@ def _stdlib() -> list[_Source]:
     return sources
 
 
-def _packages() -> list[_Source]:
+def _packages(identify: Identify) -> list[_Source]:
     """The sources of the packages that the running interpreter has installed, named `packages/...`.
 
     Packages copy files from each other, so the contents of a file are its identity: of equal files the first one is read.
     """
     sources = [
-        _python_source(path, f"{PACKAGES}/{path.relative_to(root).as_posix()}")._replace(identity=_contents(path))
+        _python_source(path, f"{PACKAGES}/{path.relative_to(root).as_posix()}")._replace(identity=identify(path))
         for root in _sites()
         for path in _python_files(root, _CACHE)
     ]
@@ -221,16 +230,16 @@ def _packages() -> list[_Source]:
     return sources
 
 
-def _documentation() -> list[_Source]:
+def _documentation(identify: Identify) -> list[_Source]:
     """The descriptions and docstrings of the packages that the running interpreter has installed, named `documentation/...`."""
     sources = []
     for root in _sites():
         for path in sorted(root.glob("*.dist-info/METADATA")):
             name = f"{DOCUMENTATION}/{path.relative_to(root).as_posix()}"
-            sources.append(_Source(name, path.stat().st_size, _contents(path), partial(read_description, path, name)))
+            sources.append(_Source(name, path.stat().st_size, identify(path), partial(read_description, path, name)))
         for path in _python_files(root, _CACHE):
             name = f"{DOCUMENTATION}/{path.relative_to(root).as_posix()}"
-            identity = f"docstrings:{_contents(path)}"
+            identity = f"docstrings:{identify(path)}"
             sources.append(_Source(name, path.stat().st_size, identity, partial(read_docstrings, path, name)))
     if not sources:
         raise UserError(f"{DOCUMENTATION}: this Python has no packages with documentation; name another corpus")
