@@ -18,29 +18,31 @@ from engine_runs import (
     prompt,
     run,
 )
-from models import PRESETS
 
 LENGTHS = [1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 21, 40]
-CHUNKS = [1, 5, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW - 1, 2 * WINDOW, 2 * WINDOW + 1, 200]
+CHUNKS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 2 * WINDOW + 1, 200]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_architecture_generates_what_generate_does(variant: str) -> None:
-    prompts = [prompt(length, seed=length) for length in LENGTHS]
-    found = run(engine(variant), prompts, greedy())
-    assert [output(request) for request in found] == [generated(variant, ids) for ids in prompts]
+    """Of the shortest and the longest prompt; those between are held against one pass over the whole text."""
+    found = run(engine(variant), [prompt(length, seed=length) for length in LENGTHS], greedy())
+    for request in (found[0], found[-1]):
+        assert output(request) == generated(variant, request.prompt_token_ids)
+    for request in found[1:-1]:
+        assert_greedy(variant, request)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logprobs_are_those_of_the_direct_formulas(variant: str) -> None:
     """In float32 against float64: within 1e-4; against one pass over the whole text in float32: within 2e-5."""
-    ids = prompt(21)
-    [request] = run(engine(variant, max_batched_tokens=7), [ids], greedy(logprobs=0))
+    ids = prompt(13)
+    [request] = run(engine(variant, max_batched_tokens=7), [ids], greedy(logprobs=0, max_tokens=8))
     text = ids + output(request)
     chosen = chosen_logprobs(request.outputs[0])
     for truth, tolerance in ((direct_logprobs(variant, text), 1e-4), (full_logprobs(variant, text), 2e-5)):
-        assert truth[20:-1].argmax(-1).tolist() == output(request)
-        expected = truth[20:-1].gather(-1, torch.tensor(output(request))[:, None])[:, 0]
+        assert truth[12:-1].argmax(-1).tolist() == output(request)
+        expected = truth[12:-1].gather(-1, torch.tensor(output(request))[:, None])[:, 0]
         torch.testing.assert_close(chosen, expected, rtol=0, atol=tolerance, check_dtype=False)
 
 
@@ -54,14 +56,14 @@ def test_every_chunk_size(variant: str, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
-@pytest.mark.parametrize("variant", PRESETS)
+@pytest.mark.parametrize("variant", KINDS_OF_PRESET)
 def test_every_block_size(variant: str, block_size: int) -> None:
     prompts = [prompt(length, seed=length) for length in (3, 16, 17, 30)]
     for request in run(engine(variant, block_size=block_size, max_batched_tokens=10), prompts, greedy()):
         assert_greedy(variant, request)
 
 
-@pytest.mark.parametrize("chunk", [6, 13, 64])
+@pytest.mark.parametrize("chunk", [6, 64])
 @pytest.mark.parametrize("variant", [*KINDS_OF_PRESET, "gated", "gated upper loop", "experts", "window 1", "four kinds"])
 def test_loop_counts_of_one_batch(variant: str, chunk: int) -> None:
     """1, 2 and 3 of a model trained with 2 or 3, and more than it knows; some of the same prompt."""
@@ -93,7 +95,7 @@ def test_more_loops_while_others_run() -> None:
     assert output(second) == generated("yoco_u", prompt(12, seed=2), loops=6)
 
 
-@pytest.mark.parametrize("variant", PRESETS)
+@pytest.mark.parametrize("variant", KINDS_OF_PRESET)
 def test_a_crowd_against_each_alone(variant: str) -> None:
     """More requests than seats, with log-probabilities within 2e-5 of those of the request alone."""
     prompts = [prompt(1 + 7 * i % 33, seed=i) for i in range(14)]

@@ -74,7 +74,7 @@ def draw_segments(data: st.DataObject, length: int) -> Tensor | None:
 
 
 @both_ways
-@settings(max_examples=examples(100))
+@settings(max_examples=examples(50))
 @given(
     st.data(),
     st.integers(1, 150),
