@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from yoco_u import Architecture, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import STAGES, preset
 
-PRESETS = tuple(STAGES)
+PRESETS = tuple(name for name in STAGES if name not in ("deep", "deeper"))  # those are yoco with more layers
 EVERYTHING = {
     "qk_norm": True,
     "rope_cross": True,

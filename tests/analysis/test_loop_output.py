@@ -42,7 +42,7 @@ def assert_sound(source: str) -> None:
     HTMLParser().feed(source)
 
 
-DRAWN = ("yoco_retention", "parscale", "upper_loop", "gated")
+DRAWN = ("yoco_retention", "upper_loop", "gated")
 
 
 @pytest.mark.parametrize("variant", DRAWN)

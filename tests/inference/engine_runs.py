@@ -48,8 +48,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-KINDS_OF_PRESET = [name for name in PRESETS if name not in ("deep", "deeper")]  # those are yoco with more layers
-
 
 @cache
 def model(variant: str) -> YocoUForCausalLM:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from engine_runs import (
-    KINDS_OF_PRESET,
     NEW,
     VARIANTS,
     WINDOW,
@@ -18,6 +17,7 @@ from engine_runs import (
     prompt,
     run,
 )
+from models import PRESETS
 
 LENGTHS = [1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 21, 40]
 CHUNKS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 2 * WINDOW + 1, 200]
@@ -47,7 +47,7 @@ def test_logprobs_are_those_of_the_direct_formulas(variant: str) -> None:
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("variant", [*KINDS_OF_PRESET, "window 1", "window beyond the context", "experts", "four kinds"])
+@pytest.mark.parametrize("variant", [*PRESETS, "window 1", "window beyond the context", "experts", "four kinds"])
 def test_every_chunk_size(variant: str, chunk: int) -> None:
     """One request at a time, so that every chunk but the last has exactly that size."""
     for length in (5, WINDOW + 1, 37):
@@ -56,7 +56,7 @@ def test_every_chunk_size(variant: str, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
-@pytest.mark.parametrize("variant", KINDS_OF_PRESET)
+@pytest.mark.parametrize("variant", PRESETS)
 def test_every_block_size(variant: str, block_size: int) -> None:
     prompts = [prompt(length, seed=length) for length in (3, 16, 17, 30)]
     for request in run(engine(variant, block_size=block_size, max_batched_tokens=10), prompts, greedy()):
@@ -64,7 +64,7 @@ def test_every_block_size(variant: str, block_size: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [6, 64])
-@pytest.mark.parametrize("variant", [*KINDS_OF_PRESET, "gated", "gated upper loop", "experts", "window 1", "four kinds"])
+@pytest.mark.parametrize("variant", [*PRESETS, "gated", "gated upper loop", "experts", "window 1", "four kinds"])
 def test_loop_counts_of_one_batch(variant: str, chunk: int) -> None:
     """1, 2 and 3 of a model trained with 2 or 3, and more than it knows; some of the same prompt."""
     loops = [1, 2, 3, 4, None, 2]
@@ -95,7 +95,7 @@ def test_more_loops_while_others_run() -> None:
     assert output(second) == generated("yoco_u", prompt(12, seed=2), loops=6)
 
 
-@pytest.mark.parametrize("variant", KINDS_OF_PRESET)
+@pytest.mark.parametrize("variant", PRESETS)
 def test_a_crowd_against_each_alone(variant: str) -> None:
     """More requests than seats, with log-probabilities within 2e-5 of those of the request alone."""
     prompts = [prompt(1 + 7 * i % 33, seed=i) for i in range(14)]

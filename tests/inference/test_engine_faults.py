@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import KINDS_OF_PRESET, NEW, assert_all_free, engine, generated, greedy, output, prompt, run
+from engine_runs import NEW, assert_all_free, engine, generated, greedy, output, prompt, run
 from models import PRESETS, build
 
 from yoco_u import Stage, YocoUConfig
@@ -178,8 +178,9 @@ def test_stages_of_different_loop_counts_need_one() -> None:
 BAD = 7
 
 
-@pytest.mark.parametrize("chunk", [5, 64])
-@pytest.mark.parametrize("variant", [*KINDS_OF_PRESET, "experts", "window 1", "four kinds"])
+@pytest.mark.parametrize(
+    ("variant", "chunk"), [*((variant, 5) for variant in (*PRESETS, "experts", "window 1", "four kinds")), ("yoco_u", 64)]
+)
 def test_a_request_that_breaks_fails_alone(variant: str, chunk: int) -> None:
     """NaN in a prompt of one token, at the beginning, in the middle, at the end of others; among requests that go on."""
     candidates = [prompt(1 + seed % 15, seed) for seed in range(40)]

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 from engine_runs import (
-    KINDS_OF_PRESET,
     NEW,
     WINDOW,
     assert_all_free,
@@ -18,6 +17,7 @@ from engine_runs import (
     output,
     prompt,
 )
+from models import PRESETS
 from torch import Tensor
 
 from yoco_u.errors import UserError
@@ -88,7 +88,7 @@ def assert_continues(
             assert truth.argmax(-1).tolist() == output(request)
 
 
-@pytest.mark.parametrize("variant", [*KINDS_OF_PRESET, "window 1", "window beyond the context", "experts", "four kinds"])
+@pytest.mark.parametrize("variant", [*PRESETS, "window 1", "window beyond the context", "experts", "four kinds"])
 def test_requests_go_on_behind_the_rows_that_were_filled(variant: str) -> None:
     """Several at once, with prompts left of one token and of several steps."""
     prompts = [prompt(length, seed=length) for length in LENGTHS]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import KINDS_OF_PRESET, VARIANTS, WINDOW, assert_greedy, greedy, prompt, run
+from engine_runs import VARIANTS, WINDOW, assert_greedy, greedy, prompt, run
 from engine_runs import engine as make_engine
 from examples import examples
 from flash import use_flash
@@ -68,7 +68,7 @@ def engine(variant: str = "yoco_u", **settings: Any) -> Engine:
     return subject
 
 
-@pytest.mark.parametrize("variant", [*KINDS_OF_PRESET, *(name for name in VARIANTS if name not in PRESETS)])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_architecture(variant: str, recorder: GraphRecorder) -> None:
     prompts = [prompt(length, seed=length) for length in (1, WINDOW - 1, WINDOW, WINDOW + 1, 21)]
     for request in run(engine(variant), prompts, greedy()):
@@ -76,15 +76,15 @@ def test_every_architecture(variant: str, recorder: GraphRecorder) -> None:
     assert recorder.replays > recorder.graphs > 0
 
 
-@pytest.mark.parametrize("chunk", [1, WINDOW - 1, WINDOW + 1, 2 * WINDOW + 1])
-@pytest.mark.parametrize("variant", [*KINDS_OF_PRESET, "window 1", "window beyond the context", "experts", "four kinds"])
+@pytest.mark.parametrize("chunk", [1, WINDOW - 1, 2 * WINDOW + 1])
+@pytest.mark.parametrize("variant", [*PRESETS, "window 1", "window beyond the context", "experts", "four kinds"])
 def test_every_chunk_size(variant: str, chunk: int, recorder: GraphRecorder) -> None:
     for length in (5, 2 * WINDOW + 5):
         [request] = run(engine(variant, max_batched_tokens=chunk, max_num_seqs=1), [prompt(length)], greedy(max_tokens=5))
         assert_greedy(variant, request, new=5)
 
 
-@pytest.mark.parametrize("variant", [*KINDS_OF_PRESET, "gated", "gated upper loop", "experts", "four kinds"])
+@pytest.mark.parametrize("variant", [*PRESETS, "gated", "gated upper loop", "experts", "four kinds"])
 def test_loop_counts_of_one_batch(variant: str, recorder: GraphRecorder) -> None:
     """Requests of fewer loops stand behind those of more, in the padding of their graphs."""
     loops = [1, 2, 3, 4, None, 2]

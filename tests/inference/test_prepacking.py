@@ -109,8 +109,10 @@ def test_all_kinds_of_cache_under_load(variant: str, kv_dtype: str) -> None:
 
 
 @needs_prepacking
-@pytest.mark.parametrize("weights", [None, "int8"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "weights"),
+    [*((one, None) for one in VARIANTS), *((one, "int8") for one in ("yoco_u", "rins", "two global KVs", "gated"))],
+)
 def test_blocks_as_one_call_change_no_bit(variant: str, weights: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among prompts in chunks, shared blocks, mixed loops and preemption."""
     if weights == "int8":

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 from engine_runs import (
-    KINDS_OF_PRESET,
-    WINDOW,
     assert_all_free,
     assert_greedy,
     assert_ranked,
@@ -19,6 +17,7 @@ from engine_runs import (
     prompt,
     run,
 )
+from models import PRESETS
 
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, RequestOutput, SamplingParams
@@ -52,8 +51,8 @@ def scored_positions(subject: Engine) -> Iterator[list[int]]:
     hook.remove()
 
 
-@pytest.mark.parametrize("chunk", [1, 5, WINDOW, 64])
-@pytest.mark.parametrize("variant", [*KINDS_OF_PRESET, "experts", "window 1", "four kinds"])
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("variant", [*PRESETS, "experts", "window 1", "four kinds"])
 def test_from_every_place(variant: str, chunk: int) -> None:
     subject = engine(variant, max_batched_tokens=chunk, max_num_seqs=1, prefix_caching=False)
     for start in (0, 1, 2, 13, 26):

@@ -65,7 +65,7 @@ def beam(model: YocoUForCausalLM, prompt: Tensor, beams: int) -> list[int]:
 
 
 @every_variant
-@pytest.mark.parametrize("length", [1, 7, 8, 50])
+@pytest.mark.parametrize("length", [1, 8, 50])
 def test_greedy(variant: str, length: int) -> None:
     model, prompt = make(variant), tokens(1, length)
     expected = greedy(model, prompt)

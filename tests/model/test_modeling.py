@@ -48,7 +48,7 @@ def row_loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 @every_variant
-@pytest.mark.parametrize("chunk", [1, 3, WINDOW - 1, WINDOW, WINDOW + 1, N])
+@pytest.mark.parametrize("chunk", [1, WINDOW - 1, WINDOW, WINDOW + 1])
 def test_prefill_in_chunks(variant: str, chunk: int) -> None:
     model, ids = make(variant), tokens(2, N)
     mask = torch.ones_like(ids)

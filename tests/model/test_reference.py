@@ -1,5 +1,6 @@
 """The model against the slow direct implementation of `reference.py`: logits and gradients, every architecture."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from models import EXPERTS, PRESETS, architecture, assert_same_gradients, build,
 from reference import reference_logits, reference_loss
 
 from yoco_u import Architecture
+from yoco_u.architecture import STAGES
 
 pytestmark = pytest.mark.usefixtures("attention_path")
 
@@ -46,13 +48,36 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def check_logits(arch: Architecture, length: int = 45, **call: Any) -> None:
     model = build(arch).to(_dtype(arch))
-    ids = tokens(1, length)
     with torch.no_grad():
-        expected = reference_logits(_float64(model), _unrolled(arch, call.get("num_loops")), ids[0].tolist())
-        actual = model(ids, **call).logits[0]
+        actual = model(tokens(1, length), **call).logits[0]
+    expected = _expected_logits(arch.model_dump_json(), length, call.get("num_loops"))
     tolerance = TOLERANCE[actual.dtype]
     assert expected.std() > 0.3
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@cache
+def _expected_logits(arch_json: str, length: int, loops: int | None) -> torch.Tensor:
+    """One truth for both attention paths."""
+    arch = Architecture.model_validate_json(arch_json)
+    with torch.no_grad():
+        weights = _float64(build(arch).to(_dtype(arch)))
+        return reference_logits(weights, _unrolled(arch, loops), tokens(1, length)[0].tolist())
+
+
+@cache
+def _expected_gradients(arch_json: str, length: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of the reference and its gradient for every parameter."""
+    arch = Architecture.model_validate_json(arch_json)
+    model = build(arch).to(_dtype(arch))
+    weights = {name: tensor.clone().requires_grad_() for name, tensor in _float64(model).items()}
+    if arch.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    loss = reference_loss(weights, arch.model_dump(), tokens(1, length)[0].tolist())
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, [weights[n] for n in parameters], allow_unused=True)
+    expected = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
+    return loss.detach(), expected
 
 
 def _dtype(arch: Architecture) -> torch.dtype:
@@ -73,7 +98,7 @@ def _unrolled(arch: Architecture, loops: int | None) -> dict[str, Any]:
     return plain
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", STAGES)
 def test_every_preset(name: str) -> None:
     check_logits(architecture(name))
 
@@ -109,16 +134,10 @@ def test_gradients(case: tuple[str, dict[str, Any]]) -> None:
     name, settings = case
     arch = architecture(name, **({"layers": 2, "window": 3} if name == "yoco_u" else {"layers": 2}) | settings)
     model = build(arch).to(_dtype(arch))
-    ids = tokens(1, 12)
-    weights = {name: tensor.clone().requires_grad_() for name, tensor in _float64(model).items()}
-    if arch.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    loss = reference_loss(weights, arch.model_dump(), ids[0].tolist())
-    parameters = dict(model.named_parameters())
-    found = torch.autograd.grad(loss, [weights[n] for n in parameters], allow_unused=True)
-    expected = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
+    loss, expected = _expected_gradients(arch.model_dump_json(), 12)
     tolerance = TOLERANCE[model.dtype]
 
+    ids = tokens(1, 12)
     actual = model(ids, labels=ids)
     torch.testing.assert_close(actual.loss, loss, rtol=tolerance, atol=tolerance, check_dtype=False)
     assert_same_gradients(gradients(model, actual.loss), expected, 5 * tolerance)

@@ -12,7 +12,7 @@ from yoco_u.architecture import LOOPED
 
 N = 13
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in PRESETS if name not in ("deep", "deeper")},  # stages of yoco_u at another depth
+    **{name: (name, {}) for name in PRESETS},
     "everything": ("yoco_u", EVERYTHING),
     "experts": ("yoco_u", {"experts": EXPERTS | {"auxiliary_loss_weight": 0.1}}),
 }
