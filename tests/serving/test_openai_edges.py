@@ -209,7 +209,7 @@ async def test_a_refusal_names_the_parameter(chat_server: Server, cls: Any, path
 
 TOGETHER: list[tuple[dict[str, Any], str | None]] = [
     ({"stream_options": {}}, "stream_options"), ({"stream": True, "stream_options": {"b": 1}}, "stream_options.b"),
-    ({"regex": "a("}, "regex"), ({"regex": "a{9999}" * 999}, "regex"), ({"regex": "a", "min_tokens": 2}, "min_tokens"),
+    ({"regex": "a("}, "regex"), ({"regex": "a" * 300_000}, "regex"), ({"regex": "a", "min_tokens": 2}, "min_tokens"),
     ({"regex": "a", "ignore_eos": True}, "ignore_eos"), ({"min_tokens": 9}, "min_tokens"),
     ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
     ({"response_format": {"type": "json_object", "a": 1}}, "response_format.a"),

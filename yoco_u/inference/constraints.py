@@ -7,6 +7,7 @@ tokens is asked for as soon as the token before is known, and computed while the
 import hashlib
 import importlib.util
 import json
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -25,12 +26,14 @@ from yoco_u.data import vocabulary_size
 from yoco_u.errors import UserError, said_of
 from yoco_u.inference.followers import Followed, Follower
 from yoco_u.inference.sampling_params import SamplingParams
+from yoco_u.inference.tool_calls import CLOSE, OPEN
 
 _SECONDS, _MEMORY = 2.0, 2**28  # that compiling a grammar may take, and each mask
 _LONGEST = 2**18  # characters of a schema or an expression
 _COMPILATIONS = 16  # at once
 _IDLE = 16  # followers that are kept for outputs to come
 _REMEMBERED = 4096  # grammars that are known to compile
+_LINE = re.compile(r"line (\d+): ")
 _PATIENCE = 60.0  # seconds to wait for a mask: longer than the process can compute, however busy the machine is
 
 
@@ -110,6 +113,7 @@ class Grammars:
         self.vocab_size = vocab_size
         self._tokenizer = tokenizer
         self._eos_token_ids = list(eos_token_ids)
+        self._shown = _shown_tokens(tokenizer).difference(eos_token_ids)
         self._nursery: Nursery | None = None
         self._lock = threading.RLock()
         self._followers: OrderedDict[bytes, Follower] = OrderedDict()  # by the grammar's hash; least recently used first
@@ -163,7 +167,10 @@ class Grammars:
                 return
 
     def _compile(self, params: SamplingParams) -> bytes:
-        kind, text = _text(params)
+        kind, text = self._text(params)
+        if len(text) > _LONGEST:
+            problem = f"it has {len(text)} characters, at most {_LONGEST} may be used"
+            raise _refusal(params, text, problem)
         grammar = json.dumps({"kind": kind, "text": text}).encode()
         key = _hash(grammar)
         with self._lock:
@@ -172,18 +179,29 @@ class Grammars:
         try:
             follower = Follower(self._new_process(), grammar)
         except UserError as error:
-            raise UserError(str(error), kind) from None
+            raise UserError(str(error), params.grammar) from None
         try:
             follower.compile()
         except (Refused, Ended) as error:
             follower.end()
-            raise UserError(f"{kind} {_shortened(text)}: {error}", kind) from None
+            raise _refusal(params, text, str(error)) from None
         with self._lock:
             self._remembered[key] = None
             if len(self._remembered) > _REMEMBERED:
                 self._remembered.popitem(last=False)
             self._keep(key, follower)
         return grammar
+
+    def _text(self, params: SamplingParams) -> tuple[str, str]:
+        """The kind of a grammar, and its text."""
+        try:
+            if params.tools is not None:
+                return "lark", params.tools.grammar(
+                    params.json_schema, self._tokenizer.backend_tokenizer.token_to_id, self._shown
+                )
+            return ("regex", params.regex) if params.regex is not None else ("json_schema", json.dumps(params.json_schema))
+        except RecursionError:
+            raise UserError(f"{params.grammar}: it is nested too deeply", params.grammar) from None
 
     def _keep(self, key: bytes, follower: Follower) -> None:
         """Keep a follower for outputs to come, and end those that were not needed for longest."""
@@ -199,9 +217,10 @@ class Grammars:
         with self._lock:
             if self._nursery is None:
                 if importlib.util.find_spec("llguidance") is None:
-                    raise UserError("json_schema and regex need llguidance: pip install 'yoco-u[structured]'")
+                    raise UserError("json_schema, regex and tools need llguidance: pip install 'yoco-u[structured]'")
                 if vocabulary_size(self._tokenizer) > len(self._tokenizer):  # llguidance counts tokens, not ids
-                    raise UserError("json_schema and regex cannot be used with this tokenizer: its token ids have gaps")
+                    problem = "json_schema, regex and tools cannot be used with this tokenizer: its token ids have gaps"
+                    raise UserError(problem)
                 backend = copy(self._tokenizer.backend_tokenizer)
                 backend.no_padding()
                 backend.no_truncation()
@@ -210,19 +229,23 @@ class Grammars:
             return self._nursery.new()
 
 
-def _text(params: SamplingParams) -> tuple[str, str]:
-    """The kind of a grammar, and its text."""
-    if params.regex is not None:
-        kind, text = "regex", params.regex
-    else:
-        kind = "json_schema"
-        try:
-            text = json.dumps(params.json_schema)
-        except RecursionError:
-            raise UserError("json_schema: it is nested too deeply", kind) from None
-    if len(text) > _LONGEST:
-        raise UserError(f"{kind} {_shortened(text)}: it has {len(text)} characters, at most {_LONGEST} may be used", kind)
-    return kind, text
+def _refusal(params: SamplingParams, text: str, problem: str) -> UserError:
+    """What is wrong with a grammar; where it has several schemas, with which of them."""
+    if params.tools is None:
+        return UserError(f"{params.grammar} {_shortened(text)}: {problem}", params.grammar)
+    place = _LINE.match(problem)
+    if place is None:
+        return UserError(f"tools: {problem}", "tools")
+    problem, tool = problem[place.end() :], params.tools.tool_of(text, int(place[1]))
+    if tool is None:  # the schema of answers without calls
+        return UserError(f"json_schema: {problem}", "json_schema")
+    return UserError(f"tools: the parameters of {tool}: {problem}", "tools")
+
+
+def _shown_tokens(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Added tokens that texts show, such as `<think>`, but for the tags of calls."""
+    added = tokenizer.added_tokens_decoder
+    return {token for token, piece in added.items() if not piece.special and piece.content not in (OPEN, CLOSE)}
 
 
 def _hash(grammar: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.inference.sampling_params import SamplingParams
+from yoco_u.inference.tool_calls import CLOSE, OPEN
 
 _INCOMPLETE = 3  # U+FFFD at the end of a text that may yet become one character: its first three bytes of four
 _WINDOW = 32  # tokens that are decoded together at most
@@ -21,7 +22,8 @@ class Detokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, params: SamplingParams) -> None:
         self.stopped: str | None = None
         self._tokenizer = tokenizer.backend_tokenizer
-        self._hidden = _special_tokens(tokenizer) if params.skip_special_tokens else frozenset()
+        shown = (OPEN, CLOSE) if params.tools is not None else ()
+        self._hidden = _special_tokens(tokenizer).difference(shown) if params.skip_special_tokens else frozenset()
         self._stops = [_StopString(stop) for stop in params.stop]
         self._unstoppable = params.min_tokens  # tokens still to come before a stop string counts
         self._window: list[int] = []  # the last tokens: those whose text is given out, then those whose text is not certain

@@ -335,7 +335,7 @@ class Engine:
             problem = f"token {token} of logit_bias is not in the vocabulary of {self.architecture.vocab_size}"
             raise UserError(problem, "logit_bias")
         if self.tokenizer is None and (params.stop or params.constrained):
-            raise UserError("stop strings, json_schema and regex need a tokenizer; use stop_token_ids or give one")
+            raise UserError("stop strings, json_schema, regex and tools need a tokenizer; use stop_token_ids or give one")
 
     def _make_room(self, loops: int) -> None:
         """Allocate the caches that requests of `loops` loops need, unless they are there.

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, ValidationError, field_validator, mo
 
 from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, PositiveFloat32, describe, wrong_setting
 from yoco_u.errors import UserError
+from yoco_u.inference.tool_calls import ToolCalls
 
 
 class SamplingParams(Config):
@@ -36,6 +37,7 @@ class SamplingParams(Config):
         num_loops: T, the loops of the model for this request; None for the model's own.
         json_schema: the output is JSON that fits this schema, a mapping or its JSON text.
         regex: the output as a whole matches this regular expression (Rust syntax, no look-around).
+        tools: the output may call tools; with `json_schema`, what has no calls fits the schema.
         skip_special_tokens: leave special tokens out of the text.
 
     Raises:
@@ -63,6 +65,7 @@ class SamplingParams(Config):
     num_loops: Count | None = None
     json_schema: dict[str, Any] | None = None
     regex: str | None = None
+    tools: ToolCalls | None = None
     skip_special_tokens: bool = True
 
     def __init__(self, **settings: Any) -> None:
@@ -97,20 +100,18 @@ class SamplingParams(Config):
         if self.prompt_logprobs_start and self.prompt_logprobs is None:
             needed = "prompt_logprobs_start needs prompt_logprobs; set it, to 0 for the chosen tokens alone"
             raise UserError(needed, "prompt_logprobs_start")
-        if self.json_schema is not None and self.regex is not None:
-            raise UserError("json_schema and regex exclude each other; give one", "regex")
+        if self.regex is not None and self.grammar != "regex":
+            raise UserError(f"{self.grammar} and regex exclude each other; give one", "regex")
         if self.constrained and (self.ignore_eos or self.min_tokens):
             given = "ignore_eos" if self.ignore_eos else "min_tokens"
-            problem = f"{given} does not go with {self.grammar}, which says where the output may end; drop one"
+            problem = f"{given} does not go with the grammar of {self.grammar}, which says where the output may end; drop one"
             raise UserError(problem, given)
         return self
 
     @property
     def grammar(self) -> str | None:
-        """The name of the setting that says which tokens may come, `json_schema` or `regex`; None if all may."""
-        if self.regex is not None:
-            return "regex"
-        return "json_schema" if self.json_schema is not None else None
+        """The name of the setting that says which tokens may come; None if all may."""
+        return next((name for name in ("tools", "json_schema", "regex") if getattr(self, name) is not None), None)
 
     @property
     def constrained(self) -> bool:
