@@ -12,8 +12,9 @@ from starlette.exceptions import HTTPException
 
 from yoco_u.config import Config, describe_problems, wrong_setting
 from yoco_u.errors import UserError
+from yoco_u.serving.fields import brief
 from yoco_u.serving.jobs import Busy, NotServing, RequestFailed, TimeExceeded
-from yoco_u.serving.requests import REQUESTS, brief
+from yoco_u.serving.requests import REQUESTS
 from yoco_u.serving.responses import ErrorResponse
 
 log = logging.getLogger("yoco_u.serving")
