@@ -89,7 +89,7 @@ async def test_without_a_number_the_context_is_the_limit(chat_server: Server, ex
         ({"messages": [{"role": "user", "content": "\udfff"}]}, "messages.0.content", "a lone surrogate"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "a chat begins with a user"),
         ({"messages": MESSAGES, "prompt": "x"}, "prompt", "unknown key prompt"),
-        ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools", "tools is not supported"),
+        ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools.0.function", "function is missing"),
         ({"messages": MESSAGES, "top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         ({"messages": MESSAGES, "logprobs": 3}, "logprobs", "boolean"),
         ({"messages": MESSAGES, "max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "two names of one thing"),

@@ -31,6 +31,8 @@ def keys(before: str, after: str) -> str:
     return before + ",".join(f'"{number}":1' for number in range(SIZE // 9)) + after
 
 
+TOOL = '{"type":"function","function":{"name":"f"}}'
+BEFORE_SCHEMA = '{"messages":[{"role":"user","content":"x"}],"tools":[{"type":"function","function":{"name":"f","parameters":{'
 COMPLETIONS = {
     "texts": filled('{"prompt":[', '"a"', "]}"),
     "empty texts": filled('{"prompt":[', '""', "]}"),
@@ -66,6 +68,12 @@ CHATS = {
     "parts": filled('{"messages":[{"role":"user","content":[', '{"type":"text","text":"xyz"}', "]}]}"),
     "wrong parts": filled('{"messages":[{"role":"user","content":[', "{}", "]}]}"),
     "calls": filled('{"messages":[{"role":"assistant","tool_calls":[', "{}", "]}]}"),
+    "tools": filled('{"messages":[{"role":"user","content":"x"}],"tools":[', "{}", "]}"),
+    "tools that go on": filled('{"messages":[{"role":"user","content":"x"}],"tools":[', TOOL, "]}"),
+    "a tool of many keys": keys('{"messages":[{"role":"user","content":"x"}],"tools":[{', "}]}"),
+    "a long choice": filled('{"messages":[{"role":"user","content":"x"}],"tool_choice":"', "a", '"}', ""),
+    "a schema of many keys": keys(BEFORE_SCHEMA, "}}}]}"),
+    "a deep schema": BEFORE_SCHEMA + '"a":' + "[" * 50_000 + "]" * 50_000 + "}}}]}",
     "other keys": keys('{"messages":[{"role":"king",', "}]}"),
     "a long role": filled('{"messages":[{"role":"', "a", '"}]}', ""),
     "a long text": filled('{"messages":[{"role":"user","content":"', "a", '"}]}', ""),

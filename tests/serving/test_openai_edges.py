@@ -154,16 +154,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n: "), ({"seed": 2**64}, "seed: "), ({"seed": 1.5}, "seed: "), ({"stream_options": {}}, "for streams"),
     ({"stream_options": {"include_usage": True}, "stream": False}, "for streams"), ({"top_p": -0.1}, "top_p: "),
     ({"top_p": 1.1}, "top_p: "), ({"stop": ""}, "stop"), ({"stop": [None]}, "stop"), ({"unknown": 1}, "unknown key unknown"),
-    ({"tools": TOOLS}, "tools is not supported"), ({"tools": TOOLS, "tool_choice": "auto"}, "tools is not supported"),
-    ({"tools": TOOLS, "tool_choice": "required"}, "not supported"), ({"tool_choice": "required"}, "tool_choice is not"),
-    ({"functions": [{}], "tool_choice": "none"}, "functions is not supported"),
+    ({"functions": [{}], "tool_choice": "none"}, "functions is not supported; use tools"),
+    ({"function_call": {"name": "f"}}, "function_call is not supported; use tools and tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
     ({"logit_bias": {"5": 101}}, "logit_bias: "), ({"response_format": {"type": "json_schema"}}, "together"),
     ({"reasoning_effort": "high"}, "reasoning_effort is not"), ({"temperature": -1}, "temperature: "),
 ]  # fmt: skip
 COMPLETIONS_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 2}, "best_of 2"), ({"best_of": -1}, "best_of: "), ({"prompt": []}, "prompt: "), ({"prompt": [[]]}, "prompt: "),
     ({"prompt": [None]}, "prompt: "), ({"logprobs": -1}, "logprobs: "), ({"max_tokens": -1}, "max_tokens: "),
-    ({"prompt": {}}, "prompt: "),
+    ({"prompt": {}}, "prompt: "), ({"tools": TOOLS}, "tools is not supported; use /v1/chat/completions"),
+    ({"tools": TOOLS, "tool_choice": "required"}, "not supported"),
 ]  # fmt: skip
 CHATS_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages: "), ({"messages": None}, "messages: "), ({"messages": [{}]}, "messages.0.role is missing"),

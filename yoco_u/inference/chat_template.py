@@ -20,16 +20,19 @@ _NONE = "this model has no chat template: it continues texts; use plain completi
 _IDLE: "queue.LifoQueue[Confined]" = queue.LifoQueue(4)  # processes that are kept for chats to come
 
 
-def chat_tokens(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def chat_tokens(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
     """The tokens of a chat up to where the answer begins.
 
     Args:
         messages: mappings of `role` and `content`.
+        tools: JSON schemas of the tools that the model may call.
 
     Raises:
         UserError: as of `chat_text`.
     """
-    text = chat_text(tokenizer, messages)
+    text = chat_text(tokenizer, messages, tools=tools or None)
     # Not through the tokenizer itself, which sets up truncation anew at each call while other threads decode; and as a batch,
     # which lets other threads go on meanwhile.
     [encoded] = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)

@@ -21,6 +21,7 @@ from yoco_u.serving.engine_loop import EngineLoop
 from yoco_u.serving.errors import ApiError
 from yoco_u.serving.requests import ChatRequest, CompletionRequest, Message, SampledRequest
 from yoco_u.serving.settings import ServerSettings
+from yoco_u.serving.tools import template_writes_calls, written_out
 
 _DEFAULT_MAX_TOKENS = 16  # of a completion, as in OpenAI's API
 _SHORT = 10_000  # characters that are tokenized on the event loop, in a few milliseconds; longer texts go to a thread
@@ -57,6 +58,7 @@ class Admission:
         self._most_characters = _most_characters(tokenizer, engine.max_model_len)
         self._tokenizing = asyncio.Semaphore(_LONG_TEXTS)
         self._no_chats = no_chats
+        self._template_writes_calls = no_chats is None and template_writes_calls(tokenizer)
 
     async def completion(self, body: CompletionRequest) -> Admitted:
         """Admit a request for completions.
@@ -81,14 +83,14 @@ class Admission:
             Busy, NotServing: if there is no room for it.
         """
         self._check_offer(body, 1)
-        prompt = await self._encode_chat([_for_template(one) for one in body.messages])
+        prompt = await self._encode_chat(body)
         name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
         max_tokens: int | None = getattr(body, name)
         if max_tokens is None:
             max_tokens = max(1, min(self._settings.max_output_tokens, self._engine.max_model_len - len(prompt)))
         self._check_length("messages", len(prompt), name, max_tokens)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return [prompt], _sampling_params(body, max_tokens, logprobs=logprobs)
+        return [prompt], _sampling_params(body, max_tokens, logprobs=logprobs, tools=body.calls)
 
     def _check_offer(self, body: SampledRequest, num_prompts: int) -> None:
         """Refuse another model, more outputs or loops than this server offers, and what there is no room for."""
@@ -160,15 +162,23 @@ class Admission:
         async with self._tokenizing:
             return await asyncio.to_thread(run)
 
-    async def _encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Messages as tokens, by the chat template; refused if it cannot be used, or refuses them."""
+    async def _encode_chat(self, body: ChatRequest) -> list[int]:
+        """Messages and tools as tokens, by the chat template; refused if it cannot be used, or refuses them."""
         if self._no_chats is not None:
             raise ApiError(400, f"{self._no_chats} (/v1/completions)", code="no_chat_template")
-        is_short = sum(len(one["content"]) for one in messages) <= _SHORT
+        writes_out = bool(body.tools) and not self._template_writes_calls
+        messages = [_for_template(one, parsed=not writes_out) for one in body.messages]
+        tools = [tool.for_template() for tool in body.offered]
+        try:
+            is_short = sum(len(one["content"]) for one in messages) + len(json.dumps(tools)) <= _SHORT
+            if writes_out:
+                messages, tools = written_out(messages, tools), []
+        except RecursionError:
+            raise ApiError(400, "tools: a schema is nested too deeply", param="tools") from None
         try:
             if is_short:
-                return await asyncio.to_thread(chat_tokens, self._tokenizer, messages)
-            return await self._aside(chat_tokens, self._tokenizer, messages)
+                return await asyncio.to_thread(chat_tokens, self._tokenizer, messages, tools)
+            return await self._aside(chat_tokens, self._tokenizer, messages, tools)
         except UserError as error:
             raise ApiError(400, str(error), param="messages") from None
 
@@ -181,15 +191,15 @@ def _most_characters(tokenizer: PreTrainedTokenizerFast, tokens: int) -> int | N
     return tokens * max(map(len, backend.get_vocab(with_added_tokens=True)))
 
 
-def _for_template(message: Message) -> dict[str, Any]:
-    """A message as chat templates know it: content is always there, and the arguments of tools are objects."""
+def _for_template(message: Message, parsed: bool) -> dict[str, Any]:
+    """A message as chat templates know it: content is always there, and the arguments of tools are objects, if `parsed`."""
     found: dict[str, Any] = {"role": _ROLES.get(message.role, message.role), "content": message.content or ""}
     for key in ("name", "tool_call_id"):
         if (value := getattr(message, key)) is not None:
             found[key] = value
     if message.tool_calls:
         found["tool_calls"] = [one.model_dump(exclude_none=True) for one in message.tool_calls]
-        for call in found["tool_calls"]:
+        for call in found["tool_calls"] if parsed else ():
             call["function"]["arguments"] = _object(call["function"]["arguments"])
     return found
 
@@ -203,8 +213,11 @@ def _object(text: str) -> object:
     return value if isinstance(value, dict) else text
 
 
-def _sampling_params(body: SampledRequest, max_tokens: int, **logprobs: int | None) -> SamplingParams:
+def _sampling_params(body: SampledRequest, max_tokens: int, **others: Any) -> SamplingParams:
     """The request's parameters as the engine takes them; what the request leaves open keeps the engine's default.
+
+    Args:
+        others: parameters that only some requests have, or that they have in another form.
 
     Raises:
         UserError: if parameters do not go together.
@@ -218,4 +231,4 @@ def _sampling_params(body: SampledRequest, max_tokens: int, **logprobs: int | No
         given["seed"] = body.seed % 2**64
     if body.response_format is not None:
         given["json_schema"] = body.response_format.schema_of_output
-    return SamplingParams(max_tokens=max_tokens, **given, **logprobs)
+    return SamplingParams(max_tokens=max_tokens, **given, **others)

@@ -6,11 +6,12 @@ and that we do not support are refused. So are unknown parameters, as by OpenAI'
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, StrictBool, ValidationError, model_validator
 
 from yoco_u.config import Config
 from yoco_u.errors import UserError
-from yoco_u.serving.fields import Bias, Body, Number, Prompt, Stop, Text, only_text
+from yoco_u.inference.tool_calls import MOST_CALLS, Name, ObjectSchema, ToolCalls
+from yoco_u.serving.fields import Bias, Body, Number, Prompt, Stop, Text, brief, only_text
 
 _IGNORED = frozenset(
     ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
@@ -21,7 +22,10 @@ _REFUSED: dict[str, tuple[Any, ...]] = {  # refused unless null or one of these 
     "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (),
     "reasoning_effort": ("none",), "verbosity": ("medium",), "moderation": (),
 }  # fmt: skip
+_NO_FIELDS = _IGNORED | _REFUSED.keys()  # except in requests that have a field of that name
 _NONE_OF = {"tools": "tool_choice", "functions": "function_call"}  # may be given where the other says that none is called
+_ADVICE = {"functions": "use tools", "function_call": "use tools and tool_choice", "tools": "use /v1/chat/completions"}
+_MOST_TOOLS = 128
 
 
 class StreamOptions(Body):
@@ -97,11 +101,13 @@ class SampledRequest(Body):
     def _others(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        fields = cls.model_fields
+        others = {key: value for key, value in data.items() if key not in fields}
         for name, neutral in _REFUSED.items():
             unused = data.get(_NONE_OF.get(name, "")) == "none"
-            if data.get(name) is not None and data[name] not in neutral and not unused:
-                raise UserError(f"{name} is not supported; leave it out", name)
-        return {key: value for key, value in data.items() if key not in _IGNORED and key not in _REFUSED}
+            if others.get(name) is not None and others[name] not in neutral and not unused:
+                raise UserError(f"{name} is not supported; {_ADVICE.get(name, 'leave it out')}", name)
+        return {key: value for key, value in data.items() if key in fields or key not in _NO_FIELDS}
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> "SampledRequest":
@@ -173,7 +179,7 @@ class FunctionCall(BaseModel):
 
 
 class ToolCall(BaseModel):
-    """A tool that an earlier answer called. This server's answers call none, but a history may come from elsewhere."""
+    """A tool that an earlier answer called."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -197,6 +203,65 @@ class Message(BaseModel):
     tool_call_id: Text | None = None
 
 
+class Function(Body):
+    """A function that the model may call.
+
+    Attributes:
+        parameters: the JSON schema of its arguments, which are an object; without one it has none.
+        strict: accepted and ignored: arguments always fit the schema.
+    """
+
+    name: Name
+    description: Text | None = None
+    parameters: ObjectSchema | None = None
+    strict: StrictBool | None = None
+
+    @property
+    def schema_of_arguments(self) -> dict[str, Any]:
+        none: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+        return none if self.parameters is None else self.parameters
+
+
+class Tool(Body):
+    """A tool that the model may call; tools of other types are not supported."""
+
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        """The tool as models are shown it."""
+        described = {} if self.function.description is None else {"description": self.function.description}
+        function = {"name": self.function.name} | described | {"parameters": self.function.schema_of_arguments}
+        return {"type": "function", "function": function}
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    """The one function to call."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+def _choice(value: object) -> object:
+    if value in ("none", "auto", "required"):
+        return value
+    try:
+        return NamedTool.model_validate(value)
+    except ValidationError:
+        expected = "none, auto, required or {type: function, function: {name: ...}}"
+        raise ValueError(f"expected {expected}, got {brief(value)}") from None
+
+
+ToolChoice = Annotated[
+    str | NamedTool,
+    PlainValidator(_choice, json_schema_input_type=Literal["none", "auto", "required"] | NamedTool),
+]
+
+
 class ChatRequest(SampledRequest):
     """Answer a chat.
 
@@ -204,6 +269,10 @@ class ChatRequest(SampledRequest):
         max_completion_tokens: the newer name of max_tokens.
         logprobs: report the log probability of each output token.
         top_logprobs: report also those of this many likeliest tokens in its place.
+        tools: what the answer may call.
+        tool_choice: whether it does: as the model likes (auto), not at all (none), at least once and without any text
+            (required), or one function, once. auto by default.
+        parallel_tool_calls: whether there may be several calls in one answer, which is the default.
     """
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
@@ -211,6 +280,40 @@ class ChatRequest(SampledRequest):
     max_completion_tokens: Annotated[int, Field(ge=1), Number] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), Number] | None = None
+    tools: Annotated[list[Tool], Field(max_length=_MOST_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: StrictBool | None = None
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is shown."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def calls(self) -> ToolCalls | None:
+        """The calls that the answer may have, None if it may have none."""
+        if not self.offered:
+            return None
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        functions = [tool.function for tool in self.offered if named in (None, tool.function.name)]
+        return ToolCalls(
+            schemas={function.name: function.schema_of_arguments for function in functions},
+            required=named is not None or self.tool_choice == "required",
+            most=1 if named is not None or self.parallel_tool_calls is False else MOST_CALLS,
+        )
+
+    @model_validator(mode="after")
+    def _tools(self) -> "ChatRequest":
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"several tools have the name {twice}; give each its own", "tools")
+        choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+        if choice not in (None, "none", "auto") and not names:
+            raise UserError("tool_choice asks for a call, but there are no tools; give tools, or leave it out", "tool_choice")
+        if isinstance(self.tool_choice, NamedTool) and choice not in names:
+            raise UserError(f"tool_choice: no tool has the name {brief(choice)}", "tool_choice")
+        return self
 
     @model_validator(mode="after")
     def _together(self) -> "ChatRequest":

@@ -1,8 +1,8 @@
 """What clients receive, in the shapes of OpenAI's API and of our own routes."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
 
 class CachedTokens(BaseModel):
@@ -59,16 +59,44 @@ class ChatLogprobs(BaseModel):
     content: list[ChatLogprob]
 
 
+class CalledFunction(BaseModel):
+    """A function's name, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnsweredCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
+    """What the model says.
+
+    Attributes:
+        content: None where there are only calls.
+        tool_calls: the tools that it calls; left out where there are none.
+    """
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    tool_calls: list[AnsweredCall] = []
+
+    @model_serializer(mode="wrap")
+    def _without_no_calls(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value != []}
+
+
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: ChatFinishReason
 
 
 class ChatResponse(BaseModel):
@@ -84,13 +112,15 @@ class ChatChunkChoice(BaseModel):
     """One output's part in a chunk.
 
     Attributes:
-        delta: has `role` in an output's first chunk, and `content` where there is new text.
+        delta: has `role` in an output's first chunk, `content` where there is new text, and `tool_calls` where there are new
+            parts of calls: of each its `index`, at its begin `id`, `type` and the function's `name`, and always the next part
+            of the function's `arguments`.
     """
 
     index: int
-    delta: dict[str, str]
+    delta: dict[str, str | list[dict[str, Any]]]
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatChunk(BaseModel):
