@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import architecture, build, tokens
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -55,3 +56,19 @@ def test_impossible_scalings(scaling: dict[str, Any], said: str) -> None:
     plain = preset("yoco_u", "test").model_dump()
     with pytest.raises(UserError, match=said):
         parse(Architecture, plain | {"rotary_scaling": scaling}, "x")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5])
+def test_rotation_of_the_cross_decoder_alone(kept: int) -> None:
+    """With a window of one key, only the cross-decoder's positions matter: slower rotation is that of a linear scaling."""
+    settings = {"window": 1, "rope_cross": True, "global_kvs": 2}
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        faded = build(architecture("yoco", **settings))
+        whole = faded(ids, logits_to_keep=kept).logits
+        for share, other in ((0.25, {"rotary_scaling": {"type": "linear", "factor": 4.0}}), (0.0, {"rope_cross": False})):
+            faded.model.cross_rotation = share
+            found = faded(ids, logits_to_keep=kept).logits
+            expected = build(architecture("yoco", **settings | other))(ids, logits_to_keep=kept).logits
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(found, whole, atol=1e-2)

@@ -169,6 +169,30 @@ def test_windows_by_schedule(dataset: Path, student: Path, tmp_path: Path, monke
     assert {window for training, window in seen if not training} == {12}
 
 
+def test_rotary_positions_of_the_cross_decoder_fade(
+    dataset: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    forward = YocoUForCausalLM.forward
+
+    def watch(self: YocoUForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        own = {self.model.global_kv.rope, *(block.attn.rope for block in self.model.stages[1].layers)}
+        seen.append((self.training, own.pop() and self.model.cross_rotation))
+        assert not own
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(YocoUForCausalLM, "forward", watch)
+    plain = healing(dataset, student, None, steps=6, evaluate_every=6).model_dump()
+    fading = plain | {"training": plain["training"] | {"rope_cross_fades": 0.6}}
+    with pytest.raises(UserError, match="needs a cross-decoder that ends without rotary positions"):
+        parse(RunConfig, fading, "x")
+    without = fading | {"architecture": plain["architecture"] | {"rope_cross": False}}
+    train(parse(RunConfig, without, "x"), tmp_path / "run", progress=False)
+    assert [share for training, share in seen if training] == [1, 0.75, 0.5, 0.25, False, False]
+    assert {share for training, share in seen if not training} == {False}
+    assert not load_model(tmp_path / "run", CPU)[0].model.architecture.rope_cross
+
+
 def test_flops_count_the_teacher(dataset: Path, student: Path, teacher: Path) -> None:
     logits = healing(dataset, student, teacher, steps=5)
     layers = healing(dataset, student, teacher, {"stage": "layers"}, steps=5)

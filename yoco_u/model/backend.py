@@ -62,6 +62,10 @@ class AttentionBackend(Protocol):
         """Apply RoPE at the tokens' positions to queries or keys."""
         ...
 
+    def rotate_cross(self, x: Tensor) -> Tensor:
+        """`rotate` for the queries and keys of the cross-decoder, whose angles shrink while training fades them out."""
+        return self.rotate(x)
+
     @abstractmethod
     def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Remember the keys and values of the new tokens; attend from each token to the last `window` ones, itself included."""
@@ -105,6 +109,7 @@ class PaddedBackend(AttentionBackend):
 
     Attributes:
         rotary: cos and sin of the tokens' positions, (batch or 1, tokens, 1, head_dim), float32.
+        cross_rotary: the same for the cross-decoder.
         kept_tokens: indices of the tokens that the cross-decoder runs on; None for all.
         window: keys that a token sees in the sliding layers, itself included.
         blockwise: whether to attend block by block, without masks, as CPUs do for more than one new token; see
@@ -120,6 +125,7 @@ class PaddedBackend(AttentionBackend):
     """
 
     rotary: tuple[Tensor, Tensor]
+    cross_rotary: tuple[Tensor, Tensor]
     kept_tokens: Tensor | None
     window: int | None
     blockwise: bool
@@ -142,11 +148,14 @@ class PaddedBackend(AttentionBackend):
     def kept(self) -> tuple[Tensor | None, "PaddedBackend"]:
         if self.kept_tokens is None:
             return None, self
-        cos, sin = self.rotary
-        return self.kept_tokens, replace(self, rotary=(cos[:, self.kept_tokens], sin[:, self.kept_tokens]))
+        rotary, cross = ((cos[:, self.kept_tokens], sin[:, self.kept_tokens]) for cos, sin in (self.rotary, self.cross_rotary))
+        return self.kept_tokens, replace(self, rotary=rotary, cross_rotary=cross)
 
     def rotate(self, x: Tensor) -> Tensor:
         return rotate(x, self.rotary)
+
+    def rotate_cross(self, x: Tensor) -> Tensor:
+        return rotate(x, self.cross_rotary)
 
     def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.window is not None
@@ -223,6 +232,7 @@ def prepare_backend(
     cache: YocoUCache | None,
     dtype: torch.dtype,
     cu_seqlens: Tensor | None = None,
+    cross_rotation: float = 1.0,
 ) -> PaddedBackend:
     """Make the backend of one forward pass, with the masks and rotary angles that all its blocks share.
 
@@ -236,6 +246,7 @@ def prepare_backend(
         dtype: dtype of queries and keys.
         cu_seqlens: cumulative lengths of the sequences, (sequences + 1,), int32; without them segments are masked, as flash
             attention works by lengths alone.
+        cross_rotation: what the rotary angles of the cross-decoder are multiplied by.
     """
     tokens, device = position_ids.shape[1], position_ids.device
     past = cache.get_seq_length() if cache is not None else 0
@@ -267,8 +278,11 @@ def prepare_backend(
     if "cross" in kinds and not (blockwise and kept is None) and (sequences is None or last is None):
         cross = _cross_mask(positions, kept, last, past + tokens, pair, dtype)
 
+    shape = architecture.head_dim, architecture.rope_theta, architecture.rotary_scaling
+    rotary = rotary_angles(position_ids, *shape)
     return PaddedBackend(
-        rotary=rotary_angles(position_ids, architecture.head_dim, architecture.rope_theta, architecture.rotary_scaling),
+        rotary=rotary,
+        cross_rotary=rotary if cross_rotation == 1 else rotary_angles(cross_rotation * position_ids, *shape),
         kept_tokens=kept,
         window=architecture.window,
         blockwise=blockwise,

@@ -103,7 +103,7 @@ class CrossAttention(Biased):
         if self.q_norm is not None:
             q = self.q_norm(q)
         if self.rope:
-            q = backend.rotate(q)
+            q = backend.rotate_cross(q)
         return self.o_proj(backend.cross_attention(slot, q, global_kv).flatten(-2))
 
 
@@ -131,7 +131,7 @@ class GlobalKVProjection(Biased):
         if self.k_norm is not None:
             k = self.k_norm(k)
         if self.rope:
-            k = backend.rotate(k.flatten(2, 3)).view_as(k)
+            k = backend.rotate_cross(k.flatten(2, 3)).view_as(k)
         return tuple(zip(k.unbind(2), v.unbind(2), strict=True))
 
 

@@ -88,6 +88,7 @@ class YocoUModel(YocoUPreTrainedModel):
         self.stream_mixer = StreamMixer(config, architecture.parallel) if architecture.parallel else None
         self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.cross_rotation = 1.0  # what the rotary angles of the cross-decoder are multiplied by
         self.at_loops()  # refuses an impossible num_loops of the config
         if architecture.experts:
             self._keep_in_fp32_modules_strict = ["choice_bias"]
@@ -157,7 +158,7 @@ class YocoUModel(YocoUPreTrainedModel):
         kept, last = _kept_positions(logits_to_keep, tokens, x.device)
         backend = prepare_backend(
             architecture, batch, layout.positions, layout.segments, kept, last, past_key_values,
-            autocast_dtype(x.device) or x.dtype, layout.cu_seqlens,
+            autocast_dtype(x.device) or x.dtype, layout.cu_seqlens, self.cross_rotation,
         )  # fmt: skip
         if past_key_values is not None and not past:
             past_key_values.padded, past_key_values.packed = layout.padded, layout.packed

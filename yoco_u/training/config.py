@@ -114,6 +114,8 @@ class TrainingConfig(Config):
             every evaluation, the model runs with the architecture's own.
         window_schedule: phases, from the first step on, with other windows of the sliding layers, such as from long to short.
             After the last phase, and in every evaluation, the window is the architecture's own.
+        rope_cross_fades: share of the steps over which the rotary positions of the cross-decoder fade out: its angles shrink
+            linearly to none, which is what the architecture has, then and in every evaluation.
         wandb_project: Weights & Biases project that metrics are logged to as well; None logs to files alone.
     """
 
@@ -134,6 +136,7 @@ class TrainingConfig(Config):
     keep_checkpoints: Count = 2
     loop_schedule: tuple[LoopPhase, ...] = ()
     window_schedule: tuple[WindowPhase, ...] = ()
+    rope_cross_fades: float = Field(default=0, ge=0, le=1)
     wandb_project: _Text | None = None
 
     @model_validator(mode="after")
@@ -197,6 +200,11 @@ class RunConfig(Config):
             raise ValueError("training.loop_schedule changes the loop count, but the architecture has no loop; drop it")
         if self.training.window_schedule and self.architecture.window is None:
             raise ValueError("training.window_schedule changes the window, but the architecture has none; drop it")
+        if self.training.rope_cross_fades and (self.architecture.rope_cross or not self.architecture.has_global_kv):
+            raise ValueError(
+                "training.rope_cross_fades needs a cross-decoder that ends without rotary positions; set "
+                "architecture.rope_cross to false, or drop it"
+            )
         if self.distillation and self.distillation.stage == "layers" and not self.architecture.has_global_kv:
             raise ValueError("distillation.stage layers trains cross blocks, but the architecture has none; use logits")
         if self.start_from and self.initializer_range is not None:
@@ -221,6 +229,11 @@ class RunConfig(Config):
         """The window of training step `step` = 0 .. steps - 1; None where the architecture has none."""
         phases = self.training.window_schedule
         return next((phase.window for phase in phases if step < self._end(phase)), self.architecture.window)
+
+    def cross_rotation_at(self, step: int) -> float:
+        """What the rotary angles of the cross-decoder are multiplied by in training step `step` = 0 .. steps - 1."""
+        last = round(self.training.rope_cross_fades * self.training.steps)
+        return 1 - step / last if step < last else float(self.architecture.rope_cross)
 
     def training_flops(self, steps: int | None = None) -> float:
         """Model FLOPs, forward and backward, of the first `steps` training steps; of all steps by default.

@@ -14,6 +14,7 @@ from yoco_u.data import Batch
 from yoco_u.device import read_back
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
+from yoco_u.model.blocks import CrossAttention, GlobalKVProjection
 from yoco_u.model.feed_forward import ExpertMixture, balance
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distillation import objective
@@ -118,14 +119,21 @@ class TrainingStep:
 
 
 @contextmanager
-def windowed(model: YocoUForCausalLM, window: int | None) -> Iterator[None]:
-    """Let the sliding layers see another number of keys while the block runs."""
-    own = model.model.architecture
-    model.model.architecture = own.model_copy(update={"window": window})
+def scheduled(model: YocoUForCausalLM, config: RunConfig, step: int) -> Iterator[None]:
+    """Let the model have the window and the rotary positions of a training step while the block runs."""
+    inner, own = model.model, model.model.architecture
+    rotation = config.cross_rotation_at(step)
+    fading = [one for one in model.modules() if isinstance(one, CrossAttention | GlobalKVProjection)] if rotation else []
+    inner.architecture = own.model_copy(update={"window": config.window_at(step)})
+    inner.cross_rotation = rotation or 1.0
+    for one in fading:
+        one.rope = True
     try:
         yield
     finally:
-        model.model.architecture = own
+        inner.architecture, inner.cross_rotation = own, 1.0
+        for one in fading:
+            one.rope = own.rope_cross
 
 
 def micro_batch_rows(config: RunConfig, world_size: int) -> int:

@@ -35,7 +35,7 @@ from yoco_u.training.parallelize import check_memory, parallelize, unwrap
 from yoco_u.training.progress import progress_report
 from yoco_u.training.run_folder import RunFolder
 from yoco_u.training.starting import check_start, first_model
-from yoco_u.training.step import StepResult, TrainingStep, windowed
+from yoco_u.training.step import StepResult, TrainingStep, scheduled
 from yoco_u.training.validation import evaluate
 
 
@@ -221,7 +221,7 @@ class _Run:
     def _step(self, batches: Iterator[Batch]) -> None:
         start = time.perf_counter()
         step = self.state.step
-        with windowed(unwrap(self.model), self.config.window_at(step)):
+        with scheduled(unwrap(self.model), self.config, step):
             result = self.training_step.gradients(next(batches), self.config.loops_at(step))
         if not result.finite:
             self._stop_at_step(result)
