@@ -18,7 +18,7 @@ from yoco_u.errors import UserError
 from yoco_u.loading import load_model, with_architectures
 from yoco_u.model import YocoUConfig, YocoUForCausalLM, save_model
 from yoco_u.training import RunConfig, read_metrics, train
-from yoco_u.training.distillation import LayerLoss, LogitLoss
+from yoco_u.training.distillation import LayerLoss, LogitLoss, freeze
 
 CPU = torch.device("cpu")
 
@@ -136,9 +136,35 @@ def test_layers_train_what_is_new_and_nothing_else(dataset: Path, student: Path,
     assert changed == new
 
 
-@pytest.mark.parametrize("stage", ["layers", "logits"])
-def test_it_continues_exactly(dataset: Path, student: Path, teacher: Path, tmp_path: Path, stage: str) -> None:
-    config = healing(dataset, student, teacher, {"stage": stage}, save_every=2, window_schedule=[{"until": 0.5, "window": 20}])
+def test_the_cross_decoder_alone_is_trained_by_the_same_gradients(
+    dataset: Path, student: Path, teacher: Path, tmp_path: Path
+) -> None:
+    names = {}
+    for trains in ("all", "cross"):
+        train(healing(dataset, student, teacher, {"trains": trains}, steps=3), tmp_path / trains, progress=False)
+        before, after = load_file(student / "model.safetensors"), load_file(tmp_path / trains / "model" / "model.safetensors")
+        names[trains] = {name for name in before if not torch.equal(before[name], after[name])}
+    assert names["cross"] == {
+        name for name in before if "stages.1" in name or "global_kv" in name or name == "model.norm.weight"
+    }
+    assert names["all"] > names["cross"]
+    teaching = healing(dataset, student, teacher, {"trains": "cross"}).distillation
+    found: dict[bool, dict[str, torch.Tensor]] = {}
+    for frozen in (False, True):
+        model, other = load_model(student, CPU)[0], load_model(teacher, CPU)[0]
+        if frozen:
+            freeze(model, teaching)
+        assert teaching is not None
+        LogitLoss(model, other, teaching, CPU, "float32")(batch(), None).backward()
+        found[frozen] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found[True].keys() == names["cross"]
+    for name, gradient in found[True].items():
+        assert torch.equal(gradient, found[False][name])
+
+
+@pytest.mark.parametrize("teaching", [{"stage": "layers"}, {"stage": "logits"}, {"trains": "cross"}])
+def test_it_continues_exactly(dataset: Path, student: Path, teacher: Path, tmp_path: Path, teaching: dict[str, Any]) -> None:
+    config = healing(dataset, student, teacher, teaching, save_every=2, window_schedule=[{"until": 0.5, "window": 20}])
     train(config, tmp_path / "whole", progress=False)
     folder = unfinished_copy(tmp_path / "whole", tmp_path / "part", 2)
     train(config, folder, progress=False)
@@ -196,6 +222,7 @@ def test_rotary_positions_of_the_cross_decoder_fade(
 def test_flops_count_the_teacher(dataset: Path, student: Path, teacher: Path) -> None:
     logits = healing(dataset, student, teacher, steps=5)
     layers = healing(dataset, student, teacher, {"stage": "layers"}, steps=5)
+    half = healing(dataset, student, teacher, {"trains": "cross"}, steps=5)
     own, theirs = logits.architecture, load_model(teacher, CPU)[0].model.architecture
     tokens = 5 * 4 * 24
     assert logits.training_flops() == pytest.approx(tokens * (training_flops(own, 24) + forward_flops(theirs, 24)))
@@ -206,6 +233,7 @@ def test_flops_count_the_teacher(dataset: Path, student: Path, teacher: Path) ->
     cross = 2 * (weights + products * 12.5) + kvs
     assert forward_flops(theirs, 24) == pytest.approx(full + head)
     assert layers.training_flops() == pytest.approx(tokens * (full + sliding + 3 * cross))
+    assert half.training_flops() == pytest.approx(tokens * (full + head + sliding + 3 * cross + 2 * head))
 
 
 def test_what_does_not_fit_is_refused(dataset: Path, student: Path, teacher: Path, tmp_path: Path) -> None:

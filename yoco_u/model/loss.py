@@ -169,7 +169,7 @@ class _SummedLoss(torch.autograd.Function):
         exact = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=exact) if gradient else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if gradient and ctx.needs_input_grad[1] else None
         size = max(1, LOGITS // len(weight))
         with without_autocast(hidden.device):
             head = weight.to(dtype)
@@ -178,9 +178,10 @@ class _SummedLoss(torch.autograd.Function):
                 states = hidden[part].to(dtype)
                 loss, grad = of_chunk(states @ head.T, targets[part], gradient, None if soft is None else soft.part(part))
                 total += loss
-                if grad is not None and grad_hidden is not None and grad_weight is not None:
+                if grad is not None and grad_hidden is not None:
                     grad_hidden[part] = grad @ head
-                    grad_weight += grad.T @ states
+                    if grad_weight is not None:
+                        grad_weight += grad.T @ states
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -188,4 +189,5 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0], (grad_weight * grads[0]).to(ctx.weight_dtype), None, None, None, None
+        weight = None if grad_weight is None else (grad_weight * grads[0]).to(ctx.weight_dtype)
+        return grad_hidden * grads[0], weight, None, None, None, None

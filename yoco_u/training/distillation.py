@@ -61,14 +61,19 @@ def load_teacher(config: RunConfig, device: torch.device) -> YocoUForCausalLM:
 
 def freeze(model: YocoUForCausalLM, config: DistillationConfig | None) -> None:
     """Leave only those parameters to training that the stage of a distillation trains."""
-    if config is None or config.stage == "logits":
+    if config is None or (config.stage == "logits" and config.trains == "all"):
         return
     assert model.model.global_kv is not None
     model.requires_grad_(False)
     model.model.global_kv.requires_grad_(True)
-    for block in _cross_blocks(model):
-        block.attn.requires_grad_(True)
-        block.attn_norm.requires_grad_(True)
+    if config.stage == "layers":
+        for block in _cross_blocks(model):
+            block.attn.requires_grad_(True)
+            block.attn_norm.requires_grad_(True)
+        return
+    for stack, stage in zip(model.model.stages, model.model.architecture.stages, strict=True):
+        stack.requires_grad_(stage.attention == "cross")
+    model.model.norm.requires_grad_(True)
 
 
 def compilation(config: RunConfig) -> TrainingConfig:
