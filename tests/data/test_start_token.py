@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_samples import texts
 from hypothesis import given
@@ -28,6 +29,7 @@ from yoco_u.data import (
     train_tokenizer,
     vocabulary_size,
 )
+from yoco_u.errors import UserError
 from yoco_u.training.run_folder import RunFolder
 
 SAMPLE = texts(60)
@@ -183,3 +185,34 @@ def test_padding_costs_no_token_and_stays_apart_from_the_end() -> None:
     rows = [[*ours(text).input_ids, ours.eos_token_id] for text in SAMPLE[:4]]
     batch = DataCollatorForLanguageModeling(ours, mlm=False)([{"input_ids": row} for row in rows])
     assert [labels[labels != -100].tolist() for labels in batch["labels"]] == rows
+
+
+def test_the_end_of_a_turn_does_not_begin_documents(tmp_path: Path) -> None:
+    """A model that chats ends its turns with its end token; documents begin with the one of its pretraining."""
+    turn = "<|im_end|>"
+    with_post_processor(None, END_OF_TEXT, turn, eos_token=turn).save_pretrained(tmp_path / "given")
+    load_tokenizer(tmp_path / "given", keep_start=True).save_pretrained(tmp_path / "kept")
+    for folder, start in (("kept", END_OF_TEXT), ("given", turn)):
+        loaded = load_tokenizer(tmp_path / folder)
+        assert loaded.eos_token == turn
+        assert loaded("a").input_ids[0] == DocumentEncoder(loaded).eot_id == loaded.convert_tokens_to_ids(start)
+
+
+def test_special_tokens_that_a_text_spells(tmp_path: Path) -> None:
+    """Rendered chats keep their turns where that is asked for; elsewhere a text is only text."""
+    turn = "<|im_end|>"
+    with_post_processor(None, END_OF_TEXT, turn, eos_token=turn).save_pretrained(tmp_path / "given")
+    load_tokenizer(tmp_path / "given", keep_start=True).save_pretrained(tmp_path / "kept")
+    corpus = tmp_path / "corpus.json"
+    corpus.write_text(json.dumps([{"text": f"a{turn}b"}]))
+    for special in (False, True):
+        settings = {"corpus": str(corpus), "tokenizer": str(tmp_path / "kept"), "special_tokens": special}
+        out = tmp_path / str(special)
+        prepare(DataConfig(**settings, validation_fraction=0), out, progress=False)
+        tokens = np.fromfile(out / "train-00000.bin", dtype="uint16").tolist()
+        kept = load_tokenizer(out / "tokenizer")
+        assert (kept.convert_tokens_to_ids(turn) in tokens) == special
+        assert kept.decode(tokens) == f"{END_OF_TEXT}a{turn}b"
+    corpus.write_text(json.dumps([{"text": f"a{END_OF_TEXT}b"}]))
+    with pytest.raises(UserError, match="which special_tokens encodes as such; mend the text"):
+        prepare(DataConfig(**settings, validation_fraction=0), tmp_path / "refused", progress=False)

@@ -150,7 +150,7 @@ def _copy_blocks(source: YocoUForCausalLM, target: YocoUForCausalLM) -> None:
 
 def calibration_rows(source: Source, calibration: Calibration) -> Tensor:
     """Rows of tokens, (rows, length): a piece of each document, of which every entry of the corpus gives as many tokens."""
-    encoder, draw = DocumentEncoder(source.tokenizer), random.Random(calibration.seed)
+    encoder, draw = DocumentEncoder(source.tokenizer, special_tokens=True), random.Random(calibration.seed)
     count, length = -(-calibration.tokens // calibration.length), calibration.length
     stream: list[int] = []
     for number, entry in enumerate(calibration.corpus, 1):

@@ -27,6 +27,8 @@ class DataConfig(Config):
             names.
         text_field: the field or column of JSON, CSV and Parquet files and of Hugging Face datasets that holds the text.
         tokenizer: folder or Hugging Face name of an existing tokenizer; None trains one on the training split.
+        special_tokens: whether what spells a special token is encoded as that token, for text that a chat template has
+            rendered; otherwise it is encoded as any other text.
         vocab_size: largest vocabulary of the trained tokenizer (a small corpus may yield fewer tokens); not used with
             `tokenizer`.
         validation_fraction: share of the documents held out for validation, chosen by a hash of their names; not used with
@@ -40,6 +42,7 @@ class DataConfig(Config):
     corpus: Corpus = ("stdlib",)
     text_field: str = Field(default="text", min_length=1)
     tokenizer: str | None = None
+    special_tokens: bool = False
     vocab_size: int = Field(default=4096, ge=MINIMUM_VOCABULARY)
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     validation_corpus: Corpus | None = None

@@ -108,17 +108,19 @@ def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> No
 
     vocab_size = vocabulary_size(tokenizer)
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    encoder = DocumentEncoder(tokenizer)
+    encoder = DocumentEncoder(tokenizer, config.special_tokens)
     with ExitStack() as stack:
         names: tuple[SplitName, ...] = ("train", "validation")
         writers = {name: stack.enter_context(ShardWriter(folder, name, dtype, config.shard_tokens)) for name in names}
         advance = stack.enter_context(_bar(bars, "encoding", items.size))
         for split, document, tokens in _encode(encoder, items.read(advance), workers):
             if (tokens[1:] == encoder.eot_id).any():
-                raise UserError(
-                    f"{document.source}: the text spells the token that separates documents, which this tokenizer "
-                    f"({config.tokenizer}) does not treat as special; mend the text or choose another tokenizer"
-                )
+                why = "which special_tokens encodes as such; mend the text"
+                if not config.special_tokens:
+                    why = (
+                        f"which this tokenizer ({config.tokenizer}) does not treat as special; mend the text or choose another"
+                    )
+                raise UserError(f"{document.source}: the text spells the token that separates documents, {why}")
             writers[split].add(tokens, len(document.text.encode()))
         splits = {name: writer.finish() for name, writer in writers.items()}
     _check_splits(config, {name: split.documents for name, split in splits.items()})

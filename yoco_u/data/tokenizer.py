@@ -71,7 +71,8 @@ def load_tokenizer(name: str | Path, keep_start: bool = False, **kwargs: Any) ->
 
     Args:
         keep_start: if it adds a start token itself, let that token begin documents from now on, also when it has been saved and
-            loaded again: for a tokenizer whose model was trained so.
+            loaded again: for a tokenizer whose model was trained so. If it adds none, `<|endoftext|>` begins them where it has
+            that, since the end token of a model that chats ends turns.
         kwargs: further arguments of `AutoTokenizer.from_pretrained`.
 
     Raises:
@@ -88,6 +89,8 @@ def load_tokenizer(name: str | Path, keep_start: bool = False, **kwargs: Any) ->
         raise UserError(f"{name}: {type(tokenizer).__name__} is no fast tokenizer; choose one with tokenizer.json")
     if keep_start and len(start := tokenizer("").input_ids) == 1:
         tokenizer.init_kwargs[_START] = tokenizer.convert_ids_to_tokens(start[0])
+    elif keep_start and not start and END_OF_TEXT in tokenizer.get_added_vocab():
+        tokenizer.init_kwargs[_START] = END_OF_TEXT
     _begin_documents(tokenizer, str(name))
     return tokenizer
 
@@ -164,12 +167,15 @@ class DocumentEncoder:
 
     A special token that is spelled out in a text is encoded as ordinary characters, so `<|endoftext|>` occurs only at the
     beginning. Several threads may use one encoder.
+
+    Args:
+        special_tokens: encode what spells a special token as that token instead.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, special_tokens: bool = False) -> None:
         self.eot_id = end_of_text_id(tokenizer)
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.encode_special_tokens = True
+        self._backend.encode_special_tokens = not special_tokens
         self._backend.no_truncation()
         self._backend.no_padding()
 
