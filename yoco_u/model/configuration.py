@@ -1,6 +1,8 @@
 """The configuration class for transformers: the fields of `Architecture`, and what only a checkpoint needs."""
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +11,7 @@ from transformers import PreTrainedConfig
 from yoco_u.architecture import Architecture, preset
 from yoco_u.config import did_you_mean, parse
 from yoco_u.errors import UserError
+from yoco_u.model.remote_code import AUTO_MAP, write_modelling_files
 
 _DEFAULT = preset("yoco_u", "8m").model_dump(mode="json")
 
@@ -83,6 +86,19 @@ class YocoUConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         cls._refuse_misspelt(kwargs)
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """From now on, let `save_pretrained` of this project's configs and models write the modelling files too."""
+        cls.auto_map = AUTO_MAP
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `config.json`, and the modelling files if they were asked for, or the config came with such files."""
+        if getattr(self, "auto_map", None):
+            self.auto_map = dict(AUTO_MAP)
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            write_modelling_files(Path(save_directory))
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @classmethod
     def from_architecture(cls, architecture: Architecture, **kwargs: Any) -> "YocoUConfig":

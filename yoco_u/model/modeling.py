@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -50,6 +50,11 @@ class YocoUPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self.config)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """From now on, let `save_pretrained` write the modelling files too."""
+        YocoUConfig.register_for_auto_class()
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         if attn_implementation not in (None, "sdpa"):
@@ -379,8 +384,3 @@ def _kept_positions(logits_to_keep: int | Tensor, tokens: int, device: torch.dev
     if logits_to_keep == 0 or logits_to_keep >= tokens:
         return None, tokens
     return torch.arange(tokens - logits_to_keep, tokens, device=device), logits_to_keep
-
-
-AutoConfig.register("yoco_u", YocoUConfig, exist_ok=True)  # in the place of the package's stand-in
-AutoModel.register(YocoUConfig, YocoUModel)
-AutoModelForCausalLM.register(YocoUConfig, YocoUForCausalLM)

@@ -21,7 +21,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
     with replacing_folder(folder) as beside, _no_progress_bar():
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        write_checksums(beside, [*beside.glob("*.safetensors"), beside / "config.json", beside / "tokenizer.json"])
+        weights_and_code = [file for kind in ("*.safetensors", "*.py") for file in beside.glob(kind)]
+        write_checksums(beside, [*weights_and_code, beside / "config.json", beside / "tokenizer.json"])
 
 
 @contextmanager
