@@ -40,6 +40,7 @@ _PART = "part"
 _RESULT = re.compile(
     rb'\A\{\s*"generator": "yoco-u '  # JSON, see `write_result`
     rb"|\A\x89PNG.{0,999}Software\0yoco-u "  # `yoco_u.plotting.save_png`
+    rb"|\AGGUF.{0,999}yoco_u\.generator.{12}yoco-u "  # `yoco_u.conversion.gguf_file.write_gguf`
     rb'|\A\s*<!doctype html>.*<footer class="quiet">Written [^<]* by yoco-u [^<]*</footer>\s*</body>\s*</html>\s*\Z',
     re.DOTALL,
 )
@@ -175,7 +176,7 @@ def check_part(path: Path) -> None:
 
 
 def is_result(path: Path) -> bool:
-    """Whether a file is JSON, a picture or a page that says that this package made it."""
+    """Whether a file is JSON, a picture, a page or a GGUF file that says that this package made it."""
     with path.open("rb") as file:
         head, size = file.read(_MOST), file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _MOST))

@@ -45,6 +45,7 @@ COMMANDS = {
     "train, data too": ("train", "{workspace}/config.yaml", "dataset={out}", "--out", "{fresh}", "--json"),
     "prepare": ("prepare", "--corpus", "{workspace}/corpus", "--out", "{out}", "data.validation_fraction=0.3", "--json"),
     "convert": ("convert", "{workspace}/a", "--kv", "mean", "--out", "{out}"),
+    "convert, GGUF": ("convert", "{workspace}/a", "--gguf", "--out", "{out}"),
     "report": ("report", "{workspace}/a", "--out", "{out}"),
     "analyze": ("analyze", "{workspace}/a", "--out", "{out}"),
     "experiment": ("experiment", "{workspace}/grid.yaml", "--out", "{out}"),

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import SHAPE, save
+from checkpoints import SHAPE, save, tokenizer
+from models import EXPERTS, architecture, build
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from yoco_u.cli import main
@@ -13,6 +15,8 @@ from yoco_u.conversion import METHODS, Calibration, Source, convert, read_source
 from yoco_u.conversion.target import PRESETS
 from yoco_u.errors import UserError
 from yoco_u.loading import load_model
+from yoco_u.model import YocoUForCausalLM, save_model
+from yoco_u.model.remote_code import modelling_files
 
 TEXT = Calibration(("stdlib",), tokens=600, length=100)
 
@@ -182,3 +186,27 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*command[:-1], str(tmp_path / "new"), "--kv", "guess"]) == 2
     assert main(["convert", str(tmp_path / "nothing"), "--out", str(tmp_path / "new")]) == 2
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["parscale", "yoco_retention", "yoco_u"])
+def test_modelling_files_leave_a_model_of_ours_as_it_is(tmp_path: Path, name: str) -> None:
+    build(architecture(name, vocab_size=300, experts=EXPERTS)).save_pretrained(tmp_path / "exact")
+    model = YocoUForCausalLM.from_pretrained(tmp_path / "exact", dtype=torch.bfloat16)  # but for the balance of experts
+    save_model(model, tokenizer(), tmp_path / "ours")
+    command = ["convert", str(tmp_path / "ours"), "--remote-code", "--out", str(tmp_path / "hub")]
+    assert main(command) == 0
+    stored, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ours", "hub"))
+    assert stored.keys() == again.keys()
+    assert all(again[key].dtype == tensor.dtype and torch.equal(again[key], tensor) for key, tensor in stored.items())
+    assert {path.name: path.read_text() for path in (tmp_path / "hub").glob("*.py")} == modelling_files()
+    load_model(tmp_path / "hub", torch.device("cpu"))  # its checksums, those of the modelling files among them, are right
+    assert "yoco_u_model_modeling.py" in (tmp_path / "hub" / "SHA256SUMS").read_text()
+
+
+def test_modelling_files_of_a_converted_model(tmp_path: Path) -> None:
+    save(tmp_path / "source", "llama")
+    command = ["convert", str(tmp_path / "source"), "window=16", "--kv", "mean", "--remote-code", "--dtype", "bfloat16"]
+    assert main([*command, "--out", str(tmp_path / "hub")]) == 0
+    model, _ = load_model(tmp_path / "hub", torch.device("cpu"))
+    assert model.model.architecture.has_global_kv and len(list((tmp_path / "hub").glob("*.py"))) == len(modelling_files())
+    assert load_file(tmp_path / "hub" / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.bfloat16

@@ -1,5 +1,6 @@
 """`yoco-u convert`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,9 @@ import typer
 from yoco_u.cli.output import print_json, progress_bar
 from yoco_u.config import apply_overrides
 from yoco_u.errors import UserError
-from yoco_u.files import check_part
+from yoco_u.files import check_part, check_result
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def convert(
@@ -37,6 +40,17 @@ def convert(
     back: Annotated[
         bool, typer.Option("--back", help="Write a Transformer of ours as the Llama, Mistral or Qwen that it is.")
     ] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Write a Transformer of ours as a GGUF file, --out, for llama.cpp.")
+    ] = False,
+    remote_code: Annotated[
+        bool,
+        typer.Option("--remote-code", help="Write the modelling files too, for programs with transformers but without yoco-u."),
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Of the weights: float32, bfloat16 or float16. \\[default: as in the source]"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Turn a Llama, Mistral, Qwen or SmolLM into a YOCO-U.
@@ -57,29 +71,59 @@ def convert(
       yoco-u convert models/yoco-u-15 global_kvs=5 --kv mean --out models/yoco-u-5
 
       yoco-u convert runs/transformer --back --out models/llama
+
+      yoco-u convert models/teacher --gguf --dtype float16 --out teacher.gguf
+
+      yoco-u convert runs/mine --remote-code --out models/for-the-hub
     """
-    from yoco_u.conversion import METHODS, Calibration, read_source, target_architecture, write, write_back
+    import torch
+
+    from yoco_u.conversion import (
+        METHODS,
+        Calibration,
+        Converted,
+        check_gguf,
+        read_source,
+        target_architecture,
+        write,
+        write_back,
+        write_gguf,
+    )
     from yoco_u.conversion import convert as convert_model
 
     method = next((one for one in METHODS if one == kv), None)
     if method is None:
         raise UserError(f"--kv is {kv!r}; expected {', '.join(METHODS)}")
-    check_part(out)
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype is {dtype!r}; expected {', '.join(DTYPES)}")
+    chosen = [name for name, on in (("--back", back), ("--gguf", gguf), ("--remote-code", remote_code)) if on]
+    if len(chosen) > 1:
+        raise UserError(f"{chosen[0]} and {chosen[1]} cannot both be; give one of them")
+    if gguf:
+        check_result(out)
+        check_gguf(out)
+    else:
+        check_part(out)
     given = apply_overrides({}, settings or [])
-    if back and settings:
-        raise UserError("--back changes nothing about the model; leave the settings out")
+    if settings and (back or gguf):
+        raise UserError(f"{chosen[0]} changes nothing about the model; leave the settings out")
     read = read_source(source)
-    if back:
-        kind = write_back(read, out)
+    if dtype is not None:
+        read = replace(read, dtype=getattr(torch, dtype))
+    if back or gguf:
+        kind = write_back(read, out) if back else write_gguf(read, out)
         if json:
             print_json({"source": source, "model": str(out), "model_type": kind})
         else:
             print(f"a {kind}, in {out}")
         return
-    target = target_architecture(read.model.model.architecture, given)
-    calibration = Calibration(tuple(text), tokens) if text else Calibration(tokens=tokens)
-    converted = convert_model(read, target, method, calibration, lambda total: progress_bar("reading texts", total))
-    write(converted, read, out)
+    if remote_code and read.is_ours and not settings:
+        target, converted = read.model.model.architecture, Converted(read.model, None)
+    else:
+        target = target_architecture(read.model.model.architecture, given)
+        calibration = Calibration(tuple(text), tokens) if text else Calibration(tokens=tokens)
+        converted = convert_model(read, target, method, calibration, lambda total: progress_bar("reading texts", total))
+    write(converted, read, out, remote_code)
     result = {
         "source": source, "model": str(out), "architecture": target.in_words, "kv": method if target.has_global_kv else None,
         "explained": converted.explained,

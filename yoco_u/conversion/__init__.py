@@ -2,10 +2,11 @@
 
 `read_source` reads a Llama, Mistral, Qwen or SmolLM, or a model of ours, as a model of ours that computes the same.
 `target_architecture` says what it becomes, `convert` makes that, and `write` saves it. Start at `convert.py`; how the keys and
-values of the replaced layers become a global KV is in `global_kv.py`.
+values of the replaced layers become a global KV is in `global_kv.py`; files for llama.cpp are in `gguf_file.py`.
 """
 
 from yoco_u.conversion.convert import Calibration, Converted, convert, write, write_back
+from yoco_u.conversion.gguf_file import check_gguf, write_gguf
 from yoco_u.conversion.global_kv import METHODS, Method
 from yoco_u.conversion.source import Source, read_source
 from yoco_u.conversion.target import target_architecture
@@ -16,9 +17,11 @@ __all__ = [
     "Converted",
     "Method",
     "Source",
+    "check_gguf",
     "convert",
     "read_source",
     "target_architecture",
     "write",
     "write_back",
+    "write_gguf",
 ]

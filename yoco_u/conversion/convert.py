@@ -18,6 +18,7 @@ from yoco_u.data import Corpus, DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUConfig, YocoUForCausalLM, save_model
 from yoco_u.model.blocks import GlobalKVProjection, LoopedStack
+from yoco_u.model.remote_code import AUTO_MAP
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
@@ -86,14 +87,22 @@ def convert(
     return Converted(model.eval(), _explained(model, moments) if moments is not None else None)
 
 
-def write(converted: Converted, source: Source, folder: Path) -> None:
+def write(converted: Converted, source: Source, folder: Path, remote_code: bool = False) -> None:
     """Save a converted model with its source's tokenizer, chat template and generation config, in the source's dtype.
+
+    Args:
+        remote_code: whether to write the modelling files too, see `yoco_u.model.remote_code`.
 
     Raises:
         UserError: if something else is in the folder.
     """
-    converted.model.generation_config = source.generation or converted.model.generation_config
-    save_model(converted.model.to(source.dtype), source.tokenizer, folder)
+    model = converted.model
+    model.generation_config = source.generation or model.generation_config
+    if remote_code:
+        model.config.auto_map = dict(AUTO_MAP)
+    exact = {name: tensor for name, tensor in model.state_dict().items() if "choice_bias" in name}  # float32 in every model
+    model.to(source.dtype).load_state_dict(exact, strict=False, assign=True)
+    save_model(model, source.tokenizer, folder)
 
 
 _CHARACTERS = 8  # per token, more than a piece of a document needs

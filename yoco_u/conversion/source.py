@@ -1,6 +1,5 @@
 """Reading a checkpoint of another family, as a model of ours that computes the same: our Transformer."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from transformers.utils import logging
 
 from yoco_u.checksums import SUMS, verify_checksums
 from yoco_u.conversion.families import architecture_of, tensor_names
+from yoco_u.conversion.gguf_file import check_gguf, unread_settings
+from yoco_u.conversion.gguf_tokenizer import restored
 from yoco_u.data import load_tokenizer, vocabulary_size
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
@@ -34,6 +35,7 @@ class Source:
         tokenizer: as it came, with its chat template.
         dtype: of the weights in the checkpoint.
         generation: how the checkpoint's makers would sample from it; None if they do not say.
+        is_ours: whether it is a model of this project, whatever its architecture.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Source:
     tokenizer: PreTrainedTokenizerFast
     dtype: torch.dtype
     generation: GenerationConfig | None
+    is_ours: bool = False
 
 
 def read_source(path: str) -> Source:
@@ -81,7 +84,7 @@ def _read_ours(place: Path) -> Source:
     model, tokenizer = load_model(place, torch.device("cpu"))
     stored = read_json(model_folder(place) / "config.json", dict[str, Any]).get("dtype")
     dtype = getattr(torch, stored) if isinstance(stored, str) and hasattr(torch, stored) else torch.float32
-    return Source(str(place), model, tokenizer, dtype, _generation(model_folder(place)))
+    return Source(str(place), model, tokenizer, dtype, _generation(model_folder(place)), is_ours=True)
 
 
 def _download(name: str) -> Path:
@@ -115,15 +118,18 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_gguf(file: Path) -> Source:
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{file}: GGUF files need the gguf package: pip install 'yoco-u[conversion]'")
+    check_gguf(file)
     logging.disable_progress_bar()
     try:
         arguments = {"gguf_file": file.name, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(file.parent, **arguments)
+        unread = unread_settings(file)
+        for name, value in unread.config.items():
+            setattr(config, name, value)
         architecture_of(config, str(file))
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, config=config, dtype=torch.float32, **arguments)
         tokenizer = load_tokenizer(file.parent, keep_start=True, gguf_file=file.name)
+        tokenizer = restored(tokenizer, unread.pre, unread.tokens)
     except UserError:
         raise
     except Exception as error:  # the parsers raise nearly anything on a damaged file

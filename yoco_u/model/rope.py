@@ -21,9 +21,9 @@ def rotary_angles(
     Returns:
         cos and sin, each (batch or 1, tokens, 1, head_dim), float32.
     """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
+    frequencies = rotary_frequencies(head_dim, theta, position_ids.device)
     if scaling is not None:
-        frequencies = frequencies * _scale(frequencies, theta, scaling)
+        frequencies = frequencies * frequency_scale(frequencies, theta, scaling)
     angles = position_ids[..., None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)[..., None, :]
     cos, sin = angles.cos(), angles.sin()
@@ -39,7 +39,12 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
 
 
-def _scale(frequencies: Tensor, theta: float, scaling: RotaryScaling) -> Tensor:
+def rotary_frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """The frequencies of RoPE before scaling, in radians per token, (head_dim / 2,), float32."""
+    return theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+
+
+def frequency_scale(frequencies: Tensor, theta: float, scaling: RotaryScaling) -> Tensor:
     """What each frequency is multiplied by, (head_dim / 2,): from 1 to 1 / factor."""
     if scaling.type == "linear":
         return torch.full_like(frequencies, 1 / scaling.factor)

@@ -1,0 +1,213 @@
+"""GGUF files, which llama.cpp reads: our Transformer as the Llama, Qwen2 or Qwen3 that it is.
+
+llama.cpp has code for these families, and none for stages that loop or share keys and values, so nothing else can be written.
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from yoco_u.architecture import Architecture, RotaryScaling
+from yoco_u.conversion.families import config_of, tensor_names
+from yoco_u.conversion.gguf_tokenizer import write_tokenizer
+from yoco_u.errors import UserError
+from yoco_u.files import GENERATOR, replacing
+from yoco_u.model.rope import frequency_scale, rotary_frequencies
+
+if TYPE_CHECKING:
+    import gguf
+
+    from yoco_u.conversion.source import Source
+
+GENERATOR_KEY = "yoco_u.generator"
+_CONTEXT = 4096  # tokens that llama.cpp allots at first, where nothing says how many the model was made for
+_FACTORS = "rope_freqs.weight"
+
+
+def check_gguf(path: Path) -> None:
+    """Raise a UserError unless the gguf package, which reads and writes such files, is installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{path}: GGUF files need the gguf package: pip install 'yoco-u[conversion]'")
+
+
+def write_gguf(source: "Source", path: Path) -> str:
+    """Write a Transformer of ours as a GGUF file, with its tokenizer and chat template; it appears whole or not at all.
+
+    Matrices are written in the source's dtype, and vectors in float32, as llama.cpp wants them.
+
+    Returns:
+        llama.cpp's name of the family.
+
+    Raises:
+        UserError: if llama.cpp cannot express the model or its tokenizer; it says why.
+    """
+    import gguf
+
+    a = source.model.model.architecture
+    family = _family(a, source.name)
+    with replacing(path) as file:
+        writer = gguf.GGUFWriter(file, family)
+        writer.add_string(GENERATOR_KEY, GENERATOR)
+        _write_settings(writer, a, source)
+        write_tokenizer(writer, source.tokenizer, a.vocab_size, source.name)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], a.stages[0].layers)
+        weights = source.model.state_dict()
+        for theirs, ours in tensor_names(a):
+            name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+            tensor = weights[ours]
+            if family == "llama" and ".attn_q." in name:
+                tensor = _interleaved(tensor, a.num_attention_heads)
+            elif family == "llama" and ".attn_k." in name:
+                tensor = _interleaved(tensor, a.num_key_value_heads)
+            _add(writer, name, tensor, source.dtype)
+        if a.rotary_scaling is not None and a.rotary_scaling.type == "llama3":
+            _add(writer, _FACTORS, _factors(a.head_dim, a.rope_theta, a.rotary_scaling), torch.float32)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return family
+
+
+class Unread(NamedTuple):
+    """What a GGUF file says and transformers does not read, see `unread_settings`.
+
+    Attributes:
+        config: fields of a config: the scaling of RoPE, and the size of heads.
+        pre: `tokenizer.ggml.pre`.
+        tokens: how many tokens the vocabulary has.
+    """
+
+    config: dict[str, Any]
+    pre: str | None
+    tokens: int
+
+
+def unread_settings(path: Path) -> Unread:
+    """Read what transformers leaves unread in a GGUF file.
+
+    Raises:
+        UserError: if RoPE is scaled in a way that cannot be known from the file.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+
+    def value(key: str) -> Any:
+        return None if (field := reader.get_field(key)) is None else field.contents()
+
+    family = value("general.architecture")
+    found: dict[str, Any] = {}
+    if (head_dim := value(f"{family}.attention.key_length")) is not None:
+        found["head_dim"] = head_dim
+    settings = {
+        name: value(f"{family}.rope.{key}")
+        for name, key in {
+            "rope_theta": "freq_base", "rope_type": "scaling.type", "factor": "scaling.factor",
+            "original_max_position_embeddings": "scaling.original_context_length",
+            "beta_fast": "scaling.yarn_beta_fast", "beta_slow": "scaling.yarn_beta_slow",
+        }.items()
+    }  # fmt: skip
+    rope = {name: one for name, one in settings.items() if one is not None}
+    factors = next((tensor.data for tensor in reader.tensors if tensor.name == _FACTORS), None)
+    if factors is not None:
+        rope |= _llama3_of(torch.tensor(factors), rope, path)
+    elif rope.get("rope_type") == "yarn":
+        rope["attention_factor"] = (0.1 * math.log(rope["factor"]) + 1) * (value(f"{family}.rope.scaling.attn_factor") or 1.0)
+    if rope.get("rope_type") not in (None, "none"):
+        found["rope_parameters"] = rope
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    return Unread(found, value("tokenizer.ggml.pre"), 0 if tokens is None else len(tokens.data))
+
+
+def _family(a: Architecture, name: str) -> str:
+    """llama.cpp's name of the family whose blocks the model has.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        kind = str(config_of(a)["model_type"])
+    except UserError as error:
+        raise UserError(
+            f"{name}: {str(error).split(',')[0]}, for which llama.cpp has no code; it runs our transformer alone"
+        ) from None
+    if kind == "mistral":
+        raise UserError(f"{name}: the model has a window, for which llama.cpp's Llama has no code")
+    if a.rotary_scaling is not None and not a.rotary_scaling.truncate:
+        raise UserError(f"{name}: the model's RoPE is scaled by YaRN without truncate, for which llama.cpp has no code")
+    return kind
+
+
+def _write_settings(writer: "gguf.GGUFWriter", a: Architecture, source: "Source") -> None:
+    import gguf
+
+    writer.add_name(Path(source.name).stem)
+    writer.add_file_type(gguf.LlamaFileType[_KINDS[source.dtype][1]])
+    writer.add_vocab_size(a.vocab_size)
+    writer.add_context_length(source.model.config.max_position_embeddings or _CONTEXT)
+    writer.add_embedding_length(a.hidden_size)
+    writer.add_block_count(a.stages[0].layers)
+    writer.add_feed_forward_length(a.intermediate_size)
+    writer.add_head_count(a.num_attention_heads)
+    writer.add_head_count_kv(a.num_key_value_heads)
+    writer.add_key_length(a.head_dim)
+    writer.add_value_length(a.head_dim)
+    writer.add_layer_norm_rms_eps(a.rms_norm_eps)
+    writer.add_rope_dimension_count(a.head_dim)
+    writer.add_rope_freq_base(a.rope_theta)
+    scaling = a.rotary_scaling
+    if scaling is None:
+        return
+    if scaling.original_length is not None:
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_length)
+    if scaling.type == "llama3":  # by its factors, see `write_gguf`
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.type))
+    writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.type == "yarn":
+        writer.add_rope_scaling_yarn_beta_fast(scaling.high_turns)
+        writer.add_rope_scaling_yarn_beta_slow(scaling.low_turns)
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor / (0.1 * math.log(scaling.factor) + 1))
+
+
+_KINDS = {torch.float32: ("F32", "ALL_F32"), torch.float16: ("F16", "MOSTLY_F16"), torch.bfloat16: ("BF16", "MOSTLY_BF16")}
+"""By the dtype of matrices, gguf's names of a tensor's type and of a file's."""
+
+
+def _add(writer: "gguf.GGUFWriter", name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    import gguf
+
+    if not tensor.to(dtype).isfinite().all():
+        raise UserError(f"the tensor {name} has values that {dtype} cannot hold; write another --dtype")
+    kind = gguf.GGMLQuantizationType[_KINDS[dtype if tensor.ndim > 1 else torch.float32][0]]
+    writer.add_tensor(name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
+
+
+def _interleaved(weight: Tensor, heads: int) -> Tensor:
+    """The rows of each head in the order in which llama.cpp's Llama rotates: pairs beside each other, not half a head apart."""
+    return weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _factors(head_dim: int, theta: float, scaling: RotaryScaling) -> Tensor:
+    """What llama.cpp divides the frequencies by, (head_dim / 2,)."""
+    return 1 / frequency_scale(rotary_frequencies(head_dim, theta), theta, scaling)
+
+
+def _llama3_of(factors: Tensor, rope: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings of Llama 3's scaling that give these factors, of which the file says no more."""
+    original = rope.get("original_max_position_embeddings", 8192)
+    scaling = RotaryScaling(type="llama3", factor=float(factors.max()), original_length=original)
+    expected = _factors(2 * len(factors), rope.get("rope_theta", 10000.0), scaling)
+    if not torch.allclose(factors.float(), expected, rtol=1e-4):
+        raise UserError(
+            f"{path}: RoPE is scaled by factors that are not Llama 3's; convert the folder with safetensors instead"
+        )
+    return {
+        "rope_type": "llama3", "factor": scaling.factor, "original_max_position_embeddings": original,
+        "low_freq_factor": scaling.low_turns, "high_freq_factor": scaling.high_turns,
+    }  # fmt: skip
