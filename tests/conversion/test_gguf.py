@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from yoco_u.architecture import Architecture
 from yoco_u.cli import main
 from yoco_u.conversion import Source, read_source, write_gguf
 from yoco_u.data import train_tokenizer
@@ -87,9 +88,8 @@ def rounded(value: Any) -> Any:
 
 EXPRESSIBLE = {
     **{name: one for name, one in FAMILIES.items() if name not in ("mistral with a window", "llama, yarn with all settings")},
-    "llama, yarn with other turns": (
-        "llama", {"rope_parameters": YARN | {"beta_fast": 16, "beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 0.4}},
-    ),
+    "llama, yarn with a factor": ("llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4}}),
+    "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}),
 }  # fmt: skip
 
 
@@ -167,17 +167,20 @@ def test_it_is_the_same_tokenizer(tmp_path: Path, words: str, begins: bool) -> N
         assert getattr(again, name) == getattr(published, name), name
 
 
+def scaled(scaling: dict[str, Any], **settings: Any) -> Architecture:
+    scaling = {"factor": 2.0, "original_length": 16} | scaling
+    return architecture("transformer", vocab_size=300, rotary_scaling=scaling, **settings)
+
+
 OTHERS = {
     **{name: architecture(name, vocab_size=300) for name in PRESETS if name != "transformer"},
     "experts": architecture("transformer", vocab_size=300, experts=EXPERTS),
     "biases and norms": architecture("transformer", vocab_size=300, attention_bias=True, qk_norm=True),
     "everything": architecture("yoco_u", vocab_size=300, **EVERYTHING),
     "a window": architecture("transformer", vocab_size=300, stages=[{"attention": "sliding", "layers": 2}], window=8),
-    "yarn without truncate": architecture(
-        "transformer",
-        vocab_size=300,
-        rotary_scaling={"type": "yarn", "factor": 2.0, "original_length": 16, "high_turns": 32.0, "truncate": False},
-    ),
+    "yarn without truncate": scaled({"type": "yarn", "high_turns": 32.0, "truncate": False}),
+    "yarn with other turns": scaled({"type": "yarn", "high_turns": 32.0, "low_turns": 2.0}),
+    "llama 3 with biases": scaled({"type": "llama3"}, attention_bias=True),
 }
 
 

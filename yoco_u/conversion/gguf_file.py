@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 GENERATOR_KEY = "yoco_u.generator"
 _CONTEXT = 4096  # tokens that llama.cpp allots at first, where nothing says how many the model was made for
 _FACTORS = "rope_freqs.weight"
+_YARN = (1.0, 32.0, True)  # low_turns, high_turns and truncate: what llama.cpp takes for granted
 
 
 def check_gguf(path: Path) -> None:
@@ -109,7 +110,6 @@ def unread_settings(path: Path) -> Unread:
         for name, key in {
             "rope_theta": "freq_base", "rope_type": "scaling.type", "factor": "scaling.factor",
             "original_max_position_embeddings": "scaling.original_context_length",
-            "beta_fast": "scaling.yarn_beta_fast", "beta_slow": "scaling.yarn_beta_slow",
         }.items()
     }  # fmt: skip
     rope = {name: one for name, one in settings.items() if one is not None}
@@ -138,8 +138,11 @@ def _family(a: Architecture, name: str) -> str:
         ) from None
     if kind == "mistral":
         raise UserError(f"{name}: the model has a window, for which llama.cpp's Llama has no code")
-    if a.rotary_scaling is not None and not a.rotary_scaling.truncate:
-        raise UserError(f"{name}: the model's RoPE is scaled by YaRN without truncate, for which llama.cpp has no code")
+    scaling = a.rotary_scaling
+    if scaling is not None and scaling.type == "yarn" and (scaling.low_turns, scaling.high_turns, scaling.truncate) != _YARN:
+        raise UserError(f"{name}: the model's YaRN has settings of its own (turns, truncate), for which llama.cpp has no code")
+    if scaling is not None and scaling.type == "llama3" and kind != "llama":
+        raise UserError(f"{name}: the model has Llama 3's RoPE scaling in a {kind}, for which llama.cpp has no code")
     return kind
 
 
@@ -170,8 +173,6 @@ def _write_settings(writer: "gguf.GGUFWriter", a: Architecture, source: "Source"
     writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.type))
     writer.add_rope_scaling_factor(scaling.factor)
     if scaling.type == "yarn":
-        writer.add_rope_scaling_yarn_beta_fast(scaling.high_turns)
-        writer.add_rope_scaling_yarn_beta_slow(scaling.low_turns)
         writer.add_rope_scaling_attn_factors(scaling.attention_factor / (0.1 * math.log(scaling.factor) + 1))
 
 
