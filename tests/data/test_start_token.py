@@ -24,6 +24,7 @@ from yoco_u.data import (
     PADDING,
     DataConfig,
     DocumentEncoder,
+    begin_with_end_of_text,
     load_tokenizer,
     prepare,
     train_tokenizer,
@@ -191,7 +192,9 @@ def test_the_end_of_a_turn_does_not_begin_documents(tmp_path: Path) -> None:
     """A model that chats ends its turns with its end token; documents begin with the one of its pretraining."""
     turn = "<|im_end|>"
     with_post_processor(None, END_OF_TEXT, turn, eos_token=turn).save_pretrained(tmp_path / "given")
-    load_tokenizer(tmp_path / "given", keep_start=True).save_pretrained(tmp_path / "kept")
+    kept = load_tokenizer(tmp_path / "given", keep_start=True)
+    begin_with_end_of_text(kept)
+    kept.save_pretrained(tmp_path / "kept")
     for folder, start in (("kept", END_OF_TEXT), ("given", turn)):
         loaded = load_tokenizer(tmp_path / folder)
         assert loaded.eos_token == turn
@@ -202,7 +205,9 @@ def test_special_tokens_that_a_text_spells(tmp_path: Path) -> None:
     """Rendered chats keep their turns where that is asked for; elsewhere a text is only text."""
     turn = "<|im_end|>"
     with_post_processor(None, END_OF_TEXT, turn, eos_token=turn).save_pretrained(tmp_path / "given")
-    load_tokenizer(tmp_path / "given", keep_start=True).save_pretrained(tmp_path / "kept")
+    kept = load_tokenizer(tmp_path / "given", keep_start=True)
+    begin_with_end_of_text(kept)
+    kept.save_pretrained(tmp_path / "kept")
     corpus = tmp_path / "corpus.json"
     corpus.write_text(json.dumps([{"text": f"a{turn}b"}]))
     for special in (False, True):
@@ -210,9 +215,9 @@ def test_special_tokens_that_a_text_spells(tmp_path: Path) -> None:
         out = tmp_path / str(special)
         prepare(DataConfig(**settings, validation_fraction=0), out, progress=False)
         tokens = np.fromfile(out / "train-00000.bin", dtype="uint16").tolist()
-        kept = load_tokenizer(out / "tokenizer")
-        assert (kept.convert_tokens_to_ids(turn) in tokens) == special
-        assert kept.decode(tokens) == f"{END_OF_TEXT}a{turn}b"
+        made = load_tokenizer(out / "tokenizer")
+        assert (made.convert_tokens_to_ids(turn) in tokens) == special
+        assert made.decode(tokens) == f"{END_OF_TEXT}a{turn}b"
     corpus.write_text(json.dumps([{"text": f"a{END_OF_TEXT}b"}]))
     with pytest.raises(UserError, match="which special_tokens encodes as such; mend the text"):
         prepare(DataConfig(**settings, validation_fraction=0), tmp_path / "refused", progress=False)

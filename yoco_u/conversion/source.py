@@ -15,7 +15,7 @@ from yoco_u.checksums import SUMS, verify_checksums
 from yoco_u.conversion.families import architecture_of, tensor_names
 from yoco_u.conversion.gguf_file import check_gguf, unread_settings
 from yoco_u.conversion.gguf_tokenizer import restored
-from yoco_u.data import load_tokenizer, vocabulary_size
+from yoco_u.data import begin_with_end_of_text, load_tokenizer, vocabulary_size
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
 from yoco_u.loading import load_model, model_folder
@@ -147,6 +147,7 @@ def _assemble(
     generation: GenerationConfig | None,
 ) -> Source:
     architecture = architecture_of(config, name)
+    begin_with_end_of_text(tokenizer)
     if (needed := vocabulary_size(tokenizer)) > architecture.vocab_size:
         raise UserError(f"{name}: the tokenizer has ids up to {needed - 1}, but the vocabulary has {architecture.vocab_size}")
     ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

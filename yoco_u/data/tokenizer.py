@@ -71,8 +71,7 @@ def load_tokenizer(name: str | Path, keep_start: bool = False, **kwargs: Any) ->
 
     Args:
         keep_start: if it adds a start token itself, let that token begin documents from now on, also when it has been saved and
-            loaded again: for a tokenizer whose model was trained so. If it adds none, `<|endoftext|>` begins them where it has
-            that, since the end token of a model that chats ends turns.
+            loaded again: for a tokenizer whose model was trained so.
         kwargs: further arguments of `AutoTokenizer.from_pretrained`.
 
     Raises:
@@ -89,10 +88,16 @@ def load_tokenizer(name: str | Path, keep_start: bool = False, **kwargs: Any) ->
         raise UserError(f"{name}: {type(tokenizer).__name__} is no fast tokenizer; choose one with tokenizer.json")
     if keep_start and len(start := tokenizer("").input_ids) == 1:
         tokenizer.init_kwargs[_START] = tokenizer.convert_ids_to_tokens(start[0])
-    elif keep_start and not start and END_OF_TEXT in tokenizer.get_added_vocab():
-        tokenizer.init_kwargs[_START] = END_OF_TEXT
     _begin_documents(tokenizer, str(name))
     return tokenizer
+
+
+def begin_with_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let `<|endoftext|>` begin documents, if the tokenizer has it and no start token: the end token of a model that chats ends
+    its turns."""
+    if _START not in tokenizer.init_kwargs and END_OF_TEXT in tokenizer.get_added_vocab():
+        tokenizer.init_kwargs[_START] = END_OF_TEXT
+        _begin_documents(tokenizer)
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerFast, name: str = "tokenizer") -> int:
