@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from yoco_u.architecture import Architecture
 from yoco_u.conversion.families import config_of, tensor_names
-from yoco_u.conversion.global_kv import Method, Moments, block_at, blocks, collect, own_weights, write_global_kvs
+from yoco_u.conversion.global_kv import Method, Moments, blocks, collect, write_global_kvs
 from yoco_u.conversion.source import Source
 from yoco_u.data import Corpus, DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUConfig, YocoUForCausalLM, save_model
-from yoco_u.model.blocks import GlobalKVProjection, LoopedStack
+from yoco_u.model.blocks import LoopedStack
 from yoco_u.model.remote_code import AUTO_MAP
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
@@ -83,8 +83,9 @@ def convert(
         rows = calibration_rows(source, calibration or Calibration())
         with progress(rows.numel()) as advance:
             moments = collect(model.eval(), source.model, rows, advance)
-    write_global_kvs(model, source.model, method, moments)
-    return Converted(model.eval(), _explained(model, moments) if moments is not None else None)
+    weights = write_global_kvs(model, source.model, method, moments)
+    explained = None if moments is None else list(map(moments.explained, range(len(weights)), weights))
+    return Converted(model.eval(), explained)
 
 
 def write(converted: Converted, source: Source, folder: Path, remote_code: bool = False) -> None:
@@ -174,14 +175,3 @@ def calibration_rows(source: Source, calibration: Calibration) -> Tensor:
     if not rows:
         raise UserError(f"the calibration texts have {len(stream)} tokens; expected at least {length}")
     return torch.tensor(stream[: rows * length]).view(rows, length)
-
-
-def _explained(model: YocoUForCausalLM, moments: Moments) -> list[float]:
-    projection, a = model.model.global_kv, model.model.architecture
-    assert isinstance(projection, GlobalKVProjection)
-    found = []
-    crossing = [(stage, layer) for stage, layer in blocks(model) if a.stages[stage].attention == "cross"]
-    for index, (stage, layer) in enumerate(crossing):
-        weights, biases = own_weights(model, block_at(model, stage, layer), a.global_kv_of(stage, layer))
-        found.append(moments.explained(index, weights if biases is None else torch.cat([weights, biases[:, None]], dim=1)))
-    return found

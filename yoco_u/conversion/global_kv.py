@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from yoco_u.architecture import Architecture
+from yoco_u.conversion.shared_kv import SharedKV, share
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import Block, GlobalKVProjection, SelfAttention
 
@@ -54,11 +55,29 @@ class Moments:
         variance = self.squares[layer] - self.sums[layer] ** 2 / self.tokens
         return float(1 - error.sum() / variance.sum())
 
-    def least_squares(self, layers: list[int]) -> Tensor:
-        """The weights that explain the mean keys and values of some layers best, (keys and values, features)."""
-        target = torch.stack([self.products[layer] for layer in layers]).mean(0)
-        ridge = RIDGE * self.states.diagonal().mean()
-        return torch.linalg.solve(self.states + ridge * torch.eye(len(self.states), dtype=torch.float64), target).T
+    def least_squares(self, layer: int) -> Tensor:
+        """The weights that explain a layer's keys and values best, (keys and values, features)."""
+        return torch.linalg.solve(self._regular_states, self.products[layer]).T
+
+    def shared(self, layers: list[int], own: list[Block], kv_heads: int, head_dim: int) -> SharedKV:
+        """The global KV that serves some layers best, see `yoco_u.conversion.shared_kv`.
+
+        Args:
+            own: these layers' blocks.
+        """
+        queries, outputs = [], []
+        for block in own:
+            attention: Any = block.attn
+            rows = (attention.q_proj.weight * block.attn_norm.weight).square().sum(-1).view(kv_heads, -1, 2, head_dim // 2)
+            queries.append(rows.sum((1, 2)))
+            out = attention.o_proj.weight.view(-1, kv_heads, rows.shape[1], head_dim)
+            outputs.append(torch.einsum("okhd,okhe->kde", out, out))
+        weights, states = [self.least_squares(layer) for layer in layers], self._regular_states / self.tokens
+        return share(weights, states, torch.stack(queries), torch.stack(outputs), attention.q_norm is None)
+
+    @property
+    def _regular_states(self) -> Tensor:
+        return self.states + RIDGE * self.states.diagonal().mean() * torch.eye(len(self.states), dtype=torch.float64)
 
 
 def own_weights(model: YocoUForCausalLM, layer: nn.Module, number: int) -> tuple[Tensor, Tensor | None]:
@@ -87,22 +106,28 @@ def own_weights(model: YocoUForCausalLM, layer: nn.Module, number: int) -> tuple
 
 
 @torch.no_grad()
-def write_global_kvs(target: YocoUForCausalLM, source: YocoUForCausalLM, method: Method, moments: Moments | None) -> None:
-    """Set the weights of a model's global KVs.
+def write_global_kvs(
+    target: YocoUForCausalLM, source: YocoUForCausalLM, method: Method, moments: Moments | None
+) -> list[Tensor]:
+    """Set the weights of a model's global KVs, and what its cross blocks make of them.
 
     Args:
         target: its other weights are set already.
         source: the model with the layers that are replaced.
         method: `mean` of the layers' own projections, each applied to the border state; `best`: the one of these that explains
-            its group's keys and values best; `fit`: least squares.
+            its group's keys and values best; `fit`: least squares, of what the layers of a group can share.
         moments: of the replaced layers; needed by `best` and `fit`.
+
+    Returns:
+        Of each cross block, what gives the keys and values it works with from the border state, (keys and values, features).
     """
     a, projection = target.model.architecture, target.model.global_kv
     assert isinstance(projection, GlobalKVProjection)
-    replaced = list(_cross_blocks(source, a))
+    replaced, places = list(_cross_blocks(source, a)), list(_cross_places(a))
     groups: list[list[int]] = [[] for _ in range(a.global_kvs)]
-    for index, (stage, layer) in enumerate(_cross_places(a)):
+    for index, (stage, layer) in enumerate(places):
         groups[a.global_kv_of(stage, layer)].append(index)
+    worked_with: dict[int, Tensor] = {}
     keys = a.num_key_value_heads * a.head_dim
     projection.norm.weight.fill_(1.0)
     for number, layers in enumerate(groups):
@@ -115,8 +140,16 @@ def write_global_kvs(target: YocoUForCausalLM, source: YocoUForCausalLM, method:
             known = moments
             if method == "best":
                 weights = max(joined, key=lambda one: sum(known.explained(layer, one) for layer in layers))
+            elif len(layers) == 1:
+                weights = known.least_squares(*layers)
             else:
-                weights = known.least_squares(layers)
+                new = [block_at(target, *places[layer]) for layer in layers]
+                found = known.shared(layers, new, a.num_key_value_heads, a.head_dim)
+                weights = found.weights
+                for index, (layer, block) in enumerate(zip(layers, new, strict=True)):
+                    found.take_over(index, block.attn)
+                    worked_with[layer] = found.of_layer(index)
+        worked_with = dict.fromkeys(layers, weights) | worked_with
         weights = weights.to(projection.k_proj.weight.dtype)
         rows = slice(number * keys, (number + 1) * keys)
         for index, (linear, name) in enumerate(((projection.k_proj, "k"), (projection.v_proj, "v"))):
@@ -127,6 +160,7 @@ def write_global_kvs(target: YocoUForCausalLM, source: YocoUForCausalLM, method:
         if projection.k_norm is not None:
             norms = [_key_norm(source, *replaced[layer], a.head_dim) for layer in layers]
             projection.k_norm.weight.view(-1, a.head_dim)[number] = torch.stack(norms).mean(0)
+    return [worked_with[layer] for layer in range(len(places))]
 
 
 @torch.no_grad()
@@ -215,7 +249,8 @@ def blocks(model: YocoUForCausalLM) -> list[tuple[int, int]]:
     return [(number, layer) for number, stage in enumerate(model.model.architecture.stages) for layer in range(stage.layers)]
 
 
-def block_at(model: YocoUForCausalLM, stage: int, layer: int) -> nn.Module:
+def block_at(model: YocoUForCausalLM, stage: int, layer: int) -> Any:
+    """A block, see `yoco_u.model.blocks.Block`."""
     return model.model.get_submodule(f"stages.{stage}.layers.{layer}")
 
 
