@@ -21,7 +21,7 @@ MINUTES := 20
 
 # Fetches a small chat model, converts it to a YOCO-U, heals it for so many minutes, and opens a chat with it.
 talk: .venv/installed
-	@$(BIN)/python -c 'import gguf' 2> /dev/null || $(PIP) install --no-compile --constraint constraints.txt gguf
+	@$(BIN)/python -c 'import accelerate, gguf' 2> /dev/null || $(PIP) install --no-compile --constraint constraints.txt --editable '.[conversion]'
 	$(BIN)/python recipes/talk.py --minutes $(MINUTES)
 
 test: format

@@ -1,5 +1,6 @@
 """For every test: one thread, fixed seeds, hypothesis without deadlines, the speed measured once; and the files' order."""
 
+import gc
 import os
 from functools import cache
 from pathlib import Path
@@ -54,6 +55,11 @@ TESTS = Path(__file__).parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {TESTS / file: index for index, file in enumerate(SLOWEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # collecting garbage need not look through all that was imported, again and again
 
 
 @pytest.fixture(autouse=True)

@@ -30,9 +30,10 @@ _YARN = (1.0, 32.0, True)  # low_turns, high_turns and truncate: what llama.cpp 
 
 
 def check_gguf(path: Path) -> None:
-    """Raise a UserError unless the gguf package, which reads and writes such files, is installed."""
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{path}: GGUF files need the gguf package: pip install 'yoco-u[conversion]'")
+    """Raise a UserError unless the packages are installed that read and write such files."""
+    for name in ("gguf", "accelerate"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{path}: GGUF files need the {name} package: pip install 'yoco-u[conversion]'")
 
 
 def write_gguf(source: "Source", path: Path) -> str:
