@@ -8,8 +8,8 @@ from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.errors import UserError
-from yoco_u.files import parse_json
 from yoco_u.inference.chat_template import chat_text
+from yoco_u.tuning.lines import read_lines
 
 
 class _Message(BaseModel, extra="allow"):
@@ -41,19 +41,10 @@ def read_chats(files: Sequence[Path]) -> Iterator[Chat]:
     Raises:
         UserError: at the first file that cannot be read, and the first line that is no chat with an answer; it names both.
     """
-    for file in files:
-        try:
-            lines = file.read_bytes().splitlines()
-        except OSError as error:
-            raise UserError(f"{file}: cannot read it ({error.strerror}); give files of JSON lines with messages") from None
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{file}, line {number}"
-            messages = parse_json(line, _Line, place).messages
-            if all(message.role != "assistant" for message in messages):
-                raise UserError(f"{place}: no message is the assistant's, so there is nothing to learn")
-            yield Chat(place, [message.model_dump() for message in messages])
+    for place, line in read_lines(files, _Line, "messages"):
+        if all(message.role != "assistant" for message in line.messages):
+            raise UserError(f"{place}: no message is the assistant's, so there is nothing to learn")
+        yield Chat(place, [message.model_dump() for message in line.messages])
 
 
 def examples(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerFast) -> Iterator[Example]:
