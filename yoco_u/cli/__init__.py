@@ -24,6 +24,7 @@ from yoco_u.cli.convert import convert
 from yoco_u.cli.evaluate import evaluate
 from yoco_u.cli.experiment import experiment
 from yoco_u.cli.generate import generate
+from yoco_u.cli.grpo import grpo
 from yoco_u.cli.needles import needles
 from yoco_u.cli.output import Stopped, print_any_text
 from yoco_u.cli.plan import plan
@@ -53,6 +54,7 @@ for command in (
     convert,
     train,
     sft,
+    grpo,
     evaluate,
     tasks,
     context,

@@ -1,0 +1,135 @@
+"""Reinforcement learning with verifiable rewards: TRL's GRPO on our model, with answers that our engine samples."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from yoco_u.device import environment, find_device
+from yoco_u.errors import UserError
+from yoco_u.files import write_json
+from yoco_u.inference import SamplingParams
+from yoco_u.inference.chat_template import chat_tokens
+from yoco_u.tuning import runs
+from yoco_u.tuning.problems import Matches, read_problems
+from yoco_u.tuning.rollouts import complete, engine_rollouts
+from yoco_u.tuning.settings import GRPOSettings
+
+Reward = Callable[[str, str], float]
+"""From the text of a completion and the right answer, to a number that training makes larger."""
+
+
+def reinforce(
+    model_path: str | Path,
+    files: Sequence[Path],
+    settings: GRPOSettings,
+    folder: Path,
+    test: Sequence[Path] = (),
+    reward: Reward | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Train a model on problems by the rewards of its own answers (GRPO, arXiv 2402.03300), or continue that.
+
+    Args:
+        model_path: a run or a saved model.
+        files: JSON lines with problems, see `read_problems`.
+        folder: gets `checkpoints/`, `summary.json`, and the trained model in `model/`.
+        test: files of held-out problems, which are answered greedily before, after and every `test_every` steps.
+        reward: by default 1 for the right answer, found by the pattern of the settings, else 0.
+        say: told what happens, in lines.
+
+    Returns:
+        The summary: steps, the mean reward and completion length of each, and the mean reward of each test.
+
+    Raises:
+        UserError: if TRL or PEFT is missing, a problem is damaged, prompts are chats but the model has no chat template, the
+            settings do not fit, or the folder holds something else.
+    """
+    trl, lora = runs.needed("trl"), runs.lora(settings)
+    rewarded = reward or Matches(settings.pattern)
+    rows, micro = settings.problems * settings.answers, settings.micro_batch_rows
+    train, held_out = list(read_problems(files)), list(read_problems(test))
+    if len(train) < settings.problems:
+        raise UserError(f"there are {len(train)} problems, but a step takes {settings.problems}; lower problems")
+    if rows % micro:
+        raise UserError(f"micro_batch_rows {micro} does not divide the {rows} answers of a step; choose a divisor")
+    device = find_device("auto")
+    model, tokenizer = runs.load(model_path, settings, device)
+    if not isinstance(prompt := train[0]["prompt"], str):
+        chat_tokens(tokenizer, prompt)
+    data = {"data": [str(file) for file in files], "test": [str(file) for file in test]}
+    runs.begin(folder, {"model": str(model_path)} | data | {"settings": settings.model_dump(mode="json")})
+    say(f"{len(train):,} problems, {len(held_out):,} held out")
+    config = trl.GRPOConfig(
+        **runs.arguments(settings, folder, device),
+        max_steps=settings.steps,
+        num_generations=settings.answers,
+        gradient_accumulation_steps=rows // micro,
+        max_completion_length=settings.max_tokens,
+        lr_scheduler_type="constant",
+    )
+
+    def rewards(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+        texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
+        return [rewarded(text, right) for text, right in zip(texts, answer, strict=True)]
+
+    trainer = trl.GRPOTrainer(
+        model=model, args=config, train_dataset=Dataset.from_list(train), processing_class=tokenizer, peft_config=lora,
+        reward_funcs=rewards, rollout_func=engine_rollouts,
+    )  # fmt: skip
+    if held_out:
+        trainer.add_callback(_Tests(held_out, tokenizer, rewarded, settings, say))
+    logged = runs.train(trainer, tokenizer, folder, say)
+    summary = {
+        "steps": trainer.state.global_step,
+        "problems": len(train),
+        "held_out": len(held_out),
+        "environment": environment(device),
+        "rewards": [
+            {"step": one["step"], "reward": one["reward"], "tokens": one["completions/mean_length"]}
+            for one in logged
+            if "reward" in one
+        ],
+        "tests": [{"step": one["step"], "reward": one[_TEST]} for one in logged if _TEST in one],
+    }
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+_TEST = "held_out_reward"
+
+
+class _Tests(TrainerCallback):
+    """Answers held-out problems greedily, and notes the mean reward among what the trainer logs, which checkpoints keep."""
+
+    def __init__(
+        self,
+        problems: Sequence[dict[str, Any]],
+        tokenizer: PreTrainedTokenizerFast,
+        reward: Reward,
+        settings: GRPOSettings,
+        say: Callable[[str], None],
+    ) -> None:
+        self._problems, self._tokenizer, self._reward, self._settings, self._say = problems, tokenizer, reward, settings, say
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._test(state, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self._settings.test_every == 0 or state.global_step == state.max_steps:
+            self._test(state, model)
+
+    def _test(self, state: Any, model: Any) -> None:
+        params = SamplingParams(temperature=0, max_tokens=self._settings.max_tokens)
+        prompts = [problem["prompt"] for problem in self._problems]
+        answered = complete(model, self._tokenizer, prompts, [params] * len(prompts))
+        rewards = [
+            self._reward(request.outputs[0].text, problem["answer"])
+            for request, problem in zip(answered, self._problems, strict=True)
+        ]
+        mean = sum(rewards) / len(rewards)
+        state.log_history.append({"step": state.global_step, _TEST: mean})
+        self._say(f"step {state.global_step}/{state.max_steps}  held-out reward {mean:.3f}")

@@ -1,0 +1,120 @@
+"""What runs of TRL's trainers have in common: a folder that says what is trained in it, checkpoints, and going on from them."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from yoco_u.errors import UserError
+from yoco_u.files import claim, write_json
+from yoco_u.loading import load_model
+from yoco_u.model import YocoUForCausalLM, save_model
+from yoco_u.tuning.settings import TuningSettings
+
+FOLDER = "fine-tuning"
+"""The kind of mark that the folder bears."""
+
+
+def needed(name: str) -> ModuleType:
+    """A library of the extra `tuning`.
+
+    Raises:
+        UserError: if it is missing, with what to install.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"fine-tuning needs {name}: pip install 'yoco-u[tuning]'") from None
+
+
+def begin(folder: Path, own: dict[str, Any]) -> None:
+    """Claim a folder, and write down what is trained in it.
+
+    Raises:
+        UserError: if it holds something else, or a run of something else.
+    """
+    claim(folder, FOLDER)
+    file = folder / "settings.json"
+    if not file.exists():
+        write_json(file, own)
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    if before != own:
+        key = next(key for key in own if own[key] != before.get(key))
+        raise UserError(f"{folder}: was begun with another {key}; choose another folder, or the same {key}")
+
+
+def load(path: str | Path, settings: TuningSettings, device: torch.device) -> tuple[YocoUForCausalLM, PreTrainedTokenizerFast]:
+    """Load the model that is trained further, at the loop count of the settings."""
+    model, tokenizer = load_model(path, device)
+    if settings.num_loops is not None:
+        model.model.at_loops(settings.num_loops)
+        model.config.num_loops = settings.num_loops
+    return model, tokenizer
+
+
+def arguments(settings: TuningSettings, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Arguments that all of TRL's configs take."""
+    return {
+        "output_dir": str(folder / "checkpoints"),
+        "per_device_train_batch_size": settings.micro_batch_rows,
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "seed": settings.seed,
+        "save_steps": settings.save_every,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": device.type == "cpu",
+        "bf16": device.type == "cuda",
+        "disable_tqdm": True,
+    }
+
+
+def lora(settings: TuningSettings) -> Any:
+    """The adapters of the settings, a `peft.LoraConfig`; None for all weights."""
+    if not settings.lora_rank:
+        return None
+    return needed("peft").LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear")
+
+
+def train(trainer: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Train from the newest checkpoint of the folder, or from the beginning, and save the model in `model/`.
+
+    Args:
+        trainer: one of TRL's.
+        say: told the loss or reward of about fifty steps.
+
+    Returns:
+        What the trainer logged.
+    """
+    trainer.remove_callback(PrinterCallback)  # which writes to standard output
+    trainer.add_callback(_Told(say))
+    checkpoints = folder / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if last is not None:
+        say(f"continuing from {last}")
+    trainer.train(resume_from_checkpoint=last)
+    model = trainer.model
+    tuned = model if isinstance(model, YocoUForCausalLM) else model.merge_and_unload()
+    save_model(tuned.float(), tokenizer, folder / "model")
+    return list(trainer.state.log_history)
+
+
+class _Told(TrainerCallback):
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.global_step % max(1, state.max_steps // 50):
+            return
+        for name in ("reward", "loss"):
+            if logs and name in logs:
+                self._say(f"step {state.global_step}/{state.max_steps}  {name} {float(logs[name]):.3f}")
+                return
