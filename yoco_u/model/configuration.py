@@ -31,6 +31,8 @@ class YocoUConfig(PreTrainedConfig):
 
     model_type = "yoco_u"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # Without modelling files; TRL asks every config of a model that is not transformers' own. Annotated, it would be a field.
+    auto_map = {}  # type: ignore[var-annotated]
 
     vocab_size: int = _DEFAULT["vocab_size"]
     hidden_size: int = _DEFAULT["hidden_size"]
