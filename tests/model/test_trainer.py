@@ -1,11 +1,14 @@
 """transformers' `Trainer`: accumulation changes nothing, packed rows train as padded ones, and the experts are balanced."""
 
+import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from forked import FORKS
 from models import EXPERTS, architecture, build, gradients, tokens
 from torch.utils.data import SequentialSampler
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
@@ -29,11 +32,13 @@ def train(
     steps: int = 1,
     callbacks: Any = (),
     weight: float = 0.3,
+    processes: int = 1,
 ) -> YocoUForCausalLM:
     """A model of experts after steps of plain gradient descent on eight rows each, in micro-batches of `size` rows."""
     model = build(architecture("yoco_u", layers=2, experts=EXPERTS | {"auxiliary_loss_weight": weight}))
     args = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=steps,
+        output_dir=str(folder), per_device_train_batch_size=size, gradient_accumulation_steps=8 // size // processes,
+        max_steps=steps, ddp_backend="gloo" if processes > 1 else None,
         learning_rate=1.0, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0, use_cpu=True, report_to=[],
         save_strategy="no", disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
@@ -55,6 +60,36 @@ def test_one_batch_of_eight_and_four_of_two_are_one_step(tmp_path: Path) -> None
     for name, change in whole.items():
         torch.testing.assert_close(parts[name], change, rtol=1e-3, atol=1e-5, msg=name)
     assert any("router" in name and change.abs().max() > 1e-3 for name, change in whole.items())
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """accelerate divides the rows of a step among processes, here of different lengths in packed rows."""
+    rows = [tokens(1, length, seed=length)[0].tolist() for length in (9, 12, 5, 16, 7, 11, 3, 14)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [FORKS.Process(target=on_rank, args=(tmp_path, rows, rank, port), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    expected = train(tmp_path, rows, 8, DataCollatorWithFlattening(), weight=0).state_dict()
+    for rank in range(2):
+        for name, tensor in torch.load(tmp_path / f"{rank}.pt").items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def on_rank(folder: Path, rows: list[list[int]], rank: int, port: int) -> None:
+    """One of two processes, with the environment that torchrun and `accelerate launch` make."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)
+    }  # fmt: skip
+    model = train(folder, rows, 4, DataCollatorWithFlattening(), weight=0, processes=2)
+    learned = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    torch.save(learned, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def test_the_flattening_collator_trains_as_single_rows_do(tmp_path: Path) -> None:
