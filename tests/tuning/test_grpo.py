@@ -201,7 +201,9 @@ def test_it_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
     whole = reinforce(model, [file], settings, tmp_path / "whole", [file], letters)
     reinforce(model, [file], settings, tmp_path / "part", [file], letters)
     (tmp_path / "part" / "checkpoints" / "checkpoint-4").rename(tmp_path / "gone")
+    (tmp_path / "part" / "summary.json").unlink()
     again = reinforce(model, [file], settings, tmp_path / "part", [file], letters)
+    assert reinforce(model, [file], settings, tmp_path / "part", [file], letters) == again  # which is finished
     assert (again["rewards"], again["tests"]) == (whole["rewards"], whole["tests"])
     with pytest.raises(UserError, match="begun with another test"):
         reinforce(model, [file], settings, tmp_path / "part", [], letters)

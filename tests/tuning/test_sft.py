@@ -153,7 +153,9 @@ def test_it_goes_on_and_refuses_another_run(model: Path, tmp_path: Path) -> None
     whole = fine_tune(model, [file], settings, tmp_path / "whole")
     fine_tune(model, [file], settings, tmp_path / "part")
     (tmp_path / "part" / "checkpoints" / "checkpoint-4").rename(tmp_path / "gone")
+    (tmp_path / "part" / "summary.json").unlink()
     again = fine_tune(model, [file], settings, tmp_path / "part")
+    assert fine_tune(model, [file], settings, tmp_path / "part") == again  # which is finished
     assert again["losses"] == whole["losses"]
     left, right = (load_model(tmp_path / name, CPU)[0].state_dict() for name in ("whole", "part"))
     for name in left:

@@ -60,7 +60,9 @@ def reinforce(
     if not isinstance(prompt := train[0]["prompt"], str):
         chat_tokens(tokenizer, prompt)
     data = {"data": [str(file) for file in files], "test": [str(file) for file in test]}
-    runs.begin(folder, {"model": str(model_path)} | data | {"settings": settings.model_dump(mode="json")})
+    own = {"model": str(model_path)} | data | {"settings": settings.model_dump(mode="json")}
+    if (finished := runs.begin(folder, own)) is not None:
+        return finished
     say(f"{len(train):,} problems, {len(held_out):,} held out")
     config = trl.GRPOConfig(
         **runs.arguments(settings, folder, device),

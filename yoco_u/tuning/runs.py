@@ -33,8 +33,11 @@ def needed(name: str) -> ModuleType:
         raise UserError(f"fine-tuning needs {name}: pip install 'yoco-u[tuning]'") from None
 
 
-def begin(folder: Path, own: dict[str, Any]) -> None:
+def begin(folder: Path, own: dict[str, Any]) -> dict[str, Any] | None:
     """Claim a folder, and write down what is trained in it.
+
+    Returns:
+        The summary, where the same was trained to its end before.
 
     Raises:
         UserError: if it holds something else, or a run of something else.
@@ -43,11 +46,13 @@ def begin(folder: Path, own: dict[str, Any]) -> None:
     file = folder / "settings.json"
     if not file.exists():
         write_json(file, own)
-        return
+        return None
     before = json.loads(file.read_text(encoding="utf-8"))
     if before != own:
         key = next(key for key in own if own[key] != before.get(key))
         raise UserError(f"{folder}: was begun with another {key}; choose another folder, or the same {key}")
+    summary = folder / "summary.json"
+    return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
 
 
 def load(path: str | Path, settings: TuningSettings, device: torch.device) -> tuple[YocoUForCausalLM, PreTrainedTokenizerFast]:

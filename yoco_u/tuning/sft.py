@@ -41,7 +41,8 @@ def fine_tune(
     model, tokenizer = runs.load(model_path, settings, device)
     made = list(examples(read_chats(files), tokenizer))
     own = {"model": str(model_path), "data": [str(file) for file in files], "settings": settings.model_dump(mode="json")}
-    runs.begin(folder, own)
+    if (finished := runs.begin(folder, own)) is not None:
+        return finished
     counts = {
         "chats": len(made),
         "tokens": sum(len(one.input_ids) for one in made),
