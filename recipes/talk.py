@@ -30,7 +30,7 @@ TEXT_BYTES = 15_000  # of each corpus for each minute, and
 CHATS = 5  # chats for each minute: more tokens than are read
 MOST_CHATS = 200
 HELD_OUT = "{}-held-out.jsonl"
-HELD_OUT_BYTES, LONG = 300_000, 30_000  # in all, and of each text
+HELD_OUT_BYTES, SHORT, LONG = 300_000, 8_000, 30_000  # in all, and of each text
 TRIAL_STEPS = 3
 
 
@@ -97,9 +97,9 @@ def sample_texts(out: Path, minutes: float) -> list[Path]:
         print(f"reading {entry}", flush=True)
         texts, kept, size, held_size = [], [], 0, 0
         for document in Corpus([entry], unique=False).sample(0):
-            if held_size < HELD_OUT_BYTES and len(document.text) > LONG:
+            if held_size < HELD_OUT_BYTES and len(document.text) > SHORT:
                 kept.append(document.text[:LONG])
-                held_size += LONG
+                held_size += len(kept[-1])
             elif size < TEXT_BYTES * minutes:
                 texts.append(document.text[:20_000])
                 size += len(texts[-1])
