@@ -73,7 +73,6 @@ ORDERS = (
     "import yoco_u, transformers",
     "import transformers, yoco_u",
     "import yoco_u; from transformers import Trainer, pipeline; import transformers",
-    "from transformers import AutoModel, AutoConfig; import transformers, yoco_u",
     "import transformers, yoco_u.model",
 )
 
