@@ -35,7 +35,7 @@ TEXT_BYTES = 15_000  # of each corpus for each minute, and
 CHATS = 5  # chats for each minute: more tokens than are read
 MOST_CHATS = 200
 HELD_OUT = "{}-held-out.jsonl"
-HELD_OUT_BYTES, SHORT, LONG = 300_000, 8_000, 30_000  # in all, and of each text
+HELD_OUT_BYTES, SHORT, LONG = 80_000, 8_000, 30_000  # in all, and of each text
 SHARE = 0.5  # of the rate of matrix products, that healing runs at, all included
 
 

@@ -31,7 +31,7 @@ from yoco_u.training.run_folder import read_run_config
 
 PROMPTS: list[str] = json.loads(Path(__file__).with_name("talk_prompts.json").read_text())
 CONTEXTS = (2048, 6144)
-NEEDLES = NeedleSettings(kinds=("single_1", "single_2", "multi_key"), lengths=(2048, 4096, 7936), depths=3, samples=2)
+NEEDLES = NeedleSettings(kinds=("single_1", "single_2"), lengths=(2048, 4096, 7936), depths=3, samples=1)
 CACHE = 8192
 
 
