@@ -82,6 +82,10 @@ def checkpoint_stages(model: YocoUForCausalLM, stages: tuple[int, ...]) -> None:
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
+_GRAPHS = 32
+"""The most graphs that blocks are compiled to; beyond, they run uncompiled."""
+
+
 def compile_model(model: YocoUForCausalLM, setting: str) -> None:
     """Run the blocks and the loss through torch.compile. One graph serves all layers of a kind, in all loops.
 
@@ -91,6 +95,8 @@ def compile_model(model: YocoUForCausalLM, setting: str) -> None:
     can_compile = torch.cuda.is_available() or cxx_compiler() is not None
     if setting == "off" or (setting == "auto" and not can_compile):
         return
+    # All blocks run the same code: a model's kinds of blocks, in training and in evaluation, and those of a teacher.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     for block in _blocks(model):
         block.compile(dynamic=False)
     model.loss_function = torch.compile(model.loss_function, dynamic=False)
