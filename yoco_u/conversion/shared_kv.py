@@ -9,6 +9,7 @@ choices, the one with the least squared error of scores and outputs, where all k
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class SharedKV:
         """Let a layer's queries and output projection make of the shared keys and values what it made of its own."""
         kv_heads, dim = self.keys.shape[:2]
         factors = self.factors[index].conj()[:, None]
-        parts = [attention.q_proj.weight] + ([attention.q_bias] if attention.has_bias else [])
+        parts: list[Any] = [attention.q_proj.weight, *([attention.q_bias] if attention.has_bias else [])]
         for part in parts:
             queries = part.double().view(kv_heads, -1, dim, part[0].numel())
             part.copy_(_real(factors[..., None] * _complex(queries)).reshape(part.shape))
