@@ -188,36 +188,39 @@ def test_padding_costs_no_token_and_stays_apart_from_the_end() -> None:
     assert [labels[labels != -100].tolist() for labels in batch["labels"]] == rows
 
 
+TURN = "<|im_end|>"
+
+
+def save_one_of_turns(folder: Path) -> None:
+    """A tokenizer whose end token ends turns, as it comes and as a conversion keeps it."""
+    with_post_processor(None, END_OF_TEXT, TURN, eos_token=TURN).save_pretrained(folder / "given")
+    kept = load_tokenizer(folder / "given", keep_start=True)
+    begin_with_end_of_text(kept)
+    kept.save_pretrained(folder / "kept")
+
+
 def test_the_end_of_a_turn_does_not_begin_documents(tmp_path: Path) -> None:
     """A model that chats ends its turns with its end token; documents begin with the one of its pretraining."""
-    turn = "<|im_end|>"
-    with_post_processor(None, END_OF_TEXT, turn, eos_token=turn).save_pretrained(tmp_path / "given")
-    kept = load_tokenizer(tmp_path / "given", keep_start=True)
-    begin_with_end_of_text(kept)
-    kept.save_pretrained(tmp_path / "kept")
-    for folder, start in (("kept", END_OF_TEXT), ("given", turn)):
+    save_one_of_turns(tmp_path)
+    for folder, start in (("kept", END_OF_TEXT), ("given", TURN)):
         loaded = load_tokenizer(tmp_path / folder)
-        assert loaded.eos_token == turn
+        assert loaded.eos_token == TURN
         assert loaded("a").input_ids[0] == DocumentEncoder(loaded).eot_id == loaded.convert_tokens_to_ids(start)
 
 
 def test_special_tokens_that_a_text_spells(tmp_path: Path) -> None:
     """Rendered chats keep their turns where that is asked for; elsewhere a text is only text."""
-    turn = "<|im_end|>"
-    with_post_processor(None, END_OF_TEXT, turn, eos_token=turn).save_pretrained(tmp_path / "given")
-    kept = load_tokenizer(tmp_path / "given", keep_start=True)
-    begin_with_end_of_text(kept)
-    kept.save_pretrained(tmp_path / "kept")
+    save_one_of_turns(tmp_path)
     corpus = tmp_path / "corpus.json"
-    corpus.write_text(json.dumps([{"text": f"a{turn}b"}]))
+    corpus.write_text(json.dumps([{"text": f"a{TURN}b"}]))
     for special in (False, True):
         settings = {"corpus": str(corpus), "tokenizer": str(tmp_path / "kept"), "special_tokens": special}
         out = tmp_path / str(special)
         prepare(DataConfig(**settings, validation_fraction=0), out, progress=False)
         tokens = np.fromfile(out / "train-00000.bin", dtype="uint16").tolist()
         made = load_tokenizer(out / "tokenizer")
-        assert (made.convert_tokens_to_ids(turn) in tokens) == special
-        assert made.decode(tokens) == f"{END_OF_TEXT}a{turn}b"
+        assert (made.convert_tokens_to_ids(TURN) in tokens) == special
+        assert made.decode(tokens) == f"{END_OF_TEXT}a{TURN}b"
     corpus.write_text(json.dumps([{"text": f"a{END_OF_TEXT}b"}]))
     with pytest.raises(UserError, match="which special_tokens encodes as such; mend the text"):
         prepare(DataConfig(**settings, validation_fraction=0), tmp_path / "refused", progress=False)

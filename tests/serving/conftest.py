@@ -3,6 +3,8 @@
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import httpx2
+import openai
 import pytest
 from asgi_server import TEMPLATE, TEXTS, Server, engine_of, running
 from models import architecture, build
@@ -45,6 +47,15 @@ async def server(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast, an
 @pytest.fixture(scope="module")
 async def chat_server(model: YocoUForCausalLM, chatty: PreTrainedTokenizerFast, anyio_backend: str) -> AsyncIterator[Server]:
     async with running(Server(engine_of(model, chatty))) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+async def client(chat_server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
+    """OpenAI's own client before our application."""
+    transport = httpx2.ASGITransport(app=chat_server.app, raise_app_exceptions=False)
+    http = httpx2.AsyncClient(transport=transport, base_url="http://test", timeout=60)
+    async with openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http, max_retries=0) as one:
         yield one
 
 

@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 from asgi_server import Server, engine_of, running
@@ -32,15 +31,6 @@ async def chat_server(model: YocoUForCausalLM, chatty: PreTrainedTokenizerFast, 
     async with running(Server(engine_of(model, chatty))) as one:
         yield one
     chatty.chat_template = template
-
-
-@pytest.fixture(scope="module")
-async def client(chat_server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
-    """OpenAI's own client before our application."""
-    transport = httpx2.ASGITransport(app=chat_server.app, raise_app_exceptions=False)
-    http = httpx2.AsyncClient(transport=transport, base_url="http://test", timeout=60)
-    async with openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http, max_retries=0) as one:
-        yield one
 
 
 async def said(client: openai.AsyncOpenAI, **body: Any) -> str:

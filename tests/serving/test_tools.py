@@ -6,7 +6,6 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import httpx2
 import jsonschema_rs
 import openai
 import pytest
@@ -71,14 +70,6 @@ def model(tokenizer: PreTrainedTokenizerFast) -> YocoUForCausalLM:
 @pytest.fixture(scope="module")
 async def chat_server(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast, anyio_backend: str) -> AsyncIterator[Server]:
     async with running(Server(engine_of(model, tokenizer, cache_tokens=8192, max_model_len=2048))) as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
-async def client(chat_server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
-    transport = httpx2.ASGITransport(app=chat_server.app, raise_app_exceptions=False)
-    http = httpx2.AsyncClient(transport=transport, base_url="http://test", timeout=60)
-    async with openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http, max_retries=0) as one:
         yield one
 
 
