@@ -118,7 +118,7 @@ def unread_settings(path: Path) -> Unread:
     if factors is not None:
         rope |= _llama3_of(torch.tensor(factors), rope, path)
     elif rope.get("rope_type") == "yarn":
-        rope["attention_factor"] = (0.1 * math.log(rope["factor"]) + 1) * (value(f"{family}.rope.scaling.attn_factor") or 1.0)
+        rope["attention_factor"] = _yarn_attention(rope["factor"]) * (value(f"{family}.rope.scaling.attn_factor") or 1.0)
     if rope.get("rope_type") not in (None, "none"):
         found["rope_parameters"] = rope
     tokens = reader.get_field("tokenizer.ggml.tokens")
@@ -174,7 +174,12 @@ def _write_settings(writer: "gguf.GGUFWriter", a: Architecture, source: "Source"
     writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.type))
     writer.add_rope_scaling_factor(scaling.factor)
     if scaling.type == "yarn":
-        writer.add_rope_scaling_attn_factors(scaling.attention_factor / (0.1 * math.log(scaling.factor) + 1))
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor / _yarn_attention(scaling.factor))
+
+
+def _yarn_attention(factor: float) -> float:
+    """What llama.cpp scales attention by for YaRN (arXiv 2309.00071, equation 22); a file holds what comes on top."""
+    return 0.1 * math.log(factor) + 1
 
 
 _KINDS = {torch.float32: ("F32", "ALL_F32"), torch.float16: ("F16", "MOSTLY_F16"), torch.bfloat16: ("BF16", "MOSTLY_BF16")}

@@ -149,7 +149,8 @@ def write_global_kvs(
                 for index, (layer, block) in enumerate(zip(layers, new, strict=True)):
                     found.take_over(index, block.attn)
                     worked_with[layer] = found.of_layer(index)
-        worked_with = dict.fromkeys(layers, weights) | worked_with
+        for layer in layers:
+            worked_with.setdefault(layer, weights)
         weights = weights.to(projection.k_proj.weight.dtype)
         rows = slice(number * keys, (number + 1) * keys)
         for index, (linear, name) in enumerate(((projection.k_proj, "k"), (projection.v_proj, "v"))):
