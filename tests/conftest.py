@@ -1,6 +1,7 @@
 """For every test: one thread, fixed seeds, hypothesis without deadlines, the speed measured once; and the files' order."""
 
 import gc
+import logging
 import os
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,9 @@ settings.register_profile(
 )
 settings.load_profile("yoco_u")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# torch.compile writes thousands of lines to it, which would bury a failure. (pytest's own log level costs time in every test.)
+logging.getLogger("torch.__trace").disabled = True
 
 # Every run that is trained measures it, which takes as long as a few steps of the tests' models.
 device.gemm_rate = cache(device.gemm_rate)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from yoco_u import Architecture, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import STAGES, preset
@@ -30,7 +31,9 @@ def architecture(name: str = "yoco_u", **settings: Any) -> Architecture:
 
 def build(arch: Architecture, seed: int = 0, **config: Any) -> YocoUForCausalLM:
     """A model in eval mode whose parameters are all random, norms, gates, prefixes and choice biases included."""
-    model = YocoUForCausalLM(YocoUConfig.from_architecture(arch, **config)).eval()
+    with no_init_weights():
+        model = YocoUForCausalLM(YocoUConfig.from_architecture(arch, **config)).eval()
+    model.tie_weights()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -45,7 +48,9 @@ def build(arch: Architecture, seed: int = 0, **config: Any) -> YocoUForCausalLM:
                 tensor.copy_(0.1 * noise)
             elif "embed_tokens" in name or "prefix" in name:
                 tensor.copy_(noise)
-            elif "tokens_per_expert" not in name:
+            elif "tokens_per_expert" in name:
+                tensor.zero_()
+            else:
                 fan_in = tensor.shape[-2] if tensor.ndim == 3 else tensor.shape[-1]
                 tensor.copy_(1.2 * noise * fan_in**-0.5)
     return model

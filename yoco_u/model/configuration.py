@@ -1,7 +1,9 @@
 """The configuration class for transformers: the fields of `Architecture`, and what only a checkpoint needs."""
 
+import json
 import os
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +115,20 @@ class YocoUConfig(PreTrainedConfig):
         Raises:
             UserError: if the fields make an impossible architecture.
         """
-        fields = {name: getattr(self, name) for name in Architecture.model_fields}
-        return parse(Architecture, fields, "model config")
+        own = vars(self)
+        fields = {name: own[name] for name in Architecture.model_fields}
+        try:
+            return _parsed(json.dumps(fields))  # every block of a model asks for it
+        except (TypeError, ValueError):
+            return parse(Architecture, fields, "model config")
 
     @property
     def num_hidden_layers(self) -> int:
         """How many blocks a token passes through; each loop counts."""
         architecture = self.architecture
         return (architecture if self.num_loops is None else architecture.with_loops(self.num_loops)).unrolled_layers
+
+
+@lru_cache(maxsize=32)
+def _parsed(fields: str) -> Architecture:
+    return parse(Architecture, json.loads(fields), "model config")

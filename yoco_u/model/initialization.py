@@ -23,17 +23,20 @@ def initialize(module: nn.Module, config: YocoUConfig) -> None:
     """
     std = config.initializer_range
     assert std is not None
-    residual_std = std / math.sqrt(2 * config.architecture.unrolled_layers)
+
+    def residual_std() -> float:
+        return std / math.sqrt(2 * config.architecture.unrolled_layers)
+
     match module:
         case ResidualLinear():
-            init.normal_(module.weight, std=residual_std)
+            init.normal_(module.weight, std=residual_std())
         case nn.Linear() | nn.Embedding():
             init.normal_(module.weight, std=std)
         case RMSNorm():
             init.ones_(module.weight)
         case ExpertMixture():
             init.normal_(module.gate_up_proj, std=std)
-            init.normal_(module.down_proj, std=residual_std)
+            init.normal_(module.down_proj, std=residual_std())
             init.zeros_(module.choice_bias)
             init.zeros_(module.tokens_per_expert)
         case Biased():
