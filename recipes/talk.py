@@ -158,7 +158,7 @@ def write_config(out: Path, model: Path, teacher: Path, text: list[Path]) -> Pat
         },
         "training": {
             "steps": 100, "sequence_length": 1024, "batch_rows": 1, "micro_batch_rows": 1, "dtype": "float32",
-            "evaluate_every": 50, "evaluation_tokens": 8_192, "save_every": 50,
+            "evaluate_every": 20, "evaluation_tokens": 8_192, "save_every": 50,
         },
     }  # fmt: skip
     path = out / f"{config['name']}.yaml"
