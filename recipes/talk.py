@@ -163,7 +163,7 @@ def write_config(out: Path, model: Path, teacher: Path, text: list[Path]) -> Pat
         "training": {
             "steps": 100, "sequence_length": 1024, "batch_rows": 1, "micro_batch_rows": 1,
             "dtype": "bfloat16" if multiplies_bfloat16(find_device("auto")) else "float32",
-            "evaluate_every": 20, "evaluation_tokens": 8_192, "save_every": 50,
+            "evaluate_every": 20, "evaluation_tokens": 8_192, "save_every": 50, "follow_free_cores": True,
         },
     }  # fmt: skip
     path = out / f"{config['name']}.yaml"
