@@ -2,8 +2,8 @@
 
 Logits: the largest difference between our Transformer and transformers' own load of the file, in float32 and in float64, beside
 what float32 itself costs transformers. Quantization: the original weights are not in the file, so the cost of rounding them is
-estimated by rounding them once more: each matrix of 4 bits gets an error that is uniform over one step of its grid (Q4_1: blocks
-of 32 weights, 15 steps from the smallest to the largest), independent of the first one and of the same size.
+estimated by rounding them once more: each matrix of 4 bits gets an error that is uniform over one step of its grid (Q4_1:
+blocks of 32 weights, 15 steps from the smallest to the largest), independent of the first one and of the same size.
 
     python benchmarks/gguf_source.py SmolLM2-135M-Instruct.Q4_1.gguf
 """
