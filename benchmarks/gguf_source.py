@@ -58,9 +58,8 @@ def main() -> None:
     chosen = arguments.parse_args()
 
     source = read_source(str(chosen.source))
-    held_out = Calibration(tokens=chosen.rows * 1025, length=1025, seed=1)
     texts = {
-        text: calibration_rows(source, Calibration(held_out.tokens, held_out.length, corpus=(entry,), seed=1))
+        text: calibration_rows(source, Calibration((entry,), tokens=chosen.rows * 1025, length=1025, seed=1))
         for text, entry in (("English", "documentation"), ("code", "packages"))
     }
     ids = texts["English"][:1, :512]
