@@ -170,14 +170,16 @@ def _at_several_loops(found: Sequence[Series]) -> bool:
 
 def _draw_loops(axes: Axes, found: Sequence[Series]) -> None:
     """A line for each model evaluated at several loop counts, and a larger point at its own."""
-    numbers, low = styles(found), []
+    numbers, shown = styles(found), list[float]()
     for series in found:
         counts, own = sorted(series.evaluated_at), colour(numbers[series.model])
         means = {loops: float(np.mean([*series.at_loops(loops).values()])) for loops in counts}
         axes.plot(counts, [*means.values()], color=own, linestyle=dashes(numbers[series.model]), marker=".", linewidth=1.2)
         axes.plot([series.loops], [means[series.loops]], color=own, marker="o", markersize=6)
-        low.append(min(means.values()))
-    axes.set_ylim(min(low) - 0.03, min(low) + _SHOWN_ABOVE)
+        shown += means.values()
+    low, high = min(shown), max(shown)
+    room = 0.05 * (high - low) or 0.1
+    axes.set_ylim(low - room, min(high + room, low + _SHOWN_ABOVE))
     axes.set_xlabel("loops run")
     axes.set_ylabel("final loss, nats per token")
 
