@@ -10,6 +10,7 @@ from models import architecture, assert_same_gradients, build, gradients, tokens
 from torch import Tensor
 
 from yoco_u import YocoUForCausalLM
+from yoco_u.errors import UserError
 from yoco_u.model.blocks import LoopedStack
 from yoco_u.model.loss import EarlyExit
 from yoco_u.training.parallelize import checkpoint_stages, truncate_backpropagation
@@ -110,6 +111,12 @@ def test_an_earlier_exit_learns_from_the_last_loop(name: str, settings: dict[str
     torch.testing.assert_close(loss, twin, rtol=1e-6, atol=0)  # transformers takes its loss in float32
     assert divergence > 1e-3
     assert_same_gradients(gradients(model, loss), gradients(model, twin), 1e-6)
+
+
+@pytest.mark.parametrize("loop", [0, 3])
+def test_an_exit_that_is_not_before_the_last_loop_is_refused(loop: int) -> None:
+    with pytest.raises(UserError, match=f"exit_loop is {loop}; expected a loop before the last, which is 3"):
+        build(architecture())(**inputs(), early_exit=EarlyExit(loop, 1.0))
 
 
 def test_an_exit_before_the_last_loops_trains_what_follows_the_loop() -> None:

@@ -203,7 +203,7 @@ class LoopedStack(nn.Module):
         loops: int,
         first_slot: int = 0,
         global_kvs: Sequence[GlobalKV] = (),
-        states: dict[int, Tensor] | None = None,
+        exits: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run all loops.
 
@@ -212,7 +212,7 @@ class LoopedStack(nn.Module):
             loops: loop count T of this call.
             first_slot: index of the stage's first slot in `Architecture.slots()`.
             global_kvs: for cross stages, what `AttentionBackend.global_kvs` returned.
-            states: is given the hidden states after each loop, by the number of loops run.
+            exits: each value becomes the hidden states after as many loops as its key says.
 
         Returns:
             The hidden states after the last loop, and the auxiliary losses of all blocks and loops.
@@ -230,8 +230,8 @@ class LoopedStack(nn.Module):
             x = out if tokens is None else x.index_copy(1, tokens, out)
             if loop == cut - 1:
                 x = x + 0 * begin  # what lies before needs a gradient, of zero: DDP waits for every parameter's
-            if states is not None:
-                states[loop + 1] = x
+            if exits and loop + 1 in exits:
+                exits[loop + 1] = x
         if self.training and loops == 1 and self.loop_gates is not None:
             x = x + 0 * self.loop_gates.sum()  # unused gates need a gradient, of zero: DDP waits for every parameter's
         return x, losses

@@ -157,6 +157,8 @@ class YocoUModel(YocoUPreTrainedModel):
                 f"{given} has {x.ndim - (inputs_embeds is None)} dimensions; expected rows of tokens, (batch, tokens)"
             )
         architecture = self.at_loops(num_loops)
+        if exit_loop is not None and not 1 <= exit_loop < architecture.num_loops:
+            raise UserError(f"exit_loop is {exit_loop}; expected a loop before the last, which is {architecture.num_loops}")
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and any(block.gradient_checkpointing for block in self.modules() if isinstance(block, Block)):
             use_cache, past_key_values = False, None
@@ -177,11 +179,11 @@ class YocoUModel(YocoUPreTrainedModel):
         if past_key_values is not None and not past:
             past_key_values.padded, past_key_values.packed = layout.padded, layout.packed
 
-        states: dict[int, Tensor] | None = None if exit_loop is None else {}
-        x, losses = self.run_stages(x, backend, architecture, states)
+        exits = {} if exit_loop is None else {exit_loop: x}
+        x, losses = self.run_stages(x, backend, architecture, exits)
         output = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
-        if states is not None and exit_loop is not None:
-            output["exit_hidden_state"], _ = self.run_stages(states[exit_loop], backend, architecture.behind_the_loop())
+        for state in exits.values():
+            output["exit_hidden_state"], _ = self.run_stages(state, backend, architecture.behind_the_loop())
         output["auxiliary_loss"] = sum(losses) if losses else None
         output["segments"] = layout.segments
         return output
@@ -196,7 +198,7 @@ class YocoUModel(YocoUPreTrainedModel):
         return self.architecture if num_loops is None else self.architecture.with_loops(num_loops)
 
     def run_stages(
-        self, x: Tensor, backend: AttentionBackend, architecture: Architecture, states: dict[int, Tensor] | None = None
+        self, x: Tensor, backend: AttentionBackend, architecture: Architecture, exits: dict[int, Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Run all stages and the final norm: the one forward pass of training, `generate()`, the engine and analysis.
 
@@ -204,7 +206,7 @@ class YocoUModel(YocoUPreTrainedModel):
             x: embedded tokens, (batch, tokens, hidden).
             backend: attends, remembers keys and values, and knows which tokens are kept (their logits are asked for).
             architecture: the model's own, with the loop count of this pass.
-            states: is given the hidden states after each loop of the looped stage, by the number of loops run.
+            exits: each value becomes the hidden states of the looped stage after as many loops as its key says.
 
         Returns:
             Hidden states of the kept tokens after the final norm, (batch, kept, hidden), and the auxiliary losses of blocks.
@@ -220,7 +222,7 @@ class YocoUModel(YocoUPreTrainedModel):
                 x = x if kept is None else x[:, kept]
                 if x.shape[1] == 0:
                     break
-            x, stage_losses = stack(x, backend, stage.loops, slot, global_kvs, states if stage.loops > 1 else None)
+            x, stage_losses = stack(x, backend, stage.loops, slot, global_kvs, exits if stage.loops > 1 else None)
             losses += stage_losses
             slot += stage.layers * stage.loops
         if not global_kvs:
