@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from yoco_u.architecture import LOOPED, SIZES, STAGES, Architecture, MixtureOfExperts, ParallelStreams, RotaryScaling, Stage
 from yoco_u.data.config import DataConfig
 from yoco_u.training.config import DistillationConfig, LoopPhase, OptimizerConfig, RunConfig, TrainingConfig, WindowPhase
+from yoco_u.training.loop_draw import LoopDraw
 from yoco_u.tuning.settings import GRPOSettings, SFTSettings
 
 TARGET = Path(__file__).with_name("configuration.md")
@@ -31,6 +32,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("Optimizer", "optimizer.", OptimizerConfig),
     ("Training", "training.", TrainingConfig),
     ("A phase of another loop count", "training.loop_schedule[i].", LoopPhase),
+    ("Drawn loop counts", "training.loop_draw.", LoopDraw),
     ("A phase of another window", "training.window_schedule[i].", WindowPhase),
     ("A teacher", "distillation.", DistillationConfig),
     ("Fine-tuning on chats: `yoco-u sft`", "", SFTSettings),
