@@ -1,0 +1,99 @@
+"""Perplexity over tokens of healing for runs of `talk.py`, beside the source's, with a fit that tells what more would do.
+
+    python recipes/healing_curves.py runs/talk/healed-15 runs/talk/healed-5 runs/talk/healed-1
+
+`healing.json` and `healing.png` go to `--results`. All losses are of the first tokens of the validation split of the runs'
+dataset. The fit is `loss - source = scale * tokens ** -exponent`, a straight line between logarithms, over the evaluations
+within a run, whose learning rate falls to its end: a guide, not a forecast.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from scipy.stats import linregress
+
+from yoco_u.data import PackedDataset
+from yoco_u.device import find_device
+from yoco_u.files import write_json
+from yoco_u.loading import load_model
+from yoco_u.plotting import colour, save_png
+from yoco_u.training import RunConfig, read_metrics
+from yoco_u.training.distributed import Distributed
+from yoco_u.training.run_folder import read_run_config
+from yoco_u.training.validation import evaluate
+
+AIMS = {15: 1.15, 5: 1.25, 1: 1.35}
+"""By the number of global KVs: the perplexity that is aimed at, as a multiple of the source's."""
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("runs", type=Path, nargs="+", help="runs of talk.py with one source, such as runs/talk/healed-15")
+    arguments.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "healing")
+    chosen = arguments.parse_args()
+
+    configs = [read_run_config(run) for run in chosen.runs]
+    assert configs[0].distillation is not None
+    source = loss_of(configs[0].distillation.teacher, configs[0])
+    curves = [curve(run, config, source) for run, config in zip(chosen.runs, configs, strict=True)]
+    chosen.results.mkdir(parents=True, exist_ok=True)
+    write_json(chosen.results / "healing.json", {"source": source, "curves": curves})
+    plot(source, curves, chosen.results / "healing.png")
+    for one in curves:
+        print(sentence(one))
+
+
+def loss_of(model: str, config: RunConfig) -> float:
+    """Nats per token of a model, on what the run's evaluations score."""
+    print(f"measuring {model}", flush=True)
+    training = config.training
+    dataset = PackedDataset(Path(config.dataset), "validation", training.sequence_length, shuffle=False)
+    alone = Distributed(0, 1, 0, find_device("auto"))
+    return evaluate(load_model(model, alone.device)[0], dataset, training.evaluation_tokens, 1, alone, training.dtype).loss
+
+
+def curve(run: Path, config: RunConfig, source: float) -> dict[str, Any]:
+    """What a run has reached at each evaluation, and at how many tokens its fit reaches what is aimed at."""
+    assert config.start_from is not None
+    points = [record for record in read_metrics(run) if record["kind"] == "evaluation"]
+    tokens, losses = [one["tokens"] for one in points], [one["loss"] for one in points]
+    fit = linregress([math.log(n) for n in tokens], [math.log(loss - source) for loss in losses])
+    kvs = config.architecture.global_kvs
+    return {
+        "run": run.name, "global_kvs": kvs, "converted": loss_of(config.start_from, config), "tokens": tokens, "losses": losses,
+        "flops": points[-1]["flops"], "times_source": math.exp(losses[-1] - source),
+        "exponent": -fit.slope, "exponent_error": fit.stderr, "scale": math.exp(fit.intercept),
+        "aim": AIMS[kvs], "needed": math.exp((math.log(math.log(AIMS[kvs])) - fit.intercept) / fit.slope),
+    }  # fmt: skip
+
+
+def plot(source: float, curves: list[dict[str, Any]], path: Path) -> None:
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    for index, one in enumerate(curves):
+        kvs = one["global_kvs"]
+        axes.plot(
+            one["tokens"], [math.exp(loss) for loss in one["losses"]], marker="o", markersize=3, color=colour(index),
+            label=f"{kvs} global KV{'s' * (kvs > 1)}, {math.exp(one['converted']):.1f} before",
+        )  # fmt: skip
+    axes.axhline(math.exp(source), color="#5a5a5a", linestyle="--", label=f"the source, {math.exp(source):.1f}")
+    axes.set(xlabel="tokens of healing", ylabel="perplexity of the validation split", xscale="log", yscale="log")
+    axes.grid(alpha=0.2, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    save_png(figure, path)
+
+
+def sentence(one: dict[str, Any]) -> str:
+    found, tokens, exponent = one["times_source"], one["tokens"][-1], f"{one['exponent']:.2f} +- {one['exponent_error']:.2f}"
+    return (
+        f"{one['global_kvs']} global KVs: {found:.2f} times the source's perplexity at {tokens:,} tokens; the excess falls as "
+        f"tokens to the power of -({exponent}), to {one['aim']} times at {one['needed']:,.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
