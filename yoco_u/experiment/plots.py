@@ -13,12 +13,14 @@ from yoco_u.evaluation.plots import heat_map
 from yoco_u.experiment.needle_maps import NeedleMap, needle_maps
 from yoco_u.experiment.results import Cost, Series
 from yoco_u.experiment.summary import Fit, Row, Summary
+from yoco_u.experiment.task_curves import TaskCurves, task_curves
 from yoco_u.plotting import budget_formatter, colour, dashes, save_png, svg
 
 AXES: tuple[tuple[Cost, str], ...] = (("tokens", "training tokens"), ("flops", "training FLOPs"))
 """What losses are drawn over, with the label of that axis."""
 
 _MAPS_IN_A_ROW = 4
+_TASKS_IN_A_ROW = 3
 
 
 def styles(found: Sequence[Series]) -> dict[str, int]:
@@ -63,12 +65,18 @@ def needle_plot(needles: NeedleMap) -> str:
     return svg(lambda axes: _draw_needles(axes, needles), (3.6, 2.6))
 
 
+def task_plot(tasks: TaskCurves, numbers: dict[str, int]) -> str:
+    """Right answers over the level, as SVG: mean over the seeds, and a shade from the lowest to the highest."""
+    return svg(lambda axes: _draw_tasks(axes, tasks, numbers))
+
+
 def write_png(summary: Summary, path: Path) -> None:
-    """Write one picture of the curves, the final losses (over budgets, if there are several) and the needles."""
+    """Write one picture of the curves, the final losses (over budgets, if there are several), the needles and the tasks."""
     series = summary.results.series
-    maps = needle_maps(series)
-    rows = -(-len(maps) // _MAPS_IN_A_ROW)
-    heights = [4.6, 3.6 if summary.several_budgets else _height(summary.rows)] + [2.6 * rows] * bool(maps)
+    maps, tasks = needle_maps(series), task_curves(series)
+    rows, task_rows = -(-len(maps) // _MAPS_IN_A_ROW), -(-len(tasks) // _TASKS_IN_A_ROW)
+    heights = [4.6, 3.6 if summary.several_budgets else _height(summary.rows)]
+    heights += [2.6 * rows] * bool(maps) + [3.4 * task_rows] * bool(tasks)
     figure = Figure(figsize=(11, sum(heights)), layout="constrained", dpi=130)
     parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
     panels = parts[0].subplots(1, 2)
@@ -80,6 +88,13 @@ def write_png(summary: Summary, path: Path) -> None:
             _draw_budgets(axes, series, summary.fits, x, label)
     else:
         _draw_finals(parts[1].subplots(), summary.rows, styles(series))
+    if tasks:
+        grid = parts[-1].subplots(task_rows, _TASKS_IN_A_ROW, squeeze=False).ravel()
+        for axes, one in zip(grid, tasks, strict=False):
+            _draw_tasks(axes, one, styles(series))
+            axes.set_title(one.task, fontsize=10)
+        for axes in grid[len(tasks) :]:
+            axes.remove()
     for axes in figure.axes:
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
@@ -157,3 +172,16 @@ def _draw_curves(axes: Axes, found: Sequence[Series], x: Cost, label: str) -> No
 def _draw_needles(axes: Axes, needles: NeedleMap) -> None:
     axes.grid(False)
     heat_map(axes, needles.recall, needles.lengths, needles.depths)
+
+
+def _draw_tasks(axes: Axes, tasks: TaskCurves, numbers: dict[str, int]) -> None:
+    for curve in tasks.curves:
+        own, levels = colour(numbers[curve.series.model]), list(curve.shares)
+        line = dashes(numbers[curve.series.model])
+        shares = list(curve.shares.values())
+        axes.fill_between(levels, list(map(min, shares)), list(map(max, shares)), color=own, alpha=0.12, linewidth=0)
+        axes.plot(levels, list(map(curve.mean, levels)), color=own, linestyle=line, marker="o", markersize=3, linewidth=1.3)
+    axes.set_ylim(0, 1.03)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.set_xlabel(tasks.counts)
+    axes.set_ylabel("right answers")
