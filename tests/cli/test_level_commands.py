@@ -12,7 +12,7 @@ CONFIG = """\
 name: words
 architecture: {{preset: yoco_u, size: test, vocab_size: 257, loops: 2}}
 dataset: {folder}/data
-data: {{corpus: "synthetic:s5:levels=2-3,documents=40,length=48", validation_fraction: 0.2}}
+data: {{corpus: "synthetic:s5:levels=2-3:documents=40:length=48", validation_fraction: 0.2}}
 optimizer: {{warmup_steps: 1}}
 training: {{steps: 2, sequence_length: 48, batch_rows: 4, micro_batch_rows: 4, dtype: float32, compile: "off"}}
 """
@@ -34,7 +34,7 @@ def test_prepare(run: Any, tmp_path: Path) -> None:
 
 
 def test_evaluate(run: Any, trained: Path) -> None:
-    tasks = ["synthetic:s5:levels=2-4,length=48", "synthetic:addition:levels=1"]
+    tasks = ["synthetic:s5:levels=2-4:length=48", "synthetic:addition:levels=1"]
     outcome = run("evaluate", trained, *tasks, "--num-loops", 1, "--num-loops", 3, "--answers", 20)
     assert (outcome.status, outcome.err) == (0, "")
     rows = [line.split() for line in outcome.out.splitlines() if line.split()[:1] in (["s5"], ["addition"])]

@@ -113,7 +113,7 @@ def test_whether_an_instance_is_held_out_does_not_depend_on_its_answers() -> Non
 @given(st.sampled_from(sorted(TASKS)), st.integers(41, 400), st.booleans(), st.integers(0))
 def test_documents_are_exactly_as_long_as_asked_for(task: str, length: int, held_out: bool, number: int) -> None:
     level = TASKS[task].lowest
-    settings = read_entry(f"synthetic:{task}:levels={level},length={length}")
+    settings = read_entry(f"synthetic:{task}:levels={level}:length={length}")
     made = document_text(settings, level, number, held_out)
     assert len(made) == length - 1
     lines = made.rstrip("\n").split("\n")
@@ -139,7 +139,7 @@ def test_a_wrong_entry_is_refused(entry: str, error: str) -> None:
     assert error in str(raised.value)
 
 
-ENTRIES = ("synthetic:p-hop:levels=1-3,documents=120,length=64", "synthetic:addition:levels=1-6,documents=80,length=64")
+ENTRIES = ("synthetic:p-hop:levels=1-3:documents=120:length=64", "synthetic:addition:levels=1-6:documents=80:length=64")
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_the_targets_of_any_tokens(tokens: list[int]) -> None:
 def test_rows_that_cut_documents_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rows of 96 tokens would cut documents of 64 tokens"):
         PackedDataset(folder, "train", 96)
-    mixed = ["synthetic:s3:documents=30,length=32", "synthetic:s5:documents=30,length=64"]
+    mixed = ["synthetic:s3:documents=30:length=32", "synthetic:s5:documents=30:length=64"]
     prepare(DataConfig(corpus=mixed, validation_fraction=0.3), tmp_path / "data", progress=False)
     with pytest.raises(UserError, match="documents of 32, 64 tokens"):
         PackedDataset(tmp_path / "data", "train", 64)
@@ -219,8 +219,8 @@ def test_what_does_not_go_with_generated_documents_is_refused(settings: dict, er
 
 def test_harder_levels_for_validation(tmp_path: Path) -> None:
     config = DataConfig(
-        corpus="synthetic:s5:levels=2-3,documents=20,length=40",
-        validation_corpus="synthetic:s5:levels=4,documents=20,length=40",
+        corpus="synthetic:s5:levels=2-3:documents=20:length=40",
+        validation_corpus="synthetic:s5:levels=4:documents=20:length=40",
     )
     prepare(config, tmp_path / "data", progress=False)
     tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer")
@@ -233,7 +233,7 @@ def test_harder_levels_for_validation(tmp_path: Path) -> None:
 
 def test_the_same_entry_gives_the_same_documents_and_another_seed_others() -> None:
     entry = "synthetic:p-hop:documents=5"
-    first, again, other = ([d.text for d in Corpus([e]).documents()] for e in (entry, entry, entry + ",seed=1"))
+    first, again, other = ([d.text for d in Corpus([e]).documents()] for e in (entry, entry, entry + ":seed=1"))
     assert first == again
     assert not {*first} & {*other}
     assert Corpus([entry]).size == sum(map(len, first))

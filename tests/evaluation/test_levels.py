@@ -53,7 +53,7 @@ def distinct_lines(corpus: Any, level: int, documents: int) -> list[str]:
 
 @pytest.mark.parametrize("task", ["addition", "s5", "assignments", "word-problems-in-steps"])
 def test_an_answer_is_right_if_all_its_tokens_are(task: str) -> None:
-    corpus = read_entry(f"synthetic:{task}:levels=3-4,length=180")
+    corpus = read_entry(f"synthetic:{task}:levels=3-4:length=180")
     texts = [document_text(corpus, level, number, held_out=True) for level in (3, 4) for number in range(40)]
     unknown = "0123abfghABCDEF"
     model = Knowing(texts, unknown)
@@ -76,7 +76,7 @@ def test_an_answer_is_right_if_all_its_tokens_are(task: str) -> None:
 
 
 def test_questions_that_come_again_do_not_count_again() -> None:
-    corpus = read_entry("synthetic:s3:levels=2,length=60")
+    corpus = read_entry("synthetic:s3:levels=2:length=60")
     texts = [document_text(corpus, 2, number, held_out=True) for number in range(300)]
     [score] = score_levels(Knowing(texts, ""), TOKENIZER, [corpus], 300)  # type: ignore[arg-type]
     assert score.answers == len({line for text in texts for line in text.split()}) < 3 * 3 * 3
@@ -90,7 +90,7 @@ def test_a_model_is_right_where_greedy_decoding_is(num_loops: int | None) -> Non
     digits = TOKENIZER.convert_tokens_to_ids(["1", "2", "3"])
     others = [i for i in range(257) if i not in digits]
     model.lm_head.weight[others] = 0
-    corpus = read_entry("synthetic:s3:levels=7,length=40")
+    corpus = read_entry("synthetic:s3:levels=7:length=40")
     [score] = score_levels(model, TOKENIZER, [corpus], 60, num_loops)
     seen, right, documents = set[str](), list[bool](), 0
     while len(right) < 60:
@@ -128,5 +128,5 @@ def test_damaged_weights_are_named() -> None:
 
 def test_every_task_can_be_scored() -> None:
     model = build(architecture("yoco", vocab_size=257))
-    corpora = [read_entry(f"synthetic:{task}:levels={made.lowest},length=64") for task, made in TASKS.items()]
+    corpora = [read_entry(f"synthetic:{task}:levels={made.lowest}:length=64") for task, made in TASKS.items()]
     assert [score.task for score in score_levels(model, TOKENIZER, corpora, 5)] == list(TASKS)

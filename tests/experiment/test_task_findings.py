@@ -127,7 +127,7 @@ def test_report_shows_the_answers_by_level(tmp_path: Path) -> None:
 
 
 def test_the_measure_asks_the_tasks_of_the_corpus(tmp_path: Path) -> None:
-    entry = "synthetic:s3:levels=2-3,documents=40,length=32"
+    entry = "synthetic:s3:levels=2-3:documents=40:length=32"
     experiment = grid(
         {"yoco-u": preset("yoco_u", loops=2, vocab_size=257)},
         seeds=(0,),

@@ -18,7 +18,7 @@ ALONE = Distributed(0, 1, 0, torch.device("cpu"))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("answers") / "data"
-    config = DataConfig(corpus="synthetic:s5:levels=2-4,documents=60,length=48", validation_fraction=0.3)
+    config = DataConfig(corpus="synthetic:s5:levels=2-4:documents=60:length=48", validation_fraction=0.3)
     prepare(config, out, progress=False)
     return out
 

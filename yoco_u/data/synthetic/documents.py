@@ -1,4 +1,4 @@
-"""Documents of generated instances, for an entry of a corpus: `synthetic:TASK[:KEY=VALUE,...]`."""
+"""Documents of generated instances, for an entry of a corpus: `synthetic:TASK[:KEY=VALUE...]`."""
 
 import hashlib
 import re
@@ -82,10 +82,10 @@ def read_entry(entry: str) -> SyntheticCorpus:
     if name not in TASKS:
         raise UserError(f"{entry}: no such task; {did_you_mean(name, TASKS)}")
     settings: dict[str, object] = {"task": name, "levels": f"{TASKS[name].lowest}-{TASKS[name].lowest + 3}"}
-    for part in filter(None, rest.split(",")):
+    for part in filter(None, rest.split(":")):
         key, separator, value = part.partition("=")
         if not separator or key == "task":
-            raise UserError(f"{entry}: {part}: expected levels=1-8, documents=20000, length=256 or seed=0, with commas between")
+            raise UserError(f"{entry}: {part}: expected levels=1-8, documents=20000, length=256 or seed=0, with colons between")
         settings[key] = int(value) if re.fullmatch(r"\d{1,18}", value) and key != "levels" else value
     return parse(SyntheticCorpus, settings, entry)
 
