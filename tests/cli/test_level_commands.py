@@ -34,18 +34,18 @@ def test_prepare(run: Any, tmp_path: Path) -> None:
 
 
 def test_evaluate(run: Any, trained: Path) -> None:
-    tasks = ["synthetic:s5:levels=2-4:length=48", "synthetic:addition:levels=1"]
+    tasks = ["synthetic:s5:levels=2-4:length=48", "synthetic:addition:levels=2"]
     outcome = run("evaluate", trained, *tasks, "--num-loops", 1, "--num-loops", 3, "--answers", 20)
     assert (outcome.status, outcome.err) == (0, "")
     rows = [line.split() for line in outcome.out.splitlines() if line.split()[:1] in (["s5"], ["addition"])]
     assert [row[:3] for row in rows] == [
-        [task, loops, level] for loops in "13" for task, level in (("s5", "2"), ("s5", "3"), ("s5", "4"), ("addition", "1"))
+        [task, loops, level] for loops in "13" for task, level in (("s5", "2"), ("s5", "3"), ("s5", "4"), ("addition", "2"))
     ]
     found = run("evaluate", trained, *tasks, "--answers", 20, "--json").json
     assert found["tasks"] == tasks
     [result] = found["results"]
     assert result["num_loops"] == 2
-    assert [score["level"] for score in result["levels"]] == [2, 3, 4, 1]
+    assert [score["level"] for score in result["levels"]] == [2, 3, 4, 2]
     assert all(score["low"] <= score["accuracy"] <= score["high"] for score in result["levels"])
     [split] = run("evaluate", trained, "--json").json["results"]  # the validation split: answers alone
     summary = json.loads((trained / "summary.json").read_text())

@@ -4,10 +4,19 @@ import re
 from collections.abc import Callable
 from itertools import pairwise
 
-S3 = {"a": {1: 1, 2: 3, 3: 2}, "b": {1: 2, 2: 1, 3: 3}, "c": {1: 3, 2: 2, 3: 1}}
+S3 = {letter: {1: 1, 2: 3, 3: 2} for letter in "adgjmpsvyB"}
+S3 |= {letter: {1: 2, 2: 1, 3: 3} for letter in "behknqtwzC"}
+S3 |= {letter: {1: 3, 2: 2, 3: 1} for letter in "cfiloruxAD"}
 S5 = {
     letter: dict(enumerate(map(int, images), start=1))
-    for letter, images in {"a": "12354", "b": "21543", "c": "35412", "d": "43125", "e": "54231"}.items()
+    for letters, images in {
+        "afkpuzEJOT": "12354",
+        "bglqvAFKPU": "21543",
+        "chmrwBGLQV": "35412",
+        "dinsxCHMRW": "43125",
+        "ejotyDINSX": "54231",
+    }.items()
+    for letter in letters
 }
 
 

@@ -28,7 +28,7 @@ tasks = pytest.mark.parametrize("task", TASKS)
 @given(st.integers(0), st.data())
 def test_answers_are_right_and_take_as_many_steps_as_the_level_says(task: str, seed: int, data: st.DataObject) -> None:
     made = TASKS[task]
-    level = data.draw(st.integers(made.lowest, min(made.highest, 12)))
+    level = data.draw(st.integers(1, min(made.highest, 12)))
     instance = made.make(Random(seed), level)
     found, steps = SOLVERS[task](instance)
     assert found == answers(instance)
@@ -42,7 +42,7 @@ def test_answers_are_right_and_take_as_many_steps_as_the_level_says(task: str, s
 def test_no_answer_is_much_more_frequent_than_others(task: str) -> None:
     """A guess without a look at the question is right as rarely as if all answers were equally frequent."""
     made = TASKS[task]
-    for level in (made.lowest + 1, 5):
+    for level in (2, 5):
         drawn = Random(level)
         one = [drawn.choice(answers(made.make(drawn, level)))[-1] for _ in range(1500)]
         expected = {"p-hop": 5, "s3": 3, "s5": 5}.get(task, 10)
@@ -65,7 +65,7 @@ def test_an_unknown_letter_leaves_all_images_equally_likely_and_the_letters_make
 ) -> None:
     numbers = sorted(generators["a"])
     for number in numbers:
-        assert sorted(images[number] for images in generators.values()) == numbers
+        assert Counter(images[number] for images in generators.values()) == dict.fromkeys(numbers, 10)
     identity = tuple(numbers)
     group, new = {identity}, [identity]
     while new:
@@ -89,7 +89,7 @@ def test_carries_run_far() -> None:
 @tasks
 def test_instances_of_tests_never_occur_in_training(task: str) -> None:
     made = TASKS[task]
-    for level in (made.lowest, made.lowest + 1):
+    for level in (1, 2):
         settings = read_entry(f"synthetic:{task}:levels={level}")
         seen = [
             {re.sub("=[^;]*;", "=;", line) for number in range(12) for line in text(settings, level, number, held_out)}
@@ -112,7 +112,7 @@ def test_whether_an_instance_is_held_out_does_not_depend_on_its_answers() -> Non
 
 @given(st.sampled_from(sorted(TASKS)), st.integers(41, 400), st.booleans(), st.integers(0))
 def test_documents_are_exactly_as_long_as_asked_for(task: str, length: int, held_out: bool, number: int) -> None:
-    level = TASKS[task].lowest
+    level = 1
     settings = read_entry(f"synthetic:{task}:levels={level}:length={length}")
     made = document_text(settings, level, number, held_out)
     assert len(made) == length - 1
@@ -139,7 +139,7 @@ def test_a_wrong_entry_is_refused(entry: str, error: str) -> None:
     assert error in str(raised.value)
 
 
-ENTRIES = ("synthetic:p-hop:levels=1-3:documents=120:length=64", "synthetic:addition:levels=1-6:documents=80:length=64")
+ENTRIES = ("synthetic:p-hop:levels=1-3:documents=120:length=64", "synthetic:addition:levels=2-6:documents=80:length=64")
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,18 @@ def test_before_the_lowest_level_is_solved_depth_is_not_compared(tmp_path: Path)
         assert "YOCO-U and YOCO" in outcome.text and "answered less than 90% of the lowest level" in outcome.text
 
 
+def test_a_level_of_few_questions_does_not_count(tmp_path: Path) -> None:
+    runs = asked(tmp_path, falling({"yoco-u": 0.6, "yoco": 0.4}))
+    for run in runs:
+        file = tmp_path / run.name / "measures.json"
+        found = json.loads(file.read_text())
+        found["tasks"]["result"].append(scores(lambda _: 0.0, levels=(0,))[0] | {"answers": 249})
+        write_json(file, found)
+    judged = {one.finding.id: one.outcome for one in judge(read_results(runs, tmp_path))}
+    assert judged["p-hop-equal-parameters"].verdict == "confirmed"
+    assert list(judged["p-hop-equal-parameters"].numbers["right_by_level"]) == ["1", "2", "4"]
+
+
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     found = outcomes(tmp_path, falling({"yoco-u": 0.8}), seeds=(0,))
     assert found["p-hop-equal-flops"].verdict == OPEN

@@ -7,7 +7,7 @@ from textwrap import fill
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from yoco_u.evaluation.plots import heat_map
 from yoco_u.experiment.needle_maps import NeedleMap, needle_maps
@@ -66,7 +66,7 @@ def needle_plot(needles: NeedleMap) -> str:
 
 
 def task_plot(tasks: TaskCurves, numbers: dict[str, int]) -> str:
-    """Right answers over the level, as SVG: mean over the seeds, and a shade from the lowest to the highest."""
+    """Right answers over the level, as SVG: the mean over the seeds of each model."""
     return svg(lambda axes: _draw_tasks(axes, tasks, numbers))
 
 
@@ -178,10 +178,9 @@ def _draw_tasks(axes: Axes, tasks: TaskCurves, numbers: dict[str, int]) -> None:
     for curve in tasks.curves:
         own, levels = colour(numbers[curve.series.model]), list(curve.shares)
         line = dashes(numbers[curve.series.model])
-        shares = list(curve.shares.values())
-        axes.fill_between(levels, list(map(min, shares)), list(map(max, shares)), color=own, alpha=0.12, linewidth=0)
         axes.plot(levels, list(map(curve.mean, levels)), color=own, linestyle=line, marker="o", markersize=3, linewidth=1.3)
     axes.set_ylim(0, 1.03)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_xlabel(tasks.counts)
     axes.set_ylabel("right answers")

@@ -27,7 +27,8 @@ class SyntheticCorpus(Config):
 
     Attributes:
         task: one of `TASKS`.
-        levels: the lowest and the highest level, `1-8` or `3` in an entry. Every document is of one of them.
+        levels: the lowest and the highest level, `1-8` or `3` in an entry, where 1-4 are the default. Every document is of
+            one of them.
         documents: number of documents.
         length: tokens of each document, `<|endoftext|>` included. A token is a byte.
         seed: another seed gives other documents, of the same instances for training and for tests.
@@ -51,8 +52,8 @@ class SyntheticCorpus(Config):
     @model_validator(mode="after")
     def _fits(self) -> "SyntheticCorpus":
         task, (low, high) = self.generator, self.levels
-        if not task.lowest <= low <= high <= task.highest:
-            raise ValueError(f"levels {low}-{high}: expected a range within {task.lowest}-{task.highest}")
+        if not 1 <= low <= high <= task.highest:
+            raise ValueError(f"levels {low}-{high}: expected a range within 1-{task.highest}")
         needed = len(task.make(Random(0), high)) + len(_FILLER) + 1
         if self.length < needed:
             raise ValueError(f"length {self.length} is too short for level {high}, which needs {needed}")
@@ -73,7 +74,7 @@ def is_synthetic(entry: str) -> bool:
 
 
 def read_entry(entry: str) -> SyntheticCorpus:
-    """What an entry asks for; all levels that fit into a document are 1 to 4, unless it says others.
+    """What an entry asks for.
 
     Raises:
         UserError: if there is no such task, or a setting does not fit.
@@ -81,7 +82,7 @@ def read_entry(entry: str) -> SyntheticCorpus:
     name, _, rest = entry.removeprefix(PREFIX).partition(":")
     if name not in TASKS:
         raise UserError(f"{entry}: no such task; {did_you_mean(name, TASKS)}")
-    settings: dict[str, object] = {"task": name, "levels": f"{TASKS[name].lowest}-{TASKS[name].lowest + 3}"}
+    settings: dict[str, object] = {"task": name, "levels": "1-4"}
     for part in filter(None, rest.split(":")):
         key, separator, value = part.partition("=")
         if not separator or key == "task":

@@ -16,6 +16,8 @@ BEGIN, END = "=", ";"
 
 HOP_LETTERS = "abcde"
 CHAINS, ASKED_CHAINS = 6, 2
+SPELLINGS = 10
+"""Letters for each permutation. So even short words are too many to be learned by heart."""
 TRANSPOSITIONS = ("132", "213", "321")
 """Three permutations of S3, which generate it: the images of 1, 2, 3."""
 LATIN_SQUARE = ("12354", "21543", "35412", "43125", "54231")
@@ -78,15 +80,19 @@ def addition(draw: Random, level: int) -> str:
     return f"{first}+{second}{_answer(f'{int(first) + int(second):0{level + 1}}')}"
 
 
-def permutations(draw: Random, level: int, letters: Sequence[str]) -> str:
-    """State tracking: where a word of as many permutations as the level says leads a number, `bacb2=3;`
+def permutations(draw: Random, level: int, images: Sequence[str]) -> str:
+    """State tracking: where a word of as many permutations as the level says leads a number, `bMcx2=3;`
 
-    The first letter comes first. `a` is the first of `letters`, each of which lists the images of 1, 2, ...
+    The first letter comes first. The letters a, b, ... stand for the permutations in their order, again and again, until each
+    has its ten letters.
+
+    Args:
+        images: for each permutation the images of 1, 2, ...
     """
-    word, number = draw.choices(range(len(letters)), k=level), draw.choice(letters[0])
+    word, number = draw.choices(range(SPELLINGS * len(images)), k=level), draw.choice(images[0])
     image = number
     for letter in word:
-        image = letters[letter][int(image) - 1]
+        image = images[letter % len(images)][int(image) - 1]
     return f"{''.join(ascii_letters[letter] for letter in word)}{number}{_answer(image)}"
 
 
@@ -116,24 +122,23 @@ def word_problems(draw: Random, level: int, in_steps: bool = False) -> str:
 
 
 class Task(NamedTuple):
-    """A task: its function, the lowest and the highest level that it can be given, and what its level counts."""
+    """A task: its function, the highest level that it can be given, from 1 on, and what its level counts."""
 
     make: Callable[[Random, int], str]
-    lowest: int
     highest: int
     counts: str
 
 
 TASKS = {
-    "p-hop": Task(p_hop, 1, 32, "hops"),
-    "assignments": Task(assignments, 1, len(ascii_letters) // CHAINS, "assignments in a chain"),
-    "addition": Task(addition, 1, 40, "digits"),
-    "s3": Task(partial(permutations, letters=TRANSPOSITIONS), 2, 64, "permutations"),
-    "s5": Task(partial(permutations, letters=LATIN_SQUARE), 2, 64, "permutations"),
-    "word-problems": Task(word_problems, 1, len(ascii_uppercase) // 2, "sentences in a chain"),
-    "word-problems-in-steps": Task(partial(word_problems, in_steps=True), 1, len(ascii_uppercase) // 2, "sentences in a chain"),
+    "p-hop": Task(p_hop, 32, "hops"),
+    "assignments": Task(assignments, len(ascii_letters) // CHAINS, "assignments in a chain"),
+    "addition": Task(addition, 40, "digits"),
+    "s3": Task(partial(permutations, images=TRANSPOSITIONS), 64, "permutations"),
+    "s5": Task(partial(permutations, images=LATIN_SQUARE), 64, "permutations"),
+    "word-problems": Task(word_problems, len(ascii_uppercase) // 2, "sentences in a chain"),
+    "word-problems-in-steps": Task(partial(word_problems, in_steps=True), len(ascii_uppercase) // 2, "sentences in a chain"),
 }
-"""The tasks by name. Words of one permutation would be so few that hardly any could be held out."""
+"""The tasks by name."""
 
 
 def _answer(text: str) -> str:

@@ -15,6 +15,10 @@ from yoco_u.experiment.results import Cost, Results, Series, best
 from yoco_u.formatting import scientific, short_count
 from yoco_u.report.comparison import equal_cost
 
+COUNTED = 0.5
+"""The least number of questions of a level that counts, as a share of that of the level with the most. Where there are fewer,
+the level has so few instances that models know those of training by heart."""
+
 SOLVED = 0.9
 """Share of right answers to the lowest level from which on depths are compared: before it, a model has not learned the task."""
 
@@ -58,13 +62,13 @@ def measured_tasks(results: Results) -> list[str]:
 
 
 def more_right(results: Results, task: str, equal: Equal) -> Outcome:
-    """The mean share of right answers over all levels of a task, YOCO-U's against YOCO's.
+    """The mean share of right answers over the levels of a task, YOCO-U's against YOCO's.
 
     Raises:
         NotDecidable: if a model that this needs is not finished, or was not asked.
     """
     looped, plain = _pair(results, _COMPARISONS[equal])
-    ours, theirs = looped.right(task), plain.right(task)
+    ours, theirs = (_counted(series, task) for series in (looped, plain))
     if not ours or not theirs:
         raise NotDecidable(f"{(plain if ours else looped).label} was not asked {task}")
     found = difference(_means(ours), _means(theirs))
@@ -107,6 +111,17 @@ def _pair(results: Results, comparison: _Comparison) -> tuple[Series, Series]:
         if others:
             return looped, best(others)
     raise NotDecidable(f"no YOCO-U and YOCO of {comparison.says} are finished")
+
+
+def _counted(series: Series, task: str) -> dict[int, dict[int, float]]:
+    """The share of right answers, by seed, then by level, at the levels that count."""
+    scores = {seed: [one for one in asked if one["task"] == task] for seed, asked in series.task_scores.items()}
+    most = max((one["answers"] for asked in scores.values() for one in asked), default=0)
+    return {
+        seed: {one["level"]: one["accuracy"] for one in asked if one["answers"] >= COUNTED * most}
+        for seed, asked in scores.items()
+        if asked
+    }
 
 
 def _means(right: Mapping[int, Mapping[int, float]]) -> dict[int, float]:
