@@ -59,6 +59,15 @@ def test_one_answer_tells_little_about_another() -> None:
         assert least < sum(a == b for a, b in pairs) / len(pairs) < {"p-hop": 0.23}.get(task, 0.13)
 
 
+def test_what_the_asked_letter_tells_of_hops() -> None:
+    """After two hops one is often back at the letter that is asked for, after one never, after more as by chance."""
+    for level, least, most in ((1, 0, 0), (2, 0.35, 0.45), (4, 0.2, 0.3), (8, 0.15, 0.28)):
+        drawn = Random(level)
+        made = [TASKS["p-hop"].make(drawn, level) for _ in range(400)]
+        same = [asked == answer for one in made for asked, answer in re.findall(r"([A-E])\d+=(.);", one)]
+        assert least <= sum(same) / len(same) <= most
+
+
 @pytest.mark.parametrize("generators", [S3, S5])
 def test_an_unknown_letter_leaves_all_images_equally_likely_and_the_letters_make_the_whole_group(
     generators: dict[str, dict[int, int]],
