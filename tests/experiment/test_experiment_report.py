@@ -27,6 +27,7 @@ def test_report_of_a_finished_grid(tmp_path: Path) -> None:
     assert summary.headline.startswith("6 of 6 runs are finished, 3 seeds.")
     assert "<h1>Made &lt;up&gt;</h1>" in page
     assert "YOCO &amp; &lt;b&gt;" in page
+    assert "right answers" not in page
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", page)
     for finding in FINDINGS:
         assert finding.statement.split(",")[0] in page

@@ -12,7 +12,10 @@ _TOKENS_PER_PASS = 4096
 
 
 def split_batches(dataset: PackedDataset, tokens: int) -> list[Batch]:
-    """Take the first rows of an unshuffled split: enough for `tokens` targets, at least one row and at most all."""
+    """Take the first rows of an unshuffled split: enough for `tokens` targets, at least one row and at most all.
+
+    All tokens are targets here, also where training counts answers alone.
+    """
     rows = min(dataset.rows_per_epoch, -(-tokens // dataset.sequence_length))
     return _batches([dataset.row(i) for i in range(rows)], dataset.index.eot_id)
 

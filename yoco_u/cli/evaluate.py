@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yoco_u.cli.output import note, print_json
+from yoco_u.cli.output import note, print_json, progress_bar
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
     from yoco_u.evaluation.held_out import LoopScore
+    from yoco_u.evaluation.levels import LevelScore
 
 
 def evaluate(
@@ -18,7 +19,8 @@ def evaluate(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="FILES", help="Held-out text, in any form that prepare reads. \\[default: the run's validation split]"
+            metavar="FILES",
+            help="Held-out text, in any form that prepare reads, or synthetic:TASK. \\[default: the run's validation split]",
         ),
     ] = None,
     num_loops: Annotated[
@@ -34,14 +36,18 @@ def evaluate(
         str | None,
         typer.Option("--weights", help="int8: score the weights in int8 as well, and print what that changes."),
     ] = None,
+    answers: Annotated[
+        int | None, typer.Option("--answers", min=1, help="Answers of each level of a synthetic task. \\[default: 500]")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Loss, perplexity and bits per byte of held-out text, in float32.
 
     Files are scored whole, every token once, against their exact bytes. With
-    several loop counts there is one row for each. For tasks of
-    lm-evaluation-harness see yoco-u tasks.
+    several loop counts there is one row for each. Of synthetic tasks the
+    answers are scored, level by level, on instances that no training has. For
+    tasks of lm-evaluation-harness see yoco-u tasks.
 
     [bold]Examples[/bold]
 
@@ -50,12 +56,26 @@ def evaluate(
       yoco-u evaluate runs/quickstart/yoco-u a.py b.py --num-loops 1 --num-loops 3
 
       yoco-u evaluate runs/quickstart/yoco-u --weights int8 --num-loops 1 --num-loops 3
+
+      yoco-u evaluate runs/p-hop synthetic:p-hop:levels=1-8 --num-loops 1 --num-loops 3
     """
     for loops in num_loops or []:
         if loops < 1:
             raise UserError(f"--num-loops is {loops}; expected a whole number of at least 1")
     if weights not in (None, "int8"):
         raise UserError(f"--weights is {weights}; expected int8, or leave it out")
+    from yoco_u.data.synthetic import is_synthetic
+
+    if entries := [entry for entry in files or () if is_synthetic(entry)]:
+        for other in (entry for entry in files or () if not is_synthetic(entry)):
+            raise UserError(f"{entries[0]} is a task and {other} a text; score one kind at a time")
+        for option, value in (("--weights", weights), ("--sequence-length", sequence_length)):
+            if value is not None:
+                raise UserError(f"{option} is for texts, and {entries[0]} is a task; leave it out")
+        _evaluate_levels(model, entries, num_loops or [], answers, device, json)
+        return
+    if answers is not None:
+        raise UserError("--answers is for synthetic tasks alone; name one, such as synthetic:p-hop, or leave it out")
     from yoco_u.evaluation.held_out import score_held_out
 
     found = score_held_out(
@@ -68,6 +88,45 @@ def evaluate(
         return
     note(f"{', '.join(files) if files else 'validation split'}, rows of {found.sequence_length} tokens")
     _print_table(found.results)
+
+
+def _evaluate_levels(
+    model: Path, entries: list[str], num_loops: list[int], answers: int | None, device: str, json: bool
+) -> None:
+    from yoco_u.data.synthetic import read_entry
+    from yoco_u.device import find_device
+    from yoco_u.evaluation.levels import ANSWERS, score_levels
+    from yoco_u.loading import load_model
+
+    corpora = [read_entry(entry) for entry in entries]
+    loaded, tokenizer = load_model(model, find_device(device))
+    counts = num_loops or [loaded.model.at_loops().num_loops]
+    with progress_bar("levels", len(counts) * sum(len(corpus.all_levels) for corpus in corpora)) as advance:
+        found = [
+            (loops, score_levels(loaded, tokenizer, corpora, answers or ANSWERS, loops, advance=advance)) for loops in counts
+        ]
+    if json:
+        results = [{"num_loops": loops, "levels": [score.model_dump() for score in scores]} for loops, scores in found]
+        print_json({"model": str(model), "tasks": entries, "results": results})
+        return
+    _print_levels(found)
+
+
+def _print_levels(found: "Sequence[tuple[int, Sequence[LevelScore]]]") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("task")
+    for heading in ("loops", "level", "right", "95% interval", "loss", "answers"):
+        table.add_column(heading, justify="right")
+    for loops, scores in found:
+        for score in scores:
+            bounds = f"{score.low:.1%} to {score.high:.1%}"
+            shown = (str(loops), str(score.level), f"{score.accuracy:.1%}", bounds, f"{score.loss:.4f}", f"{score.answers:,}")
+            table.add_row(score.task, *shown)
+    Console().print(table)
 
 
 def _print_table(results: "Sequence[LoopScore]") -> None:

@@ -23,7 +23,9 @@ def prepare(
     ] = None,
     corpus: Annotated[
         list[str] | None,
-        typer.Option("--corpus", help="What to read: stdlib, a file, a folder, a glob, hf:dataset; can be given again."),
+        typer.Option(
+            "--corpus", help="What to read: stdlib, a file, a folder, a glob, hf:dataset, synthetic:TASK; can be given again."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the dataset. \\[default: the config's dataset]")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the dataset's index as JSON.")] = False,
@@ -39,6 +41,8 @@ def prepare(
       yoco-u prepare --corpus stdlib --out data/stdlib
 
       yoco-u prepare --corpus 'a/*.txt' --out data/a data.vocab_size=8192
+
+      yoco-u prepare --corpus synthetic:p-hop:levels=1-8 --out data/p-hop
 
       yoco-u prepare 8m
     """

@@ -4,7 +4,8 @@
 cuts a split of that folder into rows of tokens, and `BatchLoader` makes a `Batch` of rows for every training step.
 
 Start at `prepare.py` for the way in, and at `dataset.py` for the way out. On the way in, `corpus.py` and `paths.py` find files,
-`formats.py` and `compression.py` read documents from them, and `tokenizer.py` makes tokens. docs/data.md describes the folder.
+`formats.py` and `compression.py` read documents from them, `synthetic/` generates documents, and `tokenizer.py` makes tokens.
+docs/data.md describes the folder.
 """
 
 from yoco_u.data.batches import Batch, BatchLoader, as_batch

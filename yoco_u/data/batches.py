@@ -17,7 +17,8 @@ class Batch(TypedDict):
 
     Attributes:
         input_ids: the tokens of the rows.
-        shift_labels: the target at each token, which is the token after it; -100 where there is no target.
+        shift_labels: the target at each token, which is the token after it; -100 where there is no target, as at tokens that
+            are no answer in a dataset whose answers alone are targets.
         document_ids: the document of each token, counted from 1 in each row, one more at each `<|endoftext|>`.
     """
 
@@ -26,11 +27,24 @@ class Batch(TypedDict):
     document_ids: torch.Tensor
 
 
-def as_batch(rows: NDArray[np.int64], eot_id: int) -> Batch:
-    """A batch from rows of tokens (rows, sequence_length + 1); the last token of each row is only a target."""
+def as_batch(rows: NDArray[np.int64], eot_id: int, answers: tuple[int, int] | None = None) -> Batch:
+    """A batch from rows of tokens (rows, sequence_length + 1); the last token of each row is only a target.
+
+    Args:
+        answers: the tokens before and behind an answer, if answers alone are targets.
+    """
     tokens = torch.from_numpy(rows)
-    input_ids = tokens[:, :-1].contiguous()
-    return Batch(input_ids=input_ids, shift_labels=tokens[:, 1:].contiguous(), document_ids=document_ids(input_ids, eot_id))
+    input_ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    if answers is not None:
+        labels.masked_fill_(~in_answers(tokens, *answers)[:, 1:], -100)
+    return Batch(input_ids=input_ids, shift_labels=labels, document_ids=document_ids(input_ids, eot_id))
+
+
+def in_answers(tokens: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """Which tokens (rows, tokens) are part of an answer: those after a token `begin`, up to the one before the next `end`."""
+    places = torch.arange(1, tokens.shape[1] + 1).expand_as(tokens)
+    begun, ended = (torch.where(tokens == mark, places, 0).cummax(dim=1).values for mark in (begin, end))
+    return (begun > ended) & (tokens != begin)
 
 
 def document_ids(input_ids: torch.Tensor, eot_id: int) -> torch.Tensor:
@@ -64,7 +78,7 @@ class BatchLoader:
         """This rank's rows of step `step` >= 0."""
         first = step * self.rows_per_step + self._first
         rows = np.stack([self.dataset.row(index) for index in range(first, first + self._rows)])
-        return as_batch(rows, self.dataset.index.eot_id)
+        return as_batch(rows, self.dataset.index.eot_id, self.dataset.index.answers)
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from `start_step` on, without end. A thread makes the next one while the caller uses this one."""

@@ -23,10 +23,11 @@ class DataConfig(Config):
 
     Attributes:
         corpus: what to read, one entry or a list: "stdlib" (the Python standard library's own sources), "packages" (the
-            sources of the installed Python packages), paths of files and folders, globs, and `hf:dataset[:config[:split]]`
-            names.
+            sources of the installed Python packages), paths of files and folders, globs, `hf:dataset[:config[:split]]` names,
+            and `synthetic:TASK[:KEY=VALUE...]` for generated documents, whose loss counts answers alone.
         text_field: the field or column of JSON, CSV and Parquet files and of Hugging Face datasets that holds the text.
-        tokenizer: folder or Hugging Face name of an existing tokenizer; None trains one on the training split.
+        tokenizer: folder or Hugging Face name of an existing tokenizer; None trains one on the training split. Generated
+            documents have one whose tokens are the bytes.
         special_tokens: whether what spells a special token is encoded as that token, for text that a chat template has
             rendered; otherwise it is encoded as any other text.
         vocab_size: largest vocabulary of the trained tokenizer (a small corpus may yield fewer tokens); not used with

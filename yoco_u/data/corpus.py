@@ -25,6 +25,7 @@ from yoco_u.data.formats import (
     reader_of,
 )
 from yoco_u.data.paths import is_hidden, matches, walk
+from yoco_u.data.synthetic import is_synthetic, read_entry, synthetic_documents
 from yoco_u.errors import UserError
 
 STDLIB = "stdlib"
@@ -57,7 +58,9 @@ class _Source(NamedTuple):
 
 
 class Corpus:
-    """The documents of a list of entries ("stdlib", "packages", "documentation", paths, globs, `hf:` names), in a fixed order.
+    """The documents of a list of entries, in a fixed order.
+
+    Entries are "stdlib", "packages", "documentation", paths, globs, and names that begin with `hf:` or `synthetic:`.
 
     Files are opened when their turn comes. A file that several entries reach is read once. Empty documents are left out. What
     folders and patterns lead to but is not read is told in a line on stderr.
@@ -66,13 +69,20 @@ class Corpus:
         entries: what to read.
         text_field: the field or column that holds the text.
         unique: whether equal files of installed packages are read once. To find them, all of them are read beforehand.
+        held_out: says of the name of a generated document whether it is made of instances for tests; all are by default.
 
     Raises:
         UserError: if an entry leads to no file at all.
     """
 
-    def __init__(self, entries: Sequence[str], text_field: str = "text", unique: bool = True) -> None:
-        self.text_field = text_field
+    def __init__(
+        self,
+        entries: Sequence[str],
+        text_field: str = "text",
+        unique: bool = True,
+        held_out: Callable[[str], bool] = lambda _: True,
+    ) -> None:
+        self.text_field, self._held_out = text_field, held_out
         self._identify = _contents if unique else os.path.realpath
         self._left_out: Counter[str] = Counter()
         found = [self._resolve(entry) for entry in entries]
@@ -117,11 +127,16 @@ class Corpus:
 
     def _resolve(self, entry: str) -> list[_Source]:
         if not entry:
-            raise UserError(f"an entry of the corpus is empty; expected a path, a glob, an hf: name or {', '.join(_INSTALLED)}")
+            raise UserError(
+                "an entry of the corpus is empty; expected a path, a glob, an hf: or synthetic: name or "
+                + ", ".join(_INSTALLED)
+            )
         if entry in _INSTALLED:
             return _INSTALLED[entry](self._identify)
         if entry.startswith("hf:"):
             return [self._hugging_face(entry)]
+        if is_synthetic(entry):
+            return [self._synthetic(entry)]
         try:
             return self._paths(entry)
         except OSError as error:
@@ -190,6 +205,11 @@ class Corpus:
         return _Source(
             entry, None, identity, lambda _: read_hugging_face(entry, dataset, config or None, split, self.text_field)
         )
+
+    def _synthetic(self, entry: str) -> _Source:
+        settings = read_entry(entry)
+        size, identity = settings.documents * (settings.length - 1), f"synthetic:{settings.model_dump_json()}"
+        return _Source(entry, size, identity, lambda advance: synthetic_documents(entry, settings, self._held_out, advance))
 
 
 def _special(path: Path) -> str:

@@ -37,8 +37,8 @@ class PackedDataset:
     keep the order of the files. Memory is O(documents + rows); no shard is ever loaded whole.
 
     Raises:
-        UserError: if the split is missing or damaged, or too short for one row; when rows are read, if a token is not in the
-            vocabulary.
+        UserError: if the split is missing or damaged, or too short for one row, or if rows would cut generated documents, whose
+            answers would then lack their questions; when rows are read, if a token is not in the vocabulary.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class PackedDataset:
         offsets = [self._open(Path(folder), split, number) for number in range(len(self.split.shards))]
         self._starts = np.concatenate([offset[:-1] for offset in offsets])  # (documents,), each counted within its shard
         self._lengths = np.concatenate([np.diff(offset) for offset in offsets])  # (documents,)
+        self._check_whole()
         self._shard_ends = np.cumsum([len(offset) - 1 for offset in offsets])  # (shards,): first document after each shard
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
@@ -94,6 +95,15 @@ class PackedDataset:
             tokens = self._tokens[self._shard(document)].read(start, length)
             self._check_ids(tokens)
             yield tokens
+
+    def _check_whole(self) -> None:
+        lengths = np.unique(self._lengths)
+        if self.index.answers is not None and (len(lengths) > 1 or self.sequence_length % lengths[0]):
+            raise UserError(
+                f"{self.index.folder}: rows of {self.sequence_length} tokens would cut documents of "
+                f"{', '.join(map(str, lengths))} tokens, and part answers from their questions; give all documents one length, "
+                "and set training.sequence_length to a multiple of it"
+            )
 
     def _check_ids(self, tokens: NDArray[np.integer]) -> None:
         largest = int(tokens.max(initial=0))

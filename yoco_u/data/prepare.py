@@ -21,11 +21,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from yoco_u.checksums import write_checksums
 from yoco_u.config import differences
 from yoco_u.data.compression import Advance
-from yoco_u.data.config import DataConfig
+from yoco_u.data.config import MINIMUM_VOCABULARY, DataConfig
 from yoco_u.data.corpus import Corpus
 from yoco_u.data.formats import Document
 from yoco_u.data.index import INDEX, TOKENIZER, DatasetIndex, SplitName
 from yoco_u.data.shards import ShardWriter
+from yoco_u.data.synthetic import BEGIN, END, is_synthetic
 from yoco_u.data.tokenizer import DocumentEncoder, load_tokenizer, name_end_of_text, train_tokenizer, vocabulary_size
 from yoco_u.errors import UserError
 from yoco_u.files import check_place, replacing_folder
@@ -95,7 +96,9 @@ def _build_aside(config: DataConfig, out: Path, console: Console, workers: int) 
 
 def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> None:
     items = _Items(config)
-    if config.tokenizer is None:
+    if items.synthetic:
+        tokenizer = train_tokenizer(["a"], MINIMUM_VOCABULARY)  # nothing is merged: a token is a byte
+    elif config.tokenizer is None:
         with _bar(bars, "sampling text", items.size) as advance:
             sample = _sample(items.read(advance), config)
         with _bar(bars, "training the tokenizer", None):
@@ -129,6 +132,7 @@ def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> No
         eot_id=encoder.eot_id,
         vocab_size=vocab_size,
         config=config,
+        answers=(tokenizer.convert_tokens_to_ids(BEGIN), tokenizer.convert_tokens_to_ids(END)) if items.synthetic else None,
         splits={name: split for name, split in splits.items() if split.shards},
         folder=folder,
     ).save(folder)
@@ -136,11 +140,16 @@ def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> No
 
 
 class _Items:
-    """The documents of all splits, each with its split. They can be read twice: for the tokenizer, and for the shards."""
+    """The documents of all splits, each with its split. They can be read twice: for the tokenizer, and for the shards.
+
+    Attributes:
+        synthetic: whether the documents are generated.
+    """
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
-        self._corpus = Corpus(config.corpus, config.text_field)
+        self.synthetic = _all_synthetic(config)
+        self._corpus = Corpus(config.corpus, config.text_field, held_out=lambda name: self._split(name) == "validation")
         self._held_out = Corpus(config.validation_corpus, config.text_field) if config.validation_corpus else None
         if self._held_out:
             both = self._corpus.names.keys() & self._held_out.names.keys()
@@ -155,13 +164,33 @@ class _Items:
 
     def read(self, advance: Advance) -> Iterator[_Item]:
         for document in self._corpus.documents(advance):
-            if self._held_out:
-                yield "train", document
-            else:
-                yield split_of(document.source, self._config.validation_fraction, self._config.seed), document
+            yield self._split(document.source), document
         if self._held_out:
             for document in self._held_out.documents(advance):
                 yield "validation", document
+
+    def _split(self, name: str) -> SplitName:
+        """The split of a document of `corpus`."""
+        config = self._config
+        return "train" if config.validation_corpus else split_of(name, config.validation_fraction, config.seed)
+
+
+def _all_synthetic(config: DataConfig) -> bool:
+    """Whether all entries ask for generated documents.
+
+    Raises:
+        UserError: if only some do, or if there is a tokenizer, since generated documents have their own.
+    """
+    entries = [*config.corpus, *(config.validation_corpus or ())]
+    generated = [entry for entry in entries if is_synthetic(entry)]
+    if not generated:
+        return False
+    if len(generated) < len(entries):
+        other = next(entry for entry in entries if not is_synthetic(entry))
+        raise UserError(f"{generated[0]} and {other}: generated documents and others do not mix; prepare a dataset of each")
+    if config.tokenizer is not None:
+        raise UserError(f"{generated[0]}: the tokens of generated documents are bytes; leave data.tokenizer out")
+    return True
 
 
 def _sample(items: Iterator[_Item], config: DataConfig) -> list[str]:

@@ -6,16 +6,18 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from yoco_u.config import Config, Seed, merged
+from yoco_u.evaluation.levels import ANSWERS
 from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.inference import SamplingParams
 
 Role = Literal[
     "transformer", "yoco", "universal_transformer", "rins", "parscale", "yoco_u", "upper_loop", "upper_loop_without_shared_kv",
-    "deep", "deeper", "plain_loop", "tamed_loop", "drawn_loops", "window_only",
+    "deep", "deeper", "plain_loop", "tamed_loop", "drawn_loops", "window_only", "unrolled_yoco",
 ]  # fmt: skip
 """What a model stands for where the paper's findings are judged. Most roles are architectures of the paper. A `plain_loop` is a
 YOCO-U without a remedy against its slow start, a `tamed_loop` one with a remedy; the T of `drawn_loops` is drawn for each
-step; `window_only` has sliding attention alone."""
+step; `window_only` has sliding attention alone; an `unrolled_yoco` has as many layers as a YOCO-U unrolled, with parameters of
+their own."""
 
 Scalar = bool | int | float | str | None
 Vary = dict[str, Annotated[tuple[Scalar, ...], Field(min_length=1)]]
@@ -84,16 +86,24 @@ class AngularMeasure(Config):
     tokens: PositiveInt = 32_768
 
 
+class TaskMeasure(Config):
+    """Right answers to the generated tasks of the run's corpus, at each of its levels: at least `answers` of each."""
+
+    answers: PositiveInt = ANSWERS
+
+
 class Measures(Config):
     """What is measured of each model once it is trained; nothing by default.
 
     Attributes:
         angular: angular distances, see `yoco_u.analysis.angular`.
         needles: needle test, see `yoco_u.evaluation.needle_grid`; kinds that need a text are hidden in the run's corpus.
+        tasks: right answers to generated tasks, see `yoco_u.evaluation.levels`.
     """
 
     angular: AngularMeasure | None = None
     needles: NeedleSettings | None = None
+    tasks: TaskMeasure | None = None
 
 
 class Experiment(Config):

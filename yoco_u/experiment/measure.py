@@ -1,4 +1,4 @@
-"""Measures of a trained model besides its loss: angular distances between its layers, and needles found in long texts."""
+"""Measures of a trained model besides its loss: angular distances, needles found in long texts, answers to generated tasks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -10,10 +10,13 @@ from pydantic import BaseModel
 from yoco_u.analysis import angular_distances, split_batches
 from yoco_u.config import Config
 from yoco_u.data import DatasetIndex, DocumentEncoder, PackedDataset, load_tokenizer, prepare
+from yoco_u.data.synthetic import SyntheticCorpus, is_synthetic, read_entry
 from yoco_u.device import find_device
+from yoco_u.errors import UserError
+from yoco_u.evaluation.levels import score_levels
 from yoco_u.evaluation.needle_grid import NeedleSettings, check_needles, needle_grid
 from yoco_u.evaluation.needles import NOISE_KINDS, load_haystack
-from yoco_u.experiment.config import AngularMeasure, Measures, Samples
+from yoco_u.experiment.config import AngularMeasure, Measures, Samples, TaskMeasure
 from yoco_u.files import Say, read_json, write_json
 from yoco_u.inference import LLM
 from yoco_u.loading import load_model
@@ -38,8 +41,10 @@ def check_measures(measures: Measures, config: RunConfig, progress: bool) -> Non
         progress: whether to show the progress of preparing the dataset.
 
     Raises:
-        UserError: if needles cannot be made to the lengths that are asked for.
+        UserError: if needles cannot be made to the lengths that are asked for, or there is no generated task to ask.
     """
+    if measures.tasks is not None:
+        _corpora(config)
     if measures.needles is not None:
         path = Path(config.dataset)
         index = DatasetIndex.load(path) if config.data is None else prepare(config.data, path, progress)
@@ -57,6 +62,7 @@ def measure(run: Path, measures: Measures, say: Say) -> None:
     ways: Mapping[str, tuple[Config | None, Callable[[Path, Any], Any]]] = {
         "angular": (measures.angular, _angular),
         "needles": (measures.needles, _needles),
+        "tasks": (measures.tasks, _tasks),
     }
     found = _read(run, say)
     for name, (settings, take) in ways.items():
@@ -109,6 +115,23 @@ def _needles(run: Path, settings: NeedleSettings) -> list[dict[str, Any]]:
     haystack = _haystack(read_run_config(run), settings)
     llm = LLM(run, dtype="float32", max_model_len=max(settings.lengths))
     return [score.model_dump() for score in needle_grid(llm, settings, haystack)]
+
+
+def _tasks(run: Path, settings: TaskMeasure) -> list[dict[str, Any]]:
+    config = read_run_config(run)
+    model, tokenizer = load_model(run, find_device(config.training.device))
+    return [score.model_dump() for score in score_levels(model, tokenizer, _corpora(config), settings.answers)]
+
+
+def _corpora(config: RunConfig) -> list[SyntheticCorpus]:
+    """The generated tasks that a run is trained on."""
+    entries = config.data.corpus if config.data is not None else ()
+    if not entries or not all(map(is_synthetic, entries)):
+        raise UserError(
+            f"measures.tasks asks for generated tasks, but the corpus is {', '.join(entries) or 'not said'}; set data.corpus "
+            "to tasks such as synthetic:p-hop, or drop the measure"
+        )
+    return [read_entry(entry) for entry in entries]
 
 
 def _haystack(config: RunConfig, settings: NeedleSettings) -> str | None:

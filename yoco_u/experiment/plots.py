@@ -7,18 +7,20 @@ from textwrap import fill
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from yoco_u.evaluation.plots import heat_map
 from yoco_u.experiment.needle_maps import NeedleMap, needle_maps
 from yoco_u.experiment.results import Cost, Series
 from yoco_u.experiment.summary import Fit, Row, Summary
+from yoco_u.experiment.task_curves import TaskCurves, task_curves
 from yoco_u.plotting import budget_formatter, colour, dashes, save_png, svg
 
 AXES: tuple[tuple[Cost, str], ...] = (("tokens", "training tokens"), ("flops", "training FLOPs"))
 """What losses are drawn over, with the label of that axis."""
 
 _MAPS_IN_A_ROW = 4
+_TASKS_IN_A_ROW = 3
 
 _SHOWN_ABOVE = 1.0  # nats above the lowest loss; a model far from its own loop count may be much worse
 
@@ -70,13 +72,18 @@ def needle_plot(needles: NeedleMap) -> str:
     return svg(lambda axes: _draw_needles(axes, needles), (3.6, 2.6))
 
 
+def task_plot(tasks: TaskCurves, numbers: dict[str, int]) -> str:
+    """Right answers over the level, as SVG: the mean over the seeds of each model."""
+    return svg(lambda axes: _draw_tasks(axes, tasks, numbers))
+
+
 def write_png(summary: Summary, path: Path) -> None:
-    """Write one picture: curves, final losses (over budgets, if there are several), losses over loops, needles."""
+    """Write one picture: curves, final losses (over budgets, if there are several), losses over loops, needles, tasks."""
     series = summary.results.series
-    maps = needle_maps(series)
-    rows = -(-len(maps) // _MAPS_IN_A_ROW)
-    loops = _at_several_loops(series)
-    heights = [4.6, 3.6 if summary.several_budgets else _height(summary.rows)] + [3.6] * loops + [2.6 * rows] * bool(maps)
+    maps, tasks, loops = needle_maps(series), task_curves(series), _at_several_loops(series)
+    rows, task_rows = -(-len(maps) // _MAPS_IN_A_ROW), -(-len(tasks) // _TASKS_IN_A_ROW)
+    heights = [4.6, 3.6 if summary.several_budgets else _height(summary.rows)]
+    heights += [3.6] * loops + [2.6 * rows] * bool(maps) + [3.4 * task_rows] * bool(tasks)
     figure = Figure(figsize=(11, sum(heights)), layout="constrained", dpi=130)
     parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
     panels = parts[0].subplots(1, 2)
@@ -90,12 +97,19 @@ def write_png(summary: Summary, path: Path) -> None:
         _draw_finals(parts[1].subplots(), summary.rows, styles(series))
     if loops:
         _draw_loops(parts[2].subplots(), series)
+    if tasks:
+        grid = parts[-1].subplots(task_rows, _TASKS_IN_A_ROW, squeeze=False).ravel()
+        for axes, one in zip(grid, tasks, strict=False):
+            _draw_tasks(axes, one, styles(series))
+            axes.set_title(one.task, fontsize=10)
+        for axes in grid[len(tasks) :]:
+            axes.remove()
     for axes in figure.axes:
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     if maps:
-        parts[-1].suptitle("needles found", fontsize=10)
-        grid = parts[-1].subplots(rows, _MAPS_IN_A_ROW, squeeze=False).ravel()
+        parts[2 + loops].suptitle("needles found", fontsize=10)
+        grid = parts[2 + loops].subplots(rows, _MAPS_IN_A_ROW, squeeze=False).ravel()
         for axes, needles in zip(grid, maps, strict=False):
             _draw_needles(axes, needles)
             axes.set_title(fill(needles.title, 28), fontsize=9)
@@ -187,3 +201,15 @@ def _draw_loops(axes: Axes, found: Sequence[Series]) -> None:
 def _draw_needles(axes: Axes, needles: NeedleMap) -> None:
     axes.grid(False)
     heat_map(axes, needles.recall, needles.lengths, needles.depths)
+
+
+def _draw_tasks(axes: Axes, tasks: TaskCurves, numbers: dict[str, int]) -> None:
+    for curve in tasks.curves:
+        own, levels = colour(numbers[curve.series.model]), list(curve.shares)
+        line = dashes(numbers[curve.series.model])
+        axes.plot(levels, list(map(curve.mean, levels)), color=own, linestyle=line, marker="o", markersize=3, linewidth=1.3)
+    axes.set_ylim(0, 1.03)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.set_xlabel(tasks.counts)
+    axes.set_ylabel("right answers")

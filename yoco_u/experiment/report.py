@@ -15,10 +15,12 @@ from yoco_u.experiment.plots import (
     loops_plot,
     needle_plot,
     styles,
+    task_plot,
     write_png,
 )
 from yoco_u.experiment.results import Cost
 from yoco_u.experiment.summary import Fit, Summary
+from yoco_u.experiment.task_curves import TaskCurves, task_curves
 from yoco_u.files import write_json
 from yoco_u.formatting import duration, scientific, short_count
 from yoco_u.plotting import PALETTE, dashes
@@ -57,6 +59,7 @@ def render(summary: Summary) -> str:
         loops_plot=loops_plot(series),
         angular_plot=angular_plot(series),
         needle_maps=[(needles.title, needle_plot(needles)) for needles in needle_maps(series)],
+        tasks=[(tasks, task_plot(tasks, numbers), _task_table(tasks)) for tasks in task_curves(series)],
         baseline=summary.baseline,
         table=[
             [
@@ -77,6 +80,17 @@ def render(summary: Summary) -> str:
         seconds=duration(sum(result.seconds for result in summary.results.runs)),
         settings=yaml.safe_dump(summary.experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),
     )
+
+
+def _task_table(tasks: TaskCurves) -> list[list[str]]:
+    return [
+        [
+            curve.series.label,
+            *(f"{curve.mean(level):.0%}" if level in curve.shares else "" for level in tasks.levels),
+            f"{curve.overall:.1%}",
+        ]
+        for curve in tasks.curves
+    ]
 
 
 def _unit(x: Cost) -> str:

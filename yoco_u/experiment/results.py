@@ -76,6 +76,7 @@ class Series:
         tokens, flops: training tokens and model FLOPs of each run.
         curves: evaluations of each run, by seed.
         layers: number of layers of each stage, before looping.
+        unrolled_layers: number of layers of all stages, each counted as often as it is looped.
         measures: results by seed, then by the name of the measure.
     """
 
@@ -93,6 +94,7 @@ class Series:
     flops: float
     curves: dict[int, tuple[Point, ...]]
     layers: tuple[int, ...]
+    unrolled_layers: int
     measures: dict[int, dict[str, Any]]
 
     @property
@@ -121,6 +123,19 @@ class Series:
             return self.final
         last = {seed: curve[-1].at_loops for seed, curve in self.curves.items()}
         return {seed: losses[loops] for seed, losses in last.items() if loops in losses}
+
+    @property
+    def task_scores(self) -> dict[int, list[dict[str, Any]]]:
+        """The scores of `yoco_u.evaluation.levels`, by seed; empty if they were not measured."""
+        return {seed: taken["tasks"] for seed, taken in self.measures.items() if "tasks" in taken}
+
+    def right(self, task: str) -> dict[int, dict[int, float]]:
+        """The share of right answers to a task, by seed, then by level."""
+        found = {
+            seed: {score["level"]: score["accuracy"] for score in scores if score["task"] == task}
+            for seed, scores in self.task_scores.items()
+        }
+        return {seed: by_level for seed, by_level in found.items() if by_level}
 
     def at(self, tokens: float) -> dict[int, float]:
         """The loss of the evaluation that is nearest to this number of tokens, by seed."""
@@ -253,5 +268,6 @@ def _series(group: Sequence[RunResult]) -> Series:
         flops=final.flops,
         curves={result.run.seed: result.curve for result in group},
         layers=tuple(stage.layers for stage in architecture.stages),
+        unrolled_layers=architecture.unrolled_layers,
         measures={result.run.seed: result.measures for result in group},
     )

@@ -20,7 +20,7 @@ class Evaluation:
         loss: nats per token, the mean over `tokens` targets.
         perplexity: exp(loss).
         bits_per_byte: bits per byte of text, at the split's mean number of bytes per token.
-        tokens: number of targets that were scored.
+        tokens: number of targets that were scored: all tokens of the rows, or those of their answers.
     """
 
     loss: float
@@ -45,7 +45,7 @@ def evaluate(
         model: a causal LM on the rank's device, or one that `parallelize` wrapped. It runs in evaluation mode; afterwards it is
             in the mode that it was in before.
         dataset: made with `shuffle=False`, so that the rows are the text from its beginning on.
-        max_tokens: the most targets to score, though at least one row of them; None scores every whole row.
+        max_tokens: the most tokens of rows to score, though at least one row of them; None scores every whole row.
         batch_rows: rows per forward pass of one process.
         distributed: the processes among which the rows are divided.
         dtype: `bfloat16` (autocast) or `float32`.
@@ -54,7 +54,7 @@ def evaluate(
     length, device = dataset.sequence_length, distributed.device
     rows = dataset.rows_per_epoch if max_tokens is None else min(dataset.rows_per_epoch, max(1, max_tokens // length))
     loader = BatchLoader(dataset, batch_rows * distributed.world_size, distributed.rank, distributed.world_size)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total, targets = torch.zeros((), dtype=torch.float64, device=device), 0
     was_training = model.training
     model.eval()
     # All ranks make equally many passes, since FSDP gathers weights in each. All passes have the same shape, since a compiled
@@ -63,9 +63,10 @@ def evaluate(
         batch = loader.batch(step)
         row = step * loader.rows_per_step + distributed.rank * batch_rows + torch.arange(batch_rows)
         batch["shift_labels"].masked_fill_(row[:, None] >= rows, -100)
+        targets += int((batch["shift_labels"] != -100).sum())
         total += batch_nats(model, batch, device, dtype, num_loops)
     model.train(was_training)
-    tokens = rows * length
+    tokens = round(distributed.sum(targets))
     loss = distributed.sum(read_back(total)) / tokens
     return Evaluation(tokens=tokens, **loss_figures(loss, dataset.split.bytes_per_token))
 

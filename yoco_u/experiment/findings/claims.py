@@ -1,10 +1,11 @@
-"""The paper's findings as data: what each says, what a grid needs for judging it, and the test that judges it."""
+"""The findings as data: what each says, what a grid needs for judging it, and the test that judges it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from yoco_u import paper
-from yoco_u.experiment.findings import comparisons, drawn, inside, loops
+from yoco_u.experiment.findings import comparisons, depth, drawn, inside, loops
 from yoco_u.experiment.findings.verdicts import OPEN, Outcome
 from yoco_u.experiment.intervals import NotDecidable
 from yoco_u.experiment.results import Results
@@ -123,8 +124,24 @@ class Judged:
 
 
 def judge(results: Results) -> list[Judged]:
-    """Judge all findings. One that the grid is not made for is not decidable, and its text says what is missing."""
-    return [Judged(finding, _outcome(finding, results)) for finding in FINDINGS]
+    """Judge all findings, and those on the generated tasks that models of the grid were asked.
+
+    One that the grid is not made for is not decidable, and its text says what is missing.
+    """
+    return [Judged(finding, _outcome(finding, results)) for finding in (*FINDINGS, *_on_tasks(results))]
+
+
+def _on_tasks(results: Results) -> list[Finding]:
+    return [
+        Finding(
+            f"{task}-equal-{equal}",
+            depth.statement(task, equal),
+            depth.needs(equal),
+            partial(depth.more_right, task=task, equal=equal),
+        )
+        for task in depth.measured_tasks(results)
+        for equal in depth.EQUALS
+    ]
 
 
 def _outcome(finding: Finding, results: Results) -> Outcome:

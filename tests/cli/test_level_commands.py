@@ -1,0 +1,60 @@
+"""Generated tasks by the commands: prepared, trained on, and scored level by level."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from yoco_u.cli import main
+
+CONFIG = """\
+name: words
+architecture: {{preset: yoco_u, size: test, vocab_size: 257, loops: 2}}
+dataset: {folder}/data
+data: {{corpus: "synthetic:s5:levels=2-3:documents=40:length=48", validation_fraction: 0.2}}
+optimizer: {{warmup_steps: 1}}
+training: {{steps: 2, sequence_length: 48, batch_rows: 4, micro_batch_rows: 4, dtype: float32, compile: "off"}}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "config.yaml").write_text(CONFIG.format(folder=folder), encoding="utf-8")
+    assert main(["train", f"{folder}/config.yaml", "--out", f"{folder}/run", "--json"]) == 0
+    return folder / "run"
+
+
+def test_prepare(run: Any, tmp_path: Path) -> None:
+    outcome = run("prepare", "--corpus", "synthetic:p-hop:documents=50", "--out", tmp_path / "data", "--json")
+    assert (outcome.json["vocab_size"], outcome.json["eot_id"]) == (257, 0)
+    assert sum(split["shards"][0]["documents"] for split in outcome.json["splits"].values()) == 50
+    assert "levels 1-99" in run("prepare", "--corpus", "synthetic:p-hop:levels=1-99", "--out", tmp_path / "b", "--json").error
+
+
+def test_evaluate(run: Any, trained: Path) -> None:
+    tasks = ["synthetic:s5:levels=2-4:length=48", "synthetic:addition:levels=2"]
+    outcome = run("evaluate", trained, *tasks, "--num-loops", 1, "--num-loops", 3, "--answers", 20)
+    assert (outcome.status, outcome.err) == (0, "")
+    rows = [line.split() for line in outcome.out.splitlines() if line.split()[:1] in (["s5"], ["addition"])]
+    assert [row[:3] for row in rows] == [
+        [task, loops, level] for loops in "13" for task, level in (("s5", "2"), ("s5", "3"), ("s5", "4"), ("addition", "2"))
+    ]
+    found = run("evaluate", trained, *tasks, "--answers", 20, "--json").json
+    assert found["tasks"] == tasks
+    [result] = found["results"]
+    assert result["num_loops"] == 2
+    assert [score["level"] for score in result["levels"]] == [2, 3, 4, 2]
+    assert all(score["low"] <= score["accuracy"] <= score["high"] for score in result["levels"])
+    [split] = run("evaluate", trained, "--json").json["results"]  # the validation split: answers alone
+    summary = json.loads((trained / "summary.json").read_text())
+    assert split["loss"] == pytest.approx(summary["validation"]["loss"], abs=1e-5)
+
+
+def test_mistakes(run: Any, trained: Path, workspace: Path) -> None:
+    assert "did you mean p-hop" in run("evaluate", trained, "synthetic:phop").error
+    assert "a task and a.txt a text" in run("evaluate", trained, "a.txt", "synthetic:s5").error
+    assert "--weights is for texts" in run("evaluate", trained, "synthetic:s5", "--weights", "int8").error
+    assert "--answers is for synthetic tasks" in run("evaluate", trained, "--answers", 3).error
+    assert "tokens are not bytes" in run("evaluate", workspace / "a", "synthetic:word-problems:levels=2").error
