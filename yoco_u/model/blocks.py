@@ -191,9 +191,15 @@ class LoopedStack(nn.Module):
         self.loop_gates = nn.Parameter(torch.empty(stage.loops - 1)) if stage.loop_gate is not None else None
 
     def forward(
-        self, x: Tensor, backend: AttentionBackend, loops: int, first_slot: int = 0, global_kvs: Sequence[GlobalKV] = ()
+        self,
+        x: Tensor,
+        backend: AttentionBackend,
+        loops: int,
+        first_slot: int = 0,
+        global_kvs: Sequence[GlobalKV] = (),
+        first_loop: int = 0,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run all loops.
+        """Run all loops, or those from `first_loop` on.
 
         Args:
             x: (batch, tokens, hidden), or (batch, tokens, streams, hidden).
@@ -205,7 +211,7 @@ class LoopedStack(nn.Module):
             The hidden states after the last loop, and the auxiliary losses of all blocks and loops.
         """
         losses = []
-        for loop in range(loops):
+        for loop in range(first_loop, loops):
             tokens, in_loop = backend.in_loop(loop) if loops > 1 else (None, backend)
             if tokens is not None and len(tokens) == 0:  # none of the kept tokens needs another loop
                 break

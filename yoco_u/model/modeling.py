@@ -183,21 +183,25 @@ class YocoUModel(YocoUPreTrainedModel):
         num_loops = self.config.num_loops if num_loops is None else num_loops
         return self.architecture if num_loops is None else self.architecture.with_loops(num_loops)
 
-    def run_stages(self, x: Tensor, backend: AttentionBackend, architecture: Architecture) -> tuple[Tensor, list[Tensor]]:
+    def run_stages(
+        self, x: Tensor, backend: AttentionBackend, architecture: Architecture, first_loop: int = 0
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run all stages and the final norm: the one forward pass of training, `generate()`, the engine and analysis.
 
         Args:
-            x: embedded tokens, (batch, tokens, hidden).
+            x: embedded tokens, (batch, tokens, hidden); with `first_loop` 1 what `run_first_loop` returned.
             backend: attends, remembers keys and values, and knows which tokens are kept (their logits are asked for).
             architecture: the model's own, with the loop count of this pass.
+            first_loop: 1 to go on behind the first loop of the stage that loops, else 0.
 
         Returns:
             Hidden states of the kept tokens after the final norm, (batch, kept, hidden), and the auxiliary losses of blocks.
         """
-        x = self.streams(x)
+        x = x if first_loop else self.streams(x)
+        begin = self.architecture.loopable_stages[0] if first_loop else 0
         global_kvs: Sequence[GlobalKV] = ()
         slot, losses = 0, []
-        for stack, stage in zip(self.stages, architecture.stages, strict=True):
+        for index, (stack, stage) in enumerate(zip(self.stages, architecture.stages, strict=True)):
             if stage.attention == "cross" and not global_kvs:
                 assert self.global_kv is not None
                 global_kvs = backend.global_kvs(self.global_kv(x, backend))
@@ -205,13 +209,22 @@ class YocoUModel(YocoUPreTrainedModel):
                 x = x if kept is None else x[:, kept]
                 if x.shape[1] == 0:
                     break
-            x, stage_losses = stack(x, backend, stage.loops, slot, global_kvs)
-            losses += stage_losses
+            if index >= begin:
+                x, stage_losses = stack(x, backend, stage.loops, slot, global_kvs, first_loop if index == begin else 0)
+                losses += stage_losses
             slot += stage.layers * stage.loops
         if not global_kvs:
             kept, backend = backend.kept()
             x = x if kept is None else x[:, kept]
         return self.final_norm(x), losses
+
+    def run_first_loop(self, x: Tensor, backend: AttentionBackend, architecture: Architecture) -> Tensor:
+        """Run embedded tokens to the end of the first loop, in an `architecture` of one loop. The stage must not be cross."""
+        x, slot = self.streams(x), 0
+        for index in range(self.architecture.loopable_stages[0] + 1):
+            x, _ = self.stages[index](x, backend, 1, slot)
+            slot += architecture.stages[index].layers
+        return x
 
     def streams(self, x: Tensor) -> Tensor:
         """What the first stage reads: embedded tokens (batch, tokens, hidden), or with ParScale a copy for each stream."""
