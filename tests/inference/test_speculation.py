@@ -1,38 +1,16 @@
 """Speculative decoding against the plain engine, token for token: whatever is drafted, and whatever else a request asks for."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
-from engine_runs import VARIANTS, assert_greedy, drain, engine, greedy, output, prompt, run
+from engine_runs import VARIANTS, assert_greedy, drafting_engine, drain, engine, greedy, output, prompt, run
 from torch import Tensor
 
 from yoco_u.inference import Engine, speculation
-from yoco_u.inference.drafts import Candidate, DraftLengths, StepTime
 from yoco_u.inference.sampler_state import SamplerState
 
 LOOPING = ["yoco_u", "universal_transformer", "rins", "upper_loop_without_shared_kv", "gated", "window 3", "two global KVs"]
-
-
-class Always(DraftLengths):
-    """Drafts of the same length in every step, as far as there is room."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.length = length
-
-    def choose(self, decodes: int, candidates: Sequence[Candidate]) -> list[int]:
-        return [min(self.length, one.most) for one in candidates]
-
-    def take(self, time: StepTime) -> None:
-        assert time.decodes > 0 and time.seconds >= time.drafting >= 0
-
-
-def drafting(variant: str = "yoco_u", length: int = 4, **settings: Any) -> Engine:
-    subject = engine(variant, max_batched_tokens=settings.pop("max_batched_tokens", 40), **settings)
-    subject.speculation.lengths = Always(length)
-    return subject
 
 
 def guesses(monkeypatch: pytest.MonkeyPatch, tokens: Callable[[SamplerState, int], int]) -> None:
@@ -51,7 +29,7 @@ def counts(subject: Engine) -> tuple[int, int]:
 @pytest.mark.parametrize("by", ["loops", "prompt"])
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("yoco_retention", "four kinds")])
 def test_every_architecture(variant: str, by: str) -> None:
-    subject = drafting(variant, drafts=by)
+    subject = drafting_engine(variant, drafts=by)
     for request in run(subject, [prompt(length, seed=length) for length in (1, 7, 21)], greedy()):
         assert_greedy(variant, request)
     if variant in LOOPING and by == "loops":
@@ -66,7 +44,7 @@ def test_drafts_that_are_right_wrong_and_mixed(variant: str, right: str, length:
     prompts, new = [prompt(3 + 4 * i, seed=i) for i in range(3)], 16
     expected = [output(request) for request in run(engine(variant), prompts, greedy(max_tokens=new))]
     generator = torch.Generator().manual_seed(length)
-    subject = drafting(variant, length, drafts="loops", block_size=64 if right == "always" else 4)
+    subject = drafting_engine(variant, length, drafts="loops", block_size=64 if right == "always" else 4)
     truth: dict[SamplerState, list[int]] = {}
 
     def made_up(state: SamplerState, ahead: int) -> int:

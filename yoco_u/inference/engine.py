@@ -218,11 +218,12 @@ class Engine:
         rows = dict(self._undecided)  # logits of the outputs whose next token is to be chosen
         for chunk, logits in computed:
             output = self._outputs[chunk.request.id]
-            failed = self._score(output, chunk, logits) if chunk.request.params.prompt_logprobs is not None else None
+            known = logits[: len(logits) - len(chunk.drafts)]  # behind tokens that were not drafted
+            failed = self._score(output, chunk, known) if chunk.request.params.prompt_logprobs is not None else None
             if failed is not None:
                 updates.append(failed)
             elif chunk.samples:
-                rows[output] = logits[-1 - len(chunk.drafts)]
+                rows[output] = known[-1]
                 self.speculation.verify(output, logits)
         updates += self._sample(rows, idle=not step.chunks)
         while accepted := self.speculation.accept():
