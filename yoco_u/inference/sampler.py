@@ -89,7 +89,8 @@ def guess(logits: Tensor, states: Sequence[SamplerState], ahead: int) -> list[in
         arrays = {**penalty_arrays(states), **bias_arrays(states), **drawn_arrays(states, logits.shape[-1], ahead)}
         given = upload_arrays(arrays, logits.device)
         return list(read_back(_tokens(biased(penalized(logits, given), given), arrays, given)[0]))
-    except Exception:  # `sample` finds the row by which it fails
+    except BaseException as error:
+        said_of(error)  # raises what ends the program; from anything else `sample` finds the row by which it fails
         return list(read_back(logits.argmax(dim=-1)))
 
 
