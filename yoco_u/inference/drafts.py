@@ -16,12 +16,12 @@ from yoco_u.inference.request import Request
 Drafting = Literal["none", "loops", "prompt"]
 """Where drafts come from: the model's first loop and cross-decoder, or what stood behind the same tokens before."""
 
-LONGEST = 8
+LONGEST = 16
 """Most tokens of one draft."""
 
 _NGRAMS = (3, 2)  # tokens that must have stood there before, the longer first
-_HOPE = 0.8  # of a draft's token to be right, before any was verified
-_NEW, _NEW_USUAL = 0.15, 0.05  # weight of the newest token in a moving average: an output's, and that of all outputs
+_HOPE = 0.7  # of a draft's token to be right, before any was verified
+_NEW, _NEW_USUAL = 0.15, 0.1  # weight of the newest token in a moving average: an output's, and that of all outputs
 _PASS, _TOKEN = 0.5, 0.1  # of the time of a plain step, that a pass of drafting and a token more take, before any was measured
 _TIMES = 5  # times of which the median counts
 _PROBES = 0.02  # share of the time in which drafts are tried that do not seem worth it
@@ -102,7 +102,7 @@ class Drafter:
 
 def gain(rate: float, length: int) -> float:
     """Tokens of a draft that are accepted on average, if each is right with this probability when all before it are."""
-    return sum(rate**number for number in range(1, length + 1))
+    return length if rate >= 1 else rate * (1 - rate**length) / (1 - rate)
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,9 @@ class DraftLengths:
             return plain + passes * a_pass + sum(lengths) * a_token
 
         best, speed = [0] * len(candidates), decodes / plain
-        for longest in range(1, LONGEST + 1):
-            lengths = [min(longest, one.most, _worth(one.rate, a_token * decodes / plain)) for one in candidates]
+        most = [min(one.most, _worth(one.rate, a_token * decodes / plain)) for one in candidates]
+        for longest in range(1, max(most) + 1):
+            lengths = [min(longest, own) for own in most]
             tokens = decodes + sum(gain(one.rate, length) for one, length in zip(candidates, lengths, strict=True))
             if tokens / seconds(lengths) > speed:
                 best, speed = lengths, tokens / seconds(lengths)
