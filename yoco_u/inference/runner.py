@@ -94,8 +94,12 @@ class Runner:
                 assert chunk.request.seat is not None
                 self.cache.clear(chunk.request.seat)
 
-        # Decodes come first, and where loop counts differ, those of more loops.
-        chunks = sorted(step.chunks, key=lambda c: (c.count + len(c.drafts) > 1, kept_positions(c) > 1, -c.request.num_loops))
+        # Decodes come first, and where loop counts differ, those of more loops; on a CPU those with drafts are among them.
+        def place(chunk: Chunk) -> tuple[bool, bool, int]:
+            is_prefill = chunk.count > 1 or bool(chunk.drafts and self.decode_graphs)
+            return is_prefill, is_prefill and kept_positions(chunk) > 1, -chunk.request.num_loops
+
+        chunks = sorted(step.chunks, key=place)
         architecture, slots = self._at_loops(max(chunk.request.num_loops for chunk in chunks))
         slices = [self._slice(chunk) for chunk in chunks]
         if step.states:
@@ -125,7 +129,7 @@ class Runner:
             (replace(own, start=own.end - 1, count=1), chunk.tokens[-1:]) if chunk.request in drafted else (own, chunk.tokens)
             for own, chunk in zip(slices, chunks, strict=True)
         ]
-        order = sorted(range(len(missing)), key=lambda index: missing[index][0].count > 1)
+        order = sorted(range(len(missing)), key=lambda index: missing[index][0].count > 1 and not missing[index][0].one_by_one)
         run = [missing[index][0] for index in order]
         backend = self._backend(run, *self._at_loops(1))
         x = self._embedded([token for index in order for token in missing[index][1]])
@@ -170,6 +174,7 @@ class Runner:
             seat=request.seat,
             block_table=self.tables.of(request),
             num_loops=request.num_loops,
+            one_by_one=bool(chunk.drafts) and self.decode_graphs is None,
         )
 
 
