@@ -23,9 +23,11 @@ _NGRAMS = (3, 2)  # tokens that must have stood there before, the longer first
 _HOPE = 0.7  # of a draft's token to be right, before any was verified
 _NEW, _NEW_USUAL = 0.15, 0.1  # weight of the newest token in a moving average: an output's, and that of all outputs
 _PASS, _TOKEN = 0.5, 0.1  # of the time of a plain step, that a pass of drafting and a token more take, before any was measured
-_TIMES = 5  # times of which the median counts
-_PROBES = 0.02  # share of the time in which drafts are tried that do not seem worth it
-_PROBE = 2  # tokens of such a draft
+_LEAST = 0.02  # of that time, that a token more takes at least, as differences of times that vary may be nothing
+_WORTH = 1.03  # times the speed of plain decoding that drafts must promise
+_TIMES = 7  # times of which the median counts
+_TRIALS = 0.02  # share of the time in which drafts are tried that do not seem worth it
+_TRIAL = 2  # tokens of such a draft
 _SPELL = 64  # steps with drafts, after which a plain one is timed again
 
 
@@ -141,15 +143,16 @@ class StepTime:
 class DraftLengths:
     """Chooses the lengths of a step's drafts for the most tokens a second.
 
-    A step with drafts takes the time of a plain one, that of each pass of drafting, and that of each drafted token which it
-    verifies. All three are measured, by the size of the batch (up to a factor of two) and the kind of drafts. Now and then a
-    short draft is tried although it does not seem worth it, or a plain step is taken although drafts do, so that the times and
-    the rates of acceptance stay true.
+    A step with drafts takes the time of a plain one, that of each pass of drafting, and what it takes longer to verify so many
+    drafted tokens. All three are measured, by the number of decodes, the kind of drafts and the number of drafted tokens, each
+    up to a factor of two. Now and then a short draft is tried although it does not seem worth it, or a plain step is taken
+    although drafts do, so that the times and the rates of acceptance stay true.
     """
 
     def __init__(self) -> None:
-        self._times: dict[tuple[str, int], deque[float]] = {}
-        self._spare = 0.0  # seconds that may be spent on trying drafts
+        self._times: dict[tuple[str, int, int], deque[float]] = {}
+        self._spare = 0.0  # seconds that may be spent on trials
+        self._on_trial = False
         self._spell = 0  # steps with drafts since the last plain one
 
     def choose(self, decodes: int, candidates: Sequence[Candidate]) -> list[int]:
@@ -159,47 +162,58 @@ class DraftLengths:
             return [0] * len(candidates)
         kind = "loops" if any(one.by_loops for one in candidates) else "prompt"
         a_pass = self._time("pass", decodes) or plain * _PASS
-        a_token = self._time(kind, decodes)
-        a_token = plain / decodes * _TOKEN if a_token is None else a_token
 
         def seconds(lengths: Sequence[int]) -> float:
             passes = max((length for length, one in zip(lengths, candidates, strict=True) if one.by_loops), default=0)
-            return plain + passes * a_pass + sum(lengths) * a_token
+            return plain + passes * a_pass + self._more(kind, decodes, sum(lengths))
 
-        best, speed = [0] * len(candidates), decodes / plain
-        most = [min(one.most, _worth(one.rate, a_token * decodes / plain)) for one in candidates]
+        every = sum(one.most for one in candidates)
+        cost = self._more(kind, decodes, every) / max(1, every) * decodes / plain
+        most = [min(one.most, _worth(one.rate, cost)) for one in candidates]
+        best, speed = [0] * len(candidates), _WORTH * decodes / plain
         for longest in range(1, max(most) + 1):
             lengths = [min(longest, own) for own in most]
             tokens = decodes + sum(gain(one.rate, length) for one, length in zip(candidates, lengths, strict=True))
             if tokens / seconds(lengths) > speed:
                 best, speed = lengths, tokens / seconds(lengths)
-        if not any(best):
-            tried = [min(_PROBE, one.most) for one in candidates]
-            if any(tried) and seconds(tried) - plain <= self._spare:
-                self._spare = 0.0
-                return tried
-        return best
+        trial = [min(_TRIAL, one.most) for one in candidates]
+        self._on_trial = not any(best) and any(trial) and seconds(trial) - plain <= self._spare
+        return trial if self._on_trial else best
 
     def take(self, time: StepTime) -> None:
         """Take in what a step took."""
         if not time.tokens:
-            self._add("plain", time.decodes, time.seconds)
-            self._spare += _PROBES * time.seconds
+            self._add("plain", time.decodes, 0, time.seconds)
+            self._spare += _TRIALS * time.seconds
             self._spell = 0
             return
         self._spell += 1
         if time.passes:
-            self._add("pass", time.decodes, time.drafting / time.passes)
+            self._add("pass", time.decodes, 0, time.drafting / time.passes)
         plain = self._time("plain", time.decodes)
         if plain is not None:
-            more = max(0.0, time.seconds - time.drafting - plain)
-            self._add("loops" if time.passes else "prompt", time.decodes, more / time.tokens)
+            more = time.seconds - time.drafting - plain
+            self._add("loops" if time.passes else "prompt", time.decodes, time.tokens, more)
+            if self._on_trial:
+                self._spare -= time.seconds - plain
 
-    def _add(self, what: str, decodes: int, seconds: float) -> None:
-        self._times.setdefault((what, decodes.bit_length()), deque(maxlen=_TIMES)).append(seconds)
+    def _more(self, kind: str, decodes: int, tokens: int) -> float:
+        """Seconds that a step with so many drafted tokens takes longer than a plain one, drafting aside."""
+        plain = self._time("plain", decodes) or 0.0
+        known = [measured for what, of, measured in self._times if (what, of) == (kind, decodes.bit_length())]
+        size = tokens.bit_length()
+        if not known:
+            return _TOKEN * plain * tokens / decodes
+        nearest = min(known, key=lambda one: (abs(one - size), one))
+        found = median(self._times[kind, decodes.bit_length(), nearest]) * 2.0 ** max(0, size - nearest)
+        return max(found, _LEAST * plain * tokens / decodes)
+
+    def _add(self, what: str, decodes: int, tokens: int, seconds: float) -> None:
+        key = what, decodes.bit_length(), tokens.bit_length()
+        self._times.setdefault(key, deque(maxlen=_TIMES)).append(seconds)
 
     def _time(self, what: str, decodes: int) -> float | None:
-        times = self._times.get((what, decodes.bit_length()))
+        times = self._times.get((what, decodes.bit_length(), 0))
         return median(times) if times else None
 
 
