@@ -16,6 +16,8 @@ from pydantic.fields import FieldInfo
 from yoco_u.architecture import LOOPED, SIZES, STAGES, Architecture, MixtureOfExperts, ParallelStreams, RotaryScaling, Stage
 from yoco_u.data.config import DataConfig
 from yoco_u.training.config import DistillationConfig, LoopPhase, OptimizerConfig, RunConfig, TrainingConfig, WindowPhase
+from yoco_u.training.loop_draw import LoopDraw
+from yoco_u.tuning.settings import GRPOSettings, SFTSettings
 
 TARGET = Path(__file__).with_name("configuration.md")
 
@@ -30,8 +32,11 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("Optimizer", "optimizer.", OptimizerConfig),
     ("Training", "training.", TrainingConfig),
     ("A phase of another loop count", "training.loop_schedule[i].", LoopPhase),
+    ("Drawn loop counts", "training.loop_draw.", LoopDraw),
     ("A phase of another window", "training.window_schedule[i].", WindowPhase),
     ("A teacher", "distillation.", DistillationConfig),
+    ("Fine-tuning on chats: `yoco-u sft`", "", SFTSettings),
+    ("Reinforcement learning: `yoco-u grpo`", "", GRPOSettings),
 ]
 
 # Keys that the docstrings do not explain, because their names say enough to a reader of the code.
@@ -112,7 +117,11 @@ def _table(cls: type[BaseModel], prefix: str) -> str:
 
 
 def attributes(cls: type[BaseModel]) -> dict[str, str]:
-    """The `Attributes:` of a class's docstring, by name."""
+    """The `Attributes:` of the docstrings of a class and of those that it inherits from, by name."""
+    return {name: text for one in reversed(cls.__mro__) if one not in BaseModel.__mro__ for name, text in _own(one).items()}
+
+
+def _own(cls: type[BaseModel]) -> dict[str, str]:
     doc = inspect.cleandoc(cls.__doc__ or "")
     section = re.search(r"Attributes:\n((?:    .*\n?|\n)*)", doc)
     found: dict[str, str] = {}

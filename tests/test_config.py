@@ -160,7 +160,10 @@ def test_what_is_written_is_read_again(tmp_path: Path, name: str, values: dict[s
 RUN = {
     "name": "a", "dataset": "data", "architecture": {"preset": "yoco_u", "size": "test", "experts": {"intermediate_size": 16}},
     "data": {"corpus": "stdlib"}, "optimizer": {"schedule": "wsd", "warmup_steps": 1},
-    "training": {"steps": 20, "loop_schedule": [{"until": 0.5, "loops": 1}]},
+    "training": {
+        "steps": 20, "loop_schedule": [{"until": 0.5, "loops": 1}], "backward_loops": 2,
+        "loop_draw": {"distribution": "poisson_lognormal", "most": 4}, "early_exit_weight": 0.5, "evaluate_loops": [1, 4],
+    },
 }  # fmt: skip
 STREAMS = {"preset": "parscale", "size": "test", "streams": 2}
 GRID = {"title": "a", "base": {}, "models": {"yoco-u": {"match": {"by": "flops", "reference": "yoco"}}, "yoco": {}}}

@@ -47,7 +47,9 @@ def write_run(run: GridRun, folder: Path, loss: Loss, done: float = 1.0) -> None
             break
         common = {"step": step, "tokens": step * config.tokens_per_step, "flops": config.training_flops(step)}
         records.append({"kind": "train", "loss": 3.0, "seconds": 0.5 * number} | common)
-        records.append({"kind": "evaluation", "loss": loss(run, number / POINTS)} | common)
+        found = loss(run, number / POINTS)
+        others = {f"loss_at_{loops}": found + 0.1 * loops for loops in config.training.evaluate_loops}
+        records.append({"kind": "evaluation", "loss": found} | others | common)
     (target / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if done == 1:
         (target / "summary.json").write_text('{"name": "a", "steps": 1}')

@@ -47,6 +47,22 @@ def test_report_of_a_finished_grid(tmp_path: Path) -> None:
     assert all(fit["law"] is None and "there are 1" in fit["reason"] for fit in data["fits"])
 
 
+def test_losses_at_several_loop_counts(tmp_path: Path) -> None:
+    experiment = grid(MODELS)
+    report_on(experiment, write_grid(experiment, tmp_path / "plain", finals(LOSSES)), tmp_path / "plain")
+    assert "Loss over loops" not in (tmp_path / "plain" / "report.html").read_text()
+    base = experiment.base | {"training": experiment.base["training"] | {"evaluate_loops": [1, 2]}}
+    experiment = experiment.model_copy(update={"base": base})
+    summary = report_on(experiment, write_grid(experiment, tmp_path, finals(LOSSES)), tmp_path)
+    assert "Loss over loops" in (tmp_path / "report.html").read_text()
+    looped = next(series for series in summary.results.series if series.name == "yoco-u")
+    assert looped.evaluated_at == {1, 2, 3}
+    assert looped.at_loops(3) == looped.final
+    assert looped.at_loops(2) == {seed: pytest.approx(loss + 0.2) for seed, loss in looped.final.items()}
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["cells"][0]["loss_at_loops"].keys() == {"1", "2"}
+
+
 def test_budgets_are_fitted(tmp_path: Path) -> None:
     tokens = [102_400 * 2**i for i in range(5)]
     experiment = grid(MODELS, tokens=tokens)

@@ -19,6 +19,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("yoco_u", {"experts": EXPERTS}),
     "parscale": ("parscale", {}),
 }
+DRAWN = {"loop_draw": {"most": 5}, "early_exit_weight": 0.5, "backward_loops": 2, "evaluate_loops": [5]}
+TRAINING: dict[str, dict[str, Any]] = {"yoco_u": {}, "experts": DRAWN, "parscale": {}}
 STEPS = 3
 
 
@@ -33,7 +35,7 @@ def assert_close(found: Path, expected: Path) -> None:
 def test_a_run_has_the_losses_of_a_cpu_and_reads_once_a_step(
     which: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = run_config(dataset, *ARCHITECTURES[which], micro_batch_rows=2, steps=STEPS, evaluate_every=2)
+    config = run_config(dataset, *ARCHITECTURES[which], micro_batch_rows=2, steps=STEPS, evaluate_every=2, **TRAINING[which])
     train(config, tmp_path / "cpu", progress=False)
     use_flash(monkeypatch)
     reads = []
@@ -41,8 +43,9 @@ def test_a_run_has_the_losses_of_a_cpu_and_reads_once_a_step(
         monkeypatch.setattr(module, "read_back", lambda tensor: reads.append(tensor.shape) or tensor.tolist())
     train(config, tmp_path / "gpu", progress=False)
     assert reads.count((2,)) == STEPS  # loss and norm of each step
-    assert reads.count(()) == 2  # each evaluation
-    assert len(reads) == STEPS + 2
+    scored = 1 + len(config.training.evaluate_loops)
+    assert reads.count(()) == 2 * scored  # each evaluation, at each of its loop counts
+    assert len(reads) == STEPS + 2 * scored
     assert_close(tmp_path / "gpu", tmp_path / "cpu")
 
 

@@ -147,6 +147,29 @@ def test_the_first_loss_is_that_of_each_chat_alone(model: Path, tmp_path: Path) 
 
 
 @needs_trl
+@pytest.mark.parametrize("rank", [0, 4])
+def test_it_ends_the_same_wherever_it_was_killed(model: Path, tmp_path: Path, rank: int) -> None:
+    """Behind the last checkpoint there is nothing to train; one that was not written to its end is passed over."""
+    file = write_chats(tmp_path / "chats.jsonl", *[chat(f"{n}?", f"it is {n}!") for n in range(10)])
+    settings = SFTSettings(steps=4, length=64, batch_rows=2, save_every=2, learning_rate=1e-3, lora_rank=rank)
+    whole = fine_tune(model, [file], settings, tmp_path / "out")
+    weights = load_model(tmp_path / "out", CPU)[0].state_dict()
+    state = tmp_path / "out" / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    part = state.read_text()[:99]
+    summary = tmp_path / "out" / "summary.json"
+    for damage in (lambda: None, lambda: summary.write_text("{"), lambda: state.write_text(part), state.unlink):
+        summary.unlink()
+        damage()
+        passed_over = not state.exists() or state.read_text() == part
+        said: list[str] = []
+        again = fine_tune(model, [file], settings, tmp_path / "out", said.append)
+        assert again | {"environment": None} == whole | {"environment": None}
+        assert any("checkpoint-4: was not written to its end" in line for line in said) == passed_over
+        for name, right in load_model(tmp_path / "out", CPU)[0].state_dict().items():
+            torch.testing.assert_close(right, weights[name])
+
+
+@needs_trl
 def test_it_goes_on_and_refuses_another_run(model: Path, tmp_path: Path) -> None:
     file = write_chats(tmp_path / "chats.jsonl", *[chat(f"{n}?", f"it is {n}!") for n in range(10)])
     settings = SFTSettings(steps=4, length=64, batch_rows=2, save_every=2, learning_rate=1e-3)

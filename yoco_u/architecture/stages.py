@@ -286,6 +286,12 @@ class Architecture(Config):
         stages = tuple(stage.model_copy(update=change) if i in looped else stage for i, stage in enumerate(self.stages))
         return self.model_copy(update={"stages": stages})
 
+    def behind_the_loop(self) -> "Architecture":
+        """What is left of a forward pass after the looped stage: all stages up to that one are applied 0 times."""
+        last = self.looped_stages[-1]
+        stages = tuple(s.model_copy(update={"loops": 0}) if i <= last else s for i, s in enumerate(self.stages))
+        return self.model_copy(update={"stages": stages})
+
 
 def _problems(a: Architecture) -> list[str]:
     found = []

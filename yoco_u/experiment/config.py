@@ -11,10 +11,11 @@ from yoco_u.inference import SamplingParams
 
 Role = Literal[
     "transformer", "yoco", "universal_transformer", "rins", "parscale", "yoco_u", "upper_loop", "upper_loop_without_shared_kv",
-    "deep", "deeper", "plain_loop", "tamed_loop", "window_only",
+    "deep", "deeper", "plain_loop", "tamed_loop", "drawn_loops", "window_only",
 ]  # fmt: skip
 """What a model stands for where the paper's findings are judged. Most roles are architectures of the paper. A `plain_loop` is a
-YOCO-U without a remedy against its slow start, a `tamed_loop` one with a remedy; `window_only` has sliding attention alone."""
+YOCO-U without a remedy against its slow start, a `tamed_loop` one with a remedy; the T of `drawn_loops` is drawn for each
+step; `window_only` has sliding attention alone."""
 
 Scalar = bool | int | float | str | None
 Vary = dict[str, Annotated[tuple[Scalar, ...], Field(min_length=1)]]

@@ -75,17 +75,21 @@ def measured_rate(say: Callable[[str], None] = lambda _: None) -> Rate:
 
 
 def _flops(config: RunConfig) -> float:
-    training = config.training
+    training, own = config.training, config.architecture
     evaluations = -(-training.steps // training.evaluate_every)
-    evaluated = evaluations * training.evaluation_tokens * forward_flops(config.architecture, training.sequence_length)
-    return config.training_flops() + evaluated
+    scored = [own, *(own.with_loops(loops) for loops in training.evaluate_loops)]
+    per_token = sum(forward_flops(architecture, training.sequence_length) for architecture in scored)
+    return config.training_flops() + evaluations * training.evaluation_tokens * per_token
 
 
 def _trial(config: RunConfig) -> RunConfig:
     """The first steps of a run, without what does not change how fast they are."""
     training = config.training.model_copy(
-        update={"steps": _TRIED_STEPS, "seed": 0, "evaluation_tokens": 1, "loop_schedule": (), "wandb_project": None}
-    )
+        update={
+            "steps": _TRIED_STEPS, "seed": 0, "evaluation_tokens": 1, "evaluate_loops": (), "loop_schedule": (),
+            "loop_draw": None, "wandb_project": None,
+        }
+    )  # fmt: skip
     optimizer = config.optimizer.model_copy(update={"warmup_steps": 0, "learning_rate": 1e-3})
     return config.model_copy(
         update={"name": "trial", "training": training, "optimizer": optimizer, "dataset": "", "data": None}

@@ -20,6 +20,8 @@ AXES: tuple[tuple[Cost, str], ...] = (("tokens", "training tokens"), ("flops", "
 
 _MAPS_IN_A_ROW = 4
 
+_SHOWN_ABOVE = 1.0  # nats above the lowest loss; a model far from its own loop count may be much worse
+
 
 def styles(found: Sequence[Series]) -> dict[str, int]:
     """A number for each model, in the order of the series, which chooses its colour and line style."""
@@ -58,17 +60,23 @@ def angular_plot(found: Sequence[Series]) -> str | None:
     return svg(draw, (7.5, 3.5)) if measured else None
 
 
+def loops_plot(found: Sequence[Series]) -> str | None:
+    """Final loss against the loops run, as SVG; None if no series was evaluated at other loop counts than its own."""
+    return svg(lambda axes: _draw_loops(axes, found), (7.5, 3.5)) if _at_several_loops(found) else None
+
+
 def needle_plot(needles: NeedleMap) -> str:
     """Recall at each depth and length, as SVG."""
     return svg(lambda axes: _draw_needles(axes, needles), (3.6, 2.6))
 
 
 def write_png(summary: Summary, path: Path) -> None:
-    """Write one picture of the curves, the final losses (over budgets, if there are several) and the needles."""
+    """Write one picture: curves, final losses (over budgets, if there are several), losses over loops, needles."""
     series = summary.results.series
     maps = needle_maps(series)
     rows = -(-len(maps) // _MAPS_IN_A_ROW)
-    heights = [4.6, 3.6 if summary.several_budgets else _height(summary.rows)] + [2.6 * rows] * bool(maps)
+    loops = _at_several_loops(series)
+    heights = [4.6, 3.6 if summary.several_budgets else _height(summary.rows)] + [3.6] * loops + [2.6 * rows] * bool(maps)
     figure = Figure(figsize=(11, sum(heights)), layout="constrained", dpi=130)
     parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
     panels = parts[0].subplots(1, 2)
@@ -80,12 +88,14 @@ def write_png(summary: Summary, path: Path) -> None:
             _draw_budgets(axes, series, summary.fits, x, label)
     else:
         _draw_finals(parts[1].subplots(), summary.rows, styles(series))
+    if loops:
+        _draw_loops(parts[2].subplots(), series)
     for axes in figure.axes:
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     if maps:
-        parts[2].suptitle("needles found", fontsize=10)
-        grid = parts[2].subplots(rows, _MAPS_IN_A_ROW, squeeze=False).ravel()
+        parts[-1].suptitle("needles found", fontsize=10)
+        grid = parts[-1].subplots(rows, _MAPS_IN_A_ROW, squeeze=False).ravel()
         for axes, needles in zip(grid, maps, strict=False):
             _draw_needles(axes, needles)
             axes.set_title(fill(needles.title, 28), fontsize=9)
@@ -152,6 +162,26 @@ def _draw_curves(axes: Axes, found: Sequence[Series], x: Cost, label: str) -> No
     axes.xaxis.set_major_formatter(budget_formatter(x))
     axes.set_xlabel(label)
     axes.set_ylabel("validation loss, nats per token")
+
+
+def _at_several_loops(found: Sequence[Series]) -> bool:
+    return any(series.evaluated_at > {series.loops} for series in found)
+
+
+def _draw_loops(axes: Axes, found: Sequence[Series]) -> None:
+    """A line for each model evaluated at several loop counts, and a larger point at its own."""
+    numbers, shown = styles(found), list[float]()
+    for series in found:
+        counts, own = sorted(series.evaluated_at), colour(numbers[series.model])
+        means = {loops: float(np.mean([*series.at_loops(loops).values()])) for loops in counts}
+        axes.plot(counts, [*means.values()], color=own, linestyle=dashes(numbers[series.model]), marker=".", linewidth=1.2)
+        axes.plot([series.loops], [means[series.loops]], color=own, marker="o", markersize=6)
+        shown += means.values()
+    low, high = min(shown), max(shown)
+    room = 0.05 * (high - low) or 0.1
+    axes.set_ylim(low - room, min(high + room, low + _SHOWN_ABOVE))
+    axes.set_xlabel("loops run")
+    axes.set_ylabel("final loss, nats per token")
 
 
 def _draw_needles(axes: Axes, needles: NeedleMap) -> None:

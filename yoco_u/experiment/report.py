@@ -6,7 +6,17 @@ import yaml
 
 from yoco_u.experiment.findings.verdicts import loss_text, short_difference_text
 from yoco_u.experiment.needle_maps import needle_maps
-from yoco_u.experiment.plots import AXES, angular_plot, budget_plot, curve_plot, final_plot, needle_plot, styles, write_png
+from yoco_u.experiment.plots import (
+    AXES,
+    angular_plot,
+    budget_plot,
+    curve_plot,
+    final_plot,
+    loops_plot,
+    needle_plot,
+    styles,
+    write_png,
+)
 from yoco_u.experiment.results import Cost
 from yoco_u.experiment.summary import Fit, Summary
 from yoco_u.files import write_json
@@ -44,6 +54,7 @@ def render(summary: Summary) -> str:
         budget_plots=[(f"Final loss against {_unit(x)}", budget_plot(series, summary.fits, x, label)) for x, label in AXES]
         if summary.several_budgets
         else [],
+        loops_plot=loops_plot(series),
         angular_plot=angular_plot(series),
         needle_maps=[(needles.title, needle_plot(needles)) for needles in needle_maps(series)],
         baseline=summary.baseline,

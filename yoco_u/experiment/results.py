@@ -1,7 +1,7 @@
 """The results of a grid: the validation curve of every run, and series of runs that differ in nothing but their seeds."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from yoco_u.experiment.intervals import Interval, interval
 from yoco_u.experiment.measure import read_measures
 from yoco_u.experiment.run import has_diverged, is_finished
 from yoco_u.report.comparison import equal_cost
-from yoco_u.training.metrics import METRICS
+from yoco_u.training.metrics import METRICS, loops_key
 from yoco_u.training.run_folder import RunFolder, read_run
 
 State = Literal["finished", "unfinished", "diverged", "not begun"]
@@ -29,11 +29,13 @@ class Point:
     Attributes:
         tokens, flops: training tokens, and model FLOPs of training, up to this evaluation.
         loss: nats per token.
+        at_loops: the loss at the loop counts T that `training.evaluate_loops` names, where it is finite.
     """
 
     tokens: int
     flops: float
     loss: float
+    at_loops: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,18 @@ class Series:
     def needles(self) -> list[dict[str, Any]]:
         """The scores of `yoco_u.evaluation.needle_grid`, of all seeds; empty if they were not measured."""
         return [score for taken in self.measures.values() for score in taken.get("needles", [])]
+
+    @property
+    def evaluated_at(self) -> set[int]:
+        """The loop counts at which every run was evaluated at its end, the series' own included."""
+        return set.intersection(*({self.loops, *curve[-1].at_loops} for curve in self.curves.values()))
+
+    def at_loops(self, loops: int) -> dict[int, float]:
+        """The last validation loss at a loop count, by seed, of the runs that were evaluated at it."""
+        if loops == self.loops:
+            return self.final
+        last = {seed: curve[-1].at_loops for seed, curve in self.curves.items()}
+        return {seed: losses[loops] for seed, losses in last.items() if loops in losses}
 
     def at(self, tokens: float) -> dict[int, float]:
         """The loss of the evaluation that is nearest to this number of tokens, by seed."""
@@ -198,7 +212,11 @@ def _read_result(run: GridRun, folder: Path) -> RunResult:
         return RunResult(run, "not begun", (), 0.0, {})
     RunFolder(folder).check_same(run.config)
     recorded = read_run(folder)
-    curve = tuple(Point(record["tokens"], record["flops"], record["loss"]) for record in recorded.kind("evaluation"))
+    keys = {loops_key(loops): loops for loops in run.config.training.evaluate_loops}
+    curve = tuple(
+        Point(record["tokens"], record["flops"], record["loss"], {t: record[key] for key, t in keys.items() if key in record})
+        for record in recorded.kind("evaluation")
+    )
     state: State = "unfinished"
     if is_finished(folder):
         state = "finished"

@@ -102,6 +102,7 @@ class Summary:
                     "state": result.state,
                     "seconds": round(result.seconds, 1),
                     "curve": [[point.tokens, point.flops, round(point.loss, 6)] for point in result.curve],
+                    "loss_at_loops": result.curve[-1].at_loops if result.curve else {},
                     "measures": result.measures,
                 }
                 for result in self.results.runs

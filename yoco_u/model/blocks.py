@@ -1,6 +1,7 @@
 """The blocks of every kind of stage, and the stack of blocks that a looped stage applies several times."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -179,6 +180,10 @@ class LoopedStack(nn.Module):
 
     Args:
         index: which of the architecture's stages this is.
+
+    Attributes:
+        backward_loops: how many of the last loops gradients go through in training; None for all. The loops before run without
+            gradients, so what lies before the stage is trained only by passes of no more loops than this.
     """
 
     def __init__(self, config: YocoUConfig, index: int) -> None:
@@ -189,6 +194,7 @@ class LoopedStack(nn.Module):
         self.layers = nn.ModuleList(Block(config, stage.attention) for _ in range(stage.layers))
         self.gate_init = stage.loop_gate
         self.loop_gates = nn.Parameter(torch.empty(stage.loops - 1)) if stage.loop_gate is not None else None
+        self.backward_loops: int | None = None
 
     def forward(
         self,
@@ -198,6 +204,7 @@ class LoopedStack(nn.Module):
         first_slot: int = 0,
         global_kvs: Sequence[GlobalKV] = (),
         first_loop: int = 0,
+        exits: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run all loops, or those from `first_loop` on.
 
@@ -206,19 +213,26 @@ class LoopedStack(nn.Module):
             loops: loop count T of this call.
             first_slot: index of the stage's first slot in `Architecture.slots()`.
             global_kvs: for cross stages, what `AttentionBackend.global_kvs` returned.
+            exits: each value becomes the hidden states after as many loops as its key says.
 
         Returns:
             The hidden states after the last loop, and the auxiliary losses of all blocks and loops.
         """
-        losses = []
+        losses, begin = [], x
+        cut = loops - self.backward_loops if self.training and self.backward_loops is not None else 0
         for loop in range(first_loop, loops):
             tokens, in_loop = backend.in_loop(loop) if loops > 1 else (None, backend)
             if tokens is not None and len(tokens) == 0:  # none of the kept tokens needs another loop
                 break
             before = x if tokens is None else x[:, tokens]
-            out, loop_losses = self.run_loop(before, in_loop, loop, first_slot, global_kvs)
+            with torch.no_grad() if loop < cut else nullcontext():
+                out, loop_losses = self.run_loop(before, in_loop, loop, first_slot, global_kvs)
             losses += loop_losses
             x = out if tokens is None else x.index_copy(1, tokens, out)
+            if loop == cut - 1:
+                x = x + 0 * begin  # what lies before needs a gradient, of zero: DDP waits for every parameter's
+            if exits and loop + 1 in exits:
+                exits[loop + 1] = x
         if self.training and loops == 1 and self.loop_gates is not None:
             x = x + 0 * self.loop_gates.sum()  # unused gates need a gradient, of zero: DDP waits for every parameter's
         return x, losses

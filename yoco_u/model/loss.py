@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from yoco_u.errors import UserError
 from yoco_u.model.layers import autocast_dtype, without_autocast
@@ -96,6 +97,43 @@ def _divergence(exact: Tensor, normalizer: Tensor, soft: SoftTargets, off: Tenso
     if off is not None:
         off = (off - soft.share * rest * (others - own_rest).exp()).scatter_add(-1, soft.ids, -soft.share * likely)
     return divergence.squeeze(-1), off
+
+
+class EarlyExit(NamedTuple):
+    """A second loss, of what the network predicts if it leaves the loop early: self-distillation from the last loop.
+
+    Attributes:
+        loop: the loop, counted from 1 and before the last, that is followed by what follows the last one.
+        weight: what its divergence from the last loop's prediction is multiplied by in the loss.
+    """
+
+    loop: int
+    weight: float
+
+
+def chunked_divergence(
+    hidden: Tensor, toward: Tensor, weight: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """KL(toward || hidden) of the LM head's distributions, chunk by chunk; its gradient goes through `hidden` alone.
+
+    Args:
+        hidden, toward: hidden states, (..., hidden).
+        weight: of the LM head, (vocab, hidden).
+        targets: (...); tokens without one, -100, do not count.
+        num_items_in_batch: what the sum over tokens is divided by; the number of targets by default.
+    """
+    count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    size = max(1, LOGITS // len(weight))
+    tokens = zip(*(x.flatten(0, -2).split(size) for x in (hidden, toward.detach(), targets[..., None])), strict=True)
+    return torch.stack([checkpoint(_summed_divergence, *part, weight, use_reentrant=False) for part in tokens]).sum() / count
+
+
+def _summed_divergence(hidden: Tensor, toward: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.no_grad():
+        expected = F.linear(toward, weight).to(exact).log_softmax(-1)
+    found = F.linear(hidden, weight).to(exact).log_softmax(-1)
+    return F.kl_div(found, expected, reduction="none", log_target=True).masked_fill(targets == IGNORED, 0).sum()
 
 
 def targets_of(labels: Tensor | None, shift_labels: Tensor | None, shape: torch.Size, segments: Tensor | None) -> Tensor:

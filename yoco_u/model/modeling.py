@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
@@ -18,7 +17,6 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from yoco_u.architecture import Architecture, ParallelStreams
-from yoco_u.device import host_waits, upload
 from yoco_u.errors import UserError
 from yoco_u.model.backend import AttentionBackend, prepare_backend
 from yoco_u.model.blocks import Block, GlobalKV, GlobalKVProjection, LoopedStack
@@ -27,8 +25,16 @@ from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.initialization import initialize
 from yoco_u.model.keywords import OF_LOSS, OF_MODEL, packing, refuse_impossible, refuse_unknown
 from yoco_u.model.layers import RMSNorm, autocast_dtype
-from yoco_u.model.loss import IGNORED, SoftTargets, chunk_loss, chunked_cross_entropy, targets_of
-from yoco_u.model.segments import lay_out
+from yoco_u.model.loss import (
+    IGNORED,
+    EarlyExit,
+    SoftTargets,
+    chunk_loss,
+    chunked_cross_entropy,
+    chunked_divergence,
+    targets_of,
+)
+from yoco_u.model.segments import kept_positions, lay_out
 
 
 class YocoUPreTrainedModel(PreTrainedModel):
@@ -112,6 +118,7 @@ class YocoUModel(YocoUPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         num_loops: int | None = None,
         logits_to_keep: int | Tensor = 0,
+        exit_loop: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Compute the hidden states after the final norm, for the positions asked for.
@@ -131,6 +138,8 @@ class YocoUModel(YocoUPreTrainedModel):
             num_loops: loop count T >= 1 of this call; the config's by default.
             logits_to_keep: the positions to return: the last n for an int n, all for 0, or those in a 1-D tensor of indices.
                 The cross-decoder runs on these alone.
+            exit_loop: a loop before the last, counted from 1. The output then has `exit_hidden_state` too: the hidden states if
+                the looped stage, the one before the cross-decoder, ended with this loop. Without a cache.
             kwargs: those of transformers that say where documents begin (`seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k` with
                 `max_length_q` and `max_length_k`), and `output_hidden_states`.
 
@@ -144,10 +153,11 @@ class YocoUModel(YocoUPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if x.ndim != 3:
             given = "input_ids" if inputs_embeds is None else "inputs_embeds"
-            raise UserError(
-                f"{given} has {x.ndim - (inputs_embeds is None)} dimensions; expected rows of tokens, (batch, tokens)"
-            )
+            found = x.ndim - (inputs_embeds is None)
+            raise UserError(f"{given} has {found} dimensions; expected rows of tokens, (batch, tokens)")
         architecture = self.at_loops(num_loops)
+        if exit_loop is not None and not 1 <= exit_loop < architecture.num_loops:
+            raise UserError(f"exit_loop is {exit_loop}; expected a loop before the last, which is {architecture.num_loops}")
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and any(block.gradient_checkpointing for block in self.modules() if isinstance(block, Block)):
             use_cache, past_key_values = False, None
@@ -160,7 +170,7 @@ class YocoUModel(YocoUPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         windowed = any(stage.attention == "sliding" for stage in architecture.stages)
         layout = lay_out((batch, tokens), past, x.device, windowed, attention_mask, position_ids, ids, lengths, cu_seqlens)
-        kept, last = _kept_positions(logits_to_keep, tokens, x.device)
+        kept, last = kept_positions(logits_to_keep, tokens, x.device)
         backend = prepare_backend(
             architecture, batch, layout.positions, layout.segments, kept, last, past_key_values,
             autocast_dtype(x.device) or x.dtype, layout.cu_seqlens, self.cross_rotation,
@@ -168,8 +178,11 @@ class YocoUModel(YocoUPreTrainedModel):
         if past_key_values is not None and not past:
             past_key_values.padded, past_key_values.packed = layout.padded, layout.packed
 
-        x, losses = self.run_stages(x, backend, architecture)
+        exits = {} if exit_loop is None else {exit_loop: x}
+        x, losses = self.run_stages(x, backend, architecture, exits=exits)
         output = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
+        for state in exits.values():
+            output["exit_hidden_state"], _ = self.run_stages(state, backend, architecture.behind_the_loop())
         output["auxiliary_loss"] = sum(losses) if losses else None
         output["segments"] = layout.segments
         return output
@@ -184,7 +197,12 @@ class YocoUModel(YocoUPreTrainedModel):
         return self.architecture if num_loops is None else self.architecture.with_loops(num_loops)
 
     def run_stages(
-        self, x: Tensor, backend: AttentionBackend, architecture: Architecture, first_loop: int = 0
+        self,
+        x: Tensor,
+        backend: AttentionBackend,
+        architecture: Architecture,
+        first_loop: int = 0,
+        exits: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run all stages and the final norm: the one forward pass of training, `generate()`, the engine and analysis.
 
@@ -193,6 +211,7 @@ class YocoUModel(YocoUPreTrainedModel):
             backend: attends, remembers keys and values, and knows which tokens are kept (their logits are asked for).
             architecture: the model's own, with the loop count of this pass.
             first_loop: 1 to go on behind the first loop of the stage that loops, else 0.
+            exits: each value becomes the hidden states of the looped stage after as many loops as its key says.
 
         Returns:
             Hidden states of the kept tokens after the final norm, (batch, kept, hidden), and the auxiliary losses of blocks.
@@ -210,7 +229,8 @@ class YocoUModel(YocoUPreTrainedModel):
                 if x.shape[1] == 0:
                     break
             if index >= begin:
-                x, stage_losses = stack(x, backend, stage.loops, slot, global_kvs, first_loop if index == begin else 0)
+                first, kept_at = first_loop if index == begin else 0, exits if stage.loops > 1 else None
+                x, stage_losses = stack(x, backend, stage.loops, slot, global_kvs, first, kept_at)
                 losses += stage_losses
             slot += stage.layers * stage.loops
         if not global_kvs:
@@ -297,6 +317,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_logits: bool = True,
         soft_targets: SoftTargets | None = None,
+        early_exit: EarlyExit | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits, and the loss if there are labels. The arguments not named here are those of `YocoUModel.forward`.
@@ -308,6 +329,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
             return_logits: if false, the loss is computed in chunks of tokens, whose logits are not kept; see
                 `yoco_u.model.loss`.
             soft_targets: of a teacher for each token, (batch, tokens, k); the loss is then that of distillation, in chunks.
+            early_exit: adds the loss of an earlier loop, see `EarlyExit`.
 
         Returns:
             logits (batch, positions, vocab), or None without `return_logits`; loss in nats per token, to which training adds
@@ -334,6 +356,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
             num_loops=num_loops,
             logits_to_keep=logits_to_keep,
+            exit_loop=None if early_exit is None else early_exit.loop,
             **kwargs | {"return_dict": True},
         )
         hidden = outputs.last_hidden_state
@@ -352,6 +375,9 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
                     num_items_in_batch=items,
                     shift_labels=targets,
                 )
+            if early_exit is not None:
+                left = outputs["exit_hidden_state"]
+                loss = loss + early_exit.weight * chunked_divergence(left, hidden, self.lm_head.weight, targets, items)
             if outputs["auxiliary_loss"] is not None:
                 # Trainers that accumulate give the number of targets of all micro-batches, whose losses are then added up.
                 share = 1.0 if items is None else (targets != IGNORED).sum() / items
@@ -372,28 +398,3 @@ _CAUSAL_LM_KEYWORDS = frozenset((*signature(YocoUForCausalLM.forward).parameters
 def _is_plain(head: nn.Module) -> bool:
     """Whether a head computes no more than its weight says: not wrapped, as by PEFT, and not loaded by a hook of accelerate."""
     return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in vars(head)
-
-
-def _kept_positions(logits_to_keep: int | Tensor, tokens: int, device: torch.device) -> tuple[Tensor | None, int | None]:
-    """Which positions' logits are asked for.
-
-    Returns:
-        Their indices, (kept,), or None for all; and their number if they are known to be the last ones of each row, else None.
-    """
-    if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.ndim != 1 or logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
-            raise UserError(
-                f"logits_to_keep has dtype {logits_to_keep.dtype} and shape {tuple(logits_to_keep.shape)}; expected indices, "
-                "(kept,)"
-            )
-        if torch.compiler.is_compiling() or (logits_to_keep.device == device and host_waits(device)):
-            return logits_to_keep.to(device), None
-        only_last = logits_to_keep.numel() == 1 and int(logits_to_keep) in (-1, tokens - 1)
-        return upload(logits_to_keep, device), 1 if only_last else None
-    if isinstance(logits_to_keep, bool) or logits_to_keep < 0:
-        raise UserError(
-            f"logits_to_keep is {logits_to_keep!r}; expected a number of last positions, 0 for all, or their indices"
-        )
-    if logits_to_keep == 0 or logits_to_keep >= tokens:
-        return None, tokens
-    return torch.arange(tokens - logits_to_keep, tokens, device=device), logits_to_keep

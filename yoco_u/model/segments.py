@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yoco_u.device import host_waits, read_back
+from yoco_u.device import host_waits, read_back, upload
 from yoco_u.errors import UserError
 
 _MASK_VALUES = (
@@ -257,6 +257,31 @@ def check_cumulative_lengths(cu_seqlens: Tensor | None, segments: Tensor | None)
             f"cu_seqlens has dtype {cu_seqlens.dtype} and shape {tuple(cu_seqlens.shape)}; expected int32 of shape "
             "(sequences + 1,), as yoco_u.model.segments.cumulative_lengths returns it"
         )
+
+
+def kept_positions(logits_to_keep: int | Tensor, tokens: int, device: torch.device) -> tuple[Tensor | None, int | None]:
+    """Which positions' logits are asked for.
+
+    Returns:
+        Their indices, (kept,), or None for all; and their number if they are known to be the last ones of each row, else None.
+    """
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.ndim != 1 or logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
+            raise UserError(
+                f"logits_to_keep has dtype {logits_to_keep.dtype} and shape {tuple(logits_to_keep.shape)}; expected indices, "
+                "(kept,)"
+            )
+        if torch.compiler.is_compiling() or (logits_to_keep.device == device and host_waits(device)):
+            return logits_to_keep.to(device), None
+        only_last = logits_to_keep.numel() == 1 and int(logits_to_keep) in (-1, tokens - 1)
+        return upload(logits_to_keep, device), 1 if only_last else None
+    if isinstance(logits_to_keep, bool) or logits_to_keep < 0:
+        raise UserError(
+            f"logits_to_keep is {logits_to_keep!r}; expected a number of last positions, 0 for all, or their indices"
+        )
+    if logits_to_keep == 0 or logits_to_keep >= tokens:
+        return None, tokens
+    return torch.arange(tokens - logits_to_keep, tokens, device=device), logits_to_keep
 
 
 def _begins(segments: Tensor) -> Tensor:

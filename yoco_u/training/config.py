@@ -1,5 +1,6 @@
 """The settings of a run, as one typed file."""
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from yoco_u.architecture import Architecture
 from yoco_u.budget import forward_flops, head_flops, self_decoder_flops, training_flops
 from yoco_u.config import Config, Count, NonNegativeFloat32, PositiveFloat32, Seed
 from yoco_u.data.config import DataConfig
+from yoco_u.training.loop_draw import LoopDraw, uniform
 
 _Text = Annotated[str, Field(min_length=1)]
 
@@ -113,8 +115,17 @@ class TrainingConfig(Config):
         evaluation_tokens: the most validation tokens that an evaluation scores.
         save_every: steps between checkpoints; the last step is always saved.
         keep_checkpoints: how many of the newest checkpoints are kept.
+        evaluate_loops: loop counts T at which each evaluation scores the model as well, beside the architecture's own.
         loop_schedule: phases, from the first step on, that train the model with other loop counts. After the last phase, and in
             every evaluation, the model runs with the architecture's own.
+        loop_draw: the distribution that the loop count of each step is drawn from; None for no drawing. An evaluation runs with
+            the architecture's own.
+        backward_loops: how many of the last loops of a looped stage gradients go through (truncated backpropagation); None for
+            all. The loops before keep no activations. What lies before the looped stage, the embedding above all, is then
+            trained by those steps alone that have no more loops than this.
+        early_exit_weight: weight of a second loss, which draws the prediction after an earlier loop towards that after the last
+            one: the divergence KL(last || earlier), whose gradient goes through the earlier one alone. The loop is drawn anew
+            for each step from all before its last. 0 for no such loss.
         window_schedule: phases, from the first step on, with other windows of the sliding layers, such as from long to short.
             After the last phase, and in every evaluation, the window is the architecture's own.
         rope_cross_fades: share of the steps over which the rotary positions of the cross-decoder fade out: its angles shrink
@@ -137,7 +148,11 @@ class TrainingConfig(Config):
     evaluation_tokens: PositiveInt = 262_144
     save_every: Count = 200
     keep_checkpoints: Count = 2
+    evaluate_loops: tuple[Count, ...] = ()
     loop_schedule: tuple[LoopPhase, ...] = ()
+    loop_draw: LoopDraw | None = None
+    backward_loops: Count | None = None
+    early_exit_weight: NonNegativeFloat32 = 0.0
     window_schedule: tuple[WindowPhase, ...] = ()
     rope_cross_fades: float = Field(default=0, ge=0, le=1)
     wandb_project: _Text | None = None
@@ -199,8 +214,7 @@ class RunConfig(Config):
         for stage in self.training.checkpoint_stages:
             if not 0 <= stage < stages:
                 raise ValueError(f"training.checkpoint_stages names stage {stage}; the model's are 0 to {stages - 1}")
-        if self.training.loop_schedule and all(stage.loops == 1 for stage in self.architecture.stages):
-            raise ValueError("training.loop_schedule changes the loop count, but the architecture has no loop; drop it")
+        self._check_loops()
         if self.training.window_schedule and self.architecture.window is None:
             raise ValueError("training.window_schedule changes the window, but the architecture has none; drop it")
         if self.training.rope_cross_fades and (self.architecture.rope_cross or not self.architecture.has_global_kv):
@@ -216,6 +230,30 @@ class RunConfig(Config):
             raise ValueError("initializer_range is for new weights, but start_from says where they come from; drop one of them")
         return self
 
+    def _check_loops(self) -> None:
+        training, looped = self.training, self.architecture.looped_stages
+        changes = {"loop_schedule": "changes the loop count", "loop_draw": "draws the loop count",
+                   "backward_loops": "divides the loops", "early_exit_weight": "leaves the loop"}  # fmt: skip
+        for name, does in changes.items():
+            if getattr(training, name) and not looped:
+                raise ValueError(f"training.{name} {does}, but the architecture has no loop; drop it")
+        if training.loop_draw and training.loop_schedule:
+            if training.loop_draw.distribution == "uniform":
+                raise ValueError("training.loop_schedule is the mean of a draw, but uniform has none; drop one of the two")
+            if training.loop_draw.mean is not None:
+                raise ValueError("training.loop_schedule and training.loop_draw.mean both say the mean; drop one of the two")
+        distillation = self.distillation
+        if training.early_exit_weight:
+            if distillation:
+                raise ValueError("training.early_exit_weight has no place beside a distillation; drop one of the two")
+            if len(looped) > 1 or self.architecture.stages[looped[0]].attention == "cross" or self.architecture.parallel:
+                raise ValueError(
+                    "training.early_exit_weight needs one looped stage, before the cross-decoder and without parallel streams; "
+                    "drop it"
+                )
+        if training.backward_loops and distillation and (distillation.stage, distillation.trains) != ("logits", "all"):
+            raise ValueError("training.backward_loops cuts gradients that this distillation does not have; drop it")
+
     @property
     def tokens_per_step(self) -> int:
         return self.training.batch_rows * self.training.sequence_length
@@ -227,6 +265,19 @@ class RunConfig(Config):
 
     def loops_at(self, step: int) -> int | None:
         """Loop count of training step `step` = 0 .. steps - 1; None where the architecture's own loop counts apply."""
+        planned, draw = self._planned_loops(step), self.training.loop_draw
+        if draw is None:
+            return planned
+        return draw.at(self.training.seed, step, planned or self.architecture.num_loops)
+
+    def exit_at(self, step: int) -> int | None:
+        """The loop, counted from 1, after which training step `step` has its earlier exit; None without one."""
+        loops = self.loops_at(step) or self.architecture.num_loops
+        if not self.training.early_exit_weight or loops == 1:
+            return None
+        return 1 + int((loops - 1) * uniform("exit", self.training.seed, step))
+
+    def _planned_loops(self, step: int) -> int | None:
         phases = self.training.loop_schedule
         return next((phase.loops for phase in phases if step < self._end(phase)), None)
 
@@ -241,28 +292,62 @@ class RunConfig(Config):
         return 1 - step / last if step < last else float(self.architecture.rope_cross)
 
     def training_flops(self, steps: int | None = None) -> float:
-        """Model FLOPs, forward and backward, of the first `steps` training steps; of all steps by default.
+        """Model FLOPs, forward and backward, of the first `steps` training steps; without `steps`, of the whole run.
 
-        Each step counts with its own loop count. Evaluations do not count.
+        Each step counts with its own loop count. Where this is drawn, `steps` count with what they drew, and the whole run with
+        what is expected. Evaluations do not count.
         """
+        if self.training.loop_draw is not None and steps is not None:
+            return self._drawn_flops(steps)
         steps = self.training.steps if steps is None else steps
         phases: tuple[LoopPhase | WindowPhase, ...] = (*self.training.loop_schedule, *self.training.window_schedule)
         ends = sorted({0, steps, *(min(steps, self._end(phase)) for phase in phases)})
-        return sum(self._token_flops(begin) * ((end - begin) * self.tokens_per_step) for begin, end in pairwise(ends))
+        return sum(self._expected_flops(begin) * ((end - begin) * self.tokens_per_step) for begin, end in pairwise(ends))
 
-    def _token_flops(self, step: int) -> float:
-        """FLOPs per token of a training step, with those of a teacher."""
-        length, loops, distillation = self.training.sequence_length, self.loops_at(step), self.distillation
+    def _drawn_flops(self, steps: int) -> float:
+        so_far = _flops_so_far(self)
+        known: dict[tuple[int | None, int | None], float] = {}
+        for step in range(len(so_far) - 1, steps):
+            key = self.loops_at(step), self.window_at(step)
+            if key not in known:
+                known[key] = self._token_flops(*key) * self.tokens_per_step
+            so_far.append(so_far[-1] + known[key])
+        return so_far[steps]
+
+    def _expected_flops(self, step: int) -> float:
+        """FLOPs per token of a training step: the mean over the loop counts that it may draw."""
+        planned, window, draw = self._planned_loops(step), self.window_at(step), self.training.loop_draw
+        if draw is None:
+            return self._token_flops(planned, window)
+        chances = draw.probabilities(planned or self.architecture.num_loops)
+        return sum(chance * self._token_flops(loops, window) for loops, chance in chances.items())
+
+    def _token_flops(self, loops: int | None, window: int | None) -> float:
+        """FLOPs per token of a training step with this loop count and window, with those of a teacher."""
+        length, training, distillation = self.training.sequence_length, self.training, self.distillation
         own = self.architecture if loops is None else self.architecture.with_loops(loops)
-        own = own.model_copy(update={"window": self.window_at(step)})
+        own = own.model_copy(update={"window": window})
+        whole = training_flops(own, length)
+        if training.backward_loops is not None:
+            last = [min(stage.loops, training.backward_loops) for stage in own.stages]
+            stages = tuple(stage.model_copy(update={"loops": n}) for stage, n in zip(own.stages, last, strict=True))
+            whole = forward_flops(own, length) + 2 * forward_flops(own.model_copy(update={"stages": stages}), length)
+        if training.early_exit_weight and own.num_loops > 1:
+            whole += training_flops(own.behind_the_loop(), length)
         if distillation is None:
-            return training_flops(own, length)
+            return whole
         teacher = forward_flops(distillation.architecture, length)
         if distillation.stage == "logits" and distillation.trains == "all":
-            return training_flops(own, length) + teacher
+            return whole + teacher
         if distillation.stage == "logits":
-            return training_flops(own, length) - 2 * self_decoder_flops(own, length) - head_flops(own) + teacher
+            return whole - 2 * self_decoder_flops(own, length) - head_flops(own) + teacher
         return 3 * forward_flops(own, length) - 2 * self_decoder_flops(own, length) + teacher - 4 * head_flops(own)
 
     def _end(self, phase: LoopPhase | WindowPhase) -> int:
         return round(phase.until * self.training.steps)
+
+
+@lru_cache(maxsize=4)
+def _flops_so_far(config: RunConfig) -> list[float]:
+    """Training FLOPs of the first 0, 1, 2 ... steps of a run that draws its loops, as far as they were asked for."""
+    return [0.0]

@@ -16,14 +16,14 @@ from yoco_u.errors import UserError
 from yoco_u.loading import load_model
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import Block
-from yoco_u.model.loss import LOGITS, SoftTargets
+from yoco_u.model.loss import LOGITS, EarlyExit, SoftTargets
 from yoco_u.training.config import DistillationConfig, RunConfig, TrainingConfig
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.forward import DTYPES, batch_loss, on_device
 from yoco_u.training.parallelize import compile_model, unwrap
 
-Objective = Callable[[Mapping[str, Any], int | None], Tensor]
-"""The loss of a micro-batch, the mean over its targets, from its tensors and the loop count."""
+Objective = Callable[[Mapping[str, Any], int | None, EarlyExit | None], Tensor]
+"""The loss of a micro-batch, the mean over its targets, from its tensors, the loop count, and an earlier exit if any."""
 
 
 def objective(model: nn.Module, config: RunConfig, distributed: Distributed) -> Objective:
@@ -37,7 +37,7 @@ def objective(model: nn.Module, config: RunConfig, distributed: Distributed) -> 
     """
     device, dtype = distributed.device, config.training.dtype
     if config.distillation is None:
-        return lambda part, num_loops: batch_loss(model, part, device, dtype, num_loops)
+        return lambda part, num_loops, early_exit: batch_loss(model, part, device, dtype, num_loops, early_exit=early_exit)
     teacher = load_teacher(config, device)
     if config.distillation.stage == "layers":
         if distributed.world_size > 1:
@@ -91,7 +91,7 @@ class LogitLoss:
     ) -> None:
         self.model, self.teacher, self.config, self.device, self.dtype = model, teacher, config, device, dtype
 
-    def __call__(self, part: Mapping[str, Any], num_loops: int | None) -> Tensor:
+    def __call__(self, part: Mapping[str, Any], num_loops: int | None, early_exit: EarlyExit | None = None) -> Tensor:
         soft = self.soft_targets(part)
         return batch_loss(self.model, part, self.device, self.dtype, num_loops, soft_targets=soft, return_logits=False)
 
@@ -127,7 +127,7 @@ class LayerLoss:
         if len(list(_blocks(teacher))) != len(list(_blocks(model))):
             raise UserError("the teacher has another number of layers than the model; distillation by layers needs the same")
 
-    def __call__(self, part: Mapping[str, Any], num_loops: int | None) -> Tensor:
+    def __call__(self, part: Mapping[str, Any], num_loops: int | None, early_exit: EarlyExit | None = None) -> Tensor:
         inputs = on_device(part, self.model.device)
         inputs.pop("shift_labels")
         begin: dict[int, Tensor] = {}

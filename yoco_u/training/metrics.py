@@ -7,7 +7,10 @@ Every record has a `kind`, `train` (one for each step) or `evaluation`, and
 Records of kind `train` also have
 - `gradient_norm` (before clipping) and `learning_rate` of the step,
 - `tokens_per_second`, `model_flops_per_second`, and `mfu`, the share of the measured GEMM rate of all processes,
-- `seconds`: training time so far, without evaluations and checkpoints.
+- `seconds`: training time so far, without evaluations and checkpoints,
+- `loops`: the loop count of the step.
+
+Records of kind `evaluation` also have `loss_at_T`, the loss at each loop count T that `evaluate_loops` names, if it is finite.
 """
 
 import json
@@ -37,6 +40,11 @@ def loss_figures(loss: float, bytes_per_token: float) -> Record:
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": loss / math.log(2) / bytes_per_token,
     }
+
+
+def loops_key(loops: int) -> str:
+    """The key of the validation loss at a loop count."""
+    return f"loss_at_{loops}"
 
 
 class _Record(BaseModel, extra="allow"):

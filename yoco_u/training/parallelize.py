@@ -22,7 +22,7 @@ from yoco_u.device import cxx_compiler, memory_bytes
 from yoco_u.errors import UserError
 from yoco_u.formatting import short_bytes, short_count
 from yoco_u.model import YocoUForCausalLM
-from yoco_u.model.blocks import Block
+from yoco_u.model.blocks import Block, LoopedStack
 from yoco_u.training.config import TrainingConfig
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.forward import DTYPES
@@ -43,13 +43,22 @@ def check_memory(architecture: Architecture, config: TrainingConfig, distributed
             f"optimizer, but there are {short_bytes(there)}; choose a smaller one, or more processes with parallel fsdp"
         )
     tokens = config.micro_batch_rows * config.sequence_length
-    kept = tokens * architecture.unrolled_layers * architecture.hidden_size * DTYPES[config.dtype].itemsize
+    blocks = _blocks_with_gradients(architecture, config)
+    kept = tokens * blocks * architecture.hidden_size * DTYPES[config.dtype].itemsize
     if kept > there:
         raise UserError(
             f"training on micro-batches of {config.micro_batch_rows} x {config.sequence_length} tokens through "
-            f"{architecture.unrolled_layers} blocks keeps at least {short_bytes(kept)}, but there are {short_bytes(there)}; "
+            f"{blocks} blocks keeps at least {short_bytes(kept)}, but there are {short_bytes(there)}; "
             "lower micro_batch_rows, sequence_length or loops"
         )
+
+
+def _blocks_with_gradients(architecture: Architecture, config: TrainingConfig) -> int:
+    """Blocks that a token passes through with gradients, in the step that has most of them."""
+    if config.loop_draw is not None:
+        architecture = architecture.with_loops(config.loop_draw.most)
+    most = config.backward_loops
+    return sum(stage.layers * (stage.loops if most is None else min(stage.loops, most)) for stage in architecture.stages)
 
 
 def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Distributed) -> nn.Module:
@@ -59,6 +68,7 @@ def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Di
     global KV, loop gates, final norm) is in the root's group.
     """
     checkpoint_stages(model, config.checkpoint_stages)
+    truncate_backpropagation(model, config.backward_loops)
     compile_model(model, config.compile)
     if distributed.world_size == 1:
         return model.to(distributed.device)
@@ -80,6 +90,13 @@ def checkpoint_stages(model: YocoUForCausalLM, stages: tuple[int, ...]) -> None:
         for block in _blocks(model.model.stages[stage]):
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def truncate_backpropagation(model: YocoUForCausalLM, loops: int | None) -> None:
+    """Let gradients go through the last `loops` loops of each stage alone; through all for None."""
+    for stack in model.modules():
+        if isinstance(stack, LoopedStack):
+            stack.backward_loops = loops
 
 
 _GRAPHS = 32

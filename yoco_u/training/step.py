@@ -16,6 +16,7 @@ from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import CrossAttention, GlobalKVProjection
 from yoco_u.model.feed_forward import ExpertMixture, balance
+from yoco_u.model.loss import EarlyExit
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distillation import objective
 from yoco_u.training.distributed import Distributed
@@ -57,7 +58,7 @@ class TrainingStep:
         self.objective = objective(model, config, distributed)
         self.mixtures = [module for module in model.modules() if isinstance(module, ExpertMixture)]
 
-    def gradients(self, batch: Batch, num_loops: int | None = None) -> StepResult:
+    def gradients(self, batch: Batch, num_loops: int | None = None, early_exit: EarlyExit | None = None) -> StepResult:
         """Leave in the parameters the gradients of the mean loss over the target tokens of all ranks.
 
         A GPU is waited for once, at the end, where loss and norm are read.
@@ -68,6 +69,7 @@ class TrainingStep:
         Args:
             batch: this rank's rows of the step.
             num_loops: loop count of the passes; the model's own by default.
+            early_exit: an earlier exit whose loss is added; none by default.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -76,7 +78,7 @@ class TrainingStep:
         for part, is_last in self._micro_batches(batch):
             share = _count_targets(part["shift_labels"]) / targets
             with nullcontext() if is_last else without_gradient_sync(self.model):
-                part_loss = self.objective(part, num_loops)
+                part_loss = self.objective(part, num_loops, early_exit)
                 # DDP and FSDP average the gradients of the ranks, but the sum is needed: each share is of all ranks' targets.
                 (part_loss * (share * self.distributed.world_size)).backward()
             loss += part_loss.detach() * share

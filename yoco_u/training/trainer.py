@@ -22,13 +22,14 @@ from yoco_u.device import check_bfloat16, environment, gemm_rate, multiplies_bfl
 from yoco_u.errors import UserError
 from yoco_u.files import naming, write_json
 from yoco_u.loading import tokenizer_folder
+from yoco_u.model.loss import EarlyExit
 from yoco_u.training.checkpoint import Checkpoints, TrainerState, step_name
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distillation import compilation, freeze
 from yoco_u.training.distributed import Distributed, distributed_session
 from yoco_u.training.export import export_model
 from yoco_u.training.forward import DTYPES
-from yoco_u.training.metrics import METRICS, MetricsWriter, Record, loss_figures, read_metrics
+from yoco_u.training.metrics import METRICS, MetricsWriter, Record, loops_key, loss_figures, read_metrics
 from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.other_programs import minding_others
 from yoco_u.training.parallelize import check_memory, parallelize, unwrap
@@ -222,7 +223,7 @@ class _Run:
         start = time.perf_counter()
         step = self.state.step
         with scheduled(unwrap(self.model), self.config, step):
-            result = self.training_step.gradients(next(batches), self.config.loops_at(step))
+            result = self.training_step.gradients(next(batches), self.config.loops_at(step), self._early_exit(step))
         if not result.finite:
             self._stop_at_step(result)
         rate = self.training_step.update(result, self.state.step)
@@ -231,6 +232,7 @@ class _Run:
         self.state = self.state.after_step(tokens, seconds)
         speed = (self.config.training_flops(self.state.step) - self.config.training_flops(self.state.step - 1)) / seconds
         self._record("train", result.loss, self.dataset, {
+            "loops": self.config.loops_at(step) or self.config.architecture.num_loops,
             "gradient_norm": result.norm,
             "learning_rate": rate,
             "tokens_per_second": tokens / seconds,
@@ -239,13 +241,22 @@ class _Run:
             "seconds": self.state.seconds,
         })  # fmt: skip
 
+    def _early_exit(self, step: int) -> EarlyExit | None:
+        loop = self.config.exit_at(step)
+        return None if loop is None else EarlyExit(loop, self.config.training.early_exit_weight)
+
     def _evaluate(self) -> None:
         training = self.config.training
-        rows = self.training_step.micro_batch_rows
-        result = evaluate(self.model, self.validation, training.evaluation_tokens, rows, self.distributed, training.dtype)
-        if not math.isfinite(result.loss):
-            self._stop_diverged(f"the validation loss is {result.loss} after step {self.state.step}")
-        self._record("evaluation", result.loss, self.validation, {})
+
+        def loss(num_loops: int | None = None) -> float:
+            limit, rows = training.evaluation_tokens, self.training_step.micro_batch_rows
+            return evaluate(self.model, self.validation, limit, rows, self.distributed, training.dtype, num_loops).loss
+
+        own = loss()
+        if not math.isfinite(own):
+            self._stop_diverged(f"the validation loss is {own} after step {self.state.step}")
+        others = {loops_key(loops): loss(loops) for loops in training.evaluate_loops}
+        self._record("evaluation", own, self.validation, {key: it for key, it in others.items() if math.isfinite(it)})
 
     def _is_evaluated(self) -> bool:
         """Whether the validation loss of the last step is among the metrics, as it is unless the file was damaged."""
@@ -301,6 +312,7 @@ class _Run:
         records = read_metrics(self.folder.path)
         steps = [record for record in records if record["kind"] == "train"]
         evaluation = next(record for record in reversed(records) if record["kind"] == "evaluation")
+        by_loops = [loops_key(loops) for loops in self.config.training.evaluate_loops]
         speeds = ("tokens_per_second", "model_flops_per_second", "mfu")
         summary = {
             "name": self.config.name,
@@ -309,7 +321,9 @@ class _Run:
             "flops": self.config.training_flops(self.state.step),
             "parameters": budget.parameters(self.config.architecture).total,
             "train_loss": steps[-1]["loss"] if steps else None,
-            "validation": {key: evaluation[key] for key in ("loss", "perplexity", "bits_per_byte")},
+            "validation": {
+                key: evaluation[key] for key in ("loss", "perplexity", "bits_per_byte", *by_loops) if key in evaluation
+            },
             **{key: statistics.median(record[key] for record in steps) if steps else None for key in speeds},
             "gemm_flops_per_second": self.gemm_rate,
             "seconds": self.state.seconds,

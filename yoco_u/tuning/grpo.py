@@ -61,7 +61,7 @@ def reinforce(
         chat_tokens(tokenizer, prompt)
     data = {"data": [str(file) for file in files], "test": [str(file) for file in test]}
     own = {"model": str(model_path)} | data | {"settings": settings.model_dump(mode="json")}
-    if (finished := runs.begin(folder, own)) is not None:
+    if (finished := runs.begin(folder, own, say)) is not None:
         return finished
     say(f"{len(train):,} problems, {len(held_out):,} held out")
     config = trl.GRPOConfig(

@@ -1,18 +1,17 @@
 """What runs of TRL's trainers have in common: a folder that says what is trained in it, checkpoints, and going on from them."""
 
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from yoco_u.errors import UserError
-from yoco_u.files import claim, write_json
+from yoco_u.files import claim, read_json, write_json
 from yoco_u.loading import load_model
 from yoco_u.model import YocoUForCausalLM, save_model
 from yoco_u.tuning.settings import TuningSettings
@@ -33,8 +32,11 @@ def needed(name: str) -> ModuleType:
         raise UserError(f"fine-tuning needs {name}: pip install 'yoco-u[tuning]'") from None
 
 
-def begin(folder: Path, own: dict[str, Any]) -> dict[str, Any] | None:
+def begin(folder: Path, own: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
     """Claim a folder, and write down what is trained in it.
+
+    Args:
+        say: told of a damaged summary, which is made anew.
 
     Returns:
         The summary, where the same was trained to its end before.
@@ -47,12 +49,11 @@ def begin(folder: Path, own: dict[str, Any]) -> dict[str, Any] | None:
     if not file.exists():
         write_json(file, own)
         return None
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(file, dict[str, Any])
     if before != own:
         key = next(key for key in own if own[key] != before.get(key))
         raise UserError(f"{folder}: was begun with another {key}; choose another folder, or the same {key}")
-    summary = folder / "summary.json"
-    return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
+    return read_json(folder / "summary.json", dict[str, Any], {}, say) or None
 
 
 def load(path: str | Path, settings: TuningSettings, device: torch.device) -> tuple[YocoUForCausalLM, PreTrainedTokenizerFast]:
@@ -101,15 +102,29 @@ def train(trainer: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, say: C
     """
     trainer.remove_callback(PrinterCallback)  # which writes to standard output
     trainer.add_callback(_Told(say))
-    checkpoints = folder / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if last is not None:
-        say(f"continuing from {last}")
-    trainer.train(resume_from_checkpoint=last)
+    checkpoint, state = _newest(folder / "checkpoints", say)
+    if checkpoint is not None:
+        say(f"continuing from {checkpoint}")
+    if state is not None and state.global_step == state.max_steps:
+        trainer._load_from_checkpoint(str(checkpoint))  # `train` would take one more step
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     model = trainer.model
     tuned = model if isinstance(model, YocoUForCausalLM) else model.merge_and_unload()
     save_model(tuned.float(), tokenizer, folder / "model")
     return list(trainer.state.log_history)
+
+
+def _newest(checkpoints: Path, say: Callable[[str], None]) -> tuple[Path, TrainerState] | tuple[None, None]:
+    """The newest checkpoint that was written to its end, which the trainer's state is: its last file."""
+    found = [folder for folder in checkpoints.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
+    for folder in sorted(found, key=lambda one: int(one.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            return folder, TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        except (OSError, ValueError, TypeError):
+            say(f"{folder}: was not written to its end; it is passed over")
+    return None, None
 
 
 class _Told(TrainerCallback):

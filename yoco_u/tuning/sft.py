@@ -41,7 +41,7 @@ def fine_tune(
     model, tokenizer = runs.load(model_path, settings, device)
     made = list(examples(read_chats(files), tokenizer))
     own = {"model": str(model_path), "data": [str(file) for file in files], "settings": settings.model_dump(mode="json")}
-    if (finished := runs.begin(folder, own)) is not None:
+    if (finished := runs.begin(folder, own, say)) is not None:
         return finished
     counts = {
         "chats": len(made),

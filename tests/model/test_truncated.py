@@ -1,0 +1,131 @@
+"""Truncated backpropagation through the loops, and the loss of an earlier exit, against direct twins."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from models import architecture, assert_same_gradients, build, gradients, tokens
+from torch import Tensor
+
+from yoco_u import YocoUForCausalLM
+from yoco_u.errors import UserError
+from yoco_u.model.blocks import LoopedStack
+from yoco_u.model.loss import EarlyExit
+from yoco_u.training.parallelize import checkpoint_stages, truncate_backpropagation
+
+DOCUMENTS = torch.tensor([[0] * 5 + [1] * 8 + [2] * 3, [0] * 16])
+
+
+def inputs() -> dict[str, Any]:
+    ids = tokens(2, 16)
+    return {"input_ids": ids, "labels": ids, "document_ids": DOCUMENTS, "use_cache": False}
+
+
+@contextmanager
+def detached(model: YocoUForCausalLM, loops: int, last: int) -> Iterator[None]:
+    """The twin: each looped stage runs all loops with gradients, and detaches its states before the `last` loops."""
+    run_loop = LoopedStack.run_loop
+
+    def run(self: LoopedStack, x: Tensor, backend: Any, loop: int, *rest: Any) -> Any:
+        looped = model.model.architecture.stages[[*model.model.stages].index(self)].loops > 1
+        return run_loop(self, x.detach() if looped and loop == loops - last > 0 else x, backend, loop, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoopedStack, "run_loop", run)
+        yield
+
+
+@pytest.mark.parametrize(("name", "loops", "last"), [
+    ("yoco_u", 3, 1), ("yoco_u", 5, 2), ("yoco_u", 2, 2), ("rins", 4, 2), ("universal_transformer", 3, 1), ("upper_loop", 4, 3),
+])  # fmt: skip
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_gradients_are_those_of_states_detached_before_the_last_loops(
+    name: str, loops: int, last: int, recomputed: bool
+) -> None:
+    model = build(architecture(name, loop_gate=0.3)).double().train()
+    with detached(model, loops, last):
+        twin = model(**inputs(), num_loops=loops).loss
+        expected = gradients(model, twin)
+    if recomputed:
+        checkpoint_stages(model, tuple(range(len(model.model.stages))))
+    truncate_backpropagation(model, last)
+    loss = model(**inputs(), num_loops=loops).loss
+    assert torch.equal(loss, twin)
+    assert_same_gradients(gradients(model, loss), expected, 1e-12)
+    truncate_backpropagation(model, None)
+    whole = gradients(model, model(**inputs(), num_loops=loops).loss)
+    same = all(torch.allclose(whole[name], expected[name]) for name in whole)
+    assert same == (loops <= last)
+
+
+def test_every_parameter_has_a_gradient_which_is_zero_before_the_loop() -> None:
+    """DDP waits for the gradient of every parameter."""
+    model = build(architecture()).train()
+    truncate_backpropagation(model, 1)
+    model(**inputs(), num_loops=3).loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(grad is not None for grad in grads.values())
+    at_zero = [name for name, grad in grads.items() if not grad.any()]  # type: ignore[union-attr]
+    assert at_zero == ["model.embed_tokens.weight"]
+
+
+def test_loops_without_gradients_keep_nothing() -> None:
+    model = build(architecture()).train()
+    truncate_backpropagation(model, 2)
+
+    def kept(loops: int) -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+            model(**inputs(), num_loops=loops)
+        return sum(sizes)
+
+    assert kept(3) == kept(8) == pytest.approx(kept(2), rel=0.01)
+    truncate_backpropagation(model, None)
+    assert kept(8) > 2 * kept(3)
+
+
+def test_outside_training_nothing_is_cut() -> None:
+    model = build(architecture()).eval()
+    whole = gradients(model, model(**inputs()).loss)
+    truncate_backpropagation(model, 1)
+    assert_same_gradients(gradients(model, model(**inputs()).loss), whole, 0)
+
+
+@pytest.mark.parametrize(("name", "settings"), [
+    ("yoco_u", {}), ("yoco_u", {"loop_gate": 0.3, "global_kvs": 2, "rope_cross": True}), ("rins", {}),
+    ("universal_transformer", {}), ("yoco_u", {"tie_word_embeddings": True}),
+])  # fmt: skip
+@pytest.mark.parametrize("loop", [1, 3])
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_an_earlier_exit_learns_from_the_last_loop(name: str, settings: dict[str, Any], loop: int, return_logits: bool) -> None:
+    """The twin runs the whole model once with as many loops, and takes the divergence of its logits."""
+    model = build(architecture(name, **settings)).double().train()
+    last, early = model(**inputs(), num_loops=4), model(**inputs(), num_loops=loop)
+    expected, found = last.logits.detach().log_softmax(-1), early.logits.log_softmax(-1)
+    counted = torch.cat([(DOCUMENTS.diff(dim=1) == 0), torch.zeros(2, 1, dtype=torch.bool)], dim=1)
+    divergence = (expected.exp() * (expected - found)).sum(-1)[counted].mean()
+    twin = last.loss + 0.7 * divergence
+    loss = model(**inputs(), num_loops=4, early_exit=EarlyExit(loop, 0.7), return_logits=return_logits).loss
+    torch.testing.assert_close(loss, twin, rtol=1e-6, atol=0)  # transformers takes its loss in float32
+    assert divergence > 1e-3
+    assert_same_gradients(gradients(model, loss), gradients(model, twin), 1e-6)
+
+
+@pytest.mark.parametrize("loop", [0, 3])
+def test_an_exit_that_is_not_before_the_last_loop_is_refused(loop: int) -> None:
+    with pytest.raises(UserError, match=f"exit_loop is {loop}; expected a loop before the last, which is 3"):
+        build(architecture())(**inputs(), early_exit=EarlyExit(loop, 1.0))
+
+
+def test_an_exit_before_the_last_loops_trains_what_follows_the_loop() -> None:
+    model = build(architecture()).double().train()
+    plain = model(**inputs(), num_loops=4)
+    truncate_backpropagation(model, 1)
+    both = gradients(model, model(**inputs(), num_loops=4, early_exit=EarlyExit(2, 1.0)).loss)
+    without = gradients(model, model(**inputs(), num_loops=4).loss)
+    assert plain.loss > 0
+    changed = {name for name in both if not torch.equal(both[name], without[name])}
+    assert not any(name.startswith("model.stages.0.") for name in changed)
+    assert any(name.startswith("model.stages.1.") for name in changed)
