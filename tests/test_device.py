@@ -10,8 +10,7 @@ from models import architecture
 
 from yoco_u.device import check_bfloat16, find_device
 from yoco_u.errors import UserError
-from yoco_u.inference import EngineSettings
-from yoco_u.inference import engine as engine_module
+from yoco_u.inference import EngineSettings, model_limits
 from yoco_u.inference.kernels import gpu
 
 CUDA = torch.device("cuda", 0)
@@ -58,15 +57,15 @@ def test_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**20))
     shape = EngineSettings(cache_tokens=10**6, dtype="float32").cache_shape(a, CUDA)
     with pytest.raises(UserError, match=r"need \d+ MiB, .* but 1 MiB are free; lower .*\((\d+) tokens would fit\)") as found:
-        engine_module._check_memory(a, shape, 3, 0, CUDA)
+        model_limits.check_memory(a, shape, 3, 0, CUDA)
     fit = int(str(found.value).rpartition("(")[2].partition(" ")[0])
     for tokens, fits in ((fit, True), (fit + 64, False)):
         shape = EngineSettings(cache_tokens=tokens, dtype="float32").cache_shape(a, CUDA)
         if fits:
-            engine_module._check_memory(a, shape, 3, 0, CUDA)
+            model_limits.check_memory(a, shape, 3, 0, CUDA)
         else:
             with pytest.raises(UserError, match="would fit"):
-                engine_module._check_memory(a, shape, 3, 0, CUDA)
+                model_limits.check_memory(a, shape, 3, 0, CUDA)
 
 
 def test_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from yoco_u import Stage, YocoUForCausalLM
 from yoco_u.inference import Completion, Engine, EngineSettings, RequestOutput, SamplingParams, TokenLogprobs
+from yoco_u.inference.drafts import Candidate, DraftLengths, StepTime
 
 NEW = 12
 WINDOW = 8  # of the `test` size
@@ -29,6 +30,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gated": ("yoco_u", {"loop_gate": 0.3}),
     "gated upper loop": ("upper_loop", {"loop_gate": 0.3, "rope_cross": True}),
+    "nearly closed gates": ("yoco_u", {"loop_gate": 0.3}),
     "window 1": ("yoco_u", {"window": 1}),
     "window 3": ("yoco_u", {"window": 3}),
     "window beyond the context": ("yoco_u", {"window": 500}),
@@ -53,12 +55,37 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def model(variant: str) -> YocoUForCausalLM:
     """In float32, which the engine leaves as it is, so that engines can share it."""
     name, settings = VARIANTS[variant]
-    return build(architecture(name, **settings), pad_token_id=0)
+    built = build(architecture(name, **settings), pad_token_id=0)
+    if variant == "nearly closed gates":  # most tokens are those of one loop
+        with torch.no_grad():
+            built.model.stages[0].loop_gates.fill_(0.05)
+    return built
 
 
 def engine(variant: str = "yoco_u", **settings: Any) -> Engine:
     chosen = {"dtype": "float32", "cache_tokens": 512, "block_size": 4, "max_num_seqs": 4, "max_batched_tokens": 16} | settings
     return Engine(model(variant), None, EngineSettings(**chosen))
+
+
+class FixedLengths(DraftLengths):
+    """Drafts of the same length in every step, as far as there is room."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def choose(self, decodes: int, candidates: Sequence[Candidate]) -> list[int]:
+        return [min(self.length, one.most) for one in candidates]
+
+    def take(self, time: StepTime) -> None:
+        assert time.decodes > 0 and time.seconds >= time.drafting >= 0
+
+
+def drafting_engine(variant: str = "yoco_u", length: int = 4, **settings: Any) -> Engine:
+    """An engine that drafts so many tokens in every step."""
+    subject = engine(variant, **{"max_batched_tokens": 40} | settings)
+    subject.speculation.lengths = FixedLengths(length)
+    return subject
 
 
 def prompt(length: int, seed: int = 1) -> list[int]:

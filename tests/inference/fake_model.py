@@ -9,7 +9,8 @@ from functools import cache
 
 from yoco_u.inference.request import Request, Status
 from yoco_u.inference.sampling_params import SamplingParams
-from yoco_u.inference.scheduler import Scheduler, Step
+from yoco_u.inference.scheduler import Scheduler
+from yoco_u.inference.step import Step
 
 END = 0
 SNAPSHOT_BYTES = 10

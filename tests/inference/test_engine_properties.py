@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from engine_runs import assert_all_free, engine, full_logprobs, greedy, likeliest, prompt
+from engine_runs import assert_all_free, drafting_engine, full_logprobs, greedy, likeliest, prompt
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +24,7 @@ class Arrival:
     loops: int
     outputs: int
     scored: bool
+    drafts: str
     after: int
     aborted: int | None
 
@@ -40,6 +41,7 @@ arrivals = st.builds(
     loops=st.sampled_from([3, 3, 3, 1, 2, 4]),
     outputs=st.sampled_from([1, 1, 1, 2]),
     scored=st.sampled_from([False, False, True]),
+    drafts=st.sampled_from(["none", "loops", "prompt"]),
     after=st.sampled_from([0, 0, 1, 2, 7]),
     aborted=st.sampled_from([None, None, None, 0, 1, 2, 5, 12]),
 )
@@ -51,9 +53,10 @@ engines = st.fixed_dictionaries(
         "spare": st.sampled_from([0, 1, 3, 7, 8, 9, 40]),
         "prefix_caching": st.sampled_from([True, True, False]),
         "snapshot_bytes": st.sampled_from([0, 20_000, 10**7]),
+        "draft_length": st.integers(1, 8),
     }
 )
-VARIANTS = ["yoco_u", "yoco_u", "rins", "yoco_retention", "upper_loop", "upper_loop_without_shared_kv"]
+VARIANTS = ["yoco_u", "nearly closed gates", "rins", "yoco_retention", "upper_loop", "upper_loop_without_shared_kv"]
 
 
 def check(variant: str, arrival: Arrival, request: RequestOutput) -> None:
@@ -80,8 +83,9 @@ def test_traffic(variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -
 
 def serve(variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -> None:
     """Let the requests arrive at an engine of these settings, and check all that becomes of them."""
-    settings = {name: value for name, value in chosen.items() if name != "spare"}
-    subject = engine(variant, max_batched_tokens=chosen["max_num_seqs"] + chosen["spare"], **settings)
+    settings = {name: value for name, value in chosen.items() if name not in ("spare", "draft_length")}
+    budget = chosen["max_num_seqs"] + chosen["spare"]
+    subject = drafting_engine(variant, chosen["draft_length"], max_batched_tokens=budget, **settings)
     requests: list[tuple[Arrival, RequestOutput, int]] = []
     clock = 0
 
@@ -102,6 +106,7 @@ def serve(variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -> None:
             num_loops=arrival.loops,
             n=arrival.outputs,
             prompt_logprobs=0 if arrival.scored else None,
+            drafts="none" if variant == "yoco_retention" else arrival.drafts,
         )
         requests.append((arrival, subject.add(arrival.ids, params), clock))
     for _ in range(10_000):
@@ -115,24 +120,29 @@ def serve(variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -> None:
 
 def test_crowds_on_small_caches() -> None:
     """Denser than hypothesis makes them: most give way, share and come back."""
-    preemptions = hits = 0
+    preemptions = hits = accepted = 0
     for seed in range(6):
-        subject = engine("yoco_u", cache_tokens=60, block_size=1 + seed % 4, max_num_seqs=5, max_batched_tokens=6 + seed)
+        settings = {"cache_tokens": 60, "block_size": 1 + seed % 4, "max_num_seqs": 5, "max_batched_tokens": 6 + seed}
+        subject = drafting_engine("nearly closed gates", 3, **settings)
+        by = ["loops", "none", "loops", "prompt"]
         traffic = [
-            Arrival(5 * (i % 5), (seed + 3 * i) % 9, 4 + (5 * i) % 13, 1 + i % 3, 1, i % 5 == 0, i % 3, None) for i in range(14)
+            Arrival(5 * (i % 5), (seed + 3 * i) % 9, 4 + (5 * i) % 13, 1 + i % 3, 1, i % 5 == 0, by[i % 4], i % 3, None)
+            for i in range(14)
         ]
         requests = []
         for arrival in traffic:
             for _ in range(arrival.after):
                 subject.step()
-            settings = {"max_tokens": arrival.max_tokens, "num_loops": arrival.loops}
+            settings = {"max_tokens": arrival.max_tokens, "num_loops": arrival.loops, "drafts": arrival.drafts}
             requests.append(subject.add(arrival.ids, greedy(**settings, prompt_logprobs=0 if arrival.scored else None)))
         while subject.unfinished:
             subject.step()
         assert_all_free(subject)
         for arrival, request in zip(traffic, requests, strict=True):
-            check("yoco_u", arrival, request)
+            check("nearly closed gates", arrival, request)
+        accepted += subject.speculation.accepted
         preemptions += subject.scheduler.statistics.preemptions
         hits += subject.scheduler.statistics.prefix_hit_tokens
     assert preemptions > 15
+    assert accepted > 20
     assert hits > 100

@@ -24,7 +24,7 @@ from yoco_u.errors import UserError
 from yoco_u.inference import Engine, RequestOutput, SamplingParams
 from yoco_u.inference.kv_cache import KVStorage
 from yoco_u.inference.request import Request
-from yoco_u.inference.scheduler import Step
+from yoco_u.inference.step import Step
 from yoco_u.model.cache import YocoUCache
 
 FILLED = 21

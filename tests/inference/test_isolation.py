@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import assert_all_free
+from engine_runs import FixedLengths, assert_all_free
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +25,8 @@ ENGINE = Engine(
     MODEL, TOKENIZER, EngineSettings(dtype="float32", cache_tokens=512, block_size=4, max_num_seqs=4, max_batched_tokens=12)
 )
 
+ENGINE.speculation.lengths = FixedLengths(2)
+
 KINDS: list[dict[str, Any]] = [
     {},
     {"temperature": 0},
@@ -34,6 +36,8 @@ KINDS: list[dict[str, Any]] = [
     {"json_schema": {"type": "object"}, "n": 2},
     {"prompt_logprobs": 3, "logprobs": 0, "min_tokens": 3},
     {"stop": ["e", "12"], "n": 3},
+    {"drafts": "loops", "frequency_penalty": 0.4},
+    {"drafts": "prompt", "regex": "[a-z ]{3,12}"},
 ]
 
 

@@ -220,10 +220,10 @@ def test_impossible_tokens_never_come(params, seed):
 
 def test_the_last_uniform_does_not_fall_off_the_end():
     one = state(SamplingParams())
-    one.uniform = lambda: math.nextafter(1.0, 0.0)
+    one.uniform = lambda ahead=0: math.nextafter(1.0, 0.0)
     logits = torch.tensor([[0.1, 0.3, 0.7, -math.inf, -math.inf]])
     assert sample(logits, [one])[0].token == 2
-    one.uniform = lambda: 0.0
+    one.uniform = lambda ahead=0: 0.0
     assert sample(logits.flip(-1), [one])[0].token == 2
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from yoco_u import Architecture, YocoUForCausalLM
 from yoco_u.architecture import LOOPED
 from yoco_u.errors import UserError
+from yoco_u.model.backend import prepare_backend
 
 pytestmark = pytest.mark.usefixtures("attention_path")
 N, WINDOW = 29, 8
@@ -268,6 +269,18 @@ def test_loops_at_call_time_equal_a_config_with_them(name: str, loops: int, gate
         if loops == 1:
             del actual[key]
     assert_same_gradients(actual, expected, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["yoco_u", "universal_transformer", "rins", "upper_loop_without_shared_kv"])
+def test_a_pass_that_goes_on_behind_its_first_loop(name: str) -> None:
+    model, ids, positions = make(name).model, tokens(1, N), torch.arange(N)[None]
+    one, three = model.at_loops(1), model.at_loops(3)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False, num_loops=3).last_hidden_state
+        first, rest = (prepare_backend(a, 1, positions, None, None, N, None, torch.float64) for a in (one, three))
+        states = model.run_first_loop(model.embed_tokens(ids), first, one)
+        found, _ = model.run_stages(states, rest, three, first_loop=1)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @every_variant

@@ -50,6 +50,7 @@ async def test_one_prompt(server: Server, alone: Any) -> None:
         "completion_tokens": 12,
         "total_tokens": prompt + 12,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
     }
 
 

@@ -222,6 +222,11 @@ class Architecture(Config):
         return tuple(i for i, stage in enumerate(self.stages) if stage.loops > 1)
 
     @property
+    def loopable_stages(self) -> tuple[int, ...]:
+        """Indices of the stages that `with_loops` gives a loop count: the looped ones, or the first where none loops."""
+        return self.looped_stages or (0,)
+
+    @property
     def num_loops(self) -> int:
         """T, the loop count of the model: the largest loop count of any stage."""
         return max(stage.loops for stage in self.stages)
@@ -277,7 +282,7 @@ class Architecture(Config):
         if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
             raise UserError(f"num_loops is {shown(loops)}; expected a whole number of at least 1")
         change = {"loops": loops} if loops > 1 else {"loops": 1, "loop_gate": None}
-        looped = self.looped_stages or (0,)
+        looped = self.loopable_stages
         stages = tuple(stage.model_copy(update=change) if i in looped else stage for i, stage in enumerate(self.stages))
         return self.model_copy(update={"stages": stages})
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
     from yoco_u.inference import LLM, SamplingParams
 
-_SETTINGS = {"loops": "num_loops", "temperature": "temperature", "tokens": "max_tokens", "top-p": "top_p", "seed": "seed"}
+_SETTINGS = {
+    "loops": "num_loops", "temperature": "temperature", "tokens": "max_tokens", "top-p": "top_p", "seed": "seed",
+    "drafts": "drafts",
+}  # fmt: skip
 _HELP = (
     f"{', '.join(f'/{name} VALUE' for name in _SETTINGS)} for the answers to come; /reset forgets what was said; Ctrl-D ends"
 )
@@ -28,6 +31,9 @@ def chat(
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.8,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of one answer.")] = 200,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answers.")] = None,
+    drafts: Annotated[
+        Literal["none", "loops", "prompt"], typer.Option("--drafts", help="Draft tokens to verify several in a step.")
+    ] = "none",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="Type to compute in.")] = "auto",
 ) -> None:
@@ -51,7 +57,7 @@ def chat(
     from yoco_u.inference.chat_template import template_file, why_no_chats
 
     chosen: dict[str, Any] = {
-        "num_loops": num_loops, "temperature": temperature, "max_tokens": max_tokens, "seed": seed
+        "num_loops": num_loops, "temperature": temperature, "max_tokens": max_tokens, "seed": seed, "drafts": drafts,
     }  # fmt: skip
     params = parse(SamplingParams, chosen, "options")
     llm = LLM(model, device=device, dtype=dtype)

@@ -31,6 +31,9 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output. Can be repeated.")] = None,
     num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own.")] = None,
+    drafts: Annotated[
+        Literal["none", "loops", "prompt"], typer.Option("--drafts", help="Draft tokens to verify several in a step.")
+    ] = "none",
     json_schema: Annotated[
         Path | None, typer.Option("--json-schema", help="File with a schema that the text must fit.")
     ] = None,
@@ -62,7 +65,7 @@ def generate(
     params = SamplingParams(
         max_tokens=max_tokens, n=n, temperature=0 if greedy else temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()), num_loops=num_loops, regex=regex,
-        json_schema=_read(json_schema),
+        json_schema=_read(json_schema), drafts=drafts,
     )  # fmt: skip
     llm = LLM(model, device=device, dtype=dtype, weights=weights, num_loops=num_loops)
     if not json and len(prompts) == n == 1:

@@ -31,6 +31,10 @@ def serve(
     max_num_loops: Annotated[
         int | None, typer.Option("--max-num-loops", help="Largest loop count of one request. \\[default: 8]")
     ] = None,
+    drafts: Annotated[
+        Literal["none", "loops", "prompt"] | None,
+        typer.Option("--drafts", help="How requests draft tokens that do not say. \\[default: none]"),
+    ] = None,
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="Type to compute in.")] = "auto",
     weights: Annotated[Literal["int8"] | None, typer.Option("--weights", help="Keep weights in 8 bits.")] = None,
     kv_dtype: Annotated[
@@ -120,6 +124,7 @@ def serve(
     engine = _engine(
         model, device, dtype=dtype, weights=weights, kv_dtype=kv_dtype, num_loops=num_loops, cache_tokens=cache_tokens,
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
+        drafts=drafts,
     )  # fmt: skip
     if host not in ("127.0.0.1", "::1", "localhost") and not keys:
         typer.echo("anybody who reaches this address can use the model; --api-key-file asks for keys", err=True)

@@ -121,7 +121,7 @@ class DecodeGraphs:
             Logits (requests, vocab), which the next call overwrites.
         """
         self.static.write(self._arrays(slices, ids))
-        for segment in segments(architecture, self.architecture.looped_stages or (0,)):
+        for segment in segments(architecture, self.architecture.loopable_stages):
             running = sum(one.num_loops > segment.loop for one in slices)
             bucket = next(size for size in self.buckets if size >= running)
             self._replay((segment, bucket), partial(self._run, segment, bucket, architecture, slots))

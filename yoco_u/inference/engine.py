@@ -8,18 +8,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from yoco_u.architecture import Architecture
-from yoco_u.budget import bytes_per_kv_element, cache_bytes
 from yoco_u.data import DocumentEncoder
-from yoco_u.device import free_memory_bytes
 from yoco_u.errors import UserError, said_of
 from yoco_u.inference.constraints import Grammars
 from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.inference.gpu_layers import fuse_layers
 from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.inference.kernels.gpu import require_triton
-from yoco_u.inference.kv_cache import CacheShape
-from yoco_u.inference.outputs import BROKEN_LOGITS, Completion, RequestOutput, Update
+from yoco_u.inference.model_limits import check_memory, check_one_loop_count, end_tokens
+from yoco_u.inference.outputs import BROKEN_LOGITS, Completion, RequestOutput, Update, joined
 from yoco_u.inference.prepacking import can_prepack, prepack
 from yoco_u.inference.quantization import quantize
 from yoco_u.inference.request import Request
@@ -28,8 +25,10 @@ from yoco_u.inference.running_output import RunningOutput
 from yoco_u.inference.sampler import Sampled, sample
 from yoco_u.inference.sampler_state import SamplerState
 from yoco_u.inference.sampling_params import SamplingParams
-from yoco_u.inference.scheduler import Chunk, Scheduler, Step
+from yoco_u.inference.scheduler import Scheduler
 from yoco_u.inference.settings import EngineSettings
+from yoco_u.inference.speculation import Speculation
+from yoco_u.inference.step import Chunk, Step
 from yoco_u.model import YocoUForCausalLM
 
 log = logging.getLogger("yoco_u.inference")
@@ -51,6 +50,7 @@ class Engine:
     Attributes:
         scheduler: who runs and who waits.
         cache: the memory of all sequences.
+        speculation: drafts tokens and says which of them are right.
     """
 
     def __init__(self, model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast | None, settings: EngineSettings) -> None:
@@ -61,9 +61,9 @@ class Engine:
         self.settings, self.tokenizer = settings, tokenizer
         self.num_loops = settings.num_loops or model.model.at_loops().num_loops
         if settings.num_loops is None:
-            _check_one_loop_count(model.model.at_loops())
+            check_one_loop_count(model.model.at_loops())
         shape = settings.cache_shape(self.architecture.with_loops(self.num_loops), model.device)
-        _check_memory(self.architecture, shape, self.num_loops, 0, model.device)
+        check_memory(self.architecture, shape, self.num_loops, 0, model.device)
         for parameter in model.parameters():  # not the buffers: the experts' choice biases stay float32
             parameter.data = parameter.data.to(settings.torch_dtype(model.device))
         if settings.weights == "int8":
@@ -88,8 +88,9 @@ class Engine:
             snapshot_bytes=settings.snapshot_bytes,
             has_window_state=self.cache.has_window_state,
         )
+        self.speculation = Speculation(self.scheduler, self.runner, settings.drafts)
         self._encoder = DocumentEncoder(tokenizer) if tokenizer is not None else None
-        self.eos_token_ids = _end_tokens(model, self._encoder)
+        self.eos_token_ids = end_tokens(model, self._encoder)
         self._grammars = (
             Grammars(tokenizer, self.architecture.vocab_size, self.eos_token_ids) if tokenizer is not None else None
         )
@@ -129,6 +130,7 @@ class Engine:
             UserError: if the request is not possible, with the numbers; nothing is queued then.
         """
         tokens = self._tokens(prompt, params)
+        self.speculation.check(params.drafts)
         loops = params.num_loops or self.num_loops
         name = next(str(n) for n in self._numbers if str(n) not in self._outputs) if request_id is None else request_id
         names = [name, *(f"{name}.{index}" for index in range(1, params.n))]
@@ -141,13 +143,15 @@ class Engine:
             completion = Completion(index, logprobs=[] if params.logprobs is not None else None)
             parent.outputs.append(completion)
             own = params if index == 0 else params.model_copy(update={"prompt_logprobs": None})
+            request = Request(own_name, tokens, own, loops)
             outputs.append(
                 RunningOutput(
-                    Request(own_name, tokens, own, loops),
+                    request,
                     SamplerState(params, tokens, index, self.eos_token_ids, matcher and matcher.sibling()),
                     Detokenizer(self.tokenizer, params) if self.tokenizer is not None else None,
                     completion,
                     parent,
+                    self.speculation.drafter(request),
                 )
             )
         first, *others = outputs
@@ -214,20 +218,27 @@ class Engine:
         rows = dict(self._undecided)  # logits of the outputs whose next token is to be chosen
         for chunk, logits in computed:
             output = self._outputs[chunk.request.id]
-            failed = self._score(output, chunk, logits) if chunk.request.params.prompt_logprobs is not None else None
+            known = logits[: len(logits) - len(chunk.drafts)]  # behind tokens that were not drafted
+            failed = self._score(output, chunk, known) if chunk.request.params.prompt_logprobs is not None else None
             if failed is not None:
                 updates.append(failed)
             elif chunk.samples:
-                rows[output] = logits[-1]
+                rows[output] = known[-1]
+                self.speculation.verify(output, logits)
         updates += self._sample(rows, idle=not step.chunks)
+        while accepted := self.speculation.accept():
+            updates += self._sample(self._undecided | accepted, idle=False)
+        self.speculation.settle()
         ending = (self._outputs.get(chunk.request.id) for chunk in step.chunks if chunk.completes)
         updates += [self._end(output, "length") for output in ending if output is not None]
         self._release_siblings()
-        return updates
+        return joined(updates)
 
     def _run(self, step: Step) -> list[tuple[Chunk, torch.Tensor]]:
         """Compute a step; its chunks that logits are asked of, with them."""
         try:
+            self.runner.begin(step)
+            self.speculation.draft(step, self._outputs)
             computed = self.runner.run(step)
         except BaseException:
             for chunk in step.chunks:  # what their caches hold is not known any more
@@ -343,48 +354,5 @@ class Engine:
         Raises:
             UserError: if the machine has not the memory for it.
         """
-        _check_memory(self.architecture, self.cache.shape, loops, self.cache.nbytes, self.cache.device)
+        check_memory(self.architecture, self.cache.shape, loops, self.cache.nbytes, self.cache.device)
         self.cache.grow(loops)
-
-
-def _check_memory(a: Architecture, shape: CacheShape, loops: int, allocated: int, device: torch.device) -> None:
-    """Refuse caches that the machine has not the memory for."""
-    tokens, looped = shape.num_blocks * shape.block_size, a.with_loops(loops)
-
-    def bytes_of(tokens: int) -> int:
-        return cache_bytes(looped, tokens, shape.max_num_seqs, shape.window or 0, bytes_per_kv_element(looped, shape.kind))
-
-    needed = bytes_of(tokens)
-    missing = needed - allocated
-    if missing <= 0:
-        return
-    free = free_memory_bytes(device)
-    if missing > free:
-        a_block = bytes_of(shape.block_size) - bytes_of(0)
-        fit = (free + allocated - bytes_of(0)) // a_block * shape.block_size if a_block else 0
-        raise UserError(
-            f"caches of {tokens} tokens and {shape.max_num_seqs} sequences at {loops} loops need {needed >> 20} MiB, "
-            f"{missing >> 20} more than are allocated, but {free >> 20} MiB are free; lower cache_tokens, max_num_seqs or "
-            f"num_loops ({max(fit, 0)} tokens would fit)",
-            "num_loops",
-        )
-
-
-def _check_one_loop_count(a: Architecture) -> None:
-    """Refuse a model whose stages loop unequally often: a request has one loop count for all of them."""
-    loops = {a.stages[index].loops for index in a.looped_stages}
-    if len(loops) > 1:
-        raise UserError(
-            f"the model's stages loop {' and '.join(map(str, sorted(loops)))} times, but a request loops all of them as often; "
-            "set num_loops"
-        )
-
-
-def _end_tokens(model: YocoUForCausalLM, encoder: DocumentEncoder | None) -> tuple[int, ...]:
-    """The tokens that end an output: those of the model's config, or the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    if configured is None:
-        configured = model.config.eos_token_id
-    if configured is None:
-        return (encoder.eot_id,) if encoder is not None else ()
-    return tuple(configured) if isinstance(configured, list) else (configured,)

@@ -140,6 +140,26 @@ class KVCache:
         for tensor, kept in zip(self._of_seat(seat, num_loops), state, strict=True):
             tensor.copy_(kept)
 
+    def ring_rows(self, seat: int, start: int, stop: int) -> list[int]:
+        """The rows, in every ring, of the tokens start .. stop - 1 of a sequence, at most `window` of them."""
+        window = self.shape.window
+        return [] if window is None else [seat * window + position % window for position in range(start, stop)]
+
+    def keep_rings(self, rows: Tensor) -> list[Tensor]:
+        """A copy of some rows (rows,) of all rings, for `take_back`."""
+        return [tensor[:, :, rows] for ring in self.rings.values() for tensor in ring.tensors]
+
+    def take_back(self, rows: Tensor, kept: list[Tensor], which: Tensor) -> None:
+        """Let rows of all rings hold again what they held before.
+
+        Args:
+            rows, kept: what `keep_rings` was given and gave.
+            which: indices of the rows among these.
+        """
+        tensors = [tensor for ring in self.rings.values() for tensor in ring.tensors]
+        for tensor, before in zip(tensors, kept, strict=True):
+            tensor.index_copy_(2, rows[which], before.index_select(2, which))
+
     def read_by(self, slot: Slot) -> KVStorage:
         """The global KV that a slot of cross-attention reads."""
         return self.global_kvs[self.architecture.global_kv_of(slot.stage, slot.layer)]

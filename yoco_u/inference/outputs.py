@@ -1,6 +1,7 @@
 """What the engine returns: requests with their outputs, and what each step adds to them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from yoco_u.errors import UserError
 from yoco_u.inference.logprobs import Logprob
@@ -25,6 +26,7 @@ class Completion:
         logprobs: one a token, if asked for.
         finish_reason: "stop", "length", "abort" or "error"; None while it runs.
         stop_reason: the stop string or the token that ended it.
+        accepted_drafts, rejected_drafts: tokens drafted for it that became part of it, and those that did not.
         error: what went wrong, in one line, where the finish reason is "error".
     """
 
@@ -34,6 +36,8 @@ class Completion:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
     error: str | None = None
 
 
@@ -67,7 +71,7 @@ class Update:
 
     Attributes:
         text: new text, often empty while a character or a possible stop string is incomplete.
-        token_ids: new tokens.
+        token_ids: new tokens; more than one where drafts were accepted.
         finish_reason: of the output's last update, None in all others.
     """
 
@@ -76,6 +80,16 @@ class Update:
     text: str
     token_ids: list[int]
     finish_reason: str | None = None
+
+
+def joined(updates: Iterable[Update]) -> list[Update]:
+    """One update for each output, of all that was added to it in one step."""
+    found: dict[int, Update] = {}
+    for new in updates:
+        if (old := found.get(id(new.output))) is not None:
+            new = replace(new, text=old.text + new.text, token_ids=old.token_ids + new.token_ids)
+        found[id(new.output)] = new
+    return list(found.values())
 
 
 BROKEN_LOGITS = "the model's logits hold NaN or infinity"

@@ -2,7 +2,8 @@
 
 A step is one row of tokens, (1, tokens), without padding. First come the decodes, requests that run a single token, then the
 prefills, requests that run a chunk of their prompt. Decodes attend together, whatever their lengths, through
-`yoco_u.inference.kernels`. Each prefill attends by itself, to what its request has cached and to its own chunk.
+`yoco_u.inference.kernels`. Each prefill attends by itself, to what its request has cached and to its own chunk. A token with
+drafts behind it counts as so many decodes of one sequence.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,8 +41,14 @@ class PagedBackend(AttentionBackend):
         self.slices, self.cache, self.architecture, self.slots = slices, cache, architecture, slots
         ends = list(accumulate(one.count for one in slices))
         self.tokens = [range(end - one.count, end) for one, end in zip(slices, ends, strict=True)]  # of the step, by slice
-        self.decodes = [one for one in slices if one.count == 1]
-        self.prefills = [(one, slice(own.start, own.stop)) for one, own in self._with_tokens() if one.count > 1]
+        singles = [one for one in slices if _is_single(one)]
+        self.decodes = [
+            one if one.count == 1 else replace(one, start=one.start + turn, count=1)
+            for one in singles
+            for turn in range(one.count)
+        ]
+        self._turns = [turn for one in singles for turn in range(one.count)]  # of each: which token of its sequence it is
+        self.prefills = [(one, slice(own.start, own.stop)) for one, own in self._with_tokens() if not _is_single(one)]
         self._in_loop: dict[int, tuple[Tensor | None, PagedBackend]] = {}  # by how many slices are left
 
     def in_loop(self, loop: int) -> "tuple[Tensor | None, PagedBackend]":
@@ -57,7 +64,7 @@ class PagedBackend(AttentionBackend):
         if all(one.kept == one.count for one in self.slices):
             return None, self
         kept = [replace(one, start=one.end - one.kept, count=one.kept) for one in self.slices if one.kept]
-        if any(before.count > 1 and after.count == 1 for before, after in pairwise(kept)):
+        if any(_is_single(after) and not _is_single(before) for before, after in pairwise(kept)):
             raise AssertionError("a prefill that keeps one token becomes a decode, so it has to come before the other prefills")
         return self._index([token for one, own in self._with_tokens() for token in own[one.count - one.kept :]]), self._of(kept)
 
@@ -69,6 +76,8 @@ class PagedBackend(AttentionBackend):
         tokens: Tensor | None
         slot_mapping: Tensor | None
         if kind == "sliding":
+            if self._ring_turns:
+                return None
             storage, (block_table, lengths) = self.cache.rings[self.slots[slot]], self._ring_reads
             tokens, slot_mapping = self._ring_slot_mapping
         else:
@@ -90,8 +99,12 @@ class PagedBackend(AttentionBackend):
             keys, values = (torch.cat([p, ring.as_stored(x[:, tokens])], dim=1) for p, x in ((past_k, k), (past_v, v)))
             out[:, tokens] = chunk_attention(q[:, tokens], keys, values, self.architecture.window)
         _store(ring, k, v, *self._ring_slot_mapping)
-        if self.decodes:
+        if self.decodes and not self._ring_turns:
             self._decode(out, q, ring, *self._ring_reads)
+        for turn, (own, rows, block_table, lengths) in enumerate(self._ring_turns):
+            if turn:  # what these overwrite, the tokens before them have seen
+                ring.store(rows, k[0, own], v[0, own])
+            out[0, own] = decode_attention(q[0, own], ring.data, ring.scales, block_table, ring.block_size, lengths)
         return out
 
     def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -151,6 +164,24 @@ class PagedBackend(AttentionBackend):
         return seats[:, None], lengths.clamp(max=self._ring_rows)
 
     @cached_property
+    def _ring_turns(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The first token of each sequence, then the second, and so on: indices, rows of the rings, and as in `_ring_reads`.
+
+        In a ring that is full, a token's row is that of a token which those before it in the same sequence still see. So they
+        attend before it is written. Empty where all may be written at once.
+        """
+        window = self._ring_rows
+        if not any(self._turns) or all(one.end <= window for one in self.decodes):
+            return []
+        rows = self._index([one.seat * window + one.start % window for one in self.decodes])
+        block_table, lengths = self._ring_reads
+        found = []
+        for turn in range(max(self._turns) + 1):
+            own = self._index([index for index, its in enumerate(self._turns) if its == turn])
+            found.append((own, rows[own], block_table[own], lengths[own]))
+        return found
+
+    @cached_property
     def _block_tables(self) -> Tensor:
         """Of the decodes, (decodes, blocks) int32, zero behind the end of a shorter one."""
         longest = max(len(one.block_table) for one in self.decodes)
@@ -175,14 +206,15 @@ class PagedBackend(AttentionBackend):
 
     @cached_property
     def _ring_slot_mapping(self) -> tuple[Tensor | None, Tensor]:
-        """The same of the rings, where only the last `window` tokens of a longer chunk are written."""
+        """The same of the rings, of the first turn; only the last `window` tokens of a longer chunk are written."""
         window = self._ring_rows
         written: list[int] = []
         mapping = []
         for one, own in self._with_tokens():
-            stays = min(one.count, window)
-            written += own[one.count - stays :]
-            positions = torch.arange(one.end - stays, one.end, device=self.cache.device)
+            stays = own[:1] if self._ring_turns and _is_single(one) else own[-window:]
+            written += stays
+            first = one.start + stays.start - own.start
+            positions = torch.arange(first, first + len(stays), device=self.cache.device)
             mapping.append(positions % window + one.seat * window)
         return self._all_or(written), torch.cat(mapping)
 
@@ -209,6 +241,11 @@ class PagedBackend(AttentionBackend):
 
     def _index(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.cache.device)
+
+
+def _is_single(one: SequenceSlice) -> bool:
+    """Whether a slice is a decode, or several of one sequence."""
+    return one.count == 1 or one.one_by_one
 
 
 def _store(storage: KVStorage, k: Tensor, v: Tensor, tokens: Tensor | None, slot_mapping: Tensor) -> None:

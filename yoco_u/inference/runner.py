@@ -1,5 +1,7 @@
 """From a step of the scheduler to logits: the one place where the engine calls the model."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -15,8 +17,8 @@ from yoco_u.inference.gpu_plan import StepPlan
 from yoco_u.inference.kv_cache import CacheShape, KVCache
 from yoco_u.inference.paged_backend import PagedBackend
 from yoco_u.inference.request import Request
-from yoco_u.inference.scheduler import Chunk, Step
 from yoco_u.inference.sequence_slice import SequenceSlice
+from yoco_u.inference.step import Chunk, Step
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.backend import AttentionBackend
 
@@ -51,45 +53,104 @@ class Runner:
                 capture = cuda_graphs(self.device)
             self.decode_graphs = DecodeGraphs(model, self.cache, self.tables, capture)
 
-    @torch.inference_mode()
-    def run(self, step: Step) -> list[tuple[Chunk, Tensor]]:
-        """Compute all chunks of a step.
-
-        Returns:
-            The chunks that logits are asked of, each with the logits of its last positions, (kept, vocab): one row for each
-            prompt token that is scored, and one to sample from. The next step may overwrite them.
-        """
+    def begin(self, step: Step) -> None:
+        """Prepare for a step: what runs in it may be drafted for afterwards."""
         if self._free_cores is not None:
             self._free_cores.follow()
         for request, state in step.restores:
             assert request.seat is not None
             self.cache.restore(request.seat, request.num_loops, state)  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def draft(self, chunks: Sequence[Chunk], ids: list[int]) -> tuple[Tensor, Tensor]:
+        """Run one token of each of some requests through one loop and the cross-decoder.
+
+        What the first loop writes to the caches is right if the token is; the rest is written again when the token is verified.
+
+        Args:
+            chunks: where the tokens stand, of one token each.
+            ids: the tokens.
+
+        Returns:
+            Logits (chunks, vocab), and the states after the first loop, (1, chunks, [streams,] hidden).
+        """
+        architecture, slots = self._at_loops(1)
+        backend = self._backend([replace(self._slice(one), kept=1, num_loops=1) for one in chunks], architecture, slots)
+        model = self.model.model
+        states = model.run_first_loop(self._embedded(ids), backend, architecture)
+        hidden, _ = model.run_stages(states, backend, architecture, first_loop=1)
+        return self.model.lm_head(hidden)[0], states
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> list[tuple[Chunk, Tensor]]:
+        """Compute all chunks of a step, for which `begin` was called.
+
+        Returns:
+            The chunks that logits are asked of, each with the logits of its last positions, (kept, vocab): one row for each
+            prompt token that is scored, one to sample from, and one behind each draft. The next step may overwrite them.
+        """
         for chunk in step.chunks:
             if chunk.start == 0 and self.cache.states:
                 assert chunk.request.seat is not None
                 self.cache.clear(chunk.request.seat)
 
-        # Decodes come first, and where loop counts differ, those of more loops.
-        chunks = sorted(step.chunks, key=lambda c: (c.count > 1, kept_positions(c) > 1, -c.request.num_loops))
+        # Decodes come first, and where loop counts differ, those of more loops; on a CPU those with drafts are among them.
+        def place(chunk: Chunk) -> tuple[bool, bool, int]:
+            is_prefill = chunk.count > 1 or bool(chunk.drafts and self.decode_graphs)
+            return is_prefill, is_prefill and kept_positions(chunk) > 1, -chunk.request.num_loops
+
+        chunks = sorted(step.chunks, key=place)
         architecture, slots = self._at_loops(max(chunk.request.num_loops for chunk in chunks))
         slices = [self._slice(chunk) for chunk in chunks]
-        ids = [token for c in chunks for token in c.request.token_slice(c.start, c.end)]
-        logits = self._logits(slices, ids, architecture, slots)
+        if step.states:
+            states = self._after_first_loop(chunks, slices, step.states)
+            backend = self._backend(slices, architecture, slots)
+            hidden, _ = self.model.model.run_stages(states, backend, architecture, first_loop=1)
+            logits = self._head(hidden)
+        else:
+            logits = self._logits(slices, [token for chunk in chunks for token in chunk.tokens], architecture, slots)
         asked = [chunk for chunk in chunks if kept_positions(chunk)]
         return list(zip(asked, logits.split([kept_positions(chunk) for chunk in asked]), strict=True))
 
     def _logits(self, slices: list[SequenceSlice], ids: list[int], architecture: Architecture, slots: Slots) -> Tensor:
         """Logits of the kept tokens of all slices, (kept, vocab)."""
-        backend: AttentionBackend
-        if self.decode_graphs is None:
-            backend = PagedBackend(slices, self.cache, architecture, slots)
-        else:
+        if self.decode_graphs is not None and all(one.count == one.kept == 1 for one in slices):
             self.tables.flush()
-            if all(one.count == one.kept == 1 for one in slices):
-                return self.decode_graphs.run(slices, ids, architecture, slots)
-            backend = GpuBackend(StepPlan(slices, self.tables, self.cache), self.cache, architecture, slots)
-        x = self.model.model.embed_tokens(upload([ids], self.device))
-        hidden, _ = self.model.model.run_stages(x, backend, architecture)
+            return self.decode_graphs.run(slices, ids, architecture, slots)
+        backend = self._backend(slices, architecture, slots)
+        return self._head(self.model.model.run_stages(self._embedded(ids), backend, architecture)[0])
+
+    def _after_first_loop(
+        self, chunks: Sequence[Chunk], slices: Sequence[SequenceSlice], drafted: Mapping[Request, Tensor]
+    ) -> Tensor:
+        """The states of all tokens of a step after the first loop, which runs for the tokens for which it has not run yet."""
+        # Of drafted chunks that is the last token, a decode here; decodes come first.
+        missing = [
+            (replace(own, start=own.end - 1, count=1), chunk.tokens[-1:]) if chunk.request in drafted else (own, chunk.tokens)
+            for own, chunk in zip(slices, chunks, strict=True)
+        ]
+        order = sorted(range(len(missing)), key=lambda index: missing[index][0].count > 1 and not missing[index][0].one_by_one)
+        run = [missing[index][0] for index in order]
+        backend = self._backend(run, *self._at_loops(1))
+        x = self._embedded([token for index in order for token in missing[index][1]])
+        found = self.model.model.run_first_loop(x, backend, self._at_loops(1)[0]).split([one.count for one in run], dim=1)
+        parts = []
+        for index, states in sorted(zip(order, found, strict=True), key=lambda one: one[0]):
+            if chunks[index].request in drafted:
+                parts.append(drafted[chunks[index].request])
+            parts.append(states)
+        return torch.cat(parts, dim=1)
+
+    def _backend(self, slices: Sequence[SequenceSlice], architecture: Architecture, slots: Slots) -> AttentionBackend:
+        if self.decode_graphs is None:
+            return PagedBackend(slices, self.cache, architecture, slots)
+        self.tables.flush()
+        return GpuBackend(StepPlan(slices, self.tables, self.cache), self.cache, architecture, slots)
+
+    def _embedded(self, ids: list[int]) -> Tensor:
+        return self.model.model.embed_tokens(upload([ids], self.device))
+
+    def _head(self, hidden: Tensor) -> Tensor:
         return self.model.lm_head(hidden)[0] if hidden.shape[1] else hidden[0]
 
     def window_state(self, request: Request) -> tuple[list[Tensor], int]:
@@ -107,12 +168,13 @@ class Runner:
         assert request.seat is not None
         return SequenceSlice(
             start=chunk.start,
-            count=chunk.count,
+            count=chunk.count + len(chunk.drafts),
             kept=kept_positions(chunk),
             written=request.written,
             seat=request.seat,
             block_table=self.tables.of(request),
             num_loops=request.num_loops,
+            one_by_one=bool(chunk.drafts) and self.decode_graphs is None,
         )
 
 
@@ -120,4 +182,4 @@ def kept_positions(chunk: Chunk) -> int:
     """How many positions of a chunk, the last ones, need logits."""
     if chunk.request.scores:
         return max(0, chunk.end - max(chunk.start, chunk.request.unscored - 1))
-    return int(chunk.samples)
+    return int(chunk.samples) + len(chunk.drafts)

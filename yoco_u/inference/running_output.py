@@ -6,6 +6,7 @@ from torch import Tensor
 
 from yoco_u.device import upload
 from yoco_u.inference.detokenizer import Detokenizer
+from yoco_u.inference.drafts import Drafter
 from yoco_u.inference.logprobs import score
 from yoco_u.inference.outputs import Completion, RequestOutput, TokenLogprobs, Update
 from yoco_u.inference.request import Request
@@ -21,6 +22,7 @@ class RunningOutput:
         request: what the scheduler sees of it.
         completion: what the user sees of it.
         parent: the user's request, of which this is one of `n` outputs.
+        drafter: how its tokens are drafted; None if they are not.
         started: whether it was in a step.
     """
 
@@ -29,6 +31,7 @@ class RunningOutput:
     detokenizer: Detokenizer | None
     completion: Completion
     parent: RequestOutput
+    drafter: Drafter | None = None
     started: bool = False
 
     def start(self, cached: int) -> None:

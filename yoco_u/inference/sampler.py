@@ -10,7 +10,7 @@ without, and what a step finds comes back in one, the only time that the host wa
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,17 +73,34 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled | Non
     return [None]
 
 
+@torch.inference_mode()
+def guess(logits: Tensor, states: Sequence[SamplerState], ahead: int) -> list[int]:
+    """What `sample` would choose of each row for the token `ahead` places behind the next one, as far as that is known now.
+
+    The random numbers are that token's. Penalties count the tokens so far, grammars and `min_tokens` are left out: a guess that
+    is wrong costs time and nothing else. The states stay as they are.
+
+    Args:
+        logits: (rows, vocab), any float type.
+        states: one a row.
+    """
+    logits = logits.float()
+    try:
+        arrays = {**penalty_arrays(states), **bias_arrays(states), **drawn_arrays(states, logits.shape[-1], ahead)}
+        given = upload_arrays(arrays, logits.device)
+        return list(read_back(_tokens(biased(penalized(logits, given), given), arrays, given)[0]))
+    except BaseException as error:
+        said_of(error)  # raises what ends the program; from anything else `sample` finds the row by which it fails
+        return list(read_back(logits.argmax(dim=-1)))
+
+
 def _choose(logits: Tensor, states: Sequence[SamplerState]) -> list[list[float]]:
     """A row of numbers a state, which `_result` reads. The states stay as they are."""
     logits = logits.float()
     arrays = step_arrays(states, logits.shape[-1])
     given = upload_arrays(arrays, logits.device)
     scores = allowed(biased(penalized(logits, given), given), given)
-    best, tokens = scores.max(dim=-1)  # NaN if there is one; the first of equals
-    if "uniforms" in given:
-        some = given.get("drawn_rows")
-        drawn = _draw(filtered(scores if some is None else scores[some], arrays, given), given["uniforms"])
-        tokens = drawn if some is None else tokens.index_copy(0, some, drawn)
+    tokens, best = _tokens(scores, arrays, given)
     # A forbidden token's logit does not reach `scores`, but a row with NaN anywhere is a broken one.
     peak = logits.amax(dim=-1) if scores is not logits else best
     found = torch.stack([tokens.double(), best.double(), peak.double()], dim=-1)
@@ -93,18 +110,34 @@ def _choose(logits: Tensor, states: Sequence[SamplerState]) -> list[list[float]]
     return read_back(found)
 
 
+def _tokens(scores: Tensor, arrays: Arrays, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The token of each row, and its row's largest score, (rows,) each. `arrays` are on the host and `given` on the device."""
+    best, tokens = scores.max(dim=-1)  # NaN if there is one; the first of equals
+    if "uniforms" in given:
+        some = given.get("drawn_rows")
+        drawn = _draw(filtered(scores if some is None else scores[some], arrays, given), given["uniforms"])
+        tokens = drawn if some is None else tokens.index_copy(0, some, drawn)
+    return tokens, best
+
+
 def step_arrays(states: Sequence[SamplerState], vocab: int) -> Arrays:
     """All that a step needs of the requests."""
-    arrays = {**penalty_arrays(states), **bias_arrays(states), **forbidden_arrays(states, vocab)}
-    drawn = [row for row, state in enumerate(states) if not state.greedy]
-    if drawn:
-        arrays |= filter_arrays([states[row].params for row in drawn], vocab)
-        arrays["uniforms"] = np.array([states[row].uniform() for row in drawn])
-        if len(drawn) < len(states):
-            arrays["drawn_rows"] = np.array(drawn)
+    arrays = {**penalty_arrays(states), **bias_arrays(states), **forbidden_arrays(states, vocab), **drawn_arrays(states, vocab)}
     asked = [row for row, state in enumerate(states) if state.params.logprobs is not None]
     if 0 < len(asked) < len(states):
         arrays["ranked_rows"] = np.array(asked)
+    return arrays
+
+
+def drawn_arrays(states: Sequence[SamplerState], vocab: int, ahead: int = 0) -> Arrays:
+    """What the rows that draw their token need, for the token `ahead` places behind the next one."""
+    drawn = [row for row, state in enumerate(states) if not state.greedy]
+    if not drawn:
+        return {}
+    arrays = {**filter_arrays([states[row].params for row in drawn], vocab)}
+    arrays["uniforms"] = np.array([states[row].uniform(ahead) for row in drawn])
+    if len(drawn) < len(states):
+        arrays["drawn_rows"] = np.array(drawn)
     return arrays
 
 

@@ -2,6 +2,7 @@
 
 import secrets
 from array import array
+from collections import deque
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -50,12 +51,13 @@ class SamplerState:
         self._counts = array("q", bytes(self._tokens.itemsize * len(self._tokens)))
         seed = secrets.randbits(64) if params.seed is None else params.seed
         self._random = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
-        self._uniform: float | None = None  # of the next token, once it is drawn
+        self._uniforms: deque[float] = deque()  # of the next tokens, as far as they are drawn
 
     def append(self, token: int) -> None:
         """Take in the output's next token. `sample` calls this for the tokens that it chooses."""
         self.num_tokens += 1
-        self._uniform = None
+        if self._uniforms:
+            self._uniforms.popleft()
         if self.penalized:
             place = self._places.setdefault(token, len(self._tokens))
             if place == len(self._tokens):
@@ -65,11 +67,11 @@ class SamplerState:
         if self.matcher is not None and token not in self.stop_token_ids:
             self.matcher.append(token)
 
-    def uniform(self) -> float:
-        """The random number in [0, 1) of the next token, the same until `append`."""
-        if self._uniform is None:
-            self._uniform = float(self._random.random())
-        return self._uniform
+    def uniform(self, ahead: int = 0) -> float:
+        """The random number in [0, 1) of the next token, or of the token so many places behind it; the same until `append`."""
+        while len(self._uniforms) <= ahead:
+            self._uniforms.append(float(self._random.random()))
+        return self._uniforms[ahead]
 
     def counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The tokens that penalties fall on, and how often the output has each (0: only the prompt has it); (tokens,) int64.

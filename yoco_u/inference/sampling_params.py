@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, ValidationError, field_validator, mo
 
 from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, PositiveFloat32, describe, wrong_setting
 from yoco_u.errors import UserError
+from yoco_u.inference.drafts import Drafting
 from yoco_u.inference.tool_calls import ToolCalls
 
 
@@ -35,6 +36,9 @@ class SamplingParams(Config):
         prompt_logprobs_start: leave out the prompt tokens before this position. The cross-decoder and the LM head do not run
             for them, and their prefix is shared with other requests.
         num_loops: T, the loops of the model for this request; None for the model's own.
+        drafts: how tokens are drafted, several of which one step then verifies: by the model's first loop (`loops`), from what
+            stood behind the same tokens in prompt or output (`prompt`), or not at all (`none`). None for the engine's setting.
+            The output is the same.
         json_schema: the output is JSON that fits this schema, a mapping or its JSON text.
         regex: the output as a whole matches this regular expression (Rust syntax, no look-around).
         tools: the output may call tools; with `json_schema`, what has no calls fits the schema.
@@ -63,6 +67,7 @@ class SamplingParams(Config):
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     prompt_logprobs_start: NonNegativeInt = 0
     num_loops: Count | None = None
+    drafts: Drafting | None = None
     json_schema: dict[str, Any] | None = None
     regex: str | None = None
     tools: ToolCalls | None = None

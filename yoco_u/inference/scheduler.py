@@ -8,53 +8,14 @@ is preempted, so the oldest request always goes on.
 
 import heapq
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 
 from yoco_u.errors import UserError
 from yoco_u.inference.block_pool import BlockPool, chain_hash, root_hash
 from yoco_u.inference.request import Request, Status
 from yoco_u.inference.snapshots import SnapshotKey, SnapshotStore
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What one request computes in one step: its tokens start .. start + count - 1."""
-
-    request: Request
-    start: int
-    count: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.count
-
-    @property
-    def samples(self) -> bool:
-        """Whether the last known token is computed, so that a new one is to be sampled; true until the new one is appended."""
-        return self.end == self.request.num_tokens
-
-    @property
-    def completes(self) -> bool:
-        """Whether the request samples nothing and this chunk computes the last token that it needs."""
-        return not self.request.params.max_tokens and self.end == self.request.num_needed
-
-
-@dataclass
-class Step:
-    """What the engine does in one step.
-
-    Attributes:
-        chunks: at most one per request, shortest first. A chunk that starts at 0 begins with an empty window state.
-        restores: before the step runs, load the window state into the request's seat.
-        snapshots: after it ran, copy the window state of the request's seat and give it to `Scheduler.keep_snapshot`.
-        preempted: requests that lost their blocks and seat and wait again.
-    """
-
-    chunks: list[Chunk] = field(default_factory=list)
-    restores: list[tuple[Request, object]] = field(default_factory=list)
-    snapshots: list[tuple[Request, SnapshotKey]] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
+from yoco_u.inference.step import Chunk, Step
 
 
 @dataclass(frozen=True)
@@ -205,20 +166,48 @@ class Scheduler:
                 self._plan_snapshot(chunk, step)
         return step
 
+    def add_drafts(self, step: Step, chunk: Chunk, wanted: int) -> int:
+        """Make room for tokens that are drafted behind a chunk, as far as the token budget and the free blocks go.
+
+        Nobody is preempted for drafts, and as in `_admit` one block for each running request stays free.
+
+        Returns:
+            How many tokens may be drafted.
+        """
+        request, size = chunk.request, self.block_size
+        budget = self.max_batched_tokens - sum(one.count for one in step.chunks) - step.drafts
+        spare = max(0, self.pool.num_available - len(self.running))
+        room = (len(request.blocks) + spare) * size - chunk.end
+        # The last token that is sampled need not be drafted.
+        count = min(wanted, budget, room, request.params.max_tokens - len(request.output) - 1)
+        if self._takes_snapshots:  # which are of the ends of blocks, so no step may go beyond one
+            count = min(count, -chunk.end % size)
+        count = max(count, 0)
+        if lacking := max(0, self._num_blocks(chunk.end + count) - len(request.blocks)):
+            request.blocks += self.pool.allocate(lacking, after=request.blocks[-1])
+        step.drafts += count
+        return count
+
     def advance(self, step: Step) -> None:
-        """Count the tokens of a step that has run as computed, and let other requests share the blocks that it filled."""
+        """Count the tokens of a step that has run as computed, and let other requests share the blocks that it filled.
+
+        Drafted tokens do not count before they are accepted.
+        """
         for chunk in step.chunks:
-            request = chunk.request
-            if request.status is not Status.RUNNING:  # aborted meanwhile
-                continue
-            request.computed = chunk.end
-            if request.scores:
-                request.unscored = max(request.unscored, chunk.end + 1)
-            if self.prefix_caching:
-                full = chunk.end // self.block_size
-                self._hash_blocks(request, full)
-                for index in range(chunk.start // self.block_size, full):
-                    self.pool.register(request.blocks[index], request.hashes[index])
+            if chunk.request.status is Status.RUNNING:  # not aborted meanwhile
+                self._count(chunk.request, chunk.end)
+
+    def accept(self, request: Request) -> list[tuple[Request, SnapshotKey]]:
+        """Count a request's newest token as computed, because it was drafted and ran in the step that has just ended.
+
+        Returns:
+            What `Step.snapshots` is after a step: window states to be kept now.
+        """
+        self._count(request, request.computed + 1)
+        step = Step()
+        if self._takes_snapshots:
+            self._plan_snapshot(Chunk(request, request.computed - 1, 1), step)
+        return step.snapshots
 
     def append(self, request: Request, token: int) -> None:
         """Add a sampled token to a running request."""
@@ -256,6 +245,17 @@ class Scheduler:
             if latest is request:
                 return
         request.blocks += self.pool.allocate(1, after=request.blocks[-1])
+
+    def _count(self, request: Request, end: int) -> None:
+        """Count the tokens before `end` as computed."""
+        start, request.computed = request.computed, end
+        if request.scores:
+            request.unscored = max(request.unscored, end + 1)
+        if self.prefix_caching:
+            full = end // self.block_size
+            self._hash_blocks(request, full)
+            for index in range(start // self.block_size, full):
+                self.pool.register(request.blocks[index], request.hashes[index])
 
     def _preempt(self, request: Request) -> None:
         self._leave(request)

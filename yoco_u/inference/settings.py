@@ -10,6 +10,7 @@ from yoco_u.budget import KVType, bytes_per_kv_element, cache_bytes
 from yoco_u.config import Config, Count
 from yoco_u.device import check_bfloat16, free_memory_bytes, multiplies_bfloat16
 from yoco_u.errors import UserError
+from yoco_u.inference.drafts import Drafting
 from yoco_u.inference.kv_cache import CacheShape
 
 DEFAULT_CACHE_BYTES = 2**30
@@ -36,6 +37,7 @@ class EngineSettings(Config):
         block_size: tokens in a block of the paged caches.
         prefix_caching: compute common beginnings of prompts once, and share their blocks.
         snapshot_bytes: memory for the window states that cached prefixes need.
+        drafts: how requests draft that do not say; see `SamplingParams`.
     """
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -49,6 +51,7 @@ class EngineSettings(Config):
     block_size: Count = 64
     prefix_caching: bool = True
     snapshot_bytes: NonNegativeInt = 2**28
+    drafts: Drafting = "none"
 
     def on_device(self, device: torch.device) -> "EngineSettings":
         """These settings, with the defaults of a device for what was not set."""

@@ -203,9 +203,10 @@ class LoopedStack(nn.Module):
         loops: int,
         first_slot: int = 0,
         global_kvs: Sequence[GlobalKV] = (),
+        first_loop: int = 0,
         exits: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run all loops.
+        """Run all loops, or those from `first_loop` on.
 
         Args:
             x: (batch, tokens, hidden), or (batch, tokens, streams, hidden).
@@ -219,7 +220,7 @@ class LoopedStack(nn.Module):
         """
         losses, begin = [], x
         cut = loops - self.backward_loops if self.training and self.backward_loops is not None else 0
-        for loop in range(loops):
+        for loop in range(first_loop, loops):
             tokens, in_loop = backend.in_loop(loop) if loops > 1 else (None, backend)
             if tokens is not None and len(tokens) == 0:  # none of the kept tokens needs another loop
                 break

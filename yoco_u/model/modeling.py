@@ -153,9 +153,8 @@ class YocoUModel(YocoUPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if x.ndim != 3:
             given = "input_ids" if inputs_embeds is None else "inputs_embeds"
-            raise UserError(
-                f"{given} has {x.ndim - (inputs_embeds is None)} dimensions; expected rows of tokens, (batch, tokens)"
-            )
+            found = x.ndim - (inputs_embeds is None)
+            raise UserError(f"{given} has {found} dimensions; expected rows of tokens, (batch, tokens)")
         architecture = self.at_loops(num_loops)
         if exit_loop is not None and not 1 <= exit_loop < architecture.num_loops:
             raise UserError(f"exit_loop is {exit_loop}; expected a loop before the last, which is {architecture.num_loops}")
@@ -180,7 +179,7 @@ class YocoUModel(YocoUPreTrainedModel):
             past_key_values.padded, past_key_values.packed = layout.padded, layout.packed
 
         exits = {} if exit_loop is None else {exit_loop: x}
-        x, losses = self.run_stages(x, backend, architecture, exits)
+        x, losses = self.run_stages(x, backend, architecture, exits=exits)
         output = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
         for state in exits.values():
             output["exit_hidden_state"], _ = self.run_stages(state, backend, architecture.behind_the_loop())
@@ -198,23 +197,30 @@ class YocoUModel(YocoUPreTrainedModel):
         return self.architecture if num_loops is None else self.architecture.with_loops(num_loops)
 
     def run_stages(
-        self, x: Tensor, backend: AttentionBackend, architecture: Architecture, exits: dict[int, Tensor] | None = None
+        self,
+        x: Tensor,
+        backend: AttentionBackend,
+        architecture: Architecture,
+        first_loop: int = 0,
+        exits: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run all stages and the final norm: the one forward pass of training, `generate()`, the engine and analysis.
 
         Args:
-            x: embedded tokens, (batch, tokens, hidden).
+            x: embedded tokens, (batch, tokens, hidden); with `first_loop` 1 what `run_first_loop` returned.
             backend: attends, remembers keys and values, and knows which tokens are kept (their logits are asked for).
             architecture: the model's own, with the loop count of this pass.
+            first_loop: 1 to go on behind the first loop of the stage that loops, else 0.
             exits: each value becomes the hidden states of the looped stage after as many loops as its key says.
 
         Returns:
             Hidden states of the kept tokens after the final norm, (batch, kept, hidden), and the auxiliary losses of blocks.
         """
-        x = self.streams(x)
+        x = x if first_loop else self.streams(x)
+        begin = self.architecture.loopable_stages[0] if first_loop else 0
         global_kvs: Sequence[GlobalKV] = ()
         slot, losses = 0, []
-        for stack, stage in zip(self.stages, architecture.stages, strict=True):
+        for index, (stack, stage) in enumerate(zip(self.stages, architecture.stages, strict=True)):
             if stage.attention == "cross" and not global_kvs:
                 assert self.global_kv is not None
                 global_kvs = backend.global_kvs(self.global_kv(x, backend))
@@ -222,13 +228,23 @@ class YocoUModel(YocoUPreTrainedModel):
                 x = x if kept is None else x[:, kept]
                 if x.shape[1] == 0:
                     break
-            x, stage_losses = stack(x, backend, stage.loops, slot, global_kvs, exits if stage.loops > 1 else None)
-            losses += stage_losses
+            if index >= begin:
+                first, kept_at = first_loop if index == begin else 0, exits if stage.loops > 1 else None
+                x, stage_losses = stack(x, backend, stage.loops, slot, global_kvs, first, kept_at)
+                losses += stage_losses
             slot += stage.layers * stage.loops
         if not global_kvs:
             kept, backend = backend.kept()
             x = x if kept is None else x[:, kept]
         return self.final_norm(x), losses
+
+    def run_first_loop(self, x: Tensor, backend: AttentionBackend, architecture: Architecture) -> Tensor:
+        """Run embedded tokens to the end of the first loop, in an `architecture` of one loop. The stage must not be cross."""
+        x, slot = self.streams(x), 0
+        for index in range(self.architecture.loopable_stages[0] + 1):
+            x, _ = self.stages[index](x, backend, 1, slot)
+            slot += architecture.stages[index].layers
+        return x
 
     def streams(self, x: Tensor) -> Tensor:
         """What the first stage reads: embedded tokens (batch, tokens, hidden), or with ParScale a copy for each stream."""

@@ -28,7 +28,7 @@ _SHORT = 10_000  # characters that are tokenized on the event loop, in a few mil
 _LONG_TEXTS = 2  # requests whose long texts are tokenized at the same time; that takes 100 bytes of memory a character
 _ROLES = {"developer": "system"}  # OpenAI's newer name, which templates do not know
 _SAMPLING = (
-    "n", "temperature", "presence_penalty", "frequency_penalty", "logit_bias", "num_loops", "top_k", "min_p",
+    "n", "temperature", "presence_penalty", "frequency_penalty", "logit_bias", "num_loops", "drafts", "top_k", "min_p",
     "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens", "regex", "stop",
 )  # fmt: skip
 """Parameters that requests and `SamplingParams` have under the same name, with the same meaning."""

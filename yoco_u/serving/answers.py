@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from yoco_u.serving.errors import stream_error
 from yoco_u.serving.jobs import Event, Job
 from yoco_u.serving.requests import SampledRequest
-from yoco_u.serving.responses import CachedTokens, ChatChunkChoice, CompletionChoice, Usage
+from yoco_u.serving.responses import CachedTokens, ChatChunkChoice, CompletionChoice, PredictedTokens, Usage
 
 ChunkChoice = TypeVar("ChunkChoice", CompletionChoice, ChatChunkChoice)
 
@@ -109,11 +109,13 @@ class Answer(ABC, Generic[ChunkChoice]):
     def _usage(self) -> Usage:
         """Token counts so far."""
         prompt_tokens = sum(len(tokens) for tokens in self.job.prompts)
+        accepted, rejected = (sum(own[i] for own in self.job.drafts.values()) for i in range(2))
         return Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=self._new_tokens,
             total_tokens=prompt_tokens + self._new_tokens,
             prompt_tokens_details=CachedTokens(cached_tokens=sum(self.job.cached_tokens.values())),
+            completion_tokens_details=PredictedTokens(accepted_prediction_tokens=accepted, rejected_prediction_tokens=rejected),
         )
 
 

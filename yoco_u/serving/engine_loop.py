@@ -314,5 +314,6 @@ def _event(prompt: int, update: Update) -> Event:
         update.token_ids,
         (logprobs[-new:] if new else []) if logprobs is not None else None,
         update.request.cached_tokens,
+        (update.output.accepted_drafts, update.output.rejected_drafts),
         cast(FinishReason | None, update.finish_reason),
     )

@@ -56,6 +56,7 @@ class Event:
         logprobs: one entry for each new token; None if they were not asked for.
         cached_tokens: tokens of the prompt that did not have to be computed, as counted when the event came; see
             `RequestOutput`.
+        drafts: how many tokens that were drafted for the output it has so far, and how many it has not; see `Completion`.
         finish_reason: why the output ended, in its last event; None in all others.
     """
 
@@ -65,6 +66,7 @@ class Event:
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     cached_tokens: int
+    drafts: tuple[int, int]
     finish_reason: FinishReason | None
 
 
@@ -81,6 +83,7 @@ class Job:
         requests: the engine's request of each prompt. What it says of the prompt is final with the prompt's first event; what
             it says of the outputs is final when iteration stops.
         cached_tokens: for each prompt by its index, the tokens that its first output found in the prefix cache.
+        drafts: for each output by the indices of its prompt and of itself, what its newest event says.
         accepted: done when the engine has taken all requests, failed if it has refused them.
         done: whether the engine has let go of the job.
 
@@ -94,6 +97,7 @@ class Job:
         self.prompts, self.params = prompts, params
         self.requests: list[RequestOutput] = []
         self.cached_tokens: dict[int, int] = {}
+        self.drafts: dict[tuple[int, int], tuple[int, int]] = {}
         self.begun = time.monotonic()
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done = False
@@ -133,6 +137,7 @@ class Job:
             self.accepted.set_exception(event)
         if isinstance(event, Event):
             self.cached_tokens.setdefault(event.prompt, event.cached_tokens)
+            self.drafts[event.prompt, event.output] = event.drafts
         self._events.put_nowait(event)
 
     def accept(self) -> None:

@@ -69,6 +69,7 @@ class Metrics(Observer):
             self._loops.inc(len(event.token_ids) * request.num_loops)
         else:
             self._first.observe(now - job.begun)
+            self._loops.inc(max(0, len(event.token_ids) - 1) * request.num_loops)
             if event.output == 0:
                 prompt, cached = len(request.prompt_token_ids), event.cached_tokens
                 self._prompt_tokens.inc(prompt)
@@ -111,6 +112,12 @@ class _EngineState(Collector):
         yield CounterMetricFamily(
             "yoco_u_prefix_hit_tokens", "Tokens that were not computed again.", statistics.prefix_hit_tokens
         )
+        drafted = CounterMetricFamily(
+            "yoco_u_drafted_tokens", "Tokens that were drafted, by what became of them.", labels=["result"]
+        )
+        drafted.add_metric(["accepted"], self._engine.speculation.accepted)
+        drafted.add_metric(["rejected"], self._engine.speculation.rejected)
+        yield drafted
         yield CounterMetricFamily("yoco_u_preemptions", "Requests that gave way and were begun again.", statistics.preemptions)
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from yoco_u.config import Config
 from yoco_u.errors import UserError
+from yoco_u.inference.drafts import Drafting
 from yoco_u.inference.tool_calls import MOST_CALLS, Name, ObjectSchema, ToolCalls
 from yoco_u.serving.fields import Bias, Body, Number, Prompt, Stop, Text, brief, only_text
 
@@ -87,6 +88,7 @@ class SampledRequest(Body):
     logit_bias: Bias | None = None
     response_format: ResponseFormat | None = None
     num_loops: Annotated[int, Field(ge=1), Number] | None = None
+    drafts: Drafting | None = None
     top_k: Annotated[int, Field(ge=0), Number] | None = None
     min_p: Annotated[float, Field(ge=0, le=1), Number] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100), Number] | None = None
@@ -137,6 +139,7 @@ class CompletionRequest(SampledRequest):
         logprobs: report the log probability of each output token and, with `echo`, of each prompt token, beside those of this
             many likeliest tokens in its place.
         num_loops: T, how often the looped layers run; the model's own by default.
+        drafts: how tokens are drafted, which makes an answer faster and changes nothing in it; the server's way by default.
         regex: regular expression that the output as a whole must match.
     """
 

@@ -9,6 +9,13 @@ class CachedTokens(BaseModel):
     cached_tokens: int
 
 
+class PredictedTokens(BaseModel):
+    """Tokens that were drafted, under OpenAI's names: those that became part of an output, and those that did not."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(BaseModel):
     """Token counts of a whole request: all its prompts and outputs together."""
 
@@ -16,6 +23,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: PredictedTokens
 
 
 class CompletionLogprobs(BaseModel):
