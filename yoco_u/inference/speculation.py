@@ -70,7 +70,7 @@ class Speculation:
         window = runner.cache.shape.window
         self._most = LONGEST if window is None else min(LONGEST, window - 1)  # no two tokens of a chunk share a row of a ring
         self._drafts: dict[RunningOutput, _Draft] = {}
-        self._decodes = 0  # of a step that has no prefills and in which somebody drafts
+        self._decodes = 0  # of a step that has nothing else, and so is timed
         self.check(default)
 
     def check(self, drafting: Drafting | None) -> None:
@@ -100,7 +100,7 @@ class Speculation:
             for output in [outputs[chunk.request.id]]
             if output.drafter is not None
         ]
-        self._decodes = len(step.chunks) if drafting and all(chunk.count == 1 for chunk in step.chunks) else 0
+        self._decodes = len(step.chunks) if all(chunk.count == 1 for chunk in step.chunks) else 0
         if not drafting:
             return
         found = [drafter.looked_up(chunk.request, self._most) if drafter.lookup else [] for _, drafter, chunk in drafting]
