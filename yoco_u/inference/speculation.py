@@ -145,14 +145,15 @@ class Speculation:
         """Take back what wrong drafts have written, and learn from the step."""
         wrong: list[int] = []
         for one in self._drafts.values():
+            if one.logits is None:  # the step has failed
+                continue
             drafts, request = one.chunk.drafts, one.chunk.request
             if request.status is Status.RUNNING:
                 wrong += range(one.first_row + one.accepted, one.first_row + len(drafts))
-            new = request.output[one.chunk.end - len(request.prompt) :]
-            right = next((i for i, pair in enumerate(zip(drafts, new, strict=False)) if pair[0] != pair[1]), None)
-            accepted = min(len(drafts), len(new)) if right is None else right
+            pairs = list(zip(drafts, request.output[one.chunk.end - len(request.prompt) :], strict=False))
+            accepted = next((index for index, (draft, token) in enumerate(pairs) if draft != token), len(pairs))
             for acceptance in (one.drafter.acceptance, self._usual[one.drafter.by]):
-                acceptance.take(accepted, right is not None)
+                acceptance.take(accepted, rejected=accepted < len(pairs))
             completion = one.output.completion
             completion.accepted_drafts += accepted
             completion.rejected_drafts += len(drafts) - accepted
