@@ -54,6 +54,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 @cache
 def model(variant: str) -> YocoUForCausalLM:
     """In float32, which the engine leaves as it is, so that engines can share it."""
+    return new_model(variant)
+
+
+def new_model(variant: str) -> YocoUForCausalLM:
+    """For one engine alone, which may change it."""
     name, settings = VARIANTS[variant]
     built = build(architecture(name, **settings), pad_token_id=0)
     if variant == "nearly closed gates":  # most tokens are those of one loop

@@ -4,13 +4,14 @@ Pages keep (loops, token) per row. A seat keeps a running hash of all tokens so 
 token is a hash of all rows read through the block table and of the seat.
 """
 
+import random
 from collections import Counter
 from functools import cache
 
 from yoco_u.inference.request import Request, Status
 from yoco_u.inference.sampling_params import SamplingParams
 from yoco_u.inference.scheduler import Scheduler
-from yoco_u.inference.step import Step
+from yoco_u.inference.step import Chunk, Step
 
 END = 0
 SNAPSHOT_BYTES = 10
@@ -57,10 +58,15 @@ def formula(prompt: tuple[int, ...], num_loops: int, max_tokens: int, window: bo
 
 
 class FakeEngine:
-    """Runs the scheduler's steps on fake caches and verifies each of them."""
+    """Runs the scheduler's steps on fake caches and verifies each of them.
 
-    def __init__(self, **settings) -> None:
+    Args:
+        draft_length: tokens that are drafted behind each decode where there is room; half of them are right.
+    """
+
+    def __init__(self, draft_length: int = 0, **settings) -> None:
         self.scheduler = Scheduler(**settings)
+        self.draft_length, self.random, self.accepted = draft_length, random.Random(0), 0
         self.block_size, self.max_num_seqs = settings["block_size"], settings["max_num_seqs"]
         self.pages = [[None] * self.block_size for _ in range(settings["num_blocks"])]
         self.seats: list[int] = [0] * self.max_num_seqs
@@ -79,6 +85,10 @@ class FakeEngine:
         """One step; a request can be aborted before and after the model runs, or fail in it."""
         scheduler = self.scheduler
         step = scheduler.schedule()
+        for chunk in step.chunks:
+            if chunk.count == 1 and chunk.samples and not chunk.request.scores:
+                room = scheduler.add_drafts(step, chunk, self.draft_length)
+                chunk.drafts.extend(self.random.choices([1, 2], k=room))
         self.check_step(step)
         sampled = self.run(step)
         if abort_scheduled is not None:
@@ -94,22 +104,34 @@ class FakeEngine:
             if request is fail:
                 scheduler.finish(request, "error")
             elif chunk.samples:
-                scheduler.append(request, sampled[request])
-                if sampled[request] == END:
-                    scheduler.finish(request, "stop")
-                elif len(request.output) == request.params.max_tokens:
-                    scheduler.finish(request, "length")
+                self.take(chunk, sampled[request])
             elif chunk.completes:
                 scheduler.finish(request, "length")
         self.check()
         return step
 
-    def run(self, step: Step) -> dict[Request, int]:
+    def take(self, chunk: Chunk, sampled: list[tuple[int, int]]) -> None:
+        """Append the token behind the chunk, and those behind the drafts that are right; the seat keeps no wrong one."""
+        request, scheduler = chunk.request, self.scheduler
+        for index, (token, _) in enumerate(sampled):
+            scheduler.append(request, token)
+            if token == END or len(request.output) == request.params.max_tokens:
+                scheduler.finish(request, "stop" if token == END else "length")
+                return
+            if chunk.drafts[index : index + 1] != [token]:
+                return
+            self.accepted += 1
+            self.seats[request.seat] = sampled[index + 1][1]
+            for owner, key in scheduler.accept(request):
+                scheduler.keep_snapshot(key, self.seats[owner.seat], SNAPSHOT_BYTES)
+
+    def run(self, step: Step) -> dict[Request, list[tuple[int, int]]]:
+        """Of the requests that sample: the token behind the chunk and behind each draft, each with the seat's state there."""
         for request, state in step.restores:
             self.seats[request.seat] = state
         for chunk in step.chunks:
             request, pool = chunk.request, self.scheduler.pool
-            for position, token in zip(range(chunk.start, chunk.end), request.token_slice(chunk.start, chunk.end), strict=True):
+            for position, token in enumerate(chunk.tokens, chunk.start):
                 block, row = request.blocks[position // self.block_size], position % self.block_size
                 if position >= request.written:
                     assert pool.refcounts[block] == 1, "a row of a block that others hold too was written"
@@ -129,20 +151,23 @@ class FakeEngine:
             self.seats[request.seat] = state
             self.computed_tokens += chunk.count
             if chunk.samples:
-                sampled[request] = next_token(read(rows[: chunk.end], state if self.window else 0))
+                sampled[request] = []
+                for position, token in enumerate([None, *chunk.drafts], chunk.end):
+                    state = state if token is None else hash((state, token))
+                    sampled[request].append((next_token(read(rows[:position], state if self.window else 0)), state))
         for request, key in step.snapshots:
             self.scheduler.keep_snapshot(key, self.seats[request.seat], SNAPSHOT_BYTES)
         return sampled
 
     def check_step(self, step: Step) -> None:
         scheduler = self.scheduler
-        assert sum(chunk.count for chunk in step.chunks) <= scheduler.max_batched_tokens
+        assert sum(chunk.count + len(chunk.drafts) for chunk in step.chunks) <= scheduler.max_batched_tokens
         assert {chunk.request for chunk in step.chunks} == set(scheduler.running), "each running request takes part"
         assert len(step.chunks) == len(scheduler.running)
         assert step.chunks or not scheduler.waiting, "somebody waits, yet nothing runs"
         for chunk in step.chunks:
             assert chunk.count >= 1 and chunk.start == chunk.request.computed and chunk.end <= chunk.request.num_tokens
-            assert chunk.end <= len(chunk.request.blocks) * self.block_size
+            assert chunk.end + len(chunk.drafts) <= len(chunk.request.blocks) * self.block_size
         for request, _ in step.snapshots:
             (chunk,) = [chunk for chunk in step.chunks if chunk.request is request]
             assert chunk.end % self.block_size == 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import VARIANTS, WINDOW, assert_greedy, greedy, prompt, run
+from engine_runs import VARIANTS, WINDOW, assert_greedy, drafting_engine, greedy, prompt, run
 from engine_runs import engine as make_engine
 from examples import examples
 from flash import use_flash
@@ -92,6 +92,17 @@ def test_loop_counts_of_one_batch(variant: str, recorder: GraphRecorder) -> None
     found = run(engine(variant, max_num_seqs=6, max_batched_tokens=13), prompts, [greedy(num_loops=n) for n in loops])
     for request, n in zip(found, loops, strict=True):
         assert_greedy(variant, request, n)
+
+
+@pytest.mark.parametrize("by", ["loops", "prompt"])
+@pytest.mark.parametrize("variant", ["nearly closed gates", "rins", "window 3"])
+def test_drafts(variant: str, by: str, recorder: GraphRecorder) -> None:
+    """Beside requests that draft nothing."""
+    subject = drafting_engine(variant, 3, max_num_seqs=3)
+    params = [greedy(drafts=by), greedy(), greedy(drafts=by, num_loops=2)]
+    for request, own in zip(run(subject, [prompt(7, seed=seed) * 3 for seed in range(3)], params), params, strict=True):
+        assert_greedy(variant, request, own.num_loops)
+    assert subject.speculation.accepted + subject.speculation.rejected > 0
 
 
 def test_a_graph_is_recorded_once_for_each_bucket_and_segment(recorder: GraphRecorder) -> None:

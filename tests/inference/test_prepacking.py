@@ -5,7 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import GREEDY, VARIANTS, assert_all_free, drain, full_logprobs, greedy, model, output, prompt, run
+from engine_runs import (
+    GREEDY,
+    VARIANTS,
+    FixedLengths,
+    assert_all_free,
+    drain,
+    full_logprobs,
+    greedy,
+    model,
+    new_model,
+    output,
+    prompt,
+    run,
+)
 from models import EXPERTS, architecture, build
 from torch import Tensor
 
@@ -21,9 +34,8 @@ needs_prepacking = pytest.mark.skipif(not can_prepack(build(architecture()).bflo
 
 
 def bfloat16_engine(variant: str, **settings: Any) -> Engine:
-    name, shape = VARIANTS[variant]
     chosen = {"dtype": "bfloat16", "cache_tokens": 512, "block_size": 4, "max_num_seqs": 4, "max_batched_tokens": 16} | settings
-    return Engine(build(architecture(name, **shape)), None, EngineSettings(**chosen))
+    return Engine(new_model(variant), None, EngineSettings(**chosen))
 
 
 @needs_prepacking
@@ -92,10 +104,13 @@ LOADS += itertools.product(["yoco_u", "rins", "yoco_retention", "parscale"], ["f
 @needs_prepacking
 @pytest.mark.parametrize(("variant", "kv_dtype"), LOADS)
 def test_all_kinds_of_cache_under_load(variant: str, kv_dtype: str) -> None:
-    """Batches of mixed loops, preemption, sharing: every reported log-probability is near that of float32."""
+    """Batches of mixed loops, preemption, sharing, drafts: every reported log-probability is near that of float32."""
     subject = bfloat16_engine(variant, kv_dtype=kv_dtype, cache_tokens=80, max_num_seqs=6, max_batched_tokens=12)
+    subject.speculation.lengths = FixedLengths(2)
+    drafts = ["none"] if subject.cache.states else ["loops", "none", "prompt", "loops"]
     prompts = [[*prompt(9), *prompt(1 + 2 * i, seed=i)] for i in range(6)]
-    params = [SamplingParams(**GREEDY | {"max_tokens": 18, "logprobs": 0, "num_loops": 1 + i % 3}) for i in range(6)]
+    settings = GREEDY | {"max_tokens": 18, "logprobs": 0}
+    params = [SamplingParams(**settings, num_loops=1 + i % 3, drafts=drafts[i % len(drafts)]) for i in range(6)]
     found = run(subject, prompts, params)
     assert subject.scheduler.statistics.preemptions > 0
     distances = []

@@ -346,6 +346,42 @@ def test_a_request_beyond_its_max_tokens_is_noticed():
         run.scheduler.append(request, 1)
 
 
+def test_blocks_of_drafts_that_were_wrong_go_to_those_who_need_them():
+    """One request has blocks for drafts and waits, the other grows into them; nobody gives way."""
+    scheduler = Scheduler(**SETTINGS | {"num_blocks": 12, "block_size": 1})
+    waiting, growing = new_request("a", [1, 1], 8), new_request("b", [2, 2], 8)
+    for request in (waiting, growing):
+        scheduler.add(request)
+    scheduler.advance(scheduler.schedule())
+    for request in (waiting, growing):
+        scheduler.append(request, 1)
+    step = scheduler.schedule()
+    assert scheduler.add_drafts(step, step.chunks[0], 8) == 4  # one block for each request stays free
+    scheduler.advance(step)
+    for _ in range(4):
+        scheduler.append(growing, 1)
+        step = scheduler.schedule()
+        scheduler.advance(step)
+    assert not step.preempted and growing.computed == 7 and len(waiting.blocks) == 4
+    assert not set(waiting.blocks) & set(growing.blocks)
+    scheduler.pool.check()
+
+
+def test_drafts_keep_to_what_is_left():
+    """Of the token budget, of the output, and of the block where snapshots are kept."""
+    cases = [({}, 8, 8), ({"max_batched_tokens": 4}, 8, 3), ({"has_window_state": True}, 8, 1)]
+    for changes, wanted, room in cases:
+        scheduler = Scheduler(**SETTINGS | changes)
+        request = new_request("a", [1, 2], 20)
+        scheduler.add(request)
+        scheduler.advance(scheduler.schedule())
+        scheduler.append(request, 1)
+        step = scheduler.schedule()
+        assert scheduler.add_drafts(step, step.chunks[0], wanted) == room
+    request.output += [1] * 17
+    assert scheduler.add_drafts(step, step.chunks[0], wanted) == 1
+
+
 def test_snapshots_stay_within_their_budget_and_the_least_recently_used_goes():
     store = SnapshotStore(100)
     store.keep(b"a", "A", 40)

@@ -43,9 +43,11 @@ class Traffic(RuleBasedStateMachine):
         prefix_caching=st.sampled_from([True, True, False]),
         snapshots=st.sampled_from([0, 1, 2, 50]),
         window=st.booleans(),
+        draft_length=st.sampled_from([0, 0, 1, 3, 8]),
     )
-    def start(self, num_blocks, block_size, max_num_seqs, spare_tokens, prefix_caching, snapshots, window):
+    def start(self, num_blocks, block_size, max_num_seqs, spare_tokens, prefix_caching, snapshots, window, draft_length):
         self.settings = {
+            "draft_length": draft_length,
             "num_blocks": num_blocks,
             "block_size": block_size,
             "max_num_seqs": max_num_seqs,
@@ -106,11 +108,12 @@ TestTraffic.settings = settings(max_examples=examples(50), stateful_step_count=2
 @pytest.mark.parametrize("snapshots", [0, 2, 40])
 def test_crowds_on_a_small_cache_preempt_share_and_restore(window, snapshots):
     """Denser traffic than hypothesis makes: most of these runs preempt and reuse."""
-    preemptions = hits = 0
+    preemptions = hits = accepted = 0
     for seed in range(60):
         draw = random.Random(seed)
         block_size = draw.randint(1, 3)
         engine = FakeEngine(
+            draft_length=[0, 2, 5][seed % 3],
             num_blocks=draw.randint(40, 60) // block_size,
             block_size=block_size,
             max_num_seqs=draw.randint(4, 8),
@@ -130,7 +133,9 @@ def test_crowds_on_a_small_cache_preempt_share_and_restore(window, snapshots):
             if draw.random() < 0.1:
                 engine.scheduler.abort(str(draw.randrange(number + 1)))
         engine.drain()
+        accepted += engine.accepted
         preemptions += engine.scheduler.statistics.preemptions
         hits += engine.scheduler.statistics.prefix_hit_tokens
     assert preemptions > 100
+    assert accepted > 500
     assert (hits > 1000) == bool(snapshots or not window)

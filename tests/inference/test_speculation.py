@@ -29,7 +29,7 @@ from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingPara
 from yoco_u.inference.sampler import guess, sample
 from yoco_u.inference.sampler_state import SamplerState
 
-LOOPING = ["yoco_u", "universal_transformer", "rins", "upper_loop_without_shared_kv", "gated", "window 3", "two global KVs"]
+LOOPING = ["yoco_u", "universal_transformer", "rins", "upper_loop_without_shared_kv", "window 3"]
 
 
 def guesses(monkeypatch: pytest.MonkeyPatch, tokens: Callable[[SamplerState, int], int]) -> None:
@@ -73,7 +73,7 @@ def test_every_architecture(variant: str, by: str) -> None:
         assert sum(counts(subject)) > 0
 
 
-@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize("length", [2, 7])
 @pytest.mark.parametrize("right", ["always", "never", "at random"])
 @pytest.mark.parametrize("variant", LOOPING)
 def test_drafts_that_are_right_wrong_and_mixed(variant: str, right: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ class BlockTables:
     def __init__(self, seats: int, blocks: int, device: torch.device) -> None:
         self.host = torch.zeros(seats, blocks, dtype=torch.int32)
         self.on_device = self.host if device.type == "cpu" else torch.zeros_like(self.host, device=device)
-        # By seat: whose blocks its row holds, as (request id, admissions), and how many of them.
+        # By seat: whose blocks its row holds, as (request id, reallocations), and how many of them.
         self._owners: list[tuple[tuple[str, int] | None, int]] = [(None, 0)] * seats
         # What the device's copy lacks: places in the flattened table where new blocks begin, and these blocks.
         self._new: list[tuple[int, list[int]]] = []
@@ -27,7 +27,7 @@ class BlockTables:
     def of(self, request: Request) -> Tensor:
         """The table of a running request, (blocks,) int32, on the host."""
         assert request.seat is not None
-        owner = request.id, request.admissions
+        owner = request.id, request.reallocations
         known_owner, known = self._owners[request.seat]
         known = known if known_owner == owner else 0
         blocks, row = request.blocks, self.host[request.seat]

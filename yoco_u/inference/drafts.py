@@ -28,6 +28,7 @@ _WORTH = 1.03  # times the speed of plain decoding that drafts must promise
 _TIMES = 7  # times of which the median counts
 _TRIALS = 0.02  # share of the time in which drafts are tried that do not seem worth it
 _TRIAL = 2  # tokens of such a draft
+_SAVED = 4  # plain steps, whose time trials may have saved at most
 _SPELL = 64  # steps with drafts, after which a plain one is timed again
 
 
@@ -184,7 +185,7 @@ class DraftLengths:
         """Take in what a step took."""
         if not time.tokens:
             self._add("plain", time.decodes, 0, time.seconds)
-            self._spare += _TRIALS * time.seconds
+            self._spare = min(self._spare + _TRIALS * time.seconds, _SAVED * time.seconds)
             self._spell = 0
             return
         self._spell += 1

@@ -28,7 +28,7 @@ class Request:
         blocks: the block table: block i holds the tokens from i * block_size on.
         written: keys and values before this position lie in shared blocks already, and must not be written again.
         seat: its place in the window rings and retention states while it runs.
-        admissions: how often it was let in to run. A request that was preempted and let in again has other blocks.
+        reallocations: how often its block table began anew, or lost blocks at its end. Between two of these it only grows.
         hashes: chain hashes of the leading full blocks, as far as they were needed.
         snapshot_at: positions in the prompt at which the window state is kept as a snapshot.
         decode_snapshot: key of the snapshot at the output's last block boundary, which the next boundary's replaces.
@@ -44,7 +44,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     written: int = 0
     seat: int | None = None
-    admissions: int = 0
+    reallocations: int = 0
     hashes: list[bytes] = field(default_factory=list)
     snapshot_at: tuple[int, ...] = ()
     decode_snapshot: bytes | None = None

@@ -96,7 +96,7 @@ class Runner:
 
         # Decodes come first, and where loop counts differ, those of more loops; on a CPU those with drafts are among them.
         def place(chunk: Chunk) -> tuple[bool, bool, int]:
-            is_prefill = chunk.count > 1 or bool(chunk.drafts and self.decode_graphs)
+            is_prefill = chunk.count > 1 or (bool(chunk.drafts) and self.decode_graphs is not None)
             return is_prefill, is_prefill and kept_positions(chunk) > 1, -chunk.request.num_loops
 
         chunks = sorted(step.chunks, key=place)

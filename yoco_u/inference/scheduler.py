@@ -239,12 +239,22 @@ class Scheduler:
         if self._num_blocks(request.num_tokens) <= len(request.blocks):
             return
         if not self.pool.num_available:
+            self._release_spare()
+        if not self.pool.num_available:
             latest = self.running[-1]  # no other request holds its last block, so that block becomes available
             self._preempt(latest)
             step.preempted.append(latest)
             if latest is request:
                 return
         request.blocks += self.pool.allocate(1, after=request.blocks[-1])
+
+    def _release_spare(self) -> None:
+        """Give back the blocks that were taken for drafts and hold nothing."""
+        for request in self.running:
+            if spare := request.blocks[self._num_blocks(request.num_tokens + 1) :]:
+                self.pool.release(spare)
+                request.blocks = request.blocks[: -len(spare)]
+                request.reallocations += 1
 
     def _count(self, request: Request, end: int) -> None:
         """Count the tokens before `end` as computed."""
@@ -295,7 +305,7 @@ class Scheduler:
             request.computed = computed * self.block_size
             request.written = len(shared) * self.block_size
             request.status = Status.RUNNING
-            request.admissions += 1
+            request.reallocations += 1
             self.running.append(request)
             self._prefix_hit_tokens += request.computed
             if self._takes_snapshots:

@@ -70,7 +70,7 @@ class Speculation:
         window = runner.cache.shape.window
         self._most = LONGEST if window is None else min(LONGEST, window - 1)  # no two tokens of a chunk share a row of a ring
         self._drafts: dict[RunningOutput, _Draft] = {}
-        self._decodes = 0  # of a step that has no prefills and in which somebody drafts
+        self._decodes = 0  # of a step that has nothing else, and so is timed
         self.check(default)
 
     def check(self, drafting: Drafting | None) -> None:
@@ -100,7 +100,7 @@ class Speculation:
             for output in [outputs[chunk.request.id]]
             if output.drafter is not None
         ]
-        self._decodes = len(step.chunks) if drafting and all(chunk.count == 1 for chunk in step.chunks) else 0
+        self._decodes = len(step.chunks) if all(chunk.count == 1 for chunk in step.chunks) else 0
         if not drafting:
             return
         found = [drafter.looked_up(chunk.request, self._most) if drafter.lookup else [] for _, drafter, chunk in drafting]
@@ -145,14 +145,15 @@ class Speculation:
         """Take back what wrong drafts have written, and learn from the step."""
         wrong: list[int] = []
         for one in self._drafts.values():
+            if one.logits is None:  # the step has failed
+                continue
             drafts, request = one.chunk.drafts, one.chunk.request
             if request.status is Status.RUNNING:
                 wrong += range(one.first_row + one.accepted, one.first_row + len(drafts))
-            new = request.output[one.chunk.end - len(request.prompt) :]
-            right = next((i for i, pair in enumerate(zip(drafts, new, strict=False)) if pair[0] != pair[1]), None)
-            accepted = min(len(drafts), len(new)) if right is None else right
+            pairs = list(zip(drafts, request.output[one.chunk.end - len(request.prompt) :], strict=False))
+            accepted = next((index for index, (draft, token) in enumerate(pairs) if draft != token), len(pairs))
             for acceptance in (one.drafter.acceptance, self._usual[one.drafter.by]):
-                acceptance.take(accepted, right is not None)
+                acceptance.take(accepted, rejected=accepted < len(pairs))
             completion = one.output.completion
             completion.accepted_drafts += accepted
             completion.rejected_drafts += len(drafts) - accepted
