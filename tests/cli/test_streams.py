@@ -48,11 +48,16 @@ def test_arguments_that_no_text_is_in(run: Any, given: str, part: str) -> None:
     assert part in run("generate", "run", "--prompt", given).error
 
 
-def test_output_that_nobody_reads_any_more(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for line in (PLAN, ["--help"], ["trian"]):
+@pytest.mark.parametrize("kept", [True, False])
+def test_output_that_nobody_reads_any_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kept: bool
+) -> None:
+    """Whether a stream keeps what it could not write, and fails on it again, or has forgotten it."""
+    for line in (PLAN, ["--help"], ["experiment", "--help"], ["trian"]):
         reading, writing = os.pipe()
         os.close(reading)
-        with monkeypatch.context() as patch, os.fdopen(writing, "w") as closed:
+        binary = os.fdopen(writing, "wb", -1 if kept else 0)
+        with monkeypatch.context() as patch, io.TextIOWrapper(binary, write_through=not kept) as closed:
             patch.setattr(sys, "stdout", closed)
             assert main(line) == (2 if line == ["trian"] else 141)
         assert len(capsys.readouterr().err.splitlines()) == (line == ["trian"])

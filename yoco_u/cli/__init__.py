@@ -7,6 +7,7 @@ Start with `main`, then read any command.
 """
 
 import os
+import select
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -146,13 +147,26 @@ def _drop_output() -> bool:
     Returns:
         Whether there was any: the disk behind it is full, or nobody reads it any more, as behind `| head`.
     """
+    if sys.stdout is None:
+        return False
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
+        dropped = _nobody_reads()  # what could not be written is not always kept
     except OSError:
+        dropped = True
+    if dropped:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return dropped
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader is gone. Windows cannot tell."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 def _check_moved(arguments: Sequence[str]) -> None:
