@@ -28,7 +28,7 @@ _WORTH = 1.03  # times the speed of plain decoding that drafts must promise
 _TIMES = 7  # times of which the median counts
 _TRIALS = 0.02  # share of the time in which drafts are tried that do not seem worth it
 _TRIAL = 2  # tokens of such a draft
-_SAVED = 4  # plain steps, whose time trials may have saved at most
+_DEAREST = 8  # plain steps that a trial counts for at most, however long the machine was held up
 _SPELL = 64  # steps with drafts, after which a plain one is timed again
 
 
@@ -151,14 +151,16 @@ class DraftLengths:
     """
 
     def __init__(self) -> None:
-        self._times: dict[tuple[str, int, int], deque[float]] = {}
+        self._times: dict[tuple[str, int, int], deque[float]] = {}  # by kind, number of decodes and of drafted tokens
+        self._medians: dict[tuple[str, int], dict[int, float]] = {}  # of these, by the number of drafted tokens
         self._spare = 0.0  # seconds that may be spent on trials
+        self._asked = False  # whether somebody would draft in the step that runs
         self._on_trial = False
         self._spell = 0  # steps with drafts since the last plain one
 
     def choose(self, decodes: int, candidates: Sequence[Candidate]) -> list[int]:
         """The length of each candidate's draft, 0 for none, in a step of so many decodes."""
-        plain = self._time("plain", decodes)
+        plain, self._asked = self._time("plain", decodes), True
         if plain is None or self._spell >= _SPELL:
             return [0] * len(candidates)
         kind = "loops" if any(one.by_loops for one in candidates) else "prompt"
@@ -183,9 +185,10 @@ class DraftLengths:
 
     def take(self, time: StepTime) -> None:
         """Take in what a step took."""
+        asked, self._asked = self._asked, False
         if not time.tokens:
             self._add("plain", time.decodes, 0, time.seconds)
-            self._spare = min(self._spare + _TRIALS * time.seconds, _SAVED * time.seconds)
+            self._spare += _TRIALS * time.seconds if asked else 0.0
             self._spell = 0
             return
         self._spell += 1
@@ -196,26 +199,25 @@ class DraftLengths:
             more = time.seconds - time.drafting - plain
             self._add("loops" if time.passes else "prompt", time.decodes, time.tokens, more)
             if self._on_trial:
-                self._spare -= time.seconds - plain
+                self._spare -= min(time.seconds - plain, _DEAREST * plain)
 
     def _more(self, kind: str, decodes: int, tokens: int) -> float:
         """Seconds that a step with so many drafted tokens takes longer than a plain one, drafting aside."""
         plain = self._time("plain", decodes) or 0.0
-        known = [measured for what, of, measured in self._times if (what, of) == (kind, decodes.bit_length())]
-        size = tokens.bit_length()
-        if not known:
+        known, size = self._medians.get((kind, decodes.bit_length())), tokens.bit_length()
+        if known is None:
             return _TOKEN * plain * tokens / decodes
         nearest = min(known, key=lambda one: (abs(one - size), one))
-        found = median(self._times[kind, decodes.bit_length(), nearest]) * 2.0 ** max(0, size - nearest)
-        return max(found, _LEAST * plain * tokens / decodes)
+        return max(known[nearest] * 2.0 ** max(0, size - nearest), _LEAST * plain * tokens / decodes)
 
     def _add(self, what: str, decodes: int, tokens: int, seconds: float) -> None:
         key = what, decodes.bit_length(), tokens.bit_length()
-        self._times.setdefault(key, deque(maxlen=_TIMES)).append(seconds)
+        times = self._times.setdefault(key, deque(maxlen=_TIMES))
+        times.append(seconds)
+        self._medians.setdefault(key[:2], {})[key[2]] = median(times)
 
     def _time(self, what: str, decodes: int) -> float | None:
-        times = self._times.get((what, decodes.bit_length(), 0))
-        return median(times) if times else None
+        return self._medians.get((what, decodes.bit_length()), {}).get(0)
 
 
 def _worth(rate: float, cost: float) -> int:

@@ -113,6 +113,8 @@ class Speculation:
             if length and (room := self._scheduler.add_drafts(step, chunk, length)):
                 chunk.drafts.extend(tokens[:room])
                 self._drafts[output] = _Draft(output, drafter, chunk, room)
+        if not self._drafts:
+            return
         self._keep_rings()
         step.states = self._run_first_loops([one for one in self._drafts.values() if one.drafter.lookup is None])
 
