@@ -25,12 +25,18 @@ def inputs() -> dict[str, Any]:
 
 @contextmanager
 def detached(model: YocoUForCausalLM, loops: int, last: int) -> Iterator[None]:
-    """The twin: each looped stage runs all loops with gradients, and detaches its states before the `last` loops."""
+    """The twin: each looped stage runs all loops with gradients, and before the `last` loops what these have made of its input
+    is a constant that is added to it."""
     run_loop = LoopedStack.run_loop
+    begin: dict[LoopedStack, Tensor] = {}
 
     def run(self: LoopedStack, x: Tensor, backend: Any, loop: int, *rest: Any) -> Any:
         looped = model.model.architecture.stages[[*model.model.stages].index(self)].loops > 1
-        return run_loop(self, x.detach() if looped and loop == loops - last > 0 else x, backend, loop, *rest)
+        if loop == 0:
+            begin[self] = x
+        if looped and loop == loops - last > 0:
+            x = begin[self] + (x - begin[self]).detach()
+        return run_loop(self, x, backend, loop, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LoopedStack, "run_loop", run)
@@ -52,23 +58,21 @@ def test_gradients_are_those_of_states_detached_before_the_last_loops(
         checkpoint_stages(model, tuple(range(len(model.model.stages))))
     truncate_backpropagation(model, last)
     loss = model(**inputs(), num_loops=loops).loss
-    assert torch.equal(loss, twin)
-    assert_same_gradients(gradients(model, loss), expected, 1e-12)
+    torch.testing.assert_close(loss, twin)
+    assert_same_gradients(gradients(model, loss), expected, 1e-11)
     truncate_backpropagation(model, None)
     whole = gradients(model, model(**inputs(), num_loops=loops).loss)
     same = all(torch.allclose(whole[name], expected[name]) for name in whole)
     assert same == (loops <= last)
 
 
-def test_every_parameter_has_a_gradient_which_is_zero_before_the_loop() -> None:
-    """DDP waits for the gradient of every parameter."""
+def test_every_parameter_has_a_gradient() -> None:
+    """Those of the embedding too, which lies before the loop; and DDP waits for the gradient of every parameter."""
     model = build(architecture()).train()
     truncate_backpropagation(model, 1)
     model(**inputs(), num_loops=3).loss.backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert all(grad is not None for grad in grads.values())
-    at_zero = [name for name, grad in grads.items() if not grad.any()]  # type: ignore[union-attr]
-    assert at_zero == ["model.embed_tokens.weight"]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
 
 
 def test_loops_without_gradients_keep_nothing() -> None:

@@ -183,7 +183,7 @@ class LoopedStack(nn.Module):
 
     Attributes:
         backward_loops: how many of the last loops gradients go through in training; None for all. The loops before run without
-            gradients, so what lies before the stage is trained only by passes of no more loops than this.
+            gradients; to what lies before the stage these pass by them, along the residual stream, as if they changed nothing.
     """
 
     def __init__(self, config: YocoUConfig, index: int) -> None:
@@ -230,7 +230,7 @@ class LoopedStack(nn.Module):
             losses += loop_losses
             x = out if tokens is None else x.index_copy(1, tokens, out)
             if loop == cut - 1:
-                x = x + 0 * begin  # what lies before needs a gradient, of zero: DDP waits for every parameter's
+                x = x + (begin - begin.detach())  # along the residual stream, what lies before is trained too
             if exits and loop + 1 in exits:
                 exits[loop + 1] = x
         if self.training and loops == 1 and self.loop_gates is not None:

@@ -121,8 +121,8 @@ class TrainingConfig(Config):
         loop_draw: the distribution that the loop count of each step is drawn from; None for no drawing. An evaluation runs with
             the architecture's own.
         backward_loops: how many of the last loops of a looped stage gradients go through (truncated backpropagation); None for
-            all. The loops before keep no activations. What lies before the looped stage, the embedding above all, is then
-            trained by those steps alone that have no more loops than this.
+            all. The loops before keep no activations. To what lies before the looped stage, the embedding above all, gradients
+            pass by them, along the residual stream.
         early_exit_weight: weight of a second loss, which draws the prediction after an earlier loop towards that after the last
             one: the divergence KL(last || earlier), whose gradient goes through the earlier one alone. The loop is drawn anew
             for each step from all before its last. 0 for no such loss.
