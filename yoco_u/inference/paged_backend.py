@@ -20,6 +20,7 @@ from yoco_u.inference.kernels import chunk_attention, decode_attention, rotate
 from yoco_u.inference.kv_cache import KVCache, KVStorage
 from yoco_u.inference.sequence_slice import SequenceSlice
 from yoco_u.inference.step_retention import step_retention
+from yoco_u.inference.token_exits import TokenExits
 from yoco_u.model.backend import AttentionBackend
 from yoco_u.model.rope import rotary_angles
 
@@ -31,14 +32,21 @@ class PagedBackend(AttentionBackend):
         slices: decodes first.
         architecture: at the largest loop count of the step.
         slots: `architecture.slots()`, which the caller lists once for all steps.
+        exits: of tokens that may leave the loop; None where there are none.
     """
 
     has_cache = True
 
     def __init__(
-        self, slices: Sequence[SequenceSlice], cache: KVCache, architecture: Architecture, slots: tuple[Slot, ...]
+        self,
+        slices: Sequence[SequenceSlice],
+        cache: KVCache,
+        architecture: Architecture,
+        slots: tuple[Slot, ...],
+        exits: TokenExits | None = None,
     ) -> None:
         self.slices, self.cache, self.architecture, self.slots = slices, cache, architecture, slots
+        self.exits = exits
         ends = list(accumulate(one.count for one in slices))
         self.tokens = [range(end - one.count, end) for one, end in zip(slices, ends, strict=True)]  # of the step, by slice
         singles = [one for one in slices if _is_single(one)]
@@ -52,13 +60,23 @@ class PagedBackend(AttentionBackend):
         self._in_loop: dict[int, tuple[Tensor | None, PagedBackend]] = {}  # by how many slices are left
 
     def in_loop(self, loop: int) -> "tuple[Tensor | None, PagedBackend]":
-        running = [one.num_loops > loop for one in self.slices]
+        if self.exits is not None and loop == 0:
+            self.exits.begin(self.slices, self.tokens)
+        running = [one.num_loops > loop and not (self.exits and self.exits.has_gone(one)) for one in self.slices]
         left = sum(running)
         if left not in self._in_loop:
             tokens = [token for own, runs in zip(self.tokens, running, strict=True) if runs for token in own]
             slices = [one for one, runs in zip(self.slices, running, strict=True) if runs]
             self._in_loop[left] = (None, self) if all(running) else (self._index(tokens), self._of(slices))
         return self._in_loop[left]
+
+    def end_loop(self, loop: int, before: Tensor, after: Tensor) -> Tensor:
+        if self.exits is None:
+            return after
+        after, gone = self.exits.end_loop(loop, before, after)
+        if gone:
+            self._repeat_rows([one for one in self.slices if one.seat in gone], loop, self.exits.num_loops)
+        return after
 
     def kept(self) -> "tuple[Tensor | None, PagedBackend]":
         if all(one.kept == one.count for one in self.slices):
@@ -93,6 +111,7 @@ class PagedBackend(AttentionBackend):
 
     def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ring = self.cache.rings[self.slots[slot]]
+        self._set_aside(slot, k, v)
         out = torch.empty_like(q)
         for one, tokens in self.prefills:  # before their own keys overwrite what they still see
             past_k, past_v = ring.read(self._ring_past(one), q.dtype)
@@ -109,6 +128,7 @@ class PagedBackend(AttentionBackend):
 
     def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
         pages = self.cache.pages[self.slots[slot]]
+        self._set_aside(slot, k, v)
         _store(pages, k, v, *self._page_slot_mapping)
         return self._attend_pages(pages, q, prefix)
 
@@ -137,6 +157,26 @@ class PagedBackend(AttentionBackend):
         if self.decodes and prefix is None:
             self._decode(out, q, pages, self._block_tables, self._seats_and_lengths[1])
         return out
+
+    def _set_aside(self, slot: int, k: Tensor, v: Tensor) -> None:
+        """Give prefill tokens that have left the loop their keys and values of the last loop that they ran."""
+        if self.exits is not None and self.slots[slot].stage == self.architecture.looped_stages[0]:
+            self.exits.replace(self.slots[slot].layer, self.prefills, k, v)
+
+    def _repeat_rows(self, slices: Sequence[SequenceSlice], loop: int, num_loops: int) -> None:
+        """Copy the keys and values of tokens that run no loop after `loop` to the storages of the loops up to `num_loops`."""
+        later = [slot for slot in self.slots if loop < slot.loop < num_loops and slot.has_cache]
+        if not later:
+            return
+        if later[0].attention == "sliding":
+            storages, window = self.cache.rings, self._ring_rows
+            found = [row for one in slices for row in self.cache.ring_rows(one.seat, max(one.start, one.end - window), one.end)]
+            rows = self._index(found)
+        else:
+            storages, size = self.cache.pages, self.cache.shape.block_size
+            rows = torch.cat([self._index([]), *(_page_index(one, max(one.start, one.written), size) for one in slices)])
+        for slot in later:
+            storages[slot].copy_rows(rows, storages[slot._replace(loop=loop)])
 
     def _decode(self, out: Tensor, q: Tensor, storage: KVStorage, block_table: Tensor, lengths: Tensor) -> None:
         n = len(self.decodes)
@@ -197,12 +237,8 @@ class PagedBackend(AttentionBackend):
         for one, own in self._with_tokens():
             first = min(max(one.start, one.written), one.end)
             written += own[first - one.start :]
-            if first < one.end:
-                rows = _page_rows(one, first, size)
-                if isinstance(rows, slice):
-                    rows = torch.arange(rows.start, rows.stop, device=self.cache.device)
-                mapping.append(rows)
-        return self._all_or(written), torch.cat(mapping) if mapping else self._index([])
+            mapping.append(_page_index(one, first, size))
+        return self._all_or(written), torch.cat(mapping)
 
     @cached_property
     def _ring_slot_mapping(self) -> tuple[Tensor | None, Tensor]:
@@ -230,7 +266,7 @@ class PagedBackend(AttentionBackend):
         return self.cache.shape.window
 
     def _of(self, slices: Sequence[SequenceSlice]) -> "PagedBackend":
-        return PagedBackend(slices, self.cache, self.architecture, self.slots)
+        return PagedBackend(slices, self.cache, self.architecture, self.slots, self.exits)
 
     def _with_tokens(self) -> Iterator[tuple[SequenceSlice, range]]:
         return zip(self.slices, self.tokens, strict=True)
@@ -262,3 +298,11 @@ def _page_rows(one: SequenceSlice, first: int, block_size: int) -> Tensor | slic
         return slice(start, start + one.end - first)
     rows = blocks[:, None] * block_size + torch.arange(block_size, device=blocks.device)
     return rows.flatten()[first - skipped * block_size :][: one.end - first]
+
+
+def _page_index(one: SequenceSlice, first: int, block_size: int) -> Tensor:
+    """The same rows as indices, none where `first` is not before the end."""
+    if first >= one.end:
+        return torch.empty(0, dtype=torch.long, device=one.block_table.device)
+    rows = _page_rows(one, first, block_size)
+    return torch.arange(rows.start, rows.stop, device=one.block_table.device) if isinstance(rows, slice) else rows

@@ -52,6 +52,14 @@ class AttentionBackend(Protocol):
         """
         ...
 
+    def end_loop(self, loop: int, before: Tensor, after: Tensor) -> Tensor:
+        """Take in the states of all tokens before and after a loop, each (batch, tokens, [streams,] hidden), of a looped stage.
+
+        Returns:
+            The states to go on with. A backend whose tokens all run the loops of their sequences keeps this default.
+        """
+        return after
+
     @abstractmethod
     def kept(self) -> "tuple[Tensor | None, AttentionBackend]":
         """Select the tokens whose logits are asked for; the cross-decoder runs on these alone. Returns what `in_loop` does."""

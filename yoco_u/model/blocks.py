@@ -228,7 +228,8 @@ class LoopedStack(nn.Module):
             with torch.no_grad() if loop < cut else nullcontext():
                 out, loop_losses = self.run_loop(before, in_loop, loop, first_slot, global_kvs)
             losses += loop_losses
-            x = out if tokens is None else x.index_copy(1, tokens, out)
+            after = out if tokens is None else x.index_copy(1, tokens, out)
+            x = backend.end_loop(loop, x, after) if loops > 1 else after
             if loop == cut - 1:
                 x = x + 0 * begin  # what lies before needs a gradient, of zero: DDP waits for every parameter's
             if exits and loop + 1 in exits:

@@ -1,0 +1,116 @@
+"""When a token leaves the loop: by a score of its state, which is small where another loop would hardly change the token.
+
+Scores are measured after each loop but the last. A token leaves where its score is below the threshold of its request, so at
+threshold 0 none leaves.
+
+- `angular`: the angular distance between the token's states before and after the loop. It needs no training.
+- `head`: for each loop a linear head, which predicts from the state after it how far the model's distribution of the next token
+  is from that after all loops, as KL divergence. `yoco-u exits` fits the heads.
+"""
+
+from math import pi
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from torch import Tensor
+
+from yoco_u.architecture import Architecture
+from yoco_u.config import Config, Count, Float32, NonNegativeFloat32
+from yoco_u.errors import UserError
+
+FILE = "exits.json"
+
+Score = Literal["angular", "head"]
+
+_LARGEST_LOG = 80.0  # whose exponential is a float32
+
+
+class Exits(Config):
+    """How the tokens of a model leave its loop: the content of `exits.json`.
+
+    Attributes:
+        num_loops: T, the most loops that a token runs.
+        score: see above.
+        threshold: of requests that name none.
+        heads: of each loop but the last, so many weights as the hidden states are wide, and a constant; empty where the score
+            is `angular`. They are applied to states that are divided by their root mean square.
+    """
+
+    num_loops: Count
+    score: Score
+    threshold: NonNegativeFloat32
+    heads: tuple[tuple[Float32, ...], ...] = ()
+
+    @model_validator(mode="after")
+    def _heads_of_loops(self) -> "Exits":
+        expected = self.num_loops - 1 if self.score == "head" else 0
+        if len(self.heads) != expected:
+            raise ValueError(f"{len(self.heads)} heads came with score {self.score}; expected {expected}")
+        return self
+
+
+class ExitRule:
+    """Scores the states of tokens.
+
+    Args:
+        heads: see `Exits`; none for the score `angular`.
+    """
+
+    def __init__(self, heads: tuple[tuple[float, ...], ...], device: torch.device) -> None:
+        self._heads = torch.tensor(heads, device=device) if heads else None
+
+    def scores(self, loop: int, before: Tensor, after: Tensor) -> Tensor:
+        """The scores of some tokens after a loop, (tokens,), none below 0.
+
+        Args:
+            loop: which one, from 0.
+            before, after: states of the tokens, (tokens, hidden) or (tokens, streams, hidden); of streams the mean counts.
+        """
+        if self._heads is None:
+            found = angular_distance(before, after)
+        else:
+            head = self._heads[loop]
+            found = (normalized(after) @ head[:-1] + head[-1]).clamp(max=_LARGEST_LOG).exp()
+        return found.flatten(1).mean(-1) if found.ndim > 1 else found
+
+
+def angular_distance(x: Tensor, y: Tensor) -> Tensor:
+    """The angle between vectors, (..., hidden), divided by pi.
+
+    It is computed as `2 atan2(|x - y|, |x + y|)` of the unit vectors (Kahan, 2006), which is accurate for nearly parallel
+    vectors too; arccos of their product is not.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, y = F.normalize(x.to(dtype), dim=-1), F.normalize(y.to(dtype), dim=-1)
+    return 2 * torch.atan2((x - y).norm(dim=-1), (x + y).norm(dim=-1)) / pi
+
+
+def normalized(states: Tensor) -> Tensor:
+    """States (..., hidden) divided by their root mean square, float32: what heads read."""
+    return F.rms_norm(states.float(), states.shape[-1:])
+
+
+def check_exits(a: Architecture, exits: Exits | None, on_gpu: bool) -> None:
+    """Refuse exits of a model whose tokens cannot leave its loop.
+
+    Args:
+        a: at the most loops that a token runs.
+
+    Raises:
+        UserError: as it says.
+    """
+    problem = ""
+    if on_gpu:
+        problem = "tokens leave the loop one by one on CPUs alone so far"
+    elif not a.looped_stages:
+        problem = "the model runs one loop, which no token can leave"
+    elif len(a.looped_stages) > 1:
+        problem = f"{len(a.looped_stages)} stages of the model loop, and tokens can leave one alone"
+    elif a.stages[a.looped_stages[0]].attention == "retention":
+        problem = "the model's loop keeps retention states, which hold nothing of a single token that could be kept"
+    elif exits is not None and exits.num_loops != a.num_loops:
+        problem = f"{FILE} is for {exits.num_loops} loops, and {a.num_loops} run here; fit it anew with yoco-u exits"
+    if problem:
+        raise UserError(f"num_loops is auto, but {problem}; give a number of loops", "num_loops")
