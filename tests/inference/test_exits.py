@@ -100,7 +100,7 @@ def test_at_threshold_0_all_is_as_without_bit_for_bit(variant: str) -> None:
         assert_greedy(variant, request, 1, NEW)
 
 
-@pytest.mark.parametrize("variant", ["yoco_u", "window 3", "rins"])
+@pytest.mark.parametrize("variant", ["yoco_u", "window 3", "rins", "four kinds"])
 def test_however_the_prompt_is_cut(variant: str) -> None:
     ids, thresholds = prompt(19), (0.19, 0.31)
     expected = [facts(run(engine(variant, max_batched_tokens=64), [ids], auto(threshold))[0]) for threshold in thresholds]
@@ -109,7 +109,8 @@ def test_however_the_prompt_is_cut(variant: str) -> None:
         for threshold, its in zip(thresholds, expected, strict=True):
             [request] = run(engine(variant, max_num_seqs=1, max_batched_tokens=size), [ids], auto(threshold, prompt_logprobs=0))
             assert facts(request) == its
-    check(variant, request, thresholds[1])
+    if variant != "four kinds":  # with retention before the loop
+        check(variant, request, thresholds[1])
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
