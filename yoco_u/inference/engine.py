@@ -357,6 +357,14 @@ class Engine:
         if self.tokenizer is None and (params.stop or params.constrained):
             raise UserError("stop strings, json_schema, regex and tools need a tokenizer; use stop_token_ids or give one")
 
+    @property
+    def auto_loops(self) -> bool:
+        """Whether a request may say `num_loops="auto"` without an `exit_threshold`."""
+        try:
+            return self._loops(SamplingParams(num_loops="auto"))[1] is not None
+        except UserError:
+            return False
+
     def _loops(self, params: SamplingParams) -> tuple[int, float | None]:
         """T of a request, and the score below which its tokens leave the loop, None if they do not."""
         if params.num_loops != "auto":

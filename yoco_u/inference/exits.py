@@ -9,7 +9,8 @@ threshold 0 none leaves.
 """
 
 from math import pi
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,9 @@ from pydantic import model_validator
 from torch import Tensor
 
 from yoco_u.architecture import Architecture
-from yoco_u.config import Config, Count, Float32, NonNegativeFloat32
+from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, parse
 from yoco_u.errors import UserError
+from yoco_u.files import read_json
 
 FILE = "exits.json"
 
@@ -49,6 +51,23 @@ class Exits(Config):
         if len(self.heads) != expected:
             raise ValueError(f"{len(self.heads)} heads came with score {self.score}; expected {expected}")
         return self
+
+
+def load_exits(folder: Path, a: Architecture) -> Exits | None:
+    """The `exits.json` of a model's folder; None if it has none.
+
+    Raises:
+        UserError: if it is damaged, or that of another model.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    exits = parse(Exits, read_json(path, dict[str, Any]), str(path))
+    for head in exits.heads:
+        if len(head) != a.hidden_size + 1:
+            expected = f"expected {a.hidden_size + 1} for hidden states of {a.hidden_size}"
+            raise UserError(f"{path}: a head has {len(head)} numbers; {expected}; fit it anew with yoco-u exits, or remove it")
+    return exits
 
 
 class ExitRule:

@@ -1,11 +1,11 @@
 """What a request asks of the sampler: how tokens are chosen, when the output ends, what is reported of it."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
-from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, PositiveFloat32, describe, wrong_setting
+from yoco_u.config import Config, Count, Float32, LoopsOrAuto, NonNegativeFloat32, PositiveFloat32, describe, wrong_setting
 from yoco_u.errors import UserError
 from yoco_u.inference.drafts import Drafting
 from yoco_u.inference.tool_calls import ToolCalls
@@ -69,7 +69,7 @@ class SamplingParams(Config):
     logprobs: int | None = Field(default=None, ge=0, le=20)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     prompt_logprobs_start: NonNegativeInt = 0
-    num_loops: Count | Literal["auto"] | None = None
+    num_loops: LoopsOrAuto | None = None
     exit_threshold: NonNegativeFloat32 | None = None
     drafts: Drafting | None = None
     json_schema: dict[str, Any] | None = None
