@@ -1,5 +1,6 @@
 """Tokens that leave the loop, in the engine: against the direct twin, and the same whatever else runs and however it is cut."""
 
+import math
 from functools import cache
 from typing import Any
 
@@ -23,7 +24,8 @@ from exit_reference import ExitReference
 from torch import Tensor
 
 from yoco_u.errors import UserError
-from yoco_u.inference import EngineSettings, RequestOutput, SamplingParams
+from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
+from yoco_u.inference.exits import Exits
 
 NEW = 6
 EVERYONE = 2.0  # above every angular distance
@@ -154,6 +156,26 @@ def test_the_prefix_cache_is_shared_within_one_rule_alone(variant: str) -> None:
         assert facts(run(subject, [ids], rules[1])[0]) == fresh[1]
 
 
+@pytest.mark.parametrize("variant", ["yoco_u", "upper_loop"])
+def test_heads_against_the_twin(variant: str) -> None:
+    heads = torch.randn(2, model(variant).config.hidden_size + 1, generator=torch.Generator().manual_seed(3)).mul(0.3)
+    rows = heads.double().tolist()
+
+    def score(loop: int, before: Tensor, after: Tensor) -> float:
+        *weights, constant = rows[loop]
+        return math.exp(float(after / after.square().mean().sqrt() @ torch.tensor(weights, dtype=torch.float64)) + constant)
+
+    exits = Exits(num_loops=3, score="head", threshold=0.7, heads=tuple(map(tuple, heads.tolist())))
+    settings = EngineSettings(dtype="float32", cache_tokens=128, block_size=4, max_num_seqs=2, max_batched_tokens=12)
+    [request] = run(Engine(model(variant), None, settings, exits), [prompt(14)], greedy(num_loops="auto", max_tokens=NEW))
+    assert output(request) == output(run(Engine(model(variant), None, settings, exits), [prompt(14)], auto(0.7))[0])
+    weights = {name: tensor.detach().double() for name, tensor in model(variant).state_dict().items()}
+    twin = ExitReference(weights, model(variant).config.architecture.model_dump(), 0.7, score)
+    new = twin.logits([*prompt(14), *output(request)[:-1]])[13:]
+    assert output(request) == new.argmax(-1).tolist() and request.outputs[0].loops == twin.loops[13:]
+    assert len(set(twin.loops)) > 1 and twin.nearest > 1e-5
+
+
 def test_loops_are_counted() -> None:
     subject = engine()
     run(subject, [prompt(9), prompt(5)], [greedy(max_tokens=3), auto(EVERYONE, max_tokens=4)])
@@ -197,7 +219,6 @@ def test_settings_that_do_not_fit() -> None:
         with pytest.raises(UserError, match=settings):
             greedy(**problem)
     assert not engine(drafts="prompt").speculation.accepted
-    assert EngineSettings().num_loops is None
     assert set(LEAVING) <= set(VARIANTS)
 
 

@@ -18,9 +18,10 @@ from pydantic import model_validator
 from torch import Tensor
 
 from yoco_u.architecture import Architecture
+from yoco_u.checksums import changing
 from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, parse
 from yoco_u.errors import UserError
-from yoco_u.files import read_json
+from yoco_u.files import read_json, write_json
 
 FILE = "exits.json"
 
@@ -70,6 +71,12 @@ def load_exits(folder: Path, a: Architecture) -> Exits | None:
     return exits
 
 
+def save_exits(path: Path, exits: Exits) -> None:
+    """Write an `exits.json` into a model's folder, with its checksum if the folder has checksums."""
+    with changing(path):
+        write_json(path, exits.model_dump(mode="json"))
+
+
 class ExitRule:
     """Scores the states of tokens.
 
@@ -89,10 +96,9 @@ class ExitRule:
         """
         if self._heads is None:
             found = angular_distance(before, after)
-        else:
-            head = self._heads[loop]
-            found = (normalized(after) @ head[:-1] + head[-1]).clamp(max=_LARGEST_LOG).exp()
-        return found.flatten(1).mean(-1) if found.ndim > 1 else found
+            return found.mean(-1) if found.ndim > 1 else found
+        head = self._heads[loop]
+        return (head_inputs(after) @ head[:-1] + head[-1]).clamp(max=_LARGEST_LOG).exp()
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -106,9 +112,10 @@ def angular_distance(x: Tensor, y: Tensor) -> Tensor:
     return 2 * torch.atan2((x - y).norm(dim=-1), (x + y).norm(dim=-1)) / pi
 
 
-def normalized(states: Tensor) -> Tensor:
-    """States (..., hidden) divided by their root mean square, float32: what heads read."""
-    return F.rms_norm(states.float(), states.shape[-1:])
+def head_inputs(states: Tensor) -> Tensor:
+    """What heads read, (tokens, hidden), float32: states (tokens, [streams,] hidden) divided by their root mean squares."""
+    found = F.rms_norm(states.float(), states.shape[-1:])
+    return found.mean(-2) if found.ndim == 3 else found
 
 
 def check_exits(a: Architecture, exits: Exits | None, on_gpu: bool) -> None:

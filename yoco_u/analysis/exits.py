@@ -1,0 +1,260 @@
+"""Calibration of exits: fits the heads that predict when a token may leave the loop, and finds thresholds for wanted means.
+
+Half of a text is for the heads, the other half for thresholds and losses. Heads learn from passes in which every token runs all
+loops. A threshold is first taken from the scores of such passes, and then corrected by what the engine measures with it, since
+tokens that leave change what later ones see.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from yoco_u.analysis.trace import last_states, log_probabilities, one_looped_stage, pieces, watch_loops
+from yoco_u.data import Batch
+from yoco_u.errors import UserError
+from yoco_u.evaluation.finite import check_finite
+from yoco_u.inference import Engine, EngineSettings, SamplingParams
+from yoco_u.inference.exits import ExitRule, Exits, Score, check_exits, head_inputs
+from yoco_u.inference.shared_prefixes import run_shared
+from yoco_u.model import YocoUForCausalLM
+
+_RIDGE = 1e-3  # a token; the squares of what heads read are 1 on average
+_LEAST_KL = 1e-6  # below it lies rounding
+_SHARES = (0.25, 0.5, 0.75)  # of the loops after the first, which tokens run on average
+_NEAR, _TRIES = 0.02, 3  # how near a measured mean should be to the wanted one, and how often a threshold is corrected
+_SEATS = 16
+
+
+@dataclass(frozen=True)
+class ExitResult:
+    """What the engine measures on the second half of the text.
+
+    Attributes:
+        score: by which tokens leave; None where all run the same number of loops.
+        threshold: below which they leave; None likewise.
+        mean_loops: how many loops a token runs on average.
+        loss: nats per token.
+        change: the loss minus that of T loops for every token.
+    """
+
+    score: Score | None
+    threshold: float | None
+    mean_loops: float
+    loss: float
+    change: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found.
+
+    Attributes:
+        exits: of the score with the lower loss at the wanted mean.
+        results: plain loop counts 1 .. T, then by score the wanted means and some others.
+        tokens: tokens of the second half.
+    """
+
+    exits: Exits
+    results: list[ExitResult]
+    tokens: int
+
+
+def calibrate(
+    model: YocoUForCausalLM,
+    batches: Sequence[Batch],
+    mean_loops: float = 2.0,
+    num_loops: int | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> Calibration:
+    """Calibrate the exits of a model.
+
+    Args:
+        model: in evaluation mode, in float32 on a CPU.
+        batches: rows of the text, without padding.
+        mean_loops: how many loops a token shall run on average.
+        num_loops: T, the most loops; the model's own by default.
+        advance: called `steps(T, mean_loops)` times at most, as work gets done.
+
+    Raises:
+        UserError: if tokens cannot leave the model's loop, the mean is not between 1 and T, there are not two rows of text, or
+            the loss is not finite.
+    """
+    architecture = model.model.at_loops(num_loops)
+    most = architecture.num_loops
+    check_exits(architecture, None, on_gpu=False)
+    if not 1 < mean_loops < most:
+        raise UserError(f"the mean is to be {mean_loops:g} loops, but tokens run 1 to {most}; give a mean between these")
+    first, second = halves(batches)
+    heads = fit_heads(model, first, most)
+    advance()
+    texts = [text for batch in second for text in documents(batch)]
+    loss = _Losses(model, texts, Exits(num_loops=most, score="angular", threshold=0), advance)
+    plain = [loss.measure(SamplingParams(max_tokens=0, prompt_logprobs=0, num_loops=loops)) for loops in range(1, most + 1)]
+    full = plain[-1][1]
+    results = [ExitResult(None, None, mean, its, its - full) for mean, its in plain]
+    found: dict[Score, ExitResult] = {}
+    for score in ("angular", "head"):
+        exits = Exits(num_loops=most, score=score, threshold=0, heads=heads if score == "head" else ())
+        scores = _scores(model, second, exits)
+        loss = _Losses(model, texts, exits, advance)
+        for wanted in wanted_means(most, mean_loops):
+            threshold, mean, its = _threshold_of(wanted, scores, loss)
+            results.append(ExitResult(score, threshold, mean, its, its - full))
+            if wanted == mean_loops:
+                found[score] = results[-1]
+    best: Score = min(found, key=lambda score: found[score].loss)
+    threshold = found[best].threshold
+    assert threshold is not None
+    exits = Exits(num_loops=most, score=best, threshold=threshold, heads=heads if best == "head" else ())
+    return Calibration(exits, results, sum(len(text) - 1 for text in texts))
+
+
+def wanted_means(most: int, mean_loops: float) -> list[float]:
+    """The means for which thresholds are found: the one that is wanted, and some between 1 and T."""
+    return sorted({mean_loops, *(1 + (most - 1) * share for share in _SHARES)})
+
+
+def steps(most: int, mean_loops: float) -> int:
+    """How often `calibrate` advances at most."""
+    return 1 + most + 2 * _TRIES * len(wanted_means(most, mean_loops))
+
+
+def halves(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """The first half of the rows, and the others.
+
+    Raises:
+        UserError: if there is one row alone.
+    """
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    if rows < 2:
+        raise UserError("the text fills one row of tokens; give more text, or shorter rows by --sequence-length")
+    found: tuple[list[Batch], list[Batch]] = [], []
+    begin = 0
+    for batch in batches:
+        end = begin + len(batch["input_ids"])
+        cut = min(max(rows // 2 - begin, 0), end - begin)
+        for half, which in zip(found, (slice(0, cut), slice(cut, None)), strict=True):
+            if len(batch["input_ids"][which]):
+                half.append(Batch(**{name: x[which] for name, x in batch.items()}))  # type: ignore[typeddict-item]
+        begin = end
+    return found
+
+
+def documents(batch: Batch) -> list[list[int]]:
+    """The texts of a batch, each with the target of its last token behind it."""
+    found = []
+    for ids, targets, numbers in zip(batch["input_ids"], batch["shift_labels"], batch["document_ids"], strict=True):
+        ends = torch.cat([(numbers.diff() != 0).nonzero().flatten() + 1, torch.tensor([len(ids)])]).tolist()
+        for begin, end in zip([0, *ends], ends, strict=False):
+            found.append([*ids[begin:end].tolist(), int(targets[end - 1])])
+    return found
+
+
+@torch.no_grad()
+def fit_heads(model: YocoUForCausalLM, batches: Sequence[Batch], num_loops: int) -> tuple[tuple[float, ...], ...]:
+    """Fit a head for each loop but the last: ridge regression of log KL(p_T || p_l) on the states after loop l.
+
+    p_l is what the model predicts if every token runs l loops. See `Exits.heads` for what heads are.
+    """
+    stage = one_looped_stage(model.model.at_loops(num_loops))
+    width = model.config.hidden_size + 1
+    squares = torch.zeros(num_loops - 1, width, width, dtype=torch.float64)
+    products = torch.zeros(num_loops - 1, width, dtype=torch.float64)
+    tokens = 0
+    for batch in batches:
+        with watch_loops(model, stage) as states:
+            final = last_states(model, batch, num_loops)
+        tokens += len(final)
+        for loop in range(num_loops - 1):
+            earlier = last_states(model, batch, loop + 1)
+            kl = torch.cat([_divergence(model, final[piece], earlier[piece]) for piece in pieces(model, len(final))])
+            x = torch.nn.functional.pad(head_inputs(states[loop + 1].flatten(0, 1)).double(), (0, 1), value=1.0)
+            squares[loop] += x.T @ x
+            products[loop] += x.T @ kl.clamp_min(_LEAST_KL).log().double()
+    penalty = torch.full((width,), _RIDGE * tokens, dtype=torch.float64)
+    penalty[-1] = _RIDGE**2 * tokens  # hardly any on the constant
+    heads = torch.linalg.solve(squares + penalty.diag(), products)
+    check_finite(heads.numpy(), model)
+    return tuple(tuple(head) for head in heads.float().tolist())
+
+
+def _divergence(model: YocoUForCausalLM, final: Tensor, earlier: Tensor) -> Tensor:
+    """KL(final || earlier) of each token in nats, (tokens,)."""
+    log_p, log_q = (log_probabilities(model, states) for states in (final, earlier))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@torch.no_grad()
+def _scores(model: YocoUForCausalLM, batches: Sequence[Batch], exits: Exits) -> Tensor:
+    """The scores after each loop but the last where every token runs all loops, (loops - 1, tokens)."""
+    rule, stage = ExitRule(exits.heads, model.device), one_looped_stage(model.model.at_loops(exits.num_loops))
+    found = []
+    for batch in batches:
+        with watch_loops(model, stage) as states:
+            last_states(model, batch, exits.num_loops)
+        flat = [state.flatten(0, 1) for state in states]
+        found.append(torch.stack([rule.scores(loop, flat[loop], flat[loop + 1]) for loop in range(exits.num_loops - 1)]))
+    return torch.cat(found, dim=1)
+
+
+def _mean_at(scores: Tensor, threshold: float) -> float:
+    """How many loops tokens of these scores run on average, if none changed another one."""
+    stays = (scores >= threshold).int().cumprod(0)  # whether a token goes on after each loop
+    return 1 + float(stays.sum(0).double().mean())
+
+
+def _threshold_at(scores: Tensor, mean: float) -> float:
+    """The least score that as a threshold gives at most this mean."""
+    every = scores.flatten().sort().values
+    low, high = 0, len(every) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if _mean_at(scores, float(every[middle])) <= mean:
+            high = middle
+        else:
+            low = middle + 1
+    return float(every[low])
+
+
+class _Losses:
+    """Losses of texts in the engine.
+
+    Args:
+        texts: tokens of each, the last of which is only a target.
+    """
+
+    def __init__(self, model: YocoUForCausalLM, texts: list[list[int]], exits: Exits, advance: Callable[[], None]) -> None:
+        longest = max(map(len, texts))
+        settings = EngineSettings(
+            dtype="float32", num_loops=exits.num_loops, prefix_caching=False, max_num_seqs=_SEATS,
+            cache_tokens=_SEATS * (longest + 64), max_batched_tokens=512,
+        )  # fmt: skip
+        self._engine, self._texts, self._advance = Engine(model, None, settings, exits), texts, advance
+
+    def measure(self, params: SamplingParams) -> tuple[float, float]:
+        """How many loops a token runs on average, and the loss in nats per token."""
+        runner = self._engine.runner
+        loops, tokens = runner.loops_run, runner.tokens_run
+        requests = run_shared(self._engine, self._texts, [params] * len(self._texts))
+        found = [one.chosen.logprob for request in requests for one in request.prompt_logprobs or () if one is not None]
+        loss = -sum(found) / len(found)
+        check_finite(loss, runner.model)
+        self._advance()
+        return (runner.loops_run - loops) / (runner.tokens_run - tokens), loss
+
+
+def _threshold_of(wanted: float, scores: Tensor, losses: _Losses) -> tuple[float, float, float]:
+    """A threshold for a wanted mean, and the mean and the loss that the engine measures with it."""
+    aim, best = wanted, (0.0, float("inf"), 0.0)
+    for _ in range(_TRIES):
+        threshold = _threshold_at(scores, aim)
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0, num_loops="auto", exit_threshold=threshold)
+        mean, loss = losses.measure(params)
+        if abs(mean - wanted) < abs(best[1] - wanted):
+            best = threshold, mean, loss
+        if abs(mean - wanted) <= _NEAR:
+            break
+        aim += wanted - mean
+    return best
