@@ -38,13 +38,13 @@ class TokenExits:
             tokens: which tokens of the pass each of them has.
         """
         own = [(one, its) for one, its in zip(slices, tokens, strict=True) if one.exit_threshold is not None]
-        self._tokens = {one.seat: its for one, its in own}
-        self._index = torch.tensor([token for _, its in own for token in its], dtype=torch.long, device=self._device)
-        thresholds = [one.exit_threshold for one, its in own for _ in its]
-        self._thresholds = torch.tensor(thresholds, dtype=torch.float64, device=self._device)
         count = tokens[-1].stop if tokens else 0
-        self._left = torch.zeros(count, dtype=torch.bool, device=self._device)
-        self._loops = torch.full((count,), self.num_loops, device=self._device)
+        self._tokens = {one.seat: its for one, its in own}
+        self._numbers = [token for _, its in own for token in its]  # of the tokens that may leave
+        self._thresholds = [one.exit_threshold or 0.0 for one, its in own for _ in its]
+        self._index = None if len(self._numbers) == count else torch.tensor(self._numbers, device=self._device)
+        self._left = [False] * count
+        self._loops = [self.num_loops] * count
 
     def end_loop(self, loop: int, before: Tensor, after: Tensor) -> tuple[Tensor, list[int]]:
         """A loop has run; some tokens leave.
@@ -58,22 +58,33 @@ class TokenExits:
             token has left just now.
         """
         if self._some_left:
-            after = torch.where(self._left.view(1, -1, *[1] * (after.ndim - 2)), before, after)
-        if loop + 1 >= self.num_loops or not len(self._index):
+            left = torch.tensor(self._left, device=self._device)
+            after = torch.where(left.view(1, -1, *[1] * (after.ndim - 2)), before, after)
+        if loop + 1 >= self.num_loops or not self._numbers:
             return after, []
-        scores = self._rule.scores(loop, before[0, self._index], after[0, self._index])
-        leaving = self._index[(scores < self._thresholds) & ~self._left[self._index]]
-        self._left[leaving], self._loops[leaving] = True, loop + 1
-        left, gone, self._some_left = self._left.tolist(), [], False
+        own = (x[0] if self._index is None else x[0, self._index] for x in (before, after))
+        leaving = [
+            token
+            for token, score, threshold in zip(
+                self._numbers, self._rule.scores(loop, *own).tolist(), self._thresholds, strict=True
+            )
+            if score < threshold and not self._left[token]
+        ]
+        for token in leaving:
+            self._left[token], self._loops[token] = True, loop + 1
+        return after, self._update_slices() if leaving else []
+
+    def _update_slices(self) -> list[int]:
+        """Look which slices some or all tokens have left. Returns the seats whose last token has left just now."""
+        gone, self._some_left = [], False
         for seat, own in self._tokens.items():
-            if seat in self._gone:
-                continue
-            if all(left[own.start : own.stop]):
-                gone.append(seat)
-            elif any(left[own.start : own.stop]):
-                self._some_left = True
+            if seat not in self._gone:
+                left = self._left[own.start : own.stop]
+                if all(left):
+                    gone.append(seat)
+                self._some_left |= any(left) and not all(left)
         self._gone.update(gone)
-        return after, gone
+        return gone
 
     def has_gone(self, one: SequenceSlice) -> bool:
         """Whether all tokens of a slice have left."""
@@ -92,12 +103,11 @@ class TokenExits:
                 continue
             own, key = self._tokens[one.seat], (one.seat, layer)
             if self._some_left and key in self._kv:
-                left = self._left[own.start : own.stop, None, None]
+                left = torch.tensor(self._left[own.start : own.stop], device=self._device)[:, None, None]
                 for x, before in zip((k, v), self._kv[key], strict=True):
                     x[0, tokens] = torch.where(left, before, x[0, tokens])
             self._kv[key] = k[0, tokens], v[0, tokens]
 
     def loops(self) -> dict[int, list[int]]:
         """How many loops the tokens have run, by the seat of their request."""
-        found = self._loops.tolist()
-        return {seat: found[own.start : own.stop] for seat, own in self._tokens.items()}
+        return {seat: self._loops[own.start : own.stop] for seat, own in self._tokens.items()}
