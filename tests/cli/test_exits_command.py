@@ -41,6 +41,8 @@ def test_exits_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
     }.items():
         (folder / "model" / FILE).write_text(content)
         assert problem in run("generate", folder, "--prompt", "a", "--num-loops", "auto").error
+    (folder / "model" / FILE).write_text("{}")
+    assert "was not made by yoco-u" in run("exits", folder, *options).error
 
 
 def test_mistakes(run: Any, workspace: Path) -> None:

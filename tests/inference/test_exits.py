@@ -21,11 +21,13 @@ from engine_runs import (
     run,
 )
 from exit_reference import ExitReference
+from models import architecture, build
 from torch import Tensor
 
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
 from yoco_u.inference.exits import Exits
+from yoco_u.inference.prepacking import can_prepack
 
 NEW = 6
 EVERYONE = 2.0  # above every angular distance
@@ -154,6 +156,22 @@ def test_the_prefix_cache_is_shared_within_one_rule_alone(variant: str) -> None:
     subject = engine(variant, snapshot_bytes=0)  # window states are computed again, over blocks that are shared
     for _ in range(2):
         assert facts(run(subject, [ids], rules[1])[0]) == fresh[1]
+
+
+@pytest.mark.skipif(not can_prepack(build(architecture()).bfloat16()), reason="needs a C++ compiler")
+@pytest.mark.parametrize(("variant", "kv_dtype"), [("yoco_u", "bfloat16"), ("rins", "int8")])
+def test_in_bfloat16_with_compiled_kernels(variant: str, kv_dtype: str) -> None:
+    settings = EngineSettings(
+        dtype="bfloat16", kv_dtype=kv_dtype, cache_tokens=256, block_size=4, max_num_seqs=3, max_batched_tokens=16
+    )
+    subject = Engine(build(architecture(variant)), None, settings)
+    prompts = [prompt(length, seed=length) for length in (5, 13, 20)]
+    for threshold, loops in ((0, 3), (EVERYONE, 1)):
+        plain = greedy(max_tokens=NEW, logprobs=0, num_loops=loops)
+        for one, other in zip(run(subject, prompts, plain), run(subject, prompts, auto(threshold)), strict=True):
+            assert one.outputs == other.outputs
+    mixed = run(subject, prompts, auto(0.25))
+    assert len({loops for request in mixed for loops in request.outputs[0].loops}) > 1
 
 
 @pytest.mark.parametrize("variant", ["yoco_u", "upper_loop"])

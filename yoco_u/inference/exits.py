@@ -21,7 +21,7 @@ from yoco_u.architecture import Architecture
 from yoco_u.checksums import changing
 from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, parse
 from yoco_u.errors import UserError
-from yoco_u.files import read_json, write_json
+from yoco_u.files import read_json, write_result
 
 FILE = "exits.json"
 
@@ -63,7 +63,9 @@ def load_exits(folder: Path, a: Architecture) -> Exits | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    exits = parse(Exits, read_json(path, dict[str, Any]), str(path))
+    data = read_json(path, dict[str, Any])
+    data.pop("generator", None)
+    exits = parse(Exits, data, str(path))
     for head in exits.heads:
         if len(head) != a.hidden_size + 1:
             expected = f"expected {a.hidden_size + 1} for hidden states of {a.hidden_size}"
@@ -74,7 +76,7 @@ def load_exits(folder: Path, a: Architecture) -> Exits | None:
 def save_exits(path: Path, exits: Exits) -> None:
     """Write an `exits.json` into a model's folder, with its checksum if the folder has checksums."""
     with changing(path):
-        write_json(path, exits.model_dump(mode="json"))
+        write_result(path, exits.model_dump(mode="json"))
 
 
 class ExitRule:
