@@ -105,9 +105,9 @@ def calibrate(
             if wanted == mean_loops:
                 found[score] = results[-1]
     best: Score = min(found, key=lambda score: found[score].loss)
-    threshold = found[best].threshold
-    assert threshold is not None
-    exits = Exits(num_loops=most, score=best, threshold=threshold, heads=heads if best == "head" else ())
+    chosen = found[best].threshold
+    assert chosen is not None
+    exits = Exits(num_loops=most, score=best, threshold=chosen, heads=heads if best == "head" else ())
     return Calibration(exits, results, sum(len(text) - 1 for text in texts))
 
 
@@ -137,7 +137,8 @@ def halves(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
         cut = min(max(rows // 2 - begin, 0), end - begin)
         for half, which in zip(found, (slice(0, cut), slice(cut, None)), strict=True):
             if len(batch["input_ids"][which]):
-                half.append(Batch(**{name: x[which] for name, x in batch.items()}))  # type: ignore[typeddict-item]
+                ids, targets, numbers = (batch[name][which] for name in ("input_ids", "shift_labels", "document_ids"))
+                half.append(Batch(input_ids=ids, shift_labels=targets, document_ids=numbers))
         begin = end
     return found
 
