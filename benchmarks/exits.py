@@ -62,7 +62,7 @@ def engine(chosen: Any) -> Engine:
     model = YocoUForCausalLM(YocoUConfig.from_architecture(architecture)).eval()
     width = architecture.hidden_size
     heads = tuple((*(torch.randn(width) * width**-0.5).tolist(), 0.0) for _ in range(chosen.loops - 1))
-    exits = Exits(num_loops=chosen.loops, score="head", threshold=0.0, heads=heads)
+    exits = Exits(num_loops=chosen.loops, score="divergence", threshold=0.0, heads=heads)
     sequences = max(chosen.batches)
     cache = sequences * (chosen.context + chosen.tokens + 192)  # so that all run at once
     settings = EngineSettings(dtype=chosen.dtype, cache_tokens=cache, max_num_seqs=sequences, prefix_caching=False)

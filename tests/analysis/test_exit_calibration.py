@@ -37,9 +37,9 @@ def test_halves_and_documents() -> None:
 
 
 def test_heads_are_least_squares() -> None:
-    """Of log KL from the logits of whole passes, with the penalty as further rows."""
+    """Of log KL and of losses from the logits of whole passes, with the penalty as further rows."""
     model, rows = make("yoco_u"), batch(6)
-    heads = torch.tensor(fit_heads(model, [rows], 3), dtype=torch.float64)
+    heads = {score: torch.tensor(found, dtype=torch.float64) for score, found in fit_heads(model, [rows], 3).items()}
     ids = rows["input_ids"]
     with torch.no_grad():
         logits = [model(ids, num_loops=loops).logits.flatten(0, 1).float().log_softmax(-1) for loops in (1, 2, 3)]
@@ -52,10 +52,12 @@ def test_heads_are_least_squares() -> None:
         x = np.concatenate([x.numpy(), np.ones((len(x), 1))], axis=1)
         penalty = np.sqrt(1e-3 * len(x)) * np.eye(x.shape[1])
         penalty[-1] *= np.sqrt(1e-3)
-        found, *_ = np.linalg.lstsq(
-            np.concatenate([x, penalty]), np.concatenate([kl.log().double().numpy(), np.zeros(len(penalty))]), rcond=None
-        )
-        torch.testing.assert_close(heads[loop], torch.from_numpy(found), rtol=0, atol=2e-3)
+        labels = rows["shift_labels"].flatten()
+        gain = F.nll_loss(logits[loop], labels, reduction="none") - F.nll_loss(logits[2], labels, reduction="none")
+        for score, wanted in (("divergence", kl.log()), ("gain", gain)):
+            y = np.concatenate([wanted.double().numpy(), np.zeros(len(penalty))])
+            found, *_ = np.linalg.lstsq(np.concatenate([x, penalty]), y, rcond=None)
+            torch.testing.assert_close(heads[score][loop], torch.from_numpy(found), rtol=0, atol=2e-3)
 
 
 def test_thresholds_of_means() -> None:
@@ -96,12 +98,12 @@ def test_calibration(model: YocoUForCausalLM) -> None:
         loss = F.cross_entropy(logits.flatten(0, 1), rows["shift_labels"][12:].flatten())
         assert (one.score, one.threshold, one.mean_loops) == (None, None, loops)
         assert one.loss == pytest.approx(float(loss), abs=2e-5)
-    assert [one.score for one in others] == ["angular"] * 4 + ["head"] * 4
-    for one, wanted in zip(others, [1.5, 1.75, 2.0, 2.5] * 2, strict=True):
+    assert [one.score for one in others] == ["angular"] * 4 + ["divergence"] * 4 + ["gain"] * 4
+    for one, wanted in zip(others, [1.5, 1.75, 2.0, 2.5] * 3, strict=True):
         assert abs(one.mean_loops - wanted) < 0.15
         assert one.change == pytest.approx(one.loss - plain[2].loss)
     chosen = [one for one in others if one.score == found.exits.score and one.threshold == found.exits.threshold]
-    assert len(chosen) == 1 and chosen[0].loss == min(others[1].loss, others[5].loss)
+    assert len(chosen) == 1 and chosen[0].loss == min(others[at].loss for at in (1, 5, 9))
     settings = EngineSettings(dtype="float32", cache_tokens=512, max_num_seqs=2)
     engine = Engine(model, None, settings, found.exits)
     request = engine.add(documents(rows)[-1], SamplingParams(num_loops="auto", max_tokens=4, ignore_eos=True))

@@ -15,7 +15,13 @@ def test_exits_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
     shutil.copytree(workspace / "a", folder)
     options = ("--tokens", 640, "--sequence-length", 32, "--mean-loops", 1.5)
     shown = run("exits", folder, *options)
-    assert shown.status == 0 and "angular" in shown.out and "head" in shown.out and str(folder / "model" / FILE) in shown.err
+    assert (
+        shown.status == 0
+        and "angular" in shown.out
+        and "divergence" in shown.out
+        and "gain" in shown.out
+        and str(folder / "model" / FILE) in shown.err
+    )
     before = (folder / "model" / FILE).read_text()
     outcome = run("exits", folder, *options, "--json")
     assert (folder / "model" / FILE).read_text() == before
@@ -35,7 +41,7 @@ def test_exits_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
     for content, problem in {
         "{": "damaged",
         json.dumps(exits | {"num_loops": 3, "score": "angular", "heads": []}): "exits.json is for 3 loops, and 2 run here",
-        json.dumps(exits | {"score": "head", "heads": [[0.0, 1.0]]}): "a head has 2 numbers; expected 33",
+        json.dumps(exits | {"score": "gain", "heads": [[0.0, 1.0]]}): "a head has 2 numbers; expected 33",
         json.dumps(exits | {"score": "angular", "heads": [[0.0]]}): "1 heads came with score angular; expected 0",
         json.dumps(exits | {"threshold": -1}): "threshold",
     }.items():

@@ -174,16 +174,17 @@ def test_in_bfloat16_with_compiled_kernels(variant: str, kv_dtype: str) -> None:
     assert len({loops for request in mixed for loops in request.outputs[0].loops}) > 1
 
 
-@pytest.mark.parametrize("variant", ["yoco_u", "upper_loop"])
-def test_heads_against_the_twin(variant: str) -> None:
+@pytest.mark.parametrize(("variant", "kind"), [("yoco_u", "divergence"), ("upper_loop", "gain")])
+def test_heads_against_the_twin(variant: str, kind: Any) -> None:
     heads = torch.randn(2, model(variant).config.hidden_size + 1, generator=torch.Generator().manual_seed(3)).mul(0.3)
     rows = heads.double().tolist()
 
     def score(loop: int, before: Tensor, after: Tensor) -> float:
         *weights, constant = rows[loop]
-        return math.exp(float(after / after.square().mean().sqrt() @ torch.tensor(weights, dtype=torch.float64)) + constant)
+        found = float(after / after.square().mean().sqrt() @ torch.tensor(weights, dtype=torch.float64)) + constant
+        return math.exp(found) if kind == "divergence" else max(found, 0)
 
-    exits = Exits(num_loops=3, score="head", threshold=0.7, heads=tuple(map(tuple, heads.tolist())))
+    exits = Exits(num_loops=3, score=kind, threshold=0.7, heads=tuple(map(tuple, heads.tolist())))
     settings = EngineSettings(dtype="float32", cache_tokens=128, block_size=4, max_num_seqs=2, max_batched_tokens=12)
     [request] = run(Engine(model(variant), None, settings, exits), [prompt(14)], greedy(num_loops="auto", max_tokens=NEW))
     assert output(request) == output(run(Engine(model(variant), None, settings, exits), [prompt(14)], auto(0.7))[0])

@@ -20,6 +20,8 @@ from yoco_u.inference.exits import ExitRule, Exits, Score, check_exits, head_inp
 from yoco_u.inference.shared_prefixes import run_shared
 from yoco_u.model import YocoUForCausalLM
 
+Heads = tuple[tuple[float, ...], ...]
+
 _RIDGE = 1e-3  # a token; the squares of what heads read are 1 on average
 _LEAST_KL = 1e-6  # below it lies rounding
 _SHARES = (0.25, 0.5, 0.75)  # of the loops after the first, which tokens run on average
@@ -88,6 +90,7 @@ def calibrate(
         raise UserError(f"the mean is to be {mean_loops:g} loops, but tokens run 1 to {most}; give a mean between these")
     first, second = halves(batches)
     heads = fit_heads(model, first, most)
+    scores: tuple[Score, ...] = ("angular", "divergence", "gain")
     advance()
     texts = [text for batch in second for text in documents(batch)]
     loss = _Losses(model, texts, Exits(num_loops=most, score="angular", threshold=0), advance)
@@ -95,19 +98,19 @@ def calibrate(
     full = plain[-1][1]
     results = [ExitResult(None, None, mean, its, its - full) for mean, its in plain]
     found: dict[Score, ExitResult] = {}
-    for score in ("angular", "head"):
-        exits = Exits(num_loops=most, score=score, threshold=0, heads=heads if score == "head" else ())
-        scores = _scores(model, second, exits)
+    for score in scores:
+        exits = Exits(num_loops=most, score=score, threshold=0, heads=heads.get(score, ()))
+        measured = _scores(model, second, exits)
         loss = _Losses(model, texts, exits, advance)
         for wanted in wanted_means(most, mean_loops):
-            threshold, mean, its = _threshold_of(wanted, scores, loss)
+            threshold, mean, its = _threshold_of(wanted, measured, loss)
             results.append(ExitResult(score, threshold, mean, its, its - full))
             if wanted == mean_loops:
                 found[score] = results[-1]
     best: Score = min(found, key=lambda score: found[score].loss)
     chosen = found[best].threshold
     assert chosen is not None
-    exits = Exits(num_loops=most, score=best, threshold=chosen, heads=heads if best == "head" else ())
+    exits = Exits(num_loops=most, score=best, threshold=chosen, heads=heads.get(best, ()))
     return Calibration(exits, results, sum(len(text) - 1 for text in texts))
 
 
@@ -118,7 +121,7 @@ def wanted_means(most: int, mean_loops: float) -> list[float]:
 
 def steps(most: int, mean_loops: float) -> int:
     """How often `calibrate` advances at most."""
-    return 1 + most + 2 * _TRIES * len(wanted_means(most, mean_loops))
+    return 1 + most + 3 * _TRIES * len(wanted_means(most, mean_loops))
 
 
 def halves(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -154,15 +157,16 @@ def documents(batch: Batch) -> list[list[int]]:
 
 
 @torch.no_grad()
-def fit_heads(model: YocoUForCausalLM, batches: Sequence[Batch], num_loops: int) -> tuple[tuple[float, ...], ...]:
-    """Fit a head for each loop but the last: ridge regression of log KL(p_T || p_l) on the states after loop l.
+def fit_heads(model: YocoUForCausalLM, batches: Sequence[Batch], num_loops: int) -> dict[Score, Heads]:
+    """Fit heads for each loop but the last, by ridge regression on the states after loop l.
 
-    p_l is what the model predicts if every token runs l loops. See `Exits.heads` for what heads are.
+    Those for `divergence` predict log KL(p_T || p_l), where p_l is what the model predicts if every token runs l loops, and
+    those for `gain` the loss of p_l minus that of p_T. See `Exits.heads` for what heads are.
     """
     stage = one_looped_stage(model.model.at_loops(num_loops))
     width = model.config.hidden_size + 1
     squares = torch.zeros(num_loops - 1, width, width, dtype=torch.float64)
-    products = torch.zeros(num_loops - 1, width, dtype=torch.float64)
+    products = torch.zeros(num_loops - 1, width, 2, dtype=torch.float64)
     tokens = 0
     for batch in batches:
         with watch_loops(model, stage) as states:
@@ -170,27 +174,31 @@ def fit_heads(model: YocoUForCausalLM, batches: Sequence[Batch], num_loops: int)
         tokens += len(final)
         for loop in range(num_loops - 1):
             earlier = last_states(model, batch, loop + 1)
-            kl = torch.cat([_divergence(model, final[piece], earlier[piece]) for piece in pieces(model, len(final))])
+            labels = batch["shift_labels"].flatten()
+            compared = [_compared(model, final[it], earlier[it], labels[it]) for it in pieces(model, len(final))]
             x = torch.nn.functional.pad(head_inputs(states[loop + 1].flatten(0, 1)).double(), (0, 1), value=1.0)
             squares[loop] += x.T @ x
-            products[loop] += x.T @ kl.clamp_min(_LEAST_KL).log().double()
+            products[loop] += x.T @ torch.cat(compared).double()
     penalty = torch.full((width,), _RIDGE * tokens, dtype=torch.float64)
     penalty[-1] = _RIDGE**2 * tokens  # hardly any on the constant
     heads = torch.linalg.solve(squares + penalty.diag(), products)
     check_finite(heads.numpy(), model)
-    return tuple(tuple(head) for head in heads.float().tolist())
+    divergence, gain = (tuple(map(tuple, own.tolist())) for own in heads.float().unbind(-1))
+    return {"divergence": divergence, "gain": gain}
 
 
-def _divergence(model: YocoUForCausalLM, final: Tensor, earlier: Tensor) -> Tensor:
-    """KL(final || earlier) of each token in nats, (tokens,)."""
+def _compared(model: YocoUForCausalLM, final: Tensor, earlier: Tensor, labels: Tensor) -> Tensor:
+    """Of each token in nats, (tokens, 2): log KL(final || earlier), and the loss of the earlier states minus the final one."""
     log_p, log_q = (log_probabilities(model, states) for states in (final, earlier))
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    change = log_p - log_q
+    kl = (log_p.exp() * change).sum(-1).clamp_min(_LEAST_KL)
+    return torch.stack([kl.log(), change.gather(-1, labels[:, None])[:, 0]], dim=-1)
 
 
 @torch.no_grad()
 def _scores(model: YocoUForCausalLM, batches: Sequence[Batch], exits: Exits) -> Tensor:
     """The scores after each loop but the last where every token runs all loops, (loops - 1, tokens)."""
-    rule, stage = ExitRule(exits.heads, model.device), one_looped_stage(model.model.at_loops(exits.num_loops))
+    rule, stage = ExitRule(exits, model.device), one_looped_stage(model.model.at_loops(exits.num_loops))
     found = []
     for batch in batches:
         with watch_loops(model, stage) as states:

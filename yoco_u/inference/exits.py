@@ -4,8 +4,9 @@ Scores are measured after each loop but the last. A token leaves where its score
 threshold 0 none leaves.
 
 - `angular`: the angular distance between the token's states before and after the loop. It needs no training.
-- `head`: for each loop a linear head, which predicts from the state after it how far the model's distribution of the next token
-  is from that after all loops, as KL divergence. `yoco-u exits` fits the heads.
+- `divergence` and `gain`: for each loop a linear head, which predicts from the state after it what leaving changes: the KL
+  divergence, KL(p_T || p_l), of the next token's distribution after this loop from that after all loops, or how much lower the
+  loss of the next token is after all loops. `yoco-u exits` fits the heads.
 """
 
 from math import pi
@@ -25,7 +26,7 @@ from yoco_u.files import read_json, write_result
 
 FILE = "exits.json"
 
-Score = Literal["angular", "head"]
+Score = Literal["angular", "divergence", "gain"]
 
 _LARGEST_LOG = 80.0  # whose exponential is a float32
 
@@ -38,7 +39,8 @@ class Exits(Config):
         score: see above.
         threshold: of requests that name none.
         heads: of each loop but the last, so many weights as the hidden states are wide, and a constant; empty where the score
-            is `angular`. They are applied to states that are divided by their root mean square.
+            is `angular`. They are applied to states that are divided by their root mean square, and give the logarithm of the
+            divergence, or the gain, which counts as 0 where it is below.
     """
 
     num_loops: Count
@@ -48,7 +50,7 @@ class Exits(Config):
 
     @model_validator(mode="after")
     def _heads_of_loops(self) -> "Exits":
-        expected = self.num_loops - 1 if self.score == "head" else 0
+        expected = 0 if self.score == "angular" else self.num_loops - 1
         if len(self.heads) != expected:
             raise ValueError(f"{len(self.heads)} heads came with score {self.score}; expected {expected}")
         return self
@@ -83,11 +85,12 @@ class ExitRule:
     """Scores the states of tokens.
 
     Args:
-        heads: see `Exits`; none for the score `angular`.
+        exits: None for the score `angular`.
     """
 
-    def __init__(self, heads: tuple[tuple[float, ...], ...], device: torch.device) -> None:
-        self._heads = torch.tensor(heads, device=device) if heads else None
+    def __init__(self, exits: Exits | None, device: torch.device) -> None:
+        self._score: Score = "angular" if exits is None else exits.score
+        self._heads = torch.tensor([] if exits is None else exits.heads, device=device)
 
     def scores(self, loop: int, before: Tensor, after: Tensor) -> Tensor:
         """The scores of some tokens after a loop, (tokens,), none below 0.
@@ -96,11 +99,12 @@ class ExitRule:
             loop: which one, from 0.
             before, after: states of the tokens, (tokens, hidden) or (tokens, streams, hidden); of streams the mean counts.
         """
-        if self._heads is None:
+        if self._score == "angular":
             found = angular_distance(before, after)
             return found.mean(-1) if found.ndim > 1 else found
         head = self._heads[loop]
-        return (head_inputs(after) @ head[:-1] + head[-1]).clamp(max=_LARGEST_LOG).exp()
+        found = head_inputs(after) @ head[:-1] + head[-1]
+        return found.clamp(max=_LARGEST_LOG).exp() if self._score == "divergence" else found.clamp(min=0)
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Runner:
         self.cache = KVCache(self.architecture, shape, self.device)
         self.tables = BlockTables(shape.max_num_seqs, shape.num_blocks, self.device)
         self._at_loops = lru_cache(self._with_loops)
-        self._exit_rule = ExitRule(() if exits is None else exits.heads, self.device)
+        self._exit_rule = ExitRule(exits, self.device)
         self._loops_kept = self.architecture.stages[self.architecture.loopable_stages[0]].attention == "cross"
         self.loops_run = self.tokens_run = 0
         self.last_loops: dict[Request, int] = {}
