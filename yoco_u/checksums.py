@@ -3,9 +3,8 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from yoco_u.files import DamagedFile, is_mark, write_text
@@ -27,22 +26,6 @@ def write_checksums(folder: Path, files: Iterable[Path] | None = None) -> None:
         f"{digest}  {path.relative_to(folder).as_posix()}\n" for path, digest in zip(chosen, _digests(chosen), strict=True)
     )
     write_text(folder / SUMS, "".join(lines))
-
-
-@contextmanager
-def changing(path: Path) -> Iterator[None]:
-    """Let the block write a file of a folder whose `SHA256SUMS`, if there is one, lists it afterwards.
-
-    Whenever the block or this ends, all checksums in the folder are right: the file's is removed before and added behind.
-    """
-    sums = path.parent / SUMS
-    if not sums.is_file():
-        yield
-        return
-    others = [line for line in sums.read_text(encoding="utf-8").splitlines(keepends=True) if line[66:].rstrip() != path.name]
-    write_text(sums, "".join(others))
-    yield
-    write_text(sums, "".join(sorted([*others, f"{_digest(path)}  {path.name}\n"], key=lambda line: line[66:])))
 
 
 def verify_checksums(folder: Path, mend: str, wanted: Callable[[str], bool] = lambda name: True) -> bool:

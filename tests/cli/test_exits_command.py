@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from yoco_u.checksums import SUMS, verify_checksums
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.exits import FILE
 
@@ -15,17 +14,11 @@ def test_exits_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
     shutil.copytree(workspace / "a", folder)
     options = ("--tokens", 640, "--sequence-length", 32, "--mean-loops", 1.5)
     shown = run("exits", folder, *options)
-    assert (
-        shown.status == 0
-        and "angular" in shown.out
-        and "divergence" in shown.out
-        and "gain" in shown.out
-        and str(folder / "model" / FILE) in shown.err
-    )
+    assert shown.status == 0 and str(folder / "model" / FILE) in shown.err
+    assert all(score in shown.out for score in ("angular", "divergence", "gain"))
     before = (folder / "model" / FILE).read_text()
     outcome = run("exits", folder, *options, "--json")
     assert (folder / "model" / FILE).read_text() == before
-    assert FILE in (folder / "model" / SUMS).read_text() and verify_checksums(folder / "model", "")
     exits = json.loads(before)
     assert outcome.json["chosen"] == {name: exits[name] for name in ("score", "threshold", "num_loops")}
     assert [one["mean_loops"] for one in outcome.json["results"][:2]] == [1, 2]
@@ -37,7 +30,6 @@ def test_exits_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert output["text"] == request.outputs[0].text
     assert output["mean_loops"] == sum(request.outputs[0].loops) / len(request.outputs[0].loops)
 
-    (folder / "model" / SUMS).unlink()
     for content, problem in {
         "{": "damaged",
         json.dumps(exits | {"num_loops": 3, "score": "angular", "heads": []}): "exits.json is for 3 loops, and 2 run here",

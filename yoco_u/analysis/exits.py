@@ -53,7 +53,7 @@ class Calibration:
     """What `calibrate` found.
 
     Attributes:
-        exits: of the score with the lower loss at the wanted mean.
+        exits: of the score with the lowest loss at the wanted mean.
         results: plain loop counts 1 .. T, then by score the wanted means and some others.
         tokens: tokens of the second half.
     """
@@ -107,7 +107,7 @@ def calibrate(
             results.append(ExitResult(score, threshold, mean, its, its - full))
             if wanted == mean_loops:
                 found[score] = results[-1]
-    best: Score = min(found, key=lambda score: found[score].loss)
+    best = min(found, key=lambda score: (found[score].mean_loops > mean_loops + _NEAR, found[score].loss))
     chosen = found[best].threshold
     assert chosen is not None
     exits = Exits(num_loops=most, score=best, threshold=chosen, heads=heads.get(best, ()))

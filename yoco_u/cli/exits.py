@@ -51,8 +51,8 @@ def exits(
     from yoco_u.analysis.exits import calibrate, steps
     from yoco_u.analysis.text import read_batches
     from yoco_u.evaluation.held_out import row_length
-    from yoco_u.files import check_result
-    from yoco_u.inference.exits import FILE, save_exits
+    from yoco_u.files import check_result, write_result
+    from yoco_u.inference.exits import FILE
     from yoco_u.loading import load_model, model_folder
 
     path = model_folder(model) / FILE
@@ -62,7 +62,7 @@ def exits(
     most = network.model.at_loops(num_loops).num_loops
     with progress_bar("calibrating", steps(most, mean_loops)) as advance:
         found = calibrate(network, batches, mean_loops, num_loops, lambda: advance(1))
-    save_exits(path, found.exits)
+    write_result(path, found.exits.model_dump(mode="json"))
     if json:
         chosen = {"score": found.exits.score, "threshold": found.exits.threshold, "num_loops": found.exits.num_loops}
         print_json(

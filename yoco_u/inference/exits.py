@@ -19,10 +19,9 @@ from pydantic import model_validator
 from torch import Tensor
 
 from yoco_u.architecture import Architecture
-from yoco_u.checksums import changing
 from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, parse
 from yoco_u.errors import UserError
-from yoco_u.files import read_json, write_result
+from yoco_u.files import read_json
 
 FILE = "exits.json"
 
@@ -73,12 +72,6 @@ def load_exits(folder: Path, a: Architecture) -> Exits | None:
             expected = f"expected {a.hidden_size + 1} for hidden states of {a.hidden_size}"
             raise UserError(f"{path}: a head has {len(head)} numbers; {expected}; fit it anew with yoco-u exits, or remove it")
     return exits
-
-
-def save_exits(path: Path, exits: Exits) -> None:
-    """Write an `exits.json` into a model's folder, with its checksum if the folder has checksums."""
-    with changing(path):
-        write_result(path, exits.model_dump(mode="json"))
 
 
 class ExitRule:
