@@ -255,15 +255,17 @@ class _Losses:
 
 
 def _threshold_of(wanted: float, scores: Tensor, losses: _Losses) -> tuple[float, float, float]:
-    """A threshold for a wanted mean, and the mean and the loss that the engine measures with it."""
-    aim, best = wanted, (0.0, float("inf"), 0.0)
+    """A threshold for a wanted mean, and the mean and the loss that the engine measures with it.
+
+    Where scores are equal no threshold may be near, and one of a lower mean is taken rather than one of a higher.
+    """
+    aim, found = wanted, []
     for _ in range(_TRIES):
         threshold = _threshold_at(scores, aim)
         params = SamplingParams(max_tokens=0, prompt_logprobs=0, num_loops="auto", exit_threshold=threshold)
         mean, loss = losses.measure(params)
-        if abs(mean - wanted) < abs(best[1] - wanted):
-            best = threshold, mean, loss
+        found.append((threshold, mean, loss))
         if abs(mean - wanted) <= _NEAR:
             break
         aim += wanted - mean
-    return best
+    return min(found, key=lambda one: (one[1] > wanted + _NEAR, abs(one[1] - wanted)))
