@@ -61,7 +61,7 @@ class ExitReference(_Reference):
             for loop in range(ran, stage["loops"]):  # what the loops that did not run hold of it
                 for layer in range(stage["layers"]):
                     if stage["attention"] != "cross":
-                        self.cache.setdefault((s, loop, layer), []).append(self.cache[s, ran - 1, layer][n])
+                        self.cache.setdefault((s, loop, layer), []).append(self.key_and_value(x, n, s, layer))
             crossed += stage["layers"] if stage["attention"] == "cross" else 0
         return x
 
@@ -72,13 +72,19 @@ class ExitReference(_Reference):
         query = self.project(f"{name}.attn.q_proj", normed, self.heads, rotated, f"{name}.attn.q_norm")
         rows = self.cache[-1, 0, read] if read is not None else self.cache.setdefault(at, [])
         if read is None:
-            key = self.project(f"{name}.attn.k_proj", normed, self.kv_heads, n, f"{name}.attn.k_norm")
-            rows.append((key, self.project(f"{name}.attn.v_proj", normed, self.kv_heads)))
+            rows.append(self.key_and_value(x, n, at[0], at[2]))
         assert len(rows) == n + 1
         seen = rows[-self.a["window"] :] if kind == "sliding" else rows
         attended = self.softmax_attention(query, [k for k, _ in seen], [v for _, v in seen])
         y = x + self.w[f"{name}.attn.o_proj.weight"] @ attended
         return y + self.feed_forward(f"{name}.mlp", self.norm(f"{name}.mlp_norm", y))
+
+    def key_and_value(self, x: Tensor, n: int, stage: int, layer: int) -> tuple[Tensor, Tensor]:
+        """What a layer lets others see of a token whose state in front of it is x."""
+        name = f"model.stages.{stage}.layers.{layer}"
+        x = self.norm(f"{name}.attn_norm", x)
+        key = self.project(f"{name}.attn.k_proj", x, self.kv_heads, n, f"{name}.attn.k_norm")
+        return key, self.project(f"{name}.attn.v_proj", x, self.kv_heads)
 
     def global_row(self, x: Tensor, n: int, number: int) -> tuple[Tensor, Tensor]:
         x, name, position = self.norm("model.global_kv.norm", x), "model.global_kv", n if self.a["rope_cross"] else None

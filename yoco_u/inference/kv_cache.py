@@ -51,11 +51,6 @@ class KVStorage:
         k, v = kv.to(dtype).transpose(1, 2).unbind(0)
         return k[None], v[None]
 
-    def copy_rows(self, rows: Tensor, source: "KVStorage") -> None:
-        """Copy some rows (rows,) of a storage of the same shape, as they are stored, to the same rows."""
-        for own, its in zip(self.tensors, source.tensors, strict=True):
-            own.index_copy_(2, rows, its.index_select(2, rows))
-
     def as_stored(self, x: Tensor) -> Tensor:
         """Keys or values (..., head_dim) rounded as storing and reading them would."""
         if self.scales is None:

@@ -70,13 +70,27 @@ class PagedBackend(AttentionBackend):
             self._in_loop[left] = (None, self) if all(running) else (self._index(tokens), self._of(slices))
         return self._in_loop[left]
 
-    def end_loop(self, loop: int, before: Tensor, after: Tensor) -> Tensor:
+    def hold(self, loop: int, before: Tensor, x: Tensor) -> Tensor:
+        return x if self.exits is None or loop == 0 else self.exits.hold(self.slices, before, x)
+
+    def end_loop(self, loop: int, before: Tensor, after: Tensor) -> "tuple[Tensor, tuple[Tensor, AttentionBackend] | None]":
         if self.exits is None:
-            return after
-        after, gone = self.exits.end_loop(loop, before, after)
-        if gone:
-            self._repeat_rows([one for one in self.slices if one.seat in gone], loop, self.exits.num_loops)
-        return after
+            return after, None
+        after, seats = self.exits.end_loop(loop, before, after)
+        gone = [(one, own) for one, own in self._with_tokens() if one.seat in seats]
+        if not gone:
+            return after, None
+        return after, (self._index([token for _, own in gone for token in own]), self._of([one for one, _ in gone]))
+
+    def remember(self, slot: int, k: Tensor, v: Tensor) -> None:
+        assert self.exits is not None
+        own = self.slots[slot]
+        later = (own._replace(loop=loop) for loop in range(own.loop + 1, self.exits.num_loops))
+        for it in later:
+            if own.attention == "sliding":
+                _store(self.cache.rings[it], k, v, *self._ring_slot_mapping)
+            else:
+                _store(self.cache.pages[it], k, v, *self._page_slot_mapping)
 
     def kept(self) -> "tuple[Tensor | None, PagedBackend]":
         if all(one.kept == one.count for one in self.slices):
@@ -111,7 +125,6 @@ class PagedBackend(AttentionBackend):
 
     def sliding_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ring = self.cache.rings[self.slots[slot]]
-        self._set_aside(slot, k, v)
         out = torch.empty_like(q)
         for one, tokens in self.prefills:  # before their own keys overwrite what they still see
             past_k, past_v = ring.read(self._ring_past(one), q.dtype)
@@ -128,7 +141,6 @@ class PagedBackend(AttentionBackend):
 
     def full_attention(self, slot: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
         pages = self.cache.pages[self.slots[slot]]
-        self._set_aside(slot, k, v)
         _store(pages, k, v, *self._page_slot_mapping)
         return self._attend_pages(pages, q, prefix)
 
@@ -157,26 +169,6 @@ class PagedBackend(AttentionBackend):
         if self.decodes and prefix is None:
             self._decode(out, q, pages, self._block_tables, self._seats_and_lengths[1])
         return out
-
-    def _set_aside(self, slot: int, k: Tensor, v: Tensor) -> None:
-        """Give prefill tokens that have left the loop their keys and values of the last loop that they ran."""
-        if self.exits is not None and self.slots[slot].stage == self.architecture.looped_stages[0]:
-            self.exits.replace(self.slots[slot].layer, self.prefills, k, v)
-
-    def _repeat_rows(self, slices: Sequence[SequenceSlice], loop: int, num_loops: int) -> None:
-        """Copy the keys and values of tokens that run no loop after `loop` to the storages of the loops up to `num_loops`."""
-        later = [slot for slot in self.slots if loop < slot.loop < num_loops and slot.has_cache]
-        if not later:
-            return
-        if later[0].attention == "sliding":
-            storages, window = self.cache.rings, self._ring_rows
-            found = [row for one in slices for row in self.cache.ring_rows(one.seat, max(one.start, one.end - window), one.end)]
-            rows = self._index(found)
-        else:
-            storages, size = self.cache.pages, self.cache.shape.block_size
-            rows = torch.cat([self._index([]), *(_page_index(one, max(one.start, one.written), size) for one in slices)])
-        for slot in later:
-            storages[slot].copy_rows(rows, storages[slot._replace(loop=loop)])
 
     def _decode(self, out: Tensor, q: Tensor, storage: KVStorage, block_table: Tensor, lengths: Tensor) -> None:
         n = len(self.decodes)
@@ -237,8 +229,12 @@ class PagedBackend(AttentionBackend):
         for one, own in self._with_tokens():
             first = min(max(one.start, one.written), one.end)
             written += own[first - one.start :]
-            mapping.append(_page_index(one, first, size))
-        return self._all_or(written), torch.cat(mapping)
+            if first < one.end:
+                rows = _page_rows(one, first, size)
+                if isinstance(rows, slice):
+                    rows = torch.arange(rows.start, rows.stop, device=self.cache.device)
+                mapping.append(rows)
+        return self._all_or(written), torch.cat(mapping) if mapping else self._index([])
 
     @cached_property
     def _ring_slot_mapping(self) -> tuple[Tensor | None, Tensor]:
@@ -298,11 +294,3 @@ def _page_rows(one: SequenceSlice, first: int, block_size: int) -> Tensor | slic
         return slice(start, start + one.end - first)
     rows = blocks[:, None] * block_size + torch.arange(block_size, device=blocks.device)
     return rows.flatten()[first - skipped * block_size :][: one.end - first]
-
-
-def _page_index(one: SequenceSlice, first: int, block_size: int) -> Tensor:
-    """The same rows as indices, none where `first` is not before the end."""
-    if first >= one.end:
-        return torch.empty(0, dtype=torch.long, device=one.block_table.device)
-    rows = _page_rows(one, first, block_size)
-    return torch.arange(rows.start, rows.stop, device=one.block_table.device) if isinstance(rows, slice) else rows

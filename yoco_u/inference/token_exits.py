@@ -1,11 +1,12 @@
 """Which tokens of a step have left the loop.
 
-A token that has left keeps its state. In the loops that it does not run, later tokens see its keys and values of the last loop
-that it ran, layer by layer. Decodes that have left are not run at all. The tokens of a prefill run together until all of them
-have left; meanwhile those that have left are computed and set aside.
+A token that has left keeps its state. In the loops that it does not run, later tokens see keys and values that each layer
+projects from this state, as if the layers before had not changed it. Decodes that have left are not run at all. The tokens of
+a prefill run together until all of them have left; meanwhile those that have left keep their states in front of every layer.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class TokenExits:
         self._tokens: dict[int, range] = {}  # of requests whose tokens may leave, by seat
         self._gone: set[int] = set()  # seats whose tokens have all left
         self._some_left = False  # of the other seats
-        self._kv: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of prefills in the newest loop, by seat and layer
+        self._masks: dict[int, Tensor] = {}  # which tokens have left, by how many slices run
         self.begin([], [])
 
     def begin(self, slices: Sequence[SequenceSlice], tokens: Sequence[range]) -> None:
@@ -76,7 +77,7 @@ class TokenExits:
 
     def _update_slices(self) -> list[int]:
         """Look which slices some or all tokens have left. Returns the seats whose last token has left just now."""
-        gone, self._some_left = [], False
+        gone, self._some_left, self._masks = [], False, {}
         for seat, own in self._tokens.items():
             if seat not in self._gone:
                 left = self._left[own.start : own.stop]
@@ -90,23 +91,23 @@ class TokenExits:
         """Whether all tokens of a slice have left."""
         return one.seat in self._gone
 
-    def replace(self, layer: int, prefills: Sequence[tuple[SequenceSlice, slice]], k: Tensor, v: Tensor) -> None:
-        """Give the tokens of prefills that have left their keys and values of the loop before.
+    def hold(self, slices: Sequence[SequenceSlice], before: Tensor, x: Tensor) -> Tensor:
+        """What the next block reads, where tokens that have left keep the states that they had before the loop.
 
         Args:
-            layer: whose keys and values they are, in its stage.
-            prefills: slices, and which of the tokens each of them has.
-            k, v: of a new loop, (1, tokens, kv_heads, head_dim); changed in place.
+            slices: that run.
+            before, x: states of their tokens, (1, tokens, [streams,] hidden).
         """
-        for one, tokens in prefills:
-            if one.exit_threshold is None:
-                continue
-            own, key = self._tokens[one.seat], (one.seat, layer)
-            if self._some_left and key in self._kv:
-                left = torch.tensor(self._left[own.start : own.stop], device=self._device)[:, None, None]
-                for x, before in zip((k, v), self._kv[key], strict=True):
-                    x[0, tokens] = torch.where(left, before, x[0, tokens])
-            self._kv[key] = k[0, tokens], v[0, tokens]
+        if not self._some_left:
+            return x
+        if len(slices) not in self._masks:
+            own = (self._tokens.get(one.seat) for one in slices)
+            left = (
+                [False] * one.count if its is None else self._left[its.start : its.stop]
+                for one, its in zip(slices, own, strict=True)
+            )
+            self._masks[len(slices)] = torch.tensor(list(chain.from_iterable(left)), device=self._device)
+        return torch.where(self._masks[len(slices)].view(1, -1, *[1] * (x.ndim - 2)), before, x)
 
     def loops(self) -> dict[int, list[int]]:
         """How many loops the tokens have run, by the seat of their request."""

@@ -52,13 +52,26 @@ class AttentionBackend(Protocol):
         """
         ...
 
-    def end_loop(self, loop: int, before: Tensor, after: Tensor) -> Tensor:
-        """Take in the states of all tokens before and after a loop, each (batch, tokens, [streams,] hidden), of a looped stage.
+    def hold(self, loop: int, before: Tensor, x: Tensor) -> Tensor:
+        """Take in the states before a loop and those in front of its next block, each (batch, tokens, [streams,] hidden).
 
         Returns:
-            The states to go on with. A backend whose tokens all run the loops of their sequences keeps this default.
+            What the block reads. A backend whose tokens all run the loops of their sequences keeps this default.
         """
-        return after
+        return x
+
+    def end_loop(self, loop: int, before: Tensor, after: Tensor) -> "tuple[Tensor, tuple[Tensor, AttentionBackend] | None]":
+        """Take in the states of all tokens before and after a loop of a looped stage.
+
+        Returns:
+            The states to go on with; and for `remember` the indices and the backend of tokens that run none of the loops to
+            come, in which others will see them, None without any. A backend without such tokens keeps this default.
+        """
+        return after, None
+
+    def remember(self, slot: int, k: Tensor, v: Tensor) -> None:
+        """Remember keys and values in the slots of the loops after that of `slot`, for tokens that do not run them."""
+        raise NotImplementedError("no token of this backend leaves a loop")
 
     @abstractmethod
     def kept(self) -> "tuple[Tensor | None, AttentionBackend]":
