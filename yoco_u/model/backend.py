@@ -70,8 +70,11 @@ class AttentionBackend(Protocol):
         return after, None
 
     def remember(self, slot: int, k: Tensor, v: Tensor) -> None:
-        """Remember keys and values in the slots of the loops after that of `slot`, for tokens that do not run them."""
-        raise NotImplementedError("no token of this backend leaves a loop")
+        """Remember keys and values in the slots of the loops after that of `slot`, for tokens that do not run them.
+
+        Only backends whose `end_loop` names such tokens are asked for it.
+        """
+        return
 
     @abstractmethod
     def kept(self) -> "tuple[Tensor | None, AttentionBackend]":
