@@ -221,7 +221,7 @@ def test_models_whose_tokens_cannot_leave(variant: str, problem: str) -> None:
 
 
 def test_retention_in_the_loop_is_refused() -> None:
-    with pytest.raises(UserError, match="num_loops is auto, but the model's loop keeps retention states"):
+    with pytest.raises(UserError, match="num_loops is auto, but the model's loop is gated retention"):
         engine("yoco_retention", num_loops=2).add(prompt(3), auto(0.1))
 
 

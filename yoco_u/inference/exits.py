@@ -134,7 +134,7 @@ def check_exits(a: Architecture, exits: Exits | None, on_gpu: bool) -> None:
     elif len(a.looped_stages) > 1:
         problem = f"{len(a.looped_stages)} stages of the model loop, and tokens can leave one alone"
     elif a.stages[a.looped_stages[0]].attention == "retention":
-        problem = "the model's loop keeps retention states, which hold nothing of a single token that could be kept"
+        problem = "the model's loop is gated retention, which tokens cannot leave so far"
     elif exits is not None and exits.num_loops != a.num_loops:
         problem = f"{FILE} is for {exits.num_loops} loops, and {a.num_loops} run here; fit it anew with yoco-u exits"
     if problem:
