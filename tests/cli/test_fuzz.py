@@ -8,6 +8,7 @@ import io
 import os
 import random
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,6 +65,7 @@ COMMANDS = (
     Command("tasks", ("run", "yoco_u_stdlib_choice"), {"--limit": "1", "--sequence-length": "1024"}),
     Command("serve", ("run",), {"--port": "0", "--cache-tokens": "4096", "--api-key": "k"}),
     Command("report", ("run",), {"--out": "page.html"}),
+    Command("exits", ("model", "file"), {"--sequence-length": "16", "--mean-loops": "1.5"}),
     Command("analyze", ("run", "file"), {"--tokens": "32", "--sequence-length": "16", "--out": "study", "--measures": "loss"}),
     Command("experiment", ("grid.yaml", "seeds=[0]"), {"--list": FLAG}),
     Command("experiment", ("grid.yaml",), {"--out": "grid"}),
@@ -120,6 +122,7 @@ def place(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         (folder / "config.yaml").write_text((workspace / "config.yaml").read_text())
         for name, target in (("run", "a"), ("corpus", "corpus")):
             (folder / name).symlink_to(workspace / target)
+        shutil.copytree(workspace / "a" / "model", folder / "model")
         (folder / "dangling").symlink_to(folder / "nothing")
         (folder / "circle").symlink_to(folder / "circle")
         monkeypatch.chdir(folder)

@@ -118,7 +118,10 @@ def test_damaged_config_and_tokenizer(run: Any, workspace: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("option", "part"),
     [
-        (("--num-loops", "0"), "num_loops"),
+        (("--num-loops", "0"), "--num-loops is '0'; expected a whole number of at least 1, or auto"),
+        (("--num-loops", "most"), "or auto"),
+        (("--num-loops", "auto"), "no exits.json"),
+        (("--num-loops", "2", "--exit-threshold", "0.1"), "exit_threshold is for num_loops auto, but num_loops is 2"),
         (("--max-tokens", "0"), "--max-tokens"),
         (("--temperature", "-1"), "temperature"),
         (("--top-p", "1.5"), "top_p"),

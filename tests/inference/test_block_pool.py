@@ -31,12 +31,14 @@ def test_hashes_name_the_tokens_all_before_them_and_the_loop_count():
     assert one == chain_hash(root_hash(1), (1, 2))
     others = [
         chain_hash(root_hash(2), [1, 2]),
+        chain_hash(root_hash(1, 0.5), [1, 2]),
+        chain_hash(root_hash(1, 0.25), [1, 2]),
         chain_hash(root_hash(1), [2, 1]),
         chain_hash(root_hash(1), [1, 2, 3]),
         chain_hash(one, [1, 2]),
         chain_hash(root_hash(1), [1 + 2**32, 2]),
     ]
-    assert len({one, *others}) == 6
+    assert len({one, *others}) == 8
     assert one.hex().startswith("88f7a7d9"), "the same in every process"
 
 

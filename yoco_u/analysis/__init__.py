@@ -5,13 +5,14 @@ model by hooks, so the model knows nothing of them. Start reading at `trace.py`,
 simplest measure. `study.py` runs all measures for `yoco-u analyze`; `tables.py`, `pictures.py` and `output.py` show results.
 """
 
-from yoco_u.analysis.angular import AngularDistances, angular_distance, angular_distances
+from yoco_u.analysis.angular import AngularDistances, angular_distances
 from yoco_u.analysis.attention import AttentionSpans, attention_spans
 from yoco_u.analysis.classes import TokenClasses, token_classes
 from yoco_u.analysis.convergence import Convergence, loops_to_convergence
 from yoco_u.analysis.lens import LogitLens, logit_lens
 from yoco_u.analysis.loss import LoopLoss, loss_against_loops
 from yoco_u.analysis.text import document_batches, split_batches
+from yoco_u.inference.exits import angular_distance
 
 __all__ = [
     "AngularDistances",

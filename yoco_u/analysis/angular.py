@@ -4,14 +4,13 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
-from math import pi
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from yoco_u.analysis.trace import at_loops, last_states, unroll, watch_layers, watch_loops
 from yoco_u.data import Batch
+from yoco_u.inference.exits import angular_distance
 from yoco_u.model import YocoUForCausalLM
 
 
@@ -73,17 +72,6 @@ def angular_distances(model: YocoUForCausalLM, batches: Iterable[Batch], num_loo
         (layers / tokens).tolist(),
         [LoopDistance(s, t, total / tokens) for s in stages for t, total in enumerate(loops[s].tolist(), start=1)],
     )
-
-
-def angular_distance(x: Tensor, y: Tensor) -> Tensor:
-    """The angle between vectors, (..., hidden), divided by pi.
-
-    It is computed as `2 atan2(|x - y|, |x + y|)` of the unit vectors (Kahan, 2006), which is accurate for nearly parallel
-    vectors too; arccos of their product is not.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, y = F.normalize(x.to(dtype), dim=-1), F.normalize(y.to(dtype), dim=-1)
-    return 2 * torch.atan2((x - y).norm(dim=-1), (x + y).norm(dim=-1)) / pi
 
 
 def _summed(x: Tensor, y: Tensor) -> float:

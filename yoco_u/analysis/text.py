@@ -1,14 +1,37 @@
 """The text that measures run on, as batches of rows without padding, so that every token counts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
 
-from yoco_u.data import Batch, Document, DocumentEncoder, PackedDataset, as_batch
+from yoco_u.data import Batch, Corpus, Document, DocumentEncoder, PackedDataset, as_batch
 from yoco_u.errors import UserError
+from yoco_u.evaluation.held_out import validation_split
 
 _TOKENS_PER_PASS = 4096
+
+
+def read_batches(
+    path: Path, files: Sequence[str], text_field: str, sequence_length: int, tokens: int, tokenizer: PreTrainedTokenizerFast
+) -> list[Batch]:
+    """The text that a command names: files, or the validation split of a run where there are none.
+
+    Args:
+        path: a run folder or a saved model.
+        files: entries of a corpus, as in a config's `data.corpus`.
+        tokens: the most targets to take.
+
+    Raises:
+        UserError: if there is no text.
+    """
+    if files:
+        return document_batches(
+            DocumentEncoder(tokenizer), Corpus(list(files), text_field).documents(), sequence_length, tokens
+        )
+    return split_batches(validation_split(path, sequence_length), tokens)
 
 
 def split_batches(dataset: PackedDataset, tokens: int) -> list[Batch]:

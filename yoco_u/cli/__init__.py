@@ -23,6 +23,7 @@ from yoco_u.cli.chat import chat
 from yoco_u.cli.context import context
 from yoco_u.cli.convert import convert
 from yoco_u.cli.evaluate import evaluate
+from yoco_u.cli.exits import exits
 from yoco_u.cli.experiment import experiment
 from yoco_u.cli.generate import generate
 from yoco_u.cli.grpo import grpo
@@ -65,6 +66,7 @@ for command in (
     serve,
     report,
     analyze,
+    exits,
     experiment,
     bench,
 ):

@@ -71,6 +71,7 @@ def analyze(
     """
     from yoco_u.analysis.output import About, check_folder, write_study
     from yoco_u.analysis.study import COMPARED, StudySettings, study
+    from yoco_u.analysis.text import read_batches
     from yoco_u.device import find_device
     from yoco_u.evaluation.held_out import row_length
 
@@ -84,7 +85,7 @@ def analyze(
     subjects, tokenizer = _load([model, *(compare or [])], num_loops, find_device(device))
     wanted, left_out = _sensible(wanted, subjects, explicit=measures is not None)
     length = sequence_length or row_length(model)
-    batches = _text(model, files or [], text_field, length, tokens, tokenizer)
+    batches = read_batches(model, files or [], text_field, length, tokens, tokenizer)
     chosen = [[measure for measure in wanted if subject is subjects[0] or measure in COMPARED] for subject in subjects]
     with progress_bar("looking inside", sum(map(len, chosen)) * len(batches)) as advance:
 
@@ -142,18 +143,6 @@ def _sensible(wanted: list[str], subjects: "list[Subject]", explicit: bool) -> t
         if explicit:
             raise UserError(f"--measures {measure}: {reason}; leave it out")
     return [measure for measure in wanted if measure not in reasons], reasons
-
-
-def _text(
-    model: Path, files: list[str], text_field: str, length: int, tokens: int, tokenizer: "PreTrainedTokenizerFast"
-) -> "list[Batch]":
-    from yoco_u.analysis.text import document_batches, split_batches
-    from yoco_u.data import Corpus, DocumentEncoder
-    from yoco_u.evaluation.held_out import validation_split
-
-    if files:
-        return document_batches(DocumentEncoder(tokenizer), Corpus(files, text_field).documents(), length, tokens)
-    return split_batches(validation_split(model, length), tokens)
 
 
 def _print(studies: "list[Study]", about: "About", written: list[Path]) -> None:

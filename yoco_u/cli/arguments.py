@@ -90,6 +90,19 @@ def whole_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
         raise UserError(f"{option} is {text!r}; expected whole numbers with commas between, such as 4096,32768") from None
 
 
+def loops_or_auto(text: str | None, option: str = "--num-loops") -> int | str | None:
+    """`3` -> 3, `auto` -> auto; None for an option that was not given.
+
+    Raises:
+        UserError: if it is neither a whole number of at least 1 nor auto.
+    """
+    if text is None or text == "auto":
+        return text
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise UserError(f"{option} is {shown(text)}; expected a whole number of at least 1, or auto")
+    return int(text)
+
+
 def check_can_be_written(**files: Path | None) -> None:
     """Check the files that options name, before the work whose results go there is begun.
 

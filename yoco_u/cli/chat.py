@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import is_unicode
+from yoco_u.cli.arguments import is_unicode, loops_or_auto
 from yoco_u.cli.output import check_outputs, note
 from yoco_u.errors import UserError
 
@@ -27,7 +27,9 @@ _HELP = (
 
 def chat(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
-    num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T. \\[default: the model's own]")] = None,
+    num_loops: Annotated[
+        str | None, typer.Option("--num-loops", help="Loop count T, or auto. \\[default: the model's own]")
+    ] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.8,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of one answer.")] = 200,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answers.")] = None,
@@ -57,7 +59,8 @@ def chat(
     from yoco_u.inference.chat_template import template_file, why_no_chats
 
     chosen: dict[str, Any] = {
-        "num_loops": num_loops, "temperature": temperature, "max_tokens": max_tokens, "seed": seed, "drafts": drafts,
+        "num_loops": loops_or_auto(num_loops), "temperature": temperature, "max_tokens": max_tokens, "seed": seed,
+        "drafts": drafts,
     }  # fmt: skip
     params = parse(SamplingParams, chosen, "options")
     llm = LLM(model, device=device, dtype=dtype)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import standard_input
+from yoco_u.cli.arguments import loops_or_auto, standard_input
 from yoco_u.cli.output import check_outputs, print_json
 from yoco_u.errors import UserError
 
@@ -30,7 +30,13 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="Over 1 makes repetition rarer.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output. Can be repeated.")] = None,
-    num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own.")] = None,
+    num_loops: Annotated[
+        str | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own; auto: see --exit-threshold.")
+    ] = None,
+    exit_threshold: Annotated[
+        float | None,
+        typer.Option("--exit-threshold", help="With --num-loops auto: tokens of a score below leave the loop."),
+    ] = None,
     drafts: Annotated[
         Literal["none", "loops", "prompt"], typer.Option("--drafts", help="Draft tokens to verify several in a step.")
     ] = "none",
@@ -56,6 +62,7 @@ def generate(
 
       yoco-u generate runs/8m --prompt 'import ' --prompt 'class ' -n 3 --json
     """
+    loops = loops_or_auto(num_loops)
     prompts = [standard_input() if text == "-" else text for text in prompt]
     if not all(prompts):
         raise UserError("the prompt is empty; give at least one character")
@@ -64,10 +71,10 @@ def generate(
 
     params = SamplingParams(
         max_tokens=max_tokens, n=n, temperature=0 if greedy else temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()), num_loops=num_loops, regex=regex,
-        json_schema=_read(json_schema), drafts=drafts,
+        repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()), num_loops=loops, regex=regex,
+        json_schema=_read(json_schema), drafts=drafts, exit_threshold=exit_threshold,
     )  # fmt: skip
-    llm = LLM(model, device=device, dtype=dtype, weights=weights, num_loops=num_loops)
+    llm = LLM(model, device=device, dtype=dtype, weights=weights, num_loops=None if loops == "auto" else loops)
     if not json and len(prompts) == n == 1:
         _stream(llm, prompts[0], params)
         return
@@ -106,7 +113,13 @@ def _read(path: Path | None) -> str | None:
 
 def _as_json(request: "RequestOutput") -> dict[str, Any]:
     outputs = [
-        {"text": output.text, "tokens": len(output.token_ids), "finish_reason": output.finish_reason, "error": output.error}
+        {
+            "text": output.text,
+            "tokens": len(output.token_ids),
+            "mean_loops": sum(output.loops) / len(output.loops) if output.loops else None,
+            "finish_reason": output.finish_reason,
+            "error": output.error,
+        }
         for output in request.outputs
     ]
     return {"prompt": request.prompt, "num_loops": request.num_loops, "outputs": outputs}

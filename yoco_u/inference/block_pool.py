@@ -7,10 +7,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 
-def root_hash(num_loops: int) -> bytes:
-    """The hash that a request's first block is chained to. Requests of different loop counts get different ones, since their
-    keys and values differ although their tokens are equal."""
-    return hashlib.sha256(b"num_loops=%d" % num_loops).digest()
+def root_hash(num_loops: int, exit_threshold: float | None = None) -> bytes:
+    """The hash that a request's first block is chained to. Requests of different loop counts, or of tokens that leave the loop
+    by different thresholds, get different ones, since their keys and values differ although their tokens are equal."""
+    leaving = b"" if exit_threshold is None else b" exit_threshold=%a" % exit_threshold
+    return hashlib.sha256(b"num_loops=%d" % num_loops + leaving).digest()
 
 
 def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:

@@ -12,6 +12,7 @@ from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError, said_of
 from yoco_u.inference.constraints import Grammars
 from yoco_u.inference.detokenizer import Detokenizer
+from yoco_u.inference.exits import FILE, Exits, check_exits
 from yoco_u.inference.gpu_layers import fuse_layers
 from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.inference.kernels.gpu import require_triton
@@ -43,6 +44,7 @@ class Engine:
     Args:
         model: in evaluation mode on its device. It is the engine's from then on: its weights may be quantized or prepacked.
         tokenizer: None for requests in tokens only, without text, stop strings or grammars.
+        exits: how tokens leave the loop, of requests that let them; what the model's folder says.
 
     Raises:
         UserError: if the caches do not fit into memory, or the settings do not fit together.
@@ -53,12 +55,18 @@ class Engine:
         speculation: drafts tokens and says which of them are right.
     """
 
-    def __init__(self, model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast | None, settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        model: YocoUForCausalLM,
+        tokenizer: PreTrainedTokenizerFast | None,
+        settings: EngineSettings,
+        exits: Exits | None = None,
+    ) -> None:
         self.architecture = model.config.architecture
         if model.device.type == "cuda":
             require_triton()
         settings = settings.on_device(model.device)
-        self.settings, self.tokenizer = settings, tokenizer
+        self.settings, self.tokenizer, self.exits = settings, tokenizer, exits
         self.num_loops = settings.num_loops or model.model.at_loops().num_loops
         if settings.num_loops is None:
             check_one_loop_count(model.model.at_loops())
@@ -74,7 +82,7 @@ class Engine:
             fuse_layers(model)
         if can_prepack(model):
             prepack(model)
-        self.runner = Runner(model, shape)
+        self.runner = Runner(model, shape, exits=exits)
         self.cache = self.runner.cache
         self._make_room(self.num_loops)
         self.max_model_len = min(settings.max_model_len or 2**62, shape.num_blocks * shape.block_size)
@@ -131,7 +139,7 @@ class Engine:
         """
         tokens = self._tokens(prompt, params)
         self.speculation.check(params.drafts)
-        loops = params.num_loops or self.num_loops
+        loops, threshold = self._loops(params)
         name = next(str(n) for n in self._numbers if str(n) not in self._outputs) if request_id is None else request_id
         names = [name, *(f"{name}.{index}" for index in range(1, params.n))]
         for taken in (own for own in names if own in self._outputs):
@@ -143,7 +151,7 @@ class Engine:
             completion = Completion(index, logprobs=[] if params.logprobs is not None else None)
             parent.outputs.append(completion)
             own = params if index == 0 else params.model_copy(update={"prompt_logprobs": None})
-            request = Request(own_name, tokens, own, loops)
+            request = Request(own_name, tokens, own, loops, threshold)
             outputs.append(
                 RunningOutput(
                     request,
@@ -224,6 +232,7 @@ class Engine:
                 updates.append(failed)
             elif chunk.samples:
                 rows[output] = known[-1]
+                output.loops = self.runner.last_loops.get(chunk.request, chunk.request.num_loops)
                 self.speculation.verify(output, logits)
         updates += self._sample(rows, idle=not step.chunks)
         while accepted := self.speculation.accept():
@@ -347,6 +356,26 @@ class Engine:
             raise UserError(problem, "logit_bias")
         if self.tokenizer is None and (params.stop or params.constrained):
             raise UserError("stop strings, json_schema, regex and tools need a tokenizer; use stop_token_ids or give one")
+
+    @property
+    def auto_loops(self) -> bool:
+        """Whether a request may say `num_loops="auto"` without an `exit_threshold`."""
+        try:
+            return self._loops(SamplingParams(num_loops="auto"))[1] is not None
+        except UserError:
+            return False
+
+    def _loops(self, params: SamplingParams) -> tuple[int, float | None]:
+        """T of a request, and the score below which its tokens leave the loop, None if they do not."""
+        if params.num_loops != "auto":
+            return params.num_loops or self.num_loops, None
+        check_exits(self.architecture.with_loops(self.num_loops), self.exits, self.runner.decode_graphs is not None)
+        if params.exit_threshold is not None:
+            return self.num_loops, params.exit_threshold
+        if self.exits is None:
+            problem = f"num_loops is auto, but the model has no {FILE}; run yoco-u exits, or set exit_threshold"
+            raise UserError(problem, "exit_threshold")
+        return self.num_loops, self.exits.threshold
 
     def _make_room(self, loops: int) -> None:
         """Allocate the caches that requests of `loops` loops need, unless they are there.

@@ -23,6 +23,7 @@ class Completion:
         index: which of the request's `n` outputs this is.
         text: without the stop string or end token; empty without a tokenizer.
         token_ids: all sampled tokens, the end token included.
+        loops: of each token, how many loops the token before it ran, from whose state it was chosen.
         logprobs: one a token, if asked for.
         finish_reason: "stop", "length", "abort" or "error"; None while it runs.
         stop_reason: the stop string or the token that ended it.
@@ -33,6 +34,7 @@ class Completion:
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    loops: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -49,6 +51,7 @@ class RequestOutput:
         prompt: the text as it was given; None if the request came as tokens.
         prompt_logprobs: if asked for, one entry for each prompt token; None for the first token, and for those before
             `prompt_logprobs_start`.
+        num_loops: T; the most loops that a token runs, where tokens leave the loop.
         cached_tokens: prompt tokens that were not computed again because an earlier request or output had, over all outputs.
     """
 

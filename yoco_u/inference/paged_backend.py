@@ -20,6 +20,7 @@ from yoco_u.inference.kernels import chunk_attention, decode_attention, rotate
 from yoco_u.inference.kv_cache import KVCache, KVStorage
 from yoco_u.inference.sequence_slice import SequenceSlice
 from yoco_u.inference.step_retention import step_retention
+from yoco_u.inference.token_exits import TokenExits
 from yoco_u.model.backend import AttentionBackend
 from yoco_u.model.rope import rotary_angles
 
@@ -31,14 +32,21 @@ class PagedBackend(AttentionBackend):
         slices: decodes first.
         architecture: at the largest loop count of the step.
         slots: `architecture.slots()`, which the caller lists once for all steps.
+        exits: of tokens that may leave the loop; None where there are none.
     """
 
     has_cache = True
 
     def __init__(
-        self, slices: Sequence[SequenceSlice], cache: KVCache, architecture: Architecture, slots: tuple[Slot, ...]
+        self,
+        slices: Sequence[SequenceSlice],
+        cache: KVCache,
+        architecture: Architecture,
+        slots: tuple[Slot, ...],
+        exits: TokenExits | None = None,
     ) -> None:
         self.slices, self.cache, self.architecture, self.slots = slices, cache, architecture, slots
+        self.exits = exits
         ends = list(accumulate(one.count for one in slices))
         self.tokens = [range(end - one.count, end) for one, end in zip(slices, ends, strict=True)]  # of the step, by slice
         singles = [one for one in slices if _is_single(one)]
@@ -52,13 +60,37 @@ class PagedBackend(AttentionBackend):
         self._in_loop: dict[int, tuple[Tensor | None, PagedBackend]] = {}  # by how many slices are left
 
     def in_loop(self, loop: int) -> "tuple[Tensor | None, PagedBackend]":
-        running = [one.num_loops > loop for one in self.slices]
+        if self.exits is not None and loop == 0:
+            self.exits.begin(self.slices, self.tokens)
+        running = [one.num_loops > loop and not (self.exits and self.exits.has_gone(one)) for one in self.slices]
         left = sum(running)
         if left not in self._in_loop:
             tokens = [token for own, runs in zip(self.tokens, running, strict=True) if runs for token in own]
             slices = [one for one, runs in zip(self.slices, running, strict=True) if runs]
             self._in_loop[left] = (None, self) if all(running) else (self._index(tokens), self._of(slices))
         return self._in_loop[left]
+
+    def hold(self, loop: int, before: Tensor, x: Tensor) -> Tensor:
+        return x if self.exits is None or loop == 0 else self.exits.hold(self.slices, before, x)
+
+    def end_loop(self, loop: int, before: Tensor, after: Tensor) -> "tuple[Tensor, tuple[Tensor, AttentionBackend] | None]":
+        if self.exits is None:
+            return after, None
+        after, seats = self.exits.end_loop(loop, before, after)
+        gone = [(one, own) for one, own in self._with_tokens() if one.seat in seats]
+        if not gone:
+            return after, None
+        return after, (self._index([token for _, own in gone for token in own]), self._of([one for one, _ in gone]))
+
+    def remember(self, slot: int, k: Tensor, v: Tensor) -> None:
+        assert self.exits is not None
+        own = self.slots[slot]
+        later = (own._replace(loop=loop) for loop in range(own.loop + 1, self.exits.num_loops))
+        for it in later:
+            if own.attention == "sliding":
+                _store(self.cache.rings[it], k, v, *self._ring_slot_mapping)
+            else:
+                _store(self.cache.pages[it], k, v, *self._page_slot_mapping)
 
     def kept(self) -> "tuple[Tensor | None, PagedBackend]":
         if all(one.kept == one.count for one in self.slices):
@@ -230,7 +262,7 @@ class PagedBackend(AttentionBackend):
         return self.cache.shape.window
 
     def _of(self, slices: Sequence[SequenceSlice]) -> "PagedBackend":
-        return PagedBackend(slices, self.cache, self.architecture, self.slots)
+        return PagedBackend(slices, self.cache, self.architecture, self.slots, self.exits)
 
     def _with_tokens(self) -> Iterator[tuple[SequenceSlice, range]]:
         return zip(self.slices, self.tokens, strict=True)

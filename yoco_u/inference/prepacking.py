@@ -132,6 +132,10 @@ class FusedDecodeBlock(nn.Module):
             return self.block(x, backend, slot, keys, values)
         return self.kernel.run(x, *arguments), None
 
+    def remember(self, x: Tensor, backend: AttentionBackend, slot: int) -> None:
+        """See `Block.remember`."""
+        self.block.remember(x, backend, slot)
+
 
 def can_prepack(model: YocoUForCausalLM) -> bool:
     """Whether the kernels can run this model: it is bfloat16 and on a CPU, and they could be built."""

@@ -21,6 +21,8 @@ class Request:
     Attributes:
         prompt: token ids, at least one.
         num_loops: T of this request; caches of another T are never shared with it.
+        exit_threshold: of tokens that may leave the loop earlier, see `exits.py`; None where all run T loops. Caches of another
+            threshold are never shared with it either.
         output: the tokens sampled so far.
         computed: leading tokens of prompt and output whose state is in the caches.
         unscored: the first prompt token whose log probability is asked for and not known yet; the prompt's length or more
@@ -39,6 +41,7 @@ class Request:
     prompt: list[int]
     params: "SamplingParams"
     num_loops: int
+    exit_threshold: float | None = None
     output: list[int] = field(default_factory=list)
     computed: int = 0
     blocks: list[int] = field(default_factory=list)

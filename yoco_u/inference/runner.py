@@ -12,6 +12,7 @@ from yoco_u.device import upload
 from yoco_u.free_cores import FreeCores
 from yoco_u.inference.block_tables import BlockTables
 from yoco_u.inference.decode_graphs import Capture, DecodeGraphs, Slots, cuda_graphs
+from yoco_u.inference.exits import ExitRule, Exits
 from yoco_u.inference.gpu_backend import GpuBackend
 from yoco_u.inference.gpu_plan import StepPlan
 from yoco_u.inference.kv_cache import CacheShape, KVCache
@@ -19,6 +20,7 @@ from yoco_u.inference.paged_backend import PagedBackend
 from yoco_u.inference.request import Request
 from yoco_u.inference.sequence_slice import SequenceSlice
 from yoco_u.inference.step import Chunk, Step
+from yoco_u.inference.token_exits import TokenExits
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.backend import AttentionBackend
 
@@ -29,9 +31,13 @@ class Runner:
     Args:
         on_gpu: whether to run as on a GPU, see `gpu_backend.py`; by default on every device but a CPU.
         capture: how decode steps are recorded there; by default as CUDA graphs where there is CUDA, and not at all elsewhere.
+        exits: how tokens leave the loop, of requests that let them; by their angular distances if None.
 
     Attributes:
         cache: the memory of all sequences.
+        loops_run, tokens_run: loops run since the start, over all tokens that ran through the stage that loops, and how many
+            these were.
+        last_loops: of requests of the last step whose tokens may leave the loop, how many loops the last token ran.
     """
 
     def __init__(
@@ -40,12 +46,17 @@ class Runner:
         shape: CacheShape,
         on_gpu: bool | None = None,
         capture: Capture | None = None,
+        exits: Exits | None = None,
     ) -> None:
         self.model, self.architecture = model, model.config.architecture
         self.device = model.device
         self.cache = KVCache(self.architecture, shape, self.device)
         self.tables = BlockTables(shape.max_num_seqs, shape.num_blocks, self.device)
         self._at_loops = lru_cache(self._with_loops)
+        self._exit_rule = ExitRule(exits, self.device)
+        self._loops_kept = self.architecture.stages[self.architecture.loopable_stages[0]].attention == "cross"
+        self.loops_run = self.tokens_run = 0
+        self.last_loops: dict[Request, int] = {}
         self._free_cores = FreeCores() if self.device.type == "cpu" else None
         self.decode_graphs: DecodeGraphs | None = None
         if self.device.type != "cpu" if on_gpu is None else on_gpu:
@@ -102,22 +113,33 @@ class Runner:
         chunks = sorted(step.chunks, key=place)
         architecture, slots = self._at_loops(max(chunk.request.num_loops for chunk in chunks))
         slices = [self._slice(chunk) for chunk in chunks]
+        leaving = [one.num_loops for one in slices if one.exit_threshold is not None]
+        exits = TokenExits(self._exit_rule, leaving[0], self.device) if leaving else None
         if step.states:
             states = self._after_first_loop(chunks, slices, step.states)
             backend = self._backend(slices, architecture, slots)
             hidden, _ = self.model.model.run_stages(states, backend, architecture, first_loop=1)
             logits = self._head(hidden)
         else:
-            logits = self._logits(slices, [token for chunk in chunks for token in chunk.tokens], architecture, slots)
+            ids = [token for chunk in chunks for token in chunk.tokens]
+            logits = self._logits(slices, ids, architecture, slots, exits)
+        self._count(chunks, slices, exits)
         asked = [chunk for chunk in chunks if kept_positions(chunk)]
         return list(zip(asked, logits.split([kept_positions(chunk) for chunk in asked]), strict=True))
 
-    def _logits(self, slices: list[SequenceSlice], ids: list[int], architecture: Architecture, slots: Slots) -> Tensor:
+    def _logits(
+        self,
+        slices: list[SequenceSlice],
+        ids: list[int],
+        architecture: Architecture,
+        slots: Slots,
+        exits: TokenExits | None,
+    ) -> Tensor:
         """Logits of the kept tokens of all slices, (kept, vocab)."""
         if self.decode_graphs is not None and all(one.count == one.kept == 1 for one in slices):
             self.tables.flush()
             return self.decode_graphs.run(slices, ids, architecture, slots)
-        backend = self._backend(slices, architecture, slots)
+        backend = self._backend(slices, architecture, slots, exits)
         return self._head(self.model.model.run_stages(self._embedded(ids), backend, architecture)[0])
 
     def _after_first_loop(
@@ -141,9 +163,23 @@ class Runner:
             parts.append(states)
         return torch.cat(parts, dim=1)
 
-    def _backend(self, slices: Sequence[SequenceSlice], architecture: Architecture, slots: Slots) -> AttentionBackend:
+    def _count(self, chunks: Sequence[Chunk], slices: Sequence[SequenceSlice], exits: TokenExits | None) -> None:
+        """Count the loops of a step that has run."""
+        left = {} if exits is None else exits.loops()
+        self.last_loops = {}
+        for chunk, one in zip(chunks, slices, strict=True):
+            tokens = one.kept if self._loops_kept else one.count
+            loops = left.get(one.seat)
+            self.tokens_run += tokens
+            self.loops_run += tokens * one.num_loops if loops is None else sum(loops)
+            if loops:
+                self.last_loops[chunk.request] = loops[-1]
+
+    def _backend(
+        self, slices: Sequence[SequenceSlice], architecture: Architecture, slots: Slots, exits: TokenExits | None = None
+    ) -> AttentionBackend:
         if self.decode_graphs is None:
-            return PagedBackend(slices, self.cache, architecture, slots)
+            return PagedBackend(slices, self.cache, architecture, slots, exits)
         self.tables.flush()
         return GpuBackend(StepPlan(slices, self.tables, self.cache), self.cache, architecture, slots)
 
@@ -174,6 +210,7 @@ class Runner:
             seat=request.seat,
             block_table=self.tables.of(request),
             num_loops=request.num_loops,
+            exit_threshold=request.exit_threshold,
             one_by_one=bool(chunk.drafts) and self.decode_graphs is None,
         )
 

@@ -23,6 +23,7 @@ class RunningOutput:
         completion: what the user sees of it.
         parent: the user's request, of which this is one of `n` outputs.
         drafter: how its tokens are drafted; None if they are not.
+        loops: how many loops the token ran from whose state the next one is chosen.
         started: whether it was in a step.
     """
 
@@ -32,6 +33,7 @@ class RunningOutput:
     completion: Completion
     parent: RequestOutput
     drafter: Drafter | None = None
+    loops: int = 0
     started: bool = False
 
     def start(self, cached: int) -> None:
@@ -65,6 +67,7 @@ class RunningOutput:
         """
         completion, token = self.completion, sampled.token
         completion.token_ids.append(token)
+        completion.loops.append(self.loops)
         if completion.logprobs is not None:
             assert sampled.logprob is not None
             completion.logprobs.append(TokenLogprobs(sampled.logprob, sampled.top))

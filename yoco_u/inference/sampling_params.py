@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
-from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, PositiveFloat32, describe, wrong_setting
+from yoco_u.config import Config, Count, Float32, LoopsOrAuto, NonNegativeFloat32, PositiveFloat32, describe, wrong_setting
 from yoco_u.errors import UserError
 from yoco_u.inference.drafts import Drafting
 from yoco_u.inference.tool_calls import ToolCalls
@@ -35,7 +35,10 @@ class SamplingParams(Config):
         prompt_logprobs: the same of each prompt token after the first.
         prompt_logprobs_start: leave out the prompt tokens before this position. The cross-decoder and the LM head do not run
             for them, and their prefix is shared with other requests.
-        num_loops: T, the loops of the model for this request; None for the model's own.
+        num_loops: T, the loops of the model for this request; None for the model's own. With `auto` each token leaves the loop
+            when another one would hardly change it, and runs the model's own T at most.
+        exit_threshold: with `auto`, the score below which a token leaves the loop, see `exits.py`: at 0 none leaves, and the
+            more the higher it is. None for that of the model's `exits.json`.
         drafts: how tokens are drafted, several of which one step then verifies: by the model's first loop (`loops`), from what
             stood behind the same tokens in prompt or output (`prompt`), or not at all (`none`). None for the engine's setting.
             The output is the same.
@@ -66,7 +69,8 @@ class SamplingParams(Config):
     logprobs: int | None = Field(default=None, ge=0, le=20)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     prompt_logprobs_start: NonNegativeInt = 0
-    num_loops: Count | None = None
+    num_loops: LoopsOrAuto | None = None
+    exit_threshold: NonNegativeFloat32 | None = None
     drafts: Drafting | None = None
     json_schema: dict[str, Any] | None = None
     regex: str | None = None
@@ -105,6 +109,11 @@ class SamplingParams(Config):
         if self.prompt_logprobs_start and self.prompt_logprobs is None:
             needed = "prompt_logprobs_start needs prompt_logprobs; set it, to 0 for the chosen tokens alone"
             raise UserError(needed, "prompt_logprobs_start")
+        if self.exit_threshold is not None and self.num_loops != "auto":
+            problem = f"exit_threshold is for num_loops auto, but num_loops is {self.num_loops}; set it to auto"
+            raise UserError(problem, "exit_threshold")
+        if self.num_loops == "auto" and self.drafts in ("loops", "prompt"):
+            raise UserError(f"num_loops auto and drafts {self.drafts} exclude each other; set drafts none", "drafts")
         if self.regex is not None and self.grammar != "regex":
             raise UserError(f"{self.grammar} and regex exclude each other; give one", "regex")
         if self.constrained and (self.ignore_eos or self.min_tokens):

@@ -357,7 +357,7 @@ class Scheduler:
     def _hash_blocks(self, request: Request, count: int) -> None:
         """Make sure that a request has the chain hashes of its first `count` blocks, which must be full."""
         for index in range(len(request.hashes), count):
-            parent = request.hashes[-1] if index else root_hash(request.num_loops)
+            parent = request.hashes[-1] if index else root_hash(request.num_loops, request.exit_threshold)
             tokens = request.token_slice(index * self.block_size, (index + 1) * self.block_size)
             request.hashes.append(chain_hash(parent, tokens))
 

@@ -16,6 +16,7 @@ class SequenceSlice:
         seat: the request's row in every window ring and retention state.
         block_table: the request's blocks of the pages, (blocks,) int32, on the host.
         num_loops: T of the request.
+        exit_threshold: a token whose score is below it leaves the loop, see `exits.py`; None where all run all loops.
         one_by_one: whether each token attends as a decode does, beside those of other requests, and not the slice by itself.
             That is faster for a few tokens, which may be drafted ones.
     """
@@ -27,6 +28,7 @@ class SequenceSlice:
     seat: int
     block_table: Tensor
     num_loops: int
+    exit_threshold: float | None = None
     one_by_one: bool = False
 
     @property

@@ -82,11 +82,12 @@ def _plan(engine: Engine, prompts: Sequence[list[int]], params: Sequence[Samplin
     if not engine.settings.prefix_caching:
         return nodes
     block = engine.settings.block_size
-    members: dict[int, list[_Member]] = {}  # by loop count: caches of different ones are never shared
+    members: dict[tuple[object, float | None], list[_Member]] = {}  # by loops: caches of different ones are never shared
     for node in nodes:
         last = max(1, node.params.prompt_logprobs_start) if node.params.prompt_logprobs is not None else len(node.prompt)
         shareable = node.prompt[: max(0, last - 1) // block * block]
-        members.setdefault(node.params.num_loops or engine.num_loops, []).append((shareable, node))
+        loops = node.params.num_loops or engine.num_loops, node.params.exit_threshold
+        members.setdefault(loops, []).append((shareable, node))
     return [node for group in members.values() for node in _split(sorted(group, key=lambda one: one[0]), 0, 0, block)]
 
 
@@ -106,7 +107,8 @@ def _split(members: list[_Member], known: int, at: int, block: int) -> Iterator[
             yield from _split(alike, known, shared, block)
             continue
         _, first = alike[0]
-        params = SamplingParams(max_tokens=0, num_loops=first.params.num_loops)
+        loops = {"num_loops": first.params.num_loops, "exit_threshold": first.params.exit_threshold}
+        params = SamplingParams(max_tokens=0, **loops)
         yield _Node(first.prompt[: shared + 1], params, None, list(_split(alike, shared, shared, block)))
 
 

@@ -86,19 +86,26 @@ class Speculation:
     def drafter(self, request: Request) -> Drafter | None:
         """How the output of a request drafts; None if it does not."""
         by = request.params.drafts or self._default
-        if by == "none" or self._most < 1 or (by == "loops" and not _loops_draft(self._runner.architecture, request.num_loops)):
+        if (
+            request.exit_threshold is not None
+            or by == "none"
+            or self._most < 1
+            or (by == "loops" and not _loops_draft(self._runner.architecture, request.num_loops))
+        ):
             return None
         return Drafter(by, self._usual[by].own())
 
     def draft(self, step: Step, outputs: Mapping[str, RunningOutput]) -> None:
         """Draft tokens behind the chunks of a step."""
         self._drafts, self._began, self._drafting = {}, time.perf_counter(), 0.0
+        # Where tokens leave the loop, a step runs all its loops in one pass, so the model does not draft.
+        leaving = any(chunk.request.exit_threshold is not None for chunk in step.chunks)
         drafting = [
             (output, output.drafter, chunk)
             for chunk in step.chunks
             if chunk.count == 1 and chunk.samples and not chunk.request.scores
             for output in [outputs[chunk.request.id]]
-            if output.drafter is not None
+            if output.drafter is not None and not (leaving and output.drafter.lookup is None)
         ]
         self._decodes = len(step.chunks) if all(chunk.count == 1 for chunk in step.chunks) else 0
         if not drafting:

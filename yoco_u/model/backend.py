@@ -52,6 +52,30 @@ class AttentionBackend(Protocol):
         """
         ...
 
+    def hold(self, loop: int, before: Tensor, x: Tensor) -> Tensor:
+        """Take in the states before a loop and those in front of its next block, each (batch, tokens, [streams,] hidden).
+
+        Returns:
+            What the block reads. A backend whose tokens all run the loops of their sequences keeps this default.
+        """
+        return x
+
+    def end_loop(self, loop: int, before: Tensor, after: Tensor) -> "tuple[Tensor, tuple[Tensor, AttentionBackend] | None]":
+        """Take in the states of all tokens before and after a loop of a looped stage.
+
+        Returns:
+            The states to go on with; and for `remember` the indices and the backend of tokens that run none of the loops to
+            come, in which others will see them, None without any. A backend without such tokens keeps this default.
+        """
+        return after, None
+
+    def remember(self, slot: int, k: Tensor, v: Tensor) -> None:
+        """Remember keys and values in the slots of the loops after that of `slot`, for tokens that do not run them.
+
+        Only backends whose `end_loop` names such tokens are asked for it.
+        """
+        return
+
     @abstractmethod
     def kept(self) -> "tuple[Tensor | None, AttentionBackend]":
         """Select the tokens whose logits are asked for; the cross-decoder runs on these alone. Returns what `in_loop` does."""

@@ -43,17 +43,26 @@ class SelfAttention(Biased):
         self.has_prefix = a.parallel is not None
 
     def forward(self, x: Tensor, backend: AttentionBackend, slot: int, global_kv: GlobalKV | None) -> Tensor:
-        projected = self.biased("qkv", project(x, self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (_heads(y, self.head_dim) for y in projected)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = backend.rotate(q), backend.rotate(k)
+        q, k, v = self._projected(x, backend)
         if self.sliding:
             out = backend.sliding_attention(slot, q, k, v)
         else:
             prefix = (self.prefix_keys, self.prefix_values) if self.has_prefix else None
             out = backend.full_attention(slot, q, k, v, prefix)
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
+
+    def remember(self, x: Tensor, backend: AttentionBackend, slot: int) -> None:
+        """Compute keys and values alone, of tokens that run no loop after that of `slot`, and let later loops have them."""
+        _, k, v = self._projected(x, backend)
+        backend.remember(slot, k, v)
+
+    def _projected(self, x: Tensor, backend: AttentionBackend) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, rotated."""
+        projected = self.biased("qkv", project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (_heads(y, self.head_dim) for y in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return backend.rotate(q), backend.rotate(k), v
 
 
 class GatedRetention(nn.Module):
@@ -171,6 +180,11 @@ class Block(GradientCheckpointingLayer):
         out, loss = out if isinstance(out, tuple) else (out, None)  # not by the class of mlp: PEFT wraps a mixture of experts
         return x + out, loss
 
+    def remember(self, x: Tensor, backend: AttentionBackend, slot: int) -> None:
+        """Let the loops after that of `slot` have keys and values of tokens that run none of them, from their last states."""
+        assert isinstance(self.attn, SelfAttention)
+        self.attn.remember(self.attn_norm(x), backend, slot)
+
 
 class LoopedStack(nn.Module):
     """The blocks of one stage, applied `loops` times with the same parameters.
@@ -228,7 +242,10 @@ class LoopedStack(nn.Module):
             with torch.no_grad() if loop < cut else nullcontext():
                 out, loop_losses = self.run_loop(before, in_loop, loop, first_slot, global_kvs)
             losses += loop_losses
-            x = out if tokens is None else x.index_copy(1, tokens, out)
+            after = out if tokens is None else x.index_copy(1, tokens, out)
+            x, gone = backend.end_loop(loop, x, after) if loops > 1 else (after, None)
+            if gone is not None:
+                self._remember(x[:, gone[0]], gone[1], loop, first_slot)
             if loop == cut - 1:
                 x = x + (begin - begin.detach())  # along the residual stream, what lies before is trained too
             if exits and loop + 1 in exits:
@@ -244,12 +261,19 @@ class LoopedStack(nn.Module):
         losses, out = [], x
         for i, (layer, read) in enumerate(zip(self.layers, self.reads, strict=True)):
             slot = first_slot + loop * len(self.layers) + i if backend.has_cache else 0
+            out = backend.hold(loop, x, out)
             out, loss = layer(out, backend, slot, *(() if read is None else global_kvs[read]))
             if loss is not None:
                 losses.append(loss)
         if loop > 0 and self.loop_gates is not None:
             out = x + self.loop_gates[min(loop, len(self.loop_gates)) - 1] * (out - x)
         return out, losses
+
+    def _remember(self, x: Tensor, backend: AttentionBackend, loop: int, first_slot: int) -> None:
+        """Let the loops after this one have keys and values of tokens (batch, tokens, ...) that run none of them."""
+        for i, (layer, read) in enumerate(zip(self.layers, self.reads, strict=True)):
+            if read is None:
+                layer.remember(x, backend, first_slot + loop * len(self.layers) + i)  # type: ignore[operator]
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:

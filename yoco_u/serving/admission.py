@@ -28,7 +28,8 @@ _SHORT = 10_000  # characters that are tokenized on the event loop, in a few mil
 _LONG_TEXTS = 2  # requests whose long texts are tokenized at the same time; that takes 100 bytes of memory a character
 _ROLES = {"developer": "system"}  # OpenAI's newer name, which templates do not know
 _SAMPLING = (
-    "n", "temperature", "presence_penalty", "frequency_penalty", "logit_bias", "num_loops", "drafts", "top_k", "min_p",
+    "n", "temperature", "presence_penalty", "frequency_penalty", "logit_bias", "num_loops", "exit_threshold",
+    "drafts", "top_k", "min_p",
     "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens", "regex", "stop",
 )  # fmt: skip
 """Parameters that requests and `SamplingParams` have under the same name, with the same meaning."""
@@ -99,7 +100,7 @@ class Admission:
             raise ApiError(404, f"no model {body.model!r} here; there is {name!r}", param="model", code="model_not_found")
         if body.num_outputs > settings.max_n:
             raise ApiError(400, f"n is {body.num_outputs}, but at most {settings.max_n} are served", param="n")
-        if body.num_loops is not None and body.num_loops > settings.max_num_loops:
+        if isinstance(body.num_loops, int) and body.num_loops > settings.max_num_loops:
             raise ApiError(
                 400, f"num_loops is {body.num_loops}, but at most {settings.max_num_loops} are served", param="num_loops"
             )

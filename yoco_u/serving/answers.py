@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from yoco_u.serving.errors import stream_error
 from yoco_u.serving.jobs import Event, Job
 from yoco_u.serving.requests import SampledRequest
-from yoco_u.serving.responses import CachedTokens, ChatChunkChoice, CompletionChoice, PredictedTokens, Usage
+from yoco_u.serving.responses import CachedTokens, ChatChunkChoice, CompletionChoice, CompletionDetails, Usage
 
 ChunkChoice = TypeVar("ChunkChoice", CompletionChoice, ChatChunkChoice)
 
@@ -54,7 +54,7 @@ class Answer(ABC, Generic[ChunkChoice]):
         }  # fmt: skip
         self._usage_at_end, self._usage_always = body.usage_in_stream
         self._begun: set[int] = set()  # outputs that have had an event
-        self._new_tokens = 0
+        self._new_tokens = self._loops = 0
 
     @abstractmethod
     def choices(self, index: int, event: Event, first: bool) -> Iterator[ChunkChoice]:
@@ -104,6 +104,7 @@ class Answer(ABC, Generic[ChunkChoice]):
         first = index not in self._begun
         self._begun.add(index)
         self._new_tokens += len(event.token_ids)
+        self._loops += event.loops
         return self.choices(index, event, first)
 
     def _usage(self) -> Usage:
@@ -115,7 +116,11 @@ class Answer(ABC, Generic[ChunkChoice]):
             completion_tokens=self._new_tokens,
             total_tokens=prompt_tokens + self._new_tokens,
             prompt_tokens_details=CachedTokens(cached_tokens=sum(self.job.cached_tokens.values())),
-            completion_tokens_details=PredictedTokens(accepted_prediction_tokens=accepted, rejected_prediction_tokens=rejected),
+            completion_tokens_details=CompletionDetails(
+                accepted_prediction_tokens=accepted,
+                rejected_prediction_tokens=rejected,
+                mean_loops=round(self._loops / self._new_tokens, 4) if self._new_tokens else None,
+            ),
         )
 
 

@@ -312,6 +312,7 @@ def _event(prompt: int, update: Update) -> Event:
         update.output.index,
         update.text,
         update.token_ids,
+        sum(update.output.loops[-new:]) if new else 0,
         (logprobs[-new:] if new else []) if logprobs is not None else None,
         update.request.cached_tokens,
         (update.output.accepted_drafts, update.output.rejected_drafts),

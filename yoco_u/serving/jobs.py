@@ -53,6 +53,7 @@ class Event:
         output: index of the output among the prompt's `n` outputs.
         text: new text, often empty.
         token_ids: new tokens.
+        loops: how many loops were run for them, all together.
         logprobs: one entry for each new token; None if they were not asked for.
         cached_tokens: tokens of the prompt that did not have to be computed, as counted when the event came; see
             `RequestOutput`.
@@ -64,6 +65,7 @@ class Event:
     output: int
     text: str
     token_ids: list[int]
+    loops: int
     logprobs: list[TokenLogprobs] | None
     cached_tokens: int
     drafts: tuple[int, int]

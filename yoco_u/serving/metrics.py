@@ -46,7 +46,6 @@ class Metrics(Observer):
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self._cached_tokens = counter("cached_prompt_tokens", "Tokens of prompts that the prefix cache had.")
         self._new_tokens = counter("generated_tokens", "Tokens of outputs.")
-        self._loops = counter("loops", "Loops run: T for each token that was computed.")
         self._first = histogram("time_to_first_token", "From a job's arrival to each output's first token.")
         self._next = histogram("inter_token", "Between two tokens of an output.")
         self._whole = histogram("job", "From a job's arrival to its end.")
@@ -66,15 +65,12 @@ class Metrics(Observer):
         request, key, now = job.requests[event.prompt], (event.prompt, event.output), time.monotonic()
         if key in progress.last:
             self._next.observe(now - progress.last[key])
-            self._loops.inc(len(event.token_ids) * request.num_loops)
         else:
             self._first.observe(now - job.begun)
-            self._loops.inc(max(0, len(event.token_ids) - 1) * request.num_loops)
             if event.output == 0:
                 prompt, cached = len(request.prompt_token_ids), event.cached_tokens
                 self._prompt_tokens.inc(prompt)
                 self._cached_tokens.inc(cached)
-                self._loops.inc((prompt - cached) * request.num_loops)
         progress.last[key] = now
         progress.ended += event.finish_reason is not None
         self._new_tokens.inc(len(event.token_ids))
@@ -112,6 +108,9 @@ class _EngineState(Collector):
         yield CounterMetricFamily(
             "yoco_u_prefix_hit_tokens", "Tokens that were not computed again.", statistics.prefix_hit_tokens
         )
+        runner = self._engine.runner
+        yield CounterMetricFamily("yoco_u_loops", "Loops run, over all tokens that were computed.", runner.loops_run)
+        yield CounterMetricFamily("yoco_u_looped_tokens", "Tokens that were computed, for which loops ran.", runner.tokens_run)
         drafted = CounterMetricFamily(
             "yoco_u_drafted_tokens", "Tokens that were drafted, by what became of them.", labels=["result"]
         )

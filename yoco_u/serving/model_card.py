@@ -35,6 +35,7 @@ class ModelCard:
             ],
             window=engine.architecture.window,
             num_loops=engine.num_loops,
+            auto_loops=engine.auto_loops,
             max_num_loops=settings.max_num_loops,
             max_model_len=engine.max_model_len,
             max_output_tokens=settings.max_output_tokens,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, StrictBool, ValidationError, model_validator
 
-from yoco_u.config import Config
+from yoco_u.config import Config, LoopsOrAuto
 from yoco_u.errors import UserError
 from yoco_u.inference.drafts import Drafting
 from yoco_u.inference.tool_calls import MOST_CALLS, Name, ObjectSchema, ToolCalls
@@ -87,7 +87,8 @@ class SampledRequest(Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2), Number] | None = None
     logit_bias: Bias | None = None
     response_format: ResponseFormat | None = None
-    num_loops: Annotated[int, Field(ge=1), Number] | None = None
+    num_loops: LoopsOrAuto | None = None
+    exit_threshold: Annotated[float, Field(ge=0, le=1e30), Number] | None = None
     drafts: Drafting | None = None
     top_k: Annotated[int, Field(ge=0), Number] | None = None
     min_p: Annotated[float, Field(ge=0, le=1), Number] | None = None
@@ -138,7 +139,9 @@ class CompletionRequest(SampledRequest):
         echo: put the prompt before the output.
         logprobs: report the log probability of each output token and, with `echo`, of each prompt token, beside those of this
             many likeliest tokens in its place.
-        num_loops: T, how often the looped layers run; the model's own by default.
+        num_loops: T, how often the looped layers run; the model's own by default. With `auto` each token leaves the loop when
+            another one would hardly change it.
+        exit_threshold: with `auto`, the score below which a token leaves the loop; the model's own by default.
         drafts: how tokens are drafted, which makes an answer faster and changes nothing in it; the server's way by default.
         regex: regular expression that the output as a whole must match.
     """

@@ -9,11 +9,18 @@ class CachedTokens(BaseModel):
     cached_tokens: int
 
 
-class PredictedTokens(BaseModel):
-    """Tokens that were drafted, under OpenAI's names: those that became part of an output, and those that did not."""
+class CompletionDetails(BaseModel):
+    """How the tokens of the outputs came about.
+
+    Attributes:
+        accepted_prediction_tokens, rejected_prediction_tokens: tokens that were drafted, under OpenAI's names: those that
+            became part of an output, and those that did not.
+        mean_loops: mean over the tokens of how many loops were run for each; None without tokens.
+    """
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
+    mean_loops: float | None
 
 
 class Usage(BaseModel):
@@ -23,7 +30,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-    completion_tokens_details: PredictedTokens
+    completion_tokens_details: CompletionDetails
 
 
 class CompletionLogprobs(BaseModel):
@@ -163,6 +170,7 @@ class ModelFacts(BaseModel):
     Attributes:
         chat: whether the model has a chat template that can be used; without one it continues texts.
         num_loops: T of requests that name none.
+        auto_loops: whether requests may say `auto` in its place, without an `exit_threshold`.
     """
 
     name: str
@@ -171,6 +179,7 @@ class ModelFacts(BaseModel):
     stages: list[str]
     window: int | None
     num_loops: int
+    auto_loops: bool
     max_num_loops: int
     max_model_len: int
     max_output_tokens: int

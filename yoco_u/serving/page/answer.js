@@ -1,4 +1,4 @@
-// One answer on the page: its text as it streams in, and its figures (tokens, speed, size of the KV cache).
+// One answer on the page: its text as it streams in, and its figures (tokens, loops, speed, size of the KV cache).
 
 import { get, stream } from "./api.js";
 
@@ -74,6 +74,8 @@ export class Answer {
   // time says nothing of the speed.
   count(usage, first, now, last) {
     this.figure("tokens", usage.completion_tokens);
+    const loops = usage.completion_tokens_details.mean_loops;
+    if (loops !== null) this.figure("loops", loops.toFixed(2));
     if (usage.completion_tokens > 1 && now > first && !last) {
       this.figure("rate", ((usage.completion_tokens - 1) / ((now - first) / 1000)).toFixed(1));
     }
@@ -86,7 +88,7 @@ export class Answer {
   async showCache(tokens) {
     let found;
     try {
-      found = await get(`/kv?tokens=${tokens}&num_loops=${this.loops}`);
+      found = await get(`/kv?tokens=${tokens}${this.loops === "auto" ? "" : `&num_loops=${this.loops}`}`);
     } catch {
       return; // the figure stays as it was, and is asked for again with the next tokens
     }

@@ -34,12 +34,15 @@ function sampling() {
   return body;
 }
 
+// The loop counts of the dials; "auto", where tokens leave the loop by themselves, is the place before 1.
 function loopCounts() {
-  return $("compare").checked ? [number("loops-a"), number("loops-b")] : [number("loops-a")];
+  const ids = $("compare").checked ? ["loops-a", "loops-b"] : ["loops-a"];
+  return ids.map((id) => number(id) || "auto");
 }
 
 function showValues() {
-  for (const id of ["loops-a", "loops-b", "temperature", "top-p"]) $(`${id}-value`).textContent = $(id).value;
+  for (const id of ["temperature", "top-p"]) $(`${id}-value`).textContent = $(id).value;
+  for (const id of ["loops-a", "loops-b"]) $(`${id}-value`).textContent = number(id) || "auto";
   $("second-dial").hidden = !$("compare").checked;
 }
 
@@ -159,10 +162,12 @@ async function begin() {
     ["loops-a", facts.num_loops],
     ["loops-b", Math.max(1, facts.num_loops - 1)],
   ]) {
+    $(id).min = facts.auto_loops ? 0 : 1;
     $(id).max = Math.max(facts.max_num_loops, facts.num_loops);
     $(id).value = value;
   }
-  $("loops-note").textContent = `The model's own T is ${facts.num_loops}. More loops cost time, and little cache.`;
+  const auto = facts.auto_loops ? " At auto, each token leaves the loop when another one would hardly change it." : "";
+  $("loops-note").textContent = `The model's own T is ${facts.num_loops}. More loops cost time, and little cache.${auto}`;
   $("max-tokens").max = facts.max_output_tokens;
   $("max-tokens").value = Math.min(Number($("max-tokens").value), facts.max_output_tokens);
   $("send").textContent = facts.chat ? "Send" : "Continue";

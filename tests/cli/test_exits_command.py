@@ -1,0 +1,49 @@
+"""`yoco-u exits` on a run, and what its file changes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from yoco_u.inference import LLM, SamplingParams
+from yoco_u.inference.exits import FILE
+
+
+def test_exits_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    shutil.copytree(workspace / "a", folder)
+    options = ("--tokens", 640, "--sequence-length", 32, "--mean-loops", 1.5)
+    shown = run("exits", folder, *options)
+    assert shown.status == 0 and str(folder / "model" / FILE) in shown.err
+    assert all(score in shown.out for score in ("angular", "divergence", "gain"))
+    before = (folder / "model" / FILE).read_text()
+    outcome = run("exits", folder, *options, "--json")
+    assert (folder / "model" / FILE).read_text() == before
+    exits = json.loads(before)
+    assert outcome.json["chosen"] == {name: exits[name] for name in ("score", "threshold", "num_loops")}
+    assert [one["mean_loops"] for one in outcome.json["results"][:2]] == [1, 2]
+
+    generated = run("generate", folder, "--prompt", "def ", "--num-loops", "auto", "--greedy", "--max-tokens", 6, "--json")
+    [output] = generated.json["requests"][0]["outputs"]
+    params = SamplingParams(num_loops="auto", temperature=0, max_tokens=6)
+    [request] = LLM(folder, cache_tokens=512).generate(["def "], params)
+    assert output["text"] == request.outputs[0].text
+    assert output["mean_loops"] == sum(request.outputs[0].loops) / len(request.outputs[0].loops)
+
+    for content, problem in {
+        "{": "damaged",
+        json.dumps(exits | {"num_loops": 3, "score": "angular", "heads": []}): "exits.json is for 3 loops, and 2 run here",
+        json.dumps(exits | {"score": "gain", "heads": [[0.0, 1.0]]}): "a head has 2 numbers; expected 33",
+        json.dumps(exits | {"score": "angular", "heads": [[0.0]]}): "1 heads came with score angular; expected 0",
+        json.dumps(exits | {"threshold": -1}): "threshold",
+    }.items():
+        (folder / "model" / FILE).write_text(content)
+        assert problem in run("generate", folder, "--prompt", "a", "--num-loops", "auto").error
+    (folder / "model" / FILE).write_text("{}")
+    assert "was not made by yoco-u" in run("exits", folder, *options).error
+
+
+def test_mistakes(run: Any, workspace: Path) -> None:
+    assert "the mean is to be 2 loops, but tokens run 1 to 2" in run("exits", workspace / "a").error
+    assert "one loop" in run("exits", workspace / "b").error
+    assert not (workspace / "a" / "model" / FILE).exists()

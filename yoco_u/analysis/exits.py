@@ -1,0 +1,271 @@
+"""Calibration of exits: fits the heads that predict when a token may leave the loop, and finds thresholds for wanted means.
+
+Half of a text is for the heads, the other half for thresholds and losses. Heads learn from passes in which every token runs all
+loops. A threshold is first taken from the scores of such passes, and then corrected by what the engine measures with it, since
+tokens that leave change what later ones see.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from yoco_u.analysis.trace import last_states, log_probabilities, one_looped_stage, pieces, watch_loops
+from yoco_u.data import Batch
+from yoco_u.errors import UserError
+from yoco_u.evaluation.finite import check_finite
+from yoco_u.inference import Engine, EngineSettings, SamplingParams
+from yoco_u.inference.exits import ExitRule, Exits, Score, check_exits, head_inputs
+from yoco_u.inference.shared_prefixes import run_shared
+from yoco_u.model import YocoUForCausalLM
+
+Heads = tuple[tuple[float, ...], ...]
+
+_RIDGE = 1e-3  # a token; the squares of what heads read are 1 on average
+_LEAST_KL = 1e-6  # below it lies rounding
+_SHARES = (0.25, 0.5, 0.75)  # of the loops after the first, which tokens run on average
+_NEAR, _TRIES = 0.02, 3  # how near a measured mean should be to the wanted one, and how often a threshold is corrected
+_SEATS = 16
+
+
+@dataclass(frozen=True)
+class ExitResult:
+    """What the engine measures on the second half of the text.
+
+    Attributes:
+        score: by which tokens leave; None where all run the same number of loops.
+        threshold: below which they leave; None likewise.
+        mean_loops: how many loops a token runs on average.
+        loss: nats per token.
+        change: the loss minus that of T loops for every token.
+    """
+
+    score: Score | None
+    threshold: float | None
+    mean_loops: float
+    loss: float
+    change: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found.
+
+    Attributes:
+        exits: of the score with the lowest loss at the wanted mean.
+        results: plain loop counts 1 .. T, then by score the wanted means and some others.
+        tokens: tokens of the second half.
+    """
+
+    exits: Exits
+    results: list[ExitResult]
+    tokens: int
+
+
+def calibrate(
+    model: YocoUForCausalLM,
+    batches: Sequence[Batch],
+    mean_loops: float = 2.0,
+    num_loops: int | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> Calibration:
+    """Calibrate the exits of a model.
+
+    Args:
+        model: in evaluation mode, in float32 on a CPU.
+        batches: rows of the text, without padding.
+        mean_loops: how many loops a token shall run on average.
+        num_loops: T, the most loops; the model's own by default.
+        advance: called `steps(T, mean_loops)` times at most, as work gets done.
+
+    Raises:
+        UserError: if tokens cannot leave the model's loop, the mean is not between 1 and T, there are not two rows of text, or
+            the loss is not finite.
+    """
+    architecture = model.model.at_loops(num_loops)
+    most = architecture.num_loops
+    check_exits(architecture, None, on_gpu=False)
+    if not 1 < mean_loops < most:
+        raise UserError(f"the mean is to be {mean_loops:g} loops, but tokens run 1 to {most}; give a mean between these")
+    first, second = halves(batches)
+    heads = fit_heads(model, first, most)
+    scores: tuple[Score, ...] = ("angular", "divergence", "gain")
+    advance()
+    texts = [text for batch in second for text in documents(batch)]
+    loss = _Losses(model, texts, Exits(num_loops=most, score="angular", threshold=0), advance)
+    plain = [loss.measure(SamplingParams(max_tokens=0, prompt_logprobs=0, num_loops=loops)) for loops in range(1, most + 1)]
+    full = plain[-1][1]
+    results = [ExitResult(None, None, mean, its, its - full) for mean, its in plain]
+    found: dict[Score, ExitResult] = {}
+    for score in scores:
+        exits = Exits(num_loops=most, score=score, threshold=0, heads=heads.get(score, ()))
+        measured = _scores(model, second, exits)
+        loss = _Losses(model, texts, exits, advance)
+        for wanted in wanted_means(most, mean_loops):
+            threshold, mean, its = _threshold_of(wanted, measured, loss)
+            results.append(ExitResult(score, threshold, mean, its, its - full))
+            if wanted == mean_loops:
+                found[score] = results[-1]
+    best = min(found, key=lambda score: (found[score].mean_loops > mean_loops + _NEAR, found[score].loss))
+    chosen = found[best].threshold
+    assert chosen is not None
+    exits = Exits(num_loops=most, score=best, threshold=chosen, heads=heads.get(best, ()))
+    return Calibration(exits, results, sum(len(text) - 1 for text in texts))
+
+
+def wanted_means(most: int, mean_loops: float) -> list[float]:
+    """The means for which thresholds are found: the one that is wanted, and some between 1 and T."""
+    return sorted({mean_loops, *(1 + (most - 1) * share for share in _SHARES)})
+
+
+def steps(most: int, mean_loops: float) -> int:
+    """How often `calibrate` advances at most."""
+    return 1 + most + 3 * _TRIES * len(wanted_means(most, mean_loops))
+
+
+def halves(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """The first half of the rows, and the others.
+
+    Raises:
+        UserError: if there is one row alone.
+    """
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    if rows < 2:
+        raise UserError("the text fills one row of tokens; give more text, or shorter rows by --sequence-length")
+    found: tuple[list[Batch], list[Batch]] = [], []
+    begin = 0
+    for batch in batches:
+        end = begin + len(batch["input_ids"])
+        cut = min(max(rows // 2 - begin, 0), end - begin)
+        for half, which in zip(found, (slice(0, cut), slice(cut, None)), strict=True):
+            if len(batch["input_ids"][which]):
+                ids, targets, numbers = (batch[name][which] for name in ("input_ids", "shift_labels", "document_ids"))
+                half.append(Batch(input_ids=ids, shift_labels=targets, document_ids=numbers))
+        begin = end
+    return found
+
+
+def documents(batch: Batch) -> list[list[int]]:
+    """The texts of a batch, each with the target of its last token behind it."""
+    found = []
+    for ids, targets, numbers in zip(batch["input_ids"], batch["shift_labels"], batch["document_ids"], strict=True):
+        ends = torch.cat([(numbers.diff() != 0).nonzero().flatten() + 1, torch.tensor([len(ids)])]).tolist()
+        for begin, end in zip([0, *ends], ends, strict=False):
+            found.append([*ids[begin:end].tolist(), int(targets[end - 1])])
+    return found
+
+
+@torch.no_grad()
+def fit_heads(model: YocoUForCausalLM, batches: Sequence[Batch], num_loops: int) -> dict[Score, Heads]:
+    """Fit heads for each loop but the last, by ridge regression on the states after loop l.
+
+    Those for `divergence` predict log KL(p_T || p_l), where p_l is what the model predicts if every token runs l loops, and
+    those for `gain` the loss of p_l minus that of p_T. See `Exits.heads` for what heads are.
+    """
+    stage = one_looped_stage(model.model.at_loops(num_loops))
+    width = model.config.hidden_size + 1
+    squares = torch.zeros(num_loops - 1, width, width, dtype=torch.float64)
+    products = torch.zeros(num_loops - 1, width, 2, dtype=torch.float64)
+    tokens = 0
+    for batch in batches:
+        with watch_loops(model, stage) as states:
+            final = last_states(model, batch, num_loops)
+        tokens += len(final)
+        for loop in range(num_loops - 1):
+            earlier = last_states(model, batch, loop + 1)
+            labels = batch["shift_labels"].flatten()
+            compared = [_compared(model, final[it], earlier[it], labels[it]) for it in pieces(model, len(final))]
+            x = torch.nn.functional.pad(head_inputs(states[loop + 1].flatten(0, 1)).double(), (0, 1), value=1.0)
+            squares[loop] += x.T @ x
+            products[loop] += x.T @ torch.cat(compared).double()
+    penalty = torch.full((width,), _RIDGE * tokens, dtype=torch.float64)
+    penalty[-1] = _RIDGE**2 * tokens  # hardly any on the constant
+    heads = torch.linalg.solve(squares + penalty.diag(), products)
+    check_finite(heads.numpy(), model)
+    divergence, gain = (tuple(map(tuple, own.tolist())) for own in heads.float().unbind(-1))
+    return {"divergence": divergence, "gain": gain}
+
+
+def _compared(model: YocoUForCausalLM, final: Tensor, earlier: Tensor, labels: Tensor) -> Tensor:
+    """Of each token in nats, (tokens, 2): log KL(final || earlier), and the loss of the earlier states minus the final one."""
+    log_p, log_q = (log_probabilities(model, states) for states in (final, earlier))
+    change = log_p - log_q
+    kl = (log_p.exp() * change).sum(-1).clamp_min(_LEAST_KL)
+    return torch.stack([kl.log(), change.gather(-1, labels[:, None])[:, 0]], dim=-1)
+
+
+@torch.no_grad()
+def _scores(model: YocoUForCausalLM, batches: Sequence[Batch], exits: Exits) -> Tensor:
+    """The scores after each loop but the last where every token runs all loops, (loops - 1, tokens)."""
+    rule, stage = ExitRule(exits, model.device), one_looped_stage(model.model.at_loops(exits.num_loops))
+    found = []
+    for batch in batches:
+        with watch_loops(model, stage) as states:
+            last_states(model, batch, exits.num_loops)
+        flat = [state.flatten(0, 1) for state in states]
+        found.append(torch.stack([rule.scores(loop, flat[loop], flat[loop + 1]) for loop in range(exits.num_loops - 1)]))
+    return torch.cat(found, dim=1)
+
+
+def _mean_at(scores: Tensor, threshold: float) -> float:
+    """How many loops tokens of these scores run on average, if none changed another one."""
+    stays = (scores >= threshold).int().cumprod(0)  # whether a token goes on after each loop
+    return 1 + float(stays.sum(0).double().mean())
+
+
+def _threshold_at(scores: Tensor, mean: float) -> float:
+    """The least score that as a threshold gives at most this mean."""
+    every = scores.flatten().sort().values
+    low, high = 0, len(every) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if _mean_at(scores, float(every[middle])) <= mean:
+            high = middle
+        else:
+            low = middle + 1
+    return float(every[low])
+
+
+class _Losses:
+    """Losses of texts in the engine.
+
+    Args:
+        texts: tokens of each, the last of which is only a target.
+    """
+
+    def __init__(self, model: YocoUForCausalLM, texts: list[list[int]], exits: Exits, advance: Callable[[], None]) -> None:
+        longest = max(map(len, texts))
+        settings = EngineSettings(
+            dtype="float32", num_loops=exits.num_loops, prefix_caching=False, max_num_seqs=_SEATS,
+            cache_tokens=_SEATS * (longest + 64), max_batched_tokens=512,
+        )  # fmt: skip
+        self._engine, self._texts, self._advance = Engine(model, None, settings, exits), texts, advance
+
+    def measure(self, params: SamplingParams) -> tuple[float, float]:
+        """How many loops a token runs on average, and the loss in nats per token."""
+        runner = self._engine.runner
+        loops, tokens = runner.loops_run, runner.tokens_run
+        requests = run_shared(self._engine, self._texts, [params] * len(self._texts))
+        found = [one.chosen.logprob for request in requests for one in request.prompt_logprobs or () if one is not None]
+        loss = -sum(found) / len(found)
+        check_finite(loss, runner.model)
+        self._advance()
+        return (runner.loops_run - loops) / (runner.tokens_run - tokens), loss
+
+
+def _threshold_of(wanted: float, scores: Tensor, losses: _Losses) -> tuple[float, float, float]:
+    """A threshold for a wanted mean, and the mean and the loss that the engine measures with it.
+
+    Where scores are equal no threshold may be near, and one of a lower mean is taken rather than one of a higher.
+    """
+    aim, found = wanted, []
+    for _ in range(_TRIES):
+        threshold = _threshold_at(scores, aim)
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0, num_loops="auto", exit_threshold=threshold)
+        mean, loss = losses.measure(params)
+        found.append((threshold, mean, loss))
+        if abs(mean - wanted) <= _NEAR:
+            break
+        aim += wanted - mean
+    return min(found, key=lambda one: (one[1] > wanted + _NEAR, abs(one[1] - wanted)))

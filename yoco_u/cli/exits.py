@@ -1,0 +1,88 @@
+"""`yoco-u exits`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from yoco_u.cli.output import note, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from yoco_u.analysis.exits import ExitResult
+
+
+def exits(
+    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FILES", help="Held-out text, in any form that prepare reads. \\[default: the run's validation split]"
+        ),
+    ] = None,
+    mean_loops: Annotated[float, typer.Option("--mean-loops", help="Loops that a token shall run on average.")] = 2.0,
+    num_loops: Annotated[
+        int | None, typer.Option("--num-loops", min=1, help="Most loops of a token, instead of the model's own T.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens of the text to look at.")] = 32768,
+    sequence_length: Annotated[
+        int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. \\[default: the run's, or 1024]")
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text.")
+    ] = "text",
+    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Let tokens leave the loop: fit on held-out text when another one pays.
+
+    Fits heads that predict what more loops would change, measures the loss at
+    several thresholds beside plain loop counts, in the engine, in float32 on
+    the CPU, and writes exits.json into the model's folder. Requests with
+    num_loops auto then run about --mean-loops loops a token.
+
+    [bold]Examples[/bold]
+
+      yoco-u exits runs/8m
+
+      yoco-u exits models/yoco-u held-out.txt --mean-loops 1.5
+    """
+    import torch
+
+    from yoco_u.analysis.exits import calibrate, steps
+    from yoco_u.analysis.text import read_batches
+    from yoco_u.evaluation.held_out import row_length
+    from yoco_u.files import check_result, write_result
+    from yoco_u.inference.exits import FILE
+    from yoco_u.loading import load_model, model_folder
+
+    path = model_folder(model) / FILE
+    check_result(path)
+    network, tokenizer = load_model(model, torch.device("cpu"))
+    batches = read_batches(model, files or [], text_field, sequence_length or row_length(model), tokens, tokenizer)
+    most = network.model.at_loops(num_loops).num_loops
+    with progress_bar("calibrating", steps(most, mean_loops)) as advance:
+        found = calibrate(network, batches, mean_loops, num_loops, lambda: advance(1))
+    write_result(path, found.exits.model_dump(mode="json"))
+    if json:
+        chosen = {"score": found.exits.score, "threshold": found.exits.threshold, "num_loops": found.exits.num_loops}
+        print_json(
+            {"model": str(model), "tokens": found.tokens, "chosen": chosen, "results": [asdict(one) for one in found.results]}
+        )
+    else:
+        _print_table(found.results)
+    note(f"{found.exits.score} below {found.exits.threshold:.4g}, measured on {found.tokens:,} tokens: {path}")
+
+
+def _print_table(results: "list[ExitResult]") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("exit")
+    for heading in ("threshold", "mean loops", "loss", "change"):
+        table.add_column(heading, justify="right")
+    for one in results:
+        threshold = "" if one.threshold is None else f"{one.threshold:.4g}"
+        table.add_row(one.score or "none", threshold, f"{one.mean_loops:.3f}", f"{one.loss:.4f}", f"{one.change:+.4f}")
+    Console().print(table)

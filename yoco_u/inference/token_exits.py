@@ -1,0 +1,114 @@
+"""Which tokens of a step have left the loop.
+
+A token that has left keeps its state. In the loops that it does not run, later tokens see keys and values that each layer
+projects from this state, as if the layers before had not changed it. Decodes that have left are not run at all. The tokens of
+a prefill run together until all of them have left; meanwhile those that have left keep their states in front of every layer.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from yoco_u.inference.exits import ExitRule
+from yoco_u.inference.sequence_slice import SequenceSlice
+
+
+class TokenExits:
+    """The tokens of one step, in the one stage that loops. All backends of the step share it.
+
+    Args:
+        num_loops: T of the requests whose tokens may leave.
+    """
+
+    def __init__(self, rule: ExitRule, num_loops: int, device: torch.device) -> None:
+        self.num_loops = num_loops
+        self._rule, self._device = rule, device
+        self._tokens: dict[int, range] = {}  # of requests whose tokens may leave, by seat
+        self._gone: set[int] = set()  # seats whose tokens have all left
+        self._some_left = False  # of the other seats
+        self._masks: dict[int, Tensor] = {}  # which tokens have left, by how many slices run
+        self.begin([], [])
+
+    def begin(self, slices: Sequence[SequenceSlice], tokens: Sequence[range]) -> None:
+        """A pass enters the stage that loops.
+
+        Args:
+            slices: of the pass.
+            tokens: which tokens of the pass each of them has.
+        """
+        own = [(one, its) for one, its in zip(slices, tokens, strict=True) if one.exit_threshold is not None]
+        count = tokens[-1].stop if tokens else 0
+        self._tokens = {one.seat: its for one, its in own}
+        self._numbers = [token for _, its in own for token in its]  # of the tokens that may leave
+        self._thresholds = [one.exit_threshold or 0.0 for one, its in own for _ in its]
+        self._index = None if len(self._numbers) == count else torch.tensor(self._numbers, device=self._device)
+        self._left = [False] * count
+        self._loops = [self.num_loops] * count
+
+    def end_loop(self, loop: int, before: Tensor, after: Tensor) -> tuple[Tensor, list[int]]:
+        """A loop has run; some tokens leave.
+
+        Args:
+            loop: which one, from 0.
+            before, after: states of all tokens of the pass, (1, tokens, [streams,] hidden).
+
+        Returns:
+            The states after the loop, in which the tokens that had left before have kept theirs; and the seats whose last
+            token has left just now.
+        """
+        if self._some_left:
+            left = torch.tensor(self._left, device=self._device)
+            after = torch.where(left.view(1, -1, *[1] * (after.ndim - 2)), before, after)
+        if loop + 1 >= self.num_loops or not self._numbers:
+            return after, []
+        own = (x[0] if self._index is None else x[0, self._index] for x in (before, after))
+        leaving = [
+            token
+            for token, score, threshold in zip(
+                self._numbers, self._rule.scores(loop, *own).tolist(), self._thresholds, strict=True
+            )
+            if score < threshold and not self._left[token]
+        ]
+        for token in leaving:
+            self._left[token], self._loops[token] = True, loop + 1
+        return after, self._update_slices() if leaving else []
+
+    def _update_slices(self) -> list[int]:
+        """Look which slices some or all tokens have left. Returns the seats whose last token has left just now."""
+        gone, self._some_left, self._masks = [], False, {}
+        for seat, own in self._tokens.items():
+            if seat not in self._gone:
+                left = self._left[own.start : own.stop]
+                if all(left):
+                    gone.append(seat)
+                self._some_left |= any(left) and not all(left)
+        self._gone.update(gone)
+        return gone
+
+    def has_gone(self, one: SequenceSlice) -> bool:
+        """Whether all tokens of a slice have left."""
+        return one.seat in self._gone
+
+    def hold(self, slices: Sequence[SequenceSlice], before: Tensor, x: Tensor) -> Tensor:
+        """What the next block reads, where tokens that have left keep the states that they had before the loop.
+
+        Args:
+            slices: that run.
+            before, x: states of their tokens, (1, tokens, [streams,] hidden).
+        """
+        if not self._some_left:
+            return x
+        if len(slices) not in self._masks:
+            own = (self._tokens.get(one.seat) for one in slices)
+            left = (
+                [False] * one.count if its is None else self._left[its.start : its.stop]
+                for one, its in zip(slices, own, strict=True)
+            )
+            self._masks[len(slices)] = torch.tensor(list(chain.from_iterable(left)), device=self._device)
+        return torch.where(self._masks[len(slices)].view(1, -1, *[1] * (x.ndim - 2)), before, x)
+
+    def loops(self) -> dict[int, list[int]]:
+        """How many loops the tokens have run, by the seat of their request."""
+        return {seat: self._loops[own.start : own.stop] for seat, own in self._tokens.items()}
