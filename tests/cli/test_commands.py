@@ -128,7 +128,7 @@ def test_evaluate_reports_what_int8_weights_change_at_each_loop_count(run: Any, 
     options = (workspace / "a", file, "--num-loops", 1, "--num-loops", 3, "--sequence-length", 4096)
     plain = run("evaluate", *options, "--json").json["results"]
     both = run("evaluate", *options, "--weights", "int8", "--json").json["results"]
-    changes = [row.pop("int8") for row in both]
+    changes = [row.pop("quantized") for row in both]
     for before, row, quantized in zip(plain, both, changes, strict=True):
         assert row == before
         assert quantized["loss"] == pytest.approx(quantized_loss(workspace / "a" / "model", file, row["num_loops"]), rel=1e-6)

@@ -149,7 +149,7 @@ def test_int8_weights_without_torchao(run: Any, workspace: Path, monkeypatch: py
 
 def test_evaluate(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert "--num-loops is 0" in run("evaluate", workspace / "a", "--num-loops", "0").error
-    assert "--weights is int4" in run("evaluate", workspace / "a", "--weights", "int4").error
+    assert "--weights" in run("evaluate", workspace / "a", "--weights", "int3").error
     assert "none.txt" in run("evaluate", workspace / "a", tmp_path / "none.txt").error
     assert "name files" in run("evaluate", workspace / "a" / "model").error
     (tmp_path / "empty.txt").touch()

@@ -1,6 +1,7 @@
 """int8 weights: layers and whole engines against the same weights dequantized."""
 
 import copy
+import math
 import subprocess
 import sys
 
@@ -31,6 +32,18 @@ def test_weights_are_rounded_to_the_nearest_of_255_steps(dtype: torch.dtype) -> 
     assert layer.weight.qdata.dtype == torch.int8
     assert layer.weight.scale.dtype == torch.float32
     assert ((found - before).abs() <= 0.51 * step).all()
+
+
+@pytest.mark.parametrize("inputs", [96, 88, 10])
+def test_in_int4_groups_of_weights_are_rounded_to_the_nearest_of_15_steps(inputs: int) -> None:
+    layer = nn.Linear(inputs, 40, bias=False)
+    before = layer.weight.detach().clone()
+    quantize(nn.Sequential(layer, nn.Linear(40, 3)), "int4")
+    found = layer(torch.eye(inputs)).T
+    groups = [weights.reshape(40, -1, math.gcd(32, inputs)) for weights in (before, found)]
+    step = groups[0].abs().amax(2, keepdim=True) / 7.5
+    assert ((groups[1] - groups[0]).abs() <= 0.51 * step).all()
+    assert (found.reshape(40, -1)[0].unique().numel()) <= 16 * (inputs // math.gcd(32, inputs))
 
 
 @pytest.mark.parametrize("variant", ["yoco_u", "experts", "gated", "parscale", "four kinds", "one key-value head, tied"])
@@ -120,7 +133,7 @@ def test_packed_weights_take_a_byte_each() -> None:
 
 def test_missing_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(UserError, match=r"^int8 weights need torchao: pip install 'yoco-u\[quantization\]'$"):
+    with pytest.raises(UserError, match=r"^quantized weights need torchao: pip install 'yoco-u\[quantization\]'$"):
         Engine(copy.deepcopy(model("yoco_u")), None, EngineSettings(weights="int8", cache_tokens=64))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -33,8 +33,8 @@ def evaluate(
         str, typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text.")
     ] = "text",
     weights: Annotated[
-        str | None,
-        typer.Option("--weights", help="int8: score the weights in int8 as well, and print what that changes."),
+        Literal["int8", "int4"] | None,
+        typer.Option("--weights", help="Score the weights in 8 or 4 bits as well, and print what that changes."),
     ] = None,
     answers: Annotated[
         int | None, typer.Option("--answers", min=1, help="Answers of each level of a synthetic task. \\[default: 500]")
@@ -55,15 +55,13 @@ def evaluate(
 
       yoco-u evaluate runs/quickstart/yoco-u a.py b.py --num-loops 1 --num-loops 3
 
-      yoco-u evaluate runs/quickstart/yoco-u --weights int8 --num-loops 1 --num-loops 3
+      yoco-u evaluate runs/quickstart/yoco-u --weights int4 --num-loops 1 --num-loops 3
 
       yoco-u evaluate runs/p-hop synthetic:p-hop:levels=1-8 --num-loops 1 --num-loops 3
     """
     for loops in num_loops or []:
         if loops < 1:
             raise UserError(f"--num-loops is {loops}; expected a whole number of at least 1")
-    if weights not in (None, "int8"):
-        raise UserError(f"--weights is {weights}; expected int8, or leave it out")
     from yoco_u.data.synthetic import is_synthetic
 
     if entries := [entry for entry in files or () if is_synthetic(entry)]:
@@ -80,7 +78,7 @@ def evaluate(
 
     found = score_held_out(
         model, files or (), num_loops=num_loops or (), sequence_length=sequence_length, text_field=text_field,
-        int8=weights is not None, device=device,
+        weights=weights, device=device,
     )  # fmt: skip
     if json:
         rows = [{"num_loops": result.num_loops} | result.model_dump(exclude_none=True) for result in found.results]
@@ -136,16 +134,15 @@ def _print_table(results: "Sequence[LoopScore]") -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     headings = ["loops", "loss", "perplexity", "bits per byte", "tokens", "bytes"]
-    if any(result.int8 for result in results):
-        headings = ["loops", "loss", "int8", "change", "perplexity", "int8", "change"]
+    if (compared := results[0].quantized) is not None:
+        headings = ["loops", "loss", compared.weights, "change", "perplexity", compared.weights, "change"]
     for heading in headings:
         table.add_column(heading, justify="right")
     for result in results:
         loops, loss, perplexity = str(result.num_loops), f"{result.loss:.4f}", f"{result.perplexity:.2f}"
-        if result.int8 is None:
+        if (new := result.quantized) is None:
             table.add_row(loops, loss, perplexity, f"{result.bits_per_byte:.4f}", f"{result.tokens:,}", f"{result.bytes:,}")
             continue
-        new = result.int8
         change, relative = f"{new.loss_change:+.5f}", f"{new.perplexity_change / result.perplexity:+.3%}"
         table.add_row(loops, loss, f"{new.loss:.4f}", change, perplexity, f"{new.perplexity:.2f}", relative)
     Console().print(table)

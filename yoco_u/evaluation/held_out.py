@@ -1,4 +1,4 @@
-"""The scores of a model on held-out text: at one loop count or several, and in int8 beside float32."""
+"""The scores of a model on held-out text: at one loop count or several, and with quantized weights beside float32."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from yoco_u.config import Config
 from yoco_u.data import Corpus, DocumentEncoder, PackedDataset
 from yoco_u.errors import UserError
 from yoco_u.evaluation.perplexity import Score, score_documents, score_split
-from yoco_u.inference.quantization import quantize, require_torchao
+from yoco_u.inference.quantization import WeightType, quantize, require_torchao
 from yoco_u.loading import is_run, load_model
 from yoco_u.training.distributed import distributed_session
 from yoco_u.training.run_folder import read_run_config
@@ -15,9 +15,10 @@ from yoco_u.training.run_folder import read_run_config
 _DEFAULT_LENGTH = 1024
 
 
-class Int8Score(Config):
-    """The score of int8 weights on the same text. Each change is the int8 figure minus that of the float32 weights."""
+class QuantizedScore(Config):
+    """The score of quantized weights on the same text. Each change is this figure minus that of the float32 weights."""
 
+    weights: WeightType
     loss: float
     perplexity: float
     bits_per_byte: float
@@ -26,10 +27,10 @@ class Int8Score(Config):
 
 
 class LoopScore(Score):
-    """The score of float32 weights at the loop count `num_loops`, and that of int8 weights where it was asked for."""
+    """The score of float32 weights at the loop count `num_loops`, and that of quantized ones where they were asked for."""
 
     num_loops: int
-    int8: Int8Score | None = None
+    quantized: QuantizedScore | None = None
 
 
 class HeldOutScores(Config):
@@ -51,7 +52,7 @@ def score_held_out(
     num_loops: Sequence[int] = (),
     sequence_length: int | None = None,
     text_field: str = "text",
-    int8: bool = False,
+    weights: WeightType | None = None,
     device: str = "auto",
 ) -> HeldOutScores:
     """Score a run or a saved model on held-out text, with float32 weights and activations.
@@ -62,14 +63,14 @@ def score_held_out(
         num_loops: loop counts T; the model's own by default.
         sequence_length: tokens per row; by default the run's, or 1024 for a saved model.
         text_field: the field of JSON, CSV and Parquet files that holds the text.
-        int8: score the text a second time with linear layers and LM head in int8. Activations stay in float32, so that the
-            change is the weights' alone.
+        weights: score the text a second time with linear layers and LM head in this type, see `quantize`. Activations stay in
+            float32, so that the change is the weights' alone.
         device: auto, cpu or cuda.
 
     Raises:
         UserError: if the model or the text cannot be read, there is no text, or torchao is not installed.
     """
-    if int8:
+    if weights is not None:
         require_torchao()
     with distributed_session(device) as distributed:
         model, tokenizer = load_model(path, distributed.device)
@@ -84,21 +85,22 @@ def score_held_out(
             return [score_documents(model, encoder, corpus.documents(), length, loops) for loops in counts]
 
         results = [LoopScore(num_loops=loops, **dict(score)) for loops, score in zip(counts, scores(), strict=True)]
-        if int8:
-            quantize(model)
-            results = [_beside(result, score) for result, score in zip(results, scores(), strict=True)]
+        if weights is not None:
+            quantize(model, weights)
+            results = [_beside(result, weights, score) for result, score in zip(results, scores(), strict=True)]
     return HeldOutScores(sequence_length=length, results=tuple(results))
 
 
-def _beside(result: LoopScore, int8: Score) -> LoopScore:
-    compared = Int8Score(
-        loss=int8.loss,
-        perplexity=int8.perplexity,
-        bits_per_byte=int8.bits_per_byte,
-        loss_change=int8.loss - result.loss,
-        perplexity_change=int8.perplexity - result.perplexity,
+def _beside(result: LoopScore, weights: WeightType, score: Score) -> LoopScore:
+    compared = QuantizedScore(
+        weights=weights,
+        loss=score.loss,
+        perplexity=score.perplexity,
+        bits_per_byte=score.bits_per_byte,
+        loss_change=score.loss - result.loss,
+        perplexity_change=score.perplexity - result.perplexity,
     )
-    return result.model_copy(update={"int8": compared})
+    return result.model_copy(update={"quantized": compared})
 
 
 def row_length(path: Path) -> int:

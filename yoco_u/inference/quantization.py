@@ -1,25 +1,46 @@
-"""int8 weights, made by torchao; on a CPU, `prepacking.py` lays them out for the kernels."""
+"""Weights in 8 or 4 bits, made by torchao; on a CPU, `prepacking.py` lays those of 8 bits out for the kernels."""
 
 import importlib
+import math
 from types import ModuleType
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from yoco_u.errors import UserError
 
+WeightType = Literal["int8", "int4"]
 
-def quantize(model: nn.Module) -> None:
-    """Replace the weights of linear layers by torchao's int8 tensors, in place; they are symmetric, with one scale per output.
+_GROUP = 32  # weights of an output that share a scale in int4
 
-    The LM head is quantized too, so it is not tied to the embedding any more. Embeddings, norms, the experts' router and the
-    experts (which are parameters of three dimensions, not linear layers) stay as they are. Activations are not quantized.
+
+def quantize(model: nn.Module, weights: WeightType = "int8") -> None:
+    """Replace the weights of linear layers by torchao's tensors, in place; they are symmetric.
+
+    In int8 there is one scale for each output, in int4 one for each 32 weights of an output (fewer where 32 does not divide an
+    output's weights). The engine runs int8; int4 is for measuring what it would cost. The LM head is quantized too, so it is
+    not tied to the embedding any more. Embeddings, norms, the experts' router and the experts (which are parameters of three
+    dimensions, not linear layers) stay as they are. Activations are not quantized.
 
     Raises:
         UserError: if torchao is not installed.
     """
     torchao = require_torchao()
-    config = torchao.Int8WeightOnlyConfig(set_inductor_config=False)
-    torchao.quantize_(model, config, lambda module, name: isinstance(module, nn.Linear) and name.split(".")[-1] != "router")
+
+    def apply(config: Any, inputs: int | None = None) -> None:
+        def fits(module: nn.Module, name: str) -> bool:
+            is_weight = isinstance(module, nn.Linear) and name.split(".")[-1] != "router"
+            return is_weight and inputs in (None, module.in_features)
+
+        torchao.quantize_(model, config, fits)
+
+    if weights == "int8":
+        apply(torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+        return
+    for inputs in {layer.in_features for layer in model.modules() if isinstance(layer, nn.Linear)}:
+        group = torchao.PerGroup(math.gcd(_GROUP, inputs))
+        apply(torchao.IntxWeightOnlyConfig(weight_dtype=getattr(torch, "int4"), granularity=group), inputs)  # noqa: B009
 
 
 def require_torchao() -> ModuleType:
@@ -31,7 +52,7 @@ def require_torchao() -> ModuleType:
     try:
         return importlib.import_module("torchao.quantization")
     except ImportError:
-        raise UserError("int8 weights need torchao: pip install 'yoco-u[quantization]'") from None
+        raise UserError("quantized weights need torchao: pip install 'yoco-u[quantization]'") from None
 
 
 def is_int8(weight: Tensor) -> bool:
