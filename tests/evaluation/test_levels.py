@@ -84,6 +84,12 @@ def test_questions_that_come_again_do_not_count_again() -> None:
     assert score.accuracy == score.high == 1 and 0.98 < score.low < 1
 
 
+def test_a_level_without_further_questions_ends() -> None:
+    model, corpus = build(architecture("yoco", vocab_size=257)), read_entry("synthetic:s3:levels=1:length=60")
+    few, all_of_them = (score_levels(model, TOKENIZER, [corpus], answers)[0] for answers in (400, 10**12))
+    assert few.answers == all_of_them.answers < 60
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("num_loops", [None, 1])
 def test_a_model_is_right_where_greedy_decoding_is(num_loops: int | None) -> None:

@@ -20,6 +20,7 @@ ANSWERS = 500
 """Answers of each level by default: 95% intervals of at most 0.088."""
 
 _DOCUMENTS_PER_PASS = 64
+_MOST_WITHOUT_NEW = 500  # documents in a row, after which a level counts as exhausted
 _ANSWER = re.compile(f"{BEGIN}([^{END}]*){END}")
 
 _Spans = list[tuple[int, int]]
@@ -108,17 +109,17 @@ def _score(
 
 def _batches(corpus: SyntheticCorpus, level: int, answers: int) -> Iterator[list[tuple[str, _Spans]]]:
     """Texts of documents in groups, each with the places of the answers of its instances that no document before has."""
-    seen, count, batch = set[str](), 0, []
+    seen, count, batch, last = set[str](), 0, [], 0
     for number in range(answers):  # every document has an answer
         text = document_text(corpus, level, number, held_out=True)
         spans = _new_answers(text, seen)
         if spans:
             batch.append((text, spans))
-            count += len(spans)
+            count, last = count + len(spans), number
         if len(batch) == _DOCUMENTS_PER_PASS:
             yield batch
             batch = []
-        if count >= answers:
+        if count >= answers or number - last >= _MOST_WITHOUT_NEW:
             break
     if batch:
         yield batch
