@@ -27,6 +27,7 @@ _LEAST_KL = 1e-6  # below it lies rounding
 _SHARES = (0.25, 0.5, 0.75)  # of the loops after the first, which tokens run on average
 _NEAR, _TRIES = 0.02, 3  # how near a measured mean should be to the wanted one, and how often a threshold is corrected
 _SEATS = 16
+_MOST_LOOPS = 256  # each count up to T is measured
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,14 @@ def calibrate(
         advance: called `steps(T, mean_loops)` times at most, as work gets done.
 
     Raises:
-        UserError: if tokens cannot leave the model's loop, the mean is not between 1 and T, there are not two rows of text, or
-            the loss is not finite.
+        UserError: if tokens cannot leave the model's loop, it runs more than 256 times, the mean is not between 1 and T, there
+            are not two rows of text, or the loss is not finite.
     """
     architecture = model.model.at_loops(num_loops)
     most = architecture.num_loops
     check_exits(architecture, None, on_gpu=False)
+    if most > _MOST_LOOPS:
+        raise UserError(f"tokens are to run up to {most} loops; expected at most {_MOST_LOOPS}; give a smaller num_loops")
     if not 1 < mean_loops < most:
         raise UserError(f"the mean is to be {mean_loops:g} loops, but tokens run 1 to {most}; give a mean between these")
     first, second = halves(batches)
