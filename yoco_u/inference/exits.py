@@ -21,12 +21,13 @@ from torch import Tensor
 from yoco_u.architecture import Architecture
 from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, parse
 from yoco_u.errors import UserError
-from yoco_u.files import read_json
+from yoco_u.files import DAMAGED, read_json
 
 FILE = "exits.json"
 
 Score = Literal["angular", "divergence", "gain"]
 
+_ANEW = "remove the file, and fit it anew with yoco-u exits if tokens shall leave the loop"
 _LARGEST_LOG = 80.0  # whose exponential is a float32
 
 
@@ -64,13 +65,16 @@ def load_exits(folder: Path, a: Architecture) -> Exits | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    data = read_json(path, dict[str, Any])
-    data.pop("generator", None)
-    exits = parse(Exits, data, str(path))
+    try:
+        data = read_json(path, dict[str, Any])
+        data.pop("generator", None)
+        exits = parse(Exits, data, str(path))
+    except UserError as error:
+        raise UserError(f"{str(error).removesuffix(f'; {DAMAGED}')}; {_ANEW}") from None
     for head in exits.heads:
         if len(head) != a.hidden_size + 1:
             expected = f"expected {a.hidden_size + 1} for hidden states of {a.hidden_size}"
-            raise UserError(f"{path}: a head has {len(head)} numbers; {expected}; fit it anew with yoco-u exits, or remove it")
+            raise UserError(f"{path}: a head has {len(head)} numbers; {expected}; {_ANEW}")
     return exits
 
 
