@@ -125,6 +125,12 @@ def test_other_tokens_than_bytes_are_refused() -> None:
         score_levels(model, tokenizer, [read_entry("synthetic:word-problems:levels=2")], 10)
 
 
+@pytest.mark.parametrize("answers", [0, -3, 2.5, True])
+def test_no_answers_are_refused(answers: Any) -> None:
+    with pytest.raises(UserError, match=f"answers is {answers}; expected a whole number of at least 1"):
+        score_levels(build(architecture(vocab_size=257)), TOKENIZER, [read_entry("synthetic:s3:levels=2")], answers)
+
+
 def test_damaged_weights_are_named() -> None:
     model = build(architecture(vocab_size=257))
     with torch.no_grad():

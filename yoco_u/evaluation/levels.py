@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 from transformers import PreTrainedTokenizerFast
 
-from yoco_u.config import Config
+from yoco_u.config import Config, shown
 from yoco_u.data import DocumentEncoder
 from yoco_u.data.synthetic import BEGIN, END, SyntheticCorpus, document_text
 from yoco_u.errors import UserError
@@ -69,8 +69,10 @@ def score_levels(
         advance: called with 1 after each level.
 
     Raises:
-        UserError: if the tokens are not bytes, or a loss is not finite.
+        UserError: if `answers` is no whole number of at least 1, the tokens are not bytes, or a loss is not finite.
     """
+    if isinstance(answers, bool) or not isinstance(answers, int) or answers < 1:
+        raise UserError(f"answers is {shown(answers)}; expected a whole number of at least 1")
     encoder, found = DocumentEncoder(tokenizer), []
     for corpus in corpora:
         for level in corpus.all_levels:
