@@ -75,14 +75,14 @@ def calibrate(
 
     Args:
         model: in evaluation mode, in float32 on a CPU.
-        batches: rows of the text, without padding.
+        batches: rows of the text, without padding, in which every token has a target.
         mean_loops: how many loops a token shall run on average.
         num_loops: T, the most loops; the model's own by default.
         advance: called `steps(T, mean_loops)` times at most, as work gets done.
 
     Raises:
         UserError: if tokens cannot leave the model's loop, it runs more than 256 times, the mean is not between 1 and T, there
-            are not two rows of text, or the loss is not finite.
+            are not two rows of text, a token has no target, or the loss is not finite.
     """
     architecture = model.model.at_loops(num_loops)
     most = architecture.num_loops
@@ -91,6 +91,8 @@ def calibrate(
         raise UserError(f"tokens are to run up to {most} loops; expected at most {_MOST_LOOPS}; give a smaller num_loops")
     if not 1 < mean_loops < most:
         raise UserError(f"the mean is to be {mean_loops:g} loops, but tokens run 1 to {most}; give a mean between these")
+    if any(bool((batch["shift_labels"] < 0).any()) for batch in batches):
+        raise UserError("some tokens of the batches have no target; make them by yoco_u.analysis.text, which gives each one")
     first, second = halves(batches)
     heads = fit_heads(model, first, most)
     scores: tuple[Score, ...] = ("angular", "divergence", "gain")
