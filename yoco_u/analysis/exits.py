@@ -16,7 +16,7 @@ from yoco_u.data import Batch
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import check_finite
 from yoco_u.inference import Engine, EngineSettings, SamplingParams
-from yoco_u.inference.exits import ExitRule, Exits, Score, check_exits, head_inputs
+from yoco_u.inference.exits import ExitRule, Exits, Score, head_inputs, loop_problem
 from yoco_u.inference.shared_prefixes import run_shared
 from yoco_u.model import YocoUForCausalLM
 
@@ -86,7 +86,8 @@ def calibrate(
     """
     architecture = model.model.at_loops(num_loops)
     most = architecture.num_loops
-    check_exits(architecture, None, on_gpu=False)
+    if problem := loop_problem(architecture):
+        raise UserError(f"{problem}; give another model, or another num_loops")
     if most > _MOST_LOOPS:
         raise UserError(f"tokens are to run up to {most} loops; expected at most {_MOST_LOOPS}; give a smaller num_loops")
     if not 1 < mean_loops < most:

@@ -122,7 +122,7 @@ def head_inputs(states: Tensor) -> Tensor:
 
 
 def check_exits(a: Architecture, exits: Exits | None, on_gpu: bool) -> None:
-    """Refuse exits of a model whose tokens cannot leave its loop.
+    """Refuse requests whose tokens cannot leave the loop.
 
     Args:
         a: at the most loops that a token runs.
@@ -130,16 +130,26 @@ def check_exits(a: Architecture, exits: Exits | None, on_gpu: bool) -> None:
     Raises:
         UserError: as it says.
     """
-    problem = ""
-    if on_gpu:
-        problem = "tokens leave the loop one by one on CPUs alone so far"
-    elif not a.looped_stages:
-        problem = "the model runs one loop, which no token can leave"
-    elif len(a.looped_stages) > 1:
-        problem = f"{len(a.looped_stages)} stages of the model loop, and tokens can leave one alone"
-    elif a.stages[a.looped_stages[0]].attention == "retention":
-        problem = "the model's loop is gated retention, which tokens cannot leave so far"
-    elif exits is not None and exits.num_loops != a.num_loops:
-        problem = f"{FILE} is for {exits.num_loops} loops, and {a.num_loops} run here; fit it anew with yoco-u exits"
+    problem = "tokens leave the loop one by one on CPUs alone so far" if on_gpu else loop_problem(a)
+    if not problem and exits is not None and exits.num_loops != a.num_loops:
+        problem = (
+            f"{FILE} is for {exits.num_loops} loops, and {a.num_loops} run here; set the engine's num_loops to "
+            f"{exits.num_loops}, or fit it anew with yoco-u exits"
+        )
     if problem:
         raise UserError(f"num_loops is auto, but {problem}; give a number of loops", "num_loops")
+
+
+def loop_problem(a: Architecture) -> str:
+    """Why tokens cannot leave the loop of a model; empty if they can.
+
+    Args:
+        a: at the most loops that a token runs.
+    """
+    if not a.looped_stages:
+        return "the model runs one loop, which no token can leave"
+    if len(a.looped_stages) > 1:
+        return f"{len(a.looped_stages)} stages of the model loop, and tokens can leave one alone"
+    if a.stages[a.looped_stages[0]].attention == "retention":
+        return "the model's loop is gated retention, which tokens cannot leave so far"
+    return ""
