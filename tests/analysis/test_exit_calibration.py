@@ -36,6 +36,13 @@ def test_halves_and_documents() -> None:
         halves([batch(1)])
 
 
+def test_tokens_without_a_target_are_refused() -> None:
+    rows = batch(4)
+    rows["shift_labels"][2, 3] = -100
+    with pytest.raises(UserError, match="some tokens of the batches have no target"):
+        calibrate(make("yoco_u"), [rows], 1.5)
+
+
 def test_heads_are_least_squares() -> None:
     """Of log KL and of losses from the logits of whole passes, with the penalty as further rows."""
     model, rows = make("yoco_u"), batch(6)

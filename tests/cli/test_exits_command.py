@@ -31,11 +31,13 @@ def test_exits_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert output["mean_loops"] == sum(request.outputs[0].loops) / len(request.outputs[0].loops)
 
     for content, problem in {
-        "{": "damaged",
-        json.dumps(exits | {"num_loops": 3, "score": "angular", "heads": []}): "exits.json is for 3 loops, and 2 run here",
+        "{": "EOF while parsing an object at line 1 column 1); remove the file, and fit it anew with yoco-u exits",
+        json.dumps(
+            exits | {"num_loops": 3, "score": "angular", "heads": []}
+        ): "exits.json is for 3 loops, and 2 run here; set the engine's num_loops to 3, or fit",
         json.dumps(exits | {"score": "gain", "heads": [[0.0, 1.0]]}): "a head has 2 numbers; expected 33",
         json.dumps(exits | {"score": "angular", "heads": [[0.0]]}): "1 heads came with score angular; expected 0",
-        json.dumps(exits | {"threshold": -1}): "threshold",
+        json.dumps(exits | {"threshold": -1}): "got -1; remove the file, and fit it anew with yoco-u exits",
     }.items():
         (folder / "model" / FILE).write_text(content)
         assert problem in run("generate", folder, "--prompt", "a", "--num-loops", "auto").error
@@ -45,5 +47,8 @@ def test_exits_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
 
 def test_mistakes(run: Any, workspace: Path) -> None:
     assert "the mean is to be 2 loops, but tokens run 1 to 2" in run("exits", workspace / "a").error
-    assert "one loop" in run("exits", workspace / "b").error
+    too_many = run("exits", workspace / "a", "--num-loops", 10**11, "--tokens", 64, "--sequence-length", 32)
+    assert "up to 100000000000 loops; expected at most 256" in too_many.error
+    one_loop = run("exits", workspace / "b").error
+    assert "the model runs one loop, which no token can leave; give another model" in one_loop and "auto" not in one_loop
     assert not (workspace / "a" / "model" / FILE).exists()

@@ -139,6 +139,7 @@ def test_documents_are_exactly_as_long_as_asked_for(task: str, length: int, held
         ("synthetic:p-hop:levels=easy", "easy: expected a level or a range of them, such as 3 or 1-8"),
         ("synthetic:p-hop:length=20", "length 20 is too short for level 4, which needs 56"),
         ("synthetic:p-hop:level=3", "unknown key level: did you mean levels?"),
+        ("synthetic:p-hop:levels=1-2:levels=3", "levels comes twice; give it once"),
         ("synthetic:p-hop:easy", "easy: expected levels=1-8"),
     ],
 )

@@ -84,6 +84,12 @@ def test_questions_that_come_again_do_not_count_again() -> None:
     assert score.accuracy == score.high == 1 and 0.98 < score.low < 1
 
 
+def test_a_level_without_further_questions_ends() -> None:
+    model, corpus = build(architecture("yoco", vocab_size=257)), read_entry("synthetic:s3:levels=1:length=60")
+    few, all_of_them = (score_levels(model, TOKENIZER, [corpus], answers)[0] for answers in (400, 10**12))
+    assert few.answers == all_of_them.answers < 60
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("num_loops", [None, 1])
 def test_a_model_is_right_where_greedy_decoding_is(num_loops: int | None) -> None:
@@ -117,6 +123,12 @@ def test_other_tokens_than_bytes_are_refused() -> None:
     model = build(architecture(vocab_size=len(tokenizer)))
     with pytest.raises(UserError, match="the model's tokens are not bytes"):
         score_levels(model, tokenizer, [read_entry("synthetic:word-problems:levels=2")], 10)
+
+
+@pytest.mark.parametrize("answers", [0, -3, 2.5, True])
+def test_no_answers_are_refused(answers: Any) -> None:
+    with pytest.raises(UserError, match=f"answers is {answers}; expected a whole number of at least 1"):
+        score_levels(build(architecture(vocab_size=257)), TOKENIZER, [read_entry("synthetic:s3:levels=2")], answers)
 
 
 def test_damaged_weights_are_named() -> None:

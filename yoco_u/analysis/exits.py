@@ -16,7 +16,7 @@ from yoco_u.data import Batch
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import check_finite
 from yoco_u.inference import Engine, EngineSettings, SamplingParams
-from yoco_u.inference.exits import ExitRule, Exits, Score, check_exits, head_inputs
+from yoco_u.inference.exits import ExitRule, Exits, Score, head_inputs, loop_problem
 from yoco_u.inference.shared_prefixes import run_shared
 from yoco_u.model import YocoUForCausalLM
 
@@ -27,6 +27,7 @@ _LEAST_KL = 1e-6  # below it lies rounding
 _SHARES = (0.25, 0.5, 0.75)  # of the loops after the first, which tokens run on average
 _NEAR, _TRIES = 0.02, 3  # how near a measured mean should be to the wanted one, and how often a threshold is corrected
 _SEATS = 16
+_MOST_LOOPS = 256  # each count up to T is measured
 
 
 @dataclass(frozen=True)
@@ -74,20 +75,25 @@ def calibrate(
 
     Args:
         model: in evaluation mode, in float32 on a CPU.
-        batches: rows of the text, without padding.
+        batches: rows of the text, without padding, in which every token has a target.
         mean_loops: how many loops a token shall run on average.
         num_loops: T, the most loops; the model's own by default.
         advance: called `steps(T, mean_loops)` times at most, as work gets done.
 
     Raises:
-        UserError: if tokens cannot leave the model's loop, the mean is not between 1 and T, there are not two rows of text, or
-            the loss is not finite.
+        UserError: if tokens cannot leave the model's loop, it runs more than 256 times, the mean is not between 1 and T, there
+            are not two rows of text, a token has no target, or the loss is not finite.
     """
     architecture = model.model.at_loops(num_loops)
     most = architecture.num_loops
-    check_exits(architecture, None, on_gpu=False)
+    if problem := loop_problem(architecture):
+        raise UserError(f"{problem}; give another model, or another num_loops")
+    if most > _MOST_LOOPS:
+        raise UserError(f"tokens are to run up to {most} loops; expected at most {_MOST_LOOPS}; give a smaller num_loops")
     if not 1 < mean_loops < most:
         raise UserError(f"the mean is to be {mean_loops:g} loops, but tokens run 1 to {most}; give a mean between these")
+    if any(bool((batch["shift_labels"] < 0).any()) for batch in batches):
+        raise UserError("some tokens of the batches have no target; make them by yoco_u.analysis.text, which gives each one")
     first, second = halves(batches)
     heads = fit_heads(model, first, most)
     scores: tuple[Score, ...] = ("angular", "divergence", "gain")

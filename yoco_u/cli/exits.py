@@ -22,7 +22,7 @@ def exits(
     ] = None,
     mean_loops: Annotated[float, typer.Option("--mean-loops", help="Loops that a token shall run on average.")] = 2.0,
     num_loops: Annotated[
-        int | None, typer.Option("--num-loops", min=1, help="Most loops of a token, instead of the model's own T.")
+        int | None, typer.Option("--num-loops", min=1, help="Most loops of a token, at most 256, instead of the model's own T.")
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens of the text to look at.")] = 32768,
     sequence_length: Annotated[

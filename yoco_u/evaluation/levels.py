@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 from transformers import PreTrainedTokenizerFast
 
-from yoco_u.config import Config
+from yoco_u.config import Config, shown
 from yoco_u.data import DocumentEncoder
 from yoco_u.data.synthetic import BEGIN, END, SyntheticCorpus, document_text
 from yoco_u.errors import UserError
@@ -20,6 +20,7 @@ ANSWERS = 500
 """Answers of each level by default: 95% intervals of at most 0.088."""
 
 _DOCUMENTS_PER_PASS = 64
+_MOST_WITHOUT_NEW = 500  # documents in a row, after which a level counts as exhausted
 _ANSWER = re.compile(f"{BEGIN}([^{END}]*){END}")
 
 _Spans = list[tuple[int, int]]
@@ -68,8 +69,10 @@ def score_levels(
         advance: called with 1 after each level.
 
     Raises:
-        UserError: if the tokens are not bytes, or a loss is not finite.
+        UserError: if `answers` is no whole number of at least 1, the tokens are not bytes, or a loss is not finite.
     """
+    if isinstance(answers, bool) or not isinstance(answers, int) or answers < 1:
+        raise UserError(f"answers is {shown(answers)}; expected a whole number of at least 1")
     encoder, found = DocumentEncoder(tokenizer), []
     for corpus in corpora:
         for level in corpus.all_levels:
@@ -108,17 +111,17 @@ def _score(
 
 def _batches(corpus: SyntheticCorpus, level: int, answers: int) -> Iterator[list[tuple[str, _Spans]]]:
     """Texts of documents in groups, each with the places of the answers of its instances that no document before has."""
-    seen, count, batch = set[str](), 0, []
+    seen, count, batch, last = set[str](), 0, [], 0
     for number in range(answers):  # every document has an answer
         text = document_text(corpus, level, number, held_out=True)
         spans = _new_answers(text, seen)
         if spans:
             batch.append((text, spans))
-            count += len(spans)
+            count, last = count + len(spans), number
         if len(batch) == _DOCUMENTS_PER_PASS:
             yield batch
             batch = []
-        if count >= answers:
+        if count >= answers or number - last >= _MOST_WITHOUT_NEW:
             break
     if batch:
         yield batch

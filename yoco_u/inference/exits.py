@@ -21,12 +21,13 @@ from torch import Tensor
 from yoco_u.architecture import Architecture
 from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, parse
 from yoco_u.errors import UserError
-from yoco_u.files import read_json
+from yoco_u.files import DAMAGED, read_json
 
 FILE = "exits.json"
 
 Score = Literal["angular", "divergence", "gain"]
 
+_ANEW = "remove the file, and fit it anew with yoco-u exits if tokens shall leave the loop"
 _LARGEST_LOG = 80.0  # whose exponential is a float32
 
 
@@ -64,13 +65,16 @@ def load_exits(folder: Path, a: Architecture) -> Exits | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    data = read_json(path, dict[str, Any])
-    data.pop("generator", None)
-    exits = parse(Exits, data, str(path))
+    try:
+        data = read_json(path, dict[str, Any])
+        data.pop("generator", None)
+        exits = parse(Exits, data, str(path))
+    except UserError as error:
+        raise UserError(f"{str(error).removesuffix(f'; {DAMAGED}')}; {_ANEW}") from None
     for head in exits.heads:
         if len(head) != a.hidden_size + 1:
             expected = f"expected {a.hidden_size + 1} for hidden states of {a.hidden_size}"
-            raise UserError(f"{path}: a head has {len(head)} numbers; {expected}; fit it anew with yoco-u exits, or remove it")
+            raise UserError(f"{path}: a head has {len(head)} numbers; {expected}; {_ANEW}")
     return exits
 
 
@@ -118,7 +122,7 @@ def head_inputs(states: Tensor) -> Tensor:
 
 
 def check_exits(a: Architecture, exits: Exits | None, on_gpu: bool) -> None:
-    """Refuse exits of a model whose tokens cannot leave its loop.
+    """Refuse requests whose tokens cannot leave the loop.
 
     Args:
         a: at the most loops that a token runs.
@@ -126,16 +130,26 @@ def check_exits(a: Architecture, exits: Exits | None, on_gpu: bool) -> None:
     Raises:
         UserError: as it says.
     """
-    problem = ""
-    if on_gpu:
-        problem = "tokens leave the loop one by one on CPUs alone so far"
-    elif not a.looped_stages:
-        problem = "the model runs one loop, which no token can leave"
-    elif len(a.looped_stages) > 1:
-        problem = f"{len(a.looped_stages)} stages of the model loop, and tokens can leave one alone"
-    elif a.stages[a.looped_stages[0]].attention == "retention":
-        problem = "the model's loop is gated retention, which tokens cannot leave so far"
-    elif exits is not None and exits.num_loops != a.num_loops:
-        problem = f"{FILE} is for {exits.num_loops} loops, and {a.num_loops} run here; fit it anew with yoco-u exits"
+    problem = "tokens leave the loop one by one on CPUs alone so far" if on_gpu else loop_problem(a)
+    if not problem and exits is not None and exits.num_loops != a.num_loops:
+        problem = (
+            f"{FILE} is for {exits.num_loops} loops, and {a.num_loops} run here; set the engine's num_loops to "
+            f"{exits.num_loops}, or fit it anew with yoco-u exits"
+        )
     if problem:
         raise UserError(f"num_loops is auto, but {problem}; give a number of loops", "num_loops")
+
+
+def loop_problem(a: Architecture) -> str:
+    """Why tokens cannot leave the loop of a model; empty if they can.
+
+    Args:
+        a: at the most loops that a token runs.
+    """
+    if not a.looped_stages:
+        return "the model runs one loop, which no token can leave"
+    if len(a.looped_stages) > 1:
+        return f"{len(a.looped_stages)} stages of the model loop, and tokens can leave one alone"
+    if a.stages[a.looped_stages[0]].attention == "retention":
+        return "the model's loop is gated retention, which tokens cannot leave so far"
+    return ""

@@ -46,6 +46,8 @@ class LoopDraw(Config):
             raise ValueError(f"least is {self.least}, above most, which is {self.most}; swap or change them")
         if self.distribution == "uniform" and self.mean is not None:
             raise ValueError(f"mean is {self.mean:g}, but uniform follows from least and most alone; drop it")
+        if self.distribution == "uniform" and self.sigma != type(self).model_fields["sigma"].default:
+            raise ValueError(f"sigma is {self.sigma:g}, but uniform follows from least and most alone; drop it")
         return self
 
     def probabilities(self, planned: int) -> dict[int, float]:

@@ -83,10 +83,14 @@ def read_entry(entry: str) -> SyntheticCorpus:
     if name not in TASKS:
         raise UserError(f"{entry}: no such task; {did_you_mean(name, TASKS)}")
     settings: dict[str, object] = {"task": name, "levels": "1-4"}
+    given = set[str]()
     for part in filter(None, rest.split(":")):
         key, separator, value = part.partition("=")
         if not separator or key == "task":
             raise UserError(f"{entry}: {part}: expected levels=1-8, documents=20000, length=256 or seed=0, with colons between")
+        if key in given:
+            raise UserError(f"{entry}: {key} comes twice; give it once")
+        given.add(key)
         settings[key] = int(value) if re.fullmatch(r"\d{1,18}", value) and key != "levels" else value
     return parse(SyntheticCorpus, settings, entry)
 
