@@ -12,7 +12,7 @@ from yoco_u.inference.exits import FILE
 def test_exits_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a"
     shutil.copytree(workspace / "a", folder)
-    options = ("--tokens", 640, "--sequence-length", 32, "--mean-loops", 1.5)
+    options = ("--tokens", 640, "--sequence-length", 32)  # the mean is 1.5, in the middle of 1 and T
     shown = run("exits", folder, *options)
     assert shown.status == 0 and str(folder / "model" / FILE) in shown.err
     assert all(score in shown.out for score in ("angular", "divergence", "gain"))
@@ -46,7 +46,7 @@ def test_exits_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes(run: Any, workspace: Path) -> None:
-    assert "the mean is to be 2 loops, but tokens run 1 to 2" in run("exits", workspace / "a").error
+    assert "the mean is to be 2 loops, but tokens run 1 to 2" in run("exits", workspace / "a", "--mean-loops", 2).error
     too_many = run("exits", workspace / "a", "--num-loops", 10**11, "--tokens", 64, "--sequence-length", 32)
     assert "up to 100000000000 loops; expected at most 256" in too_many.error
     one_loop = run("exits", workspace / "b").error

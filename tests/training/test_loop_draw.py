@@ -224,6 +224,7 @@ def _config(config: RunConfig) -> Any:
         ({"backward_loops": 0}, "yoco_u", "backward_loops"),
         ({"early_exit_weight": 1.0}, "yoco", "training.early_exit_weight leaves the loop, but the architecture has no loop"),
         ({"early_exit_weight": 1.0}, "upper_loop", "needs one looped stage, before the cross-decoder"),
+        ({"early_exit_weight": 1.0, "loop_draw": {"most": 1}}, "yoco_u", "needs a loop before the last, but all draws are 1"),
         ({"loop_draw": UNIFORM, "loop_schedule": [{"until": 0.5, "loops": 2}]}, "yoco_u", "but uniform has none"),
         ({"loop_draw": HUGINN, "loop_schedule": [{"until": 0.5, "loops": 2}]}, "yoco_u", "both say the mean"),
         ({"evaluate_loops": [0]}, "yoco_u", "evaluate_loops"),

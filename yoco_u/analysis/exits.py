@@ -67,7 +67,7 @@ class Calibration:
 def calibrate(
     model: YocoUForCausalLM,
     batches: Sequence[Batch],
-    mean_loops: float = 2.0,
+    mean_loops: float | None = None,
     num_loops: int | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Calibration:
@@ -76,7 +76,7 @@ def calibrate(
     Args:
         model: in evaluation mode, in float32 on a CPU.
         batches: rows of the text, without padding, in which every token has a target.
-        mean_loops: how many loops a token shall run on average.
+        mean_loops: how many loops a token shall run on average; by default the middle of 1 and T.
         num_loops: T, the most loops; the model's own by default.
         advance: called `steps(T, mean_loops)` times at most, as work gets done.
 
@@ -90,6 +90,7 @@ def calibrate(
         raise UserError(f"{problem}; give another model, or another num_loops")
     if most > _MOST_LOOPS:
         raise UserError(f"tokens are to run up to {most} loops; expected at most {_MOST_LOOPS}; give a smaller num_loops")
+    mean_loops = middle(most) if mean_loops is None else mean_loops
     if not 1 < mean_loops < most:
         raise UserError(f"the mean is to be {mean_loops:g} loops, but tokens run 1 to {most}; give a mean between these")
     if any(bool((batch["shift_labels"] < 0).any()) for batch in batches):
@@ -118,6 +119,11 @@ def calibrate(
     assert chosen is not None
     exits = Exits(num_loops=most, score=best, threshold=chosen, heads=heads.get(best, ()))
     return Calibration(exits, results, sum(len(text) - 1 for text in texts))
+
+
+def middle(most: int) -> float:
+    """The mean of loops that is wanted unless another one is given."""
+    return (1 + most) / 2
 
 
 def wanted_means(most: int, mean_loops: float) -> list[float]:

@@ -20,7 +20,10 @@ def exits(
             metavar="FILES", help="Held-out text, in any form that prepare reads. \\[default: the run's validation split]"
         ),
     ] = None,
-    mean_loops: Annotated[float, typer.Option("--mean-loops", help="Loops that a token shall run on average.")] = 2.0,
+    mean_loops: Annotated[
+        float | None,
+        typer.Option("--mean-loops", help="Loops that a token shall run on average. \\[default: the middle of 1 and T]"),
+    ] = None,
     num_loops: Annotated[
         int | None, typer.Option("--num-loops", min=1, help="Most loops of a token, at most 256, instead of the model's own T.")
     ] = None,
@@ -48,7 +51,7 @@ def exits(
     """
     import torch
 
-    from yoco_u.analysis.exits import calibrate, steps
+    from yoco_u.analysis.exits import calibrate, middle, steps
     from yoco_u.analysis.text import read_batches
     from yoco_u.evaluation.held_out import row_length
     from yoco_u.files import check_result, write_result
@@ -60,6 +63,7 @@ def exits(
     network, tokenizer = load_model(model, torch.device("cpu"))
     batches = read_batches(model, files or [], text_field, sequence_length or row_length(model), tokens, tokenizer)
     most = network.model.at_loops(num_loops).num_loops
+    mean_loops = middle(most) if mean_loops is None else mean_loops
     with progress_bar("calibrating", steps(most, mean_loops)) as advance:
         found = calibrate(network, batches, mean_loops, num_loops, lambda: advance(1))
     write_result(path, found.exits.model_dump(mode="json"))

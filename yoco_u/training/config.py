@@ -244,6 +244,8 @@ class RunConfig(Config):
                 raise ValueError("training.loop_schedule and training.loop_draw.mean both say the mean; drop one of the two")
         distillation = self.distillation
         if training.early_exit_weight:
+            if training.loop_draw is not None and training.loop_draw.most == 1:
+                raise ValueError("training.early_exit_weight needs a loop before the last, but all draws are 1; drop it")
             if distillation:
                 raise ValueError("training.early_exit_weight has no place beside a distillation; drop one of the two")
             if len(looped) > 1 or self.architecture.stages[looped[0]].attention == "cross" or self.architecture.parallel:
