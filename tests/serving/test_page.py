@@ -1,12 +1,17 @@
 """The page in a real browser: what a person writes, sees and presses."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
-from server_process import Process
+from server_process import Process, serving
+from transformers import AutoConfig
+
+from yoco_u.inference.exits import FILE
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -67,6 +72,27 @@ def test_two_answers_side_by_side_differ_in_loops_alone(page: Page) -> None:
     boxes = [one.bounding_box() for one in (left, right)]
     assert boxes[0] is not None and boxes[1] is not None
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+
+
+def test_tokens_that_leave_the_loop_are_as_dark_as_they_ran_loops(browser: Browser, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    loops = AutoConfig.from_pretrained(folder).architecture.num_loops
+    (tmp_path / "model" / FILE).write_text(json.dumps({"num_loops": loops, "score": "angular", "threshold": 0.35}))
+    with serving(tmp_path / "model", log=tmp_path / "log") as process:
+        page = browser.new_page()
+        page.goto(process.url)
+        expect(page.locator("#model-facts")).to_contain_text("parameters")
+        page.locator("#max-tokens").fill("24")
+        page.locator("#loops-a").fill("0")
+        ask(page, "def first")
+        expect(page.locator("[data-figure=tokens]")).to_have_text("24")
+        expect(page.locator(".answer h3")).to_have_text("T = auto")
+        shown = page.locator(".warm").all()
+        heats = [float(one.evaluate("span => span.style.getPropertyValue('--heat')")) for one in shown]
+        told = [float((one.get_attribute("title") or "").removesuffix(f" of {loops} loops")) for one in shown]
+        assert shown and all(0 <= heat <= 1 for heat in heats), heats
+        assert told == pytest.approx([1 + heat * (loops - 1) for heat in heats], abs=0.051)
+        page.close()
 
 
 def test_keys_stop_and_begin_anew(page: Page, process: Process) -> None:

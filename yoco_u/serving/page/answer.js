@@ -18,10 +18,13 @@ const times = (ratio) => `${ratio >= 10 ? Math.round(ratio) : ratio.toFixed(1)}x
 
 export class Answer {
   // given: the text that the model continues, shown before the answer; null in a chat.
-  constructor(title, loops, given) {
+  // most: the most loops of a token, where each leaves the loop by itself.
+  constructor(title, loops, given, most) {
     this.element = document.getElementById("answer").content.firstElementChild.cloneNode(true);
     this.element.querySelector("h3").textContent = title;
     this.loops = loops;
+    this.most = most;
+    this.told = { tokens: 0, loops: 0 }; // by the usage of the last chunk
     this.text = "";
     this.output = document.createElement("span");
     const place = this.element.querySelector(".text");
@@ -52,7 +55,7 @@ export class Answer {
         }
         if (text) {
           this.text += text;
-          this.output.append(text); // as a text node, so that what a model writes is never markup
+          this.output.append(this.warm(text, chunk.usage)); // as a text node, so that what a model writes is never markup
         }
         if (chunk.usage) this.count(chunk.usage, first, now, !choice);
         grown();
@@ -68,6 +71,22 @@ export class Answer {
       this.element.classList.remove("running");
       grown();
     }
+  }
+
+  // New text, the darker the more loops its tokens have run where each leaves the loop by itself.
+  warm(text, usage) {
+    if (this.loops !== "auto" || !usage) return text;
+    const tokens = usage.completion_tokens;
+    const loops = Math.round(tokens * (usage.completion_tokens_details.mean_loops ?? 0));
+    const mean = (loops - this.told.loops) / (tokens - this.told.tokens);
+    this.told = { tokens, loops };
+    if (!Number.isFinite(mean)) return text;
+    const shown = document.createElement("span");
+    shown.className = "warm";
+    shown.style.setProperty("--heat", (mean - 1) / (this.most - 1));
+    shown.title = `${mean.toFixed(1)} of ${this.most} loops`;
+    shown.append(text);
+    return shown;
   }
 
   // Shows the figures that follow from the token counts. The last chunk brings the counts alone, without a token, so its

@@ -68,7 +68,9 @@ async function send(text) {
   const turn = element("div", facts.chat ? "turn chat" : "turn", "");
   if (facts.chat) turn.append(element("p", "prompt", text));
   const place = element("div", "answers", "");
-  const answers = loopCounts().map((loops) => new Answer(`T = ${loops}`, loops, facts.chat ? null : text));
+  const answers = loopCounts().map(
+    (loops) => new Answer(`T = ${loops}`, loops, facts.chat ? null : text, facts.num_loops),
+  );
   place.append(...answers.map((answer) => answer.element));
   turn.append(place);
   $("log").append(turn);
@@ -166,8 +168,11 @@ async function begin() {
     $(id).max = Math.max(facts.max_num_loops, facts.num_loops);
     $(id).value = value;
   }
-  const auto = facts.auto_loops ? " At auto, each token leaves the loop when another one would hardly change it." : "";
-  $("loops-note").textContent = `The model's own T is ${facts.num_loops}. More loops cost time, and little cache.${auto}`;
+  const auto = facts.auto_loops
+    ? " At auto, each token leaves the loop when another one would hardly change it; the darker a token, the more loops it ran."
+    : "";
+  $("loops-note").textContent =
+    `The model's own T is ${facts.num_loops}. More loops cost time, and little cache.${auto}`;
   $("max-tokens").max = facts.max_output_tokens;
   $("max-tokens").value = Math.min(Number($("max-tokens").value), facts.max_output_tokens);
   $("send").textContent = facts.chat ? "Send" : "Continue";
