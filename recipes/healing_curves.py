@@ -81,6 +81,8 @@ def plot(source: float, curves: list[dict[str, Any]], path: Path) -> None:
         )  # fmt: skip
     axes.axhline(math.exp(source), color="#5a5a5a", linestyle="--", label=f"the source, {math.exp(source):.1f}")
     axes.set(xlabel="tokens of healing", ylabel="perplexity of the validation split", xscale="log", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.2, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

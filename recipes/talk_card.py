@@ -89,6 +89,8 @@ def plot(evaluations: list[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     axes.plot([one["tokens"] for one in evaluations], [one["perplexity"] for one in evaluations], marker="o", markersize=3.5)
     axes.set(xlabel="tokens of healing", ylabel="perplexity of the validation split", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.2, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     save_png(figure, path)
