@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from yoco_u.device import environment
+from yoco_u.inference import Engine, SamplingParams
+from yoco_u.inference.request import Request
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,6 +39,29 @@ def standard_library_prompts(tokenizer: Any, lengths: Sequence[int]) -> list[lis
     draw = random.Random(0)
     begins = [draw.randrange(len(tokens) - length) for length in lengths]
     return [tokens[begin : begin + length] for begin, length in zip(begins, lengths, strict=True)]
+
+
+def decode(subject: Engine, batch: int, chosen: argparse.Namespace, sampling: dict[str, Any]) -> tuple[float, list[Request]]:
+    """Decode a batch behind random prompts.
+
+    Args:
+        chosen: has `context`, the tokens of each prompt, and `tokens`, those of each output.
+        sampling: fields of `SamplingParams`.
+
+    Returns:
+        Tokens per second, from the first token of each output to the last, and the requests.
+    """
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = subject.architecture.vocab_size
+    prompts = torch.randint(vocabulary, (batch, chosen.context), generator=generator).tolist()
+    params = SamplingParams(max_tokens=chosen.tokens, ignore_eos=True, seed=0, **sampling)
+    requests = [subject.add(prompt, params) for prompt in prompts]
+    while not all(request.outputs[0].token_ids for request in requests):
+        subject.step()
+    begin, done = time.perf_counter(), sum(len(request.outputs[0].token_ids) for request in requests)
+    while subject.unfinished:
+        subject.step()
+    return (batch * chosen.tokens - done) / (time.perf_counter() - begin), requests
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:

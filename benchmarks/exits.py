@@ -8,16 +8,16 @@ tokens leave after each loop at the thresholds 0.43 and 1, none at 0, and all af
 """
 
 import statistics
-import time
 from typing import Any
 
 import torch
-from common import parser, show, write
+from common import decode, parser, show, write
 from rich.progress import track
 
 from yoco_u.architecture import preset
-from yoco_u.inference import Engine, EngineSettings, SamplingParams
+from yoco_u.inference import Engine, EngineSettings
 from yoco_u.inference.exits import Exits
+from yoco_u.inference.request import Request
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
 THRESHOLDS = (0.0, 0.43, 1.0, 1e30)
@@ -44,7 +44,8 @@ def main() -> None:
         means = {}
         for turn in track(range(chosen.rounds + 1), description=f"batch {batch}"):
             for name, loops in cases.items():
-                rate, means[name] = decode(subject, batch, chosen, loops)
+                rate, requests = decode(subject, batch, chosen, loops)
+                means[name] = mean_loops(requests)
                 if turn:  # the first one warms up
                     rates[name].append(rate)
         full = f"T = {chosen.loops}"
@@ -69,21 +70,9 @@ def engine(chosen: Any) -> Engine:
     return Engine(model, None, settings, exits)
 
 
-def decode(subject: Engine, batch: int, chosen: Any, loops: dict[str, Any]) -> tuple[float, float]:
-    """Tokens per second of a batch, from the first token of each output to the last, and the mean of their loops."""
-    generator = torch.Generator().manual_seed(1)
-    vocabulary = subject.architecture.vocab_size
-    prompts = torch.randint(vocabulary, (batch, chosen.context), generator=generator).tolist()
-    params = SamplingParams(max_tokens=chosen.tokens, ignore_eos=True, seed=0, **loops)
-    requests = [subject.add(prompt, params) for prompt in prompts]
-    while not all(request.outputs[0].token_ids for request in requests):
-        subject.step()
-    begin, done = time.perf_counter(), sum(len(request.outputs[0].token_ids) for request in requests)
-    while subject.unfinished:
-        subject.step()
-    seconds = time.perf_counter() - begin
-    counts = [count for request in requests for count in request.outputs[0].loops]
-    return (batch * chosen.tokens - done) / seconds, sum(counts) / len(counts)
+def mean_loops(requests: list[Request]) -> float:
+    """Loops that a token ran on average."""
+    return statistics.fmean(count for request in requests for count in request.outputs[0].loops)
 
 
 if __name__ == "__main__":

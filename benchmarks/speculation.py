@@ -13,15 +13,14 @@ Lengths are chosen as ever, by what was accepted and by the times of the steps b
 """
 
 import statistics
-import time
 from typing import Any
 
 import torch
-from common import parser, show, write
+from common import decode, parser, show, write
 from rich.progress import track
 
 from yoco_u.architecture import preset
-from yoco_u.inference import Engine, EngineSettings, SamplingParams
+from yoco_u.inference import Engine, EngineSettings
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
 SAME = {"temperature": 0.0, "logit_bias": {0: 100.0}}
@@ -57,7 +56,7 @@ def main() -> None:
             rates: dict[str, list[float]] = {"none": [], by: []}
             for _ in track(range(chosen.rounds), description=f"{name}, batch {batch}"):
                 for drafts, found in rates.items():
-                    found.append(decode(subject, batch, chosen, {"drafts": drafts, **sampling}))
+                    found.append(decode(subject, batch, chosen, {"drafts": drafts, **sampling})[0])
             accepted = subject.speculation.accepted - before[0]
             drafted = accepted + subject.speculation.rejected - before[1]
             plain, drafting = rates.values()
@@ -84,21 +83,6 @@ def engine(chosen: Any) -> Engine:
     cache = sequences * (chosen.context + chosen.tokens + 64)
     settings = EngineSettings(dtype=chosen.dtype, cache_tokens=cache, max_num_seqs=sequences, prefix_caching=False)
     return Engine(model, None, settings)
-
-
-def decode(subject: Engine, batch: int, chosen: Any, sampling: dict[str, Any]) -> float:
-    """Tokens per second of a batch, from the first token of each output to the last."""
-    generator = torch.Generator().manual_seed(1)
-    vocabulary = subject.architecture.vocab_size
-    prompts = torch.randint(vocabulary, (batch, chosen.context), generator=generator).tolist()
-    params = SamplingParams(max_tokens=chosen.tokens, ignore_eos=True, seed=0, **sampling)
-    requests = [subject.add(prompt, params) for prompt in prompts]
-    while not all(request.outputs[0].token_ids for request in requests):
-        subject.step()
-    begin, done = time.perf_counter(), sum(len(request.outputs[0].token_ids) for request in requests)
-    while subject.unfinished:
-        subject.step()
-    return (batch * chosen.tokens - done) / (time.perf_counter() - begin)
 
 
 if __name__ == "__main__":
