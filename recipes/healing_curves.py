@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from scipy.stats import linregress
+from talk_card import style
 
 from yoco_u.data import PackedDataset
 from yoco_u.device import find_device
@@ -80,11 +81,8 @@ def plot(source: float, curves: list[dict[str, Any]], path: Path) -> None:
             label=f"{kvs} global KV{'s' * (kvs > 1)}, {math.exp(one['converted']):.1f} before",
         )  # fmt: skip
     axes.axhline(math.exp(source), color="#5a5a5a", linestyle="--", label=f"the source, {math.exp(source):.1f}")
-    axes.set(xlabel="tokens of healing", ylabel="perplexity of the validation split", xscale="log", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(alpha=0.2, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
+    style(axes)
+    axes.set_xscale("log")
     axes.legend(frameon=False)
     save_png(figure, path)
 

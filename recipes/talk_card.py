@@ -13,6 +13,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from talk import CORPORA, HELD_OUT
 
@@ -88,12 +89,17 @@ def plot(evaluations: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     axes.plot([one["tokens"] for one in evaluations], [one["perplexity"] for one in evaluations], marker="o", markersize=3.5)
+    style(axes)
+    save_png(figure, path)
+
+
+def style(axes: Axes) -> None:
+    """How perplexities over tokens of healing are drawn."""
     axes.set(xlabel="tokens of healing", ylabel="perplexity of the validation split", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.2, which="both")
     axes.spines[["top", "right"]].set_visible(False)
-    save_png(figure, path)
 
 
 def card(found: dict[str, Any]) -> str:
