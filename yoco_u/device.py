@@ -20,7 +20,7 @@ import torch
 from yoco_u.errors import UserError, first_line
 from yoco_u.version import __version__
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+_PACKAGES = ("transformers", "tokenizers", "numpy")
 _TENSOR_BYTES = 512 * 2**20
 _GPU_TENSOR_BYTES = 2**32  # read in a millisecond, beside which the microseconds of a launch do not count
 
@@ -150,6 +150,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "yoco_u": __version__,
         "python": platform.python_version(),
+        "torch": torch.__version__,  # with the build, which the package of a GPU build leaves out
         **{name: version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "cpu": _cpu_name(),

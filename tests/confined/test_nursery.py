@@ -60,7 +60,7 @@ def test_memory_is_limited_to_what_was_said(nursery: Nursery) -> None:
     process = nursery.new()
     assert say(process, f"allocate {2**25}") == str(2**25)
     with pytest.raises(Refused, match="MemoryError"):
-        say(process, f"allocate {2**26}")
+        say(process, f"allocate {2**26 + 2**20}")  # what Python itself gave back since the fork may be used
     assert say(process, "greet you") == "hi you"
 
 
