@@ -41,6 +41,9 @@ def test_exits_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
     }.items():
         (folder / "model" / FILE).write_text(content)
         assert problem in run("generate", folder, "--prompt", "a", "--num-loops", "auto").error
+        if content == "{":
+            assert run("generate", folder, "--prompt", "a", "--max-tokens", 1).status == 0
+            assert str(folder / "model" / FILE) in run("serve", folder, "--num-loops", "auto").error
     (folder / "model" / FILE).write_text("{}")
     assert "was not made by yoco-u" in run("exits", folder, *options).error
 

@@ -6,6 +6,7 @@ from test_app import samples
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u import YocoUForCausalLM
+from yoco_u.errors import UserError
 from yoco_u.inference.exits import Exits
 
 pytestmark = pytest.mark.anyio
@@ -37,6 +38,18 @@ async def test_auto_loops(model: YocoUForCausalLM, tokenizer: PreTrainedTokenize
         assert tokens < loops < 3 * tokens
         nothing = await server.json("completions", prompt="x y", max_tokens=0, echo=True)
         assert nothing["usage"]["completion_tokens_details"]["mean_loops"] is None
+
+
+async def test_damaged_exits(
+    model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_of(model, tokenizer)
+    engine.exits = UserError("exits.json: damaged")
+    async with running(Server(engine)) as server:
+        assert caplog.messages == ["exits.json: damaged"]
+        assert (await server.json("completions", **BODY))["usage"]["completion_tokens"] == 8
+        status, error = await server.error("completions", **BODY, num_loops="auto")
+        assert status == 400 and error["param"] == "num_loops" and "exits.json: damaged" in error["message"]
 
 
 @pytest.mark.parametrize(

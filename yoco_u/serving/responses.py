@@ -169,7 +169,7 @@ class ModelFacts(BaseModel):
 
     Attributes:
         chat: whether the model has a chat template that can be used; without one it continues texts.
-        num_loops: T of requests that name none.
+        num_loops: T of requests that name none; the most loops of a token, where their tokens leave the loop.
         auto_loops: whether requests may say `auto` in its place, without an `exit_threshold`.
     """
 
