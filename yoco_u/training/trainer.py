@@ -154,7 +154,8 @@ class _Run:
         found = environment(device) | {
             "world_size": self.distributed.world_size, "dtype": training.dtype, "gemm_flops_per_second": self.gemm_rate,
         }  # fmt: skip
-        self.distributed.on_main(lambda: self.folder.note_start(self.state.step, found, self.damaged.append))
+        dataset = self.config.dataset
+        self.distributed.on_main(lambda: self.folder.note_start(self.state.step, found, dataset, self.damaged.append))
 
     @contextmanager
     def _writing_metrics(self) -> Iterator[None]:
