@@ -1,4 +1,4 @@
-"""Paths in settings. Relative ones begin in the working folder of whoever wrote them, so a place may be spelled in many ways."""
+"""Paths in settings. Relative ones begin in the working folder of whoever wrote them, so a place has many spellings."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
