@@ -125,6 +125,27 @@ def test_going_on_with_paths_spelled_in_another_way(work: Path, tmp_path: Path, 
     RunFolder(Path("runs/a")).check_same(spelled(work, start_from=f"{moved}/models/s"))
 
 
+def test_going_on_by_the_same_command_in_another_folder(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is spelled as before leads where it led before; the dataset is not prepared anew."""
+    (work / "runs" / "a" / "summary.json").unlink()
+    shutil.rmtree(work / "runs" / "a" / "model")
+    shutil.copytree(work / "runs" / "a" / "tokenizer", work / "models" / "s")
+    plain = run_config(Path("data/d"), steps=1, optimizer_warmup_steps=0)
+    (work / "elsewhere").mkdir()
+    monkeypatch.chdir(work / "elsewhere")
+    assert train(plain, work / "runs" / "a", progress=False)["steps"] == 1
+    assert not list((work / "elsewhere").iterdir())
+    run = RunFolder(work / "runs" / "a")
+    run.config.write_text(spelled(work).model_dump_json())
+    found = run.located(spelled(work))
+    assert (found.dataset, found.start_from) == (str(work / "data" / "d"), str(work / "models" / "s"))
+    assert found.distillation is not None and found.distillation.teacher == "models/t"  # which is nowhere
+    assert found.data is not None and found.data.tokenizer == str(work / "models" / "s")
+    run.check_same(found)
+    given = spelled(work, dataset="d", start_from="s")
+    assert run.located(given) == given
+
+
 def test_a_later_start_says_where_the_dataset_is_then(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder(work / "runs" / "a")
     shutil.move(work / "data", tmp_path / "data")

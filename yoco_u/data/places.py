@@ -34,8 +34,16 @@ def same_place(old: str, new: str, places: Places) -> bool:
 
 
 def absolute(path: str, folder: str | Path = "") -> str:
-    """The place that a path leads to from a folder, by default the working folder, with links followed."""
-    return os.path.realpath(os.path.join(folder, os.path.expanduser(path)))
+    """The place that a path leads to from a folder, with links followed.
+
+    Args:
+        folder: by default the working folder, or / if that was removed.
+    """
+    joined = os.path.join(folder, os.path.expanduser(path))
+    try:
+        return os.path.realpath(joined)
+    except FileNotFoundError:
+        return os.path.realpath(os.path.join(os.sep, joined))
 
 
 def seen_from(folder: str | Path) -> str:

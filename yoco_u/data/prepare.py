@@ -79,7 +79,7 @@ def _existing(config: DataConfig, out: Path, console: Console) -> DatasetIndex |
             raise UserError(f"{out}: exists and is no prepared dataset; choose another folder")
         return None
     index = DatasetIndex.load(out)
-    begin = out / (index.working_folder or os.getcwd())
+    begin = out / (index.working_folder or absolute(os.curdir))
     if found := list(changes(index.config, config, lambda path: [absolute(path, begin)])):
         differ = "; ".join(f"{key} {old!r}, now {new!r}" for key, old, new in found)
         raise UserError(f"{out}: holds a dataset of another config ({differ}); choose another folder or remove it")

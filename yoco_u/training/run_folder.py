@@ -109,13 +109,19 @@ class RunFolder:
         finally:
             lock.release()
 
+    def located(self, config: RunConfig) -> RunConfig:
+        """The config, whose paths lead where they led when the run began, if it has begun; see `RunPaths.located`."""
+        if not (marked(self.path, RUN) and self.config.exists() and self._has_begun()):
+            return config
+        return self.paths.located(config, read_run_config(self.path))
+
     def check_same(self, config: RunConfig) -> None:
         """Raise a UserError if the folder holds a run of another config, naming the first key that differs.
 
         Paths that lead to the same place are the same however they are spelled. Two paths of the dataset also are where both
         configs say what the dataset is prepared from, so that runs and datasets may be moved.
         """
-        old = parse(RunConfig, load_yaml(self.config), str(self.config))
+        old = read_run_config(self.path)
         if old.data and config.data:
             old = old.model_copy(update={"dataset": config.dataset})
         difference = next(changes(old, config, self.paths.places), None)

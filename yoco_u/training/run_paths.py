@@ -3,15 +3,18 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
+from yoco_u.data.config import DataConfig
 from yoco_u.data.corpus import is_path
 from yoco_u.data.index import INDEX
 from yoco_u.data.paths import matches
 from yoco_u.data.places import absolute
 from yoco_u.errors import UserError
 from yoco_u.files import read_json
+from yoco_u.training.config import RunConfig
 
 
 class StartPaths(BaseModel):
@@ -89,11 +92,45 @@ class RunPaths:
             UserError: if it is not where it was, nor moved along with the run, nor where the config leads from the working
                 folder.
         """
-        places = [place for start in self._starts for place in start.places(start.dataset, self._run)]
-        tried = list(dict.fromkeys(absolute(place) for place in [*places, spelled]))
-        found = next((place for place in tried if os.path.lexists(os.path.join(place, INDEX))), None)
+        tried = self._datasets(spelled)
+        found = next(filter(_is_dataset, tried), None)
         if found is None:
             where = " or ".join(tried)
             mend = f"put it there, or call this from the folder in which {spelled} is"
             raise UserError(f"{self._run}: its dataset is not in {where} ({INDEX} is missing); {mend}")
         return Path(found)
+
+    def located(self, config: RunConfig, old: RunConfig) -> RunConfig:
+        """The config of a run that goes on, whose paths lead where they led before, whatever the working folder is now.
+
+        Args:
+            old: as the run has noted it. What is spelled as there leads to the same place as then, if that is still there.
+        """
+        changed: dict[str, Any] = {}
+        if config.dataset == old.dataset and (found := next(filter(_is_dataset, self._datasets(config.dataset)), None)):
+            changed["dataset"] = config.dataset if found == absolute(config.dataset) else found
+            if config.data is not None and config.data == old.data:  # which is compared, but not read any more
+                changed["data"] = self._located_data(config.data)
+        if config.start_from is not None and config.start_from == old.start_from:
+            changed["start_from"] = self.find(config.start_from)
+        if (own := config.distillation) is not None and (before := old.distillation) is not None:
+            teacher = self.find(own.teacher) if own.teacher == before.teacher else own.teacher
+            changed["distillation"] = own.model_copy(update={"teacher": teacher})
+        return config.model_copy(update=changed)
+
+    def _located_data(self, data: DataConfig) -> DataConfig:
+        changed: dict[str, Any] = {"corpus": tuple(map(self.find, data.corpus))}
+        if data.validation_corpus is not None:
+            changed["validation_corpus"] = tuple(map(self.find, data.validation_corpus))
+        if data.tokenizer is not None:
+            changed["tokenizer"] = self.find(data.tokenizer)
+        return data.model_copy(update=changed)
+
+    def _datasets(self, spelled: str) -> list[str]:
+        """Where the run's dataset may be, the likeliest place first."""
+        places = [place for start in self._starts for place in start.places(start.dataset, self._run)]
+        return list(dict.fromkeys(absolute(place) for place in [*places, spelled]))
+
+
+def _is_dataset(folder: str) -> bool:
+    return os.path.lexists(os.path.join(folder, INDEX))

@@ -70,6 +70,7 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
         TrainingInterrupted: if SIGINT or SIGTERM stopped the run.
     """
     run_folder, damaged = RunFolder(Path(folder)), list[str]()
+    config = run_folder.located(config)
     with distributed_session(config.training.device) as distributed:
         if run_folder.read_summary() is None:
             check_start(config)

@@ -52,7 +52,7 @@ def begin(folder: Path, own: dict[str, Any], say: Callable[[str], None]) -> dict
         write_json(file, own | {"working_folder": seen_from(folder)})
         return None
     before = read_json(file, dict[str, Any])
-    begin = folder / str(before.get("working_folder", os.getcwd()))
+    begin = folder / str(before.get("working_folder", absolute(os.curdir)))
     for key in (key for key in own if not _same(before.get(key), own[key], begin)):
         raise UserError(f"{folder}: was begun with another {key}; choose another folder, or the same {key}")
     return read_json(folder / "summary.json", dict[str, Any], {}, say) or None
