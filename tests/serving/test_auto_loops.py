@@ -1,12 +1,13 @@
 """Requests whose tokens leave the loop by themselves: what the server says of them."""
 
 import pytest
-from asgi_server import Server, engine_of, running
+from asgi_server import ENGINE, Server, engine_of, running
 from test_app import samples
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u import YocoUForCausalLM
 from yoco_u.errors import UserError
+from yoco_u.inference import Engine, EngineSettings
 from yoco_u.inference.exits import Exits
 
 pytestmark = pytest.mark.anyio
@@ -38,6 +39,16 @@ async def test_auto_loops(model: YocoUForCausalLM, tokenizer: PreTrainedTokenize
         assert tokens < loops < 3 * tokens
         nothing = await server.json("completions", prompt="x y", max_tokens=0, echo=True)
         assert nothing["usage"]["completion_tokens_details"]["mean_loops"] is None
+
+
+async def test_auto_by_default(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    exits = Exits(num_loops=3, score="angular", threshold=2.0)
+    async with running(Server(Engine(model, tokenizer, EngineSettings(**ENGINE, num_loops="auto"), exits))) as server:
+        facts = (await server.client.get("/model")).json()
+        assert (facts["num_loops"], facts["auto_loops"], facts["auto_by_default"]) == (3, True, True)
+        for settings, mean in (({}, 1.0), ({"num_loops": 2}, 2.0)):
+            usage = (await server.json("completions", **BODY, **settings))["usage"]
+            assert usage["completion_tokens_details"]["mean_loops"] == mean
 
 
 async def test_damaged_exits(
