@@ -136,7 +136,7 @@ def test_going_on_by_the_same_command_in_another_folder(work: Path, monkeypatch:
     assert train(plain, work / "runs" / "a", progress=False)["steps"] == 1
     assert not list((work / "elsewhere").iterdir())
     run = RunFolder(work / "runs" / "a")
-    run.config.write_text(spelled(work).model_dump_json())
+    run.config.write_text(spelled(work).model_dump_json())  # of another corpus than the dataset's, seen from here
     found = run.located(spelled(work))
     assert (found.dataset, found.start_from) == (str(work / "data" / "d"), str(work / "models" / "s"))
     assert found.distillation is not None and found.distillation.teacher == "models/t"  # which is nowhere

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from yoco_u.data.config import DataConfig
 from yoco_u.data.corpus import is_path
-from yoco_u.data.index import INDEX
+from yoco_u.data.index import INDEX, DatasetIndex
 from yoco_u.data.paths import matches
 from yoco_u.data.places import absolute
 from yoco_u.errors import UserError
@@ -109,8 +109,8 @@ class RunPaths:
         changed: dict[str, Any] = {}
         if config.dataset == old.dataset and (found := next(filter(_is_dataset, self._datasets(config.dataset)), None)):
             changed["dataset"] = config.dataset if found == absolute(config.dataset) else found
-            if config.data is not None and config.data == old.data:  # which is compared, but not read any more
-                changed["data"] = self._located_data(config.data)
+            if config.data is not None and config.data == old.data and DatasetIndex.load(found).config != config.data:
+                changed["data"] = self._located_data(config.data)  # which is compared, but not read any more
         if config.start_from is not None and config.start_from == old.start_from:
             changed["start_from"] = self.find(config.start_from)
         if (own := config.distillation) is not None and (before := old.distillation) is not None:
