@@ -2,8 +2,9 @@
 
 Each kind of hostile request is sent several times at once, as large as the server takes it, while innocent clients stream
 greedy answers. Printed for each kind: the longest time that an innocent client waited between two tokens, beside that without
-hostile requests; how the server answered; and the memory that it holds afterwards. Every innocent answer must be that of the
-request alone.
+hostile requests; the longest that the server let it wait, without the times in which the clients themselves did not run (they
+share the cores with the server); how the server answered; and the memory that it holds afterwards. Every innocent answer must
+be that of the request alone.
 
     python benchmarks/hostile.py runs/quickstart/yoco-u
     python benchmarks/hostile.py runs/quickstart/yoco-u --minutes 10      # all kinds mixed, for a soak
@@ -25,10 +26,13 @@ from urllib.parse import urlsplit
 import openai
 import torch
 from common import parser, show, standard_library_prompts, write
+from gaps import Gap, Gaps, under
 from serving import Server, answers_alone, serving
 
 from yoco_u.loading import load_model
 from yoco_u.serving.settings import ServerSettings
+
+_LOOK = 0.005  # seconds between two looks whether the clients run
 
 SIZE = ServerSettings(model_name="x").max_body_bytes - 100
 
@@ -90,26 +94,23 @@ class Innocents:
     """What the innocent clients saw.
 
     Attributes:
-        gap: the longest time between two tokens since it was last set to 0, in seconds.
-        gaps: all of them, each with the hostile requests at its end.
+        gaps: the times between two tokens, and those in which the program of the clients itself did not run.
         hostile: names of the hostile requests that the server has at the moment.
-        pause: the longest time for which the program of the clients itself did not run, in seconds; it is in the gaps too.
     """
 
-    gap: float = 0.0
-    gaps: list[tuple[float, tuple[str, ...]]] = field(default_factory=list)
+    gaps: Gaps = field(default_factory=Gaps)
     hostile: list[str] = field(default_factory=list)
     answers: list[tuple[int, str]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    pause: float = 0.0
 
 
 async def watch(seen: Innocents) -> None:
     """Note for how long other programs, or this one's own work, kept the clients from running."""
     while True:
-        begun = time.monotonic()
-        await asyncio.sleep(0.005)
-        seen.pause = max(seen.pause, time.monotonic() - begun - 0.005)
+        due = time.monotonic() + _LOOK
+        await asyncio.sleep(_LOOK)
+        if (now := time.monotonic()) > due:
+            seen.gaps.pauses.append((due, now))
 
 
 async def innocent(server: Server, prompts: list[list[int]], draw: random.Random, chosen: Namespace, seen: Innocents) -> None:
@@ -125,8 +126,7 @@ async def innocent(server: Server, prompts: list[list[int]], draw: random.Random
                 async for event in stream:
                     now = time.monotonic()
                     if last is not None:
-                        seen.gap = max(seen.gap, now - last)
-                        seen.gaps.append((now - last, tuple(seen.hostile)))
+                        seen.gaps.found.append(Gap(last, now, tuple(seen.hostile)))
                     last = now
                     text += event.choices[0].text
                 seen.answers.append((number, text))
@@ -159,18 +159,18 @@ async def attack(server: Server, chosen: Namespace, prompts: list[list[int]], se
     clients = [asyncio.create_task(innocent(server, prompts, draw, chosen, seen)) for draw in draws]
     clients.append(asyncio.create_task(watch(seen)))
     await asyncio.sleep(3)
-    seen.gap = seen.pause = 0.0
+    begun = time.monotonic()
     await asyncio.sleep(10)
-    rows = [row("nothing", seen, server, Counter(), 10.0)]
+    rows = [row("nothing", seen, server, Counter(), begun)]
     print(rows[-1], flush=True)
     if chosen.minutes:
         rows.append(await mixed(server, chosen, seen))
     else:
         for name, body in BODIES.items():
-            seen.gap, seen.pause, begun = 0.0, 0.0, time.monotonic()
+            begun = time.monotonic()
             statuses = Counter(await asyncio.gather(*(hostile(server, body) for _ in range(chosen.at_once))))
             await asyncio.sleep(0.5)
-            rows.append(row(name, seen, server, statuses, time.monotonic() - begun))
+            rows.append(row(name, seen, server, statuses, begun))
             print(rows[-1], flush=True)
     for client in clients:
         client.cancel()
@@ -180,7 +180,7 @@ async def attack(server: Server, chosen: Namespace, prompts: list[list[int]], se
 
 async def mixed(server: Server, chosen: Namespace, seen: Innocents) -> dict[str, Any]:
     """All kinds, drawn at random, by several clients at once."""
-    seen.gap, seen.pause, begun, statuses = 0.0, 0.0, time.monotonic(), Counter[str]()
+    begun, statuses = time.monotonic(), Counter[str]()
     draw, names = random.Random(0), list(BODIES)
 
     async def one() -> None:
@@ -192,16 +192,18 @@ async def mixed(server: Server, chosen: Namespace, seen: Innocents) -> dict[str,
             await asyncio.sleep(draw.uniform(0, 1))
 
     await asyncio.gather(*(one() for _ in range(chosen.at_once)))
-    return row("all mixed", seen, server, statuses, time.monotonic() - begun)
+    return row("all mixed", seen, server, statuses, begun)
 
 
-def row(name: str, seen: Innocents, server: Server, statuses: Counter[str], seconds: float) -> dict[str, Any]:
+def row(name: str, seen: Innocents, server: Server, statuses: Counter[str], begun: float) -> dict[str, Any]:
+    gap, of_server, pause = seen.gaps.longest(begun)
     return {
         "hostile": name,
-        "longest gap, ms": 1e3 * seen.gap,
-        "own pause, ms": 1e3 * seen.pause,
+        "longest gap, ms": 1e3 * gap,
+        "longest of the server, ms": 1e3 * of_server,
+        "own pause, ms": 1e3 * pause,
         "statuses": ", ".join(f"{status} x {count}" for status, count in sorted(statuses.items())),
-        "s": seconds,
+        "s": time.monotonic() - begun,
         "MiB": server.resident_mib,
     }
 
@@ -228,15 +230,20 @@ def main() -> None:
     alone = answers_alone(chosen, prompts)
     wrong = sum(alone[number][-1] != text for number, text in seen.answers)
     show("Hostile requests beside innocent streams", rows)
-    longest = sorted(seen.gaps, reverse=True)
+    gaps = seen.gaps
     figures = {"innocent answers": len(seen.answers), "unlike alone": wrong, "innocent errors": len(seen.errors)}
     for percent in (50, 99, 99.9):
-        figures[f"{percent:g}% of gaps under, ms"] = round(1e3 * longest[round(len(longest) * (1 - percent / 100))][0])
+        figures[f"{percent:g}% of gaps under, ms"] = round(1e3 * under([gap.seconds for gap in gaps.found], percent))
+        figures[f"{percent:g}% of the server, ms"] = round(1e3 * under([gaps.of_server(gap) for gap in gaps.found], percent))
     show("Innocent clients", [figures])
     if chosen.minutes:
+        longest = sorted(gaps.found, key=gaps.of_server, reverse=True)[:10]
         show(
-            "The longest gaps",
-            [{"ms": 1e3 * gap, "hostile requests at its end": ", ".join(names)} for gap, names in longest[:10]],
+            "The longest gaps of the server",
+            [
+                {"ms": 1e3 * gap.seconds, "of the server": 1e3 * gaps.of_server(gap), "hostile": ", ".join(gap.hostile)}
+                for gap in longest
+            ],
         )
     write(chosen.out, {"hostile": rows, **figures, "errors": seen.errors[:20]})
 

@@ -23,7 +23,7 @@ from yoco_u.loading import load_model
 from yoco_u.plotting import colour, save_png
 from yoco_u.training import RunConfig, read_metrics
 from yoco_u.training.distributed import Distributed
-from yoco_u.training.run_folder import read_run_config
+from yoco_u.training.run_folder import RunFolder, read_run_config, run_dataset
 from yoco_u.training.validation import evaluate
 
 AIMS = {15: 1.15, 5: 1.25, 1: 1.35}
@@ -38,7 +38,7 @@ def main() -> None:
 
     configs = [read_run_config(run) for run in chosen.runs]
     assert configs[0].distillation is not None
-    source = loss_of(configs[0].distillation.teacher, configs[0])
+    source = loss_of(RunFolder(chosen.runs[0]).paths.find(configs[0].distillation.teacher), chosen.runs[0], configs[0])
     curves = [curve(run, config, source) for run, config in zip(chosen.runs, configs, strict=True)]
     chosen.results.mkdir(parents=True, exist_ok=True)
     write_json(chosen.results / "healing.json", {"source": source, "curves": curves})
@@ -47,11 +47,11 @@ def main() -> None:
         print(sentence(one))
 
 
-def loss_of(model: str, config: RunConfig) -> float:
-    """Nats per token of a model, on what the run's evaluations score."""
+def loss_of(model: str, run: Path, config: RunConfig) -> float:
+    """Nats per token of a model, on what the evaluations of a run score."""
     print(f"measuring {model}", flush=True)
     training = config.training
-    dataset = PackedDataset(Path(config.dataset), "validation", training.sequence_length, shuffle=False)
+    dataset = PackedDataset(run_dataset(run), "validation", training.sequence_length, shuffle=False)
     alone = Distributed(0, 1, 0, find_device("auto"))
     return evaluate(load_model(model, alone.device)[0], dataset, training.evaluation_tokens, 1, alone, training.dtype).loss
 

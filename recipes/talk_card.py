@@ -28,7 +28,7 @@ from yoco_u.inference.chat_template import chat_tokens
 from yoco_u.loading import load_model
 from yoco_u.plotting import save_png
 from yoco_u.training import read_metrics
-from yoco_u.training.run_folder import read_run_config
+from yoco_u.training.run_folder import RunFolder, read_run_config
 
 PROMPTS: list[str] = json.loads(Path(__file__).with_name("talk_prompts.json").read_text())
 CONTEXTS = (2048, 6144)
@@ -43,7 +43,8 @@ def main() -> None:
     config, records = read_run_config(run), read_metrics(run)
     assert config.start_from is not None and config.distillation is not None
     claim(run / "card", "card")
-    models = {"source": config.distillation.teacher, "converted": config.start_from, "healed": str(run)}
+    find = RunFolder(run).paths.find
+    models = {"source": find(config.distillation.teacher), "converted": find(config.start_from), "healed": str(run)}
     found = {
         "models": {name: measure(path, run.parent) for name, path in models.items()},
         "stages": [stage.model_dump() for stage in config.architecture.stages],

@@ -19,6 +19,7 @@ from yoco_u.files import (
     beside,
     check_claim,
     check_part,
+    check_place,
     check_result,
     claim,
     discard,
@@ -311,3 +312,10 @@ def test_a_picture_a_page_and_json_are_known_again(tmp_path: Path) -> None:
     for name in ("mine.json", "mine.png", "mine.html"):
         with pytest.raises(UserError, match="was not made by yoco-u"):
             check_result(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    """And no file that nobody has named."""
+    with pytest.raises(OSError) as caught:
+        check_place(tmp_path / "nowhere" / "a.json")
+    assert caught.value.filename == str(tmp_path / "nowhere") and caught.value.errno == errno.ENOENT

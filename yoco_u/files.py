@@ -164,7 +164,10 @@ def check_place(path: Path) -> None:
     new = beside(path)
     if os.path.lexists(new) and not _is_ours(new):
         raise _in_the_way(new)
-    os.rmdir(tempfile.mkdtemp(prefix=f"{new.name}.", dir=path.parent))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=f"{new.name}.", dir=path.parent))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path.parent)) from None
 
 
 def check_part(path: Path) -> None:

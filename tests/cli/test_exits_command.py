@@ -40,7 +40,14 @@ def test_exits_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
         json.dumps(exits | {"threshold": -1}): "got -1; remove the file, and fit it anew with yoco-u exits",
     }.items():
         (folder / "model" / FILE).write_text(content)
-        assert problem in run("generate", folder, "--prompt", "a", "--num-loops", "auto").error
+        another_t = "is for 3 loops" in problem  # which auto runs, unless its threshold is given
+        threshold = ("--exit-threshold", 0.1) if another_t else ()
+        assert problem in run("generate", folder, "--prompt", "a", "--num-loops", "auto", *threshold).error
+        if another_t:
+            assert run("generate", folder, "--prompt", "a", "--num-loops", "auto", "--max-tokens", 1).status == 0
+        if content == "{":
+            assert run("generate", folder, "--prompt", "a", "--max-tokens", 1).status == 0
+            assert str(folder / "model" / FILE) in run("serve", folder, "--num-loops", "auto").error
     (folder / "model" / FILE).write_text("{}")
     assert "was not made by yoco-u" in run("exits", folder, *options).error
 

@@ -60,7 +60,9 @@ def test_usage(run: Any, workspace: Path) -> None:
     assert "No such command" in run("trian").error
     assert "--temperature" in run("generate", workspace / "a", "--prompt", "a", "--temprature", "1").error
     assert "--prompt" in run("generate", workspace / "a").error
-    assert "--max-tokens" in run("generate", workspace / "a", "--prompt", "a", "--max-tokens", "x").error
+    wrong = run("generate", workspace / "a", "--prompt", "a", "--max-tokens", "x").error
+    assert "--max-tokens" in wrong and "'x'" in wrong
+    assert "'auto'" in run("evaluate", workspace / "a", "--num-loops", "auto").error
 
 
 @pytest.mark.parametrize("command", [("evaluate",), ("generate", "--prompt", "a")])

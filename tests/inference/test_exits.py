@@ -246,3 +246,29 @@ def test_auto_drafts_nothing_where_the_engine_drafts() -> None:
     [request] = run(subject, [prompt(5) * 3], auto(0.31))
     assert request.outputs[0].accepted_drafts == request.outputs[0].rejected_drafts == 0
     assert output(request) == output(run(engine(), [prompt(5) * 3], auto(0.31))[0])
+
+
+def test_auto_of_the_engine() -> None:
+    """Requests that name no loop count leave the loop as `exits.json` says, whose T is the engine's then."""
+    exits = Exits(num_loops=4, score="angular", threshold=0.31)
+    settings = {"dtype": "float32", "cache_tokens": 512, "block_size": 4, "max_num_seqs": 4, "max_batched_tokens": 16}
+    expected = run(Engine(model("yoco_u"), None, EngineSettings(**settings, num_loops=4)), [prompt(9)], auto(0.31))
+    subject = Engine(model("yoco_u"), None, EngineSettings(**settings, num_loops="auto", drafts="prompt"), exits)
+    assert [facts(one) for one in run(subject, [prompt(9)], greedy(max_tokens=NEW))] == [facts(one) for one in expected]
+    [plain] = run(subject, [prompt(9)], greedy(max_tokens=NEW, num_loops=2))
+    assert plain.outputs[0].loops == [2] * NEW
+    with pytest.raises(UserError, match="drafts is loops, but num_loops is auto here") as caught:
+        subject.add(prompt(3), greedy(drafts="loops"))
+    assert caught.value.setting == "drafts"
+    for found, problem in ((None, r"no exits\.json"), (UserError("exits.json: damaged"), r"auto, but exits\.json: damaged")):
+        with pytest.raises(UserError, match=problem):
+            Engine(model("yoco_u"), None, EngineSettings(**settings, num_loops="auto"), found)
+
+
+def test_exits_that_are_damaged_refuse_auto_alone() -> None:
+    subject = engine()
+    subject.exits = UserError("exits.json: damaged")
+    assert run(subject, [prompt(3)], greedy(max_tokens=1))[0].outputs[0].loops == [3] and not subject.auto_loops
+    for own in (auto(0.1), greedy(num_loops="auto")):
+        with pytest.raises(UserError, match=r"num_loops is auto, but exits\.json: damaged"):
+            subject.add(prompt(3), own)

@@ -1,11 +1,13 @@
 """Requests whose tokens leave the loop by themselves: what the server says of them."""
 
 import pytest
-from asgi_server import Server, engine_of, running
+from asgi_server import ENGINE, Server, engine_of, running
 from test_app import samples
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u import YocoUForCausalLM
+from yoco_u.errors import UserError
+from yoco_u.inference import Engine, EngineSettings
 from yoco_u.inference.exits import Exits
 
 pytestmark = pytest.mark.anyio
@@ -37,6 +39,28 @@ async def test_auto_loops(model: YocoUForCausalLM, tokenizer: PreTrainedTokenize
         assert tokens < loops < 3 * tokens
         nothing = await server.json("completions", prompt="x y", max_tokens=0, echo=True)
         assert nothing["usage"]["completion_tokens_details"]["mean_loops"] is None
+
+
+async def test_auto_by_default(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    exits = Exits(num_loops=3, score="angular", threshold=2.0)
+    async with running(Server(Engine(model, tokenizer, EngineSettings(**ENGINE, num_loops="auto"), exits))) as server:
+        facts = (await server.client.get("/model")).json()
+        assert (facts["num_loops"], facts["auto_loops"], facts["auto_by_default"]) == (3, True, True)
+        for settings, mean in (({}, 1.0), ({"num_loops": 2}, 2.0)):
+            usage = (await server.json("completions", **BODY, **settings))["usage"]
+            assert usage["completion_tokens_details"]["mean_loops"] == mean
+
+
+async def test_damaged_exits(
+    model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_of(model, tokenizer)
+    engine.exits = UserError("exits.json: damaged")
+    async with running(Server(engine)) as server:
+        assert caplog.messages == ["exits.json: damaged"]
+        assert (await server.json("completions", **BODY))["usage"]["completion_tokens"] == 8
+        status, error = await server.error("completions", **BODY, num_loops="auto")
+        assert status == 400 and error["param"] == "num_loops" and "exits.json: damaged" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def test_it_ends_the_same_wherever_it_was_killed(model: Path, tmp_path: Path, ra
 
 
 @needs_trl
-def test_it_goes_on_and_refuses_another_run(model: Path, tmp_path: Path) -> None:
+def test_it_goes_on_and_refuses_another_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_chats(tmp_path / "chats.jsonl", *[chat(f"{n}?", f"it is {n}!") for n in range(10)])
     settings = SFTSettings(steps=4, length=64, batch_rows=2, save_every=2, learning_rate=1e-3)
     whole = fine_tune(model, [file], settings, tmp_path / "whole")
@@ -179,6 +180,10 @@ def test_it_goes_on_and_refuses_another_run(model: Path, tmp_path: Path) -> None
     (tmp_path / "part" / "summary.json").unlink()
     again = fine_tune(model, [file], settings, tmp_path / "part")
     assert fine_tune(model, [file], settings, tmp_path / "part") == again  # which is finished
+    monkeypatch.chdir(tmp_path)
+    assert fine_tune(Path(os.path.relpath(model)), [Path("chats.jsonl")], settings, Path("part")) == again
+    with pytest.raises(UserError, match="begun with another data"):
+        fine_tune(model, [file, file], settings, Path("part"))
     assert again["losses"] == whole["losses"]
     left, right = (load_model(tmp_path / name, CPU)[0].state_dict() for name in ("whole", "part"))
     for name in left:

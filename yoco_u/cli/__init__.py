@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from pydantic import ValidationError
 
 from yoco_u.cli.analyze import analyze
 from yoco_u.cli.arguments import check_texts, with_checked_numbers
@@ -37,6 +38,7 @@ from yoco_u.cli.serve import serve
 from yoco_u.cli.sft import sft
 from yoco_u.cli.tasks import tasks
 from yoco_u.cli.train import train
+from yoco_u.config import shown
 from yoco_u.errors import UserError, describe_system_error, system_error
 
 app = typer.Typer(
@@ -190,6 +192,8 @@ def _fail(message: str) -> int:
 def _usage(error: BaseException) -> str:
     message: str = error.format_message()  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
+    if isinstance(error.__cause__, ValidationError):  # of the pydantic that some releases of typer read values with
+        message = f"{message.rstrip('.')}, got {shown(error.__cause__.errors()[0]['input'])}"
     if isinstance(error, _UsageError) and context is not None:
         return f"{message.rstrip('.')}; see {context.command_path} --help"
     return message

@@ -63,7 +63,7 @@ def chat(
         "drafts": drafts,
     }  # fmt: skip
     params = parse(SamplingParams, chosen, "options")
-    llm = LLM(model, device=device, dtype=dtype)
+    llm = LLM(model, device=device, dtype=dtype, num_loops=params.num_loops)
     tokenizer = llm.engine.tokenizer
     assert tokenizer is not None
     if tokenizer.chat_template and (problem := why_no_chats(tokenizer)):

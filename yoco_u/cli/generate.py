@@ -74,7 +74,8 @@ def generate(
         repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()), num_loops=loops, regex=regex,
         json_schema=_read(json_schema), drafts=drafts, exit_threshold=exit_threshold,
     )  # fmt: skip
-    llm = LLM(model, device=device, dtype=dtype, weights=weights, num_loops=None if loops == "auto" else loops)
+    own = None if exit_threshold is not None else loops  # auto alone takes threshold and T of exits.json
+    llm = LLM(model, device=device, dtype=dtype, weights=weights, num_loops=own)
     if not json and len(prompts) == n == 1:
         _stream(llm, prompts[0], params)
         return

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from yoco_u.cli.arguments import loops_or_auto
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ def serve(
         typer.Option("--api-key", help=f"Key that clients must send. Can be repeated; ${KEY_VARIABLE} is another."),
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="File of keys, one a line.")] = None,
-    num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T of requests that name none.")] = None,
+    num_loops: Annotated[
+        str | None, typer.Option("--num-loops", help="Loop count T of requests that name none, or auto.")
+    ] = None,
     max_num_loops: Annotated[
         int | None, typer.Option("--max-num-loops", help="Largest loop count of one request. \\[default: 8]")
     ] = None,
@@ -110,6 +113,7 @@ def serve(
     from yoco_u.serving.server import serve_process
     from yoco_u.serving.settings import Listen, ServerSettings
 
+    loops = loops_or_auto(num_loops)
     if (certificate is None) != (key is None):
         raise UserError("--certificate and --key belong together; give both or neither")
     keys = _keys(api_key or [], api_key_file)
@@ -122,7 +126,7 @@ def serve(
     settings = parse(ServerSettings, {name: value for name, value in given.items() if value is not None}, "options")
     listen = parse(Listen, {"host": host, "port": port, "certificate": certificate, "key": key}, "options")
     engine = _engine(
-        model, device, dtype=dtype, weights=weights, kv_dtype=kv_dtype, num_loops=num_loops, cache_tokens=cache_tokens,
+        model, device, dtype=dtype, weights=weights, kv_dtype=kv_dtype, num_loops=loops, cache_tokens=cache_tokens,
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
         drafts=drafts,
     )  # fmt: skip

@@ -40,6 +40,11 @@ _CACHE = frozenset({"__pycache__"})
 Identify = Callable[[Path], str]
 
 
+def is_path(entry: str) -> bool:
+    """Whether an entry of a corpus is a path or a pattern, and not a name."""
+    return entry not in _INSTALLED and not entry.startswith("hf:") and not is_synthetic(entry)
+
+
 class _Source(NamedTuple):
     """A file or a Hugging Face dataset.
 

@@ -58,6 +58,7 @@ class DatasetIndex(Config):
         eot_id: the token `<|endoftext|>`, which begins every document and occurs nowhere else.
         vocab_size: the tokenizer's largest token id + 1, added tokens included.
         config: the config that the dataset was made from.
+        working_folder: the folder in which relative paths of the config begin, seen from the dataset's folder; None if unknown.
         answers: the tokens before and behind an answer, where answers alone are targets; None where every token is one.
         splits: totals of "train", and of "validation" if anything was held out.
         folder: the folder that the index was read from; it is not written.
@@ -68,6 +69,7 @@ class DatasetIndex(Config):
     eot_id: int
     vocab_size: int
     config: DataConfig
+    working_folder: str | None = None
     answers: tuple[int, int] | None = None
     splits: dict[SplitName, Split]
     folder: Path = Field(exclude=True)

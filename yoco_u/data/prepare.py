@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from yoco_u.checksums import write_checksums
-from yoco_u.config import differences
 from yoco_u.data.compression import Advance
 from yoco_u.data.config import MINIMUM_VOCABULARY, DataConfig
 from yoco_u.data.corpus import Corpus
 from yoco_u.data.formats import Document
 from yoco_u.data.index import INDEX, TOKENIZER, DatasetIndex, SplitName
+from yoco_u.data.places import absolute, changes, seen_from
 from yoco_u.data.shards import ShardWriter
 from yoco_u.data.synthetic import BEGIN, END, is_synthetic
 from yoco_u.data.tokenizer import DocumentEncoder, load_tokenizer, name_end_of_text, train_tokenizer, vocabulary_size
@@ -79,8 +79,9 @@ def _existing(config: DataConfig, out: Path, console: Console) -> DatasetIndex |
             raise UserError(f"{out}: exists and is no prepared dataset; choose another folder")
         return None
     index = DatasetIndex.load(out)
-    if index.config != config:
-        differ = "; ".join(f"{key} {old!r}, now {new!r}" for key, old, new in differences(index.config, config))
+    begin = out / (index.working_folder or absolute(os.curdir))
+    if found := list(changes(index.config, config, lambda path: [absolute(path, begin)])):
+        differ = "; ".join(f"{key} {old!r}, now {new!r}" for key, old, new in found)
         raise UserError(f"{out}: holds a dataset of another config ({differ}); choose another folder or remove it")
     reused = f"Using the dataset in {out}, prepared before from this config; remove it to read the corpus anew."
     console.print(reused, soft_wrap=True)
@@ -132,6 +133,7 @@ def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> No
         eot_id=encoder.eot_id,
         vocab_size=vocab_size,
         config=config,
+        working_folder=seen_from(folder),
         answers=(tokenizer.convert_tokens_to_ids(BEGIN), tokenizer.convert_tokens_to_ids(END)) if items.synthetic else None,
         splits={name: split for name, split in splits.items() if split.shards},
         folder=folder,

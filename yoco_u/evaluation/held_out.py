@@ -10,7 +10,7 @@ from yoco_u.evaluation.perplexity import Score, score_documents, score_split
 from yoco_u.inference.quantization import WeightType, quantize, require_torchao
 from yoco_u.loading import is_run, load_model
 from yoco_u.training.distributed import distributed_session
-from yoco_u.training.run_folder import read_run_config
+from yoco_u.training.run_folder import read_run_config, run_dataset
 
 _DEFAULT_LENGTH = 1024
 
@@ -119,6 +119,6 @@ def validation_split(path: Path, sequence_length: int, files: str = "files") -> 
     """
     if not is_run(path):
         raise UserError(f"{path}: a saved model has no validation split; name {files} to take the text from")
-    dataset = PackedDataset(read_run_config(path).dataset, "validation", sequence_length, shuffle=False)
+    dataset = PackedDataset(run_dataset(path), "validation", sequence_length, shuffle=False)
     dataset.index.verify("validation")
     return dataset

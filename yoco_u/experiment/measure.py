@@ -21,7 +21,7 @@ from yoco_u.files import Say, read_json, write_json
 from yoco_u.inference import LLM
 from yoco_u.loading import load_model
 from yoco_u.training.config import RunConfig
-from yoco_u.training.run_folder import SAMPLES, read_run_config, read_samples
+from yoco_u.training.run_folder import SAMPLES, RunFolder, read_run_config, read_samples, run_dataset
 
 MEASURES = "measures.json"
 
@@ -105,14 +105,14 @@ def _read(run: Path, say: Say | None = None) -> dict[str, dict[str, Any]]:
 
 def _angular(run: Path, settings: AngularMeasure) -> dict[str, Any]:
     config = read_run_config(run)
-    validation = PackedDataset(config.dataset, "validation", config.training.sequence_length, shuffle=False)
+    validation = PackedDataset(run_dataset(run), "validation", config.training.sequence_length, shuffle=False)
     validation.index.verify("validation")
     model, _ = load_model(run, find_device(config.training.device))
     return asdict(angular_distances(model, split_batches(validation, settings.tokens)))
 
 
 def _needles(run: Path, settings: NeedleSettings) -> list[dict[str, Any]]:
-    haystack = _haystack(read_run_config(run), settings)
+    haystack = _haystack(read_run_config(run), settings, RunFolder(run).paths.find)
     llm = LLM(run, dtype="float32", max_model_len=max(settings.lengths))
     return [score.model_dump() for score in needle_grid(llm, settings, haystack)]
 
@@ -134,8 +134,12 @@ def _corpora(config: RunConfig) -> list[SyntheticCorpus]:
     return [read_entry(entry) for entry in entries]
 
 
-def _haystack(config: RunConfig, settings: NeedleSettings) -> str | None:
-    """The text that needles are hidden in, which is the run's own corpus; None if all kinds are hidden in noise."""
+def _haystack(config: RunConfig, settings: NeedleSettings, find: Callable[[str], str] = str) -> str | None:
+    """The text that needles are hidden in, which is the run's own corpus; None if all kinds are hidden in noise.
+
+    Args:
+        find: says how an entry of the corpus leads to its place from the working folder.
+    """
     if set(settings.kinds) <= set(NOISE_KINDS):
         return None
-    return load_haystack(config.data.corpus if config.data else ("stdlib",))
+    return load_haystack([find(entry) for entry in config.data.corpus] if config.data else ["stdlib"])

@@ -44,7 +44,7 @@ class Engine:
     Args:
         model: in evaluation mode on its device. It is the engine's from then on: its weights may be quantized or prepacked.
         tokenizer: None for requests in tokens only, without text, stop strings or grammars.
-        exits: how tokens leave the loop, of requests that let them; what the model's folder says.
+        exits: how tokens leave the loop, of requests that let them; what the model's folder says, as of `find_exits`.
 
     Raises:
         UserError: if the caches do not fit into memory, or the settings do not fit together.
@@ -60,15 +60,19 @@ class Engine:
         model: YocoUForCausalLM,
         tokenizer: PreTrainedTokenizerFast | None,
         settings: EngineSettings,
-        exits: Exits | None = None,
+        exits: Exits | UserError | None = None,
     ) -> None:
         self.architecture = model.config.architecture
         if model.device.type == "cuda":
             require_triton()
         settings = settings.on_device(model.device)
         self.settings, self.tokenizer, self.exits = settings, tokenizer, exits
-        self.num_loops = settings.num_loops or model.model.at_loops().num_loops
-        if settings.num_loops is None:
+        usable = exits if isinstance(exits, Exits) else None
+        asked = settings.num_loops
+        if asked == "auto":
+            asked = None if usable is None else usable.num_loops
+        self.num_loops = asked or model.model.at_loops().num_loops
+        if asked is None:
             check_one_loop_count(model.model.at_loops())
         shape = settings.cache_shape(self.architecture.with_loops(self.num_loops), model.device)
         check_memory(self.architecture, shape, self.num_loops, 0, model.device)
@@ -82,8 +86,9 @@ class Engine:
             fuse_layers(model)
         if can_prepack(model):
             prepack(model)
-        self.runner = Runner(model, shape, exits=exits)
+        self.runner = Runner(model, shape, exits=usable)
         self.cache = self.runner.cache
+        self._loops(SamplingParams())
         self._make_room(self.num_loops)
         self.max_model_len = min(settings.max_model_len or 2**62, shape.num_blocks * shape.block_size)
         self.scheduler = Scheduler(
@@ -367,15 +372,20 @@ class Engine:
 
     def _loops(self, params: SamplingParams) -> tuple[int, float | None]:
         """T of a request, and the score below which its tokens leave the loop, None if they do not."""
-        if params.num_loops != "auto":
-            return params.num_loops or self.num_loops, None
-        check_exits(self.architecture.with_loops(self.num_loops), self.exits, self.runner.decode_graphs is not None)
+        asked = params.num_loops or self.settings.num_loops
+        if asked != "auto":
+            return asked or self.num_loops, None
+        on_gpu = self.runner.decode_graphs is not None
+        exits = check_exits(self.architecture.with_loops(self.num_loops), self.exits, on_gpu)
+        if params.drafts in ("loops", "prompt"):  # the engine's num_loops is auto
+            problem = f"drafts is {params.drafts}, but num_loops is auto here, with which nothing is drafted"
+            raise UserError(f"{problem}; give a number of loops, or set drafts none", "drafts")
         if params.exit_threshold is not None:
             return self.num_loops, params.exit_threshold
-        if self.exits is None:
-            problem = f"num_loops is auto, but the model has no {FILE}; run yoco-u exits, or set exit_threshold"
+        if exits is None:
+            problem = f"num_loops is auto, but the model has no {FILE}; run yoco-u exits, or set exit_threshold in requests"
             raise UserError(problem, "exit_threshold")
-        return self.num_loops, self.exits.threshold
+        return self.num_loops, exits.threshold
 
     def _make_room(self, loops: int) -> None:
         """Allocate the caches that requests of `loops` loops need, unless they are there.

@@ -56,15 +56,24 @@ class Exits(Config):
         return self
 
 
-def load_exits(folder: Path, a: Architecture) -> Exits | None:
-    """The `exits.json` of a model's folder; None if it has none.
+def find_exits(folder: Path, a: Architecture) -> Exits | UserError | None:
+    """The `exits.json` of a model's folder, or what is wrong with it, as of `load_exits`; None if it has none.
+
+    The file concerns requests alone whose tokens leave the loop, so what is wrong with it is no error of other requests.
+    """
+    try:
+        return load_exits(folder, a) if (folder / FILE).is_file() else None
+    except UserError as error:
+        return error
+
+
+def load_exits(folder: Path, a: Architecture) -> Exits:
+    """The `exits.json` of a model's folder.
 
     Raises:
-        UserError: if it is damaged, or that of another model.
+        UserError: if it cannot be read, is damaged, or that of another model.
     """
     path = folder / FILE
-    if not path.is_file():
-        return None
     try:
         data = read_json(path, dict[str, Any])
         data.pop("generator", None)
@@ -121,15 +130,21 @@ def head_inputs(states: Tensor) -> Tensor:
     return found.mean(-2) if found.ndim == 3 else found
 
 
-def check_exits(a: Architecture, exits: Exits | None, on_gpu: bool) -> None:
+def check_exits(a: Architecture, exits: Exits | UserError | None, on_gpu: bool) -> Exits | None:
     """Refuse requests whose tokens cannot leave the loop.
 
     Args:
         a: at the most loops that a token runs.
+        exits: as of `find_exits`.
+
+    Returns:
+        How tokens leave, where the model's folder says it.
 
     Raises:
         UserError: as it says.
     """
+    if isinstance(exits, UserError):
+        raise UserError(f"num_loops is auto, but {exits}", "num_loops")
     problem = "tokens leave the loop one by one on CPUs alone so far" if on_gpu else loop_problem(a)
     if not problem and exits is not None and exits.num_loops != a.num_loops:
         problem = (
@@ -138,6 +153,7 @@ def check_exits(a: Architecture, exits: Exits | None, on_gpu: bool) -> None:
         )
     if problem:
         raise UserError(f"num_loops is auto, but {problem}; give a number of loops", "num_loops")
+    return exits
 
 
 def loop_problem(a: Architecture) -> str:

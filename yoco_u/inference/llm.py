@@ -9,7 +9,7 @@ from yoco_u.config import parse
 from yoco_u.device import find_device
 from yoco_u.errors import UserError
 from yoco_u.inference.engine import Engine
-from yoco_u.inference.exits import load_exits
+from yoco_u.inference.exits import find_exits
 from yoco_u.inference.outputs import RequestOutput, Update
 from yoco_u.inference.sampling_params import SamplingParams
 from yoco_u.inference.settings import EngineSettings
@@ -34,7 +34,7 @@ class LLM:
         chosen = parse(EngineSettings, settings, "settings of LLM")
         place = find_device(device)
         model, tokenizer = load_model(path, place, chosen.torch_dtype(place))
-        self.engine = Engine(model, tokenizer, chosen, load_exits(model_folder(path), model.config.architecture))
+        self.engine = Engine(model, tokenizer, chosen, find_exits(model_folder(path), model.config.architecture))
         self._unread: dict[int, deque[Update]] = {}  # by the requests of open streams
 
     def generate(

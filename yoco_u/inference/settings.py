@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import KVType, bytes_per_kv_element, cache_bytes
-from yoco_u.config import Config, Count
+from yoco_u.config import Config, Count, LoopsOrAuto
 from yoco_u.device import check_bfloat16, free_memory_bytes, multiplies_bfloat16
 from yoco_u.errors import UserError
 from yoco_u.inference.drafts import Drafting
@@ -27,7 +27,8 @@ class EngineSettings(Config):
         dtype: data type of weights and activations; auto is bfloat16 where the machine multiplies it in hardware, else float32.
         weights: int8 keeps the weights of linear layers as 8-bit whole numbers, with one scale for each output; see `quantize`.
         kv_dtype: data type of the caches; as `dtype` by default.
-        num_loops: T of requests that name none; the model's own by default.
+        num_loops: T of requests that name none; the model's own by default. With `auto` their tokens leave the loop, as
+            the model's `exits.json` says, whose T is the engine's then.
         cache_tokens: tokens that the paged caches hold, all requests together; by default as many as 1 GiB holds, or on a GPU
             four fifths of the memory that the weights leave, and at least `max_model_len`.
         max_model_len: most tokens of one request, prompt and output together; by default as many as the cache holds.
@@ -43,7 +44,7 @@ class EngineSettings(Config):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     weights: Literal["int8"] | None = None
     kv_dtype: KVType | None = None
-    num_loops: Count | None = None
+    num_loops: LoopsOrAuto | None = None
     cache_tokens: PositiveInt | None = None
     max_model_len: Count | None = None
     max_num_seqs: Count = 16

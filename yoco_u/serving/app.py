@@ -94,6 +94,8 @@ def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None
     no_chats = why_no_chats(engine.tokenizer)
     if no_chats is not None and engine.tokenizer.chat_template:
         log.warning("%s: %s", template_file(engine.tokenizer), no_chats)
+    if isinstance(engine.exits, UserError):
+        log.warning("%s", engine.exits)
     card = ModelCard(engine, settings, no_chats is None)
     admission = Admission(engine, engine.tokenizer, loop, settings, no_chats)
 

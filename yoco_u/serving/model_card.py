@@ -36,6 +36,7 @@ class ModelCard:
             window=engine.architecture.window,
             num_loops=engine.num_loops,
             auto_loops=engine.auto_loops,
+            auto_by_default=engine.settings.num_loops == "auto",
             max_num_loops=settings.max_num_loops,
             max_model_len=engine.max_model_len,
             max_output_tokens=settings.max_output_tokens,

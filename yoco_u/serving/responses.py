@@ -169,8 +169,9 @@ class ModelFacts(BaseModel):
 
     Attributes:
         chat: whether the model has a chat template that can be used; without one it continues texts.
-        num_loops: T of requests that name none.
+        num_loops: T of requests that name none; the most loops of a token, where their tokens leave the loop.
         auto_loops: whether requests may say `auto` in its place, without an `exit_threshold`.
+        auto_by_default: whether those that name none are `auto`.
     """
 
     name: str
@@ -180,6 +181,7 @@ class ModelFacts(BaseModel):
     window: int | None
     num_loops: int
     auto_loops: bool
+    auto_by_default: bool
     max_num_loops: int
     max_model_len: int
     max_output_tokens: int

@@ -11,8 +11,9 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, PositiveInt
 
 from yoco_u.checksums import verify_checksums, write_checksums
-from yoco_u.config import differences, dump_yaml, load_yaml, parse
+from yoco_u.config import dump_yaml, load_yaml, parse
 from yoco_u.data import load_tokenizer
+from yoco_u.data.places import changes
 from yoco_u.errors import UserError
 from yoco_u.files import (
     Say,
@@ -32,18 +33,13 @@ from yoco_u.files import (
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.metrics import METRICS, read_metrics
+from yoco_u.training.run_paths import Environment, RunPaths, StartPaths
 
 RUN = "run"
 """The kind of mark that a run folder bears."""
 
 SAMPLES = "samples.json"
 """The texts that experiments let a run's model write."""
-
-
-class _Environment(BaseModel, extra="allow"):
-    """What a run runs on, as `yoco_u.device.environment` tells it, with the later starts."""
-
-    resumed: list[dict[str, Any]] = []
 
 
 class _Sample(BaseModel, extra="allow"):
@@ -67,6 +63,11 @@ class RunFolder:
         self.path, self.lock = path, path / ".lock"
         self.config, self.summary, self.environment = path / "config.yaml", path / "summary.json", path / "environment.json"
         self.checkpoints, self.tokenizer, self.model = path / "checkpoints", path / "tokenizer", path / "model"
+
+    @property
+    def paths(self) -> RunPaths:
+        """Where the paths in the config lead."""
+        return RunPaths(self.path, self.environment)
 
     @contextmanager
     def claim(self, config: RunConfig, distributed: Distributed) -> Iterator[None]:
@@ -108,16 +109,22 @@ class RunFolder:
         finally:
             lock.release()
 
+    def located(self, config: RunConfig) -> RunConfig:
+        """The config, whose paths lead where they led when the run began, if it has begun; see `RunPaths.located`."""
+        if not (marked(self.path, RUN) and self.config.exists() and self._has_begun()):
+            return config
+        return self.paths.located(config, read_run_config(self.path))
+
     def check_same(self, config: RunConfig) -> None:
         """Raise a UserError if the folder holds a run of another config, naming the first key that differs.
 
-        Two paths of the dataset count as the same where both configs say what the dataset is prepared from, so that runs and
-        datasets may be moved.
+        Paths that lead to the same place are the same however they are spelled. Two paths of the dataset also are where both
+        configs say what the dataset is prepared from, so that runs and datasets may be moved.
         """
-        old = parse(RunConfig, load_yaml(self.config), str(self.config))
-        if (old.data and config.data) or os.path.realpath(old.dataset) == os.path.realpath(config.dataset):
+        old = read_run_config(self.path)
+        if old.data and config.data:
             old = old.model_copy(update={"dataset": config.dataset})
-        difference = next(differences(old, config), None)
+        difference = next(changes(old, config, self.paths.places), None)
         if difference is not None:
             key, before, now = difference
             raise UserError(
@@ -138,15 +145,20 @@ class RunFolder:
             load_tokenizer(source).save_pretrained(folder)
             write_checksums(folder)
 
-    def note_start(self, step: int, environment: dict[str, Any], say: Say) -> None:
-        """Write down what the run runs on. A start that continues from `step` goes into the list `resumed` of the first one."""
-        nothing = _Environment()
-        first = read_json(self.environment, _Environment, nothing, say)
+    def note_start(self, step: int, environment: dict[str, Any], dataset: str, say: Say) -> None:
+        """Write down what the run runs on, and from where. What goes on from `step` goes into the list `resumed` of the first.
+
+        Args:
+            dataset: as the config spells it.
+        """
+        nothing = Environment()
+        first = read_json(self.environment, Environment, nothing, say)
+        environment = environment | {"paths": StartPaths.now(self.path, dataset).model_dump()}
         if step == 0 or first is nothing:
             write_json(self.environment, environment | {"resumed": []})
         else:
-            later = [*first.resumed, {"step": step} | environment]
-            write_json(self.environment, first.model_dump() | {"resumed": later})
+            before = first.model_dump(exclude_unset=True)
+            write_json(self.environment, before | {"resumed": [*before.get("resumed", []), {"step": step} | environment]})
 
     def read_summary(self, say: Say = lambda _: None) -> dict[str, Any] | None:
         """The summary of a finished run; None if the run is not finished.
@@ -222,7 +234,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     records = read_metrics(folder.path)
     if not records:
         raise UserError(f"{folder.path}: the run has no metrics yet; run `yoco-u train` first")
-    environment = read_json(folder.environment, _Environment, _Environment()).model_dump()
+    environment = read_json(folder.environment, Environment, Environment()).model_dump(exclude_unset=True)
     return Run(folder.path, config, records, environment, read_samples(folder.path))
 
 
@@ -257,3 +269,12 @@ def read_run_config(path: str | os.PathLike[str]) -> RunConfig:
     if not file.is_file():
         raise UserError(f"{path}: no run here (config.yaml is missing); give a folder that `yoco-u train` wrote")
     return parse(RunConfig, load_yaml(file), str(file))
+
+
+def run_dataset(path: str | os.PathLike[str]) -> Path:
+    """The folder of the dataset that a run is trained on, from whatever folder this is called.
+
+    Raises:
+        UserError: if the folder holds no run, or the dataset is not there any more.
+    """
+    return RunFolder(Path(path)).paths.dataset(read_run_config(path).dataset)

@@ -70,6 +70,7 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
         TrainingInterrupted: if SIGINT or SIGTERM stopped the run.
     """
     run_folder, damaged = RunFolder(Path(folder)), list[str]()
+    config = run_folder.located(config)
     with distributed_session(config.training.device) as distributed:
         if run_folder.read_summary() is None:
             check_start(config)
@@ -154,7 +155,8 @@ class _Run:
         found = environment(device) | {
             "world_size": self.distributed.world_size, "dtype": training.dtype, "gemm_flops_per_second": self.gemm_rate,
         }  # fmt: skip
-        self.distributed.on_main(lambda: self.folder.note_start(self.state.step, found, self.damaged.append))
+        dataset = self.config.dataset
+        self.distributed.on_main(lambda: self.folder.note_start(self.state.step, found, dataset, self.damaged.append))
 
     @contextmanager
     def _writing_metrics(self) -> Iterator[None]:

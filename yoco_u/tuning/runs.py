@@ -1,6 +1,7 @@
 """What runs of TRL's trainers have in common: a folder that says what is trained in it, checkpoints, and going on from them."""
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from yoco_u.data.places import absolute, same_place, seen_from
 from yoco_u.errors import UserError
 from yoco_u.files import claim, read_json, write_json
 from yoco_u.loading import load_model
@@ -47,13 +49,22 @@ def begin(folder: Path, own: dict[str, Any], say: Callable[[str], None]) -> dict
     claim(folder, FOLDER)
     file = folder / "settings.json"
     if not file.exists():
-        write_json(file, own)
+        write_json(file, own | {"working_folder": seen_from(folder)})
         return None
     before = read_json(file, dict[str, Any])
-    if before != own:
-        key = next(key for key in own if own[key] != before.get(key))
+    begin = folder / str(before.get("working_folder", absolute(os.curdir)))
+    for key in (key for key in own if not _same(before.get(key), own[key], begin)):
         raise UserError(f"{folder}: was begun with another {key}; choose another folder, or the same {key}")
     return read_json(folder / "summary.json", dict[str, Any], {}, say) or None
+
+
+def _same(old: object, new: object, begin: Path) -> bool:
+    """Whether a value is the old one: paths where they lead to the same place, the old ones from the folder `begin`."""
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(_same(one, other, begin) for one, other in zip(old, new, strict=True))
+    if isinstance(old, str) and isinstance(new, str):
+        return same_place(old, new, lambda path: [absolute(path, begin)])
+    return old == new
 
 
 def load(path: str | Path, settings: TuningSettings, device: torch.device) -> tuple[YocoUForCausalLM, PreTrainedTokenizerFast]:

@@ -161,7 +161,7 @@ async function begin() {
     ...(facts.window ? [`window ${facts.window}`] : []),
   ].join(" · ");
   for (const [id, value] of [
-    ["loops-a", facts.num_loops],
+    ["loops-a", facts.auto_by_default ? 0 : facts.num_loops],
     ["loops-b", Math.max(1, facts.num_loops - 1)],
   ]) {
     $(id).min = facts.auto_loops ? 0 : 1;
