@@ -71,9 +71,8 @@ def analyze(
     """
     from yoco_u.analysis.output import About, check_folder, write_study
     from yoco_u.analysis.study import COMPARED, StudySettings, study
-    from yoco_u.analysis.text import read_batches
+    from yoco_u.analysis.text import read_text
     from yoco_u.device import find_device
-    from yoco_u.evaluation.held_out import row_length
 
     if num_loops is not None and num_loops < 1:
         raise UserError(f"--num-loops is {num_loops}; expected a whole number of at least 1")
@@ -84,13 +83,12 @@ def analyze(
     check_folder(folder)
     subjects, tokenizer = _load([model, *(compare or [])], num_loops, find_device(device))
     wanted, left_out = _sensible(wanted, subjects, explicit=measures is not None)
-    length = sequence_length or row_length(model)
-    batches = read_batches(model, files or [], text_field, length, tokens, tokenizer)
+    text = read_text(model, files or [], text_field, sequence_length, tokens, tokenizer)
     chosen = [[measure for measure in wanted if subject is subjects[0] or measure in COMPARED] for subject in subjects]
-    with progress_bar("looking inside", sum(map(len, chosen)) * len(batches)) as advance:
+    with progress_bar("looking inside", sum(map(len, chosen)) * len(text.batches)) as advance:
 
         def counted() -> "Iterator[Batch]":
-            for batch in batches:
+            for batch in text.batches:
                 yield batch
                 advance(1)
 
@@ -98,8 +96,8 @@ def analyze(
             study(subject, counted, StudySettings(mine, tolerance, queries), tokenizer)
             for subject, mine in zip(subjects, chosen, strict=True)
         ]
-    count = sum(batch["input_ids"].numel() for batch in batches)
-    about = About(", ".join(files) if files else "validation split", count, length, left_out)
+    count = sum(batch["input_ids"].numel() for batch in text.batches)
+    about = About(", ".join(files) if files else "validation split", count, text.sequence_length, left_out)
     written = write_study(studies, about, folder)
     _print(studies, about, written)
 

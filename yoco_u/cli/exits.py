@@ -17,7 +17,8 @@ def exits(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="FILES", help="Held-out text, in any form that prepare reads. \\[default: the run's validation split]"
+            metavar="FILES",
+            help="Held-out text, in any form that prepare reads, or synthetic:TASK. \\[default: the run's validation split]",
         ),
     ] = None,
     mean_loops: Annotated[
@@ -41,7 +42,8 @@ def exits(
     Fits heads that predict what more loops would change, measures the loss at
     several thresholds beside plain loop counts, in the engine, in float32 on
     the CPU, and writes exits.json into the model's folder. Requests with
-    num_loops auto then run about --mean-loops loops a token.
+    num_loops auto then run about --mean-loops loops a token. Of a generated
+    task the loss is that of the answers, with the share of right ones.
 
     [bold]Examples[/bold]
 
@@ -52,8 +54,7 @@ def exits(
     import torch
 
     from yoco_u.analysis.exits import calibrate, middle, steps
-    from yoco_u.analysis.text import read_batches
-    from yoco_u.evaluation.held_out import row_length
+    from yoco_u.analysis.text import read_text
     from yoco_u.files import check_result, write_result
     from yoco_u.inference.exits import FILE
     from yoco_u.loading import load_model, model_folder
@@ -61,11 +62,11 @@ def exits(
     path = model_folder(model) / FILE
     check_result(path)
     network, tokenizer = load_model(model, torch.device("cpu"))
-    batches = read_batches(model, files or [], text_field, sequence_length or row_length(model), tokens, tokenizer)
+    text = read_text(model, files or [], text_field, sequence_length, tokens, tokenizer)
     most = network.model.at_loops(num_loops).num_loops
     mean_loops = middle(most) if mean_loops is None else mean_loops
     with progress_bar("calibrating", steps(most, mean_loops)) as advance:
-        found = calibrate(network, batches, mean_loops, num_loops, lambda: advance(1))
+        found = calibrate(network, text.batches, mean_loops, num_loops, lambda: advance(1), text.answers)
     write_result(path, found.exits.model_dump(mode="json"))
     if json:
         chosen = {"score": found.exits.score, "threshold": found.exits.threshold, "num_loops": found.exits.num_loops}
@@ -84,9 +85,11 @@ def _print_table(results: "list[ExitResult]") -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("exit")
-    for heading in ("threshold", "mean loops", "loss", "change"):
+    answers = any(one.accuracy is not None for one in results)
+    for heading in ("threshold", "mean loops", "loss", "change", *(["right"] if answers else [])):
         table.add_column(heading, justify="right")
     for one in results:
         threshold = "" if one.threshold is None else f"{one.threshold:.4g}"
-        table.add_row(one.score or "none", threshold, f"{one.mean_loops:.3f}", f"{one.loss:.4f}", f"{one.change:+.4f}")
+        right = [] if one.accuracy is None else [f"{one.accuracy:.1%}"]
+        table.add_row(one.score or "none", threshold, f"{one.mean_loops:.3f}", f"{one.loss:.4f}", f"{one.change:+.4f}", *right)
     Console().print(table)
