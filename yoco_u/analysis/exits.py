@@ -44,6 +44,8 @@ class ExitResult:
         loss: nats per token; of a generated task, per token of its answers.
         change: the loss minus that of T loops for every token.
         accuracy: share of answers that greedy decoding would write; None where the text is no generated task.
+        tokens_per_second: of decoding one sequence, see `scaling.py`; None where it was not measured.
+        decoded_loops: how many loops a token ran there on average.
     """
 
     score: Score | None
@@ -52,6 +54,8 @@ class ExitResult:
     loss: float
     change: float
     accuracy: float | None = None
+    tokens_per_second: float | None = None
+    decoded_loops: float | None = None
 
 
 @dataclass(frozen=True)
