@@ -255,6 +255,15 @@ def _threshold_at(scores: Tensor, mean: float) -> float:
     return float(every[low])
 
 
+def scoring_engine(model: YocoUForCausalLM, texts: Sequence[list[int]], exits: Exits) -> Engine:
+    """An engine in float32 with room for texts that are scored."""
+    settings = EngineSettings(
+        dtype="float32", num_loops=exits.num_loops, prefix_caching=False, max_num_seqs=_SEATS,
+        cache_tokens=_SEATS * (max(map(len, texts)) + 64), max_batched_tokens=512,
+    )  # fmt: skip
+    return Engine(model, None, settings, exits)
+
+
 class _Measured(NamedTuple):
     mean_loops: float
     loss: float
@@ -280,12 +289,7 @@ class _Losses:
         advance: Callable[[], None],
         answers: tuple[int, int] | None,
     ) -> None:
-        longest = max(map(len, texts))
-        settings = EngineSettings(
-            dtype="float32", num_loops=exits.num_loops, prefix_caching=False, max_num_seqs=_SEATS,
-            cache_tokens=_SEATS * (longest + 64), max_batched_tokens=512,
-        )  # fmt: skip
-        self._engine, self._texts, self._advance = Engine(model, None, settings, exits), texts, advance
+        self._engine, self._texts, self._advance = scoring_engine(model, texts, exits), texts, advance
         self._answers = None if answers is None else [answer_spans(text, *answers) for text in texts]
         if self._answers is not None and not any(self._answers):
             raise UserError("the text has no answers; give more text, or longer rows by --sequence-length")
