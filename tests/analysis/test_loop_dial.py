@@ -12,9 +12,9 @@ from prompt_lookup import searched
 
 from yoco_u import YocoUForCausalLM
 from yoco_u.analysis import TokenClasses
-from yoco_u.analysis.draft_acceptance import LENGTH, draft_acceptance
-from yoco_u.analysis.exit_loops import LoopShares, exit_loops
+from yoco_u.analysis.acceptance import LENGTH, draft_acceptance
 from yoco_u.analysis.exits import documents
+from yoco_u.analysis.token_loops import LoopShares, exit_loops
 from yoco_u.data import Batch, as_batch
 from yoco_u.inference.exits import Exits
 
@@ -105,7 +105,7 @@ def test_drafts_against_greedy_decoding() -> None:
 
 
 def test_drafts_of_a_loop_that_changes_nothing_are_all_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("yoco_u.analysis.draft_acceptance._PLACES", 20)
+    monkeypatch.setattr("yoco_u.analysis.acceptance._PLACES", 20)
     model = build(architecture("yoco_u", loop_gate=0.3))
     with torch.no_grad():
         model.model.stages[0].loop_gates.zero_()

@@ -11,10 +11,10 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
 
-from yoco_u.analysis.draft_acceptance import DraftAcceptance
-from yoco_u.analysis.exit_loops import ExitLoops
+from yoco_u.analysis.acceptance import DraftAcceptance
 from yoco_u.analysis.lens import Reading
 from yoco_u.analysis.study import Study
+from yoco_u.analysis.token_loops import ExitLoops
 from yoco_u.analysis.trace import UnrolledLayer
 from yoco_u.plotting import PALETTE, colour, dashes, save_png
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from yoco_u.analysis.acceptance import DraftAcceptance, draft_acceptance
 from yoco_u.analysis.angular import AngularDistances, angular_distances
 from yoco_u.analysis.attention import QUERIES, AttentionSpans, attention_spans
 from yoco_u.analysis.classes import token_classes
 from yoco_u.analysis.convergence import TOLERANCE, Convergence, loops_to_convergence
-from yoco_u.analysis.draft_acceptance import DraftAcceptance, draft_acceptance
-from yoco_u.analysis.exit_loops import ExitLoops, exit_loops
 from yoco_u.analysis.lens import LogitLens, Sample, logit_lens
 from yoco_u.analysis.loss import LoopLoss, counts_around, loss_against_loops
+from yoco_u.analysis.token_loops import ExitLoops, exit_loops
 from yoco_u.analysis.trace import UnrolledLayer, at_loops, unroll
 from yoco_u.architecture import Architecture
 from yoco_u.data import Batch

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from yoco_u.analysis.draft_acceptance import DraftAcceptance
-from yoco_u.analysis.exit_loops import ExitLoops, LoopShares
+from yoco_u.analysis.acceptance import DraftAcceptance
 from yoco_u.analysis.study import Study
+from yoco_u.analysis.token_loops import ExitLoops, LoopShares
 from yoco_u.analysis.trace import UnrolledLayer
 
 
