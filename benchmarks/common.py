@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from yoco_u.analysis import scaling
 from yoco_u.device import environment
-from yoco_u.inference import Engine, SamplingParams
-from yoco_u.inference.request import Request
+from yoco_u.inference import Engine, RequestOutput, SamplingParams
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,27 +41,20 @@ def standard_library_prompts(tokenizer: Any, lengths: Sequence[int]) -> list[lis
     return [tokens[begin : begin + length] for begin, length in zip(begins, lengths, strict=True)]
 
 
-def decode(subject: Engine, batch: int, chosen: argparse.Namespace, sampling: dict[str, Any]) -> tuple[float, list[Request]]:
-    """Decode a batch behind random prompts.
+def decode(
+    subject: Engine, batch: int, chosen: argparse.Namespace, sampling: dict[str, Any]
+) -> tuple[float, list[RequestOutput]]:
+    """Decode a batch behind random prompts, see `scaling.decode`.
 
     Args:
         chosen: has `context`, the tokens of each prompt, and `tokens`, those of each output.
         sampling: fields of `SamplingParams`.
-
-    Returns:
-        Tokens per second, from the first token of each output to the last, and the requests.
     """
     generator = torch.Generator().manual_seed(1)
     vocabulary = subject.architecture.vocab_size
     prompts = torch.randint(vocabulary, (batch, chosen.context), generator=generator).tolist()
     params = SamplingParams(max_tokens=chosen.tokens, ignore_eos=True, seed=0, **sampling)
-    requests = [subject.add(prompt, params) for prompt in prompts]
-    while not all(request.outputs[0].token_ids for request in requests):
-        subject.step()
-    begin, done = time.perf_counter(), sum(len(request.outputs[0].token_ids) for request in requests)
-    while subject.unfinished:
-        subject.step()
-    return (batch * chosen.tokens - done) / (time.perf_counter() - begin), requests
+    return scaling.decode(subject, prompts, params)
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:

@@ -15,9 +15,8 @@ from common import decode, parser, show, write
 from rich.progress import track
 
 from yoco_u.architecture import preset
-from yoco_u.inference import Engine, EngineSettings
+from yoco_u.inference import Engine, EngineSettings, RequestOutput
 from yoco_u.inference.exits import Exits
-from yoco_u.inference.request import Request
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
 THRESHOLDS = (0.0, 0.43, 1.0, 1e30)
@@ -70,7 +69,7 @@ def engine(chosen: Any) -> Engine:
     return Engine(model, None, settings, exits)
 
 
-def mean_loops(requests: list[Request]) -> float:
+def mean_loops(requests: list[RequestOutput]) -> float:
     """Loops that a token ran on average."""
     return statistics.fmean(count for request in requests for count in request.outputs[0].loops)
 

@@ -11,6 +11,7 @@ from yoco_u import YocoUForCausalLM
 from yoco_u.analysis.exits import (
     _mean_at,
     _threshold_at,
+    answer_spans,
     calibrate,
     documents,
     fit_heads,
@@ -126,3 +127,45 @@ def test_what_cannot_be_calibrated(model: YocoUForCausalLM) -> None:
             calibrate(model, [texts(4)], mean)
     with pytest.raises(UserError, match="the model runs one loop"):
         calibrate(build(architecture("yoco")), [texts(4)])
+
+
+def with_answers(model: YocoUForCausalLM, rows: int) -> tuple[Batch, list[list[list[int]]]]:
+    """Rows of questions whose answers, between the tokens 1 and 2, are one or two tokens, and the places of these by row.
+
+    Every other answer is what the model would write, the others are random.
+    """
+    draw = torch.Generator().manual_seed(3)
+    found, places = [], []
+    for row in range(rows):
+        ids, own = [0], []
+        for question in range(4):
+            ids += [*torch.randint(3, 96, (3,), generator=draw).tolist(), 1]
+            own.append(list(range(len(ids), len(ids) + 1 + question % 2)))
+            for _ in own[-1]:
+                with torch.no_grad():
+                    likeliest = int(model(torch.tensor([ids]), num_loops=3).logits[0, -1, 3:].argmax()) + 3
+                ids.append(likeliest if (row + question) % 2 else int(torch.randint(3, 96, (1,), generator=draw)))
+            ids.append(2)
+        found.append([*ids, 0])
+        places.append(own)
+    return as_batch(np.array(found), eot_id=0), places
+
+
+def test_of_a_task_the_answers_count(model: YocoUForCausalLM) -> None:
+    rows, places = with_answers(model, 8)
+    found = calibrate(model, [rows], 1.75, answers=(1, 2))
+    assert answer_spans(documents(rows)[5], 1, 2) == [(own[0], own[-1] + 1) for own in places[5]]
+    for loops, one in enumerate(found.results[:3], start=1):
+        with torch.no_grad():
+            logits = model(rows["input_ids"], num_loops=loops).logits.float()
+        nats, right = [], []
+        for row in range(4, 8):
+            ids = rows["input_ids"][row].tolist()
+            for own in places[row]:
+                nats += [float(F.cross_entropy(logits[row, place - 1], torch.tensor(ids[place]))) for place in own]
+                right.append(all(int(logits[row, place - 1].argmax()) == ids[place] for place in own))
+        assert one.loss == pytest.approx(sum(nats) / len(nats), abs=2e-5)
+        assert one.accuracy == sum(right) / len(right)
+    assert 0.3 < (found.results[2].accuracy or 0) < 0.8
+    with pytest.raises(UserError, match="no answers"):
+        calibrate(model, [rows], 1.75, answers=(94, 94))

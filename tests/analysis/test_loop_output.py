@@ -17,6 +17,7 @@ from yoco_u.analysis.tables import tables
 from yoco_u.analysis.trace import unroll
 from yoco_u.errors import UserError
 from yoco_u.files import is_mark
+from yoco_u.inference.exits import Exits
 
 TOKENIZER = PreTrainedTokenizerFast(
     tokenizer_object=Tokenizer(models.WordLevel({f"<w{i}>": i for i in range(96)}, unk_token="<w0>"))
@@ -24,7 +25,9 @@ TOKENIZER = PreTrainedTokenizerFast(
 
 
 def studied(variant: str, name: str = "", num_loops: int | None = None, chosen: tuple[str, ...] = MEASURES) -> Study:
-    subject = Subject(name or variant, make(variant), num_loops)
+    model = make(variant)
+    most = model.model.at_loops(num_loops).num_loops
+    subject = Subject(name or variant, model, num_loops, Exits(num_loops=most, score="angular", threshold=0.3))
     wanted = [measure for measure in chosen if why_not(measure, [subject]) is None]
     return study(subject, lambda: [batch(2)], StudySettings(wanted), TOKENIZER)
 
@@ -64,6 +67,7 @@ def test_every_architecture_gets_what_makes_sense(variant: str, tmp_path: Path) 
     assert data["about"]["tokens"] == 34
     [told] = data["studies"]
     assert told == json.loads(json.dumps(found.as_json()))
+    assert len(re.findall("<span style=", source)) == len(told["shown"]) == (34 if variant in LOOPED else 0)
     assert len(told["unrolled"]) == len(told["angular"]["layers"])
     assert {key for key in MEASURES if told[key]} == measured
 
@@ -71,14 +75,25 @@ def test_every_architecture_gets_what_makes_sense(variant: str, tmp_path: Path) 
 def test_why_not_says_it_in_a_line() -> None:
     for variant in PLAIN:
         subject = Subject("run", make(variant))
-        assert {measure for measure in MEASURES if why_not(measure, [subject])} == {"lens", "loss", "convergence"}
+        assert {measure for measure in MEASURES if why_not(measure, [subject])} == {
+            "lens", "loss", "convergence", "exits", "drafts",
+        }  # fmt: skip
         assert why_not("loss", [subject]) == "run has no loop"
         assert why_not("lens", [subject]) == "run runs no loop, and this measure follows one looped stage"
         assert why_not("loss", [subject, Subject("other", make("rins"))]) is None
+        assert why_not("exits", [subject]) == "the model runs one loop, which no token can leave"
+        assert why_not("drafts", [subject]) == "run runs no loop"
         assert why_not("lens", [Subject("run", make(variant), 2)]) is None
     once = Subject("once", make("yoco_u"), 1)
     assert why_not("loss", [once]) is None
     assert why_not("convergence", [once])
+    assert (
+        why_not("exits", [Subject("x", make("rins"))])
+        == "x has no exits.json; run yoco-u exits first, or give --exit-threshold"
+    )
+    other = Subject("x", make("rins"), 2, Exits(num_loops=3, score="angular", threshold=0.1))
+    assert "exits.json is for 3 loops, and 2 run here" in (why_not("exits", [other]) or "")
+    assert "cannot take a wrong draft back" in (why_not("drafts", [Subject("x", make("yoco_retention"), 2)]) or "")
 
 
 def test_several_models_in_one_picture(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from yoco_u.checksums import SUMS
 from yoco_u.cli import main
 
-MEASURES = ("angular", "lens", "loss", "convergence", "attention")
-PNGS = {"angular-distance", "logit-lens", "loss-against-loops", "loops-to-convergence", "attention-span"}
+MEASURES = ("angular", "lens", "loss", "convergence", "attention", "drafts")
+PNGS = {"angular-distance", "logit-lens", "loss-against-loops", "loops-to-convergence", "attention-span", "drafts-accepted"}
 
 
 def told(folder: Path) -> Any:
@@ -32,7 +32,7 @@ def test_a_run_is_looked_into(run: Any, workspace: Path, tmp_path: Path) -> None
         assert path.stat().st_size > 1000
     data = told(out)
     assert data["about"]["text"] == "validation split"
-    assert data["about"]["left_out"] == {}
+    assert data["about"]["left_out"] == {"exits": "tiny has no exits.json; run yoco-u exits first, or give --exit-threshold"}
     [found] = data["studies"]
     assert (found["name"], found["trained_loops"], found["num_loops"]) == ("tiny", 2, 2)
     assert [(layer["attention"], layer["loop"], layer["layer"]) for layer in found["unrolled"]] == [
@@ -68,10 +68,11 @@ def test_files_equal_evaluate_too(run: Any, workspace: Path, tmp_path: Path) -> 
 def test_a_run_without_loops_says_what_is_left_out(run: Any, workspace: Path) -> None:
     outcome = run("analyze", workspace / "b", "--tokens", 64)
     assert outcome.status == 0
-    for measure, reason in {"lens": "runs no loop", "loss": "has no loop", "convergence": "runs no loop"}.items():
-        assert f"left out: {measure}, as twin {reason}" in outcome.out
+    no_loop = dict.fromkeys(("lens", "convergence", "drafts"), "twin runs no loop")
+    for measure, reason in {**no_loop, "loss": "twin has no loop", "exits": "the model runs one loop"}.items():
+        assert f"left out: {measure}, as {reason}" in outcome.out
     data = told(workspace / "b" / "analysis")
-    assert set(data["about"]["left_out"]) == {"lens", "loss", "convergence"}
+    assert set(data["about"]["left_out"]) == {"lens", "loss", "convergence", "exits", "drafts"}
     [found] = data["studies"]
     assert {measure for measure in MEASURES if found[measure]} == {"angular", "attention"}
     again = run("analyze", workspace / "b", "--tokens", 64, "--num-loops", 3, "--measures", "loss,lens")
@@ -91,12 +92,40 @@ def test_runs_in_one_picture(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert studies[1]["lens"] is None
 
 
+def test_where_tokens_exit(run: Any, workspace: Path, tmp_path: Path) -> None:
+    """By the model's exits.json, by its heads at another threshold, and by angular distances without the file."""
+    folder, options = tmp_path / "a", ("--tokens", 320, "--measures", "exits", "--out", tmp_path / "out")
+    shutil.copytree(workspace / "a", folder)
+    found = []
+    assert run("analyze", folder, *options, "--exit-threshold", 0.4).status == 0
+    found.append(told(tmp_path / "out")["studies"][0]["exits"])
+    fitted = run("exits", folder, "--tokens", 640, "--json").json["chosen"]
+    for threshold in ((), ("--exit-threshold", 0)):
+        assert "Loops run, by place" in run("analyze", folder, *options, *threshold).out
+        found.append(told(tmp_path / "out")["studies"][0]["exits"])
+    assert [(one["score"], one["threshold"]) for one in found] == [
+        ("angular", 0.4), (fitted["score"], fitted["threshold"]), (fitted["score"], 0),
+    ]  # fmt: skip
+    assert found[2]["all"]["shares"] == [0, 1] and found[2]["all"]["mean"] == 2
+    [score] = run("evaluate", folder, "--num-loops", 2, "--json").json["results"]
+    every = run("analyze", folder, *options, "--tokens", 10**6, "--exit-threshold", 0)
+    assert every.status == 0
+    assert told(tmp_path / "out")["studies"][0]["exits"]["all"]["loss"] == pytest.approx(score["loss"], abs=1e-5)
+    shown = "".join(one["text"] for one in told(tmp_path / "out")["studies"][0]["shown"])
+    assert "return x *" in shown and "täglich" in shown
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
         (("--measures", "angular,len"), "--measures has 'len'; expected some of angular,lens"),
         (("--num-loops", 0), "--num-loops is 0"),
         (("--tolerance", 0), "--tolerance is 0"),
+        (("--exit-threshold", -1), "--exit-threshold"),
+        (
+            ("--measures", "exits"),
+            "--measures exits: tiny has no exits.json; run yoco-u exits first, or give --exit-threshold; leave",
+        ),
         (("--tokens", 0), "--tokens"),
         (("--queries", 0), "--queries"),
         (("--sequence-length", 0), "--sequence-length"),

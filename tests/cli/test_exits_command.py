@@ -5,6 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from yoco_u.analysis import scaling
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.exits import FILE
 
@@ -50,6 +53,22 @@ def test_exits_of_a_run(run: Any, workspace: Path, tmp_path: Path) -> None:
             assert str(folder / "model" / FILE) in run("serve", folder, "--num-loops", "auto").error
     (folder / "model" / FILE).write_text("{}")
     assert "was not made by yoco-u" in run("exits", folder, *options).error
+
+
+def test_the_test_time_scaling_curve(run: Any, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "_TOKENS", 4)
+    monkeypatch.setattr(scaling, "_ROUNDS", 1)
+    folder, plot = tmp_path / "a", tmp_path / "scaling.png"
+    shutil.copytree(workspace / "a", folder)
+    found = run("exits", folder, "--tokens", 320, "--plot", plot, "--json").json
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    drawn = [one for one in found["results"] if one["tokens_per_second"] is not None]
+    assert drawn == [one for one in found["results"] if one["score"] in (None, found["chosen"]["score"])]
+    assert [one["decoded_loops"] for one in drawn[:2]] == [1, 2]
+    assert found["dtype"] in ("float32", "bfloat16") and found["environment"]["cpus"] >= 1
+    assert "tokens/s" in run("exits", folder, "--tokens", 320, "--plot", plot).out
+    assert "tokens/s" not in run("exits", folder, "--tokens", 320).out
+    assert "no such folder" in run("exits", folder, "--plot", tmp_path / "none" / "a.png").error
 
 
 def test_mistakes(run: Any, workspace: Path) -> None:

@@ -52,9 +52,28 @@ def test_evaluate(run: Any, trained: Path) -> None:
     assert split["loss"] == pytest.approx(summary["validation"]["loss"], abs=1e-5)
 
 
+def test_exits_of_a_task(run: Any, trained: Path) -> None:
+    """The losses are those of the answers: of the run's own split, and of the instances for tests of a task."""
+    outcome = run("exits", trained, "--json")
+    assert {one["accuracy"] is None for one in outcome.json["results"]} == {False}
+    task = "synthetic:s5:levels=3:length=60"  # rows are its documents, and not of 48 tokens as in the run
+    found = run("exits", trained, task, "--tokens", 60 * 12, "--json").json
+    assert found["tokens"] == 60 * 6
+    assert [one["accuracy"] for one in found["results"][:2]] == pytest.approx([0, 0], abs=0.2)
+    assert "right" in run("exits", trained, task, "--tokens", 60 * 4).out
+    assert run("analyze", trained, task, "--tokens", 120, "--measures", "loss", "--out", trained.parent / "study").status == 0
+
+
 def test_mistakes(run: Any, trained: Path, workspace: Path) -> None:
     assert "did you mean p-hop" in run("evaluate", trained, "synthetic:phop").error
     assert "a task and a.txt a text" in run("evaluate", trained, "a.txt", "synthetic:s5").error
     assert "--weights is for texts" in run("evaluate", trained, "synthetic:s5", "--weights", "int8").error
     assert "--answers is for synthetic tasks" in run("evaluate", trained, "--answers", 3).error
     assert "tokens are not bytes" in run("evaluate", workspace / "a", "synthetic:word-problems:levels=2").error
+    for command in ("exits", "analyze"):
+        for files in (("a.txt", "synthetic:s5"), ("synthetic:s5", "a.txt")):
+            assert "synthetic:s5 is a generated task, and a.txt comes with it" in run(command, trained, *files).error
+        assert "comes with it; give a task by itself" in run(command, trained, "synthetic:s5", "synthetic:s3").error
+        odd = run(command, trained, "synthetic:s5:length=60", "--sequence-length", 100).error
+        assert "rows of 100 tokens would part answers from their questions; give --sequence-length 60, or a multiple" in odd
+        assert "tokens are not bytes" in run(command, workspace / "a", "synthetic:s5:levels=2").error

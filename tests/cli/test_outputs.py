@@ -54,6 +54,7 @@ COMMANDS = {
     "plan": ("plan", "{workspace}/a", "--json", "{out}"),
     "plan, picture": ("plan", "{workspace}/a", "--plot", "{out}"),
     "needles": ("needles", "{workspace}/a", "--json", "{out}"),
+    "exits": ("exits", "{workspace}/a", "--plot", "{out}"),
     "context": ("context", "{workspace}/a", "--plot", "{out}"),
     "bench": ("bench", "--quick", "--json", "{out}"),
 }

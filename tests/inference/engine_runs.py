@@ -11,7 +11,8 @@ from torch import Tensor
 
 from yoco_u import Stage, YocoUForCausalLM
 from yoco_u.inference import Completion, Engine, EngineSettings, RequestOutput, SamplingParams, TokenLogprobs
-from yoco_u.inference.drafts import Candidate, DraftLengths, StepTime
+from yoco_u.inference.drafts import FixedLengths as AnyFixedLengths
+from yoco_u.inference.drafts import StepTime
 
 NEW = 12
 WINDOW = 8  # of the `test` size
@@ -72,15 +73,8 @@ def engine(variant: str = "yoco_u", **settings: Any) -> Engine:
     return Engine(model(variant), None, EngineSettings(**chosen))
 
 
-class FixedLengths(DraftLengths):
-    """Drafts of the same length in every step, as far as there is room."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.length = length
-
-    def choose(self, decodes: int, candidates: Sequence[Candidate]) -> list[int]:
-        return [min(self.length, one.most) for one in candidates]
+class FixedLengths(AnyFixedLengths):
+    """Drafts of one length in every step, whose times make sense."""
 
     def take(self, time: StepTime) -> None:
         assert time.decodes > 0 and time.seconds >= time.drafting >= 0

@@ -1,4 +1,4 @@
-"""Kinds of tokens, by the characters they stand for."""
+"""Groups of tokens: by the characters they stand for, and by their loss."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,12 @@ from transformers import PreTrainedTokenizerFast
 from yoco_u.data import vocabulary_size
 
 NAMES = ("word", "number", "symbol", "space", "part of a character", "special")
+
+
+Group = tuple[str, Tensor]
+"""The name of a group, and which tokens are in it, (tokens,) bool."""
+
+_QUARTERS = ("lowest loss", "low loss", "high loss", "highest loss")
 
 
 @dataclass(frozen=True)
@@ -44,3 +50,15 @@ def _kind(text: str) -> str:
         if any(map(holds, text)):
             return kind
     return "symbol" if text.strip() else "space"
+
+
+def by_class(tokens: Tensor, classes: TokenClasses) -> list[Group]:
+    """The classes that some of the tokens (tokens,) belong to."""
+    kinds = classes.of[tokens]
+    return [(name, kinds == i) for i, name in enumerate(classes.names) if (kinds == i).any()]
+
+
+def by_loss(losses: Tensor) -> list[Group]:
+    """Quarters of the tokens by their losses (tokens,), the quarter with the lowest first."""
+    quarter = losses.argsort(stable=True).argsort() * len(_QUARTERS) // len(losses)
+    return [(name, quarter == i) for i, name in enumerate(_QUARTERS) if (quarter == i).any()]

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from yoco_u.analysis.classes import TokenClasses
+from yoco_u.analysis.classes import TokenClasses, by_class, by_loss
 from yoco_u.analysis.trace import at_loops, last_states, log_probabilities, one_looped_stage, pieces, watch_loops
 from yoco_u.data import Batch
 from yoco_u.errors import UserError
@@ -101,18 +101,10 @@ def loops_to_convergence(
         found = [(torch.bincount(steady[chosen], minlength=last + 1)[1:] / count).tolist() for steady in (prediction, state)]
         return Shares(name, count, *found)
 
-    everything = torch.ones(len(loss), dtype=torch.bool)
-    by_class = []
-    if classes is not None:
-        kinds = classes.of[target]
-        by_class = [shares(name, kinds == i) for i, name in enumerate(classes.names) if (kinds == i).any()]
-    rank = loss.argsort(stable=True).argsort()
-    quarter = rank * len(_QUARTERS) // len(loss)
-    by_loss = [shares(name, quarter == i) for i, name in enumerate(_QUARTERS) if (quarter == i).any()]
-    return Convergence(last, tolerance, (changes / len(loss)).tolist(), shares("all", everything), by_class, by_loss)
-
-
-_QUARTERS = ("lowest loss", "low loss", "high loss", "highest loss")
+    everything = shares("all", torch.ones(len(loss), dtype=torch.bool))
+    kinds = [] if classes is None else [shares(*group) for group in by_class(target, classes)]
+    quarters = [shares(*group) for group in by_loss(loss)]
+    return Convergence(last, tolerance, (changes / len(loss)).tolist(), everything, kinds, quarters)
 
 
 def first_steady(changed: Tensor) -> Tensor:

@@ -7,12 +7,15 @@ tokens that leave change what later ones see.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from yoco_u.analysis.trace import last_states, log_probabilities, one_looped_stage, pieces, watch_loops
 from yoco_u.data import Batch
+from yoco_u.data.batches import in_answers
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import check_finite
 from yoco_u.inference import Engine, EngineSettings, SamplingParams
@@ -38,8 +41,11 @@ class ExitResult:
         score: by which tokens leave; None where all run the same number of loops.
         threshold: below which they leave; None likewise.
         mean_loops: how many loops a token runs on average.
-        loss: nats per token.
+        loss: nats per token; of a generated task, per token of its answers.
         change: the loss minus that of T loops for every token.
+        accuracy: share of answers that greedy decoding would write; None where the text is no generated task.
+        tokens_per_second: of decoding one sequence, see `scaling.py`; None where it was not measured.
+        decoded_loops: how many loops a token ran there on average.
     """
 
     score: Score | None
@@ -47,6 +53,9 @@ class ExitResult:
     mean_loops: float
     loss: float
     change: float
+    accuracy: float | None = None
+    tokens_per_second: float | None = None
+    decoded_loops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +65,17 @@ class Calibration:
     Attributes:
         exits: of the score with the lowest loss at the wanted mean.
         results: plain loop counts 1 .. T, then by score the wanted means and some others.
-        tokens: tokens of the second half.
+        texts: of the second half: the tokens of each document, the last of which is only a target.
     """
 
     exits: Exits
     results: list[ExitResult]
-    tokens: int
+    texts: list[list[int]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the second half."""
+        return sum(len(text) - 1 for text in self.texts)
 
 
 def calibrate(
@@ -70,6 +84,7 @@ def calibrate(
     mean_loops: float | None = None,
     num_loops: int | None = None,
     advance: Callable[[], None] = lambda: None,
+    answers: tuple[int, int] | None = None,
 ) -> Calibration:
     """Calibrate the exits of a model.
 
@@ -79,10 +94,11 @@ def calibrate(
         mean_loops: how many loops a token shall run on average; by default the middle of 1 and T.
         num_loops: T, the most loops; the model's own by default.
         advance: called `steps(T, mean_loops)` times at most, as work gets done.
+        answers: of a generated task, the tokens before and behind an answer. Losses are then those of answers alone.
 
     Raises:
         UserError: if tokens cannot leave the model's loop, it runs more than 256 times, the mean is not between 1 and T, there
-            are not two rows of text, a token has no target, or the loss is not finite.
+            are not two rows of text, a token has no target, there is no answer, or the loss is not finite.
     """
     architecture = model.model.at_loops(num_loops)
     most = architecture.num_loops
@@ -100,25 +116,25 @@ def calibrate(
     scores: tuple[Score, ...] = ("angular", "divergence", "gain")
     advance()
     texts = [text for batch in second for text in documents(batch)]
-    loss = _Losses(model, texts, Exits(num_loops=most, score="angular", threshold=0), advance)
+    loss = _Losses(model, texts, Exits(num_loops=most, score="angular", threshold=0), advance, answers)
     plain = [loss.measure(SamplingParams(max_tokens=0, prompt_logprobs=0, num_loops=loops)) for loops in range(1, most + 1)]
-    full = plain[-1][1]
-    results = [ExitResult(None, None, mean, its, its - full) for mean, its in plain]
+    full = plain[-1].loss
+    results = [ExitResult(None, None, one.mean_loops, one.loss, one.loss - full, one.accuracy) for one in plain]
     found: dict[Score, ExitResult] = {}
     for score in scores:
         exits = Exits(num_loops=most, score=score, threshold=0, heads=heads.get(score, ()))
         measured = _scores(model, second, exits)
-        loss = _Losses(model, texts, exits, advance)
+        loss = _Losses(model, texts, exits, advance, answers)
         for wanted in wanted_means(most, mean_loops):
-            threshold, mean, its = _threshold_of(wanted, measured, loss)
-            results.append(ExitResult(score, threshold, mean, its, its - full))
+            threshold, one = _threshold_of(wanted, measured, loss)
+            results.append(ExitResult(score, threshold, one.mean_loops, one.loss, one.loss - full, one.accuracy))
             if wanted == mean_loops:
                 found[score] = results[-1]
     best = min(found, key=lambda score: (found[score].mean_loops > mean_loops + _NEAR, found[score].loss))
     chosen = found[best].threshold
     assert chosen is not None
     exits = Exits(num_loops=most, score=best, threshold=chosen, heads=heads.get(best, ()))
-    return Calibration(exits, results, sum(len(text) - 1 for text in texts))
+    return Calibration(exits, results, texts)
 
 
 def middle(most: int) -> float:
@@ -239,35 +255,75 @@ def _threshold_at(scores: Tensor, mean: float) -> float:
     return float(every[low])
 
 
+def scoring_engine(model: YocoUForCausalLM, texts: Sequence[list[int]], exits: Exits) -> Engine:
+    """An engine in float32 with room for texts that are scored."""
+    settings = EngineSettings(
+        dtype="float32", num_loops=exits.num_loops, prefix_caching=False, max_num_seqs=_SEATS,
+        cache_tokens=_SEATS * (max(map(len, texts)) + 64), max_batched_tokens=512,
+    )  # fmt: skip
+    return Engine(model, None, settings, exits)
+
+
+class _Measured(NamedTuple):
+    mean_loops: float
+    loss: float
+    accuracy: float | None
+
+
 class _Losses:
     """Losses of texts in the engine.
 
     Args:
         texts: tokens of each, the last of which is only a target.
+        answers: the tokens before and behind an answer, where answers alone count.
+
+    Raises:
+        UserError: if there is no answer.
     """
 
-    def __init__(self, model: YocoUForCausalLM, texts: list[list[int]], exits: Exits, advance: Callable[[], None]) -> None:
-        longest = max(map(len, texts))
-        settings = EngineSettings(
-            dtype="float32", num_loops=exits.num_loops, prefix_caching=False, max_num_seqs=_SEATS,
-            cache_tokens=_SEATS * (longest + 64), max_batched_tokens=512,
-        )  # fmt: skip
-        self._engine, self._texts, self._advance = Engine(model, None, settings, exits), texts, advance
+    def __init__(
+        self,
+        model: YocoUForCausalLM,
+        texts: list[list[int]],
+        exits: Exits,
+        advance: Callable[[], None],
+        answers: tuple[int, int] | None,
+    ) -> None:
+        self._engine, self._texts, self._advance = scoring_engine(model, texts, exits), texts, advance
+        self._answers = None if answers is None else [answer_spans(text, *answers) for text in texts]
+        if self._answers is not None and not any(self._answers):
+            raise UserError("the text has no answers; give more text, or longer rows by --sequence-length")
 
-    def measure(self, params: SamplingParams) -> tuple[float, float]:
-        """How many loops a token runs on average, and the loss in nats per token."""
+    def measure(self, params: SamplingParams) -> _Measured:
+        """How many loops a token runs on average, the loss in nats per token, and the share of right answers."""
         runner = self._engine.runner
         loops, tokens = runner.loops_run, runner.tokens_run
         requests = run_shared(self._engine, self._texts, [params] * len(self._texts))
-        found = [one.chosen.logprob for request in requests for one in request.prompt_logprobs or () if one is not None]
-        loss = -sum(found) / len(found)
+        scored = [[one.chosen for one in request.prompt_logprobs or () if one is not None] for request in requests]
+        accuracy = None
+        if self._answers is not None:  # of each text, `scored` begins with its second token
+            scored = [own[a - 1 : b - 1] for own, spans in zip(scored, self._answers, strict=True) for a, b in spans]
+            accuracy = sum(all(one.rank == 1 for one in answer) for answer in scored) / len(scored)
+        nats = [-one.logprob for own in scored for one in own]
+        loss = sum(nats) / len(nats)
         check_finite(loss, runner.model)
         self._advance()
-        return (runner.loops_run - loops) / (runner.tokens_run - tokens), loss
+        return _Measured((runner.loops_run - loops) / (runner.tokens_run - tokens), loss, accuracy)
 
 
-def _threshold_of(wanted: float, scores: Tensor, losses: _Losses) -> tuple[float, float, float]:
-    """A threshold for a wanted mean, and the mean and the loss that the engine measures with it.
+def answer_spans(text: list[int], begin: int, end: int) -> list[tuple[int, int]]:
+    """Where the answers of a generated task stand in its tokens: the first one of each, and the one behind its last.
+
+    Args:
+        begin, end: the tokens before and behind an answer.
+    """
+    inside = [False, *in_answers(torch.tensor([text]), begin, end)[0].tolist(), False]
+    edges = [place for place, (before, after) in enumerate(pairwise(inside)) if before != after]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _threshold_of(wanted: float, scores: Tensor, losses: _Losses) -> tuple[float, _Measured]:
+    """A threshold for a wanted mean, and what the engine measures with it.
 
     Where scores are equal no threshold may be near, and one of a lower mean is taken rather than one of a higher.
     """
@@ -275,9 +331,9 @@ def _threshold_of(wanted: float, scores: Tensor, losses: _Losses) -> tuple[float
     for _ in range(_TRIES):
         threshold = _threshold_at(scores, aim)
         params = SamplingParams(max_tokens=0, prompt_logprobs=0, num_loops="auto", exit_threshold=threshold)
-        mean, loss = losses.measure(params)
-        found.append((threshold, mean, loss))
-        if abs(mean - wanted) <= _NEAR:
+        measured = losses.measure(params)
+        found.append((threshold, measured))
+        if abs(measured.mean_loops - wanted) <= _NEAR:
             break
-        aim += wanted - mean
-    return min(found, key=lambda one: (one[1] > wanted + _NEAR, abs(one[1] - wanted)))
+        aim += wanted - measured.mean_loops
+    return min(found, key=lambda one: (one[1].mean_loops > wanted + _NEAR, abs(one[1].mean_loops - wanted)))

@@ -81,6 +81,7 @@ def _page(studies: Sequence[Study], about: About) -> str:
             "how": _HOW[measure],
             "plots": [(panel.title, svg(panel.draw, panel.size), panel.size[0] > 7) for panel in picture.panels],
             "tables": shown[measure],
+            "heat": _heat(studies[0]) if measure == "exits" else [],
         }
         for measure, picture in drawn.items()
     ]
@@ -93,12 +94,19 @@ def _page(studies: Sequence[Study], about: About) -> str:
     )
 
 
+def _heat(study: Study) -> list[tuple[str, float, int]]:
+    """Of each token that is shown its text, how dark it is from 0 to 1, and how many loops it ran."""
+    return [(one.text, (one.loops - 1) / (study.num_loops - 1), one.loops) for one in study.shown]
+
+
 _TITLES = {
     "angular": "Angular distance",
     "lens": "Logit lens",
     "loss": "Loss against loops",
     "convergence": "Loops to convergence",
     "attention": "Attention span",
+    "exits": "Where tokens exit",
+    "drafts": "What speculation accepts",
 }
 _HOW = {
     "angular": (
@@ -123,5 +131,15 @@ _HOW = {
         "Softmax weights from captured queries and keys, at evenly spaced positions of every row, averaged over heads. "
         "Even weights are what a layer would have if it looked at all tokens it sees alike. The first token is the document's, "
         "over positions that see it behind themselves."
+    ),
+    "exits": (
+        "How many loops tokens run in the engine, where each leaves the loop once its score is below the threshold. Kinds are "
+        "of the token to be predicted; quarters of tokens are by the loss of its prediction; places are counted from where the "
+        "document, or its part in the row, begins. In the text, a token is the darker the more loops it ran."
+    ),
+    "drafts": (
+        "Behind evenly spaced places of the text, the engine drafts tokens of the greedy continuation and verifies them in one "
+        "step: by the first loop and the cross-decoder, or by what stood behind the same tokens before (prompt). A draft is "
+        "accepted up to its first token that all loops would not have chosen."
     ),
 }

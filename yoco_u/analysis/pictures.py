@@ -11,9 +11,10 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
 
-from yoco_u.analysis.convergence import Shares
+from yoco_u.analysis.acceptance import DraftAcceptance
 from yoco_u.analysis.lens import Reading
 from yoco_u.analysis.study import Study
+from yoco_u.analysis.token_loops import ExitLoops
 from yoco_u.analysis.trace import UnrolledLayer
 from yoco_u.plotting import PALETTE, colour, dashes, save_png
 
@@ -57,6 +58,10 @@ def pictures(studies: Sequence[Study]) -> dict[str, Picture]:
         found["convergence"] = Picture("loops-to-convergence.png", _convergence(first))
     if first.attention:
         found["attention"] = Picture("attention-span.png", _attention(first))
+    if first.exits:
+        found["exits"] = Picture("loops-per-token.png", _exits(first.exits))
+    if first.drafts:
+        found["drafts"] = Picture("drafts-accepted.png", [_drafts(first.drafts)])
     return found
 
 
@@ -166,19 +171,7 @@ def _convergence(study: Study) -> list[Panel]:
         _legend(axes)
 
     def by_group(axes: Axes) -> None:
-        axes.set_axisbelow(True)
-        groups: list[Shares] = [found.all, *found.classes, *found.quarters]
-        for loop in range(found.loops):
-            left = [sum(group.prediction[:loop]) for group in groups]
-            widths = [group.prediction[loop] for group in groups]
-            hatch, label = None if loop < len(PALETTE) else "//", f"loop {loop + 1}"
-            axes.barh(range(len(groups)), widths, left=left, color=colour(loop), hatch=hatch, label=label, height=0.75)
-        axes.set_yticks(range(len(groups)), [f"{group.name} ({group.tokens:,})" for group in groups])
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1)
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.set_xlabel("share of tokens")
-        _legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=min(found.loops, 5))
+        _bars(axes, [(group.name, group.tokens, group.prediction) for group in (found.all, *found.classes, *found.quarters)])
 
     return [
         Panel("First loop from which nothing changes", histogram, size=(4.6, 3.6)),
@@ -236,6 +229,53 @@ def _attention(study: Study) -> list[Panel]:
         ),
         Panel("Attention on the first token", lines("share", ("share", [s.first_token for s in spans])), size=(6.0, 3.7)),
     ]
+
+
+def _exits(found: ExitLoops) -> list[Panel]:
+    def by_group(axes: Axes) -> None:
+        _bars(axes, [(group.name, group.tokens, group.shares) for group in (found.all, *found.classes, *found.quarters)])
+
+    def by_place(axes: Axes) -> None:
+        _line(axes, 0, range(len(found.places)), [group.mean for group in found.places], "")
+        axes.set_xticks(range(len(found.places)), [group.name for group in found.places], rotation=45, ha="right")
+        axes.set_ylim(1, found.loops)
+        axes.set_xlabel("token of the document")
+        axes.set_ylabel("loops, on average")
+
+    return [
+        Panel("Loops run, by the token to be predicted", by_group, size=(6.6, 4.2)),
+        Panel("Mean loops, by place in the document", by_place, size=(4.6, 3.6)),
+    ]
+
+
+def _drafts(found: DraftAcceptance) -> Panel:
+    def draw(axes: Axes) -> None:
+        for i, kind in enumerate(found.kinds):
+            shares = [accepted / kind.drafts for accepted in kind.accepted]
+            _line(axes, i, range(1, len(shares) + 1), shares, f"{kind.by}: {kind.tokens_per_step:.2f} tokens a step")
+        _over_loops(axes, "token of the draft")
+        axes.set_ylim(0, 1)
+        axes.set_ylabel("share of drafts")
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        _legend(axes)
+
+    return Panel("Drafts that are accepted up to a token", draw)
+
+
+def _bars(axes: Axes, groups: Sequence[tuple[str, int, Sequence[float]]]) -> None:
+    """Draw a bar for each group of tokens, given by its name, its size and the shares of its tokens by loop."""
+    axes.set_axisbelow(True)
+    loops = len(groups[0][2])
+    for loop in range(loops):
+        left, widths = [sum(shares[:loop]) for _, _, shares in groups], [shares[loop] for _, _, shares in groups]
+        hatch, label = None if loop < len(PALETTE) else "//", f"loop {loop + 1}"
+        axes.barh(range(len(groups)), widths, left=left, color=colour(loop), hatch=hatch, label=label, height=0.75)
+    axes.set_yticks(range(len(groups)), [f"{name} ({tokens:,})" for name, tokens, _ in groups])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("share of tokens")
+    _legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=min(loops, 5))
 
 
 def _bucket(buckets: Sequence[int], i: int) -> str:

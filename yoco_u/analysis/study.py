@@ -6,21 +6,28 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from yoco_u.analysis.acceptance import DraftAcceptance, draft_acceptance
 from yoco_u.analysis.angular import AngularDistances, angular_distances
 from yoco_u.analysis.attention import QUERIES, AttentionSpans, attention_spans
 from yoco_u.analysis.classes import token_classes
 from yoco_u.analysis.convergence import TOLERANCE, Convergence, loops_to_convergence
 from yoco_u.analysis.lens import LogitLens, Sample, logit_lens
 from yoco_u.analysis.loss import LoopLoss, counts_around, loss_against_loops
+from yoco_u.analysis.token_loops import ExitLoops, exit_loops
 from yoco_u.analysis.trace import UnrolledLayer, at_loops, unroll
 from yoco_u.architecture import Architecture
 from yoco_u.data import Batch
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import non_finite_weight
 from yoco_u.formatting import as_json_numbers
+from yoco_u.inference import SamplingParams
+from yoco_u.inference.detokenizer import Detokenizer
+from yoco_u.inference.exits import FILE, Exits, exit_problem
 from yoco_u.model import YocoUForCausalLM
 
-MEASURES = ("angular", "lens", "loss", "convergence", "attention")
+MEASURES = ("angular", "lens", "loss", "convergence", "attention", "exits", "drafts")
+"""In the order in which they run. The last two run in the engine, which may change the model."""
+
 COMPARED = ("angular", "loss")
 """The measures that are drawn for several models in one picture."""
 
@@ -33,11 +40,13 @@ class Subject:
         name: what tables and pictures call it.
         model: the model.
         num_loops: loop count of the passes that are looked into; None for the model's own.
+        exits: how its tokens leave the loop, with the threshold; None if that is not known.
     """
 
     name: str
     model: YocoUForCausalLM
     num_loops: int | None = None
+    exits: Exits | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -68,6 +77,14 @@ class SampleText:
 
 
 @dataclass(frozen=True)
+class ShownToken:
+    """A token of the text: what it adds to the text, and how many loops it ran before it left."""
+
+    text: str
+    loops: int
+
+
+@dataclass(frozen=True)
 class Study:
     """The results for one model; None for each measure that was not asked for.
 
@@ -78,6 +95,7 @@ class Study:
         num_loops: loop count of the passes that were looked into.
         unrolled: the layers in the order of a forward pass.
         samples: the samples of the logit lens as text.
+        shown: the first tokens of the text with the loops that they ran. Tokens that only begin a character are left out.
     """
 
     name: str
@@ -86,11 +104,14 @@ class Study:
     num_loops: int
     unrolled: list[UnrolledLayer]
     samples: list[SampleText]
+    shown: list[ShownToken]
     angular: AngularDistances | None = None
     lens: LogitLens | None = None
     loss: list[LoopLoss] | None = None
     convergence: Convergence | None = None
     attention: AttentionSpans | None = None
+    exits: ExitLoops | None = None
+    drafts: DraftAcceptance | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The study as `analysis.json` holds it; what does not exist, such as a mean over no tokens, is null."""
@@ -126,6 +147,27 @@ def why_not(measure: str, subjects: Sequence[Subject]) -> str | None:
         return f"{first.name} {found}, and this measure follows one looped stage"
     if measure == "attention" and all(stage.attention == "retention" for stage in first.architecture.stages):
         return f"{first.name} has only gated retention, which has no attention weights"
+    if measure == "exits":
+        return _why_no_exits(first)
+    if measure == "drafts":
+        return _why_no_drafts(first)
+    return None
+
+
+def _why_no_exits(subject: Subject) -> str | None:
+    problem = exit_problem(subject.architecture, subject.exits, subject.model.device.type != "cpu")
+    if not problem and subject.exits is None:
+        return f"{subject.name} has no {FILE}; run yoco-u exits first, or give --exit-threshold"
+    return problem or None
+
+
+def _why_no_drafts(subject: Subject) -> str | None:
+    if not subject.architecture.looped_stages:
+        return f"{subject.name} runs no loop"
+    if subject.architecture.num_slots("retention"):
+        return f"{subject.name} has gated retention, which cannot take a wrong draft back"
+    if subject.model.device.type != "cpu":
+        return "drafts are looked at on CPUs alone so far"
     return None
 
 
@@ -152,9 +194,11 @@ def study(
         "loss": lambda text: loss_against_loops(model, text, counts),
         "convergence": lambda text: loops_to_convergence(model, text, loops, settings.tolerance, token_classes(tokenizer)),
         "attention": lambda text: attention_spans(model, text, loops, settings.queries),
+        "exits": lambda text: exit_loops(model, text, subject.exits, token_classes(tokenizer)),  # type: ignore[arg-type]
+        "drafts": lambda text: draft_acceptance(model, text, loops),
     }
     results = {measure: measures[measure](batches()) for measure in settings.measures}
-    lens = results.get("lens")
+    lens, leaving = results.get("lens"), results.get("exits")
     return Study(
         name=subject.name,
         architecture=own.in_words,
@@ -162,6 +206,7 @@ def study(
         num_loops=subject.architecture.num_loops,
         unrolled=unroll(subject.architecture),
         samples=[_as_text(sample, tokenizer) for sample in lens.samples] if lens else [],
+        shown=_shown(leaving.first, tokenizer) if leaving else [],
         **results,
     )
 
@@ -172,3 +217,9 @@ def _as_text(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> SampleText:
 
     guesses = [text(guess.token) for guess in sample.rest]
     return SampleText(text(*sample.context), text(sample.target), guesses, [guess.probability for guess in sample.rest])
+
+
+def _shown(tokens: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerFast) -> list[ShownToken]:
+    texts = Detokenizer(tokenizer, SamplingParams(skip_special_tokens=False))
+    found = [ShownToken(texts.append(token), loops) for token, loops in tokens]
+    return [one for one in found if one.text]

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from yoco_u.analysis.acceptance import DraftAcceptance
 from yoco_u.analysis.study import Study
+from yoco_u.analysis.token_loops import ExitLoops, LoopShares
 from yoco_u.analysis.trace import UnrolledLayer
 
 
@@ -35,6 +37,10 @@ def tables(studies: Sequence[Study]) -> dict[str, list[Table]]:
         found["convergence"] = [_convergence(first)]
     if first.attention:
         found["attention"] = [_attention(first)]
+    if first.exits:
+        found["exits"] = _exits(first.exits)
+    if first.drafts:
+        found["drafts"] = [_drafts(first.drafts)]
     return found
 
 
@@ -119,6 +125,37 @@ def _attention(study: Study) -> Table:
         cells = [f"{span.distance:.1f}", f"{span.even_distance:.1f}", f"{span.entropy:.2f}", f"{span.even_entropy:.2f}", first]
         rows.append([name, *cells, *([f"{span.prefix:.1%}"] if prefix else [])])
     return Table("Attention span, means over heads and positions", head, rows)
+
+
+def _exits(found: ExitLoops) -> list[Table]:
+    def table(title: str, first: str, groups: Sequence[LoopShares]) -> Table:
+        head = [first, "tokens", *(f"loops {count}" for count in range(1, found.loops + 1)), "mean", "loss"]
+        rows = [
+            [one.name, f"{one.tokens:,}", *(f"{share:.1%}" for share in one.shares), f"{one.mean:.2f}", f"{one.loss:.4f}"]
+            for one in groups
+        ]
+        return Table(title, head, rows)
+
+    title = f"Loops run, shares of tokens; tokens leave by {found.score} below {found.threshold:.4g}"
+    return [
+        table(title, "", [found.all, *found.classes, *found.quarters]),
+        table("Loops run, by place in the document", "token", found.places),
+    ]
+
+
+def _drafts(found: DraftAcceptance) -> Table:
+    head = ["token of the draft", *(f"{kind.by}{what}" for kind in found.kinds for what in ("", ", after right ones"))]
+    rows = []
+    for token in range(max(len(kind.accepted) for kind in found.kinds)):
+        row = [str(token + 1)]
+        for kind in found.kinds:
+            accepted = kind.accepted[token] if kind.drafts else 0
+            before = kind.accepted[token - 1] if token and kind.drafts else kind.drafts
+            row += [f"{accepted / of:.1%}" if of else "-" for of in (kind.drafts, before)]
+        rows.append(row)
+    rows.append(["drafts", *(cell for kind in found.kinds for cell in (f"{kind.drafts:,}", ""))])
+    rows.append(["tokens a step", *(cell for kind in found.kinds for cell in (f"{kind.tokens_per_step:.2f}", ""))])
+    return Table(f"Drafts accepted behind {found.places:,} places, shares that are right up to a token", head, rows)
 
 
 def _name(layer: UnrolledLayer) -> str:

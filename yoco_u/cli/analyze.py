@@ -29,7 +29,9 @@ def analyze(
     ] = None,
     measures: Annotated[
         str | None,
-        typer.Option("--measures", help="Some of angular,lens,loss,convergence,attention. \\[default: all that make sense]"),
+        typer.Option(
+            "--measures", help="Some of angular,lens,loss,convergence,attention,exits,drafts. \\[default: all that make sense]"
+        ),
     ] = None,
     compare: Annotated[
         list[Path] | None,
@@ -43,6 +45,10 @@ def analyze(
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens of the text to look at.")] = 32768,
     sequence_length: Annotated[
         int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. \\[default: the run's, or 1024]")
+    ] = None,
+    exit_threshold: Annotated[
+        float | None,
+        typer.Option("--exit-threshold", help="Tokens leave the loop below this score. \\[default: that of exits.json]"),
     ] = None,
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="A state is steady once loops move it by less than this share.")
@@ -58,8 +64,10 @@ def analyze(
     """Look inside the loops: what each layer and each loop does to the tokens.
 
     Angular distance over the unrolled depth, per-loop logit lens, loss against
-    the number of loops run, loops to convergence per token, attention span. In
-    float32; writes one page, one JSON file and PNGs, and prints the tables.
+    the number of loops run, loops to convergence per token, attention span, the
+    loops after which tokens leave by yoco-u exits, and the drafts that the
+    engine accepts. In float32; writes one page, one JSON file and PNGs, and
+    prints the tables.
 
     [bold]Examples[/bold]
 
@@ -71,9 +79,8 @@ def analyze(
     """
     from yoco_u.analysis.output import About, check_folder, write_study
     from yoco_u.analysis.study import COMPARED, StudySettings, study
-    from yoco_u.analysis.text import read_batches
+    from yoco_u.analysis.text import read_text
     from yoco_u.device import find_device
-    from yoco_u.evaluation.held_out import row_length
 
     if num_loops is not None and num_loops < 1:
         raise UserError(f"--num-loops is {num_loops}; expected a whole number of at least 1")
@@ -83,14 +90,15 @@ def analyze(
     folder = out or model / "analysis"
     check_folder(folder)
     subjects, tokenizer = _load([model, *(compare or [])], num_loops, find_device(device))
+    if "exits" in wanted:
+        subjects[0] = _with_exits(subjects[0], model, exit_threshold)
     wanted, left_out = _sensible(wanted, subjects, explicit=measures is not None)
-    length = sequence_length or row_length(model)
-    batches = read_batches(model, files or [], text_field, length, tokens, tokenizer)
+    text = read_text(model, files or [], text_field, sequence_length, tokens, tokenizer)
     chosen = [[measure for measure in wanted if subject is subjects[0] or measure in COMPARED] for subject in subjects]
-    with progress_bar("looking inside", sum(map(len, chosen)) * len(batches)) as advance:
+    with progress_bar("looking inside", sum(map(len, chosen)) * len(text.batches)) as advance:
 
         def counted() -> "Iterator[Batch]":
-            for batch in batches:
+            for batch in text.batches:
                 yield batch
                 advance(1)
 
@@ -98,8 +106,8 @@ def analyze(
             study(subject, counted, StudySettings(mine, tolerance, queries), tokenizer)
             for subject, mine in zip(subjects, chosen, strict=True)
         ]
-    count = sum(batch["input_ids"].numel() for batch in batches)
-    about = About(", ".join(files) if files else "validation split", count, length, left_out)
+    count = sum(batch["input_ids"].numel() for batch in text.batches)
+    about = About(", ".join(files) if files else "validation split", count, text.sequence_length, left_out)
     written = write_study(studies, about, folder)
     _print(studies, about, written)
 
@@ -132,6 +140,23 @@ def _load(paths: list[Path], num_loops: int | None, device: "torch.device") -> "
         if own.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
             raise UserError(f"{path}: its tokenizer is not that of {paths[0]}; compare models that read the same tokens")
     return [Subject(name, network, num_loops) for name, (network, _) in zip(names, loaded, strict=True)], tokenizer
+
+
+def _with_exits(subject: "Subject", path: Path, threshold: float | None) -> "Subject":
+    """The subject with what its `exits.json` says, or with angular distances where it has none, and the threshold, if given."""
+    from dataclasses import replace
+
+    from yoco_u.config import parse
+    from yoco_u.inference.exits import Exits, load_exits, loop_problem
+    from yoco_u.loading import model_folder
+
+    if loop_problem(subject.architecture):
+        return subject
+    exits = load_exits(model_folder(path), subject.model.config.architecture)
+    if threshold is not None:
+        without = {"num_loops": subject.architecture.num_loops, "score": "angular"}
+        exits = parse(Exits, (without if exits is None else exits.model_dump()) | {"threshold": threshold}, "--exit-threshold")
+    return replace(subject, exits=exits)
 
 
 def _sensible(wanted: list[str], subjects: "list[Subject]", explicit: bool) -> tuple[list[str], dict[str, str]]:

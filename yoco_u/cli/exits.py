@@ -1,11 +1,13 @@
 """`yoco-u exits`."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yoco_u.cli.arguments import check_can_be_written
 from yoco_u.cli.output import note, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -17,7 +19,8 @@ def exits(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="FILES", help="Held-out text, in any form that prepare reads. \\[default: the run's validation split]"
+            metavar="FILES",
+            help="Held-out text, in any form that prepare reads, or synthetic:TASK. \\[default: the run's validation split]",
         ),
     ] = None,
     mean_loops: Annotated[
@@ -34,6 +37,10 @@ def exits(
     text_field: Annotated[
         str, typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text.")
     ] = "text",
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Measure decoding as well, and draw loss over loops and tokens/s as PNG."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Let tokens leave the loop: fit on held-out text when another one pays.
@@ -41,39 +48,55 @@ def exits(
     Fits heads that predict what more loops would change, measures the loss at
     several thresholds beside plain loop counts, in the engine, in float32 on
     the CPU, and writes exits.json into the model's folder. Requests with
-    num_loops auto then run about --mean-loops loops a token.
+    num_loops auto then run about --mean-loops loops a token. Of a generated
+    task the loss is that of the answers, with the share of right ones. --plot
+    draws the test-time scaling curve.
 
     [bold]Examples[/bold]
 
       yoco-u exits runs/8m
 
       yoco-u exits models/yoco-u held-out.txt --mean-loops 1.5
+
+      yoco-u exits runs/8m --plot scaling.png --json > scaling.json
     """
     import torch
 
     from yoco_u.analysis.exits import calibrate, middle, steps
-    from yoco_u.analysis.text import read_batches
-    from yoco_u.evaluation.held_out import row_length
+    from yoco_u.analysis.text import read_text
+    from yoco_u.device import environment
     from yoco_u.files import check_result, write_result
     from yoco_u.inference.exits import FILE
     from yoco_u.loading import load_model, model_folder
 
+    check_can_be_written(plot=plot)
     path = model_folder(model) / FILE
     check_result(path)
     network, tokenizer = load_model(model, torch.device("cpu"))
-    batches = read_batches(model, files or [], text_field, sequence_length or row_length(model), tokens, tokenizer)
+    text = read_text(model, files or [], text_field, sequence_length, tokens, tokenizer)
     most = network.model.at_loops(num_loops).num_loops
     mean_loops = middle(most) if mean_loops is None else mean_loops
     with progress_bar("calibrating", steps(most, mean_loops)) as advance:
-        found = calibrate(network, batches, mean_loops, num_loops, lambda: advance(1))
+        found = calibrate(network, text.batches, mean_loops, num_loops, lambda: advance(1), text.answers)
     write_result(path, found.exits.model_dump(mode="json"))
+    results, measured_on = found.results, {}
+    if plot is not None:
+        from yoco_u.analysis.scaling import rate_steps, with_rates, write_scaling_plot
+
+        with progress_bar("decoding", rate_steps(found)) as advance:
+            results = with_rates(network, found, lambda: advance(1))
+        write_scaling_plot(results, plot)
+        measured_on = {"dtype": str(network.dtype).removeprefix("torch."), "environment": environment(network.device)}
     if json:
         chosen = {"score": found.exits.score, "threshold": found.exits.threshold, "num_loops": found.exits.num_loops}
         print_json(
-            {"model": str(model), "tokens": found.tokens, "chosen": chosen, "results": [asdict(one) for one in found.results]}
-        )
+            {
+                "model": str(model), "files": files or None, "tokens": found.tokens, "chosen": chosen, **measured_on,
+                "results": [asdict(one) for one in results],
+            }
+        )  # fmt: skip
     else:
-        _print_table(found.results)
+        _print_table(results)
     note(f"{found.exits.score} below {found.exits.threshold:.4g}, measured on {found.tokens:,} tokens: {path}")
 
 
@@ -84,9 +107,15 @@ def _print_table(results: "list[ExitResult]") -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("exit")
-    for heading in ("threshold", "mean loops", "loss", "change"):
+    more: list[tuple[str, Callable[[ExitResult], str]]] = []
+    if results[0].accuracy is not None:
+        more.append(("right", lambda one: f"{one.accuracy:.1%}"))
+    if results[0].tokens_per_second is not None:
+        more.append(("tokens/s", lambda one: "" if one.tokens_per_second is None else f"{one.tokens_per_second:,.0f}"))
+    for heading in ("threshold", "mean loops", "loss", "change", *(heading for heading, _ in more)):
         table.add_column(heading, justify="right")
     for one in results:
         threshold = "" if one.threshold is None else f"{one.threshold:.4g}"
-        table.add_row(one.score or "none", threshold, f"{one.mean_loops:.3f}", f"{one.loss:.4f}", f"{one.change:+.4f}")
+        figures = (threshold, f"{one.mean_loops:.3f}", f"{one.loss:.4f}", f"{one.change:+.4f}")
+        table.add_row(one.score or "none", *figures, *(figure(one) for _, figure in more))
     Console().print(table)

@@ -139,9 +139,18 @@ def _new_answers(text: str, seen: set[str]) -> _Spans:
 
 def _encoded(encoder: DocumentEncoder, texts: Sequence[str]) -> Iterator[np.ndarray]:
     for text, ids in zip(texts, encoder.encode(texts), strict=True):
-        if len(ids) != len(text) + 1:
-            raise UserError(
-                "the model's tokens are not bytes, as those of generated documents are; score a model that was trained on a "
-                "dataset of such documents"
-            )
+        check_bytes(text, ids)
         yield ids
+
+
+def check_bytes(text: str, ids: np.ndarray) -> None:
+    """Check that the tokens of a generated document, the start token among them, are its bytes.
+
+    Raises:
+        UserError: if they are not.
+    """
+    if len(ids) != len(text) + 1:
+        raise UserError(
+            "the model's tokens are not bytes, as those of generated documents are; score a model that was trained on a "
+            "dataset of such documents"
+        )

@@ -220,6 +220,20 @@ class DraftLengths:
         return self._medians.get((what, decodes.bit_length()), {}).get(0)
 
 
+class FixedLengths(DraftLengths):
+    """Drafts of one length in every step, as far as there is room, for measurements that no time may change."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def choose(self, decodes: int, candidates: Sequence[Candidate]) -> list[int]:
+        return [min(self.length, one.most) for one in candidates]
+
+    def take(self, time: StepTime) -> None:
+        pass
+
+
 def _worth(rate: float, cost: float) -> int:
     """How many tokens of a draft are worth verifying, each of which costs as much time as so many sampled tokens."""
     if rate <= cost:

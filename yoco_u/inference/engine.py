@@ -237,7 +237,7 @@ class Engine:
                 updates.append(failed)
             elif chunk.samples:
                 rows[output] = known[-1]
-                output.loops = self.runner.last_loops.get(chunk.request, chunk.request.num_loops)
+                output.loops = self.runner.last_loops.get(chunk.request, [chunk.request.num_loops])[-1]
                 self.speculation.verify(output, logits)
         updates += self._sample(rows, idle=not step.chunks)
         while accepted := self.speculation.accept():

@@ -145,15 +145,25 @@ def check_exits(a: Architecture, exits: Exits | UserError | None, on_gpu: bool) 
     """
     if isinstance(exits, UserError):
         raise UserError(f"num_loops is auto, but {exits}", "num_loops")
-    problem = "tokens leave the loop one by one on CPUs alone so far" if on_gpu else loop_problem(a)
-    if not problem and exits is not None and exits.num_loops != a.num_loops:
-        problem = (
-            f"{FILE} is for {exits.num_loops} loops, and {a.num_loops} run here; set the engine's num_loops to "
-            f"{exits.num_loops}, or fit it anew with yoco-u exits"
-        )
-    if problem:
+    if problem := exit_problem(a, exits, on_gpu):
         raise UserError(f"num_loops is auto, but {problem}; give a number of loops", "num_loops")
     return exits
+
+
+def exit_problem(a: Architecture, exits: Exits | None, on_gpu: bool) -> str:
+    """Why tokens cannot leave the loop of a model by these exits; empty if they can.
+
+    Args:
+        a: at the most loops that a token runs.
+    """
+    if on_gpu:
+        return "tokens leave the loop one by one on CPUs alone so far"
+    if (problem := loop_problem(a)) or exits is None or exits.num_loops == a.num_loops:
+        return problem
+    return (
+        f"{FILE} is for {exits.num_loops} loops, and {a.num_loops} run here; set the engine's num_loops to {exits.num_loops}, "
+        "or fit it anew with yoco-u exits"
+    )
 
 
 def loop_problem(a: Architecture) -> str:

@@ -37,7 +37,7 @@ class Runner:
         cache: the memory of all sequences.
         loops_run, tokens_run: loops run since the start, over all tokens that ran through the stage that loops, and how many
             these were.
-        last_loops: of requests of the last step whose tokens may leave the loop, how many loops the last token ran.
+        last_loops: of requests whose tokens may leave the loop, how many loops each of their tokens ran in the last step.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Runner:
         self._exit_rule = ExitRule(exits, self.device)
         self._loops_kept = self.architecture.stages[self.architecture.loopable_stages[0]].attention == "cross"
         self.loops_run = self.tokens_run = 0
-        self.last_loops: dict[Request, int] = {}
+        self.last_loops: dict[Request, list[int]] = {}
         self._free_cores = FreeCores() if self.device.type == "cpu" else None
         self.decode_graphs: DecodeGraphs | None = None
         if self.device.type != "cpu" if on_gpu is None else on_gpu:
@@ -173,7 +173,7 @@ class Runner:
             self.tokens_run += tokens
             self.loops_run += tokens * one.num_loops if loops is None else sum(loops)
             if loops:
-                self.last_loops[chunk.request] = loops[-1]
+                self.last_loops[chunk.request] = loops
 
     def _backend(
         self, slices: Sequence[SequenceSlice], architecture: Architecture, slots: Slots, exits: TokenExits | None = None

@@ -90,7 +90,7 @@ class Speculation:
             request.exit_threshold is not None
             or by == "none"
             or self._most < 1
-            or (by == "loops" and not _loops_draft(self._runner.architecture, request.num_loops))
+            or (by == "loops" and not loops_draft(self._runner.architecture, request.num_loops))
         ):
             return None
         return Drafter(by, self._usual[by].own())
@@ -206,7 +206,7 @@ class Speculation:
         return {request: torch.stack(own, dim=1) for request, own in states.items()}
 
 
-def _loops_draft(a: Architecture, num_loops: int) -> bool:
+def loops_draft(a: Architecture, num_loops: int) -> bool:
     """Whether the first loop of a model can draft: others follow it, it is of the self-decoder, and no window follows it.
 
     (What a draft writes to the rings of a later stage would be needed again by the step that verifies it.)
