@@ -28,7 +28,7 @@ class SyntheticCorpus(Config):
     Attributes:
         task: one of `TASKS`.
         levels: the lowest and the highest level, `1-8` or `3` in an entry, where 1-4 are the default. Every document is of
-            one of them.
+            one of them, see `draw_level`.
         documents: number of documents.
         length: tokens of each document, `<|endoftext|>` included. A token is a byte.
         seed: another seed gives other documents, of the same instances for training and for tests.
@@ -66,6 +66,10 @@ class SyntheticCorpus(Config):
     @property
     def all_levels(self) -> range:
         return range(self.levels[0], self.levels[1] + 1)
+
+    def draw_level(self, draw: Random) -> int:
+        """The level of a document: any up to one that is drawn first. So low levels come more often, which the others build on."""
+        return draw.randint(self.levels[0], draw.choice(self.all_levels))
 
 
 def is_synthetic(entry: str) -> bool:
@@ -120,7 +124,7 @@ def document_text(settings: SyntheticCorpus, level: int, number: int, held_out: 
 def synthetic_documents(
     entry: str, settings: SyntheticCorpus, held_out: Callable[[str], bool], advance: Advance
 ) -> Iterator[Document]:
-    """The documents of an entry, named `ENTRY:NUMBER`, each of a random level.
+    """The documents of an entry, named `ENTRY:NUMBER`, each of one level.
 
     Args:
         held_out: says of a document's name whether it is of the instances for tests.
@@ -128,7 +132,7 @@ def synthetic_documents(
     """
     for number in range(1, settings.documents + 1):
         name = f"{entry}:{number}"
-        level = Random(f"level {settings.seed} {number}").choice(settings.all_levels)
+        level = settings.draw_level(Random(f"level {settings.seed} {number}"))
         text = document_text(settings, level, number, held_out(name))
         advance(len(text))
         yield Document(name, text)
