@@ -2,9 +2,9 @@
 
     python recipes/healing_curves.py runs/talk/healed-15 runs/talk/healed-5 runs/talk/healed-1
 
-`healing.json` and `healing.png` go to `--results`. All losses are of the first tokens of the validation split of the runs'
-dataset. The fit is `loss - source = scale * tokens ** -exponent`, a straight line between logarithms, over the evaluations
-within a run, whose learning rate falls to its end: a guide, not a forecast.
+Runs of `healing_starts.py` too. `healing.json` and `healing.png` go to `--results`. All losses are of the first tokens of the
+validation split of the runs' dataset. The fit is `loss - source = scale * tokens ** -exponent`, a straight line between
+logarithms, over the evaluations within a run, whose learning rate falls to its end: a guide, not a forecast.
 """
 
 import argparse
@@ -63,8 +63,9 @@ def curve(run: Path, config: RunConfig, source: float) -> dict[str, Any]:
     tokens, losses = [one["tokens"] for one in points], [one["loss"] for one in points]
     fit = linregress([math.log(n) for n in tokens], [math.log(loss - source) for loss in losses])
     kvs = config.architecture.global_kvs
+    converted = loss_of(RunFolder(run).paths.find(config.start_from), run, config)
     return {
-        "run": run.name, "global_kvs": kvs, "converted": loss_of(config.start_from, config), "tokens": tokens, "losses": losses,
+        "run": run.name, "global_kvs": kvs, "converted": converted, "tokens": tokens, "losses": losses,
         "flops": points[-1]["flops"], "times_source": math.exp(losses[-1] - source),
         "exponent": -fit.slope, "exponent_error": fit.stderr, "scale": math.exp(fit.intercept),
         "aim": AIMS[kvs], "needed": math.exp((math.log(math.log(AIMS[kvs])) - fit.intercept) / fit.slope),
@@ -78,7 +79,7 @@ def plot(source: float, curves: list[dict[str, Any]], path: Path) -> None:
         kvs = one["global_kvs"]
         axes.plot(
             one["tokens"], [math.exp(loss) for loss in one["losses"]], marker="o", markersize=3, color=colour(index),
-            label=f"{kvs} global KV{'s' * (kvs > 1)}, {math.exp(one['converted']):.1f} before",
+            label=f"{one['run']}: {kvs} global KV{'s' * (kvs > 1)}, {math.exp(one['converted']):.1f} before",
         )  # fmt: skip
     axes.axhline(math.exp(source), color="#5a5a5a", linestyle="--", label=f"the source, {math.exp(source):.1f}")
     style(axes)
@@ -90,8 +91,8 @@ def plot(source: float, curves: list[dict[str, Any]], path: Path) -> None:
 def sentence(one: dict[str, Any]) -> str:
     found, tokens, exponent = one["times_source"], one["tokens"][-1], f"{one['exponent']:.2f} +- {one['exponent_error']:.2f}"
     return (
-        f"{one['global_kvs']} global KVs: {found:.2f} times the source's perplexity at {tokens:,} tokens; the excess falls as "
-        f"tokens to the power of -({exponent}), to {one['aim']} times at {one['needed']:,.0f}"
+        f"{one['run']}, {one['global_kvs']} global KVs: {found:.2f} times the source's perplexity at {tokens:,} tokens; "
+        f"the excess falls as tokens to the power of -({exponent}), to {one['aim']} times at {one['needed']:,.0f}"
     )
 
 

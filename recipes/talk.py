@@ -52,15 +52,13 @@ def main() -> None:
     if not teacher.exists():
         run("convert", fetch(out), "preset=transformer", "--out", teacher)
     text = [*sample_texts(out, teacher, chosen.minutes), write_chats(out, teacher, chosen.minutes)]
-    if not model.exists():
-        texts = [part for one in text for part in ("--text", one)]
-        run("convert", teacher, f"global_kvs={chosen.global_kvs}", *texts, "--tokens", 16_384, "--out", model)
-    config = write_config(out, model, teacher, text)
+    convert(teacher, model, chosen.global_kvs, text)
+    config = write_config(out, heal.name, model, text)
     settings = out / f"healed-{chosen.global_kvs}.json"
     if not settings.exists():
         write_text(settings, json.dumps({"steps": steps_for(chosen.minutes, config)}))
     steps = json.loads(settings.read_text())["steps"]
-    run("train", config, f"training.steps={steps}", f"optimizer.warmup_steps={min(20, steps // 4)}", "--out", heal)
+    train(config, heal, steps)
     if not chosen.no_chat:
         run("chat", heal)
 
@@ -146,10 +144,19 @@ def lines(texts: list[str]) -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-def write_config(out: Path, model: Path, teacher: Path, text: list[Path]) -> Path:
-    """The config of the healing run; YAML is JSON here."""
+def convert(source: Path, model: Path, global_kvs: int, text: list[Path], method: str = "fit") -> None:
+    """Make `model` of a source, unless it is there."""
+    if not model.exists():
+        texts = [part for one in text for part in ("--text", one)] if method != "mean" else []
+        tokens = ["--tokens", 16_384] if texts else []
+        run("convert", source, f"global_kvs={global_kvs}", "--kv", method, *texts, *tokens, "--out", model)
+
+
+def write_config(out: Path, name: str, model: Path, text: list[Path]) -> Path:
+    """The config of a run that heals a model, with the teacher and the dataset in `out`; YAML is JSON here."""
+    teacher = out / "teacher"
     config = {
-        "name": model.name.replace("converted", "healed"),
+        "name": name,
         "start_from": str(model),
         "dataset": str(out / "data"),
         "data": {
@@ -166,9 +173,14 @@ def write_config(out: Path, model: Path, teacher: Path, text: list[Path]) -> Pat
             "evaluate_every": 20, "evaluation_tokens": 8_192, "save_every": 50, "follow_free_cores": True,
         },
     }  # fmt: skip
-    path = out / f"{config['name']}.yaml"
+    path = out / f"{name}.yaml"
     write_text(path, json.dumps(config, indent=2))
     return path
+
+
+def train(config: Path, heal: Path, steps: int, *settings: str) -> None:
+    """Heal for so many steps; a run that was stopped goes on."""
+    run("train", config, f"training.steps={steps}", f"optimizer.warmup_steps={min(20, steps // 4)}", *settings, "--out", heal)
 
 
 def steps_for(minutes: float, config: Path) -> int:

@@ -1,0 +1,49 @@
+"""Which start heals best: one source converted in several ways, each healed by equally many tokens.
+
+    python recipes/talk.py --no-chat
+    python recipes/healing_starts.py --steps 60
+    python recipes/healing_curves.py runs/talk/start-* --results recipes/results/starts
+
+For 15, 5 and 1 global KVs, by each way in which `yoco-u convert` makes them (`fit`, `best`, `mean`), and by the ramp: fewer
+made of the many that `talk.py` has healed. Teacher, texts and settings are those of `talk.py`, in whose `--out` all runs lie.
+"""
+
+import argparse
+from pathlib import Path
+
+from talk import CORPORA, convert, train, write_config
+
+from yoco_u.files import claim
+
+GLOBAL_KVS = (15, 5, 1)
+METHODS = ("fit", "best", "mean")
+RAMP = "healed-15"
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--steps", type=int, default=60, help="steps of each run, 1,024 tokens each")
+    arguments.add_argument("--out", type=Path, default=Path("runs/talk"), help="the folder of talk.py")
+    chosen = arguments.parse_args()
+
+    out: Path = chosen.out
+    claim(out, "talk")
+    text = [*(out / f"{corpus}.jsonl" for corpus in CORPORA), out / "chats.jsonl"]
+    if missing := [str(one) for one in (*text, out / RAMP) if not one.exists()]:
+        raise SystemExit(f"error: {', '.join(missing)} not found; run recipes/talk.py --no-chat first")
+    ways = [(f"{kvs}-{method}", out / "teacher", kvs, method) for kvs in GLOBAL_KVS for method in METHODS]
+    ways += [(f"{kvs}-ramp", out / RAMP, kvs, "fit") for kvs in GLOBAL_KVS[1:]]
+    for name, source, kvs, method in ways:
+        model, heal = out / f"converted-{name}", out / f"start-{name}"
+        convert(source, model, kvs, text, method)
+        train(
+            write_config(out, heal.name, model, text),
+            heal,
+            chosen.steps,
+            "training.evaluate_every=10",
+            "training.keep_checkpoints=1",
+        )
+
+
+if __name__ == "__main__":
+    main()
