@@ -241,6 +241,13 @@ def test_harder_levels_for_validation(tmp_path: Path) -> None:
         assert {is_held_out("s5", line) for line in lines} == {held_out}
 
 
+def test_low_levels_are_more_frequent() -> None:
+    """Of levels 2 to 4 the lowest comes with 1/3 + 1/6 + 1/9, the next with 1/6 + 1/9, the highest with 1/9."""
+    settings, draw = read_entry("synthetic:s3:levels=2-4"), Random(0)
+    counts = Counter(settings.draw_level(draw) for _ in range(3600))
+    assert [round(counts[level] / 100) for level in (2, 3, 4)] == [22, 10, 4]
+
+
 def test_the_same_entry_gives_the_same_documents_and_another_seed_others() -> None:
     entry = "synthetic:p-hop:documents=5"
     first, again, other = ([d.text for d in Corpus([e]).documents()] for e in (entry, entry, entry + ":seed=1"))
