@@ -15,7 +15,7 @@ from talk import CORPORA, convert, train, write_config
 
 from yoco_u.files import claim
 
-GLOBAL_KVS = (15, 5, 1)
+FEWER = (5, 1)
 METHODS = ("fit", "best", "mean")
 RAMP = "healed-15"
 
@@ -31,8 +31,9 @@ def main() -> None:
     text = [*(out / f"{corpus}.jsonl" for corpus in CORPORA), out / "chats.jsonl"]
     if missing := [str(one) for one in (*text, out / RAMP) if not one.exists()]:
         raise SystemExit(f"error: {', '.join(missing)} not found; run recipes/talk.py --no-chat first")
-    ways = [(f"{kvs}-{method}", out / "teacher", kvs, method) for kvs in GLOBAL_KVS for method in METHODS]
-    ways += [(f"{kvs}-ramp", out / RAMP, kvs, "fit") for kvs in GLOBAL_KVS[1:]]
+    ways = [(f"15-{method}", out / "teacher", 15, method) for method in ("fit", "mean")]  # of one layer, `best` is the mean
+    ways += [(f"{kvs}-{method}", out / "teacher", kvs, method) for kvs in FEWER for method in METHODS]
+    ways += [(f"{kvs}-ramp", out / RAMP, kvs, "fit") for kvs in FEWER]
     for name, source, kvs, method in ways:
         model, heal = out / f"converted-{name}", out / f"start-{name}"
         convert(source, model, kvs, text, method)
