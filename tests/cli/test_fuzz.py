@@ -1,7 +1,7 @@
 """Every option of every command with values that it is not made for: exit 0, or one line and exit 2, and nothing left behind.
 
 The table is made from the commands themselves, so a new option is in it at once. A test run draws one value for each option;
-`YOCO_U_FUZZ=7 pytest tests/cli/test_fuzz.py` draws others, with seed 7, and `YOCO_U_FUZZ=all` runs all 6,200 lines.
+`YOCO_U_FUZZ=7 pytest tests/cli/test_fuzz.py` draws others, with seed 7, and `YOCO_U_FUZZ=all` runs all 7,400 lines.
 """
 
 import io
@@ -57,6 +57,8 @@ COMMANDS = (
     Command("prepare", ("data.validation_fraction=0.3",), {"--corpus": "corpus", "--out": "prepared", "--json": FLAG}),
     Command("train", ("config.yaml", "training.steps=2", "optimizer.warmup_steps=1"), {"--out": "trained", "--json": FLAG}),
     Command("convert", ("run", "global_kvs=2"), {"--out": "new", "--kv": "fit", "--text": "corpus", "--tokens": "64"}),
+    Command("sft", ("model", "chats.jsonl"), {"--out": "tuned"}),
+    Command("grpo", ("model", "problems.jsonl", "problems=1"), {"--out": "tuned", "--test": "problems.jsonl"}),
     Command("generate", ("run",), {"--prompt": "a", "--max-tokens": "2"}),
     Command("chat", ("run",), {"--max-tokens": "2"}),
     Command("evaluate", ("run", "file"), {"--sequence-length": "16"}),
@@ -83,6 +85,7 @@ models:
   yoco-u: {settings: {architecture: {preset: yoco_u, size: test, vocab_size: 300}}}
 seeds: [0]
 """
+CHAT = '{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}\n'
 
 
 def values(command: Command) -> dict[str | int, tuple[str, ...]]:
@@ -123,6 +126,9 @@ def place(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         for name, target in (("run", "a"), ("corpus", "corpus")):
             (folder / name).symlink_to(workspace / target)
         shutil.copytree(workspace / "a" / "model", folder / "model")
+        (folder / "model" / "chat_template.jinja").write_text("{% for one in messages %}{{ one.content }}\n{% endfor %}")
+        (folder / "chats.jsonl").write_text(CHAT)
+        (folder / "problems.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
         (folder / "dangling").symlink_to(folder / "nothing")
         (folder / "circle").symlink_to(folder / "circle")
         monkeypatch.chdir(folder)
@@ -133,7 +139,7 @@ def place(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes long behind all checks: serving, measuring, the grids, and the thousands of the harness's tasks.
+    """Leave out what takes long behind all checks: serving, measuring, tuning, grids, and the thousands of the harness's tasks.
 
     Nothing is written to a chat.
     """
@@ -146,6 +152,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("yoco_u.serving.server._Server.run", nothing)
     monkeypatch.setattr("gc.freeze", lambda: None)  # which would keep every model that was served
     monkeypatch.setattr("yoco_u.bench.run.Benchmark.run", nothing)
+    monkeypatch.setattr("yoco_u.tuning.runs.train", nothing)
     monkeypatch.setattr("yoco_u.experiment.run.train_runs", nothing)
     monkeypatch.setattr("yoco_u.evaluation.harness_tasks.TaskManager", partial(TaskManager, include_defaults=False))
 

@@ -46,6 +46,7 @@ COMMANDS = {
     "prepare": ("prepare", "--corpus", "{workspace}/corpus", "--out", "{out}", "data.validation_fraction=0.3", "--json"),
     "convert": ("convert", "{workspace}/a", "--kv", "mean", "--out", "{out}"),
     "convert, GGUF": ("convert", "{workspace}/a", "--gguf", "--out", "{out}"),
+    "grpo": ("grpo", "{workspace}/a", "{workspace}/problems.jsonl", "problems=1", "--out", "{out}"),
     "report": ("report", "{workspace}/a", "--out", "{out}"),
     "analyze": ("analyze", "{workspace}/a", "--out", "{out}"),
     "experiment": ("experiment", "{workspace}/grid.yaml", "--out", "{out}"),
@@ -69,6 +70,7 @@ def grid(workspace: Path) -> Path:
         "training": {"steps": 1, "sequence_length": 32, "batch_rows": 4, "micro_batch_rows": 4},
         "optimizer": {"warmup_steps": 0},
     }
+    (workspace / "problems.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     (workspace / "grid.yaml").write_text(safe_dump({"title": "t", "base": base, "models": {"a": {}, "b": {}}}))
     return workspace
 
@@ -80,7 +82,7 @@ def tree(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("user", USERS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_a_user_put_there_is_refused(run: Any, grid: Path, tmp_path: Path, command: str, user: str) -> None:
-    if user == "partial file" and command.startswith(("train", "analyze", "experiment", "quickstart")):
+    if user == "partial file" and command.startswith(("train", "grpo", "analyze", "experiment", "quickstart")):
         pytest.skip("what is written lies in the folder, not beside it")
     out = tmp_path / "place" / "out"
     out.parent.mkdir()

@@ -32,6 +32,8 @@ def all_names() -> set[str]:
     for name in STAGES:
         gate = {"loop_gate": 0.1} if name in LOOPED else {}
         found |= tensor_names(name, qk_norm=True, **gate) | tensor_names(name, experts=EXPERTS)
+        if name != "yoco_retention":
+            found |= tensor_names(name, attention_bias=True)
     return found
 
 

@@ -112,6 +112,26 @@ def test_a_template_that_refuses_names_the_chat(model: Path) -> None:
 
 
 @needs_trl
+@pytest.mark.parametrize(
+    ("files", "settings", "said"),
+    [
+        (["empty.jsonl"], {}, r"no chat in \S*empty.jsonl"),
+        ([], {}, "no chat in no file"),
+        (["chats.jsonl"], {"batch_rows": 8, "micro_batch_rows": 3}, "micro_batch_rows 3 does not divide the 8 rows"),
+        (["chats.jsonl"], {"batch_rows": 2, "micro_batch_rows": 4}, "micro_batch_rows 4 does not divide the 2 rows"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_nothing(
+    model: Path, tmp_path: Path, files: list[str], settings: dict[str, Any], said: str
+) -> None:
+    write_chats(tmp_path / "empty.jsonl")
+    write_chats(tmp_path / "chats.jsonl", chat("a", "b"))
+    with pytest.raises(UserError, match=said):
+        fine_tune(model, [tmp_path / file for file in files], SFTSettings(**settings), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@needs_trl
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_model_learns_what_the_assistant_says(model: Path, tmp_path: Path, rank: int) -> None:
     file = write_chats(tmp_path / "chats.jsonl", *[chat(f"{n}?", f"it is {n}!") for n in range(10)])

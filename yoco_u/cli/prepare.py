@@ -24,7 +24,9 @@ def prepare(
     corpus: Annotated[
         list[str] | None,
         typer.Option(
-            "--corpus", help="What to read: stdlib, a file, a folder, a glob, hf:dataset, synthetic:TASK; can be given again."
+            "--corpus",
+            help="What to read: stdlib, packages, documentation, a file, a folder, a glob, hf:dataset, synthetic:TASK; "
+            "can be given again.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the dataset. \\[default: the config's dataset]")] = None,

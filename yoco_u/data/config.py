@@ -23,8 +23,9 @@ class DataConfig(Config):
 
     Attributes:
         corpus: what to read, one entry or a list: "stdlib" (the Python standard library's own sources), "packages" (the
-            sources of the installed Python packages), paths of files and folders, globs, `hf:dataset[:config[:split]]` names,
-            and `synthetic:TASK[:KEY=VALUE...]` for generated documents, whose loss counts answers alone.
+            sources of the installed Python packages), "documentation" (their English prose), paths of files and folders, globs,
+            `hf:dataset[:config[:split]]` names, and `synthetic:TASK[:KEY=VALUE...]` for generated documents, whose loss counts
+            answers alone.
         text_field: the field or column of JSON, CSV and Parquet files and of Hugging Face datasets that holds the text.
         tokenizer: folder or Hugging Face name of an existing tokenizer; None trains one on the training split. Generated
             documents have one whose tokens are the bytes.

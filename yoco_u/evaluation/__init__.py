@@ -2,7 +2,7 @@
 
 A run folder or a saved model and some text go in, scores come out. Each question has its own file to start from:
 
-- `held_out.py`: loss, perplexity and bits per byte at several loop counts, and in int8; `perplexity.py` computes them,
+- `held_out.py`: loss, perplexity and bits per byte at several loop counts, and in 8 or 4 bits; `perplexity.py` computes them,
 - `context.py`: the loss of the same tokens behind prefixes of different lengths,
 - `needle_grid.py`: whether a model finds facts in long texts, which `needles.py` generates,
 - `levels.py`: right answers to generated tasks, by their level,

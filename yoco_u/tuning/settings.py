@@ -35,7 +35,7 @@ class SFTSettings(TuningSettings):
         epochs: how often each chat is read, unless `steps` says how long training takes.
         steps: number of optimizer steps; None for `epochs`.
         length: the most tokens of a row. Chats are packed into rows without seeing each other; longer ones are cut.
-        batch_rows: rows per optimizer step.
+        batch_rows: rows per optimizer step, a multiple of `micro_batch_rows`.
     """
 
     epochs: PositiveFloat32 = 1.0

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from yoco_u.device import environment, find_device
+from yoco_u.errors import UserError
 from yoco_u.files import write_json
 from yoco_u.model.loss import IGNORED
 from yoco_u.tuning import runs
@@ -33,13 +34,18 @@ def fine_tune(
         The summary: steps, tokens, how many of them are the assistant's, and the loss of each logged step.
 
     Raises:
-        UserError: if TRL or PEFT is missing, a chat is damaged, the model has no chat template, or the folder holds something
-            else.
+        UserError: if TRL or PEFT is missing, there is no chat, one is damaged, the model has no chat template, the settings do
+            not fit, or the folder holds something else.
     """
     trl, lora = runs.needed("trl"), runs.lora(settings)
+    batch, micro = settings.batch_rows, settings.micro_batch_rows
+    if batch % micro:
+        raise UserError(f"micro_batch_rows {micro} does not divide the {batch} rows of a step; choose a divisor of batch_rows")
     device = find_device("auto")
     model, tokenizer = runs.load(model_path, settings, device)
     made = list(examples(read_chats(files), tokenizer))
+    if not made:
+        raise UserError(f"no chat in {', '.join(map(str, files)) or 'no file'}; give files of JSON lines with messages")
     own = {"model": str(model_path), "data": [str(file) for file in files], "settings": settings.model_dump(mode="json")}
     if (finished := runs.begin(folder, own, say)) is not None:
         return finished
@@ -64,7 +70,7 @@ def fine_tune(
         max_steps=settings.steps or -1,
         max_length=settings.length,
         packing=True,
-        gradient_accumulation_steps=max(1, settings.batch_rows // settings.micro_batch_rows),
+        gradient_accumulation_steps=batch // micro,
         warmup_steps=0.03,
         lr_scheduler_type="cosine",
     )

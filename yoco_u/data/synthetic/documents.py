@@ -68,7 +68,7 @@ class SyntheticCorpus(Config):
         return range(self.levels[0], self.levels[1] + 1)
 
     def draw_level(self, draw: Random) -> int:
-        """The level of a document: any up to one that is drawn first. So low levels come more often, which the others build on."""
+        """The level of a document: any up to one that is drawn first. So low levels, on which others build, come more often."""
         return draw.randint(self.levels[0], draw.choice(self.all_levels))
 
 
