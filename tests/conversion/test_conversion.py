@@ -154,7 +154,7 @@ def test_a_model_of_ours_keeps_its_stages_and_gates(tmp_path: Path) -> None:
     fewer = convert(again, target(again, global_kvs=2), "mean").model
     assert fewer.model.architecture == first.model.model.architecture.model_copy(update={"global_kvs": 2})
     torch.testing.assert_close(fewer.model.stages[0].loop_gates, torch.tensor([0.3, 0.7]))
-    whole = convert(again, target(again, global_kvs=4), "mean").model
+    whole = convert(again, target(again), "mean").model
     with torch.no_grad():
         torch.testing.assert_close(whole(ids()).logits, first.model(ids()).logits)
     more = convert(again, target(again, global_kvs=4, loops=5), "mean").model

@@ -20,8 +20,8 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
         source: the architecture of the source.
         settings: `preset`, `layers`, `loops` and `loop_gate` as of `yoco_u.architecture.preset`, and any field of
             `Architecture` that does not change the shape of the source's layers. A source with cross stages keeps its stages
-            unless they are given; another becomes a `yoco_u`. The window is 512 unless given or known, T is 1, and loops beyond
-            the first have closed gates.
+            and the number of its global KVs unless they are given; another becomes a `yoco_u` with one. The window is 512 unless
+            given or known, T is 1, and loops beyond the first have closed gates.
 
     Raises:
         UserError: for an unknown setting, or one that the source's weights do not fit.
@@ -29,7 +29,7 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
     settings = dict(settings)
     if source.has_global_kv and not {"preset", "layers", "stages"} & settings.keys():
         settings["stages"] = [stage.model_dump() for stage in _with_loops(source, settings)]
-        settings = {"window": source.window, "rope_cross": source.rope_cross} | settings
+        settings = {"window": source.window} | settings
     name = settings.pop("preset", "yoco_u")
     if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f"unknown preset {shown(name)}: {did_you_mean(str(name), PRESETS)}")
@@ -37,7 +37,7 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
     for key in settings.keys() - {*free, "layers", "loops", "loop_gate"}:
         raise UserError(f"{key} cannot be set in a conversion: {did_you_mean(key, (*free, 'preset', 'layers', 'loops'))}")
     layers = settings.pop("layers", sum(stage.layers for stage in source.stages))
-    shape = source.model_dump() | {"rope_cross": True, "global_kvs": 1}
+    shape = source.model_dump() | ({} if source.has_global_kv else {"rope_cross": True, "global_kvs": 1})
     if "stages" not in settings:
         if not isinstance(layers, int) or not 2 <= layers < 2**31:
             raise UserError(f"layers is {shown(layers)}; expected a whole number of at least 2")
