@@ -41,6 +41,7 @@ SHARE = 0.5  # of the rate of matrix products, that healing runs at, all include
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--minutes", type=float, default=20.0, help="how long the model is healed")
+    arguments.add_argument("--steps", type=int, help="of healing, 1,024 tokens each, in place of minutes")
     arguments.add_argument("--global-kvs", type=int, default=15, help="how many global KVs it has")
     arguments.add_argument("--out", type=Path, default=Path("runs/talk"))
     arguments.add_argument("--no-chat", action="store_true", help="end before the chat")
@@ -56,7 +57,7 @@ def main() -> None:
     config = write_config(out, heal.name, model, text)
     settings = out / f"healed-{chosen.global_kvs}.json"
     if not settings.exists():
-        write_text(settings, json.dumps({"steps": steps_for(chosen.minutes, config)}))
+        write_text(settings, json.dumps({"steps": chosen.steps or steps_for(chosen.minutes, config)}))
     steps = json.loads(settings.read_text())["steps"]
     train(config, heal, steps)
     if not chosen.no_chat:
