@@ -46,6 +46,7 @@ def rounded_weights(model: nn.Module, weights: WeightType | None) -> Iterator[No
     local = [_local(layer.weight) for layer in rounded]
     own = [weight.clone() for weight in local]
     _fill(local, rounded.values())
+    rounded.clear()
     try:
         yield
     finally:
