@@ -65,7 +65,7 @@ class _StraightThrough(torch.autograd.Function):
         return rounded.view_as(rounded)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
@@ -76,7 +76,7 @@ def _rounded(layers: list[nn.Linear], weights: WeightType) -> list[Tensor]:
     for twin, layer in zip(twins, layers, strict=True):
         twin.weight = nn.Parameter(_local(layer.weight), requires_grad=False)
     quantize(twins, weights)
-    return [twin.weight.dequantize() for twin in twins]  # type: ignore[operator,union-attr]
+    return [twin.weight.dequantize() for twin in twins]  # type: ignore[operator]
 
 
 @torch.no_grad()
