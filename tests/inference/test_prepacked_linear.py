@@ -12,7 +12,7 @@ from torch import Tensor
 
 from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.inference.prepacking import PrepackedLinear
-from yoco_u.inference.quantization import is_int8
+from yoco_u.model.quantization import is_int8
 
 needs_kernels = pytest.mark.skipif(not compiled(), reason="needs a C++ compiler")
 

@@ -15,7 +15,7 @@ from yoco_u.errors import UserError
 from yoco_u.inference import Engine, EngineSettings
 from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.inference.prepacking import PrepackedLinear, can_prepack, prepack
-from yoco_u.inference.quantization import is_int8, quantize
+from yoco_u.model.quantization import is_int8, quantize
 
 needs_kernels = pytest.mark.skipif(not compiled(), reason="needs a C++ compiler")
 

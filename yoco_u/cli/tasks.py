@@ -70,7 +70,7 @@ def tasks(
         raise UserError("yoco-u tasks needs lm-evaluation-harness; pip install 'yoco-u[evaluation]'") from None
     from yoco_u.evaluation.harness import EngineLM
     from yoco_u.evaluation.harness_tasks import HowToAsk, load_tasks, run_tasks
-    from yoco_u.inference.quantization import require_torchao
+    from yoco_u.model.quantization import require_torchao
 
     if weights is not None:
         require_torchao()

@@ -7,8 +7,8 @@ from yoco_u.config import Config
 from yoco_u.data import Corpus, DocumentEncoder, PackedDataset
 from yoco_u.errors import UserError
 from yoco_u.evaluation.perplexity import Score, score_documents, score_split
-from yoco_u.inference.quantization import WeightType, quantize, require_torchao
 from yoco_u.loading import is_run, load_model
+from yoco_u.model.quantization import WeightType, quantize, require_torchao
 from yoco_u.training.distributed import distributed_session
 from yoco_u.training.run_folder import read_run_config, run_dataset
 

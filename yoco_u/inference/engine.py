@@ -19,7 +19,6 @@ from yoco_u.inference.kernels.gpu import require_triton
 from yoco_u.inference.model_limits import check_memory, check_one_loop_count, end_tokens
 from yoco_u.inference.outputs import BROKEN_LOGITS, Completion, RequestOutput, Update, joined
 from yoco_u.inference.prepacking import can_prepack, prepack
-from yoco_u.inference.quantization import quantize
 from yoco_u.inference.request import Request
 from yoco_u.inference.runner import Runner
 from yoco_u.inference.running_output import RunningOutput
@@ -31,6 +30,7 @@ from yoco_u.inference.settings import EngineSettings
 from yoco_u.inference.speculation import Speculation
 from yoco_u.inference.step import Chunk, Step
 from yoco_u.model import YocoUForCausalLM
+from yoco_u.model.quantization import quantize
 
 log = logging.getLogger("yoco_u.inference")
 

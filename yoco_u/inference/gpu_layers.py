@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from yoco_u.inference.kernels.gpu import rms_norm, swiglu
 from yoco_u.inference.prepacking import linear_layers
-from yoco_u.inference.quantization import is_int8
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.feed_forward import SwiGLU
 from yoco_u.model.layers import JointLinear, RMSNorm
+from yoco_u.model.quantization import is_int8
 
 
 class JoinedLinear(JointLinear):

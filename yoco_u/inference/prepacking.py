@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from yoco_u.inference.kernels.cpu import compiled
-from yoco_u.inference.quantization import is_int8
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.backend import AttentionBackend
 from yoco_u.model.blocks import Block, CrossAttention, GatedRetention, GlobalKVProjection, LoopedStack, SelfAttention
 from yoco_u.model.feed_forward import SwiGLU
 from yoco_u.model.layers import JointLinear, RMSNorm
+from yoco_u.model.quantization import is_int8
 
 BLOCK = 64
 """How many outputs the kernel computes together."""

@@ -105,6 +105,9 @@ class TrainingConfig(Config):
         micro_batch_rows: rows per forward pass of one process; gradients accumulate until batch_rows is reached.
         seed: seed of the initial weights and of the order of the data.
         dtype: `bfloat16` is autocast over float32 weights; `float32` computes in float32 throughout.
+        weights: quantization-aware training: what the weights of linear layers and of the LM head are rounded to in the passes
+            of training and in evaluations, as `yoco-u evaluate --weights` rounds them. Updates and checkpoints are of the
+            unrounded weights, and so is the trained model. None for no rounding.
         compile: whether blocks run through torch.compile; `auto` compiles where there is a C++ compiler or a GPU.
         checkpoint_stages: stages, by index, whose activations are recomputed in the backward pass instead of kept.
         parallel: how several processes share the work: `ddp` copies the model, `fsdp` shards it (FSDP2).
@@ -139,6 +142,7 @@ class TrainingConfig(Config):
     micro_batch_rows: Count = 8
     seed: Seed = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    weights: Literal["int8", "int4"] | None = None
     compile: Literal["auto", "on", "off"] = "auto"
     checkpoint_stages: tuple[int, ...] = ()
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -221,6 +225,11 @@ class RunConfig(Config):
             raise ValueError(
                 "training.rope_cross_fades needs a cross-decoder that ends without rotary positions; set "
                 "architecture.rope_cross to false, or drop it"
+            )
+        if self.training.weights and self.training.parallel == "fsdp" and self.architecture.tie_word_embeddings:
+            raise ValueError(
+                f"training.weights {self.training.weights} rounds the LM head and not the embedding, which fsdp gathers as one "
+                "matrix; set training.parallel to ddp, or architecture.tie_word_embeddings to false"
             )
         if self.distillation and not self.architecture.has_global_kv:
             for name, value in (("stage", "layers"), ("trains", "cross")):

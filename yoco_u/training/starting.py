@@ -8,6 +8,7 @@ from yoco_u.data import DatasetIndex, load_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.loading import load_model, model_folder, read_tokenizer, saved_architecture
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
+from yoco_u.model.quantization import require_torchao
 from yoco_u.training.config import RunConfig
 
 
@@ -40,11 +41,13 @@ def first_model(config: RunConfig, index: DatasetIndex) -> YocoUForCausalLM:
 
 
 def check_start(config: RunConfig) -> None:
-    """Check that what a run starts from, and its teacher, are there and fit, before anything is made.
+    """Check that what a run starts from, its teacher, and what rounds its weights are there and fit, before anything is made.
 
     Raises:
-        UserError: if a folder is missing or damaged, or weights do not fit the run's architecture.
+        UserError: if a folder is missing or damaged, weights do not fit the run's architecture, or torchao is not installed.
     """
+    if config.training.weights is not None:
+        require_torchao()
     if config.distillation is not None:
         read_tokenizer(config.distillation.teacher)
     if config.start_from is None:

@@ -34,6 +34,7 @@ from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.other_programs import minding_others
 from yoco_u.training.parallelize import check_memory, parallelize, unwrap
 from yoco_u.training.progress import progress_report
+from yoco_u.training.rounding import rounded_weights
 from yoco_u.training.run_folder import RunFolder
 from yoco_u.training.starting import check_start, first_model
 from yoco_u.training.step import StepResult, TrainingStep, scheduled
@@ -224,7 +225,7 @@ class _Run:
     def _step(self, batches: Iterator[Batch]) -> None:
         start = time.perf_counter()
         step = self.state.step
-        with scheduled(unwrap(self.model), self.config, step):
+        with scheduled(unwrap(self.model), self.config, step), rounded_weights(self.model, self.config.training.weights):
             result = self.training_step.gradients(next(batches), self.config.loops_at(step), self._early_exit(step))
         if not result.finite:
             self._stop_at_step(result)
@@ -254,10 +255,11 @@ class _Run:
             limit, rows = training.evaluation_tokens, self.training_step.micro_batch_rows
             return evaluate(self.model, self.validation, limit, rows, self.distributed, training.dtype, num_loops).loss
 
-        own = loss()
+        with rounded_weights(self.model, training.weights):
+            own = loss()
+            others = {loops_key(loops): loss(loops) for loops in training.evaluate_loops if math.isfinite(own)}
         if not math.isfinite(own):
             self._stop_diverged(f"the validation loss is {own} after step {self.state.step}")
-        others = {loops_key(loops): loss(loops) for loops in training.evaluate_loops}
         self._record("evaluation", own, self.validation, {key: it for key, it in others.items() if math.isfinite(it)})
 
     def _is_evaluated(self) -> bool:

@@ -26,21 +26,23 @@ def quantize(model: nn.Module, weights: WeightType = "int8") -> None:
     Raises:
         UserError: if torchao is not installed.
     """
-    torchao = require_torchao()
+    torchao, layers = require_torchao(), set(quantized_layers(model))
 
     def apply(config: Any, inputs: int | None = None) -> None:
-        def fits(module: nn.Module, name: str) -> bool:
-            is_weight = isinstance(module, nn.Linear) and name.split(".")[-1] != "router"
-            return is_weight and inputs in (None, module.in_features)
-
-        torchao.quantize_(model, config, fits)
+        torchao.quantize_(model, config, lambda module, _: module in layers and inputs in (None, module.in_features))
 
     if weights == "int8":
         apply(torchao.Int8WeightOnlyConfig(set_inductor_config=False))
         return
-    for inputs in {layer.in_features for layer in model.modules() if isinstance(layer, nn.Linear)}:
+    for inputs in {layer.in_features for layer in layers}:
         group = torchao.PerGroup(math.gcd(_GROUP, inputs))
         apply(torchao.IntxWeightOnlyConfig(weight_dtype=getattr(torch, "int4"), granularity=group), inputs)  # noqa: B009
+
+
+def quantized_layers(model: nn.Module) -> list[nn.Linear]:
+    """The layers whose weights `quantize` replaces, in the model's order."""
+    named = model.named_modules()
+    return [module for name, module in named if isinstance(module, nn.Linear) and name.split(".")[-1] != "router"]
 
 
 def require_torchao() -> ModuleType:
