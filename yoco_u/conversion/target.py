@@ -20,8 +20,8 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
         source: the architecture of the source.
         settings: `preset`, `layers`, `loops` and `loop_gate` as of `yoco_u.architecture.preset`, and any field of
             `Architecture` that does not change the shape of the source's layers. A source with cross stages keeps its stages
-            and the number of its global KVs unless they are given; another becomes a `yoco_u` with one. The window is 512 unless
-            given or known, T is 1, and loops beyond the first have closed gates.
+            and the number of its global KVs unless they are given; another becomes a `yoco_u` with one. The window is 512
+            unless given or known, T is 1, and loops beyond the first have closed gates.
 
     Raises:
         UserError: for an unknown setting, or one that the source's weights do not fit.
