@@ -29,6 +29,8 @@ from yoco_u.training.validation import evaluate
 AIMS = {15: 1.15, 5: 1.25, 1: 1.35}
 """By the number of global KVs: the perplexity that is aimed at, as a multiple of the source's."""
 
+MARKERS = "osv^"
+
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,18 +75,22 @@ def curve(run: Path, config: RunConfig, source: float) -> dict[str, Any]:
 
 
 def plot(source: float, curves: list[dict[str, Any]], path: Path) -> None:
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained", dpi=150)
+    """Perplexity over tokens: a colour for each number of global KVs, a marker for each run of that number."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained", dpi=150)
     axes = figure.add_subplot()
-    for index, one in enumerate(curves):
+    numbers = sorted({one["global_kvs"] for one in curves}, reverse=True)
+    drawn = dict.fromkeys(numbers, 0)
+    for one in curves:
         kvs = one["global_kvs"]
         axes.plot(
-            one["tokens"], [math.exp(loss) for loss in one["losses"]], marker="o", markersize=3, color=colour(index),
-            label=f"{one['run']}: {kvs} global KV{'s' * (kvs > 1)}, {math.exp(one['converted']):.1f} before",
+            one["tokens"], [math.exp(loss) for loss in one["losses"]], marker=MARKERS[drawn[kvs] % len(MARKERS)], markersize=4,
+            color=colour(numbers.index(kvs)), label=f"{one['run']}, {math.exp(one['converted']):,.0f} before",
         )  # fmt: skip
+        drawn[kvs] += 1
     axes.axhline(math.exp(source), color="#5a5a5a", linestyle="--", label=f"the source, {math.exp(source):.1f}")
     style(axes)
     axes.set_xscale("log")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     save_png(figure, path)
 
 
