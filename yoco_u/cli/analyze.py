@@ -147,12 +147,14 @@ def _with_exits(subject: "Subject", path: Path, threshold: float | None) -> "Sub
     from dataclasses import replace
 
     from yoco_u.config import parse
-    from yoco_u.inference.exits import Exits, load_exits, loop_problem
+    from yoco_u.inference.exits import Exits, find_exits, loop_problem
     from yoco_u.loading import model_folder
 
     if loop_problem(subject.architecture):
         return subject
-    exits = load_exits(model_folder(path), subject.model.config.architecture)
+    exits = find_exits(model_folder(path), subject.model.config.architecture)
+    if isinstance(exits, UserError):
+        raise exits
     if threshold is not None:
         without = {"num_loops": subject.architecture.num_loops, "score": "angular"}
         exits = parse(Exits, (without if exits is None else exits.model_dump()) | {"threshold": threshold}, "--exit-threshold")
