@@ -173,9 +173,9 @@ def test_a_dataset_is_of_the_same_config_however_its_paths_are_spelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Path
 ) -> None:
     texts = dataset.parent / "functions.jsonl"
-    (tmp_path / "work").mkdir()
-    shutil.copy(texts, tmp_path / "work" / texts.name)
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "here").mkdir()
+    shutil.copy(texts, tmp_path / "here" / texts.name)
+    monkeypatch.chdir(tmp_path / "here")
 
     def config(corpus: str) -> DataConfig:
         return DataConfig(corpus=corpus, vocab_size=300, validation_fraction=0.2)
@@ -183,9 +183,9 @@ def test_a_dataset_is_of_the_same_config_however_its_paths_are_spelled(
     made = prepare(config(texts.name), "d", progress=False)
     assert made.working_folder == ".."
     monkeypatch.chdir(tmp_path)
-    for same in (f"work/{texts.name}", f"{tmp_path}/work/{texts.name}", texts.name):
-        assert prepare(config(same), "work/d", progress=False) == made
-    shutil.move("work", "moved")
+    for same in (f"here/{texts.name}", f"{tmp_path}/here/{texts.name}", texts.name):
+        assert prepare(config(same), "here/d", progress=False) == made
+    shutil.move("here", "moved")
     assert prepare(config(f"moved/{texts.name}"), "moved/d", progress=False).config == made.config
-    with pytest.raises(UserError, match=f"another config .corpus.0 '{texts.name}', now 'work/{texts.name}'"):
-        prepare(config(f"work/{texts.name}"), "moved/d", progress=False)
+    with pytest.raises(UserError, match=f"another config .corpus.0 '{texts.name}', now 'here/{texts.name}'"):
+        prepare(config(f"here/{texts.name}"), "moved/d", progress=False)
