@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from talk import CORPORA, run, train, write_config
+from talk import run, texts_of, train, write_config
 from talk_card import style
 
-from yoco_u.config import parse
+from yoco_u.cli.settings import load_run_config
 from yoco_u.files import claim, write_json, write_text
-from yoco_u.loading import with_architectures
 from yoco_u.plotting import colour, save_png
-from yoco_u.training import RunConfig, read_metrics
+from yoco_u.training import read_metrics
 
 HEALED = "healed-15"
 STAGES = [
@@ -50,12 +49,12 @@ def main() -> None:
 
     out: Path = chosen.out
     claim(out, "talk")
-    plain, looped = out / f"{HEALED}" / "model", out / "looped-15"
+    plain, looped = out / HEALED / "model", out / "looped-15"
     if not plain.exists():
         raise SystemExit(f"error: {plain} not found; run recipes/talk.py --no-chat first")
     if not looped.exists():
         run("convert", out / HEALED, f"stages={json.dumps(STAGES)}", "--kv", "mean", "--out", looped)
-    text = [*(out / f"{corpus}.jsonl" for corpus in CORPORA), out / "chats.jsonl"]
+    text = texts_of(out)
     runs, flops = {}, 0.0
     for way in ("fixed", "none", "grown", "drawn"):
         heal = out / f"loops-{way}"
@@ -76,9 +75,7 @@ def main() -> None:
 
 
 def flops_of(config: Path, steps: int) -> float:
-    settings = with_architectures(json.loads(config.read_text()))
-    settings["training"]["steps"] = steps
-    return parse(RunConfig, settings, str(config)).training_flops()
+    return load_run_config(str(config), [f"training.steps={steps}"]).training_flops()
 
 
 def steps_for(config: Path, flops: float) -> int:

