@@ -232,9 +232,9 @@ def main() -> None:
     show("Hostile requests beside innocent streams", rows)
     gaps = seen.gaps
     figures = {"innocent answers": len(seen.answers), "unlike alone": wrong, "innocent errors": len(seen.errors)}
+    times = {"gaps under": [gap.seconds for gap in gaps.found], "the server": list(map(gaps.of_server, gaps.found))}
     for percent in (50, 99, 99.9):
-        figures[f"{percent:g}% of gaps under, ms"] = round(1e3 * under([gap.seconds for gap in gaps.found], percent))
-        figures[f"{percent:g}% of the server, ms"] = round(1e3 * under([gaps.of_server(gap) for gap in gaps.found], percent))
+        figures |= {f"{percent:g}% of {what}, ms": round(1e3 * under(some, percent)) for what, some in times.items()}
     show("Innocent clients", [figures])
     if chosen.minutes:
         longest = sorted(gaps.found, key=gaps.of_server, reverse=True)[:10]

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.data import Batch, Corpus, Document, DocumentEncoder, PackedDataset, as_batch
-from yoco_u.data.synthetic import BEGIN, END, SyntheticCorpus, document_text, is_synthetic, read_entry
+from yoco_u.data.synthetic import SyntheticCorpus, document_text, is_synthetic, read_entry
+from yoco_u.data.tokenizer import answer_marks
 from yoco_u.errors import UserError
 from yoco_u.evaluation.held_out import row_length, validation_split
 from yoco_u.evaluation.levels import check_bytes
@@ -67,7 +68,7 @@ def read_text(
             )
         text = document_text(task, task.levels[0], 0, held_out=True)
         check_bytes(text, encoder.encode([text])[0])
-        answers = tokenizer.convert_tokens_to_ids(BEGIN), tokenizer.convert_tokens_to_ids(END)
+        answers = answer_marks(tokenizer)
     return Text(document_batches(encoder, Corpus(files, text_field).documents(), length, tokens), length, answers)
 
 

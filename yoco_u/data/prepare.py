@@ -26,8 +26,15 @@ from yoco_u.data.formats import Document
 from yoco_u.data.index import INDEX, TOKENIZER, DatasetIndex, SplitName
 from yoco_u.data.places import absolute, changes, seen_from
 from yoco_u.data.shards import ShardWriter
-from yoco_u.data.synthetic import BEGIN, END, is_synthetic
-from yoco_u.data.tokenizer import DocumentEncoder, load_tokenizer, name_end_of_text, train_tokenizer, vocabulary_size
+from yoco_u.data.synthetic import is_synthetic
+from yoco_u.data.tokenizer import (
+    DocumentEncoder,
+    answer_marks,
+    load_tokenizer,
+    name_end_of_text,
+    train_tokenizer,
+    vocabulary_size,
+)
 from yoco_u.errors import UserError
 from yoco_u.files import check_place, replacing_folder
 
@@ -134,7 +141,7 @@ def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> No
         vocab_size=vocab_size,
         config=config,
         working_folder=seen_from(folder),
-        answers=(tokenizer.convert_tokens_to_ids(BEGIN), tokenizer.convert_tokens_to_ids(END)) if items.synthetic else None,
+        answers=answer_marks(tokenizer) if items.synthetic else None,
         splits={name: split for name, split in splits.items() if split.shards},
         folder=folder,
     ).save(folder)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from yoco_u.data.synthetic.tasks import BEGIN, END
 from yoco_u.errors import UserError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
@@ -125,6 +126,11 @@ def name_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
         return
     token = tokenizer.convert_ids_to_tokens(end_of_text_id(tokenizer))
     tokenizer.bos_token = tokenizer.eos_token = token
+
+
+def answer_marks(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    """The tokens before and behind an answer of a generated task."""
+    return tokenizer.convert_tokens_to_ids(BEGIN), tokenizer.convert_tokens_to_ids(END)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
