@@ -115,6 +115,18 @@ def test_where_tokens_exit(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert "return x *" in shown and "täglich" in shown
 
 
+def test_a_damaged_exits_file_leaves_out_its_measure_alone(run: Any, workspace: Path, tmp_path: Path) -> None:
+    folder, options = tmp_path / "a", ("--tokens", 64, "--out", tmp_path / "out")
+    shutil.copytree(workspace / "a", folder)
+    (folder / "model" / "exits.json").write_text("{")
+    assert run("analyze", folder, *options, "--measures", "angular").status == 0
+    refused = run("analyze", folder, *options, "--measures", "angular,exits")
+    assert refused.status == 2 and "--measures exits: " in refused.error and "exits.json" in refused.error
+    assert run("analyze", folder, *options).status == 0
+    [(measure, reason)] = told(tmp_path / "out")["about"]["left_out"].items()
+    assert measure == "exits" and "exits.json" in reason and "fit it anew" in reason
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [

@@ -299,7 +299,7 @@ class _Losses:
         runner = self._engine.runner
         loops, tokens = runner.loops_run, runner.tokens_run
         requests = run_shared(self._engine, self._texts, [params] * len(self._texts))
-        scored = [[one.chosen for one in request.prompt_logprobs or () if one is not None] for request in requests]
+        scored = [[one.chosen for one in request.scored] for request in requests]
         accuracy = None
         if self._answers is not None:  # of each text, `scored` begins with its second token
             scored = [own[a - 1 : b - 1] for own, spans in zip(scored, self._answers, strict=True) for a, b in spans]

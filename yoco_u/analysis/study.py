@@ -40,13 +40,13 @@ class Subject:
         name: what tables and pictures call it.
         model: the model.
         num_loops: loop count of the passes that are looked into; None for the model's own.
-        exits: how its tokens leave the loop, with the threshold; None if that is not known.
+        exits: how its tokens leave the loop, with the threshold, or what is wrong with its file; None if there is none.
     """
 
     name: str
     model: YocoUForCausalLM
     num_loops: int | None = None
-    exits: Exits | None = None
+    exits: Exits | UserError | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -155,6 +155,8 @@ def why_not(measure: str, subjects: Sequence[Subject]) -> str | None:
 
 
 def _why_no_exits(subject: Subject) -> str | None:
+    if isinstance(subject.exits, UserError):
+        return str(subject.exits)
     problem = exit_problem(subject.architecture, subject.exits, subject.model.device.type != "cpu")
     if not problem and subject.exits is None:
         return f"{subject.name} has no {FILE}; run yoco-u exits first, or give --exit-threshold"

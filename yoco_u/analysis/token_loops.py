@@ -84,7 +84,7 @@ def exit_loops(
         engine.step()
         for own, ran in engine.runner.last_loops.items():
             loops[own.id] += ran
-    scored = [one.chosen.logprob for request in requests for one in request.prompt_logprobs or () if one is not None]
+    scored = [one.chosen.logprob for request in requests for one in request.scored]
     every, losses = torch.tensor([ran for own in loops.values() for ran in own]), -torch.tensor(scored, dtype=torch.float64)
     check_finite(losses.numpy(), model)
 

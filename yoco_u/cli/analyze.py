@@ -153,9 +153,7 @@ def _with_exits(subject: "Subject", path: Path, threshold: float | None) -> "Sub
     if loop_problem(subject.architecture):
         return subject
     exits = find_exits(model_folder(path), subject.model.config.architecture)
-    if isinstance(exits, UserError):
-        raise exits
-    if threshold is not None:
+    if threshold is not None and not isinstance(exits, UserError):
         without = {"num_loops": subject.architecture.num_loops, "score": "angular"}
         exits = parse(Exits, (without if exits is None else exits.model_dump()) | {"threshold": threshold}, "--exit-threshold")
     return replace(subject, exits=exits)

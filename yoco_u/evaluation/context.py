@@ -88,7 +88,7 @@ def text_losses(
     losses = []
     for text in texts:
         requests = llm.generate([list(text[len(text) - last - prefix :]) for prefix in prefixes], params)
-        found = [[one.chosen.logprob for one in request.prompt_logprobs or () if one is not None] for request in requests]
+        found = [[one.chosen.logprob for one in request.scored] for request in requests]
         losses.append(-np.array(found).mean(axis=1))
         check_finite(losses[-1], llm.engine.runner.model)
         advance()

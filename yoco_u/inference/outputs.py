@@ -67,6 +67,11 @@ class RequestOutput:
     def finished(self) -> bool:
         return all(output.finish_reason is not None for output in self.outputs)
 
+    @property
+    def scored(self) -> list[TokenLogprobs]:
+        """The entries of `prompt_logprobs` that are not None, in order."""
+        return [one for one in self.prompt_logprobs or () if one is not None]
+
 
 @dataclass(frozen=True)
 class Update:
