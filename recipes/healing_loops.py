@@ -60,7 +60,6 @@ def main() -> None:
         heal = out / f"loops-{way}"
         path = write_config(out, heal.name, plain if way == "none" else looped, text)
         config = json.loads(path.read_text())
-        config["distillation"]["trains"] = "all"
         config["optimizer"]["learning_rate"] = 1e-4
         config["training"] |= {"evaluate_every": 20, "keep_checkpoints": 1} | WAYS[way]
         write_text(path, json.dumps(config, indent=2))

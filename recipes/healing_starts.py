@@ -41,6 +41,8 @@ def main() -> None:
             write_config(out, heal.name, model, text),
             heal,
             chosen.steps,
+            "distillation.trains=cross",
+            "distillation.share=0.9",
             "training.evaluate_every=10",
             "training.keep_checkpoints=1",
         )

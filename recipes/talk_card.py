@@ -32,6 +32,7 @@ from yoco_u.training.run_folder import RunFolder, read_run_config
 
 PROMPTS: list[str] = json.loads(Path(__file__).with_name("talk_prompts.json").read_text())
 CONTEXTS = (2048, 6144)
+CHATS = {"chats": "chats of the source"}
 NEEDLES = NeedleSettings(kinds=("single_1", "single_2"), lengths=(2048, 4096, 7936), depths=3, samples=1)
 CACHE = 8192
 
@@ -67,8 +68,8 @@ def measure(path: str, texts: Path) -> dict[str, Any]:
     print(f"measuring {path}", flush=True)
     architecture = load_model(path, torch.device("cpu"))[0].model.architecture
     perplexity = {}
-    for entry, kind in CORPORA.items():
-        for length in CONTEXTS:
+    for entry, kind in (CORPORA | CHATS).items():
+        for length in CONTEXTS if entry in CORPORA else CONTEXTS[:1]:
             scores = score_held_out(Path(path), [str(texts / HELD_OUT.format(entry))], sequence_length=length)
             perplexity[f"{kind}, {length} tokens"] = scores.results[0].perplexity
     llm = LLM(path, max_model_len=CACHE, cache_tokens=2 * CACHE, max_num_seqs=4)
@@ -121,8 +122,10 @@ def card(found: dict[str, Any]) -> str:
         "![Perplexity over the tokens of healing](healing.png)\n",
         "## Beside the source\n",
         _table(models),
-        "\nPerplexity is that of documentation (English) and sources (code) of installed packages that neither the fit nor "
-        "the healing read, in rows of so many tokens. Needles are facts hidden in long texts: how many the answers have.\n",
+        "\nPerplexity is that of documentation (English) and sources (code) of installed packages, and of chats that the "
+        "source wrote, none of which the fit or the healing read, in rows of so many tokens. Half of the loss of healing is "
+        "that of the text itself, so the model also learns what such documentation and sources are like, which the source "
+        "never did; of its own chats the source knows all there is to know. Needles are facts hidden in long texts: how many the answers have.\n",
         "## Answers\n\nGreedy, at most 80 tokens.\n",
         *(
             f"**{prompt}**\n\n- source: {_inline(a)}\n- healed: {_inline(b)}\n"
