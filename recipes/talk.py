@@ -41,7 +41,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--minutes", type=float, default=20.0, help="how long each model is healed")
     arguments.add_argument("--steps", type=int, help="of healing, 1,024 tokens each, in place of minutes")
-    arguments.add_argument("--global-kvs", type=int, nargs="+", default=[15], help="how many global KVs it has, one model after another")
+    arguments.add_argument("--global-kvs", type=int, nargs="+", default=[15], help="how many it has; one model after another")
     arguments.add_argument("--out", type=Path, default=Path("runs/talk"))
     arguments.add_argument("--no-chat", action="store_true", help="end before the chat")
     chosen = arguments.parse_args()

@@ -125,7 +125,8 @@ def card(found: dict[str, Any]) -> str:
         "\nPerplexity is that of documentation (English) and sources (code) of installed packages, and of chats that the "
         "source wrote, none of which the fit or the healing read, in rows of so many tokens. Half of the loss of healing is "
         "that of the text itself, so the model also learns what such documentation and sources are like, which the source "
-        "never did; of its own chats the source knows all there is to know. Needles are facts hidden in long texts: how many the answers have.\n",
+        "never did; of its own chats the source knows all there is to know. Needles are facts hidden in long texts: how many "
+        "the answers have.\n",
         "## Answers\n\nGreedy, at most 80 tokens.\n",
         *(
             f"**{prompt}**\n\n- source: {_inline(a)}\n- healed: {_inline(b)}\n"
