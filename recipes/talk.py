@@ -175,7 +175,7 @@ def write_config(out: Path, name: str, model: Path, text: list[Path]) -> Path:
         },
         "distillation": {"teacher": str(teacher), "share": 0.5, "top_k": 64},
         "optimizer": {
-            "learning_rate": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "warmup_steps": 20, "final_learning_rate": 0.05,
+            "learning_rate": 1.5e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "warmup_steps": 20, "final_learning_rate": 0.05,
         },
         "training": {
             "steps": 100, "sequence_length": 1024, "batch_rows": 1, "micro_batch_rows": 1,
