@@ -42,7 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--steps", type=int, default=60, help="steps of 1,024 tokens at T = 3, whose FLOPs all spend")
+    arguments.add_argument("--steps", type=int, default=60, help="steps of 2,048 tokens at T = 3, whose FLOPs all spend")
     arguments.add_argument("--out", type=Path, default=Path("runs/talk"), help="the folder of talk.py")
     arguments.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "healing")
     chosen = arguments.parse_args()

