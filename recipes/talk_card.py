@@ -1,9 +1,9 @@
-"""Measures a model that `talk.py` made beside its source, and writes a model card with a plot of the healing.
+"""Measures models that `talk.py` made beside their source, and writes a model card with a plot of the healing.
 
-    python recipes/talk_card.py runs/talk/healed-15
+    python recipes/talk_card.py runs/talk/healed-15 runs/talk/healed-5 runs/talk/healed-1
 
 The text of the perplexities was read by neither the fit nor the healing; the answers are greedy. `README.md`, `card.json` and
-`healing.png` go to the folder `card` of the run.
+`healing.png` go to the folder `card` of the last run.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from yoco_u.formatting import duration, short_bytes, short_count
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_tokens
 from yoco_u.loading import load_model
-from yoco_u.plotting import save_png
+from yoco_u.plotting import colour, save_png
 from yoco_u.training import read_metrics
 from yoco_u.training.run_folder import RunFolder, read_run_config
 
@@ -39,28 +39,37 @@ CACHE = 8192
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("run", type=Path, help="a run of talk.py, such as runs/talk/healed-15")
-    run: Path = arguments.parse_args().run
-    config, records = read_run_config(run), read_metrics(run)
-    assert config.start_from is not None and config.distillation is not None
-    claim(run / "card", "card")
-    find = RunFolder(run).paths.find
-    models = {"source": find(config.distillation.teacher), "converted": find(config.start_from), "healed": str(run)}
+    arguments.add_argument("runs", type=Path, nargs="+", help="runs of talk.py, each from the one before")
+    runs: list[Path] = arguments.parse_args().runs
+    last = runs[-1]
+    config = read_run_config(last)
+    assert config.distillation is not None
+    out = last / "card"
+    claim(out, "card")
+    texts = last.parent
     found = {
-        "models": {name: measure(path, run.parent) for name, path in models.items()},
+        "source": measure(RunFolder(last).paths.find(config.distillation.teacher), texts),
+        "healed": [healing(run) | measure(str(run), texts) for run in runs],
         "stages": [stage.model_dump() for stage in config.architecture.stages],
         "window": config.architecture.window,
-        "global_kvs": config.architecture.global_kvs,
-        "healing": [record for record in records if record["kind"] == "evaluation"],
+        "environment": json.loads((last / "environment.json").read_text()),
+    }
+    write_json(out / "card.json", found)
+    plot(found["healed"], out / "healing.png")
+    write_text(out / "README.md", card(found))
+    print(f"wrote {out / 'README.md'}")
+
+
+def healing(run: Path) -> dict[str, Any]:
+    """How a run healed its model, in how many tokens, FLOPs and seconds."""
+    records = read_metrics(run)
+    return {
+        "global_kvs": read_run_config(run).architecture.global_kvs,
+        "evaluations": [record for record in records if record["kind"] == "evaluation"],
         "tokens": records[-1]["tokens"],
         "flops": records[-1]["flops"],
         "seconds": max(record["seconds"] for record in records if "seconds" in record),
-        "environment": json.loads((run / "environment.json").read_text()),
     }
-    write_json(run / "card" / "card.json", found)
-    plot(found["healing"], run / "card" / "healing.png")
-    write_text(run / "card" / "README.md", card(found))
-    print(f"wrote {run / 'card' / 'README.md'}")
 
 
 def measure(path: str, texts: Path) -> dict[str, Any]:
@@ -87,10 +96,18 @@ def measure(path: str, texts: Path) -> dict[str, Any]:
     }
 
 
-def plot(evaluations: list[dict[str, Any]], path: Path) -> None:
+def plot(healed: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
     axes = figure.add_subplot()
-    axes.plot([one["tokens"] for one in evaluations], [one["perplexity"] for one in evaluations], marker="o", markersize=3.5)
+    before = 0
+    for number, one in enumerate(healed):
+        points = one["evaluations"]
+        axes.plot(
+            [before + point["tokens"] for point in points], [point["perplexity"] for point in points], marker="o",
+            markersize=3.5, color=colour(number), label=in_words(one),
+        )  # fmt: skip
+        before += one["tokens"]
+    axes.legend(frameon=False)
     style(axes)
     save_png(figure, path)
 
@@ -106,22 +123,25 @@ def style(axes: Axes) -> None:
 
 def card(found: dict[str, Any]) -> str:
     """The model card, in Markdown."""
-    models = found["models"]
-    source, healed = models["source"], models["healed"]
-    many, machine = found["global_kvs"], found["environment"]
-    share = source["cache_bytes"] / healed["cache_bytes"]
+    source, healed, machine = found["source"], found["healed"], found["environment"]
+    last = healed[-1]
+    share = source["cache_bytes"] / last["cache_bytes"]
     parts = [
         "---\nlicense: apache-2.0\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\nlibrary_name: yoco-u\n---\n",
         "# SmolLM2-135M-Instruct as a YOCO-U\n",
-        f"{short_count(healed['parameters'])} parameters: " + ", then ".join(map(_stage, found["stages"])) + ". "
-        f"The sliding layers see {found['window']} tokens; the cross layers read {many} global KV{'s' * (many > 1)}. "
-        f"At 8K tokens the cache takes {short_bytes(healed['cache_bytes'])}, {share:.1f} times less than the source's.\n",
-        "It was converted by `yoco-u convert` with least squares, and healed by distillation from the source: "
-        f"{short_count(found['tokens'])} tokens, {found['flops']:.2g} FLOPs, {duration(found['seconds'])} on "
-        f"{machine['cpus']} cores ({machine['cpu']}). The source's weights come from a GGUF file in Q4_1.\n",
+        f"{short_count(last['parameters'])} parameters: " + ", then ".join(map(_stage, found["stages"])) + ". "
+        f"The sliding layers see {found['window']} tokens; the cross layers read {in_words(last)}. "
+        f"At 8K tokens the cache takes {short_bytes(last['cache_bytes'])}, {share:.1f} times less than the source's.\n",
+        "It was converted by `yoco-u convert` with least squares, and healed by distillation from the source, on "
+        f"{machine['cpus']} cores ({machine['cpu']}):\n",
+        *(
+            f"- with {in_words(one)}: {short_count(one['tokens'])} tokens, {one['flops']:.2g} FLOPs, {duration(one['seconds'])}"
+            for one in healed
+        ),
+        "\nThe source's weights come from a GGUF file in Q4_1.\n",
         "![Perplexity over the tokens of healing](healing.png)\n",
         "## Beside the source\n",
-        _table(models),
+        _table({"source": source} | {in_words(one): one for one in healed}),
         "\nPerplexity is that of documentation (English) and sources (code) of installed packages, and of chats that the "
         "source wrote, none of which the fit or the healing read, in rows of so many tokens. Half of the loss of healing is "
         "that of the text itself, so the model also learns what such documentation and sources are like, which the source "
@@ -129,11 +149,17 @@ def card(found: dict[str, Any]) -> str:
         "the answers have.\n",
         "## Answers\n\nGreedy, at most 80 tokens.\n",
         *(
-            f"**{prompt}**\n\n- source: {_inline(a)}\n- healed: {_inline(b)}\n"
-            for prompt, a, b in zip(PROMPTS, source["answers"], healed["answers"], strict=True)
+            f"**{prompt}**\n\n- source: {_inline(source['answers'][number])}\n"
+            + "".join(f"- {in_words(one)}: {_inline(one['answers'][number])}\n" for one in healed)
+            for number, prompt in enumerate(PROMPTS)
         ),
     ]
     return "\n".join(parts)
+
+
+def in_words(healed: dict[str, Any]) -> str:
+    many = healed["global_kvs"]
+    return f"{many} global KV{'s' * (many > 1)}"
 
 
 def _stage(stage: dict[str, Any]) -> str:
