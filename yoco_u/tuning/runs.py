@@ -182,7 +182,7 @@ def _newest(checkpoints: Path, say: Callable[[str], None]) -> tuple[Path, Traine
             return folder, TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         except DamagedFile as error:
             say(str(error))
-        except (OSError, ValueError, TypeError):
+        except (FileNotFoundError, ValueError, TypeError):
             say(f"{folder}: was not written to its end; it is passed over")
     return None, None
 
