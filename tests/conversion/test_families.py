@@ -126,7 +126,14 @@ def _small_vocabulary(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
 
 
+def _deep(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+
+
 DAMAGE = {
+    "adapters": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json: adapters lie beside"),
+    "more layers than tensors": (_deep, "the config has 1,000,000,000 layers, but the weights have"),
     "a missing tensor": (
         lambda f: _without(f, "model.layers.2.self_attn.v_proj.weight"),
         "self_attn.v_proj.weight is missing",
@@ -174,6 +181,10 @@ def test_a_damaged_gguf_file_is_named_in_one_line(tmp_path: Path, content: bytes
 
 def test_a_cut_gguf_file_is_named_in_one_line(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", save(tmp_path / "source", "llama"))
+    (tmp_path / "adapter_config.json").write_text("{}")  # which transformers would take for the file's own
+    with pytest.raises(UserError, match=r"adapter_config\.json: adapters lie beside"):
+        read_source(str(tmp_path / "model.gguf"))
+    (tmp_path / "adapter_config.json").unlink()
     data = (tmp_path / "model.gguf").read_bytes()
     for size in (len(data) // 3, len(data) - 100):
         (tmp_path / "cut.gguf").write_bytes(data[:size])
