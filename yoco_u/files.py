@@ -46,6 +46,7 @@ _RESULT = re.compile(
     re.DOTALL,
 )
 _MOST = 2048  # bytes of the beginning and of the end of a file that tell who made it
+_NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES)  # of a folder
 _TRIES = 100  # to make a folder that other processes make too
 
 
@@ -276,18 +277,22 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk. Windows cannot do so for a folder, nor can some network drives."""
+    """Bring a file, or the names in a folder, to the disk. Windows cannot do so for a folder, nor can some network drives.
+
+    Nor can who may write in a folder but not list it.
+    """
     is_folder = path.is_dir()
     if is_folder and os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if not (is_folder and error.errno == errno.EINVAL):
+        if not (is_folder and error.errno in _NO_SYNC):
             raise
-    finally:
-        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -140,9 +140,7 @@ def check_adapters(folder: Path) -> None:
         UserError: if there are some.
     """
     if (file := folder / "adapter_config.json").exists():
-        raise UserError(
-            f"{file}: adapters lie beside the weights; merge them (PEFT's merge_and_unload) or move them away"
-        )
+        raise UserError(f"{file}: adapters lie beside the weights; merge them (PEFT's merge_and_unload) or move them away")
 
 
 def check_depth(architecture: Architecture, tensors: int, name: object) -> None:

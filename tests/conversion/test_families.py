@@ -149,6 +149,14 @@ DAMAGE = {
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
         "model-2.safetensors: the file is missing",
     ),
+    "an index that is none": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}'),
+        "index.json: weight_map: Input should be a valid dictionary",
+    ),
+    "an index that points elsewhere": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}'),
+        "index.json: names '../model.safetensors', which is no file of the folder",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "config"),
     "a damaged config": (lambda f: (f / "config.json").write_text("{"), "cannot read the config"),
     "no tokenizer": (lambda f: [one.unlink() for one in f.glob("tokenizer*")], "tokenizer"),

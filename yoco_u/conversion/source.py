@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
@@ -23,6 +24,10 @@ from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
 INDEX = "model.safetensors.index.json"
 _CHECKED = ("model_type",)
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,12 @@ def _download(name: str) -> Path:
 
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     if (folder / INDEX).is_file():
-        files = sorted(
-            {folder / str(name) for name in read_json(folder / INDEX, dict[str, Any]).get("weight_map", {}).values()}
-        )
+        names = set(read_json(folder / INDEX, _Index).weight_map.values())
+        if strange := sorted(name for name in names if Path(name).name != name or "\0" in name):
+            raise UserError(
+                f"{folder / INDEX}: names {strange[0]!r}, which is no file of the folder; copy the checkpoint again"
+            )
+        files = sorted(folder / name for name in names)
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
