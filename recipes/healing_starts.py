@@ -11,6 +11,7 @@ made of the many that `talk.py` has healed. Teacher, texts and settings are thos
 import argparse
 from pathlib import Path
 
+from one_line import in_one_line
 from talk import convert, texts_of, train, write_config
 
 from yoco_u.files import claim
@@ -47,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)
