@@ -341,3 +341,13 @@ def test_folders_that_cannot_be_synced_are_written_to(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda descriptor: fsync(os.open(tmp_path, os.O_RDONLY)))
     with pytest.raises(OSError, match=f"{os.strerror(number)}.*other"):
         write_text(tmp_path / "other", "text")
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "there/.."])
+def test_places_without_a_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    for way in (check_part, check_place, fresh_folder):
+        with pytest.raises(UserError, match="has no name of its own"):
+            way(Path(name))
+    assert contents(tmp_path) == {"there": "folder"}

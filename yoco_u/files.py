@@ -59,7 +59,13 @@ Say = Callable[[str], object]
 
 
 def beside(path: Path) -> Path:
-    """The folder beside `path` in which it is made."""
+    """The folder beside `path` in which it is made.
+
+    Raises:
+        UserError: if there can be none, as beside `.`, `..` and `/`.
+    """
+    if path.name in ("", ".."):
+        raise UserError(f"{path}: has no name of its own; name a new folder or file")
     return path.with_name(path.name + PARTIAL)
 
 

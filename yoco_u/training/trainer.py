@@ -81,7 +81,7 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
             if summary is None:
                 with naming(run_folder.path):
                     return _Run(config, run_folder, distributed, progress, damaged).run()
-            console = Console(stderr=True, quiet=not (progress and distributed.is_main))
+            console = Console(stderr=True, quiet=not (progress and distributed.is_main), markup=False)
             console.print(f"{run_folder.path}: the run is finished, at step {summary['steps']}; nothing to do.", soft_wrap=True)
             return summary
 
