@@ -3,6 +3,7 @@
 Torch and transformers are imported when a model is loaded, so that commands which only look at folders start at once.
 """
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +165,12 @@ def _count_tensors(folder: Path) -> int:
         with safe_open(file, framework="pt") as opened:
             count += len(opened.keys())
     return count
+
+
+def weights_digest(path: str | os.PathLike[str]) -> str:
+    """What tells the model of a folder from others: a digest of its checksums; empty if it has none, as one of transformers."""
+    sums = model_folder(path) / SUMS
+    return hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else ""
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallba
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from yoco_u.checksums import SUMS, verify_checksums, write_checksums
+from yoco_u.checksums import verify_checksums, write_checksums
 from yoco_u.data.places import absolute, same_place, seen_from
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import non_finite_weight
 from yoco_u.files import DamagedFile, check_part, check_place, claim, read_json, write_json
-from yoco_u.loading import load_model, model_folder
+from yoco_u.loading import load_model, weights_digest
 from yoco_u.model import YocoUForCausalLM, save_model
 from yoco_u.tuning.settings import TuningSettings
 
@@ -66,7 +66,8 @@ def begun(
     except Timeout:
         raise UserError(f"{folder}: another process is training there; wait for it, or choose another folder") from None
     with held:
-        contents = {"model": _digest(_sums(Path(own["model"]))), "data": _digest(json.dumps(made).encode())}
+        data = hashlib.sha256(json.dumps(made).encode()).hexdigest()
+        contents = {"model": weights_digest(own["model"]), "data": data}
         if file.exists():
             _check_same(folder, read_json(file, dict[str, Any]), own, contents)
         else:
@@ -86,16 +87,6 @@ def _check_same(folder: Path, before: dict[str, Any], own: dict[str, Any], conte
         raise UserError(f"{folder}: was begun with another {key}; choose another folder, or the same {key}")
     for key in (key for key in contents if before.get("contents", contents).get(key) != contents[key]):
         raise UserError(f"{folder}: was begun when other things were in {key}; choose another folder")
-
-
-def _sums(model: Path) -> bytes:
-    """The checksums of a saved model; nothing for one that has none, such as one that transformers saved."""
-    sums = model_folder(model) / SUMS
-    return sums.read_bytes() if sums.is_file() else b""
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _same(old: object, new: object, begin: Path) -> bool:
