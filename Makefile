@@ -62,4 +62,4 @@ gpu-wheels: .venv/installed
 	@touch .venv/installed $@
 
 clean:
-	rm -rf .venv runs datasets benchmarks/wheels
+	rm -rf .venv benchmarks/wheels

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from one_line import in_one_line
 
 from yoco_u.cli import main as yoco_u
-from yoco_u.files import claim, write_result, write_text
+from yoco_u.files import check_result, claim, write_result, write_text
 from yoco_u.plotting import colour, save_png
 
 BELOW = 100
@@ -47,6 +48,9 @@ def main() -> None:
     arguments.add_argument("--results", type=Path, help="where curves.json and curves.png go; the folder of --out by default")
     chosen = arguments.parse_args()
     out: Path = chosen.out
+    results = chosen.results or out
+    for name in ("curves.json", "curves.png"):
+        check_result(results / name)
     claim(out, "arithmetic")
     training, held_out = problems()
     write_lines(out / "problems.jsonl", training)
@@ -60,7 +64,6 @@ def main() -> None:
         files = [out / "problems.jsonl", *settings, "--test", out / "held-out.jsonl"]
         run("grpo", out / "sums", *files, "--out", out / f"grpo-{seed}")
     summaries = [json.loads((out / f"grpo-{seed}" / "summary.json").read_text()) for seed in SEEDS]
-    results = chosen.results or out
     results.mkdir(parents=True, exist_ok=True)
     write_result(results / "curves.json", {"train": TRAIN, "grpo": GRPO, "seeds": dict(zip(SEEDS, summaries, strict=True))})
     draw(summaries, results / "curves.png")
@@ -106,4 +109,4 @@ def draw(summaries: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

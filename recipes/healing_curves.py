@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from one_line import in_one_line
 from scipy.stats import linregress
 from talk_card import style
 
 from yoco_u.data import PackedDataset
 from yoco_u.device import find_device
-from yoco_u.files import write_json
+from yoco_u.files import check_result, write_result
 from yoco_u.loading import load_model
 from yoco_u.plotting import colour, save_png
 from yoco_u.training import RunConfig, read_metrics
@@ -38,12 +39,14 @@ def main() -> None:
     arguments.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "healing")
     chosen = arguments.parse_args()
 
+    for name in ("healing.json", "healing.png"):
+        check_result(chosen.results / name)
     configs = [read_run_config(run) for run in chosen.runs]
     assert configs[0].distillation is not None
     source = loss_of(RunFolder(chosen.runs[0]).paths.find(configs[0].distillation.teacher), chosen.runs[0], configs[0])
     curves = [curve(run, config, source) for run, config in zip(chosen.runs, configs, strict=True)]
     chosen.results.mkdir(parents=True, exist_ok=True)
-    write_json(chosen.results / "healing.json", {"source": source, "curves": curves})
+    write_result(chosen.results / "healing.json", {"source": source, "curves": curves})
     plot(source, curves, chosen.results / "healing.png")
     for one in curves:
         print(sentence(one))
@@ -103,4 +106,4 @@ def sentence(one: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from one_line import in_one_line
 from talk import run, texts_of, train, write_config
 from talk_card import style
 
 from yoco_u.cli.settings import load_run_config
-from yoco_u.files import claim, write_json, write_text
+from yoco_u.files import check_result, claim, write_result, write_text
 from yoco_u.plotting import colour, save_png
 from yoco_u.training import read_metrics
 
@@ -47,6 +48,8 @@ def main() -> None:
     arguments.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "healing")
     chosen = arguments.parse_args()
 
+    for name in ("loops.json", "loops.png"):
+        check_result(chosen.results / name)
     out: Path = chosen.out
     claim(out, "talk")
     plain, looped = out / HEALED / "model", out / "looped-15"
@@ -67,7 +70,7 @@ def main() -> None:
         train(path, heal, steps_for(path, flops))
         runs[way] = [record for record in read_metrics(heal) if record["kind"] == "evaluation"]
     chosen.results.mkdir(parents=True, exist_ok=True)
-    write_json(chosen.results / "loops.json", {"flops": flops, "evaluations": runs})
+    write_result(chosen.results / "loops.json", {"flops": flops, "evaluations": runs})
     plot(runs, chosen.results / "loops.png")
     for way, records in runs.items():
         print(f"{way}: " + ", ".join(f"{key} {value:.4f}" for key, value in records[-1].items() if key.startswith("loss")))
@@ -96,4 +99,4 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

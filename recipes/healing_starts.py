@@ -12,6 +12,7 @@ cross-decoder alone is trained, with nine tenths of the loss from the teacher.
 import argparse
 from pathlib import Path
 
+from one_line import in_one_line
 from talk import convert, texts_of, train, write_config
 
 from yoco_u.files import claim
@@ -52,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

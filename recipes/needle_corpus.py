@@ -4,7 +4,7 @@
 
 Each document begins as a `single_1` needle of `yoco-u needles`, with a seed of its own and at a random depth. More noise and
 the same question with its answer follow, so that a document holds more than one answer to learn from. The same arguments write
-the same file.
+the same file; one that is there already stays.
 """
 
 import argparse
@@ -13,11 +13,13 @@ import math
 import random
 from pathlib import Path
 
+from one_line import in_one_line
 from rich.progress import track
 
 from yoco_u.data import DocumentEncoder
 from yoco_u.data.config import MINIMUM_VOCABULARY
 from yoco_u.data.tokenizer import train_tokenizer
+from yoco_u.errors import UserError
 from yoco_u.evaluation.needles import NOISE, Needle, generate_needle
 from yoco_u.files import write_text
 
@@ -36,6 +38,8 @@ def main() -> None:
     arguments.add_argument("--digits", type=int, default=2, help="digits of the numbers")
     chosen = arguments.parse_args()
 
+    if chosen.out.exists():
+        raise UserError(f"{chosen.out}: is there already; name another file, or move it elsewhere")
     encoder = DocumentEncoder(train_tokenizer(["a"], MINIMUM_VOCABULARY))  # the smallest vocabulary: a token is a byte
     drawn, lines = random.Random(0), []
     for number in track(range(chosen.documents), description="needles"):
@@ -60,4 +64,4 @@ def log_uniform(drawn: random.Random, least: int, most: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

@@ -10,17 +10,22 @@ All that is made lies in `--out`; the same command goes on where it was stopped.
 import argparse
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
+from one_line import in_one_line
+from pydantic import BaseModel, PositiveInt
+
 from yoco_u.cli import main as yoco_u
 from yoco_u.cli.settings import load_run_config
 from yoco_u.data import Corpus, load_tokenizer
 from yoco_u.device import find_device, gemm_rate, multiplies_bfloat16
-from yoco_u.files import claim, replacing, write_text
+from yoco_u.errors import UserError
+from yoco_u.files import claim, read_json, replacing, write_json, write_text
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_text, chat_tokens
 from yoco_u.training.forward import DTYPES
@@ -46,6 +51,8 @@ def main() -> None:
     arguments.add_argument("--no-chat", action="store_true", help="end before the chat")
     chosen = arguments.parse_args()
 
+    if not 0 < chosen.minutes < math.inf or (chosen.steps is not None and chosen.steps < 1):
+        raise UserError(f"--minutes is {chosen.minutes:g}, --steps is {chosen.steps}; expected more than 0")
     out: Path = chosen.out
     claim(out, "talk")
     teacher = out / "teacher"
@@ -57,12 +64,16 @@ def main() -> None:
         source, model, heal = heal, out / f"converted-{number}", out / f"healed-{number}"
         convert(source, model, number, text)
         config = write_config(out, heal.name, model, text)
-        settings = out / f"healed-{number}.json"
-        if not settings.exists():
-            write_text(settings, json.dumps({"steps": chosen.steps or steps_for(chosen.minutes, config)}))
-        train(config, heal, json.loads(settings.read_text())["steps"])
+        train(config, heal, steps_of(heal, config, chosen.minutes, chosen.steps))
     if not chosen.no_chat:
         run("chat", heal)
+
+
+class Begun(BaseModel):
+    """How a run was begun: its steps, and the option that asked for them."""
+
+    steps: PositiveInt
+    asked: dict[str, float] | None = None
 
 
 def run(*command: Any) -> None:
@@ -193,6 +204,19 @@ def train(config: Path, heal: Path, steps: int, *settings: str) -> None:
     run("train", config, f"training.steps={steps}", f"optimizer.warmup_steps={min(20, steps // 4)}", *settings, "--out", heal)
 
 
+def steps_of(heal: Path, config: Path, minutes: float, steps: int | None) -> int:
+    """How many steps a model is healed: as many as when it was begun."""
+    settings = heal.with_suffix(".json")
+    asked = {"minutes": minutes} if steps is None else {"steps": steps}
+    if not settings.exists():
+        write_json(settings, {"steps": steps or steps_for(minutes, config), "asked": asked})
+    begun = read_json(settings, Begun)
+    if begun.asked not in (None, asked):
+        before = " ".join(f"--{name} {value:g}" for name, value in begun.asked.items())
+        raise UserError(f"{heal}: was begun with {before}; give that to go on, or another --out")
+    return begun.steps
+
+
 def steps_for(minutes: float, config: Path) -> int:
     """About how many steps take so long here, by the rate of matrix products."""
     chosen = load_run_config(str(config), [])
@@ -201,4 +225,4 @@ def steps_for(minutes: float, config: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from one_line import in_one_line
 from talk import CORPORA, HELD_OUT
 
 from yoco_u.budget import kv_bytes, parameters
@@ -183,4 +184,4 @@ def _inline(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

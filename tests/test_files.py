@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from yoco_u.files import (
     publish,
     read_json,
     replacing,
+    replacing_folder,
     write_json,
     write_result,
     write_text,
@@ -319,3 +321,33 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
         check_place(tmp_path / "nowhere" / "a.json")
     assert caught.value.filename == str(tmp_path / "nowhere") and caught.value.errno == errno.ENOENT
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES])
+def test_folders_that_cannot_be_synced_are_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """As on some network drives; a file that cannot be synced is an error everywhere."""
+    whole = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        whole(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "file", "text")
+    with replacing_folder(tmp_path / "folder") as folder:
+        (folder / "file").touch()
+    assert contents(tmp_path).keys() == {"file", "folder", "folder/file", "folder/.yoco-u-part"}
+    monkeypatch.setattr(os, "fsync", lambda descriptor: fsync(os.open(tmp_path, os.O_RDONLY)))
+    with pytest.raises(OSError, match=f"{os.strerror(number)}.*other"):
+        write_text(tmp_path / "other", "text")
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "there/.."])
+def test_places_without_a_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    for way in (check_part, check_place, fresh_folder):
+        with pytest.raises(UserError, match="has no name of its own"):
+            way(Path(name))
+    assert contents(tmp_path) == {"there": "folder"}

@@ -48,6 +48,24 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({key: value for key, value in (content | changes).items() if value is not None}))
 
 
+def test_adapters_beside_weights_are_refused(saved: Path, tmp_path: Path) -> None:
+    """transformers would load them, from wherever they say, and the engine's kernels would pass them over."""
+    peft = pytest.importorskip("peft")
+    model, _ = load_model(saved, torch.device("cpu"))
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"adapter_config\.json: adapters lie beside the weights; merge them"):
+        load_model(tmp_path, torch.device("cpu"))
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_made(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    stages = json.loads((tmp_path / "config.json").read_text())["stages"]
+    edit(tmp_path / "config.json", stages=[stages[0] | {"layers": 10**9}, *stages[1:]])
+    with pytest.raises(UserError, match=r"the config has 1,000,000,\d+ layers, but the weights have \d+ tensors"):
+        load_model(tmp_path, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("in_tokenizer", "named", "in_config"), itertools.product(TOKENIZERS, CLASSES, CONFIGS))
 def test_code_of_a_folder_does_not_run(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_tokenizer: Any, named: Any, in_config: Any

@@ -1,5 +1,6 @@
 """Checksums of the files in a folder, in a file that the command `sha256sum --check SHA256SUMS` reads as well."""
 
+import errno
 import hashlib
 import os
 import re
@@ -39,15 +40,18 @@ def verify_checksums(folder: Path, mend: str, wanted: Callable[[str], bool] = la
         Whether the folder has checksums. Folders of earlier versions have none, and are taken as they are.
 
     Raises:
-        DamagedFile: if a file is missing or differs, with its name.
+        DamagedFile: if a file is missing or differs, with its name, or if the disk cannot give it.
+        OSError: if it cannot be opened for another reason, which says nothing of what is in it, such as too many open files.
     """
     sums = folder / SUMS
     try:
         lines = sums.read_bytes().decode("utf-8").splitlines()
     except FileNotFoundError:
         return False
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise DamagedFile(f"{sums}: the file is damaged ({error}); {mend}") from None
+    except OSError as error:
+        raise _unreadable(sums, error) from None
     expected: dict[Path, str] = {}
     for number, line in enumerate(lines, start=1):
         parsed = _LINE.fullmatch(line)
@@ -76,4 +80,10 @@ def _digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DamagedFile(f"{path}: cannot read it ({error.strerror or error}); the disk may be damaged") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> OSError | DamagedFile:
+    if error.errno == errno.EIO:
+        return DamagedFile(f"{path}: cannot read it ({error.strerror or error}); the disk may be damaged")
+    return OSError(error.errno, error.strerror, str(path))

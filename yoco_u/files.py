@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from yoco_u.errors import UserError, system_error
+from yoco_u.locks import lock, unlock
 from yoco_u.version import __version__
 
 T = TypeVar("T")
@@ -45,6 +46,8 @@ _RESULT = re.compile(
     re.DOTALL,
 )
 _MOST = 2048  # bytes of the beginning and of the end of a file that tell who made it
+_NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES)  # of a folder
+_TRIES = 100  # to make a folder that other processes make too
 
 
 class DamagedFile(UserError):  # noqa: N818
@@ -56,23 +59,38 @@ Say = Callable[[str], object]
 
 
 def beside(path: Path) -> Path:
-    """The folder beside `path` in which it is made."""
+    """The folder beside `path` in which it is made.
+
+    Raises:
+        UserError: if there can be none, as beside `.`, `..` and `/`.
+    """
+    if path.name in ("", ".."):
+        raise UserError(f"{path}: has no name of its own; name a new folder or file")
     return path.with_name(path.name + PARTIAL)
 
 
 def fresh_folder(path: Path) -> Path:
     """Make an empty folder beside `path`, which `publish(path)` renames once it has been filled.
 
+    What a process left there that died is removed. If another process fills such a folder, this one waits until that is done.
+
     Raises:
         UserError: if a folder of that name is there and is not ours.
     """
     folder = beside(path)
-    discard(folder)
-    if os.path.lexists(folder):
-        raise _in_the_way(folder)
-    folder.mkdir(parents=True)
-    mark(folder)
-    return folder
+    for _ in range(_TRIES):
+        discard(folder)
+        try:
+            folder.mkdir(parents=True)
+            mark(folder)
+        except FileExistsError:
+            unlock(lock(_mark(folder, _PART), wait=True))
+        except FileNotFoundError:  # another process took it for what one left that died
+            continue
+        else:
+            if lock(_mark(folder, _PART), wait=True) is not None:
+                return folder
+    raise _in_the_way(folder)
 
 
 def publish(path: Path) -> None:
@@ -87,12 +105,14 @@ def publish(path: Path) -> None:
     discard(path)
     if os.path.lexists(path):
         raise _in_the_way(path)
+    held = lock(_mark(new, _PART))
     new.replace(path)
+    unlock(held)
     sync(path.parent)
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder that is empty or ours; leave anything else alone.
+    """Remove a folder that is empty or ours; leave anything else alone, and what another process fills.
 
     It is renamed first, so that no half of it is ever seen under its name, and its mark goes last, so that what is left of it
     when the process dies is still known to be ours.
@@ -101,16 +121,26 @@ def discard(folder: Path) -> None:
         discard(_old(folder))
     if not _is_ours(folder):
         return
-    if folder.suffix != PARTIAL:
-        folder = folder.replace(_old(folder))
-    with suppress(OSError):  # a file that another process still reads keeps its folder on some file systems
-        for entry in folder.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry != _mark(folder, _PART):
-                entry.unlink()
-        _mark(folder, _PART).unlink(missing_ok=True)
-        folder.rmdir()
+    if not marked(folder):
+        with suppress(OSError):  # something has come into it
+            folder.rmdir()
+        return
+    held = lock(_mark(folder, _PART))
+    if held is None:
+        return
+    try:
+        if folder.suffix != PARTIAL:
+            folder = folder.replace(_old(folder))
+        with suppress(OSError):  # a file that another process still reads keeps its folder on some file systems
+            for entry in folder.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry != _mark(folder, _PART):
+                    entry.unlink()
+            _mark(folder, _PART).unlink(missing_ok=True)
+            folder.rmdir()
+    finally:
+        unlock(held)
 
 
 def mark(folder: Path, kind: str = _PART) -> None:
@@ -253,18 +283,22 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk. Windows cannot do so for a folder, nor can some network drives."""
+    """Bring a file, or the names in a folder, to the disk. Windows cannot do so for a folder, nor can some network drives.
+
+    Nor can who may write in a folder but not list it.
+    """
     is_folder = path.is_dir()
     if is_folder and os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if not (is_folder and error.errno == errno.EINVAL):
+        if not (is_folder and error.errno in _NO_SYNC):
             raise
-    finally:
-        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -342,7 +376,10 @@ def _check_parents(path: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink() and (marked(path) or _is_empty(path))
+    try:
+        return path.is_dir() and not path.is_symlink() and (marked(path) or _is_empty(path))
+    except FileNotFoundError:  # another process has removed it meanwhile
+        return False
 
 
 def _is_empty(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 Torch and transformers are imported when a model is loaded, so that commands which only look at folders start at once.
 """
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,8 +96,8 @@ def load_model(
         dtype: of the weights; float32 by default, whatever the files hold.
 
     Raises:
-        UserError: if a file is missing or damaged, the model is not one of this project, or its vocabulary is too small for the
-            tokenizer.
+        UserError: if a file is missing or damaged, the model is not one of this project, its vocabulary is too small for the
+            tokenizer, or adapters lie beside it.
     """
     import torch
     from transformers.utils import logging
@@ -105,11 +106,13 @@ def load_model(
     from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
     folder = model_folder(path)
+    check_adapters(folder)
     verify_checksums(folder, f"copy it again, or train again; if you changed it on purpose, remove {SUMS}")
     read_config(folder)
     logging.disable_progress_bar()
     try:
         config = YocoUConfig.from_pretrained(folder)
+        check_depth(config.architecture, _count_tensors(folder), folder)
         model, info = YocoUForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype or torch.float32, output_loading_info=True, trust_remote_code=False
         )
@@ -126,6 +129,48 @@ def load_model(
             "give the model the tokenizer that it was trained with"
         )
     return model.eval().to(device), tokenizer
+
+
+def check_adapters(folder: Path) -> None:
+    """Refuse a folder in which adapters of PEFT lie beside weights.
+
+    transformers would load them too, on top of the weights that they name, which may be others; the engine's kernels
+    multiply by weights alone.
+
+    Raises:
+        UserError: if there are some.
+    """
+    if (file := folder / "adapter_config.json").exists():
+        raise UserError(f"{file}: adapters lie beside the weights; merge them (PEFT's merge_and_unload) or move them away")
+
+
+def check_depth(architecture: Architecture, tensors: int, name: object) -> None:
+    """Refuse a config with more layers than there are tensors, before they are made: no weight would be found for most.
+
+    Raises:
+        UserError: if there are more; it begins with `name`.
+    """
+    layers = sum(stage.layers for stage in architecture.stages)
+    if layers > tensors:
+        raise UserError(f"{name}: the config has {layers:,} layers, but the weights have {tensors:,} tensors; it is damaged")
+
+
+def _count_tensors(folder: Path) -> int:
+    from safetensors import safe_open
+
+    count, files = 0, list(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError("there is no *.safetensors file")
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            count += len(opened.keys())
+    return count
+
+
+def weights_digest(path: str | os.PathLike[str]) -> str:
+    """What tells the model of a folder from others: a digest of its checksums; empty if it has none, as one of transformers."""
+    sums = model_folder(path) / SUMS
+    return hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else ""
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":

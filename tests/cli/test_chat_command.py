@@ -63,6 +63,12 @@ def test_mistakes_do_not_end_a_talk(talk: Any, workspace: Path, line: str, part:
     assert part in outcome.err.split("Ctrl-D ends", 1)[1]
 
 
+def test_a_question_that_cannot_be_answered_is_taken_back(talk: Any, workspace: Path) -> None:
+    """The next one is asked as if it had not been."""
+    first, last = talk("one", "two"), talk("one", "/loops auto", "not this", "/loops 2", "two")
+    assert last.out == first.out and "num_loops is auto, but" in last.err
+
+
 def test_ctrl_c_stops_an_answer(talk: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = LLM.stream
 

@@ -227,3 +227,22 @@ def test_lost_metrics_are_told_and_the_run_is_finished(run: Any, workspace: Path
     after = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert after[: len(kept)] == kept
     assert sum('"kind": "evaluation", "step": 5,' in line for line in after) == 1
+
+
+@pytest.mark.parametrize("name", ["[v2] run", "[bold]x[/bold]", "[", "x[", "[link=y]"])
+def test_names_with_brackets_are_told_as_they_are(run: Any, workspace: Path, tmp_path: Path, name: str) -> None:
+    """They are no markup. `[/b]` is a folder `[` with a folder `b]` in it."""
+    folder = tmp_path / name / "b]" if name.endswith("[") else tmp_path / name
+    shutil.copytree(workspace / "a", folder)
+    command = ("train", workspace / "config.yaml", "--out", folder)
+    assert run(*command).err == f"{folder}: the run is finished, at step 5; nothing to do.\n"
+    (folder / "summary.json").unlink()
+    outcome = run(*command)
+    assert outcome.status == 0 and f"continuing from {folder / 'checkpoints'}" in outcome.err
+
+
+def test_a_dataset_with_brackets_is_told_as_it_is(run: Any, workspace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "[" / "data]"
+    command = ("prepare", "--corpus", workspace / "corpus", "--out", out, "data.validation_fraction=0.3", "data.vocab_size=300")
+    assert run(*command).status == 0
+    assert f"Using the dataset in {out}, prepared before" in run(*command).err

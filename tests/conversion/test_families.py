@@ -126,7 +126,14 @@ def _small_vocabulary(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
 
 
+def _deep(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+
+
 DAMAGE = {
+    "adapters": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json: adapters lie beside"),
+    "more layers than tensors": (_deep, "the config has 1,000,000,000 layers, but the weights have"),
     "a missing tensor": (
         lambda f: _without(f, "model.layers.2.self_attn.v_proj.weight"),
         "self_attn.v_proj.weight is missing",
@@ -141,6 +148,14 @@ DAMAGE = {
     "a missing shard": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
         "model-2.safetensors: the file is missing",
+    ),
+    "an index that is none": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}'),
+        "index.json: weight_map: Input should be a valid dictionary",
+    ),
+    "an index that points elsewhere": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}'),
+        "index.json: names '../model.safetensors', which is no file of the folder",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "config"),
     "a damaged config": (lambda f: (f / "config.json").write_text("{"), "cannot read the config"),
@@ -174,6 +189,10 @@ def test_a_damaged_gguf_file_is_named_in_one_line(tmp_path: Path, content: bytes
 
 def test_a_cut_gguf_file_is_named_in_one_line(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", save(tmp_path / "source", "llama"))
+    (tmp_path / "adapter_config.json").write_text("{}")  # which transformers would take for the file's own
+    with pytest.raises(UserError, match=r"adapter_config\.json: adapters lie beside"):
+        read_source(str(tmp_path / "model.gguf"))
+    (tmp_path / "adapter_config.json").unlink()
     data = (tmp_path / "model.gguf").read_bytes()
     for size in (len(data) // 3, len(data) - 100):
         (tmp_path / "cut.gguf").write_bytes(data[:size])

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from yoco_u.errors import UserError
+
 SCRIPT = Path(__file__).parents[2] / "recipes" / "needle_corpus.py"
 
 
 def test_words_are_hidden_once_and_asked_for_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("needle_corpus", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -23,6 +26,8 @@ def test_words_are_hidden_once_and_asked_for_again_and_again(tmp_path: Path, mon
         module.main()
         texts.append((tmp_path / name).read_text())
     assert texts[0] == texts[1]
+    with pytest.raises(UserError, match="b: is there already"):
+        module.main()
     lengths = []
     for line in texts[0].splitlines():
         text = json.loads(line)["text"]

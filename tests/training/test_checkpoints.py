@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, that cannot be written, or that bring code along."""
 
 import errno
+import io
 import itertools
 import os
 import pickle
@@ -60,6 +61,31 @@ def test_any_damage_to_the_newest_checkpoint_sets_it_aside(finished: tuple[Path,
         assert sorted(path.name for path in folder.iterdir()) == [
             step_name(2), step_name(4), f"{step_name(6)}.damaged"
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EMFILE, errno.ESTALE, errno.ENOMEM])
+@pytest.mark.parametrize("name", [SUMS, "__0_0.distcp", "trainer.json"])
+def test_a_checkpoint_that_cannot_be_opened_stays(
+    finished: tuple[Path, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: int
+) -> None:
+    """It is whole for all that is known, and the run would begin again without it."""
+    shutil.copytree(finished[0] / "checkpoints", folder := tmp_path / "checkpoints")
+    for sums in folder.rglob(SUMS):
+        if name == "trainer.json":  # which is hashed too, unless there are no checksums
+            sums.unlink()
+    before = sorted(folder.iterdir())
+    opened = io.open
+
+    def fails(file: Any, *arguments: Any, **settings: Any) -> Any:
+        if Path(str(file)).name == name:
+            raise OSError(error, os.strerror(error), str(file))
+        return opened(file, *arguments, **settings)
+
+    monkeypatch.setattr(io, "open", fails)
+    with pytest.raises((OSError, UserError), match=f"{os.strerror(error)}.*{name}|{name}.*{os.strerror(error)}"):
+        newest(folder)
+    monkeypatch.undo()
+    assert sorted(folder.iterdir()) == before and newest(folder) == (folder / step_name(6), [])
 
 
 def test_the_run_goes_on_from_the_checkpoint_before_and_says_so(

@@ -1,5 +1,6 @@
 """Runs that begin with a saved model and learn from a teacher."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,40 @@ def test_it_continues_exactly(dataset: Path, student: Path, teacher: Path, tmp_p
     folder = unfinished_copy(tmp_path / "whole", tmp_path / "part", 2)
     train(config, folder, progress=False)
     assert_same_run(folder, tmp_path / "whole")
+
+
+def test_another_teacher_in_the_same_place_is_refused(dataset: Path, student: Path, teacher: Path, tmp_path: Path) -> None:
+    """The run would end otherwise than one that was left alone."""
+    shutil.copytree(teacher / "model", place := tmp_path / "teacher")
+    config = healing(dataset, student, place, steps=4, save_every=2)
+    train(config, tmp_path / "whole", progress=False)
+    folder = unfinished_copy(tmp_path / "whole", tmp_path / "part", 2)
+    model, tokenizer = load_model(place, CPU)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    save_model(model, tokenizer, place)
+    with pytest.raises(UserError, match="was begun with another teacher in the same place"):
+        train(config, folder, progress=False)
+    shutil.rmtree(place)
+    shutil.copytree(teacher / "model", place)
+    train(config, folder, progress=False)
+    assert_same_run(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_a_teacher_of_other_tokens_is_refused(dataset: Path, student: Path, teacher: Path, tmp_path: Path, start: bool) -> None:
+    """Its vocabulary is as large, but its ids mean other texts."""
+    shutil.copytree(teacher / "model", place := tmp_path / "teacher")
+    tokenizer = json.loads((place / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (place / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (place / "SHA256SUMS").unlink()
+    plain = healing(dataset, student, place).model_dump()
+    if not start:
+        plain |= {"start_from": None, "architecture": plain["architecture"]}
+    with pytest.raises(UserError, match=f"was prepared with another tokenizer than that of {place}"):
+        train(parse(RunConfig, plain, "x"), tmp_path / "run", progress=False)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

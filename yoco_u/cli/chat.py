@@ -77,6 +77,7 @@ def chat(
             elif line:
                 said.answer(_answer(llm, said.ask(line), params))
         except UserError as error:
+            said.take_back()
             note(str(error))
 
 
@@ -103,6 +104,11 @@ class Conversation:
     def answer(self, text: str) -> None:
         """Add what the model said, also if it was stopped midway."""
         self._messages.append({"role": "assistant", "content": text})
+
+    def take_back(self) -> None:
+        """Forget a question that was not answered: templates refuse two questions in a row."""
+        if self._messages and self._messages[-1]["role"] == "user":
+            del self._messages[-1]
 
 
 def _read() -> str | None:

@@ -64,7 +64,7 @@ def _print(comparison: "Comparison", out: Path, report: Path, model: str) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for run in comparison.runs:

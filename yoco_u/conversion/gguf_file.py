@@ -82,11 +82,13 @@ class Unread(NamedTuple):
         config: fields of a config: the scaling of RoPE, and the size of heads.
         pre: `tokenizer.ggml.pre`.
         tokens: how many tokens the vocabulary has.
+        tensors: how many tensors the file has.
     """
 
     config: dict[str, Any]
     pre: str | None
     tokens: int
+    tensors: int
 
 
 def unread_settings(path: Path) -> Unread:
@@ -122,7 +124,7 @@ def unread_settings(path: Path) -> Unread:
     if rope.get("rope_type") not in (None, "none"):
         found["rope_parameters"] = rope
     tokens = reader.get_field("tokenizer.ggml.tokens")
-    return Unread(found, value("tokenizer.ggml.pre"), 0 if tokens is None else len(tokens.data))
+    return Unread(found, value("tokenizer.ggml.pre"), 0 if tokens is None else len(tokens.data), len(reader.tensors))
 
 
 def _family(a: Architecture, name: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
@@ -18,11 +19,15 @@ from yoco_u.conversion.gguf_tokenizer import restored
 from yoco_u.data import begin_with_end_of_text, load_tokenizer, vocabulary_size
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
-from yoco_u.loading import load_model, model_folder
+from yoco_u.loading import check_adapters, check_depth, load_model, model_folder
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
 INDEX = "model.safetensors.index.json"
 _CHECKED = ("model_type",)
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ def read_source(path: str) -> Source:
         place = _download(path)
     if _is_ours(place):
         return _read_ours(place)
+    check_adapters(place)
     if (place / SUMS).exists():
         verify_checksums(place, "copy it again")
     try:
@@ -98,9 +104,12 @@ def _download(name: str) -> Path:
 
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     if (folder / INDEX).is_file():
-        files = sorted(
-            {folder / str(name) for name in read_json(folder / INDEX, dict[str, Any]).get("weight_map", {}).values()}
-        )
+        names = set(read_json(folder / INDEX, _Index).weight_map.values())
+        if strange := sorted(name for name in names if Path(name).name != name or "\0" in name):
+            raise UserError(
+                f"{folder / INDEX}: names {strange[0]!r}, which is no file of the folder; copy the checkpoint again"
+            )
+        files = sorted(folder / name for name in names)
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -119,6 +128,7 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
 
 def _read_gguf(file: Path) -> Source:
     check_gguf(file)
+    check_adapters(file.parent)
     logging.disable_progress_bar()
     try:
         arguments = {"gguf_file": file.name, "trust_remote_code": False}
@@ -126,7 +136,7 @@ def _read_gguf(file: Path) -> Source:
         unread = unread_settings(file)
         for name, value in unread.config.items():
             setattr(config, name, value)
-        architecture_of(config, str(file))
+        check_depth(architecture_of(config, str(file)), unread.tensors, file)
         model = AutoModelForCausalLM.from_pretrained(file.parent, config=config, dtype=torch.float32, **arguments)
         tokenizer = load_tokenizer(file.parent, keep_start=True, gguf_file=file.name)
         tokenizer = restored(tokenizer, unread.pre, unread.tokens)
@@ -147,6 +157,7 @@ def _assemble(
     generation: GenerationConfig | None,
 ) -> Source:
     architecture = architecture_of(config, name)
+    check_depth(architecture, len(weights), name)
     begin_with_end_of_text(tokenizer)
     if (needed := vocabulary_size(tokenizer)) > architecture.vocab_size:
         raise UserError(f"{name}: the tokenizer has ids up to {needed - 1}, but the vocabulary has {architecture.vocab_size}")

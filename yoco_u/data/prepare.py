@@ -61,7 +61,7 @@ def prepare(config: DataConfig, out: str | os.PathLike[str], progress: bool = Tr
         UserError: if the corpus cannot be read, a split comes out empty, or `out` holds anything else.
     """
     out = Path(os.path.realpath(out))
-    console = Console(stderr=True, quiet=not progress)
+    console = Console(stderr=True, quiet=not progress, markup=False)
     found = _existing(config, out, console)
     if found:
         return found

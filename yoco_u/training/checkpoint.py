@@ -32,7 +32,7 @@ from yoco_u.architecture import Architecture
 from yoco_u.checksums import verify_checksums, write_checksums
 from yoco_u.config import Config, differences
 from yoco_u.errors import UserError, first_line
-from yoco_u.files import PARTIAL, beside, discard, fresh_folder, naming, publish, read_json, write_json
+from yoco_u.files import PARTIAL, DamagedFile, beside, discard, fresh_folder, naming, publish, read_json, write_json
 from yoco_u.training.checkpoint_reader import load_shards
 from yoco_u.training.distributed import Distributed
 
@@ -88,6 +88,9 @@ class Checkpoints:
         """The checkpoint of the most steps that is not damaged, None if there is none; and what is wrong with later ones.
 
         Damaged ones are renamed. What a killed process left half-written or half-removed is removed.
+
+        Raises:
+            OSError, UserError: if one cannot be opened, which says nothing about what is in it.
         """
 
         def find() -> tuple[Path | None, list[str]]:
@@ -96,10 +99,12 @@ class Checkpoints:
             problems: list[str] = []
             for path in reversed(self._all()):
                 try:
-                    read_state(path)
                     verify_checksums(path, "the checkpoint is set aside")
+                    if not (path / TRAINER).is_file():
+                        raise DamagedFile(f"{path / TRAINER}: the file is missing; the checkpoint is set aside")
+                    read_state(path)
                     return path, problems
-                except UserError as error:
+                except DamagedFile as error:
                     problems.append(str(error))
                     _set_aside(path)
             return None, problems

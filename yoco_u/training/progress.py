@@ -21,12 +21,13 @@ class Reporter(Protocol):
 @contextmanager
 def progress_report(name: str, step: int, steps: int, enabled: bool) -> Iterator[Reporter]:
     """A reporter for a run of `steps` steps that begins or continues at `step`; it is silent unless enabled."""
-    console = Console(stderr=True, quiet=not enabled)
+    console = Console(stderr=True, quiet=not enabled, markup=False)  # names and paths may have brackets
     if not enabled or not console.is_terminal:
         yield _Lines(steps, lambda message: console.print(message, highlight=False, soft_wrap=True))
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:

@@ -145,6 +145,19 @@ class RunFolder:
             load_tokenizer(source).save_pretrained(folder)
             write_checksums(folder)
 
+    def check_teacher(self, teacher: dict[str, str]) -> None:
+        """Raise a UserError if the run that goes on was begun with another teacher in the same place.
+
+        Args:
+            teacher: as `note_start` noted it; earlier versions did not.
+        """
+        first = read_json(self.environment, Environment, Environment(), lambda _: None).model_dump()
+        for key, now in teacher.items():
+            if first.get(key, now) != now:
+                raise UserError(
+                    f"{self.path}: was begun with another {key} in the same place; bring it back, or begin a new run"
+                )
+
     def note_start(self, step: int, environment: dict[str, Any], dataset: str, say: Say) -> None:
         """Write down what the run runs on, and from where. What goes on from `step` goes into the list `resumed` of the first.
 

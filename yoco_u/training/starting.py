@@ -17,9 +17,6 @@ def first_model(config: RunConfig, index: DatasetIndex) -> YocoUForCausalLM:
 
     Args:
         index: of the run's dataset.
-
-    Raises:
-        UserError: if the run starts from a model with another tokenizer than the dataset's.
     """
     if config.start_from is None:
         eot, padding = index.eot_id, load_tokenizer(index.tokenizer).pad_token_id
@@ -27,17 +24,34 @@ def first_model(config: RunConfig, index: DatasetIndex) -> YocoUForCausalLM:
             config.architecture, initializer_range=config.initializer_range,
             bos_token_id=eot, eos_token_id=eot, pad_token_id=eot if padding is None else padding,
         ))  # fmt: skip
-    before, tokenizer = load_model(config.start_from, torch.device("cpu"))
-    if tokenizer.get_vocab() != load_tokenizer(index.tokenizer).get_vocab():
-        raise UserError(
-            f"{index.folder}: was prepared with another tokenizer than that of {config.start_from}; "
-            f"prepare it with data.tokenizer={model_folder(config.start_from)}"
-        )
+    before, _ = load_model(config.start_from, torch.device("cpu"))
     fields = before.config.to_dict() | config.architecture.model_dump(mode="json")
     model = YocoUForCausalLM(YocoUConfig.from_dict(fields | {"num_loops": None}))
     model.load_state_dict(before.state_dict(), strict=False)
     model.generation_config = before.generation_config
     return model
+
+
+def check_tokenizers(config: RunConfig, index: DatasetIndex) -> None:
+    """Check that what a run starts from, and its teacher, mean the tokens of the dataset by their ids.
+
+    Args:
+        index: of the run's dataset.
+
+    Raises:
+        UserError: if one has another tokenizer. A teacher may have further tokens.
+    """
+    own = load_tokenizer(index.tokenizer).get_vocab()
+    models = {config.start_from: True} if config.start_from is not None else {}
+    if config.distillation is not None:
+        models.setdefault(config.distillation.teacher, False)
+    for model, alike in models.items():
+        theirs = read_tokenizer(model).get_vocab()
+        if theirs != own if alike else not own.items() <= theirs.items():
+            raise UserError(
+                f"{index.folder}: was prepared with another tokenizer than that of {model}; "
+                f"prepare it with data.tokenizer={model_folder(model)}"
+            )
 
 
 def check_start(config: RunConfig) -> None:

@@ -21,7 +21,7 @@ from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_v
 from yoco_u.device import check_bfloat16, environment, gemm_rate, multiplies_bfloat16, peak_memory_bytes
 from yoco_u.errors import UserError
 from yoco_u.files import naming, write_json
-from yoco_u.loading import tokenizer_folder
+from yoco_u.loading import tokenizer_folder, weights_digest
 from yoco_u.model.loss import EarlyExit
 from yoco_u.training.checkpoint import Checkpoints, TrainerState, step_name
 from yoco_u.training.config import RunConfig
@@ -36,7 +36,7 @@ from yoco_u.training.parallelize import check_memory, parallelize, unwrap
 from yoco_u.training.progress import progress_report
 from yoco_u.training.rounding import rounded_weights
 from yoco_u.training.run_folder import RunFolder
-from yoco_u.training.starting import check_start, first_model
+from yoco_u.training.starting import check_start, check_tokenizers, first_model
 from yoco_u.training.step import StepResult, TrainingStep, scheduled
 from yoco_u.training.validation import evaluate
 
@@ -81,7 +81,7 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
             if summary is None:
                 with naming(run_folder.path):
                     return _Run(config, run_folder, distributed, progress, damaged).run()
-            console = Console(stderr=True, quiet=not (progress and distributed.is_main))
+            console = Console(stderr=True, quiet=not (progress and distributed.is_main), markup=False)
             console.print(f"{run_folder.path}: the run is finished, at step {summary['steps']}; nothing to do.", soft_wrap=True)
             return summary
 
@@ -121,6 +121,7 @@ class _Run:
         self.index = DatasetIndex.load(path)
         self.distributed.on_main(self.index.verify)
         check_vocabulary(self.index, config.architecture.vocab_size)
+        self.distributed.on_main(lambda: check_tokenizers(config, self.index))
         self.dataset = PackedDataset(path, "train", training.sequence_length, training.seed)
         self.validation = PackedDataset(path, "validation", training.sequence_length, shuffle=False)
         start = config.start_from
@@ -143,11 +144,17 @@ class _Run:
     def _resume(self) -> None:
         self.saved, self.lost = self.checkpoints.newest()
         if self.saved is not None:
+            self.distributed.on_main(lambda: self.folder.check_teacher(self._teacher()))
             self.state = self.checkpoints.load(self.saved, self.model, self.optimizer, self.config.architecture)
             return
         self.state = TrainerState(
             seed=self.config.training.seed, world_size=self.distributed.world_size, architecture=self.config.architecture
         )
+
+    def _teacher(self) -> dict[str, str]:
+        """What tells the teacher of the run from others, if it has one."""
+        teaching = self.config.distillation
+        return {} if teaching is None else {"teacher": weights_digest(teaching.teacher)}
 
     def _measure_machine(self) -> None:
         training, device = self.config.training, self.distributed.device
@@ -155,7 +162,7 @@ class _Run:
         self.gemm_rate = self.distributed.sum(gemm_rate(device, DTYPES[training.dtype]))
         found = environment(device) | {
             "world_size": self.distributed.world_size, "dtype": training.dtype, "gemm_flops_per_second": self.gemm_rate,
-        }  # fmt: skip
+        } | self._teacher()  # fmt: skip
         dataset = self.config.dataset
         self.distributed.on_main(lambda: self.folder.note_start(self.state.step, found, dataset, self.damaged.append))
 

@@ -45,7 +45,7 @@ def reinforce(
 
     Raises:
         UserError: if TRL or PEFT is missing, a problem is damaged, prompts are chats but the model has no chat template, the
-            settings do not fit, or the folder holds something else.
+            settings do not fit, the folder holds something else, or another process trains there; if a reward is not finite.
     """
     trl, lora = runs.needed("trl"), runs.lora(settings)
     rewarded = reward or Matches(settings.pattern)
@@ -61,43 +61,44 @@ def reinforce(
         chat_tokens(tokenizer, prompt)
     data = {"data": [str(file) for file in files], "test": [str(file) for file in test]}
     own = {"model": str(model_path)} | data | {"settings": settings.model_dump(mode="json")}
-    if (finished := runs.begin(folder, own, say)) is not None:
-        return finished
-    say(f"{len(train):,} problems, {len(held_out):,} held out")
-    config = trl.GRPOConfig(
-        **runs.arguments(settings, folder, device),
-        max_steps=settings.steps,
-        num_generations=settings.answers,
-        gradient_accumulation_steps=rows // micro,
-        max_completion_length=settings.max_tokens,
-        lr_scheduler_type="constant",
-    )
+    with runs.begun(folder, own, [train, held_out], say) as finished:
+        if finished is not None:
+            return finished
+        say(f"{len(train):,} problems, {len(held_out):,} held out")
+        config = trl.GRPOConfig(
+            **runs.arguments(settings, folder, device),
+            max_steps=settings.steps,
+            num_generations=settings.answers,
+            gradient_accumulation_steps=rows // micro,
+            max_completion_length=settings.max_tokens,
+            lr_scheduler_type="constant",
+        )
 
-    def rewards(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-        texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
-        return [rewarded(text, right) for text, right in zip(texts, answer, strict=True)]
+        def rewards(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+            texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
+            return [rewarded(text, right) for text, right in zip(texts, answer, strict=True)]
 
-    trainer = trl.GRPOTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list(train), processing_class=tokenizer, peft_config=lora,
-        reward_funcs=rewards, rollout_func=engine_rollouts,
-    )  # fmt: skip
-    if held_out:
-        trainer.add_callback(_Tests(held_out, tokenizer, rewarded, settings, say))
-    logged = runs.train(trainer, tokenizer, folder, say)
-    summary = {
-        "steps": trainer.state.global_step,
-        "problems": len(train),
-        "held_out": len(held_out),
-        "environment": environment(device),
-        "rewards": [
-            {"step": one["step"], "reward": one["reward"], "tokens": one["completions/mean_length"]}
-            for one in logged
-            if "reward" in one
-        ],
-        "tests": [{"step": one["step"], "reward": one[_TEST]} for one in logged if _TEST in one],
-    }
-    write_json(folder / "summary.json", summary)
-    return summary
+        trainer = trl.GRPOTrainer(
+            model=model, args=config, train_dataset=Dataset.from_list(train), processing_class=tokenizer, peft_config=lora,
+            reward_funcs=rewards, rollout_func=engine_rollouts,
+        )  # fmt: skip
+        if held_out:
+            trainer.add_callback(_Tests(held_out, tokenizer, rewarded, settings, say))
+        logged = runs.train(trainer, tokenizer, folder, say)
+        summary = {
+            "steps": trainer.state.global_step,
+            "problems": len(train),
+            "held_out": len(held_out),
+            "environment": environment(device),
+            "rewards": [
+                {"step": one["step"], "reward": one["reward"], "tokens": one["completions/mean_length"]}
+                for one in logged
+                if "reward" in one
+            ],
+            "tests": [{"step": one["step"], "reward": one[_TEST]} for one in logged if _TEST in one],
+        }
+        write_json(folder / "summary.json", summary)
+        return summary
 
 
 _TEST = "held_out_reward"

@@ -1,20 +1,28 @@
 """What runs of TRL's trainers have in common: a folder that says what is trained in it, checkpoints, and going on from them."""
 
+import hashlib
 import importlib
+import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from yoco_u.checksums import verify_checksums, write_checksums
 from yoco_u.data.places import absolute, same_place, seen_from
 from yoco_u.errors import UserError
-from yoco_u.files import claim, read_json, write_json
-from yoco_u.loading import load_model
+from yoco_u.evaluation.finite import non_finite_weight
+from yoco_u.files import DamagedFile, check_part, check_place, claim, read_json, write_json
+from yoco_u.loading import load_model, weights_digest
 from yoco_u.model import YocoUForCausalLM, save_model
 from yoco_u.tuning.settings import TuningSettings
 
@@ -34,28 +42,51 @@ def needed(name: str) -> ModuleType:
         raise UserError(f"fine-tuning needs {name}: pip install 'yoco-u[tuning]'") from None
 
 
-def begin(folder: Path, own: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Claim a folder, and write down what is trained in it.
+@contextmanager
+def begun(
+    folder: Path, own: dict[str, Any], made: Sequence[Any], say: Callable[[str], None]
+) -> Iterator[dict[str, Any] | None]:
+    """Claim a folder for this process, and write down what is trained in it.
 
     Args:
-        say: told of a damaged summary, which is made anew.
+        own: the model's path, the paths of the data, and the settings.
+        made: what training reads, as JSON has it.
+        say: told of a damaged summary, which is made anew, and where nothing is to be done.
 
-    Returns:
+    Yields:
         The summary, where the same was trained to its end before.
 
     Raises:
-        UserError: if it holds something else, or a run of something else.
+        UserError: if it holds something else, or a run of something else, or another process trains there.
     """
     claim(folder, FOLDER)
-    file = folder / "settings.json"
-    if not file.exists():
-        write_json(file, own | {"working_folder": seen_from(folder)})
-        return None
-    before = read_json(file, dict[str, Any])
+    lock, file, summary = FileLock(folder / ".lock"), folder / "settings.json", folder / "summary.json"
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another process is training there; wait for it, or choose another folder") from None
+    with held:
+        data = hashlib.sha256(json.dumps(made).encode()).hexdigest()
+        contents = {"model": weights_digest(own["model"]), "data": data}
+        if file.exists():
+            _check_same(folder, read_json(file, dict[str, Any]), own, contents)
+        else:
+            write_json(file, own | {"contents": contents, "working_folder": seen_from(folder)})
+        finished = read_json(summary, dict[str, Any], {}, say) or None
+        if finished is None:
+            check_part(folder / "model")
+            check_place(summary)
+        else:
+            say(f"{folder}: is finished, at step {finished.get('steps')}; nothing to do")
+        yield finished
+
+
+def _check_same(folder: Path, before: dict[str, Any], own: dict[str, Any], contents: dict[str, str]) -> None:
     begin = folder / str(before.get("working_folder", absolute(os.curdir)))
     for key in (key for key in own if not _same(before.get(key), own[key], begin)):
         raise UserError(f"{folder}: was begun with another {key}; choose another folder, or the same {key}")
-    return read_json(folder / "summary.json", dict[str, Any], {}, say) or None
+    for key in (key for key in contents if before.get("contents", contents).get(key) != contents[key]):
+        raise UserError(f"{folder}: was begun when other things were in {key}; choose another folder")
 
 
 def _same(old: object, new: object, begin: Path) -> bool:
@@ -87,6 +118,7 @@ def arguments(settings: TuningSettings, folder: Path, device: torch.device) -> d
         "save_steps": settings.save_every,
         "save_total_limit": 2,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # which reports a loss of 0 where there is none
         "report_to": [],
         "use_cpu": device.type == "cpu",
         "bf16": device.type == "cuda",
@@ -110,9 +142,12 @@ def train(trainer: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, say: C
 
     Returns:
         What the trainer logged.
+
+    Raises:
+        UserError: if a loss, a gradient, a reward or a weight is not finite.
     """
     trainer.remove_callback(PrinterCallback)  # which writes to standard output
-    trainer.add_callback(_Told(say))
+    trainer.add_callback(_Watched(say))
     checkpoint, state = _newest(folder / "checkpoints", say)
     if checkpoint is not None:
         say(f"continuing from {checkpoint}")
@@ -123,29 +158,41 @@ def train(trainer: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, say: C
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     model = trainer.model
     tuned = model if isinstance(model, YocoUForCausalLM) else model.merge_and_unload()
+    if (name := non_finite_weight(tuned)) is not None:
+        raise UserError(f"{name} holds NaN or infinity after the last step; {_LOWER}")
     save_model(tuned.float(), tokenizer, folder / "model")
     return list(trainer.state.log_history)
 
 
 def _newest(checkpoints: Path, say: Callable[[str], None]) -> tuple[Path, TrainerState] | tuple[None, None]:
-    """The newest checkpoint that was written to its end, which the trainer's state is: its last file."""
+    """The newest checkpoint that is not damaged and was written to its end, which the trainer's state is."""
     found = [folder for folder in checkpoints.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
     for folder in sorted(found, key=lambda one: int(one.name.removeprefix("checkpoint-")), reverse=True):
         try:
+            verify_checksums(folder, "the checkpoint is passed over")
             return folder, TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        except (OSError, ValueError, TypeError):
+        except DamagedFile as error:
+            say(str(error))
+        except (FileNotFoundError, ValueError, TypeError):
             say(f"{folder}: was not written to its end; it is passed over")
     return None, None
 
 
-class _Told(TrainerCallback):
+_LOWER = "lower learning_rate, in another folder"
+
+
+class _Watched(TrainerCallback):
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.global_step % max(1, state.max_steps // 50):
-            return
-        for name in ("reward", "loss"):
-            if logs and name in logs:
-                self._say(f"step {state.global_step}/{state.max_steps}  {name} {float(logs[name]):.3f}")
-                return
+        figures = {name: float(logs[name]) for name in ("reward", "loss", "grad_norm") if logs and name in logs}
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise UserError(f"{name} is {value} in step {state.global_step}; {_LOWER}")
+        if figures and state.global_step % max(1, state.max_steps // 50) == 0:
+            name, value = next(iter(figures.items()))
+            self._say(f"step {state.global_step}/{state.max_steps}  {name} {value:.3f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        write_checksums(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

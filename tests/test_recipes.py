@@ -1,0 +1,51 @@
+"""Recipes overwrite nothing that is not theirs, and say what is wrong in one line, before they compute anything."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "mine", "said"),
+    [
+        ("talk.py", ["--out", "mine"], "mine/thesis", "mine: holds other files"),
+        ("talk.py", ["--minutes", "nan", "--out", "new"], "mine", "--minutes is nan"),
+        ("talk.py", ["--steps", "0", "--out", "new"], "mine", "--steps is 0"),
+        ("arithmetic.py", ["--out", "mine"], "mine/thesis", "mine: holds other files"),
+        (
+            "arithmetic.py",
+            ["--out", "new", "--results", "mine"],
+            "mine/curves.json",
+            "curves.json: is there and was not made by",
+        ),
+        ("healing_curves.py", ["run", "--results", "mine"], "mine/healing.png", "healing.png: is there and was not made by"),
+        ("healing_loops.py", ["--results", "mine"], "mine/loops.json", "loops.json: is there and was not made by"),
+        ("healing_starts.py", ["--out", "mine"], "mine/thesis", "mine: holds other files"),
+        ("needle_corpus.py", ["--out", "mine"], "mine", "mine: is there already"),
+        ("talk_card.py", ["run"], "mine", "run: no run here"),
+    ],
+)
+def test_what_a_user_has_stays(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recipe: str,
+    arguments: list[str],
+    mine: str,
+    said: str,
+) -> None:
+    (tmp_path / mine).parent.mkdir(exist_ok=True)
+    (tmp_path / mine).write_text("years of work")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.setattr(sys, "argv", [recipe, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(RECIPES / recipe), run_name="__main__")
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and line.startswith("error: ") and said in line and line.count("\n") == 1, line
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / mine).read_text() == "years of work"
