@@ -197,6 +197,41 @@ def test_nothing_runs_where_one_request_is_not_possible(llm: LLM) -> None:
         assert_all_free(llm.engine)
 
 
+def test_prompts_and_params_may_be_read_once(llm: LLM) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=length) for length in (3, 5, 4, 6)]
+    expected = [(one.prompt, text_of(one)) for one in llm.generate(PROMPTS, params)]
+    assert [(one.prompt, text_of(one)) for one in llm.generate(iter(PROMPTS), (own for own in params))] == expected
+    assert {update.request.prompt for update in llm.stream(map(str, PROMPTS), GREEDY)} == set(PROMPTS)
+    assert llm.generate(iter(()), GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        (None, None, "prompts is of type NoneType"),
+        (b"def ", None, "prompts is of type bytes"),
+        ({"prompt": "def "}, None, "prompts is of type dict"),
+        (torch.tensor([5, 6]), None, "a prompt is of type Tensor; give a text or a list of token ids"),
+        (["def ", torch.tensor([5, 6])], None, "a prompt is of type Tensor"),
+        (["def ", 5], None, "a prompt is of type int"),
+        (["def ", None], None, "a prompt is of type NoneType"),
+        ([True, False], None, "token True of the prompt is no whole number"),
+        ("a\ud800", None, "no Unicode text: a lone surrogate at character 1"),
+        ("def ", 5, "5 is no SamplingParams"),
+        (["def ", "x"], [GREEDY, None], "None is no SamplingParams"),
+        ("def ", {"max_tokens": 5}, "'max_tokens' is no SamplingParams"),
+        ("def ", SamplingParams(logit_bias={303: 1.0}), "token 303 of logit_bias is not in the vocabulary of 303"),
+        ([5, 6], SamplingParams(logit_bias={303: 1.0}), "token 303 of logit_bias is not in the vocabulary of 303"),
+    ],
+)
+def test_what_is_no_prompt_or_no_params(llm: LLM, prompts: Any, params: Any, message: str) -> None:
+    """One line, and nothing that came before it is left in the engine."""
+    for call in (llm.generate, llm.stream):
+        with pytest.raises(UserError, match=message):
+            call(prompts, params)
+        assert_all_free(llm.engine)
+
+
 SCHEMA = {
     "type": "object",
     "properties": {

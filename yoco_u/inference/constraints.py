@@ -126,8 +126,8 @@ class Grammars:
         A grammar that is known to compile does not wait for others that are being compiled.
 
         Returns:
-            Done when the grammar is known to compile. Or a UserError: if llguidance is not installed, cannot read the tokenizer,
-            or refuses the schema or the expression, or if that takes more time or memory than a grammar may.
+            Done when the grammar is known to compile. Or a UserError: if llguidance is not installed, cannot read the
+            tokenizer, or refuses the schema or the expression, or if that takes more time or memory than a grammar may.
         """
         done: Future[None] = Future()
         try:

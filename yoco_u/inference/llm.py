@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from yoco_u.config import parse
@@ -16,6 +16,8 @@ from yoco_u.inference.settings import EngineSettings
 from yoco_u.loading import load_model, model_folder
 
 Prompt = str | list[int]
+Prompts = Prompt | Iterable[Prompt]
+Params = SamplingParams | Iterable[SamplingParams] | None
 
 
 class LLM:
@@ -37,9 +39,7 @@ class LLM:
         self.engine = Engine(model, tokenizer, chosen, find_exits(model_folder(path), model.config.architecture))
         self._unread: dict[int, deque[Update]] = {}  # by the requests of open streams
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Prompts, params: Params = None) -> list[RequestOutput]:
         """Answer prompts, all at once as far as memory allows.
 
         Args:
@@ -60,9 +60,7 @@ class LLM:
             self._abort(requests)
         return requests
 
-    def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[Update]:
+    def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Update]:
         """The same, token by token as they come; abandoning the iterator aborts what is unfinished.
 
         Several streams may be read in turns, and `generate` called meanwhile.
@@ -91,18 +89,14 @@ class LLM:
             if id(update.request) in self._unread:
                 self._unread[id(update.request)].append(update)
 
-    def _add(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[RequestOutput]:
+    def _add(self, prompts: Prompts, params: Params) -> list[RequestOutput]:
         several = _several(prompts)
-        chosen = [params or SamplingParams()] * len(several) if params is None or isinstance(params, SamplingParams) else params
-        if len(chosen) != len(several):
-            raise UserError(f"{len(several)} prompts came with {len(chosen)} SamplingParams; give one for all or one for each")
+        chosen = _chosen(params, len(several))
         requests: list[RequestOutput] = []
         try:
             for prompt, own in zip(several, chosen, strict=True):
                 requests.append(self.engine.add(prompt, own))
-        except UserError:
+        except BaseException:
             self._abort(requests)
             raise
         return requests
@@ -113,9 +107,22 @@ class LLM:
                 self.engine.abort(request)
 
 
-def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _several(prompts: Prompts) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and all(isinstance(token, int) for token in prompts):
-        return [list(prompts)]  # type: ignore[arg-type]
-    return list(prompts)  # type: ignore[arg-type]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, Mapping)):
+        raise UserError(f"prompts is of type {type(prompts).__name__}; give texts or lists of token ids, or one of them")
+    found: list[Any] = list(prompts)
+    return [found] if found and all(isinstance(token, int) for token in found) else found
+
+
+def _chosen(params: Params, count: int) -> list[SamplingParams]:
+    """The parameters of so many prompts."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    found = list(params) if isinstance(params, Iterable) else [params]
+    for wrong in (one for one in found if not isinstance(one, SamplingParams)):
+        raise UserError(f"{wrong!r:.80} is no SamplingParams; give one for all prompts or one for each")
+    if len(found) != count:
+        raise UserError(f"{count} prompts came with {len(found)} SamplingParams; give one for all or one for each")
+    return found
