@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from yoco_u import YocoUForCausalLM
 from yoco_u.data import train_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.inference import LLM, RequestOutput, SamplingParams, Update
+from yoco_u.inference.step import Step
 
 TEXTS = [
     '{"name": "alpha délta 数 🦉", "age": 17, "tags": ["red", "blue"]}\n',
@@ -184,6 +186,40 @@ def test_an_abandoned_stream_frees_everything(llm: LLM, read: int) -> None:
     assert_all_free(llm.engine)
     if updates:
         assert {one.finish_reason for one in updates[0].request.outputs} == {"abort"}
+
+
+def test_a_stream_that_is_collected_within_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python may do at any moment with one that nobody has any more: the step goes on, and then its requests end."""
+    [expected] = llm.generate(PROMPTS[0], GREEDY)
+    stream = llm.stream(PROMPTS[1:], SamplingParams(max_tokens=30, ignore_eos=True))
+    first = next(stream)
+    run = llm.engine.runner.run
+
+    def collecting(step: Step) -> Any:
+        stream.close()
+        return run(step)
+
+    monkeypatch.setattr(llm.engine.runner, "run", collecting)
+    [found] = llm.generate(PROMPTS[0], GREEDY)
+    assert text_of(found) == text_of(expected)
+    assert first.output.finish_reason == "abort"
+    assert_all_free(llm.engine)
+
+
+def test_several_threads_take_turns(llm: LLM) -> None:
+    expected = {prompt: text_of(llm.generate(prompt, GREEDY)[0]) for prompt in PROMPTS}
+
+    def ask(number: int) -> dict[str, str]:
+        asked = PROMPTS[number:] + PROMPTS[:number]
+        if number % 2:
+            return {prompt: text_of(llm.generate(prompt, GREEDY)[0]) for prompt in asked}
+        updates = list(llm.stream(asked, GREEDY))
+        check_stream(updates, len(asked))
+        return {update.request.prompt or "": update.request.outputs[0].text for update in updates}
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(ask, range(4))) == [expected] * 4
+    assert_all_free(llm.engine)
 
 
 def test_nothing_runs_where_one_request_is_not_possible(llm: LLM) -> None:
