@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import assert_all_free
+from in_fork import check_in_fork
 from models import architecture, build
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
@@ -298,6 +299,21 @@ def test_output_under_grammars_in_one_batch(llm: LLM) -> None:
         assert one.finish_reason == "stop" and re.fullmatch(date, one.text)
     assert len({one.text for one in found[1].outputs}) == 3
     assert text_of(found[3]) == text_of(llm.generate("def ", GREEDY)[0])
+
+
+def test_a_forked_process_and_its_parent_go_on_alike(llm: LLM) -> None:
+    params = SamplingParams(regex="[a-z]{6}[0-9]{6}", seed=1, max_tokens=30)
+    [expected] = llm.generate("def ", params)
+    assert expected.outputs[0].finish_reason == "stop"
+    stream = llm.stream("def ", params)
+    first = next(stream)
+
+    def finish() -> None:
+        assert "".join([first.text, *(update.text for update in stream)]) == text_of(expected)
+        assert text_of(llm.generate("def ", params)[0]) == text_of(expected)
+
+    check_in_fork(finish)
+    finish()
 
 
 def test_grammars_of_requests_that_give_way(folder: Path) -> None:
