@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from in_fork import check_in_fork
 
 from yoco_u.confined.nursery import Confined, Ended, Nursery, Refused
 
@@ -166,3 +167,19 @@ def test_closed_processes_and_nurseries_end() -> None:
     wait_until_gone(pids[0])
     del nursery
     wait_until_gone(pids[1])
+
+
+def test_a_forked_process_has_processes_of_its_own(nursery: Nursery) -> None:
+    """On connections that both have, each would get the other's answers."""
+    process = nursery.new()
+    assert say(process, "greet a") == "hi a"
+    parent = say(process, "parent x")
+
+    def child() -> None:
+        assert process.closed
+        own = nursery.new()
+        assert say(own, "greet b") == "hi b" and say(own, "parent x") != parent
+
+    check_in_fork(child)
+    assert not process.closed and say(process, "all ") == "a x "
+    assert say(nursery.new(), "parent x") == parent

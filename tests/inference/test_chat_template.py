@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_fork import check_in_fork
 
 from yoco_u.data import load_tokenizer, train_tokenizer
 from yoco_u.errors import UserError
@@ -144,3 +145,15 @@ def test_processes_that_were_ended_from_outside_are_replaced() -> None:
         process.ask(b"[]")  # an answer that nobody waits for makes it as unusable as its end does
         assert process.connection.poll(30)
     assert text(PLAIN, CHAT[:1]).endswith("<system>Be short.\n")
+
+
+def test_a_forked_process_does_not_take_part_in_its_parents_chats() -> None:
+    expected = text(PLAIN)
+    assert chat_template._IDLE.qsize() > 0
+
+    def child() -> None:
+        assert chat_template._idle_process() is None
+        assert text(PLAIN) == expected
+
+    check_in_fork(child)
+    assert text(PLAIN) == expected

@@ -1,6 +1,7 @@
 """Schemas and expressions that ask for too much: each is refused or followed, in its own process, and no other notices."""
 
 import socket
+import threading
 from typing import Any
 
 import pytest
@@ -171,6 +172,24 @@ def test_processes_for_outputs_to_come_are_few(grammars: Grammars) -> None:
     for matcher in matchers:
         assert matcher is not None
         matcher.close()
+
+
+def test_what_others_compile_holds_up_neither_known_grammars_nor_the_engine(grammars: Grammars) -> None:
+    """The engine's thread makes the matchers: it must not wait behind grammars that take long to compile."""
+    known = SamplingParams(regex="[0-9]{2}")
+    grammars.matcher(known)
+    go_on = threading.Event()
+    others = [grammars._compilations.submit(go_on.wait) for _ in range(2 * constraints._COMPILATIONS)]
+    try:
+        assert grammars.prepare(known).done()
+        assert not grammars.prepare(SamplingParams(regex="[0-9]{5}")).done()
+        for length, params in ((2, known), (4, SamplingParams(regex="[0-9]{4}"))):
+            matcher = grammars.matcher(params)
+            assert matcher is not None and len(walk(matcher)) == length
+            matcher.close()
+        assert not any(other.done() for other in others)
+    finally:
+        go_on.set()
 
 
 def test_a_schema_that_is_nested_too_deeply_for_python() -> None:

@@ -3,12 +3,14 @@
 import gc
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_runs import assert_all_free
+from in_fork import check_in_fork
 from models import architecture, build
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
@@ -16,6 +18,7 @@ from yoco_u import YocoUForCausalLM
 from yoco_u.data import train_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.inference import LLM, RequestOutput, SamplingParams, Update
+from yoco_u.inference.step import Step
 
 TEXTS = [
     '{"name": "alpha délta 数 🦉", "age": 17, "tags": ["red", "blue"]}\n',
@@ -186,6 +189,40 @@ def test_an_abandoned_stream_frees_everything(llm: LLM, read: int) -> None:
         assert {one.finish_reason for one in updates[0].request.outputs} == {"abort"}
 
 
+def test_a_stream_that_is_collected_within_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python may do at any moment with one that nobody has any more: the step goes on, and then its requests end."""
+    [expected] = llm.generate(PROMPTS[0], GREEDY)
+    stream = llm.stream(PROMPTS[1:], SamplingParams(max_tokens=30, ignore_eos=True))
+    first = next(stream)
+    run = llm.engine.runner.run
+
+    def collecting(step: Step) -> Any:
+        stream.close()
+        return run(step)
+
+    monkeypatch.setattr(llm.engine.runner, "run", collecting)
+    [found] = llm.generate(PROMPTS[0], GREEDY)
+    assert text_of(found) == text_of(expected)
+    assert first.output.finish_reason == "abort"
+    assert_all_free(llm.engine)
+
+
+def test_several_threads_take_turns(llm: LLM) -> None:
+    expected = {prompt: text_of(llm.generate(prompt, GREEDY)[0]) for prompt in PROMPTS}
+
+    def ask(number: int) -> dict[str, str]:
+        asked = PROMPTS[number:] + PROMPTS[:number]
+        if number % 2:
+            return {prompt: text_of(llm.generate(prompt, GREEDY)[0]) for prompt in asked}
+        updates = list(llm.stream(asked, GREEDY))
+        check_stream(updates, len(asked))
+        return {update.request.prompt or "": update.request.outputs[0].text for update in updates}
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(ask, range(4))) == [expected] * 4
+    assert_all_free(llm.engine)
+
+
 def test_nothing_runs_where_one_request_is_not_possible(llm: LLM) -> None:
     for call in (llm.generate, llm.stream):
         with pytest.raises(UserError, match="more than max_model_len 2048"):
@@ -194,6 +231,41 @@ def test_nothing_runs_where_one_request_is_not_possible(llm: LLM) -> None:
             call(["def ", ""])
         with pytest.raises(UserError, match="no text fits it"):
             call("x", SamplingParams(regex="a[^\\s\\S]"))
+        assert_all_free(llm.engine)
+
+
+def test_prompts_and_params_may_be_read_once(llm: LLM) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=length) for length in (3, 5, 4, 6)]
+    expected = [(one.prompt, text_of(one)) for one in llm.generate(PROMPTS, params)]
+    assert [(one.prompt, text_of(one)) for one in llm.generate(iter(PROMPTS), (own for own in params))] == expected
+    assert {update.request.prompt for update in llm.stream(map(str, PROMPTS), GREEDY)} == set(PROMPTS)
+    assert llm.generate(iter(()), GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        (None, None, "prompts is of type NoneType"),
+        (b"def ", None, "prompts is of type bytes"),
+        ({"prompt": "def "}, None, "prompts is of type dict"),
+        (torch.tensor([5, 6]), None, "a prompt is of type Tensor; give a text or a list of token ids"),
+        (["def ", torch.tensor([5, 6])], None, "a prompt is of type Tensor"),
+        (["def ", 5], None, "a prompt is of type int"),
+        (["def ", None], None, "a prompt is of type NoneType"),
+        ([True, False], None, "token True of the prompt is no whole number"),
+        ("a\ud800", None, "no Unicode text: a lone surrogate at character 1"),
+        ("def ", 5, "5 is no SamplingParams"),
+        (["def ", "x"], [GREEDY, None], "None is no SamplingParams"),
+        ("def ", {"max_tokens": 5}, "'max_tokens' is no SamplingParams"),
+        ("def ", SamplingParams(logit_bias={303: 1.0}), "token 303 of logit_bias is not in the vocabulary of 303"),
+        ([5, 6], SamplingParams(logit_bias={303: 1.0}), "token 303 of logit_bias is not in the vocabulary of 303"),
+    ],
+)
+def test_what_is_no_prompt_or_no_params(llm: LLM, prompts: Any, params: Any, message: str) -> None:
+    """One line, and nothing that came before it is left in the engine."""
+    for call in (llm.generate, llm.stream):
+        with pytest.raises(UserError, match=message):
+            call(prompts, params)
         assert_all_free(llm.engine)
 
 
@@ -227,6 +299,21 @@ def test_output_under_grammars_in_one_batch(llm: LLM) -> None:
         assert one.finish_reason == "stop" and re.fullmatch(date, one.text)
     assert len({one.text for one in found[1].outputs}) == 3
     assert text_of(found[3]) == text_of(llm.generate("def ", GREEDY)[0])
+
+
+def test_a_forked_process_and_its_parent_go_on_alike(llm: LLM) -> None:
+    params = SamplingParams(regex="[a-z]{6}[0-9]{6}", seed=1, max_tokens=30)
+    [expected] = llm.generate("def ", params)
+    assert expected.outputs[0].finish_reason == "stop"
+    stream = llm.stream("def ", params)
+    first = next(stream)
+
+    def finish() -> None:
+        assert "".join([first.text, *(update.text for update in stream)]) == text_of(expected)
+        assert text_of(llm.generate("def ", params)[0]) == text_of(expected)
+
+    check_in_fork(finish)
+    finish()
 
 
 def test_grammars_of_requests_that_give_way(folder: Path) -> None:

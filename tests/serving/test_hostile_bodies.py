@@ -153,6 +153,39 @@ async def test_long_texts_are_tokenized_beside_the_event_loop(chat_server: Serve
     assert threads == [False, False, True]
 
 
+LONG = "def " * 251
+
+
+@pytest.mark.parametrize(
+    ("message", "others"),
+    [
+        ({"content": LONG}, {}),
+        ({"name": LONG}, {}),
+        ({"tool_call_id": LONG}, {}),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": LONG}}]}, {}),
+        ({"tool_calls": [{"function": {"name": LONG}}]}, {}),
+        ({}, {"tools": [{"type": "function", "function": {"name": "f", "description": LONG}}]}),
+    ],
+)
+async def test_few_long_chats_are_tokenized_at_once(
+    chat_server: Server, monkeypatch: pytest.MonkeyPatch, message: dict[str, Any], others: dict[str, Any]
+) -> None:
+    """Wherever their text is."""
+    aside, seen = admission.Admission._aside, []
+
+    async def noted(self: admission.Admission, *arguments: Any) -> Any:
+        seen.append(arguments)
+        return await aside(self, *arguments)
+
+    monkeypatch.setattr(admission.Admission, "_aside", noted)
+    monkeypatch.setattr(admission, "_SHORT", 1000)
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"} | message]
+    await chat_server.post("chat/completions", messages=messages, max_tokens=1, **others)
+    assert len(seen) == 1
+    await chat_server.post("chat/completions", messages=messages[:1], max_tokens=1)
+    assert len(seen) == 1
+
+
 async def test_bodies_are_parsed_in_turns(chat_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bodies that come together let everybody else have a turn between two of them."""
     turns, seen = 0, []

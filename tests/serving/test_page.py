@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
@@ -105,6 +106,24 @@ def test_keys_stop_and_begin_anew(page: Page, process: Process) -> None:
     page.keyboard.press("Alt+n")
     expect(page.locator(".answer")).to_have_count(0)
     expect(page.locator("#prompt")).to_be_focused()
+
+
+def test_beginning_anew_within_an_answer_forgets_it(page: Page) -> None:
+    bodies: list[Any] = []
+    page.on("request", lambda request: bodies.append(request.post_data_json) if request.method == "POST" else None)
+    page.locator("#max-tokens").fill("3000")
+    ask(page, "old")
+    expect(page.locator("[data-figure=tokens]")).not_to_have_text("-")
+    page.keyboard.press("Alt+n")
+    expect(page.locator("#send")).to_be_visible()
+    page.locator("#max-tokens").fill("3")
+    ask(page, "new")
+    expect(page.locator("[data-figure=tokens]")).to_have_text("3")
+    ask(page, "newer")
+    expect(page.locator(".answer")).to_have_count(2)
+    asked = [[message["content"] for message in body["messages"]] for body in bodies]
+    assert asked[:2] == [["old"], ["new"]]
+    assert asked[2][0] == "new" and asked[2][2:] == ["newer"]
 
 
 def test_what_a_model_writes_is_never_markup(page: Page) -> None:

@@ -17,6 +17,7 @@ from yoco_u.errors import UserError
 
 _LONGEST_ANSWER = 2**26
 _PATIENCE = 60.0  # seconds: no answer for so long means that the process does not even get to use up its limit
+_STARTED: "weakref.WeakSet[Nursery | Confined]" = weakref.WeakSet()  # by this process
 _RUN = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from yoco_u.confined.process import main; main()"
 
 
@@ -46,6 +47,7 @@ class Nursery:
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
         self._end: Callable[[], object] = lambda: None
+        _STARTED.add(self)
 
     def start(self) -> None:
         """Begin to set the service up, so that the first process need not wait for it.
@@ -73,6 +75,14 @@ class Nursery:
                 self._end()
                 self._hand_over(theirs)
         return Confined(Connection(ours.detach()), self.seconds, self.memory)
+
+    def leave(self) -> None:
+        """In a process that was forked: the nursery starts anew when it is needed, and the parent's stays as it is."""
+        if isinstance(self._end, weakref.finalize):
+            self._end.detach()
+        if self._control is not None:
+            self._control.close()
+        self._lock, self._control, self._end = threading.Lock(), None, lambda: None
 
     def _hand_over(self, connection: socket.socket) -> None:
         self.start()
@@ -114,6 +124,12 @@ class Confined:
     def __init__(self, connection: Connection, seconds: float, memory: int) -> None:
         self.connection = connection
         self._limits = f"more than {seconds:g} s of computing or {memory >> 20} MiB, or crashes"
+        _STARTED.add(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the process is of no use here any more: after `close`, or in a process that was forked."""
+        return self.connection.closed
 
     def ask(self, message: bytes) -> None:
         """Send a message. If the process has ended, `answer` will say so."""
@@ -140,6 +156,18 @@ class Confined:
     def close(self) -> None:
         """Let the process end. One that computes ends when it has used up its seconds, at the latest."""
         self.connection.close()
+
+    leave = close
+
+
+def _leave_to_parent() -> None:
+    """In a process that was forked: answers to it and to its parent would get mixed up on the connections that both have."""
+    for one in list(_STARTED):
+        one.leave()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _end(control: socket.socket, process: "subprocess.Popen[bytes]") -> None:

@@ -122,9 +122,9 @@ def _idle_process() -> Confined | None:
             process = _IDLE.get_nowait()
         except queue.Empty:
             return None
-        if not process.connection.poll():
+        if not process.closed and not process.connection.poll():
             return process
-        process.close()  # it has been ended from outside
+        process.close()  # it has been ended from outside, or is the parent's
 
 
 def _keep(process: Confined) -> None:

@@ -120,22 +120,40 @@ class Grammars:
         self._remembered: OrderedDict[bytes, None] = OrderedDict()  # hashes of grammars that compile
         self._compilations = ThreadPoolExecutor(_COMPILATIONS, "grammar")
 
-    def prepare(self, params: SamplingParams) -> "Future[bytes]":
+    def prepare(self, params: SamplingParams) -> "Future[None]":
         """Compile the grammar of a request, without waiting for it. Any thread may call this.
 
+        A grammar that is known to compile does not wait for others that are being compiled.
+
         Returns:
-            What a `Matcher` needs. Or a UserError: if llguidance is not installed, cannot read the tokenizer, or refuses the
-            schema or the expression, or if that takes more time or memory than a grammar may.
+            Done when the grammar is known to compile. Or a UserError: if llguidance is not installed, cannot read the
+            tokenizer, or refuses the schema or the expression, or if that takes more time or memory than a grammar may.
         """
-        return self._compilations.submit(self._compile, params)
+        done: Future[None] = Future()
+        try:
+            grammar = self._message(params)
+        except UserError as error:
+            done.set_exception(error)
+            return done
+        if not self._knows(grammar):
+            return self._compilations.submit(self._compile, params, grammar)
+        done.set_result(None)
+        return done
 
     def matcher(self, params: SamplingParams) -> Matcher | None:
         """A matcher at the beginning of an output; None if the request has no grammar.
 
+        A grammar that was not prepared is compiled here and now, whatever `prepare` still has to do.
+
         Raises:
             UserError: as of `prepare`.
         """
-        return Matcher(self, self.prepare(params).result()) if params.constrained else None
+        if not params.constrained:
+            return None
+        grammar = self._message(params)
+        if not self._knows(grammar):
+            self._compile(params, grammar)
+        return Matcher(self, grammar)
 
     def follow(self, output: Followed, grammar: bytes) -> Follower:
         """Ask a process that may be new for the mask of an output."""
@@ -166,16 +184,28 @@ class Grammars:
             if left <= 0 and not readable:
                 return
 
-    def _compile(self, params: SamplingParams) -> bytes:
+    def _message(self, params: SamplingParams) -> bytes:
+        """The grammar of a request as its process is told it.
+
+        Raises:
+            UserError: if it is too long, or nested too deeply.
+        """
         kind, text = self._text(params)
         if len(text) > _LONGEST:
             problem = f"it has {len(text)} characters, at most {_LONGEST} may be used"
             raise _refusal(params, text, problem)
-        grammar = json.dumps({"kind": kind, "text": text}).encode()
-        key = _hash(grammar)
+        return json.dumps({"kind": kind, "text": text}).encode()
+
+    def _knows(self, grammar: bytes) -> bool:
+        """Whether a grammar is known to compile."""
         with self._lock:
-            if key in self._remembered:
-                return grammar
+            known = (key := _hash(grammar)) in self._remembered
+            if known:
+                self._remembered.move_to_end(key)
+            return known
+
+    def _compile(self, params: SamplingParams, grammar: bytes) -> None:
+        key = _hash(grammar)
         try:
             follower = Follower(self._new_process(), grammar)
         except UserError as error:
@@ -184,13 +214,12 @@ class Grammars:
             follower.compile()
         except (Refused, Ended) as error:
             follower.end()
-            raise _refusal(params, text, str(error)) from None
+            raise _refusal(params, json.loads(grammar)["text"], str(error)) from None
         with self._lock:
             self._remembered[key] = None
             if len(self._remembered) > _REMEMBERED:
                 self._remembered.popitem(last=False)
             self._keep(key, follower)
-        return grammar
 
     def _text(self, params: SamplingParams) -> tuple[str, str]:
         """The kind of a grammar, and its text."""

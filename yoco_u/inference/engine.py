@@ -19,6 +19,7 @@ from yoco_u.inference.kernels.gpu import require_triton
 from yoco_u.inference.model_limits import check_memory, check_one_loop_count, end_tokens
 from yoco_u.inference.outputs import BROKEN_LOGITS, Completion, RequestOutput, Update, joined
 from yoco_u.inference.prepacking import can_prepack, prepack
+from yoco_u.inference.prompts import prompt_tokens
 from yoco_u.inference.request import Request
 from yoco_u.inference.runner import Runner
 from yoco_u.inference.running_output import RunningOutput
@@ -142,7 +143,8 @@ class Engine:
         Raises:
             UserError: if the request is not possible, with the numbers; nothing is queued then.
         """
-        tokens = self._tokens(prompt, params)
+        self._check_params(params)
+        tokens = prompt_tokens(prompt, self._encoder, self.architecture.vocab_size)
         self.speculation.check(params.drafts)
         loops, threshold = self._loops(params)
         name = next(str(n) for n in self._numbers if str(n) not in self._outputs) if request_id is None else request_id
@@ -337,23 +339,6 @@ class Engine:
                 for sibling in self._siblings.pop(first):
                     if sibling.completion.finish_reason is None:
                         self.scheduler.add(sibling.request)
-
-    def _tokens(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
-        if isinstance(prompt, str):
-            if self._encoder is None:
-                raise UserError("the prompt is a text, but there is no tokenizer; give token ids")
-            if not prompt:
-                raise UserError("the prompt is empty; give at least one character")
-            return [int(token) for token in self._encoder.encode([prompt])[0]]
-        if not prompt:
-            raise UserError("the prompt is empty; give at least one token")
-        for token in prompt:
-            if not isinstance(token, int):
-                raise UserError(f"token {token!r} of the prompt is no whole number; give token ids")
-            if not 0 <= token < self.architecture.vocab_size:
-                raise UserError(f"token {token} of the prompt is not in the vocabulary of {self.architecture.vocab_size}")
-        self._check_params(params)
-        return list(prompt)
 
     def _check_params(self, params: SamplingParams) -> None:
         if (token := max(params.logit_bias, default=0)) >= self.architecture.vocab_size:

@@ -34,11 +34,10 @@ class Follower:
 
     Attributes:
         compiled: whether the grammar is known to compile.
-        ended: whether the process has ended.
     """
 
     def __init__(self, confined: Confined, grammar: bytes) -> None:
-        self.compiled = self.ended = False
+        self.compiled = False
         self._confined = confined
         self._known: dict[Followed, int] = {}  # how many tokens of an output the process knows
         self._waiting: deque[Followed | None] = deque([None])  # for answers; the first says that the grammar compiles
@@ -48,6 +47,11 @@ class Follower:
     def connection(self) -> Connection:
         """Where the answers come from."""
         return self._confined.connection
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process has ended, or is the parent's of a process that was forked."""
+        return self._confined.closed
 
     @property
     def idle(self) -> bool:
@@ -99,7 +103,6 @@ class Follower:
 
     def end(self) -> None:
         """End the process."""
-        self.ended = True
         self._confined.close()
 
     def _fail(self, error: str) -> None:

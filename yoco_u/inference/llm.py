@@ -1,8 +1,10 @@
 """`LLM("path").generate(prompts, SamplingParams(...))`."""
 
 import os
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from yoco_u.config import parse
@@ -16,10 +18,12 @@ from yoco_u.inference.settings import EngineSettings
 from yoco_u.loading import load_model, model_folder
 
 Prompt = str | list[int]
+Prompts = Prompt | Iterable[Prompt]
+Params = SamplingParams | Iterable[SamplingParams] | None
 
 
 class LLM:
-    """A model that is ready to answer.
+    """A model that is ready to answer. Several threads may use one; they take turns, step by step.
 
     Args:
         path: a run folder or a saved model.
@@ -35,11 +39,11 @@ class LLM:
         place = find_device(device)
         model, tokenizer = load_model(path, place, chosen.torch_dtype(place))
         self.engine = Engine(model, tokenizer, chosen, find_exits(model_folder(path), model.config.architecture))
+        self._lock = threading.Lock()  # held by whoever uses the engine
         self._unread: dict[int, deque[Update]] = {}  # by the requests of open streams
+        self._abandoned: deque[RequestOutput] = deque()  # to be aborted when nobody uses the engine
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Prompts, params: Params = None) -> list[RequestOutput]:
         """Answer prompts, all at once as far as memory allows.
 
         Args:
@@ -54,68 +58,105 @@ class LLM:
         """
         requests = self._add(prompts, params)
         try:
-            while not all(request.finished for request in requests):
-                self._step()
+            while self._step(requests):
+                pass
         finally:
             self._abort(requests)
         return requests
 
-    def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[Update]:
+    def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Update]:
         """The same, token by token as they come; abandoning the iterator aborts what is unfinished.
 
         Several streams may be read in turns, and `generate` called meanwhile.
         """
-        updates = self._updates(self._add(prompts, params))
+        unread: deque[Update] = deque()
+        updates = self._updates(self._add(prompts, params, unread), unread)
         next(updates)  # it has begun, so that it ends its requests even if nothing is ever read
         return updates
 
-    def _updates(self, requests: list[RequestOutput]) -> Iterator[Update]:
-        unread: deque[Update] = deque()
+    def _updates(self, requests: list[RequestOutput], unread: deque[Update]) -> Iterator[Update]:
         try:
-            self._unread |= {id(request): unread for request in requests}
             yield  # type: ignore[misc]
-            while unread or not all(request.finished for request in requests):
+            goes_on = True
+            while goes_on or unread:
                 if unread:
                     yield unread.popleft()
                 else:
-                    self._step()
+                    goes_on = self._step(requests)
         finally:
             for request in requests:
                 del self._unread[id(request)]
             self._abort(requests)
 
-    def _step(self) -> None:
-        for update in self.engine.step():
-            if id(update.request) in self._unread:
-                self._unread[id(update.request)].append(update)
+    def _step(self, requests: list[RequestOutput]) -> bool:
+        """Run a step of the engine, unless these requests have all ended; whether it was run."""
+        with self._turn():
+            if all(request.finished for request in requests):
+                return False
+            for update in self.engine.step():
+                if (unread := self._unread.get(id(update.request))) is not None:
+                    unread.append(update)
+            return True
 
-    def _add(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[RequestOutput]:
+    def _add(self, prompts: Prompts, params: Params, unread: deque[Update] | None = None) -> list[RequestOutput]:
+        """Queue requests, whose updates are kept in `unread`."""
         several = _several(prompts)
-        chosen = [params or SamplingParams()] * len(several) if params is None or isinstance(params, SamplingParams) else params
-        if len(chosen) != len(several):
-            raise UserError(f"{len(several)} prompts came with {len(chosen)} SamplingParams; give one for all or one for each")
+        chosen = _chosen(params, len(several))
         requests: list[RequestOutput] = []
-        try:
-            for prompt, own in zip(several, chosen, strict=True):
-                requests.append(self.engine.add(prompt, own))
-        except UserError:
-            self._abort(requests)
-            raise
+        with self._turn():
+            try:
+                for prompt, own in zip(several, chosen, strict=True):
+                    requests.append(self.engine.add(prompt, own))
+            except BaseException:
+                self._abandoned.extend(requests)
+                raise
+            if unread is not None:
+                self._unread |= {id(request): unread for request in requests}
         return requests
 
     def _abort(self, requests: list[RequestOutput]) -> None:
-        for request in requests:
-            if not request.finished:
-                self.engine.abort(request)
+        """End what is unfinished, now or when the engine is not in use.
+
+        Python may collect an abandoned stream at any moment, also within a step.
+        """
+        self._abandoned.extend(request for request in requests if not request.finished)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._end_abandoned()
+            finally:
+                self._lock.release()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The engine is used by one thread at a time."""
+        with self._lock:
+            self._end_abandoned()
+            try:
+                yield
+            finally:
+                self._end_abandoned()
+
+    def _end_abandoned(self) -> None:
+        while self._abandoned:
+            self.engine.abort(self._abandoned.popleft())
 
 
-def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _several(prompts: Prompts) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and all(isinstance(token, int) for token in prompts):
-        return [list(prompts)]  # type: ignore[arg-type]
-    return list(prompts)  # type: ignore[arg-type]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, Mapping)):
+        raise UserError(f"prompts is of type {type(prompts).__name__}; give texts or lists of token ids, or one of them")
+    found: list[Any] = list(prompts)
+    return [found] if found and all(isinstance(token, int) for token in found) else found
+
+
+def _chosen(params: Params, count: int) -> list[SamplingParams]:
+    """The parameters of so many prompts."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    found = list(params) if isinstance(params, Iterable) else [params]
+    for wrong in (one for one in found if not isinstance(one, SamplingParams)):
+        raise UserError(f"{wrong!r:.80} is no SamplingParams; give one for all prompts or one for each")
+    if len(found) != count:
+        raise UserError(f"{count} prompts came with {len(found)} SamplingParams; give one for all or one for each")
+    return found

@@ -171,11 +171,13 @@ class Admission:
         messages = [_for_template(one, parsed=not writes_out) for one in body.messages]
         tools = [tool.for_template() for tool in body.offered]
         try:
-            is_short = sum(len(one["content"]) for one in messages) + len(json.dumps(tools)) <= _SHORT
+            # All of it, as the template may show more than contents: names, and the arguments of calls.
+            is_short = len(json.dumps([messages, tools], ensure_ascii=False)) <= _SHORT
             if writes_out:
                 messages, tools = written_out(messages, tools), []
         except RecursionError:
-            raise ApiError(400, "tools: a schema is nested too deeply", param="tools") from None
+            param = "tools" if tools else "messages"
+            raise ApiError(400, f"{param}: a part is nested too deeply", param=param) from None
         try:
             if is_short:
                 return await asyncio.to_thread(chat_tokens, self._tokenizer, messages, tools)

@@ -91,6 +91,7 @@ async function send(text) {
   running = null;
   setBusy(false);
   for (const result of results) if (result.reason instanceof ApiError && result.reason.status === 401) askForKey();
+  if (!turn.isConnected) return; // the page has begun anew, without this turn
   finish(text, answers, asked);
   grown();
 }
@@ -114,7 +115,7 @@ function finish(text, answers, asked) {
   };
   if (written.length) keep(written[0]);
   if (written.length > 1) for (const answer of written) answer.offer("Go on with this one", () => keep(answer));
-  if (!written.length) $("prompt").value = text;
+  if (!written.length && !$("prompt").value) $("prompt").value = text;
 }
 
 function setBusy(busy) {
