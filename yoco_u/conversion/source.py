@@ -147,6 +147,8 @@ def _assemble(
     generation: GenerationConfig | None,
 ) -> Source:
     architecture = architecture_of(config, name)
+    if architecture.tie_word_embeddings and _has_own_head(weights):
+        architecture = architecture.model_copy(update={"tie_word_embeddings": False})
     begin_with_end_of_text(tokenizer)
     if (needed := vocabulary_size(tokenizer)) > architecture.vocab_size:
         raise UserError(f"{name}: the tokenizer has ids up to {needed - 1}, but the vocabulary has {architecture.vocab_size}")
@@ -160,12 +162,12 @@ def _assemble(
     for theirs, mine in tensor_names(architecture):
         if theirs not in weights:
             raise UserError(f"{name}: the tensor {theirs} is missing; the checkpoint is incomplete or of another family")
-        tensor, shape = weights[theirs], expected[mine].shape
+        tensor, shape = weights[theirs].float(), expected[mine].shape
         if tensor.shape != shape:
             raise UserError(f"{name}: the tensor {theirs} has shape {tuple(tensor.shape)}; the config says {tuple(shape)}")
         if not tensor.isfinite().all():
             raise UserError(f"{name}: the tensor {theirs} has values that are not finite; the checkpoint is damaged")
-        found[mine] = tensor.float()
+        found[mine] = tensor
     unknown = weights.keys() - {theirs for theirs, _ in tensor_names(architecture)} - {"lm_head.weight"}
     if left := sorted(name for name in unknown if not name.endswith("rotary_emb.inv_freq")):
         raise UserError(f"{name}: the tensor {left[0]} is none of its family; {len(left)} tensors would be lost")
@@ -173,6 +175,12 @@ def _assemble(
     model.tie_weights()
     dtype = weights["model.embed_tokens.weight"].dtype
     return Source(name, model.eval(), tokenizer, dtype, generation)
+
+
+def _has_own_head(weights: dict[str, Tensor]) -> bool:
+    """Whether an LM head is there that is not the embedding; transformers goes by this, and not by the config alone."""
+    head, embedding = (weights.get(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
+    return head is not None and embedding is not None and not torch.equal(head, embedding)
 
 
 def _generation(folder: Path) -> GenerationConfig | None:
