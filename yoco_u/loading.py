@@ -99,26 +99,26 @@ def load_model(
             tokenizer.
     """
     import torch
-    from transformers.utils import logging
 
     from yoco_u.data import load_tokenizer, vocabulary_size
     from yoco_u.model import YocoUConfig, YocoUForCausalLM
+    from yoco_u.model.saving import check_weights, quiet_transformers
 
     folder = model_folder(path)
     verify_checksums(folder, f"copy it again, or train again; if you changed it on purpose, remove {SUMS}")
     read_config(folder)
-    logging.disable_progress_bar()
     try:
-        config = YocoUConfig.from_pretrained(folder)
-        model, info = YocoUForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype or torch.float32, output_loading_info=True, trust_remote_code=False
-        )
+        with quiet_transformers():
+            config = YocoUConfig.from_pretrained(folder)
+            check_weights(folder, config)
+            kwargs = {"config": config, "dtype": dtype or torch.float32, "trust_remote_code": False}
+            model = YocoUForCausalLM.from_pretrained(folder, **kwargs)
     except UserError:
         raise
     except Exception as error:  # safetensors, json and transformers raise nearly anything on damaged files
         raise UserError(f"{folder}: cannot load the model ({first_line(error)}); the folder is damaged") from None
-    if info["missing_keys"]:
-        raise UserError(f"{folder}: the weights lack {min(info['missing_keys'])}; the folder is damaged")
+    if config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
+        raise UserError(f"{folder}: the config ties the LM head to the embedding, but it is another; set tie_word_embeddings to false")
     tokenizer = load_tokenizer(tokenizer_folder(folder))
     if (needed := vocabulary_size(tokenizer)) > config.vocab_size:
         raise UserError(

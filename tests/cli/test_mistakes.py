@@ -1,6 +1,7 @@
 """What users get wrong: one line on stderr, exit status 2, nothing on stdout."""
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -115,6 +116,37 @@ def test_damaged_config_and_tokenizer(run: Any, workspace: Path, tmp_path: Path)
     assert "'llama'" in run("generate", model, "--prompt", "a").error
     (model / "config.json").write_text("{")
     assert "damaged" in run("generate", model, "--prompt", "a").error
+
+
+@pytest.mark.parametrize(
+    ("edited", "part"),
+    [
+        ({"window": "8"}, "Field 'window'"),
+        ({"vocab_size": 301}, "has shape (300, 32), but config.json says (301, 32)"),
+        ({"intermediate_size": 10**9}, "but config.json says"),
+        ({"qk_norm": True}, "the weights lack model.global_kv.k_norm.weight"),
+        ({"stages": [{"attention": "sliding", "layers": 2}, {"attention": "cross", "layers": 1}]}, "stages.1.layers.1"),
+        ({"tie_word_embeddings": True}, "ties the LM head to the embedding, but it is another"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "no key 'rope_parameters'"),
+        ({"num_hidden_layers": 2}, "set the layers of stages"),
+    ],
+    ids=str,
+)
+def test_configs_that_their_weights_do_not_fit(
+    run: Any, workspace: Path, tmp_path: Path, edited: dict[str, Any], part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line, without the table that transformers writes, and without initialising or leaving out anything."""
+    model = damaged(workspace, tmp_path)
+    (model / SUMS).unlink()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | edited))
+    transformers_log = logging.getLogger("transformers")
+    transformers_log.addHandler(caplog.handler)
+    try:
+        assert part in run("generate", model, "--prompt", "a").error
+    finally:
+        transformers_log.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
