@@ -118,7 +118,9 @@ def load_model(
     except Exception as error:  # safetensors, json and transformers raise nearly anything on damaged files
         raise UserError(f"{folder}: cannot load the model ({first_line(error)}); the folder is damaged") from None
     if config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
-        raise UserError(f"{folder}: the config ties the LM head to the embedding, but it is another; set tie_word_embeddings to false")
+        raise UserError(
+            f"{folder}: the config ties the LM head to the embedding, but it is another; set tie_word_embeddings to false"
+        )
     tokenizer = load_tokenizer(tokenizer_folder(folder))
     if (needed := vocabulary_size(tokenizer)) > config.vocab_size:
         raise UserError(

@@ -133,8 +133,8 @@ def check_unfilled(cache: YocoUCache | None) -> None:
     """
     if cache is not None and cache.get_seq_length():
         raise UserError(
-            "past_key_values is filled, but gradient checkpointing runs blocks again, which a cache cannot take; call the model "
-            "under torch.no_grad(), or in evaluation mode"
+            "past_key_values is filled, but gradient checkpointing runs blocks again, which a cache cannot take; call the "
+            "model under torch.no_grad(), or in evaluation mode"
         )
 
 
