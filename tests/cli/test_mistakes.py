@@ -32,6 +32,7 @@ def test_unknown_key_names_the_nearest(run: Any, workspace: Path) -> None:
         (["architecture.window=0"], "window"),
         (["architecture.vocab_size=260"], "vocab_size"),
         (["training.device=abacus"], "abacus"),
+        (["data.vocab_size=1000000000"], "less than or equal to 1000000"),  # whose trainer would take 70 GB before any text
     ],
 )
 def test_wrong_settings(run: Any, workspace: Path, tmp_path: Path, overrides: list[str], part: str) -> None:
