@@ -140,7 +140,8 @@ class PackedDataset:
             raise UserError(f"{self.index.folder}: the dataset is damaged ({error}); remove it and prepare it again") from None
         if size != expected:
             raise UserError(
-                f"{tokens}: {size} bytes, expected {expected} for {shard.tokens} tokens; remove the dataset and prepare it again"
+                f"{tokens}: {size} bytes, expected {expected} for {shard.tokens} tokens; "
+                "remove the dataset and prepare it again"
             )
         if found.shape != (shard.documents + 1,) or found[-1] != shard.tokens:
             raise UserError(f"{offsets}: does not fit the index; remove the dataset and prepare it again")

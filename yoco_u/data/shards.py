@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from yoco_u.data.index import Shard, Split, SplitName
 from yoco_u.errors import UserError
 
-
 _OPEN_FILES = 64
 
 
