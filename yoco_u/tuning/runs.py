@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from yoco_u.data.places import absolute, same_place, seen_from
 from yoco_u.errors import UserError
+from yoco_u.evaluation.finite import non_finite_weight
 from yoco_u.files import claim, read_json, write_json
 from yoco_u.loading import load_model
 from yoco_u.model import YocoUForCausalLM, save_model
@@ -87,6 +88,7 @@ def arguments(settings: TuningSettings, folder: Path, device: torch.device) -> d
         "save_steps": settings.save_every,
         "save_total_limit": 2,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # which would tell the loss before instead of one that is not finite
         "report_to": [],
         "use_cpu": device.type == "cpu",
         "bf16": device.type == "cuda",
@@ -110,6 +112,9 @@ def train(trainer: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, say: C
 
     Returns:
         What the trainer logged.
+
+    Raises:
+        UserError: if a weight is not finite in the end.
     """
     trainer.remove_callback(PrinterCallback)  # which writes to standard output
     trainer.add_callback(_Told(say))
@@ -123,6 +128,8 @@ def train(trainer: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, say: C
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     model = trainer.model
     tuned = model if isinstance(model, YocoUForCausalLM) else model.merge_and_unload()
+    if (damaged := non_finite_weight(tuned)) is not None:
+        raise UserError(f"training diverged: {damaged} holds NaN or infinity; lower learning_rate, in another folder")
     save_model(tuned.float(), tokenizer, folder / "model")
     return list(trainer.state.log_history)
 

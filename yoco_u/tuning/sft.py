@@ -11,7 +11,7 @@ from yoco_u.errors import UserError
 from yoco_u.files import write_json
 from yoco_u.model.loss import IGNORED
 from yoco_u.tuning import runs
-from yoco_u.tuning.chats import examples, read_chats
+from yoco_u.tuning.chats import Example, examples, read_chats
 from yoco_u.tuning.settings import SFTSettings
 
 
@@ -35,7 +35,7 @@ def fine_tune(
 
     Raises:
         UserError: if TRL or PEFT is missing, there is no chat, one is damaged, the model has no chat template, the settings do
-            not fit, or the folder holds something else.
+            not fit, length cuts every answer, the folder holds something else, or training diverges.
     """
     trl, lora = runs.needed("trl"), runs.lora(settings)
     batch, micro = settings.batch_rows, settings.micro_batch_rows
@@ -43,9 +43,13 @@ def fine_tune(
         raise UserError(f"micro_batch_rows {micro} does not divide the {batch} rows of a step; choose a divisor of batch_rows")
     device = find_device("auto")
     model, tokenizer = runs.load(model_path, settings, device)
-    made = list(examples(read_chats(files), tokenizer))
-    if not made:
+    whole = list(examples(read_chats(files), tokenizer))
+    if not whole:
         raise UserError(f"no chat in {', '.join(map(str, files)) or 'no file'}; give files of JSON lines with messages")
+    cut = (Example(one.input_ids[: settings.length], one.assistant[: settings.length]) for one in whole)
+    made = [one for one in cut if any(one.assistant)]
+    if not made:
+        raise UserError(f"length {settings.length} cuts every chat before its answer; raise it", "length")
     own = {"model": str(model_path), "data": [str(file) for file in files], "settings": settings.model_dump(mode="json")}
     if (finished := runs.begin(folder, own, say)) is not None:
         return finished
@@ -55,6 +59,9 @@ def fine_tune(
         "assistant_tokens": sum(sum(one.assistant) for one in made),
     }
     say(f"{counts['chats']:,} chats, {counts['tokens']:,} tokens, {counts['assistant_tokens']:,} of them the assistant's")
+    if longer := sum(len(one.input_ids) > settings.length for one in whole):
+        lost = sum(sum(one.assistant) for one in whole) - counts["assistant_tokens"]
+        say(f"{longer:,} chats are longer than {settings.length:,} tokens and cut there, by {lost:,} of the assistant's tokens")
     rows = Dataset.from_list(
         [
             {
