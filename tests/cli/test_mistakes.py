@@ -193,6 +193,21 @@ def test_evaluate(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert "bad.jsonl:2" in run("evaluate", workspace / "a", tmp_path / "bad.jsonl").error
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("needles", "RUN", "--lengths", "512,512"),
+        ("bench", "--contexts", "64,64"),
+        ("train", "CONFIG", "training.evaluate_loops=[2,2]"),
+    ],
+    ids=" ".join,
+)
+def test_values_that_are_there_twice(run: Any, workspace: Path, line: tuple[str, ...]) -> None:
+    """They would be measured twice, and the tables show one of them, or both in columns of others."""
+    places = {"RUN": workspace / "a", "CONFIG": workspace / "config.yaml"}
+    assert "expected each value once" in run(*(places.get(part, part) for part in line)).error
+
+
 def test_tasks_have_a_command_of_their_own(run: Any, workspace: Path) -> None:
     assert "run yoco-u tasks RUN_OR_MODEL TASKS" in run("evaluate", workspace / "a", "--tasks", "piqa", "--limit", 3).error
     assert "run yoco-u tasks RUN_OR_MODEL TASKS" in run("evaluate", workspace / "a", "--limit", 3, "--tasks=piqa").error

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
-from yoco_u.config import Config, Seed, merged
+from yoco_u.config import Config, EachOnce, Seed, merged
 from yoco_u.evaluation.levels import ANSWERS
 from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.inference import SamplingParams
@@ -131,9 +131,9 @@ class Experiment(Config):
     models: dict[str, ModelPlan] = Field(min_length=1)
     sizes: dict[str, dict[str, Any]] = {}
     vary: Vary = {}
-    tokens: tuple[PositiveInt, ...] = ()
-    tokens_per_parameter: tuple[PositiveInt, ...] = ()
-    seeds: tuple[Seed, ...] = ()
+    tokens: Annotated[tuple[PositiveInt, ...], EachOnce] = ()
+    tokens_per_parameter: Annotated[tuple[PositiveInt, ...], EachOnce] = ()
+    seeds: Annotated[tuple[Seed, ...], EachOnce] = ()
     match: Matches = ()
     samples: Samples | None = None
     measures: Measures | None = None
@@ -148,10 +148,6 @@ class Experiment(Config):
 
     @model_validator(mode="after")
     def _axes(self) -> "Experiment":
-        for axis in ("tokens", "tokens_per_parameter", "seeds"):
-            values = getattr(self, axis)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{axis} names {', '.join(map(str, values))}; expected each value once")
         if self.tokens and self.tokens_per_parameter:
             raise ValueError("tokens and tokens_per_parameter are both given; they are one axis, keep one of them")
         return self
