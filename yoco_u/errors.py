@@ -20,8 +20,9 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or the name of its class if it has no message."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """The first line of an exception's message, with the next one behind a colon, or its class's name without a message."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {more[0]}" if first.endswith(":") and more else first
 
 
 def said_of(error: BaseException) -> str:

@@ -100,28 +100,29 @@ def load_model(
             tokenizer, or adapters lie beside it.
     """
     import torch
-    from transformers.utils import logging
 
     from yoco_u.data import load_tokenizer, vocabulary_size
     from yoco_u.model import YocoUConfig, YocoUForCausalLM
+    from yoco_u.model.saving import check_weights, quiet_transformers
 
     folder = model_folder(path)
     check_adapters(folder)
     verify_checksums(folder, f"copy it again, or train again; if you changed it on purpose, remove {SUMS}")
     read_config(folder)
-    logging.disable_progress_bar()
     try:
-        config = YocoUConfig.from_pretrained(folder)
-        check_depth(config.architecture, _count_tensors(folder), folder)
-        model, info = YocoUForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype or torch.float32, output_loading_info=True, trust_remote_code=False
-        )
+        with quiet_transformers():
+            config = YocoUConfig.from_pretrained(folder)
+            check_weights(folder, config)
+            kwargs = {"config": config, "dtype": dtype or torch.float32, "trust_remote_code": False}
+            model = YocoUForCausalLM.from_pretrained(folder, **kwargs)
     except UserError:
         raise
     except Exception as error:  # safetensors, json and transformers raise nearly anything on damaged files
         raise UserError(f"{folder}: cannot load the model ({first_line(error)}); the folder is damaged") from None
-    if info["missing_keys"]:
-        raise UserError(f"{folder}: the weights lack {min(info['missing_keys'])}; the folder is damaged")
+    if config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
+        raise UserError(
+            f"{folder}: the config ties the LM head to the embedding, but it is another; set tie_word_embeddings to false"
+        )
     tokenizer = load_tokenizer(tokenizer_folder(folder))
     if (needed := vocabulary_size(tokenizer)) > config.vocab_size:
         raise UserError(
@@ -142,29 +143,6 @@ def check_adapters(folder: Path) -> None:
     """
     if (file := folder / "adapter_config.json").exists():
         raise UserError(f"{file}: adapters lie beside the weights; merge them (PEFT's merge_and_unload) or move them away")
-
-
-def check_depth(architecture: Architecture, tensors: int, name: object) -> None:
-    """Refuse a config with more layers than there are tensors, before they are made: no weight would be found for most.
-
-    Raises:
-        UserError: if there are more; it begins with `name`.
-    """
-    layers = sum(stage.layers for stage in architecture.stages)
-    if layers > tensors:
-        raise UserError(f"{name}: the config has {layers:,} layers, but the weights have {tensors:,} tensors; it is damaged")
-
-
-def _count_tensors(folder: Path) -> int:
-    from safetensors import safe_open
-
-    count, files = 0, list(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError("there is no *.safetensors file")
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            count += len(opened.keys())
-    return count
 
 
 def weights_digest(path: str | os.PathLike[str]) -> str:

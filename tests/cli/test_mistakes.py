@@ -1,6 +1,7 @@
 """What users get wrong: one line on stderr, exit status 2, nothing on stdout."""
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ def test_unknown_key_names_the_nearest(run: Any, workspace: Path) -> None:
         (["architecture.window=0"], "window"),
         (["architecture.vocab_size=260"], "vocab_size"),
         (["training.device=abacus"], "abacus"),
+        (["data.vocab_size=1000000000"], "less than or equal to 1000000"),  # whose trainer would take 70 GB before any text
     ],
 )
 def test_wrong_settings(run: Any, workspace: Path, tmp_path: Path, overrides: list[str], part: str) -> None:
@@ -118,6 +120,37 @@ def test_damaged_config_and_tokenizer(run: Any, workspace: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("edited", "part"),
+    [
+        ({"window": "8"}, "Field 'window'"),
+        ({"vocab_size": 301}, "has shape (300, 32), but config.json says (301, 32)"),
+        ({"intermediate_size": 10**9}, "but config.json says"),
+        ({"qk_norm": True}, "the weights lack model.global_kv.k_norm.weight"),
+        ({"stages": [{"attention": "sliding", "layers": 2}, {"attention": "cross", "layers": 1}]}, "stages.1.layers.1"),
+        ({"tie_word_embeddings": True}, "ties the LM head to the embedding, but it is another"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "no key 'rope_parameters'"),
+        ({"num_hidden_layers": 2}, "set the layers of stages"),
+    ],
+    ids=str,
+)
+def test_configs_that_their_weights_do_not_fit(
+    run: Any, workspace: Path, tmp_path: Path, edited: dict[str, Any], part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line, without the table that transformers writes, and without initialising or leaving out anything."""
+    model = damaged(workspace, tmp_path)
+    (model / SUMS).unlink()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | edited))
+    transformers_log = logging.getLogger("transformers")
+    transformers_log.addHandler(caplog.handler)
+    try:
+        assert part in run("generate", model, "--prompt", "a").error
+    finally:
+        transformers_log.removeHandler(caplog.handler)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
     ("option", "part"),
     [
         (("--num-loops", "0"), "--num-loops is '0'; expected a whole number of at least 1, or auto"),
@@ -158,6 +191,21 @@ def test_evaluate(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert "no text" in run("evaluate", workspace / "a", tmp_path / "empty.txt").error
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{')
     assert "bad.jsonl:2" in run("evaluate", workspace / "a", tmp_path / "bad.jsonl").error
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("needles", "RUN", "--lengths", "512,512"),
+        ("bench", "--contexts", "64,64"),
+        ("train", "CONFIG", "training.evaluate_loops=[2,2]"),
+    ],
+    ids=" ".join,
+)
+def test_values_that_are_there_twice(run: Any, workspace: Path, line: tuple[str, ...]) -> None:
+    """They would be measured twice, and the tables show one of them, or both in columns of others."""
+    places = {"RUN": workspace / "a", "CONFIG": workspace / "config.yaml"}
+    assert "expected each value once" in run(*(places.get(part, part) for part in line)).error
 
 
 def test_tasks_have_a_command_of_their_own(run: Any, workspace: Path) -> None:

@@ -28,6 +28,40 @@ def test_the_logits_are_those_of_the_source(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(ours(ids()).logits, theirs(ids()).logits, rtol=1e-4, atol=1e-4)
 
 
+SCALED = {"rope_theta": 1000.0, "rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+EDITED: dict[str, dict[str, Any]] = {
+    "a window that a Llama does not have": {"sliding_window": 8, "use_sliding_window": True},
+    "kinds of layers that a Llama does not have": {"sliding_window": 8, "layer_types": ["sliding_attention"] * 4},
+    "a scaling without its length": SCALED,
+    "a scaling with its length beside it": SCALED | {"original_max_position_embeddings": 64},
+    "a tied head that is another": {"tie_word_embeddings": True},
+    "a field of another family": {"final_logit_softcapping": 5.0, "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_a_config_means_what_transformers_takes_it_for(tmp_path: Path, name: str) -> None:
+    save(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | EDITED[name]))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    source = read_source(str(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(source.model(ids()).logits, theirs(ids()).logits, rtol=1e-4, atol=1e-4)
+    write(convert(source, source.model.config.architecture), source, tmp_path / "ours")
+    loaded, _ = load_model(tmp_path / "ours", torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids()).logits, source.model(ids()).logits)
+
+
+def test_weights_of_eight_bits_without_scales(tmp_path: Path) -> None:
+    theirs = save(tmp_path, "llama")
+    weights = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in theirs.state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    found = read_source(str(tmp_path)).model.state_dict()
+    assert torch.equal(found["model.norm.weight"], weights["model.norm.weight"].float())
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_written_back_it_is_the_source_again(tmp_path: Path, name: str) -> None:
     family, settings = FAMILIES[name]

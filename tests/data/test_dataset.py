@@ -1,3 +1,5 @@
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -196,6 +198,19 @@ def test_a_shard_that_is_cut_while_it_is_read_is_an_error_and_no_signal(folder):
             assert "ends before token" in str(error) and "prepare the dataset again" in str(error)
             failed += 1
     assert failed > len(rows) // 2
+
+
+def test_more_shards_than_a_process_may_have_open_files(tmp_path):
+    documents = build(tmp_path / "data", [3] * 200, shard_tokens=1)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(int(number) for number in os.listdir("/proc/self/fd")) + 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, before[1]), before[1]))
+    try:
+        dataset = PackedDataset(tmp_path / "data", "train", 10)
+        rows = [dataset.row(number).tolist() for number in range(dataset.rows_per_epoch)]
+        assert sorted(rows) == sorted(slow_epoch(documents, 10, 0, 0, True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_totals_are_sums_over_shards():

@@ -112,10 +112,20 @@ def test_a_file_of_text_is_one_document(text: str, suffix: str, is_named: bool, 
 GOOD = '{"text": "good"}'
 
 
+def two_columns_of_one_name() -> bytes:
+    written = io.BytesIO()
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), written)
+    return written.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
         ("a.txt", "a\nb\0c", r"a.txt:2: a NUL byte, so this is no text"),
+        *(
+            ("a.py", f"# coding: {name}\nx = 1\n", r"a.py:1: cannot tell the encoding .*; convert the file to UTF-8")
+            for name in ("rot13", "hex", "undefined", "utf-16-le")
+        ),
         ("a.bin", bytes(range(256)), r"a.bin:2: byte 0x80 is not utf-8"),
         ("a.txt", "a text".encode("utf-16"), r"a.txt:1: byte 0xff is not utf-8 \(UTF-16\?\); convert the file to UTF-8"),
         ("a.txt", "a text".encode("utf-16-le"), r"a.txt:1: a NUL byte"),
@@ -138,6 +148,7 @@ GOOD = '{"text": "good"}'
         ("a.csv", 'a,text\n1,"2"3', r"a.csv: line 2: not valid CSV"),
         ("a.parquet.gz", b"", r"a.parquet.gz: a compressed Parquet file cannot be read; decompress it"),
         ("a.parquet", GOOD, r"a.parquet: corrupt Parquet file"),
+        ("a.parquet", two_columns_of_one_name(), r"a.parquet: 2 columns are called 'text'; rename all but one"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, data: bytes | str, message: str) -> None:
@@ -150,7 +161,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, data: bytes | s
 @pytest.mark.parametrize("suffix", [suffix for suffix in COMPRESSIONS if suffix])
 def test_damaged_compressed_files_are_named(tmp_path: Path, suffix: str) -> None:
     whole = COMPRESSIONS[suffix]("".join(f'{{"text": "{n * n}"}}\n' for n in range(9999)).encode())
-    for name, data in [("cut", whole[: len(whole) // 2]), ("short", whole[:-1]), ("other", b"no compressed data at all")]:
+    for name, data in [("cut", whole[: len(whole) // 2]), ("short", whole[:-1]), ("none", b""), ("other", b"not compressed")]:
         path = tmp_path / f"{name}.jsonl{suffix}"
         path.write_bytes(data)
         with pytest.raises(UserError, match=rf"{path.name}:\d+: corrupt (gzip|bzip2|xz|zstd) data .*fetch or compress"):

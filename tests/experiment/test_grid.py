@@ -230,6 +230,12 @@ FLOPS_OF_A = {"by": "flops", "reference": "a"}
         ({"a": model("yoco")}, {"sizes": {"s": {"trainin": {}}}}, "did you mean training"),
         ({"a": model("yoco")}, {"tokens": [128]}, "do not fit"),
         ({"a": model("yoco")}, {"sedes": [1]}, "did you mean seeds"),
+        ({"a": model("yoco")}, {"base": BASE | {"dataset": "mine"}}, "base.dataset: a grid names its runs"),
+        ({"a": model("yoco") | {"settings": {"name": "x"}}}, {}, "models.a.settings.name: a grid names its runs"),
+        ({"a": model("yoco")}, {"vary": {"dataset": ["a", "b"]}}, "vary.dataset: a grid names its runs"),
+        ({"a": model("yoco", vary={"training.seed": [1, 2]})}, {"seeds": [0]}, "models.a.vary.training.seed: seeds says it"),
+        ({"a": model("yoco")}, {"vary": {"training.steps": [9]}, "tokens": [12800]}, "vary.training.steps: tokens says it"),
+        ({"a": model("yoco", label="b"), "b": model("yoco")}, {}, "a and b are both called 'b'"),
         ({"a": model("yoco", role="yoko")}, {}, "role"),
         (
             {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from yoco_u import YocoUForCausalLM
 from yoco_u.errors import UserError
+from yoco_u.model import YocoUCache
 
 NEW = 12
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -170,6 +171,20 @@ def test_a_cache_of_another_loop_count_is_refused() -> None:
     first = model.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, num_loops=2)
     with pytest.raises(UserError, match="use one num_loops per cache"):
         model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generating_while_training_with_gradient_checkpointing(beams: int) -> None:
+    """As trainers do that sample from the model that they train: blocks run once, so the cache is right."""
+    model, prompt = make("yoco_u"), tokens(1, 15)
+    expected = model.generate(prompt, max_new_tokens=NEW, do_sample=False, num_beams=beams)
+    model.train().gradient_checkpointing_enable()
+    assert torch.equal(model.generate(prompt, max_new_tokens=NEW, do_sample=False, num_beams=beams), expected)
+    cache = YocoUCache(model.model.architecture)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+    with pytest.raises(UserError, match=r"past_key_values is filled, but gradient checkpointing"):
+        model(prompt[:, :1], past_key_values=cache)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

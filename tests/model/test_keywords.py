@@ -1,5 +1,6 @@
 """What a call, a config or `from_pretrained` may say: each keyword does what it says, or is refused; none is passed over."""
 
+import json
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -168,6 +169,56 @@ def test_misspelt_settings_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="did you mean"):
             YocoUConfig(**wrong)
     assert YocoUConfig(num_labels=3, torch_dtype="float32", transformers_version="4.0", note="mine").note == "mine"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *(({"cache_implementation": name}, f"cache_implementation is '{name}'") for name in ("static", "quantized", "paged")),
+        ({"assistant_early_exit": 1}, "assistant_early_exit cuts a model by its layers"),
+        ({"guidance_scale": 1.5, "num_loops": 1}, "guidance_scale runs a second pass"),
+    ],
+    ids=str,
+)
+def test_ways_to_generate_that_our_models_do_not_follow_are_refused(call: dict[str, Any], message: str) -> None:
+    ids = tokens(1, N).clamp(min=1)
+    for by_config in (False, True):
+        settings = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0, **(call if by_config else {}))
+        with pytest.raises(UserError, match=message) as error:
+            plain().generate(ids, settings, **({} if by_config else call))
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"use yoco_u\.LLM"):
+        plain().generate_batch([ids[0].tolist()], settings)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_scaling_of_rope_under_the_names_of_other_families_is_refused(key: str, tmp_path: Path) -> None:
+    build(architecture()).save_pretrained(tmp_path)
+    for cls in (YocoUForCausalLM, AutoModelForCausalLM, AutoConfig):
+        with pytest.raises(UserError, match=f"no (key|argument) '{key}'"):
+            cls.from_pretrained(tmp_path, **{key: {"rope_type": "linear", "factor": 2.0}})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: {"rope_type": "linear", "factor": 2.0}}))
+    with pytest.raises(UserError, match=f"no key '{key}'; set rotary_scaling"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: None}))
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_layers_of_other_families_are_refused(tmp_path: Path) -> None:
+    build(architecture()).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no key 'num_hidden_layers'; set the layers of stages"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
+    """As programs write them that read and write `config.json`, such as jq."""
+    model = build(architecture(rope_theta=500.0))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 500}))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(tokens(1, N)).logits, model(tokens(1, N)).logits)
 
 
 @pytest.mark.parametrize("name", ["eager", "flash_attention_2", "flex_attention"])

@@ -1,5 +1,6 @@
 """Fine-tuning on chats: which tokens are learned, that chats do not see each other, and that a model learns to answer."""
 
+import codecs
 import importlib.util
 import json
 import os
@@ -101,6 +102,12 @@ def test_lines_that_are_no_chat_are_named(tmp_path: Path, line: bytes, said: str
     assert "chats.jsonl, line 3" in str(error.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    file = write_chats(tmp_path / "chats.jsonl", chat("a", "b"))
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    assert [one.messages for one in read_chats([file])] == [chat("a", "b")]
+
+
 def test_a_template_that_refuses_names_the_chat(model: Path) -> None:
     _, tokenizer = load_model(model, CPU)
     tokenizer.chat_template = "{{ raise_exception('no') }}"
@@ -119,6 +126,7 @@ def test_a_template_that_refuses_names_the_chat(model: Path) -> None:
         ([], {}, "no chat in no file"),
         (["chats.jsonl"], {"batch_rows": 8, "micro_batch_rows": 3}, "micro_batch_rows 3 does not divide the 8 rows"),
         (["chats.jsonl"], {"batch_rows": 2, "micro_batch_rows": 4}, "micro_batch_rows 4 does not divide the 2 rows"),
+        (["chats.jsonl"], {"length": 7}, "no answer within length 7 in"),
     ],
 )
 def test_what_cannot_be_trained_leaves_nothing(
@@ -165,6 +173,26 @@ def test_the_first_loss_is_that_of_each_chat_alone(model: Path, tmp_path: Path) 
         total += float(losses[torch.tensor(one.assistant[1:])].sum())
         count += sum(one.assistant[1:])
     assert found == pytest.approx(total / count, rel=1e-4)
+
+
+@needs_trl
+def test_what_is_cut_is_told_and_not_counted(model: Path, tmp_path: Path) -> None:
+    file = write_chats(tmp_path / "chats.jsonl", chat("a", "b" * 100), chat("a" * 100, "b"), chat("a", "b"))
+    said: list[str] = []
+    settings = SFTSettings(steps=1, length=64, batch_rows=1, seed=2**32 - 1)
+    summary = fine_tune(model, [file], settings, tmp_path / "out", said.append)
+    alone = list(examples(read_chats([file]), load_model(model, CPU)[1]))
+    assert (summary["chats"], summary["assistant_tokens"]) == (2, sum(sum(one.assistant[:64]) for one in alone))
+    assert any(line.startswith("2 chats are longer than length 64: cut") for line in said)
+
+
+@needs_trl
+def test_a_model_that_diverged_is_not_saved(model: Path, tmp_path: Path) -> None:
+    file = write_chats(tmp_path / "chats.jsonl", chat("a", "b"))
+    settings = SFTSettings(steps=3, length=64, batch_rows=1, learning_rate=1e38)
+    with pytest.raises(UserError, match=r"(is nan in step \d|holds NaN or infinity).*; lower learning_rate"):
+        fine_tune(model, [file], settings, tmp_path / "out")
+    assert not (tmp_path / "out" / "model").exists()
 
 
 @needs_trl

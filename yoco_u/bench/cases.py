@@ -1,11 +1,11 @@
 """What is measured: the settings of a benchmark, and the cases that follow from them."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from yoco_u.config import Config, Count, Seconds
+from yoco_u.config import Config, Count, EachOnce, Seconds
 
 
 class BenchSettings(Config):
@@ -32,8 +32,8 @@ class BenchSettings(Config):
     architectures: tuple[str, ...] = ("yoco_u", "yoco", "transformer", "rins")
     model: str | None = None
     num_loops: Count | None = None
-    contexts: tuple[Count, ...] = Field(default=(4096, 32768, 131072), min_length=1)
-    batches: tuple[Count, ...] = Field(default=(1, 16), min_length=1)
+    contexts: Annotated[tuple[Count, ...], EachOnce] = Field(default=(4096, 32768, 131072), min_length=1)
+    batches: Annotated[tuple[Count, ...], EachOnce] = Field(default=(1, 16), min_length=1)
     device: str = "cpu"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     weights: Literal["bfloat16", "int8"] = "bfloat16"

@@ -4,13 +4,14 @@ The usual path of a config file is `load_yaml`, then `apply_overrides` with what
 """
 
 from yoco_u.config.base import Config, describe, describe_problems, did_you_mean, differences, parse, shown, wrong_setting
-from yoco_u.config.numbers import Count, Float32, LoopsOrAuto, NonNegativeFloat32, PositiveFloat32, Seconds, Seed
+from yoco_u.config.numbers import Count, EachOnce, Float32, LoopsOrAuto, NonNegativeFloat32, PositiveFloat32, Seconds, Seed
 from yoco_u.config.overrides import apply_overrides, merged, with_value
 from yoco_u.config.yaml_text import dump_yaml, load_yaml
 
 __all__ = [
     "Config",
     "Count",
+    "EachOnce",
     "Float32",
     "LoopsOrAuto",
     "NonNegativeFloat32",

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PlainValidator, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PlainValidator, PositiveFloat, PositiveInt
 
 from yoco_u.config.base import shown
 
@@ -21,6 +21,16 @@ def _loops_or_auto(value: object) -> object:
 
 LoopsOrAuto = Annotated[int | Literal["auto"], PlainValidator(_loops_or_auto, json_schema_input_type=Count | Literal["auto"])]
 """A loop count T, or auto: tokens leave the loop by themselves."""
+
+
+def _each_once(values: tuple[object, ...]) -> tuple[object, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{', '.join(map(str, values))}: expected each value once")
+    return values
+
+
+EachOnce = AfterValidator(_each_once)
+"""Of a list whose values are told apart by nothing else."""
 
 Seed = Annotated[NonNegativeInt, Field(lt=2**63)]
 """Of a generator of random numbers; torch and numpy take no other."""

@@ -124,6 +124,8 @@ def _lacking(config: PreTrainedConfig) -> Iterator[str]:
 
 
 def _window(config: PreTrainedConfig, name: str) -> int | None:
+    if config.model_type == "llama":  # whose attention is full, whatever a config that was made of another's says
+        return None
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or (["full_attention"] if window is None else ["sliding_attention"]))
     if kinds == {"full_attention"}:
@@ -134,6 +136,7 @@ def _window(config: PreTrainedConfig, name: str) -> int | None:
 
 
 def _rope(config: PreTrainedConfig, name: str) -> dict[str, Any]:
+    config.standardize_rope_params()  # takes a length from outside of the parameters, as the model does
     given: dict[str, Any] = dict(config.rope_parameters)
     theta, kind = given.get("rope_theta", 10000.0), given.get("rope_type", "default")
     if given.get("partial_rotary_factor", 1.0) != 1.0:

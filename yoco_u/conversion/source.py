@@ -19,8 +19,9 @@ from yoco_u.conversion.gguf_tokenizer import restored
 from yoco_u.data import begin_with_end_of_text, load_tokenizer, vocabulary_size
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
-from yoco_u.loading import check_adapters, check_depth, load_model, model_folder
+from yoco_u.loading import check_adapters, load_model, model_folder
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
+from yoco_u.model.saving import check_depth
 
 INDEX = "model.safetensors.index.json"
 _CHECKED = ("model_type",)
@@ -158,6 +159,8 @@ def _assemble(
 ) -> Source:
     architecture = architecture_of(config, name)
     check_depth(architecture, len(weights), name)
+    if architecture.tie_word_embeddings and _has_own_head(weights):
+        architecture = architecture.model_copy(update={"tie_word_embeddings": False})
     begin_with_end_of_text(tokenizer)
     if (needed := vocabulary_size(tokenizer)) > architecture.vocab_size:
         raise UserError(f"{name}: the tokenizer has ids up to {needed - 1}, but the vocabulary has {architecture.vocab_size}")
@@ -171,12 +174,12 @@ def _assemble(
     for theirs, mine in tensor_names(architecture):
         if theirs not in weights:
             raise UserError(f"{name}: the tensor {theirs} is missing; the checkpoint is incomplete or of another family")
-        tensor, shape = weights[theirs], expected[mine].shape
+        tensor, shape = weights[theirs].float(), expected[mine].shape
         if tensor.shape != shape:
             raise UserError(f"{name}: the tensor {theirs} has shape {tuple(tensor.shape)}; the config says {tuple(shape)}")
         if not tensor.isfinite().all():
             raise UserError(f"{name}: the tensor {theirs} has values that are not finite; the checkpoint is damaged")
-        found[mine] = tensor.float()
+        found[mine] = tensor
     unknown = weights.keys() - {theirs for theirs, _ in tensor_names(architecture)} - {"lm_head.weight"}
     if left := sorted(name for name in unknown if not name.endswith("rotary_emb.inv_freq")):
         raise UserError(f"{name}: the tensor {left[0]} is none of its family; {len(left)} tensors would be lost")
@@ -184,6 +187,12 @@ def _assemble(
     model.tie_weights()
     dtype = weights["model.embed_tokens.weight"].dtype
     return Source(name, model.eval(), tokenizer, dtype, generation)
+
+
+def _has_own_head(weights: dict[str, Tensor]) -> bool:
+    """Whether an LM head is there that is not the embedding; transformers goes by this, and not by the config alone."""
+    head, embedding = (weights.get(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
+    return head is not None and embedding is not None and not torch.equal(head, embedding)
 
 
 def _generation(folder: Path) -> GenerationConfig | None:

@@ -49,6 +49,8 @@ def open_bytes(path: Path, name: str, advance: Advance) -> Iterator[tuple[io.Buf
     try:
         with _Counted(path, advance) as raw, io.BufferedReader(raw) as buffered:
             compression = _compression(path, buffered)
+            if compression and not buffered.peek(1):  # which gzip and zstd take for the end
+                raise EOFError("the file is empty")
             stream = _decompressed(buffered, compression)
             with stream:
                 yield stream, place

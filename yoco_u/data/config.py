@@ -9,6 +9,9 @@ from yoco_u.config import Config
 MINIMUM_VOCABULARY = 257
 """A byte-level tokenizer has at least one token for each byte, and `<|endoftext|>`."""
 
+MAXIMUM_VOCABULARY = 1_000_000
+"""The trainer of the tokenizer takes memory for all of its vocabulary before it looks at any text."""
+
 
 def _as_list(value: object) -> object:
     """A single entry stands for a list of one."""
@@ -45,7 +48,7 @@ class DataConfig(Config):
     text_field: str = Field(default="text", min_length=1)
     tokenizer: str | None = None
     special_tokens: bool = False
-    vocab_size: int = Field(default=4096, ge=MINIMUM_VOCABULARY)
+    vocab_size: int = Field(default=4096, ge=MINIMUM_VOCABULARY, le=MAXIMUM_VOCABULARY)
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     validation_corpus: Corpus | None = None
     seed: int = Field(default=0, ge=0)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yoco_u.data.index import DatasetIndex, SplitName
-from yoco_u.data.shards import TokenFile, shard_paths
+from yoco_u.data.shards import TokenFiles, shard_paths
 from yoco_u.errors import UserError
 
 
@@ -60,8 +60,9 @@ class PackedDataset:
                 f"{sequence_length} takes {sequence_length + 1}; give more text or shorten sequence_length"
             )
         self.rows_per_epoch = (self.split.tokens - 1) // sequence_length
-        self._tokens: list[TokenFile] = []
-        offsets = [self._open(Path(folder), split, number) for number in range(len(self.split.shards))]
+        paths = [shard_paths(Path(folder), split, number) for number in range(len(self.split.shards))]
+        offsets = [self._offsets(number, *files) for number, files in enumerate(paths)]
+        self._tokens = TokenFiles([tokens for tokens, _ in paths], self._dtype)
         self._starts = np.concatenate([offset[:-1] for offset in offsets])  # (documents,), each counted within its shard
         self._lengths = np.concatenate([np.diff(offset) for offset in offsets])  # (documents,)
         self._check_whole()
@@ -83,7 +84,7 @@ class PackedDataset:
             skip = begin + filled - int(epoch.ends[position] - self._lengths[document])
             take = min(int(self._lengths[document]) - skip, len(row) - filled)
             start = int(self._starts[document]) + skip
-            row[filled : filled + take] = self._tokens[self._shard(document)].read(start, take)
+            row[filled : filled + take] = self._tokens.read(self._shard(document), start, take)
             filled += take
             position += 1
         self._check_ids(row)
@@ -92,7 +93,7 @@ class PackedDataset:
     def documents(self) -> Iterator[NDArray[np.unsignedinteger]]:
         """The tokens of each document of the split, in the order of the files, `eot_id` first."""
         for document, (start, length) in enumerate(zip(self._starts.tolist(), self._lengths.tolist(), strict=True)):
-            tokens = self._tokens[self._shard(document)].read(start, length)
+            tokens = self._tokens.read(self._shard(document), start, length)
             self._check_ids(tokens)
             yield tokens
 
@@ -125,22 +126,23 @@ class PackedDataset:
             order, row_order = np.arange(documents), np.arange(rows)
         return _Epoch(order, np.cumsum(self._lengths[order]), row_order)
 
-    def _open(self, folder: Path, split: SplitName, number: int) -> NDArray[np.int64]:
-        """Open the tokens of a shard and return its offsets, after comparing both with the index."""
-        tokens, offsets = shard_paths(folder, split, number)
-        shard = self.split.shards[number]
-        dtype = np.dtype(self.index.dtype).newbyteorder("<")
+    @property
+    def _dtype(self) -> np.dtype[np.unsignedinteger]:
+        return np.dtype(self.index.dtype).newbyteorder("<")
+
+    def _offsets(self, number: int, tokens: Path, offsets: Path) -> NDArray[np.int64]:
+        """The offsets of a shard, after comparing both of its files with the index."""
+        shard, expected = self.split.shards[number], self.split.shards[number].tokens * self._dtype.itemsize
         try:
             size = tokens.stat().st_size
             found: NDArray[np.int64] = np.load(offsets)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{folder}: the dataset is damaged ({error}); remove it and prepare it again") from None
-        if size != shard.tokens * dtype.itemsize:
+        except (FileNotFoundError, ValueError, EOFError) as error:
+            raise UserError(f"{self.index.folder}: the dataset is damaged ({error}); remove it and prepare it again") from None
+        if size != expected:
             raise UserError(
-                f"{tokens}: {size} bytes, expected {shard.tokens * dtype.itemsize} for {shard.tokens} tokens; "
+                f"{tokens}: {size} bytes, expected {expected} for {shard.tokens} tokens; "
                 "remove the dataset and prepare it again"
             )
         if found.shape != (shard.documents + 1,) or found[-1] != shard.tokens:
             raise UserError(f"{offsets}: does not fit the index; remove the dataset and prepare it again")
-        self._tokens.append(TokenFile(tokens, dtype))
         return found

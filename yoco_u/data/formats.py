@@ -18,6 +18,7 @@ _SOURCES = "py pyi c h cc cpp hpp cs java kt scala swift go rs js jsx ts tsx rb 
 TEXT_SUFFIXES = frozenset(f".{suffix}" for suffix in (*_PROSE.split(), *_SOURCES.split()))
 """Suffixes of files that are one document each."""
 
+_COOKIE = b"coding:"
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _LONGEST_FIELD = 2**31 - 1  # of CSV; the library's own limit is 128 KiB
 
@@ -87,15 +88,12 @@ def read_csv(path: Path, name: str, field: str, advance: Advance) -> Iterator[Do
     number = 0
     try:
         head = next(filter(None, rows), [])
-        if head.count(field) > 1:
-            raise UserError(f"{name}: {head.count(field)} columns are called {field!r}; rename all but one")
-        if head and field not in head:
-            raise NoRecordsError(f"{name}: {_no_field(field, head)}")
+        column = _column(head, field, name, NoRecordsError) if head else 0
         for row in filter(None, rows):
             number += 1
             if len(row) != len(head):
                 raise UserError(f"{name}:{number}: {len(row)} values for {len(head)} columns; mend or remove the row")
-            yield document(f"{name}:{number}", row[head.index(field)], field)
+            yield document(f"{name}:{number}", row[column], field)
     except csv.Error as error:
         raise UserError(f"{name}: line {rows.line_num}: not valid CSV ({error}); mend the row") from None
 
@@ -111,9 +109,8 @@ def read_parquet(path: Path, name: str, field: str, advance: Advance) -> Iterato
     try:
         size = path.stat().st_size
         with pq.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise UserError(f"{name}: {_no_field(field, file.schema_arrow.names)}")
-            kind = file.schema_arrow.field(field).type
+            number = _column(file.schema_arrow.names, field, name, UserError)
+            kind = file.schema_arrow.field(number).type
             value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
             if not any(
                 is_kind(value_type) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -213,6 +210,19 @@ def document(source: str, text: object, field: str = "text") -> Document:
     return Document(source, text)
 
 
+def _column(names: list[str], field: str, name: str, missing: type[UserError]) -> int:
+    """The number of the text's column, from 0.
+
+    Raises:
+        UserError: if several columns have its name; `missing` if none has.
+    """
+    if names.count(field) > 1:
+        raise UserError(f"{name}: {names.count(field)} columns are called {field!r}; rename all but one")
+    if field not in names:
+        raise missing(f"{name}: {_no_field(field, names)}")
+    return names.index(field)
+
+
 def _of_record(record: object, source: str, kind: str, field: str) -> Document:
     if not isinstance(record, dict):
         raise NoRecordsError(f"{source}: the {kind} holds {type(record).__name__}, expected a JSON object")
@@ -293,6 +303,8 @@ def _decoded_line(line: bytes, source: str) -> str:
 def _python_text(data: bytes, name: str) -> str:
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        if _COOKIE.decode(encoding) != _COOKIE.decode("ascii"):  # or the cookie, which is in ASCII, would not be read back
+            raise ValueError(f"{encoding} is no encoding of sources")
     except (SyntaxError, LookupError, ValueError) as error:
         raise UserError(f"{name}:1: cannot tell the encoding ({error}); convert the file to UTF-8") from None
     return _decoded(data, name, encoding)

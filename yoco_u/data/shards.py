@@ -1,6 +1,9 @@
 """The shards of a dataset, which hold its tokens: `<split>-<number>.bin` beside `<split>-<number>.offsets.npy`."""
 
 import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -11,6 +14,8 @@ from numpy.typing import NDArray
 from yoco_u.data.index import Shard, Split, SplitName
 from yoco_u.errors import UserError
 
+_OPEN_FILES = 64
+
 
 def shard_paths(folder: Path, split: SplitName, number: int) -> tuple[Path, Path]:
     """The two files of a shard: its token ids one after another, and int64 offsets (documents + 1,), where each begins."""
@@ -18,32 +23,46 @@ def shard_paths(folder: Path, split: SplitName, number: int) -> tuple[Path, Path
     return folder / f"{name}.bin", folder / f"{name}.offsets.npy"
 
 
-class TokenFile:
-    """The token ids of a shard. They are read and not mapped into memory, where a file that shrinks would kill the process."""
+class TokenFiles:
+    """The token ids of the shards of a split.
 
-    def __init__(self, path: Path, dtype: np.dtype[np.unsignedinteger]) -> None:
-        self._path, self._dtype = path, dtype
-        self._file = path.open("rb", buffering=0)
+    They are read and not mapped into memory, where a file that shrinks would kill the process. A few files are held open, since
+    a large dataset has more shards than a process may have open files.
+    """
+
+    def __init__(self, paths: Sequence[Path], dtype: np.dtype[np.unsignedinteger]) -> None:
+        self._paths, self._dtype = paths, dtype
+        self._open: OrderedDict[int, FileIO] = OrderedDict()  # the one that was read last comes last
         self._lock = threading.Lock()
 
-    def read(self, start: int, count: int) -> NDArray[np.unsignedinteger]:
-        """The tokens start .. start + count - 1, (count,).
+    def read(self, shard: int, start: int, count: int) -> NDArray[np.unsignedinteger]:
+        """The tokens start .. start + count - 1 of a shard, (count,).
 
         Raises:
-            UserError: if the file has become shorter since it was opened, or cannot be read.
+            UserError: if the file has become shorter, or cannot be read.
         """
         tokens = np.empty(count, self._dtype)
         into = tokens.data.cast("B")
         try:
             with self._lock:
-                self._file.seek(start * self._dtype.itemsize)
-                while into and (got := self._file.readinto(into)):
+                file = self._opened(shard)
+                file.seek(start * self._dtype.itemsize)
+                while into and (got := file.readinto(into)):
                     into = into[got:]
         except OSError as error:
-            raise UserError(f"{self._path}: cannot read it ({error.strerror or error})") from None
+            raise UserError(f"{self._paths[shard]}: cannot read it ({error.strerror or error})") from None
         if into:
-            raise UserError(f"{self._path}: ends before token {start + count}; the file was cut, prepare the dataset again")
+            name = self._paths[shard]
+            raise UserError(f"{name}: ends before token {start + count}; the file was cut, prepare the dataset again")
         return tokens
+
+    def _opened(self, shard: int) -> FileIO:
+        if shard not in self._open:
+            if len(self._open) == _OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+            self._open[shard] = self._paths[shard].open("rb", buffering=0)
+        self._open.move_to_end(shard)
+        return self._open[shard]
 
 
 class ShardWriter:

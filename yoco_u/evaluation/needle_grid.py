@@ -5,11 +5,12 @@ Answers are scored as RULER scores them, by the values that the output contains,
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from yoco_u.config import Config, Count, Seed
+from yoco_u.config import Config, Count, EachOnce, Seed
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import check_finite
@@ -31,8 +32,8 @@ class NeedleSettings(Config):
         values: whether numbers or words are hidden. Variables always have numbers.
     """
 
-    kinds: tuple[Kind, ...] = Field(default=KINDS, min_length=1)
-    lengths: tuple[Count, ...] = Field(default=(1024, 4096), min_length=1)
+    kinds: Annotated[tuple[Kind, ...], EachOnce] = Field(default=KINDS, min_length=1)
+    lengths: Annotated[tuple[Count, ...], EachOnce] = Field(default=(1024, 4096), min_length=1)
     depths: Count = 5
     samples: Count = 10
     seed: Seed = 0

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
-from yoco_u.config import Config, Seed, merged
+from yoco_u.config import Config, EachOnce, Seed, merged
 from yoco_u.evaluation.levels import ANSWERS
 from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.inference import SamplingParams
@@ -131,9 +131,9 @@ class Experiment(Config):
     models: dict[str, ModelPlan] = Field(min_length=1)
     sizes: dict[str, dict[str, Any]] = {}
     vary: Vary = {}
-    tokens: tuple[PositiveInt, ...] = ()
-    tokens_per_parameter: tuple[PositiveInt, ...] = ()
-    seeds: tuple[Seed, ...] = ()
+    tokens: Annotated[tuple[PositiveInt, ...], EachOnce] = ()
+    tokens_per_parameter: Annotated[tuple[PositiveInt, ...], EachOnce] = ()
+    seeds: Annotated[tuple[Seed, ...], EachOnce] = ()
     match: Matches = ()
     samples: Samples | None = None
     measures: Measures | None = None
@@ -148,12 +148,24 @@ class Experiment(Config):
 
     @model_validator(mode="after")
     def _axes(self) -> "Experiment":
-        for axis in ("tokens", "tokens_per_parameter", "seeds"):
-            values = getattr(self, axis)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{axis} names {', '.join(map(str, values))}; expected each value once")
         if self.tokens and self.tokens_per_parameter:
             raise ValueError("tokens and tokens_per_parameter are both given; they are one axis, keep one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _followed(self) -> "Experiment":
+        settings = {"base": self.base, **{f"sizes.{name}": size for name, size in self.sizes.items()}}
+        settings |= {f"models.{name}.settings": plan.settings for name, plan in self.models.items()}
+        varied = {"vary": self.vary, **{f"models.{name}.vary": plan.vary for name, plan in self.models.items()}}
+        for where, given in (settings | varied).items():
+            for key in ("name", "dataset"):
+                if key in given:
+                    raise ValueError(f"{where}.{key}: a grid names its runs and has one dataset, in its own folder; drop it")
+        steps = "tokens" if self.tokens else "tokens_per_parameter" if self.tokens_per_parameter else None
+        for key, axis in (("training.seed", "seeds" if self.seeds else None), ("training.steps", steps)):
+            for where, given in varied.items():
+                if axis is not None and key in given:
+                    raise ValueError(f"{where}.{key}: {axis} says it of every run; drop one of the two")
         return self
 
     def at_size(self, size: str) -> "Experiment":

@@ -264,8 +264,10 @@ def _without_useless_gate(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(runs: Sequence[GridRun]) -> None:
-    seen: set[str] = set()
+    seen, labels = set[str](), dict[tuple[str | None, str], str]()
     for run in runs:
+        if (other := labels.setdefault((run.size, run.model_label), run.model)) != run.model:
+            raise UserError(f"{other} and {run.model} are both called {run.model_label!r}; give one of them another label")
         if run.name in seen:
             raise UserError(f"two runs come out as {run.name}; rename a model, or drop a value that is there twice")
         seen.add(run.name)

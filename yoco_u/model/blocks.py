@@ -186,6 +186,12 @@ class Block(GradientCheckpointingLayer):
         self.attn.remember(self.attn_norm(x), backend, slot)
 
 
+def recomputes(model: nn.Module) -> bool:
+    """Whether a backward pass will run blocks of a model again, for gradient checkpointing."""
+    blocks = (module for module in model.modules() if isinstance(module, Block))
+    return model.training and torch.is_grad_enabled() and any(block.gradient_checkpointing for block in blocks)
+
+
 class LoopedStack(nn.Module):
     """The blocks of one stage, applied `loops` times with the same parameters.
 

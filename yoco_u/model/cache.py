@@ -125,6 +125,19 @@ class YocoUCache(Cache):
         self.update(state, torch.empty(state.shape[0], 0, device=state.device), slot, tokens=tokens)
 
 
+def check_unfilled(cache: YocoUCache | None) -> None:
+    """Refuse a filled cache in a pass whose blocks run again, which would remember everything twice.
+
+    Raises:
+        UserError: if there is one.
+    """
+    if cache is not None and cache.get_seq_length():
+        raise UserError(
+            "past_key_values is filled, but gradient checkpointing runs blocks again, which a cache cannot take; call the "
+            "model under torch.no_grad(), or in evaluation mode"
+        )
+
+
 def check_cache(
     cache: YocoUCache | None, loops: tuple[int, ...], packing_arguments: list[str], attention_mask: Tensor | None
 ) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,12 @@ from yoco_u.errors import UserError
 from yoco_u.model.remote_code import AUTO_MAP, write_modelling_files
 
 _DEFAULT = preset("yoco_u", "8m").model_dump(mode="json")
+
+_CALLED_OTHERWISE = {
+    "rope_scaling": "rotary_scaling", "rope_parameters": "rotary_scaling", "num_hidden_layers": "the layers of stages",
+    "loop_gate": "the loop_gate of a stage",
+}  # fmt: skip
+"""Keys that other families, or presets, have for what our configs call something else."""
 
 
 @strict
@@ -45,17 +51,17 @@ class YocoUConfig(PreTrainedConfig):
     stages: list[dict[str, Any]] | None = None
     num_loops: Any = None  # a whole number, which `with_loops` checks: for another type, transformers' error has many lines
     window: int | None = None
-    rope_theta: float = 10000.0
+    rope_theta: float | int = 10000.0  # other programs write whole numbers without a point
     rotary_scaling: dict[str, Any] | None = None
     global_kvs: int = 1
     rope_cross: bool = False
     attention_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float | int = 1e-6
     experts: dict[str, Any] | None = None
     parallel: dict[str, Any] | None = None
-    initializer_range: float | None = None
+    initializer_range: float | int | None = None
     max_position_embeddings: int | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -80,9 +86,14 @@ class YocoUConfig(PreTrainedConfig):
         return set(vars(cls)["__annotations__"]) - {"model_type"}
 
     @classmethod
-    def _refuse_misspelt(cls, given: Iterable[str]) -> None:
-        """Refuse names that are almost those of our fields; other programs keep notes of their own in a config."""
-        for name in given:
+    def _refuse_misspelt(cls, given: Mapping[str, Any]) -> None:
+        """Refuse names that are almost those of our fields, or those of other families for them.
+
+        Other programs keep notes of their own in a config.
+        """
+        for name, value in given.items():
+            if name in _CALLED_OTHERWISE and value is not None:
+                raise UserError(f"the model config has no key {name!r}; set {_CALLED_OTHERWISE[name]}")
             if not hasattr(cls, name) and (near := did_you_mean(name, cls.fields(), otherwise="")):
                 raise UserError(f"the model config has no key {name!r}; {near}")
 

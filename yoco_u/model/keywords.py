@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
+from transformers import GenerationConfig
 
 from yoco_u.config import did_you_mean
 from yoco_u.errors import UserError
@@ -45,6 +46,32 @@ def refuse_impossible(given: Mapping[str, Any]) -> None:
     for name, (value, reason) in _IMPOSSIBLE.items():
         if given.get(name) is not None and bool(given[name]) == value:
             raise UserError(f"{name} is {given[name]!r}, but {reason}")
+
+
+def follow(generation_config: GenerationConfig, call: dict[str, Any]) -> dict[str, Any]:
+    """Take `num_loops` from a generation config, where the call does not say.
+
+    Args:
+        call: the keywords of a call of `generate()` that go to the model.
+
+    Returns:
+        These keywords with the loop count.
+
+    Raises:
+        UserError: if the generation config has a setting that no config knows, or asks for what our models do not do.
+    """
+    public = [name for name in vars(generation_config) if not name.startswith("_")]
+    refuse_unknown("the generation config", public, {*vars(GenerationConfig()), "num_loops"})
+    if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
+        raise UserError(f"cache_implementation is {kind!r}, but these models have a cache of their own; leave it out")
+    if generation_config.assistant_early_exit is not None:
+        raise UserError("assistant_early_exit cuts a model by its layers; let the first loop draft in yoco_u.LLM instead")
+    loops = call.get("num_loops", getattr(generation_config, "num_loops", None))
+    if loops is not None and generation_config.guidance_scale not in (None, 1):
+        raise UserError(
+            "guidance_scale runs a second pass, which does not know the call's num_loops; set num_loops in the model's config"
+        )
+    return call if loops is None else call | {"num_loops": loops}
 
 
 def packing(document_ids: Tensor | None, given: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -7,7 +7,7 @@
 
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from yoco_u.architecture import Architecture, ParallelStreams
 from yoco_u.errors import UserError
 from yoco_u.model.backend import AttentionBackend, prepare_backend
-from yoco_u.model.blocks import Block, GlobalKV, GlobalKVProjection, LoopedStack
-from yoco_u.model.cache import YocoUCache, check_cache
+from yoco_u.model.blocks import Block, GlobalKV, GlobalKVProjection, LoopedStack, recomputes
+from yoco_u.model.cache import YocoUCache, check_cache, check_unfilled
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.initialization import initialize
-from yoco_u.model.keywords import OF_LOSS, OF_MODEL, packing, refuse_impossible, refuse_unknown
+from yoco_u.model.keywords import OF_LOSS, OF_MODEL, follow, packing, refuse_impossible, refuse_unknown
 from yoco_u.model.layers import RMSNorm, autocast_dtype
 from yoco_u.model.loss import (
     IGNORED,
@@ -159,7 +159,8 @@ class YocoUModel(YocoUPreTrainedModel):
         if exit_loop is not None and not 1 <= exit_loop < architecture.num_loops:
             raise UserError(f"exit_loop is {exit_loop}; expected a loop before the last, which is {architecture.num_loops}")
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.training and any(block.gradient_checkpointing for block in self.modules() if isinstance(block, Block)):
+        if recomputes(self):
+            check_unfilled(past_key_values)
             use_cache, past_key_values = False, None
         if past_key_values is None and use_cache:
             past_key_values = YocoUCache(architecture)
@@ -277,13 +278,11 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Take `num_loops` from the generation config, where the call does not say; refuse what no config knows."""
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        public = [name for name in vars(generation_config) if not name.startswith("_")]
-        refuse_unknown("the generation config", public, {*vars(GenerationConfig()), "num_loops"})
-        if (loops := getattr(generation_config, "num_loops", None)) is not None:
-            model_kwargs.setdefault("num_loops", loops)
-        return generation_config, model_kwargs
+        return generation_config, follow(generation_config, model_kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UserError("transformers' continuous batching has a cache of its own, without loops; use yoco_u.LLM")
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -1,14 +1,21 @@
-"""Saving a model as a Hugging Face folder, with the tokenizer beside the weights."""
+"""A model's Hugging Face folder: saved with the tokenizer beside the weights, and checked before it is loaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from yoco_u.architecture import Architecture
 from yoco_u.checksums import write_checksums
-from yoco_u.files import replacing_folder
+from yoco_u.errors import UserError
+from yoco_u.files import read_json, replacing_folder
+from yoco_u.model.configuration import YocoUConfig
+from yoco_u.model.modeling import YocoUForCausalLM
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -18,19 +25,64 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
         UserError: if something that is not ours is there.
         OSError: if it cannot be written.
     """
-    with replacing_folder(folder) as beside, _no_progress_bar():
+    with replacing_folder(folder) as beside, quiet_transformers():
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         weights_and_code = [file for kind in ("*.safetensors", "*.py") for file in beside.glob(kind)]
         write_checksums(beside, [*weights_and_code, beside / "config.json", beside / "tokenizer.json"])
 
 
+def check_weights(folder: Path, config: YocoUConfig) -> None:
+    """Compare the names and shapes of a model's tensors with what its config says, before any is loaded.
+
+    transformers would initialise what is missing, leave out what is too much, and tell it in a table.
+
+    Raises:
+        UserError: if one is missing, too much or of another shape; the message names it.
+        OSError, SafetensorError: if a file cannot be read.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = set(read_json(index, dict[str, Any])["weight_map"].values()) if index.exists() else {SAFE_WEIGHTS_NAME}
+    found: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        with safe_open(folder / name, framework="pt") as opened:
+            found |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    check_depth(config.architecture, len(found), folder)
+    with torch.device("meta"):
+        model = YocoUForCausalLM(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model._tied_weights_keys) if config.tie_word_embeddings else set()
+    for name in sorted(expected.keys() - found.keys() - tied):
+        raise UserError(f"{folder}: the weights lack {name}; the folder is damaged")
+    for name in sorted(found.keys() - expected.keys()):
+        raise UserError(f"{folder}: the weights have {name}, which has no place in the model of config.json; mend one of them")
+    for name in sorted(found.keys() & expected.keys()):
+        if found[name] != expected[name]:
+            raise UserError(
+                f"{folder}: {name} has shape {found[name]}, but config.json says {expected[name]}; mend one of them"
+            )
+
+
+def check_depth(architecture: Architecture, tensors: int, name: object) -> None:
+    """Refuse a config with more layers than there are tensors, before they are made: no weight would be found for most.
+
+    Raises:
+        UserError: if there are more; it begins with `name`.
+    """
+    layers = sum(stage.layers for stage in architecture.stages)
+    if layers > tensors:
+        raise UserError(f"{name}: the config has {layers:,} layers, but the weights have {tensors:,} tensors; it is damaged")
+
+
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    enabled = logging.is_progress_bar_enabled()
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from showing progress and warnings while it reads or writes a model."""
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if enabled:
             logging.enable_progress_bar()

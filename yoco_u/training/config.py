@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import forward_flops, head_flops, self_decoder_flops, training_flops
-from yoco_u.config import Config, Count, NonNegativeFloat32, PositiveFloat32, Seed
+from yoco_u.config import Config, Count, EachOnce, NonNegativeFloat32, PositiveFloat32, Seed
 from yoco_u.data.config import DataConfig
 from yoco_u.training.loop_draw import LoopDraw, uniform
 
@@ -152,7 +152,7 @@ class TrainingConfig(Config):
     evaluation_tokens: PositiveInt = 262_144
     save_every: Count = 200
     keep_checkpoints: Count = 2
-    evaluate_loops: tuple[Count, ...] = ()
+    evaluate_loops: Annotated[tuple[Count, ...], EachOnce] = ()
     loop_schedule: tuple[LoopPhase, ...] = ()
     loop_draw: LoopDraw | None = None
     backward_loops: Count | None = None

@@ -1,5 +1,6 @@
 """Files of JSON lines, read with the place of each line."""
 
+import codecs
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +24,7 @@ def read_lines(files: Sequence[Path], shape: type[T], of_what: str) -> Iterator[
     """
     for file in files:
         try:
-            lines = file.read_bytes().splitlines()
+            lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
         except OSError as error:
             raise UserError(f"{file}: cannot read it ({error.strerror}); give files of JSON lines with {of_what}") from None
         for number, line in enumerate(lines, 1):

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from yoco_u.config import Config, Count, NonNegativeFloat32, PositiveFloat32, Seed
+from yoco_u.config import Config, Count, NonNegativeFloat32, PositiveFloat32
 
 
 class TuningSettings(Config):
@@ -24,7 +24,7 @@ class TuningSettings(Config):
     weight_decay: NonNegativeFloat32 = 0.0
     lora_rank: int = Field(default=0, ge=0, lt=2**16)
     num_loops: Count | None = None
-    seed: Seed = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)  # transformers seeds numpy's old generator with it
     save_every: Count = 100
 
 
@@ -34,7 +34,8 @@ class SFTSettings(TuningSettings):
     Attributes:
         epochs: how often each chat is read, unless `steps` says how long training takes.
         steps: number of optimizer steps; None for `epochs`.
-        length: the most tokens of a row. Chats are packed into rows without seeing each other; longer ones are cut.
+        length: the most tokens of a row. Chats are packed into rows without seeing each other; longer ones are cut,
+            which is told.
         batch_rows: rows per optimizer step, a multiple of `micro_batch_rows`.
     """
 
