@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from test_checksums import damage
 
 from yoco_u.conversion import convert as convert_model
 from yoco_u.conversion import read_source, target_architecture, write
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, describe_system_error
 from yoco_u.loading import load_model
 from yoco_u.tuning import SFTSettings, fine_tune
 
@@ -112,6 +113,19 @@ def test_what_is_in_the_way_of_the_model_is_told_first(place: Path, tmp_path: Pa
     with pytest.raises(UserError, match="model: is in the way"):
         again(place, run)
     assert (run / "model" / "thesis").exists() and not (run / "checkpoints").exists()
+
+
+def test_a_full_disk_is_told_with_the_folder_and_the_run_goes_on(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+        with pytest.raises(OSError, match="File too large") as raised:
+            again(place, run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert describe_system_error(raised.value).startswith(f"{run}")
+    assert again(place, run)[0]["losses"] == json.loads((place / "run" / "summary.json").read_text())["losses"]
 
 
 @pytest.mark.parametrize(

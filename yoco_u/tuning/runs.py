@@ -21,7 +21,7 @@ from yoco_u.checksums import verify_checksums, write_checksums
 from yoco_u.data.places import absolute, same_place, seen_from
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import non_finite_weight
-from yoco_u.files import DamagedFile, check_part, check_place, claim, read_json, write_json
+from yoco_u.files import DamagedFile, check_part, check_place, claim, naming, read_json, write_json
 from yoco_u.loading import load_model, weights_digest
 from yoco_u.model import YocoUForCausalLM, save_model
 from yoco_u.tuning.settings import TuningSettings
@@ -58,6 +58,7 @@ def begun(
 
     Raises:
         UserError: if it holds something else, or a run of something else, or another process trains there.
+        OSError: if the disk is full in the block, or cannot be written to; it names the folder where no file is known.
     """
     claim(folder, FOLDER)
     lock, file, summary = FileLock(folder / ".lock"), folder / "settings.json", folder / "summary.json"
@@ -65,7 +66,7 @@ def begun(
         held = lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{folder}: another process is training there; wait for it, or choose another folder") from None
-    with held:
+    with held, naming(folder):
         data = hashlib.sha256(json.dumps(made).encode()).hexdigest()
         contents = {"model": weights_digest(own["model"]), "data": data}
         if file.exists():
