@@ -69,6 +69,15 @@ def test_a_question_that_cannot_be_answered_is_taken_back(talk: Any, workspace: 
     assert last.out == first.out and "num_loops is auto, but" in last.err
 
 
+def test_what_could_not_be_answered_is_not_part_of_the_talk(talk: Any, workspace: Path) -> None:
+    [first] = answers(workspace / "a", "one")
+    [second] = answers(workspace / "a", f"one{first}two")
+    outcome = talk("one", "/tokens 1000000", "too long", "/tokens 6", "two")
+    assert outcome.status == 0
+    assert outcome.out == f"{first}\n{second}\n\n"
+    assert "more than max_model_len" in outcome.err
+
+
 def test_ctrl_c_stops_an_answer(talk: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = LLM.stream
 
@@ -89,8 +98,7 @@ def test_a_chat_template_is_used(workspace: Path) -> None:
     _, tokenizer = load_model(workspace / "a", torch.device("cpu"))
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}a:"
     said = Conversation(tokenizer)
-    said.ask("x")
-    said.answer("y")
+    said.add("x", "y")
     assert tokenizer.decode(said.ask("z")) == "u:x;a:y;u:z;a:"
 
 

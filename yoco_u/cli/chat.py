@@ -75,9 +75,8 @@ def chat(
             if line.startswith("/"):
                 params = _command(line, params, said)
             elif line:
-                said.answer(_answer(llm, said.ask(line), params))
+                said.add(line, _answer(llm, said.ask(line), params))
         except UserError as error:
-            said.take_back()
             note(str(error))
 
 
@@ -93,22 +92,17 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
 
     def ask(self, text: str) -> str | list[int]:
-        """Add what a person says next, and return the prompt for the answer."""
+        """The prompt for an answer to what a person says next."""
         from yoco_u.inference.chat_template import chat_tokens
 
-        self._messages.append({"role": "user", "content": text})
+        messages = [*self._messages, {"role": "user", "content": text}]
         if self.has_template:
-            return chat_tokens(self._tokenizer, self._messages)
-        return "".join(message["content"] for message in self._messages)
+            return chat_tokens(self._tokenizer, messages)
+        return "".join(message["content"] for message in messages)
 
-    def answer(self, text: str) -> None:
-        """Add what the model said, also if it was stopped midway."""
-        self._messages.append({"role": "assistant", "content": text})
-
-    def take_back(self) -> None:
-        """Forget a question that was not answered: templates refuse two questions in a row."""
-        if self._messages and self._messages[-1]["role"] == "user":
-            del self._messages[-1]
+    def add(self, text: str, answer: str) -> None:
+        """Go on from what a person said and the model answered, also if it was stopped midway."""
+        self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
 
 def _read() -> str | None:
