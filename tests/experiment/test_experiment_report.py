@@ -116,6 +116,21 @@ def test_a_grid_that_was_moved_is_reported(tmp_path: Path) -> None:
         read_results(expand(other, tmp_path / "laptop"), tmp_path / "laptop")
 
 
+@pytest.mark.parametrize("kept", [0, 4])
+def test_a_finished_run_without_its_last_evaluation_is_named(tmp_path: Path, kept: int) -> None:
+    """An earlier one is not taken for its final loss."""
+    experiment = grid(MODELS)
+    runs = write_grid(experiment, tmp_path, finals(LOSSES))
+    file = tmp_path / "yoco-u_seed-1" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    evaluations = [line for line in lines if json.loads(line)["kind"] == "evaluation"]
+    file.write_text("".join(line for line in lines if line not in evaluations[kept:]))
+    with pytest.raises(
+        UserError, match=r"yoco-u_seed-1/metrics.jsonl: the last evaluation is missing; remove the run's folder"
+    ):
+        read_results(runs, tmp_path)
+
+
 def test_needles_are_maps_of_their_mean_over_the_seeds(tmp_path: Path) -> None:
     experiment, shares = grid(MODELS), {"yoco": 0.2, "yoco-u": 0.9}
     runs = write_grid(experiment, tmp_path, finals(LOSSES))

@@ -235,6 +235,8 @@ def _read_result(run: GridRun, folder: Path) -> RunResult:
     state: State = "unfinished"
     if is_finished(folder):
         state = "finished"
+        if not curve or curve[-1].tokens != run.config.tokens:
+            raise UserError(f"{folder / METRICS}: the last evaluation is missing; remove the run's folder, and train it again")
     elif has_diverged(folder):
         state = "diverged"
     steps = recorded.kind("train")
