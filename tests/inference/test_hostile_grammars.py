@@ -192,6 +192,24 @@ def test_what_others_compile_holds_up_neither_known_grammars_nor_the_engine(gram
         go_on.set()
 
 
+def test_prompts_that_come_with_one_schema_read_it_once(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes milliseconds for a large one, in the engine's thread."""
+    read, message = [], grammars._message
+
+    def noted(params: SamplingParams) -> bytes:
+        read.append(params)
+        return message(params)
+
+    monkeypatch.setattr(grammars, "_message", noted)
+    several = SamplingParams(regex="a{2}"), SamplingParams(regex="b{3}")
+    for params, text in zip(several, ("aa", "bbb"), strict=True):
+        for _ in range(5):
+            matcher = grammars.matcher(params)
+            assert matcher is not None and walk(matcher) == text
+            matcher.close()
+    assert read == list(several)
+
+
 def test_a_schema_that_is_nested_too_deeply_for_python() -> None:
     grammars = Grammars(TOKENIZER, len(TOKENIZER), [EOS])
     schema: dict[str, Any] = {}
