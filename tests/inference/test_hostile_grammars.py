@@ -1,5 +1,6 @@
 """Schemas and expressions that ask for too much: each is refused or followed, in its own process, and no other notices."""
 
+import multiprocessing
 import socket
 import threading
 from typing import Any
@@ -12,6 +13,7 @@ from yoco_u.data import END_OF_TEXT, train_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.inference import constraints
 from yoco_u.inference.constraints import Grammars, Matcher
+from yoco_u.inference.followers import Followed, Follower
 from yoco_u.inference.sampling_params import SamplingParams
 
 TOKENIZER = train_tokenizer(['{"name": "alpha", "aaaa": [1, 2.5, null, true]} X p1\n'] * 20, 350)
@@ -190,6 +192,57 @@ def test_what_others_compile_holds_up_neither_known_grammars_nor_the_engine(gram
         assert not any(other.done() for other in others)
     finally:
         go_on.set()
+
+
+def test_prompts_that_come_with_one_schema_read_it_once(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes milliseconds for a large one, in the engine's thread."""
+    read, message = [], grammars._message
+
+    def noted(params: SamplingParams) -> bytes:
+        read.append(params)
+        return message(params)
+
+    monkeypatch.setattr(grammars, "_message", noted)
+    several = SamplingParams(regex="a{2}"), SamplingParams(regex="b{3}")
+    for params, text in zip(several, ("aa", "bbb"), strict=True):
+        for _ in range(5):
+            matcher = grammars.matcher(params)
+            assert matcher is not None and walk(matcher) == text
+            matcher.close()
+    assert read == list(several)
+
+
+class Slow:
+    """A confined process that answers when it is told to: with the number of the question, counted from 1."""
+
+    def __init__(self) -> None:
+        self.connection, self._other = multiprocessing.Pipe()
+        self.closed, self.asked, self.answered = False, 0, -1
+
+    def ask(self, _: bytes) -> None:
+        self.asked += 1
+
+    def answer(self) -> bytes:
+        assert self.asked > self.answered + 1
+        self.answered += 1
+        return b"%d" % self.answered
+
+
+def test_nobody_waits_until_a_process_reads_what_it_is_sent() -> None:
+    """However many outputs begin and end while it compiles its grammar; and each gets its own answer."""
+    slow = Slow()
+    follower = Follower(slow, b"grammar")  # type: ignore[arg-type]
+    outputs = [Followed() for _ in range(500)]
+    for output in outputs:
+        output.tokens = [1] * 100
+        follower.ask(output)
+        if output is not outputs[-1]:
+            follower.forget(output)
+    assert 10 < slow.asked < 100
+    while outputs[-1].mask is None:
+        follower.take()
+        assert slow.asked - slow.answered < 100
+    assert [output.mask for output in outputs] == [b"%d" % (2 * number + 1) for number in range(500)]
 
 
 def test_a_schema_that_is_nested_too_deeply_for_python() -> None:

@@ -1,9 +1,13 @@
 """`LLM` over a saved model and a real tokenizer: text in, text out, as stream, under grammars."""
 
 import gc
+import itertools
 import json
 import re
+import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,13 @@ from models import architecture, build
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from yoco_u import YocoUForCausalLM
+from yoco_u.confined.nursery import Confined
 from yoco_u.data import train_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.inference import LLM, RequestOutput, SamplingParams, Update
+from yoco_u.inference.block_pool import BlockPool
+from yoco_u.inference.runner import Runner
+from yoco_u.inference.scheduler import Scheduler
 from yoco_u.inference.step import Step
 
 TEXTS = [
@@ -204,6 +212,50 @@ def test_a_stream_that_is_collected_within_a_step(llm: LLM, monkeypatch: pytest.
     [found] = llm.generate(PROMPTS[0], GREEDY)
     assert text_of(found) == text_of(expected)
     assert first.output.finish_reason == "abort"
+    assert_all_free(llm.engine)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [(Scheduler, "add"), (Scheduler, "finish"), (Scheduler, "advance"), (BlockPool, "allocate"), (Runner, "run"),
+     (Confined, "ask"), (Confined, "answer")],
+)  # fmt: skip
+def test_ctrl_c_comes_between_two_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch, moment: tuple[type, str]) -> None:
+    """Wherever a step is: afterwards nothing is left in the engine, and everybody gets what they would have got."""
+    params = [GREEDY, SamplingParams(regex="[a-z]{6}[0-9]{6}", seed=1, max_tokens=30)]
+    expected = [text_of(one) for one in llm.generate(PROMPTS[:2], params)]
+    done = getattr(*moment)
+    for call in (1, 2, 4):
+        calls = itertools.count(1)
+
+        def interrupted(*arguments: Any, calls: Iterator[int] = calls, call: int = call, **named: Any) -> Any:
+            found = done(*arguments, **named)
+            if next(calls) == call:
+                signal.raise_signal(signal.SIGINT)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*moment, interrupted)
+            with suppress(KeyboardInterrupt):
+                llm.generate(PROMPTS[:2], params)
+                assert next(calls) <= call, "the signal was lost"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert_all_free(llm.engine)
+        assert [text_of(one) for one in llm.generate(PROMPTS[:2], params)] == expected
+
+
+def test_a_second_ctrl_c_acts_at_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = []
+
+    def endless(_: Step) -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+            reached.append(_)
+
+    monkeypatch.setattr(llm.engine.runner, "run", endless)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("x", GREEDY)
+    assert len(reached) == 1
     assert_all_free(llm.engine)
 
 

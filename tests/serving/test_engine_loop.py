@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -117,6 +118,28 @@ async def test_time_runs_out(engine: Engine) -> None:
             async for _ in job:
                 await asyncio.sleep(0.01)
         await until(lambda: all_free(engine))
+
+
+@pytest.mark.parametrize(("time_limit", "error"), [(0.05, TimeExceeded), (60.0, NotServing)])
+async def test_a_job_that_ends_waits_no_longer_for_its_grammar(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, time_limit: float, error: type[Exception]
+) -> None:
+    """And its grammar is not compiled any more, if that has not begun."""
+    waiting: list[Future[None]] = []
+
+    def prepare(_: SamplingParams) -> Future[None]:
+        waiting.append(Future())
+        return waiting[-1]
+
+    monkeypatch.setattr(engine, "prepare", prepare)
+    async with started(engine, time_limit=time_limit) as loop:
+        task = asyncio.create_task(loop.submit([[1, 2]], SHORT))
+        await until(lambda: waiting)
+        if error is NotServing:
+            loop.close_all()
+        with pytest.raises(error):
+            await asyncio.wait_for(task, 30)
+        assert waiting[0].cancelled()
 
 
 async def test_draining_lets_what_runs_end(engine: Engine) -> None:

@@ -118,6 +118,7 @@ class Grammars:
         self._lock = threading.RLock()
         self._followers: OrderedDict[bytes, Follower] = OrderedDict()  # by the grammar's hash; least recently used first
         self._remembered: OrderedDict[bytes, None] = OrderedDict()  # hashes of grammars that compile
+        self._newest: tuple[SamplingParams, bytes] | None = None  # of `matcher`: many prompts may come with one schema
         self._compilations = ThreadPoolExecutor(_COMPILATIONS, "grammar")
 
     def prepare(self, params: SamplingParams) -> "Future[None]":
@@ -150,10 +151,12 @@ class Grammars:
         """
         if not params.constrained:
             return None
-        grammar = self._message(params)
-        if not self._knows(grammar):
-            self._compile(params, grammar)
-        return Matcher(self, grammar)
+        if self._newest is None or self._newest[0] is not params:
+            grammar = self._message(params)
+            if not self._knows(grammar):
+                self._compile(params, grammar)
+            self._newest = params, grammar
+        return Matcher(self, self._newest[1])
 
     def follow(self, output: Followed, grammar: bytes) -> Follower:
         """Ask a process that may be new for the mask of an output."""

@@ -4,8 +4,9 @@ A draft that is right saves a step; one that is wrong costs the time in which it
 the engine runs, so what is drafted fits the machine, the batch and the text. Tokens do not depend on it.
 """
 
+from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 from statistics import median
@@ -20,6 +21,7 @@ LONGEST = 16
 """Most tokens of one draft."""
 
 _NGRAMS = (3, 2)  # tokens that must have stood there before, the longer first
+_BYTES = array("i").itemsize
 _HOPE = 0.7  # of a draft's token to be right, before any was verified
 _NEW, _NEW_USUAL = 0.15, 0.1  # weight of the newest token in a moving average: an output's, and that of all outputs
 _PASS, _TOKEN = 0.5, 0.1  # of the time of a plain step, that a pass of drafting and a token more take, before any was measured
@@ -33,37 +35,44 @@ _SPELL = 64  # steps with drafts, after which a plain one is timed again
 
 
 class PromptDrafts:
-    """Looks up what stood behind the last tokens of a text when they came before (prompt lookup decoding)."""
+    """Looks up what stood behind the last tokens of a text when they came before (prompt lookup decoding).
+
+    The text is searched anew for each draft, which takes about 1 ms for a million tokens, and four bytes a token. An index of
+    its n-grams would take hundreds of bytes a token, and hold up everybody when it is made for the first draft.
+    """
 
     def __init__(self) -> None:
-        self._tokens: list[int] = []
-        self._behind: dict[tuple[int, ...], int] = {}  # where the text went on behind its last occurrence
+        self._text = bytearray()  # of tokens of `_BYTES` bytes each
 
     @property
     def known(self) -> int:
         """How many tokens of the text were given."""
-        return len(self._tokens)
+        return len(self._text) // _BYTES
 
-    def extend(self, tokens: Iterable[int]) -> None:
+    def extend(self, tokens: list[int]) -> None:
         """Take in the next tokens of the text."""
-        for token in tokens:
-            end = len(self._tokens)
-            for size in _NGRAMS:
-                if size <= end:
-                    self._behind[tuple(self._tokens[end - size :])] = end
-            self._tokens.append(token)
+        self._text += array("i", tokens).tobytes()
 
     def next(self, count: int) -> list[int]:
         """At most `count` tokens that may come next; none where the last ones are new."""
         for size in _NGRAMS:
-            at = self._behind.get(tuple(self._tokens[-size:]))
+            at = self._behind(size)
             if at is not None:
-                end = len(self._tokens)
-                text = self._tokens[at : at + count]
-                while len(text) < count:  # it goes on with what is drafted: a repetition
-                    text.append(text[at + len(text) - end])
-                return text
+                found = array("i", bytes(self._text[at * _BYTES : (at + count) * _BYTES])).tolist()
+                while len(found) < count:  # it goes on with what is drafted: a repetition
+                    found.append(found[at + len(found) - self.known])
+                return found
         return []
+
+    def _behind(self, size: int) -> int | None:
+        """Where the text went on when its last `size` tokens came before for the last time."""
+        if self.known <= size:
+            return None
+        last = self._text[-size * _BYTES :]
+        at = self._text.rfind(last, 0, -_BYTES)
+        while at > 0 and at % _BYTES:  # bytes of several tokens
+            at = self._text.rfind(last, 0, at + len(last) - 1)
+        return at // _BYTES + size if at >= 0 else None
 
 
 class Acceptance:

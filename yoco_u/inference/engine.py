@@ -153,6 +153,7 @@ class Engine:
             raise UserError(f"request {taken}: a request of this id is not finished yet; choose another id")
         parent = RequestOutput(name, prompt if isinstance(prompt, str) else None, tokens, [], loops)
         outputs = []
+        distinct = list(dict.fromkeys(tokens)) if params.repetition_penalty != 1 else []  # all that penalties need of a prompt
         matcher = self._grammars.matcher(params) if self._grammars is not None else None
         for index, own_name in enumerate(names):
             completion = Completion(index, logprobs=[] if params.logprobs is not None else None)
@@ -162,7 +163,7 @@ class Engine:
             outputs.append(
                 RunningOutput(
                     request,
-                    SamplerState(params, tokens, index, self.eos_token_ids, matcher and matcher.sibling()),
+                    SamplerState(params, distinct, index, self.eos_token_ids, matcher and matcher.sibling()),
                     Detokenizer(self.tokenizer, params) if self.tokenizer is not None else None,
                     completion,
                     parent,

@@ -9,6 +9,8 @@ from multiprocessing.connection import Connection
 
 from yoco_u.confined.nursery import Confined, Ended, Refused
 
+_BYTES, _MESSAGES = 2**14, 64  # on the way to a process at most; its connection takes more before whoever sends has to wait
+
 
 class Followed:
     """One output, as its grammar sees it.
@@ -41,6 +43,8 @@ class Follower:
         self._confined = confined
         self._known: dict[Followed, int] = {}  # how many tokens of an output the process knows
         self._waiting: deque[Followed | None] = deque([None])  # for answers; the first says that the grammar compiles
+        self._unsent: deque[bytes] = deque()  # messages of the last of these
+        self._sent: deque[int] = deque([len(grammar)])  # bytes of the messages of the others
         confined.ask(grammar)
 
     @property
@@ -62,15 +66,13 @@ class Follower:
         """Ask for the mask behind the tokens of an output."""
         new = output.tokens[self._known.get(output, 0) :]
         self._known[output] = len(output.tokens)
-        self._waiting.append(output)
-        self._confined.ask(json.dumps([id(output), new]).encode())
+        self._tell(output, [id(output), new])
 
     def forget(self, output: Followed) -> None:
         """Follow an output no longer."""
         if self._known.pop(output, None) is None or self.ended:
             return
-        self._waiting.append(None)
-        self._confined.ask(json.dumps([id(output), None]).encode())
+        self._tell(None, [id(output), None])
         while not self.ended and self.connection.poll():  # nobody may be left to take what the process has answered
             self.take()
 
@@ -88,7 +90,7 @@ class Follower:
             self.end()
         else:
             self.compiled = True
-            if (output := self._waiting.popleft()) is not None:
+            if (output := self._answered()) is not None:
                 output.mask = answer
 
     def compile(self) -> None:
@@ -98,16 +100,37 @@ class Follower:
             Refused, Ended: if it cannot be.
         """
         self._confined.answer()
-        self._waiting.popleft()
+        self._answered()
         self.compiled = True
 
     def end(self) -> None:
         """End the process."""
         self._confined.close()
 
+    def _tell(self, output: Followed | None, message: list[object]) -> None:
+        """Send a message whose answer is the mask of an output, now or when those before it are answered.
+
+        Whoever sends more than a connection takes waits until the process reads it, and here that is the engine.
+        """
+        self._waiting.append(output)
+        self._unsent.append(json.dumps(message).encode())
+        self._send()
+
+    def _send(self) -> None:
+        while self._unsent and sum(self._sent) < _BYTES and len(self._sent) < _MESSAGES:
+            message = self._unsent.popleft()
+            self._sent.append(len(message))
+            self._confined.ask(message)
+
+    def _answered(self) -> Followed | None:
+        """Take note that the oldest message is answered, and say whose it was."""
+        self._sent.popleft()
+        self._send()
+        return self._waiting.popleft()
+
     def _fail(self, error: str) -> None:
         """Let the output whose answer comes next have an error, or all outputs if the grammar does not compile."""
-        failed = [self._waiting.popleft()] if self.compiled else list(self._waiting)
+        failed = [self._answered()] if self.compiled else list(self._waiting)
         for output in failed:
             if output is not None:
                 output.error = error

@@ -12,6 +12,7 @@ from yoco_u.device import find_device
 from yoco_u.errors import UserError
 from yoco_u.inference.engine import Engine
 from yoco_u.inference.exits import find_exits
+from yoco_u.inference.interrupts import interrupts_later
 from yoco_u.inference.outputs import RequestOutput, Update
 from yoco_u.inference.sampling_params import SamplingParams
 from yoco_u.inference.settings import EngineSettings
@@ -61,7 +62,7 @@ class LLM:
             while self._step(requests):
                 pass
         finally:
-            self._abort(requests)
+            self._forget(requests)
         return requests
 
     def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Update]:
@@ -84,9 +85,7 @@ class LLM:
                 else:
                     goes_on = self._step(requests)
         finally:
-            for request in requests:
-                del self._unread[id(request)]
-            self._abort(requests)
+            self._forget(requests)
 
     def _step(self, requests: list[RequestOutput]) -> bool:
         """Run a step of the engine, unless these requests have all ended; whether it was run."""
@@ -103,33 +102,36 @@ class LLM:
         several = _several(prompts)
         chosen = _chosen(params, len(several))
         requests: list[RequestOutput] = []
-        with self._turn():
-            try:
+        try:
+            with self._turn():
                 for prompt, own in zip(several, chosen, strict=True):
                     requests.append(self.engine.add(prompt, own))
-            except BaseException:
-                self._abandoned.extend(requests)
-                raise
-            if unread is not None:
-                self._unread |= {id(request): unread for request in requests}
+                if unread is not None:
+                    self._unread |= {id(request): unread for request in requests}
+        except BaseException:
+            self._forget(requests)
+            raise
         return requests
 
-    def _abort(self, requests: list[RequestOutput]) -> None:
+    def _forget(self, requests: list[RequestOutput]) -> None:
         """End what is unfinished, now or when the engine is not in use.
 
         Python may collect an abandoned stream at any moment, also within a step.
         """
+        for request in requests:
+            self._unread.pop(id(request), None)
         self._abandoned.extend(request for request in requests if not request.finished)
         if self._lock.acquire(blocking=False):
             try:
-                self._end_abandoned()
+                with interrupts_later():
+                    self._end_abandoned()
             finally:
                 self._lock.release()
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """The engine is used by one thread at a time."""
-        with self._lock:
+        """The engine is used by one thread at a time, and not interrupted meanwhile."""
+        with self._lock, interrupts_later():
             self._end_abandoned()
             try:
                 yield

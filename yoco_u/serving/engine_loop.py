@@ -154,14 +154,18 @@ class EngineLoop:
         job = Job(prompts, params, self.time_limit, self._abort)
         self._outstanding += count
         self._jobs.add(job)
+        prepared = asyncio.wrap_future(self.engine.prepare(params))
         try:
-            await asyncio.wrap_future(self.engine.prepare(params))
-            if not job.accepted.done():  # it may have ended while its grammar was compiled
+            await asyncio.wait({prepared, job.accepted}, return_when=asyncio.FIRST_COMPLETED)
+            if not job.accepted.done():  # it may end while its grammar waits to be compiled
+                prepared.result()
                 self._inbox.put(lambda: self._add(job))
             await job.accepted
         except BaseException:
             job.close()
             raise
+        finally:
+            prepared.cancel()
         return job
 
     def _abort(self, job: Job) -> None:
