@@ -65,7 +65,7 @@ COMMANDS = {
 def grid(workspace: Path) -> Path:
     settings = {"preset": "yoco_u", "size": "test", "vocab_size": 300}
     base = {
-        "dataset": str(workspace / "data"),
+        "data": {"corpus": "stdlib", "vocab_size": 300},
         "architecture": settings,
         "training": {"steps": 1, "sequence_length": 32, "batch_rows": 4, "micro_batch_rows": 4},
         "optimizer": {"warmup_steps": 0},
