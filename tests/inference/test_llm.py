@@ -215,6 +215,15 @@ def test_a_stream_that_is_collected_within_a_step(llm: LLM, monkeypatch: pytest.
     assert_all_free(llm.engine)
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT as Python handles it, also where whoever started the tests ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(
     "moment",
     [(Scheduler, "add"), (Scheduler, "finish"), (Scheduler, "advance"), (BlockPool, "allocate"), (Runner, "run"),
@@ -244,6 +253,7 @@ def test_ctrl_c_comes_between_two_steps(llm: LLM, monkeypatch: pytest.MonkeyPatc
         assert [text_of(one) for one in llm.generate(PROMPTS[:2], params)] == expected
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_second_ctrl_c_acts_at_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     reached = []
 
