@@ -181,7 +181,7 @@ def test_what_others_compile_holds_up_neither_known_grammars_nor_the_engine(gram
     known = SamplingParams(regex="[0-9]{2}")
     grammars.matcher(known)
     go_on = threading.Event()
-    others = [grammars._compilations.submit(go_on.wait) for _ in range(2 * constraints._COMPILATIONS)]
+    others = [pool.submit(go_on.wait) for pool in (grammars._tries, grammars._compilations) for _ in range(32)]
     try:
         assert grammars.prepare(known).done()
         assert not grammars.prepare(SamplingParams(regex="[0-9]{5}")).done()
@@ -192,6 +192,24 @@ def test_what_others_compile_holds_up_neither_known_grammars_nor_the_engine(gram
         assert not any(other.done() for other in others)
     finally:
         go_on.set()
+
+
+def test_new_grammars_do_not_wait_for_those_that_take_long(grammars: Grammars) -> None:
+    """What takes long waits behind the first try of all others, is refused in the end, and can be taken back meanwhile."""
+    go_on = threading.Event()
+    others = [grammars._compilations.submit(go_on.wait) for _ in range(2 * constraints._COMPILED)]
+    try:
+        slow = [grammars.prepare(SamplingParams(json_schema=SCHEMAS[name])) for name in ("patterns", "pattern properties")]
+        assert grammars.prepare(SamplingParams(regex="[a-d]{7}")).result(timeout=60) is None
+        with pytest.raises(UserError, match="unclosed"):
+            grammars.prepare(SamplingParams(regex="[a-")).result(timeout=60)
+        assert not any(one.done() for one in slow)
+        assert slow[1].cancel()
+    finally:
+        go_on.set()
+    with pytest.raises(UserError, match=r"it takes more than 0\.2 s of computing"):
+        slow[0].result(timeout=120)
+    assert all(other.result() for other in others)
 
 
 def test_prompts_that_come_with_one_schema_read_it_once(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:

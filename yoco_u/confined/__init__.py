@@ -8,5 +8,10 @@ Start at `nursery.py`, which is used from outside. `process.py` is what runs in 
 `template.py` are the two services that run there; they import neither torch nor the rest of this package.
 """
 
+import struct
+
 ANSWERED, REFUSED = b"+", b"-"
 """The first byte of an answer, which says whether the rest is the answer or why there is none."""
+
+FIRST = struct.Struct("d")
+"""What asks for a new process: the seconds that its first answer may take, beside its connection."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from yoco_u.confined import ANSWERED
+from yoco_u.confined import ANSWERED, FIRST
 from yoco_u.errors import UserError
 
 _LONGEST_ANSWER = 2**26
@@ -61,8 +61,11 @@ class Nursery:
             if self._control is None:
                 self._control = self._started()
 
-    def new(self) -> "Confined":
+    def new(self, first: float | None = None) -> "Confined":
         """A fresh process.
+
+        Args:
+            first: seconds of CPU time that its first answer may take, in place of the nursery's.
 
         Raises:
             UserError: if the system cannot fork processes.
@@ -70,10 +73,10 @@ class Nursery:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                self._hand_over(theirs)
+                self._hand_over(theirs, first or self.seconds)
             except OSError:  # the process to fork has been ended from outside
                 self._end()
-                self._hand_over(theirs)
+                self._hand_over(theirs, first or self.seconds)
         return Confined(Connection(ours.detach()), self.seconds, self.memory)
 
     def leave(self) -> None:
@@ -84,12 +87,12 @@ class Nursery:
             self._control.close()
         self._lock, self._control, self._end = threading.Lock(), None, lambda: None
 
-    def _hand_over(self, connection: socket.socket) -> None:
+    def _hand_over(self, connection: socket.socket, first: float) -> None:
         self.start()
         with self._lock:
             assert self._control is not None
             try:
-                socket.send_fds(self._control, [b"\0"], [connection.fileno()])
+                socket.send_fds(self._control, [FIRST.pack(first)], [connection.fileno()])
             except OSError:
                 self._control = None
                 raise

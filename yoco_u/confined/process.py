@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import itertools
 import json
 import os
 import resource
@@ -14,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from yoco_u.confined import ANSWERED, REFUSED
+from yoco_u.confined import ANSWERED, FIRST, REFUSED
 from yoco_u.errors import first_line
 
 _NICENESS = 19  # what computes for one request leaves the cores to the model, which computes for all
@@ -31,8 +32,8 @@ def main() -> None:
     with socket.socket(fileno=fd) as control:
         service = _set_up(name, _received(control))
         gc.freeze()  # a collection would copy memory that is shared with the children
-        while fds := socket.recv_fds(control, 1, 1)[1]:
-            _fork(service, control, fds[0], limits["seconds"], limits["bytes"])
+        while (order := socket.recv_fds(control, FIRST.size, 1))[1]:
+            _fork(service, control, order[1][0], FIRST.unpack(order[0])[0], limits["seconds"], limits["bytes"])
 
 
 def _received(control: socket.socket) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def _set_up(name: str, setup: dict[str, Any]) -> Service:
         return refuse
 
 
-def _fork(service: Service, control: socket.socket, fd: int, seconds: float, memory: int) -> None:
+def _fork(service: Service, control: socket.socket, fd: int, first: float, seconds: float, memory: int) -> None:
     try:
         child = os.fork() == 0
     except OSError:  # too many processes: the starter finds its connection closed
@@ -66,7 +67,7 @@ def _fork(service: Service, control: socket.socket, fd: int, seconds: float, mem
         control.close()
         os.nice(_NICENESS)
         _confine(memory)
-        _serve(service, Connection(fd), seconds)
+        _serve(service, Connection(fd), first, seconds)
     finally:
         os._exit(0)
 
@@ -78,15 +79,15 @@ def _confine(memory: int) -> None:
         resource.setrlimit(kind, (limit, limit))
 
 
-def _serve(service: Service, connection: Connection, seconds: float) -> None:
+def _serve(service: Service, connection: Connection, first: float, seconds: float) -> None:
     """Answer messages one after another until the starter closes the connection."""
-    while True:
+    for limit in itertools.chain([first], itertools.repeat(seconds)):
         try:
             message = connection.recv_bytes()
         except EOFError:
             return
         # Seconds of CPU, so that a busy machine ends nobody. The signal ends the process, whatever it is doing.
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_PROF, limit)
         try:
             answer = ANSWERED + service(message)
         except BaseException as error:  # panics of Rust are no `Exception`

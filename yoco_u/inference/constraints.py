@@ -30,7 +30,8 @@ from yoco_u.inference.tool_calls import CLOSE, OPEN
 
 _SECONDS, _MEMORY = 2.0, 2**28  # that compiling a grammar may take, and each mask
 _LONGEST = 2**18  # characters of a schema or an expression
-_COMPILATIONS = 16  # at once
+_QUICK = 0.1  # seconds of CPU, after which a compilation has to wait until new grammars were tried
+_TRIED, _COMPILED = 16, 4  # at once: new grammars, and those that take longer
 _IDLE = 16  # followers that are kept for outputs to come
 _REMEMBERED = 4096  # grammars that are known to compile
 _LINE = re.compile(r"line (\d+): ")
@@ -100,6 +101,10 @@ class Matcher(Followed):
             self.follower.forget(self)
 
 
+class _Long(Exception):  # noqa: N818
+    """A grammar takes longer than a first try may."""
+
+
 class Grammars:
     """Compiles the grammars of requests for one tokenizer, and follows outputs through them.
 
@@ -119,12 +124,14 @@ class Grammars:
         self._followers: OrderedDict[bytes, Follower] = OrderedDict()  # by the grammar's hash; least recently used first
         self._remembered: OrderedDict[bytes, None] = OrderedDict()  # hashes of grammars that compile
         self._newest: tuple[SamplingParams, bytes] | None = None  # of `matcher`: many prompts may come with one schema
-        self._compilations = ThreadPoolExecutor(_COMPILATIONS, "grammar")
+        self._tries = ThreadPoolExecutor(_TRIED, "grammar")
+        self._compilations = ThreadPoolExecutor(_COMPILED, "slow-grammar")
 
     def prepare(self, params: SamplingParams) -> "Future[None]":
         """Compile the grammar of a request, without waiting for it. Any thread may call this.
 
-        A grammar that is known to compile does not wait for others that are being compiled.
+        A grammar that is known to compile does not wait for others that are being compiled, and a new one not for those that
+        take long.
 
         Returns:
             Done when the grammar is known to compile. Or a UserError: if llguidance is not installed, cannot read the
@@ -136,9 +143,10 @@ class Grammars:
         except UserError as error:
             done.set_exception(error)
             return done
-        if not self._knows(grammar):
-            return self._compilations.submit(self._compile, params, grammar)
-        done.set_result(None)
+        if self._knows(grammar):
+            done.set_result(None)
+        else:
+            self._tries.submit(self._try, params, grammar, done)
         return done
 
     def matcher(self, params: SamplingParams) -> Matcher | None:
@@ -207,16 +215,42 @@ class Grammars:
                 self._remembered.move_to_end(key)
             return known
 
-    def _compile(self, params: SamplingParams, grammar: bytes) -> None:
+    def _try(self, params: SamplingParams, grammar: bytes, done: "Future[None]", seconds: float | None = _QUICK) -> None:
+        """Compile a grammar for whoever waits until it is done; what takes longer than `seconds` begins anew, behind others."""
+        if done.cancelled():
+            return
+        error = None
+        try:
+            self._compile(params, grammar, seconds)
+        except _Long:
+            self._compilations.submit(self._try, params, grammar, done, None)
+            return
+        except BaseException as found:
+            error = found
+        if done.set_running_or_notify_cancel():
+            done.set_exception(error) if error is not None else done.set_result(None)
+
+    def _compile(self, params: SamplingParams, grammar: bytes, seconds: float | None = None) -> None:
+        """Compile a grammar.
+
+        Args:
+            seconds: of CPU; as many as a grammar may take if None.
+
+        Raises:
+            _Long: if it takes longer than `seconds`.
+            UserError: if it cannot be compiled.
+        """
         key = _hash(grammar)
         try:
-            follower = Follower(self._new_process(), grammar)
+            follower = Follower(self._new_process(seconds), grammar)
         except UserError as error:
             raise UserError(str(error), params.grammar) from None
         try:
             follower.compile()
         except (Refused, Ended) as error:
             follower.end()
+            if seconds is not None and isinstance(error, Ended):
+                raise _Long from None
             raise _refusal(params, json.loads(grammar)["text"], str(error)) from None
         with self._lock:
             self._remembered[key] = None
@@ -245,7 +279,7 @@ class Grammars:
         for one in idle[:-_IDLE]:
             self._followers.pop(one).end()
 
-    def _new_process(self) -> Confined:
+    def _new_process(self, first: float | None = None) -> Confined:
         with self._lock:
             if self._nursery is None:
                 if importlib.util.find_spec("llguidance") is None:
@@ -258,7 +292,7 @@ class Grammars:
                 backend.no_truncation()
                 setup = {"tokenizer": backend.to_str(), "vocab_size": self.vocab_size, "eos_token_ids": self._eos_token_ids}
                 self._nursery = Nursery("yoco_u.confined.grammar", setup, seconds=_SECONDS, memory=_MEMORY)
-            return self._nursery.new()
+            return self._nursery.new(first)
 
 
 def _refusal(params: SamplingParams, text: str, problem: str) -> UserError:
