@@ -3,6 +3,8 @@
 import gc
 import logging
 import os
+import signal
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -75,3 +77,11 @@ def _seed() -> None:
 def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines' caches of 16 MiB unless another size is asked for: filling a GiB with zeros takes longer than most tests."""
     monkeypatch.setattr("yoco_u.inference.settings.DEFAULT_CACHE_BYTES", 2**24)
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT as Python handles it, also where whoever started the tests ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -215,14 +215,6 @@ def test_a_stream_that_is_collected_within_a_step(llm: LLM, monkeypatch: pytest.
     assert_all_free(llm.engine)
 
 
-@pytest.fixture
-def heard() -> Iterator[None]:
-    """SIGINT as Python handles it, also where whoever started the tests ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(
     "moment",
