@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save
+from chat_models import save_chat_model
 
 from yoco_u.cli import main
-from yoco_u.conversion import convert, read_source, target_architecture, write
 from yoco_u.errors import UserError
 from yoco_u.inference.chat_template import chat_text
 from yoco_u.loading import load_model
@@ -34,13 +33,7 @@ FORGETFUL = (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small YOCO-U of two gated loops, with a chat template."""
-    folder = tmp_path_factory.mktemp("model")
-    save(folder / "source", "llama")
-    source = read_source(str(folder / "source"))
-    source.tokenizer.chat_template = TEMPLATE
-    target = target_architecture(source.model.model.architecture, {"window": 16, "loops": 2, "loop_gate": 0.3})
-    write(convert(source, target, "mean"), source, folder / "ours")
-    return folder / "ours"
+    return save_chat_model(tmp_path_factory.mktemp("model"), TEMPLATE, {"window": 16, "loops": 2, "loop_gate": 0.3})
 
 
 def chat(*contents: str) -> list[dict[str, str]]:

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save
+from chat_models import save_chat_model
 from filelock import FileLock
 from test_checksums import damage
 
-from yoco_u.conversion import convert as convert_model
-from yoco_u.conversion import read_source, target_architecture, write
 from yoco_u.errors import UserError, describe_system_error
 from yoco_u.loading import load_model
 from yoco_u.tuning import SFTSettings, fine_tune
@@ -36,12 +34,8 @@ def write_chats(path: Path, count: int, answer: str = "it is") -> Path:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, chats, and a run of four steps, with checkpoints after the second and the fourth."""
     folder = tmp_path_factory.mktemp("place")
-    save(folder / "source", "llama")
-    source = read_source(str(folder / "source"))
-    source.tokenizer.chat_template = TEMPLATE
-    target = target_architecture(source.model.model.architecture, {"window": 16})
-    write(convert_model(source, target, "mean"), source, folder / "model")
-    fine_tune(folder / "model", [write_chats(folder / "chats.jsonl", 10)], SETTINGS, folder / "run")
+    model = save_chat_model(folder, TEMPLATE, {"window": 16})
+    fine_tune(model, [write_chats(folder / "chats.jsonl", 10)], SETTINGS, folder / "run")
     return folder
 
 
