@@ -191,10 +191,11 @@ class EngineLM(TemplateLM):
         answers = [(0.0, False)] * len(requests)
 
         def finish(index: int, request: RequestOutput) -> None:
-            total = math.fsum(one.chosen.logprob for one in request.scored)
+            scored = request.scored
+            total = math.fsum(one.chosen.logprob for one in scored)
             if math.isnan(total):
                 raise failed_output(BROKEN_LOGITS)
-            answers[index] = total, all(one.top[0].token_id == one.chosen.token_id for one in request.scored)
+            answers[index] = total, all(one.top[0].token_id == one.chosen.token_id for one in scored)
             if requests[index][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
 
