@@ -86,11 +86,11 @@ GPUS = {
 """GPUs by the names that `--hardware` takes."""
 
 
-def find_hardware(text: str, dtype: DType) -> Hardware:
+def find_hardware(text: str, dtype: DType | Literal["auto"]) -> Hardware:
     """The hardware that a text describes: a name in `GPUS`, or a line such as `memory=24GiB,gemm=900e9,bandwidth=46e9`.
 
     Args:
-        dtype: chooses which of a GPU's rates counts; a line gives the rate itself.
+        dtype: chooses which of a GPU's rates counts, all of which multiply bfloat16; a line gives the rate itself.
 
     Raises:
         UserError: if the name is unknown, with the nearest known one, or if the line lacks one of the three figures.
@@ -103,5 +103,5 @@ def find_hardware(text: str, dtype: DType) -> Hardware:
     if gpu is None:
         hint = did_you_mean(text.lower(), GPUS, f"known are {', '.join(GPUS)} and {THIS}")
         raise UserError(f"unknown hardware {text!r}: {hint}; or give a line such as memory=24GiB,gemm=900e9,bandwidth=46e9")
-    gemm = gpu.bfloat16 if dtype == "bfloat16" else gpu.float32
+    gemm = gpu.float32 if dtype == "float32" else gpu.bfloat16
     return Hardware(name=gpu.name, memory=gpu.memory * 1e9, gemm=gemm * 1e12, bandwidth=gpu.bandwidth * 1e9)

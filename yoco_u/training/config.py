@@ -95,6 +95,9 @@ class WindowPhase(Config):
     window: Count
 
 
+TrainingDType = Literal["auto", "bfloat16", "float32"]
+
+
 class TrainingConfig(Config):
     """How a model is trained.
 
@@ -104,7 +107,8 @@ class TrainingConfig(Config):
         batch_rows: rows per optimizer step, over all processes and micro-batches.
         micro_batch_rows: rows per forward pass of one process; gradients accumulate until batch_rows is reached.
         seed: seed of the initial weights and of the order of the data.
-        dtype: `bfloat16` is autocast over float32 weights; `float32` computes in float32 throughout.
+        dtype: `bfloat16` is autocast over float32 weights; `float32` computes in float32 throughout. `auto` is bfloat16 where
+            the machine multiplies it in hardware, else float32; a run goes on in the dtype that it began with.
         weights: quantization-aware training: what the weights of linear layers and of the LM head are rounded to in the passes
             of training and in evaluations, as `yoco-u evaluate --weights` rounds them. Updates and checkpoints are of the
             unrounded weights, and so is the trained model. None for no rounding.
@@ -141,7 +145,7 @@ class TrainingConfig(Config):
     batch_rows: Count = 8
     micro_batch_rows: Count = 8
     seed: Seed = 0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: TrainingDType = "auto"
     weights: Literal["int8", "int4"] | None = None
     compile: Literal["auto", "on", "off"] = "auto"
     checkpoint_stages: tuple[int, ...] = ()
@@ -273,6 +277,9 @@ class RunConfig(Config):
     def tokens(self) -> int:
         """Training tokens of all steps."""
         return self.training.steps * self.tokens_per_step
+
+    def with_dtype(self, dtype: TrainingDType) -> "RunConfig":
+        return self.model_copy(update={"training": self.training.model_copy(update={"dtype": dtype})})
 
     def loops_at(self, step: int) -> int | None:
         """Loop count of training step `step` = 0 .. steps - 1; None where the architecture's own loop counts apply."""

@@ -110,10 +110,16 @@ class RunFolder:
             lock.release()
 
     def located(self, config: RunConfig) -> RunConfig:
-        """The config, whose paths lead where they led when the run began, if it has begun; see `RunPaths.located`."""
+        """The config of a run that goes on: paths lead where they led when it began, and dtype `auto` is what it was then.
+
+        See `RunPaths.located`. A config whose run has not begun is returned as it is.
+        """
         if not (marked(self.path, RUN) and self.config.exists() and self._has_begun()):
             return config
-        return self.paths.located(config, read_run_config(self.path))
+        old = read_run_config(self.path)
+        if config.training.dtype == "auto":
+            config = config.with_dtype(old.training.dtype)
+        return self.paths.located(config, old)
 
     def check_same(self, config: RunConfig) -> None:
         """Raise a UserError if the folder holds a run of another config, naming the first key that differs.

@@ -73,6 +73,8 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
     run_folder, damaged = RunFolder(Path(folder)), list[str]()
     config = run_folder.located(config)
     with distributed_session(config.training.device) as distributed:
+        if config.training.dtype == "auto":
+            config = config.with_dtype("bfloat16" if multiplies_bfloat16(distributed.device) else "float32")
         if run_folder.read_summary() is None:
             check_start(config)
             check_memory(config.architecture, config.training, distributed)
