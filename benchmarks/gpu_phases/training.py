@@ -93,7 +93,7 @@ def our_step(a: Architecture, trained: TrainedModel, device: torch.device, recom
     """One step of the trainer, without reading data."""
     training = {
         "steps": 1000, "sequence_length": trained.length, "batch_rows": trained.rows, "micro_batch_rows": trained.rows,
-        "compile": "on" if trained.compiled else "off", "device": str(device),
+        "dtype": "bfloat16", "compile": "on" if trained.compiled else "off", "device": str(device),
         "checkpoint_stages": tuple(range(len(a.stages))) if recompute else (),
     }  # fmt: skip
     described = {"name": "gpu", "architecture": a.model_dump(), "dataset": "none", "training": training}
