@@ -43,6 +43,9 @@ DAMAGED = ".damaged"
 # torch says so on the thread that writes, where no context could keep it from that.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
+# A stager keeps the memory of its copies, which makes all but the first fast. Before torch 2.13 it can copy only once.
+_STAGERS_LAST = torch.__version__ >= "2.13"
+
 _NAME = re.compile(r"step-[0-9]{8,}")
 
 
@@ -80,7 +83,7 @@ class Checkpoints:
         self.folder, self.distributed = folder, distributed
         # Beside those of training, so that the collectives of a checkpoint may come at any moment of a step.
         self._group = dist.new_group(backend="gloo") if distributed.world_size > 1 else None
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))  # keeps the memory of its copies
+        self._stager = _new_stager()
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -122,6 +125,8 @@ class Checkpoints:
             OSError, UserError: if the checkpoint before this one could not be written, see `wait`.
         """
         self.wait()
+        if not _STAGERS_LAST:
+            self._stager = _new_stager()
         target = self.folder / name
         partial = self.distributed.on_main(lambda: fresh_folder(target))
         torch.save(_rng_state(), partial / _rng_file(self.distributed.rank))
@@ -132,7 +137,7 @@ class Checkpoints:
             process_group=self._group,
             no_dist=self.distributed.world_size == 1,
         )
-        assert isinstance(written, Future)  # the stager copies at once
+        assert isinstance(written, Future)
         self._writing = self._finisher.submit(self._finish, written, target, state, keep)
         return target
 
@@ -213,6 +218,10 @@ class Checkpoints:
         """The checkpoints that runs resume from, oldest first."""
         found = [path for path in self.folder.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _new_stager() -> DefaultStager:
+    return DefaultStager(StagingOptions(False, False, False, False))  # copies at once, without threads and pinned memory
 
 
 def _reason(error: BaseException | None) -> str:
