@@ -126,10 +126,13 @@ def test_a_run_continues_exactly(dataset: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("parallel", "variant"), [("ddp", "tied"), ("fsdp", "yoco_u")])
 def test_two_processes_agree_with_one(parallel: str, variant: str, dataset: Path, tmp_path: Path) -> None:
-    """After the first step not to the last bits, since weights that lie half-way are rounded up here and down there."""
+    """Losses after the first step only nearly, since weights that lie half-way are rounded up here and down there.
+
+    With an epsilon above all gradients an update is in proportion to its gradient, so that a last bit of it stays one.
+    """
     config = run_config(
         dataset, architecture=VARIANTS[variant], weights="int4", parallel=parallel, steps=2, evaluate_every=1,
-        micro_batch_rows=1, optimizer_warmup_steps=0, **DIAL,
+        micro_batch_rows=1, optimizer_warmup_steps=0, optimizer_eps=1.0, optimizer_learning_rate=0.3, **DIAL,
     )  # fmt: skip
     assert train_on_ranks(config, tmp_path / "two") == [0, 0]
     train(config, tmp_path / "one", progress=False)
@@ -137,11 +140,11 @@ def test_two_processes_agree_with_one(parallel: str, variant: str, dataset: Path
     assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
     for key in ("loss", "loss_at_1", "loss_at_5"):
         there = [record[key] for record in expected if key in record]
-        assert [record[key] for record in found if key in record] == pytest.approx(there, rel=5e-4)
+        assert [record[key] for record in found if key in record] == pytest.approx(there, rel=5e-3)
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("two", "one")]
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[1].items():
-        assert (weights[0][name] - weight).abs().mean() < 2e-4, name
+        assert (weights[0][name] - weight).abs().max() < 2e-5, name
 
 
 def test_a_saved_model_is_tuned_to_be_rounded(dataset: Path, tmp_path: Path) -> None:
