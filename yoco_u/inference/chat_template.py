@@ -3,6 +3,7 @@
 A template is a program of whoever made the tokenizer, so it runs in a confined process, under limits of time and memory.
 """
 
+import contextlib
 import json
 import queue
 from collections.abc import Mapping, Sequence
@@ -122,8 +123,9 @@ def _idle_process() -> Confined | None:
             process = _IDLE.get_nowait()
         except queue.Empty:
             return None
-        if not process.closed and not process.connection.poll():
-            return process
+        with contextlib.suppress(Refused, Ended):
+            if process.take() is None:
+                return process
         process.close()  # it has been ended from outside, or is the parent's
 
 
