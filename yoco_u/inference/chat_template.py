@@ -33,7 +33,11 @@ def chat_tokens(
     Raises:
         UserError: as of `chat_text`.
     """
-    text = chat_text(tokenizer, messages, tools=tools or None)
+    return text_tokens(tokenizer, chat_text(tokenizer, messages, tools=tools or None))
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The tokens of a chat's text, as `chat_text` gives it."""
     # Not through the tokenizer itself, which sets up truncation anew at each call while other threads decode; and as a batch,
     # which lets other threads go on meanwhile.
     [encoded] = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
