@@ -85,8 +85,7 @@ class Nursery:
 
     def wake(self) -> None:
         """Let processes go on that were stopped from outside."""
-        with self._lock:
-            self._wake()
+        self._wake()
 
     def leave(self) -> None:
         """In a process that was forked: the nursery starts anew when it is needed, and the parent's stays as it is."""

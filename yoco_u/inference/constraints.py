@@ -116,7 +116,7 @@ class Grammars:
         self._eos_token_ids = list(eos_token_ids)
         self._shown = _shown_tokens(tokenizer).difference(eos_token_ids)
         self._nursery: Nursery | None = None
-        self._lock, self._starting = threading.Lock(), threading.Lock()
+        self._lock, self._starting = threading.RLock(), threading.Lock()
         self._followers: OrderedDict[bytes, Follower] = OrderedDict()  # by the grammar's hash; least recently used first
         self._compiled: OrderedDict[bytes, None] = OrderedDict()  # hashes of grammars that compile
         self._failed: OrderedDict[bytes, tuple[float, str]] = OrderedDict()  # and of others: when they failed, and why
@@ -300,7 +300,11 @@ class Grammars:
             self._keep(key, follower)
 
     def _text(self, params: SamplingParams) -> tuple[str, str]:
-        """The kind of a grammar, and its text."""
+        """The kind of a grammar, and its text.
+
+        Raises:
+            UserError: if it is nested too deeply.
+        """
         try:
             if params.tools is not None:
                 return "lark", params.tools.grammar(
@@ -312,7 +316,7 @@ class Grammars:
 
     def _keep(self, key: bytes, follower: Follower) -> None:
         """Keep a follower for outputs to come, and end those that were not needed for longest."""
-        if key in self._followers:
+        if key in self._followers and not self._followers[key].ended:
             follower.end()
         else:
             self._followers[key] = follower
