@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from in_fork import check_in_fork
 
-from yoco_u.confined.nursery import Confined, Ended, Nursery, Refused
+from yoco_u.confined.nursery import Confined, Ended, Nursery, Refused, wait
 
 LIMITS = {"seconds": 0.2, "memory": 2**26}
 
@@ -167,6 +167,62 @@ def test_closed_processes_and_nurseries_end() -> None:
     wait_until_gone(pids[0])
     del nursery
     wait_until_gone(pids[1])
+
+
+@pytest.mark.parametrize("message", ["greet " + "x" * 2**22, "sleep 0"])
+def test_a_stopped_process_holds_up_nobody_and_ends_when_it_goes_on(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither who sends it more than its connection takes, nor who looks for its answer."""
+    nursery = Nursery("services", {}, **LIMITS)
+    stopped, other = nursery.new(), nursery.new()
+    pid = int(say(stopped, "pid x"))
+    os.kill(pid, signal.SIGSTOP)
+    for _ in range(3):
+        stopped.ask(message.encode())
+        assert stopped.take() is None
+    assert say(other, "greet you") == "hello you"
+    with monkeypatch.context() as patch:
+        patch.setattr("yoco_u.confined.nursery._PATIENCE", 0.0)
+        with pytest.raises(Ended, match="did not end within 0 s"):
+            stopped.answer()
+    stopped.close()
+    wait_until_gone(pid)
+    assert say(nursery.new(), "greet you") == "hello you"
+
+
+def test_a_process_may_be_stopped_within_its_answer(nursery: Nursery) -> None:
+    process = nursery.new()
+    pid, name = int(say(process, "pid x")), "x" * 2**22
+    process.ask(f"greet {name}".encode())
+    while process._unsent:
+        wait([process], 60)
+        assert process.take() is None
+    while not process._received:
+        wait([process], 60)
+        assert process.take() is None
+    os.kill(pid, signal.SIGSTOP)
+    while (before := len(process._received)) < len(name):  # what was on the way
+        assert process.take() is None
+        if len(process._received) == before:
+            break
+    assert before < len(name) and process.take() is None
+    os.kill(pid, signal.SIGCONT)
+    assert process.answer() == f"hi {name}".encode()
+
+
+def test_the_process_that_is_forked_may_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for a new one then does not wait, and it goes on when somebody has waited for too long."""
+    nursery = Nursery("services", {"greeting": "x" * 2**22}, **LIMITS)  # more than a connection takes
+    parent = int(say(nursery.new(), "parent x"))
+    os.kill(parent, signal.SIGSTOP)
+    several = [nursery.new() for _ in range(50)]
+    with monkeypatch.context() as patch:
+        patch.setattr("yoco_u.confined.nursery._PATIENCE", 0.0)
+        with pytest.raises(Ended, match="did not end within 0 s"):
+            say(several[0], "greet you")
+    assert say(several[1], "parent x") == str(parent)
+    os.kill(parent, signal.SIGSTOP)
+    many = [nursery.new() for _ in range(300)]  # more orders than its connection takes: another one is started
+    assert say(many[-1], "parent x") != str(parent)
 
 
 def test_a_forked_process_has_processes_of_its_own(nursery: Nursery) -> None:

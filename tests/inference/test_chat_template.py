@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from in_fork import check_in_fork
 
+from yoco_u.confined.nursery import wait
 from yoco_u.data import load_tokenizer, train_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.inference import chat_template
@@ -143,7 +144,7 @@ def test_processes_that_were_ended_from_outside_are_replaced() -> None:
     text(PLAIN)
     for process in list(chat_template._IDLE.queue):
         process.ask(b"[]")  # an answer that nobody waits for makes it as unusable as its end does
-        assert process.connection.poll(30)
+        wait([process], 30)
     assert text(PLAIN, CHAT[:1]).endswith("<system>Be short.\n")
 
 

@@ -1,8 +1,6 @@
 """Schemas and expressions that ask for too much: each is refused or followed, in its own process, and no other notices."""
 
-import multiprocessing
 import socket
-import threading
 from typing import Any
 
 import pytest
@@ -13,7 +11,6 @@ from yoco_u.data import END_OF_TEXT, train_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.inference import constraints
 from yoco_u.inference.constraints import Grammars, Matcher
-from yoco_u.inference.followers import Followed, Follower
 from yoco_u.inference.sampling_params import SamplingParams
 
 TOKENIZER = train_tokenizer(['{"name": "alpha", "aaaa": [1, 2.5, null, true]} X p1\n'] * 20, 350)
@@ -176,42 +173,6 @@ def test_processes_for_outputs_to_come_are_few(grammars: Grammars) -> None:
         matcher.close()
 
 
-def test_what_others_compile_holds_up_neither_known_grammars_nor_the_engine(grammars: Grammars) -> None:
-    """The engine's thread makes the matchers: it must not wait behind grammars that take long to compile."""
-    known = SamplingParams(regex="[0-9]{2}")
-    grammars.matcher(known)
-    go_on = threading.Event()
-    others = [pool.submit(go_on.wait) for pool in (grammars._tries, grammars._compilations) for _ in range(32)]
-    try:
-        assert grammars.prepare(known).done()
-        assert not grammars.prepare(SamplingParams(regex="[0-9]{5}")).done()
-        for length, params in ((2, known), (4, SamplingParams(regex="[0-9]{4}"))):
-            matcher = grammars.matcher(params)
-            assert matcher is not None and len(walk(matcher)) == length
-            matcher.close()
-        assert not any(other.done() for other in others)
-    finally:
-        go_on.set()
-
-
-def test_new_grammars_do_not_wait_for_those_that_take_long(grammars: Grammars) -> None:
-    """What takes long waits behind the first try of all others, is refused in the end, and can be taken back meanwhile."""
-    go_on = threading.Event()
-    others = [grammars._compilations.submit(go_on.wait) for _ in range(2 * constraints._COMPILED)]
-    try:
-        slow = [grammars.prepare(SamplingParams(json_schema=SCHEMAS[name])) for name in ("patterns", "pattern properties")]
-        assert grammars.prepare(SamplingParams(regex="[a-d]{7}")).result(timeout=60) is None
-        with pytest.raises(UserError, match="unclosed"):
-            grammars.prepare(SamplingParams(regex="[a-")).result(timeout=60)
-        assert not any(one.done() for one in slow)
-        assert slow[1].cancel()
-    finally:
-        go_on.set()
-    with pytest.raises(UserError, match=r"it takes more than 0\.2 s of computing"):
-        slow[0].result(timeout=120)
-    assert all(other.result() for other in others)
-
-
 def test_prompts_that_come_with_one_schema_read_it_once(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes milliseconds for a large one, in the engine's thread."""
     read, message = [], grammars._message
@@ -228,39 +189,6 @@ def test_prompts_that_come_with_one_schema_read_it_once(grammars: Grammars, monk
             assert matcher is not None and walk(matcher) == text
             matcher.close()
     assert read == list(several)
-
-
-class Slow:
-    """A confined process that answers when it is told to: with the number of the question, counted from 1."""
-
-    def __init__(self) -> None:
-        self.connection, self._other = multiprocessing.Pipe()
-        self.closed, self.asked, self.answered = False, 0, -1
-
-    def ask(self, _: bytes) -> None:
-        self.asked += 1
-
-    def answer(self) -> bytes:
-        assert self.asked > self.answered + 1
-        self.answered += 1
-        return b"%d" % self.answered
-
-
-def test_nobody_waits_until_a_process_reads_what_it_is_sent() -> None:
-    """However many outputs begin and end while it compiles its grammar; and each gets its own answer."""
-    slow = Slow()
-    follower = Follower(slow, b"grammar")  # type: ignore[arg-type]
-    outputs = [Followed() for _ in range(500)]
-    for output in outputs:
-        output.tokens = [1] * 100
-        follower.ask(output)
-        if output is not outputs[-1]:
-            follower.forget(output)
-    assert 10 < slow.asked < 100
-    while outputs[-1].mask is None:
-        follower.take()
-        assert slow.asked - slow.answered < 100
-    assert [output.mask for output in outputs] == [b"%d" % (2 * number + 1) for number in range(500)]
 
 
 def test_a_schema_that_is_nested_too_deeply_for_python() -> None:

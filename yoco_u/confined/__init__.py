@@ -13,5 +13,8 @@ import struct
 ANSWERED, REFUSED = b"+", b"-"
 """The first byte of an answer, which says whether the rest is the answer or why there is none."""
 
+LENGTH = struct.Struct("!Q")
+"""What stands before each message and each answer: how many bytes it has."""
+
 FIRST = struct.Struct("d")
 """What asks for a new process: the seconds that its first answer may take, beside its connection."""

@@ -10,12 +10,11 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
-from yoco_u.confined import ANSWERED, FIRST, REFUSED
+from yoco_u.confined import ANSWERED, FIRST, LENGTH, REFUSED
 from yoco_u.errors import first_line
 
 _NICENESS = 19  # what computes for one request leaves the cores to the model, which computes for all
@@ -26,20 +25,15 @@ Service = Callable[[bytes], bytes]
 
 def main() -> None:
     """Set the service up, then fork a process for every connection that comes, until the starter is gone."""
-    fd, name, limits = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    fd, setup, name, limits = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter decides what Ctrl-C ends
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel forgets children that have ended
+    with open(setup, "rb") as file:
+        service = _set_up(name, json.load(file))
     with socket.socket(fileno=fd) as control:
-        service = _set_up(name, _received(control))
         gc.freeze()  # a collection would copy memory that is shared with the children
         while (order := socket.recv_fds(control, FIRST.size, 1))[1]:
             _fork(service, control, order[1][0], FIRST.unpack(order[0])[0], limits["seconds"], limits["bytes"])
-
-
-def _received(control: socket.socket) -> dict[str, Any]:
-    """The service's setup, JSON behind its length."""
-    length = int.from_bytes(control.recv(8, socket.MSG_WAITALL), "big")
-    return json.loads(control.recv(length, socket.MSG_WAITALL) or "{}")
 
 
 def _set_up(name: str, setup: dict[str, Any]) -> Service:
@@ -67,7 +61,7 @@ def _fork(service: Service, control: socket.socket, fd: int, first: float, secon
         control.close()
         os.nice(_NICENESS)
         _confine(memory)
-        _serve(service, Connection(fd), first, seconds)
+        _serve(service, socket.socket(fileno=fd), first, seconds)
     finally:
         os._exit(0)
 
@@ -79,18 +73,30 @@ def _confine(memory: int) -> None:
         resource.setrlimit(kind, (limit, limit))
 
 
-def _serve(service: Service, connection: Connection, first: float, seconds: float) -> None:
+def _serve(service: Service, connection: socket.socket, first: float, seconds: float) -> None:
     """Answer messages one after another until the starter closes the connection."""
+    messages, answers = connection.makefile("rb"), connection.makefile("wb")
     for limit in itertools.chain([first], itertools.repeat(seconds)):
-        try:
-            message = connection.recv_bytes()
-        except EOFError:
+        message = _received(messages)
+        if message is None:
             return
         # Seconds of CPU, so that a busy machine ends nobody. The signal ends the process, whatever it is doing.
         signal.setitimer(signal.ITIMER_PROF, limit)
         try:
-            answer = ANSWERED + service(message)
+            status, answer = ANSWERED, service(message)
         except BaseException as error:  # panics of Rust are no `Exception`
-            answer = REFUSED + first_line(error).encode(errors="replace")
+            status, answer = REFUSED, first_line(error).encode(errors="replace")
         signal.setitimer(signal.ITIMER_PROF, 0)
-        connection.send_bytes(answer)
+        answers.write(LENGTH.pack(len(status) + len(answer)) + status)
+        answers.write(answer)
+        answers.flush()
+
+
+def _received(messages: BinaryIO) -> bytes | None:
+    """The next message, None if no whole one comes any more."""
+    length = messages.read(LENGTH.size)
+    if len(length) < LENGTH.size:
+        return None
+    [count] = LENGTH.unpack(length)
+    message = messages.read(count)
+    return message if len(message) == count else None

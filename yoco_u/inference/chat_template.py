@@ -3,6 +3,7 @@
 A template is a program of whoever made the tokenizer, so it runs in a confined process, under limits of time and memory.
 """
 
+import contextlib
 import json
 import queue
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,11 @@ def chat_tokens(
     Raises:
         UserError: as of `chat_text`.
     """
-    text = chat_text(tokenizer, messages, tools=tools or None)
+    return text_tokens(tokenizer, chat_text(tokenizer, messages, tools=tools or None))
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The tokens of a chat's text, as `chat_text` gives it."""
     # Not through the tokenizer itself, which sets up truncation anew at each call while other threads decode; and as a batch,
     # which lets other threads go on meanwhile.
     [encoded] = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
@@ -122,8 +127,9 @@ def _idle_process() -> Confined | None:
             process = _IDLE.get_nowait()
         except queue.Empty:
             return None
-        if not process.closed and not process.connection.poll():
-            return process
+        with contextlib.suppress(Refused, Ended):
+            if process.take() is None:
+                return process
         process.close()  # it has been ended from outside, or is the parent's
 
 

@@ -122,7 +122,8 @@ class Engine:
         """Compile the grammar of a request, so that `add` need not wait for it. Any thread may call this.
 
         Returns:
-            Done when the grammar is compiled, or when it is refused, with the `UserError` that `add` would raise.
+            Done when the grammar is compiled, or when it is refused: with the `UserError` that `add` would raise, or with
+            `Crowded` if too many others are to be compiled before it.
         """
         if self._grammars is not None and params.constrained:
             return self._grammars.prepare(params)

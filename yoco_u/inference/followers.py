@@ -5,11 +5,8 @@ A follower is a cache: where it has ended, another one follows its outputs again
 
 import json
 from collections import deque
-from multiprocessing.connection import Connection
 
 from yoco_u.confined.nursery import Confined, Ended, Refused
-
-_BYTES, _MESSAGES = 2**14, 64  # on the way to a process at most; its connection takes more before whoever sends has to wait
 
 
 class Followed:
@@ -35,27 +32,20 @@ class Follower:
         grammar: the message that the service compiles.
 
     Attributes:
+        confined: the process.
         compiled: whether the grammar is known to compile.
     """
 
     def __init__(self, confined: Confined, grammar: bytes) -> None:
-        self.compiled = False
-        self._confined = confined
+        self.confined, self.compiled = confined, False
         self._known: dict[Followed, int] = {}  # how many tokens of an output the process knows
         self._waiting: deque[Followed | None] = deque([None])  # for answers; the first says that the grammar compiles
-        self._unsent: deque[bytes] = deque()  # messages of the last of these
-        self._sent: deque[int] = deque([len(grammar)])  # bytes of the messages of the others
         confined.ask(grammar)
-
-    @property
-    def connection(self) -> Connection:
-        """Where the answers come from."""
-        return self._confined.connection
 
     @property
     def ended(self) -> bool:
         """Whether the process has ended, or is the parent's of a process that was forked."""
-        return self._confined.closed
+        return self.confined.closed
 
     @property
     def idle(self) -> bool:
@@ -73,25 +63,31 @@ class Follower:
         if self._known.pop(output, None) is None or self.ended:
             return
         self._tell(None, [id(output), None])
-        while not self.ended and self.connection.poll():  # nobody may be left to take what the process has answered
-            self.take()
+        while not self.ended and self.take():  # nobody may be left to take what the process has answered
+            pass
 
-    def take(self) -> None:
-        """Wait for the next answer, and give it to the output that waits for it.
+    def take(self) -> bool:
+        """Give the next answer, if it is there, to the output that waits for it.
 
         If the process has ended, the output that it was at has an error from then on; others have neither error nor mask.
+
+        Returns:
+            Whether there was one, or the process has ended.
         """
         try:
-            answer = self._confined.answer()
+            answer = self.confined.take()
         except Refused as refusal:
             self._fail(str(refusal))
         except Ended as end:
             self._fail(str(end))
             self.end()
         else:
+            if answer is None:
+                return False
             self.compiled = True
-            if (output := self._answered()) is not None:
+            if (output := self._waiting.popleft()) is not None:
                 output.mask = answer
+        return True
 
     def compile(self) -> None:
         """Wait until the grammar is compiled.
@@ -99,38 +95,22 @@ class Follower:
         Raises:
             Refused, Ended: if it cannot be.
         """
-        self._confined.answer()
-        self._answered()
+        self.confined.answer()
+        self._waiting.popleft()
         self.compiled = True
 
     def end(self) -> None:
         """End the process."""
-        self._confined.close()
+        self.confined.close()
 
     def _tell(self, output: Followed | None, message: list[object]) -> None:
-        """Send a message whose answer is the mask of an output, now or when those before it are answered.
-
-        Whoever sends more than a connection takes waits until the process reads it, and here that is the engine.
-        """
+        """Send a message whose answer is the mask of an output."""
         self._waiting.append(output)
-        self._unsent.append(json.dumps(message).encode())
-        self._send()
-
-    def _send(self) -> None:
-        while self._unsent and sum(self._sent) < _BYTES and len(self._sent) < _MESSAGES:
-            message = self._unsent.popleft()
-            self._sent.append(len(message))
-            self._confined.ask(message)
-
-    def _answered(self) -> Followed | None:
-        """Take note that the oldest message is answered, and say whose it was."""
-        self._sent.popleft()
-        self._send()
-        return self._waiting.popleft()
+        self.confined.ask(json.dumps(message).encode())
 
     def _fail(self, error: str) -> None:
         """Let the output whose answer comes next have an error, or all outputs if the grammar does not compile."""
-        failed = [self._answered()] if self.compiled else list(self._waiting)
+        failed = [self._waiting.popleft()] if self.compiled and self._waiting else list(self._waiting)
         for output in failed:
             if output is not None:
                 output.error = error

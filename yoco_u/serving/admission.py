@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerFast
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, SamplingParams
-from yoco_u.inference.chat_template import chat_tokens
+from yoco_u.inference.chat_template import chat_text, text_tokens
 from yoco_u.serving.engine_loop import EngineLoop
 from yoco_u.serving.errors import ApiError
 from yoco_u.serving.requests import ChatRequest, CompletionRequest, Message, SampledRequest
@@ -26,6 +27,7 @@ from yoco_u.serving.tools import template_writes_calls, written_out
 _DEFAULT_MAX_TOKENS = 16  # of a completion, as in OpenAI's API
 _SHORT = 10_000  # characters that are tokenized on the event loop, in a few milliseconds; longer texts go to a thread
 _LONG_TEXTS = 2  # requests whose long texts are tokenized at the same time; that takes 100 bytes of memory a character
+_CHATS = 8  # short chats that are tokenized at the same time
 _ROLES = {"developer": "system"}  # OpenAI's newer name, which templates do not know
 _SAMPLING = (
     "n", "temperature", "presence_penalty", "frequency_penalty", "logit_bias", "num_loops", "exit_threshold",
@@ -58,6 +60,8 @@ class Admission:
         self._encoder = DocumentEncoder(tokenizer)
         self._most_characters = _most_characters(tokenizer, engine.max_model_len)
         self._tokenizing = asyncio.Semaphore(_LONG_TEXTS)
+        # Not asyncio's own threads, which write answers: a chat template may take long.
+        self._chats = ThreadPoolExecutor(_CHATS, "chat")
         self._no_chats = no_chats
         self._template_writes_calls = no_chats is None and template_writes_calls(tokenizer)
 
@@ -124,6 +128,17 @@ class Admission:
                 code="context_length_exceeded",
             )
 
+    def _check_characters(self, prompt: str, characters: int) -> None:
+        """Refuse a text that is too long whatever its tokens are, before it is tokenized."""
+        if self._most_characters is not None and characters > self._most_characters:
+            raise ApiError(
+                400,
+                f"this model's context is {self._engine.max_model_len} tokens, into which no text of {characters} characters "
+                "fits; shorten the prompt",
+                param=prompt,
+                code="context_length_exceeded",
+            )
+
     async def _encode(self, prompts: list[str | list[int]]) -> list[list[int]]:
         """Texts as the tokens of the documents that they begin; tokens stay as they are, if the vocabulary has them."""
         vocabulary, texts, found = self._engine.architecture.vocab_size, [], []
@@ -134,15 +149,7 @@ class Admission:
                 raise ApiError(400, f"token {token} is not in the vocabulary of {vocabulary}", param="prompt")
             else:
                 found.append(prompt)
-        characters = max(map(len, texts), default=0)
-        if self._most_characters is not None and characters > self._most_characters:
-            raise ApiError(
-                400,
-                f"this model's context is {self._engine.max_model_len} tokens, into which no text of {characters} characters "
-                "fits; shorten the prompt",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        self._check_characters("prompt", max(map(len, texts), default=0))
         if sum(map(len, texts)) <= _SHORT:
             return found + self._encode_texts(texts)
         return found + await self._aside(self._encode_texts, texts)
@@ -180,16 +187,22 @@ class Admission:
             raise ApiError(400, f"{param}: a part is nested too deeply", param=param) from None
         try:
             if is_short:
-                return await asyncio.to_thread(chat_tokens, self._tokenizer, messages, tools)
-            return await self._aside(chat_tokens, self._tokenizer, messages, tools)
+                return await asyncio.get_running_loop().run_in_executor(self._chats, self._chat_tokens, messages, tools)
+            return await self._aside(self._chat_tokens, messages, tools)
         except UserError as error:
             raise ApiError(400, str(error), param="messages") from None
+
+    def _chat_tokens(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
+        text = chat_text(self._tokenizer, messages, tools=tools or None)
+        self._check_characters("messages", len(text))
+        return text_tokens(self._tokenizer, text)
 
 
 def _most_characters(tokenizer: PreTrainedTokenizerFast, tokens: int) -> int | None:
     """The most characters that so many tokens can stand for; None where the tokenizer may drop characters of a text."""
     backend = tokenizer.backend_tokenizer
-    if backend.normalizer is not None or "ByteLevel" not in str(backend.decoder):
+    takes_blanks = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
+    if backend.normalizer is not None or "ByteLevel" not in str(backend.decoder) or takes_blanks:
         return None
     return tokens * max(map(len, backend.get_vocab(with_added_tokens=True)))
 

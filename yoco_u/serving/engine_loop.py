@@ -18,6 +18,7 @@ from typing import cast
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, SamplingParams, Update
 from yoco_u.inference.outputs import NO_TOKEN
+from yoco_u.inference.turns import Crowded
 from yoco_u.serving.jobs import Busy, Event, FinishReason, Job, NotServing, RequestFailed
 
 log = logging.getLogger("yoco_u.serving")
@@ -146,7 +147,7 @@ class EngineLoop:
 
         Raises:
             UserError: if one of the requests is not possible; none runs then.
-            Busy: if the queue is full.
+            Busy: if the queue is full, or that of grammars to compile.
             NotServing: while shutting down, or after the engine has failed.
         """
         self.check_room(len(prompts), params.n)
@@ -161,6 +162,10 @@ class EngineLoop:
                 prepared.result()
                 self._inbox.put(lambda: self._add(job))
             await job.accepted
+        except Crowded as crowded:
+            job.close()
+            self._observer.rejected("queue full")
+            raise Busy(crowded.seconds, str(crowded)) from None
         except BaseException:
             job.close()
             raise

@@ -12,14 +12,14 @@ FinishReason = Literal["stop", "length"]
 
 
 class Busy(Exception):  # noqa: N818
-    """The queue is full.
+    """The queue is full, or that of grammars to compile.
 
     Attributes:
         retry_after: seconds after which another try may succeed.
     """
 
-    def __init__(self, retry_after: int) -> None:
-        super().__init__("the server is busy: its queue is full; try again later")
+    def __init__(self, retry_after: int, reason: str = "its queue is full; try again later") -> None:
+        super().__init__(f"the server is busy: {reason}")
         self.retry_after = retry_after
 
 

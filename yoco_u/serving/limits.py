@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from yoco_u.errors import first_line
 from yoco_u.serving.errors import error_response
 
 _LARGE = 2**15  # bytes of a body, which take a millisecond or two
@@ -85,5 +86,11 @@ def _parsed(body: bytes) -> Any:
     gc.disable()  # it would look at all that has been parsed so far again and again, and finds nothing
     try:
         return json.loads(body)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise HTTPException(400, "the body is nested too deeply; flatten it") from None
+    except ValueError as error:
+        raise HTTPException(400, f"the body cannot be read: {first_line(error)}") from None
     finally:
         gc.enable()
