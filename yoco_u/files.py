@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, even if the power fails, and that take the place of nothing but our own.
 
 What is not complete lies in a folder `NAME.partial` beside its place, and is renamed when it is. Every folder that the package
-makes bears a mark, the empty file `.yoco-u-KIND`: `part` in folders that may be replaced and removed, such as a checkpoint or
+makes bears a mark, the file `.yoco-u-KIND`: `part` in folders that may be replaced and removed, such as a checkpoint or
 what is not complete; another kind, such as `run`, in those that are only written into. Files that users name bear a mark too,
 see `is_result`. What has no mark belongs to somebody else, and stays.
 """
