@@ -19,6 +19,7 @@ from common import parser, seconds, show, write
 from torch import Tensor
 
 from yoco_u.architecture import preset
+from yoco_u.errors import in_one_line
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 from yoco_u.model.attention import attend
 from yoco_u.model.cpu_attention import block_attention
@@ -104,4 +105,4 @@ def step(model: YocoUForCausalLM, length: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

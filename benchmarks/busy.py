@@ -21,6 +21,8 @@ from typing import Any
 from common import parser, show, write
 from rich.progress import Progress
 
+from yoco_u.errors import in_one_line
+
 LOADS = (0, 1, 2)
 CONTEXT = 512
 CASES = ("decode, batch 1", "decode, batch 16", "prefill", "training")
@@ -161,4 +163,4 @@ def measures_of(size: str) -> dict[str, Callable[[], float]]:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

@@ -22,6 +22,7 @@ from common import parser, show, write
 from yoco_u import YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import preset
 from yoco_u.checksums import verify_checksums
+from yoco_u.errors import in_one_line
 from yoco_u.training.checkpoint import Checkpoints, TrainerState, step_name
 from yoco_u.training.config import OptimizerConfig
 from yoco_u.training.distributed import Distributed
@@ -142,4 +143,4 @@ def read_all(files: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

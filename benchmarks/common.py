@@ -1,13 +1,12 @@
 """What the benchmarks share: repeated timing, prompts, tables and JSON."""
 
 import argparse
-import json
 import random
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -15,6 +14,8 @@ from rich.table import Table
 
 from yoco_u.analysis import scaling
 from yoco_u.device import environment
+from yoco_u.errors import UserError
+from yoco_u.files import check_result, write_result
 from yoco_u.inference import Engine, RequestOutput, SamplingParams
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,10 +59,26 @@ def decode(
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
-    """A parser with the option that all benchmarks have: `--out`, by default `results/NAME.json`."""
-    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="JSON file to write")
+    """A parser with the option that all benchmarks have: `--out`, by default `results/NAME.json`.
+
+    Where that may not be written, and after any other mistake, it ends with status 2 and one line.
+    """
+    found = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--out", type=_result, default=str(RESULTS / f"{name}.json"), help="JSON file to write")
     return found
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def _result(text: str) -> Path:
+    try:
+        check_result(Path(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
@@ -75,5 +92,4 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 def write(path: Path, results: dict[str, Any]) -> None:
     """Write results as JSON, together with the versions and the hardware that they were measured with."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": environment(torch.device("cpu"))} | results, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_result(path, {"environment": environment(torch.device("cpu"))} | results)

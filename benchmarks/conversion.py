@@ -22,6 +22,7 @@ from yoco_u.budget import kv_bytes
 from yoco_u.conversion import METHODS, Calibration, Source, convert, read_source, target_architecture
 from yoco_u.conversion.convert import calibration_rows
 from yoco_u.conversion.global_kv import collect
+from yoco_u.errors import in_one_line
 from yoco_u.formatting import short_bytes
 from yoco_u.model import YocoUForCausalLM
 
@@ -81,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

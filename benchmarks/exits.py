@@ -15,6 +15,7 @@ from common import decode, parser, show, write
 from rich.progress import track
 
 from yoco_u.architecture import preset
+from yoco_u.errors import in_one_line
 from yoco_u.inference import Engine, EngineSettings, RequestOutput
 from yoco_u.inference.exits import Exits
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
@@ -75,4 +76,4 @@ def mean_loops(requests: list[RequestOutput]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

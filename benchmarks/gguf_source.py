@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from yoco_u.conversion import Calibration, read_source
 from yoco_u.conversion.convert import calibration_rows
+from yoco_u.errors import in_one_line
 from yoco_u.model import YocoUForCausalLM
 
 BLOCK, STEPS = 32, 15
@@ -87,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

@@ -23,6 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from yoco_u import YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import preset
 from yoco_u.data import train_tokenizer
+from yoco_u.errors import in_one_line
 from yoco_u.evaluation.harness import EngineLM
 from yoco_u.evaluation.harness_tasks import HowToAsk, load_tasks, run_tasks
 from yoco_u.evaluation.stdlib_tasks import texts
@@ -113,4 +114,4 @@ def same(ours: list[Any], theirs: list[Any]) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

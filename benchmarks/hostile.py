@@ -29,6 +29,7 @@ from common import parser, show, standard_library_prompts, write
 from gaps import Gap, Gaps, under
 from serving import Server, answers_alone, serving
 
+from yoco_u.errors import in_one_line
 from yoco_u.loading import load_model
 from yoco_u.serving.settings import ServerSettings
 
@@ -249,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

@@ -15,6 +15,7 @@ from rich.progress import track
 
 from yoco_u.architecture import preset
 from yoco_u.bench.timed_engine import TimedEngine
+from yoco_u.errors import in_one_line
 
 STEPS = 32
 WEIGHTS = ("bfloat16", "int8")
@@ -64,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

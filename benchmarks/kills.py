@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from yoco_u.architecture import preset
 from yoco_u.config import parse
 from yoco_u.data import DataConfig, prepare
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, in_one_line
 from yoco_u.training import RunConfig, train
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -175,4 +175,4 @@ def same(run: Path, reference: Path) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

@@ -36,6 +36,7 @@ from rich.progress import Progress
 
 from yoco_u import LLM, SamplingParams, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import preset
+from yoco_u.errors import UserError, in_one_line
 from yoco_u.loading import load_model
 
 Answer = tuple[int, int | None, str]
@@ -74,7 +75,7 @@ def serving(model: Path, *options: str) -> Iterator[Server]:
 
         while (found := re.search(r"http://[\d.]+:\d+", said())) is None:
             if process.poll() is not None:
-                raise SystemExit(f"the server did not start: {said()}")
+                raise UserError(f"the server did not start: {said()}")
             time.sleep(0.2)
         try:
             yield Server(found[0], psutil.Process(process.pid))
@@ -82,7 +83,7 @@ def serving(model: Path, *options: str) -> Iterator[Server]:
             process.terminate()
             status = process.wait(60)
         if status:
-            raise SystemExit(f"the server ended with {status}: {said()}")
+            raise UserError(f"the server ended with {status}: {said()}")
 
 
 @dataclass
@@ -235,7 +236,7 @@ async def wait_beside_long(server: Server, chosen: Namespace) -> dict[str, Any]:
             beside.append(await first_token(client, prompt(chosen.short)))
         beside = beside[:-1]  # the last request may have run on after the long prompt was done
         if not beside:
-            raise SystemExit(f"a prompt of {chosen.long} tokens is read before a short one is answered; make --long longer")
+            raise UserError(f"a prompt of {chosen.long} tokens is read before a short one is answered; make --long longer")
         seconds = await long
     return {
         "short prompt": chosen.short,
@@ -287,4 +288,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

@@ -20,6 +20,7 @@ from common import decode, parser, show, write
 from rich.progress import track
 
 from yoco_u.architecture import preset
+from yoco_u.errors import in_one_line
 from yoco_u.inference import Engine, EngineSettings
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
@@ -86,4 +87,4 @@ def engine(chosen: Any) -> Engine:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

@@ -8,16 +8,16 @@ come first, all at one initialisation, then the other initialisations at each ar
 prints the table and writes it as JSON. Finished runs in `--runs` are not trained again.
 """
 
-import argparse
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from common import parser, write
 from rich.console import Console
 from rich.table import Table
 
 from yoco_u.config import load_yaml, parse
+from yoco_u.errors import in_one_line
 from yoco_u.training import train
 from yoco_u.training.config import RunConfig
 
@@ -32,14 +32,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser(__doc__, "sweep")
     arguments.add_argument("--steps", type=int, default=500)
     arguments.add_argument("--rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2, 3.2e-2])
     arguments.add_argument("--ranges", type=float, nargs="+", default=[0.05, 0.125, 0.2])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     arguments.add_argument("--runs", type=Path, default=Path("runs/sweep"))
-    arguments.add_argument("--out", type=Path, default=Path("benchmarks/results/sweep.json"))
     chosen = arguments.parse_args()
 
     found: list[dict[str, Any]] = []
@@ -50,8 +49,7 @@ def main() -> None:
             best = min(rows, key=lambda row: row["validation_loss"])["learning_rate"]
             rows += [run(name, best, std, seed, chosen.steps, chosen.runs) for std in chosen.ranges if std != middle]
             found += rows
-            chosen.out.parent.mkdir(parents=True, exist_ok=True)
-            chosen.out.write_text(json.dumps({"steps": chosen.steps, "runs": found}, indent=1) + "\n", encoding="utf-8")
+            write(chosen.out, {"steps": chosen.steps, "runs": found})
     show(found)
 
 
@@ -96,4 +94,4 @@ def show(found: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

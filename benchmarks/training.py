@@ -22,6 +22,7 @@ from yoco_u import Architecture, YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import preset
 from yoco_u.budget import parameters, training_flops
 from yoco_u.device import gemm_rate, multiplies_bfloat16
+from yoco_u.errors import in_one_line
 from yoco_u.training.parallelize import compile_model
 
 LENGTH = 2048
@@ -108,4 +109,4 @@ def step(model: nn.Module, architecture: Architecture, batch_rows: int, length: 
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

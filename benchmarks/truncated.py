@@ -19,6 +19,7 @@ from training import DTYPE, step
 from yoco_u import YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import preset
 from yoco_u.budget import forward_flops
+from yoco_u.errors import in_one_line
 from yoco_u.training.parallelize import compile_model, truncate_backpropagation
 
 LOOPS, LAST = (3, 5, 8), (None, 2, 1)
@@ -86,4 +87,4 @@ def peak(call: Callable[[], object]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

@@ -27,6 +27,7 @@ from yoco_u.bench.process import WorkerProcess
 from yoco_u.bench.results import as_json
 from yoco_u.bench.run import START_SECONDS, Benchmark
 from yoco_u.bench.table import print_tables
+from yoco_u.errors import UserError, in_one_line
 from yoco_u.loading import load_model, model_folder
 
 TIE = 1e-3
@@ -85,7 +86,7 @@ def compare_tokens(chosen: Namespace) -> list[dict[str, Any]]:
         finally:
             worker.close()
         if "error" in answer:
-            raise SystemExit(f"vLLM, {way}: {answer['error']}")
+            raise UserError(f"vLLM, {way}: {answer['error']}")
         gaps = [
             parting(model, prompt, mine, theirs)
             for prompt, mine, theirs in zip(prompts, expected, answer["tokens"], strict=True)
@@ -160,4 +161,4 @@ def blocks_needed(a: Architecture, sequences: int, tokens: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

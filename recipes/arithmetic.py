@@ -7,17 +7,17 @@ trains on the texts of the others until it is right sometimes, and then by `yoco
 of its own is right. What is made lies in `--out`, and the same command goes on where it was stopped; curves go to `--results`.
 """
 
-import argparse
 import itertools
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+from arguments import parser
 from matplotlib.figure import Figure
-from one_line import in_one_line
 
 from yoco_u.cli import main as yoco_u
+from yoco_u.errors import in_one_line
 from yoco_u.files import check_result, claim, write_result, write_text
 from yoco_u.plotting import colour, save_png
 
@@ -43,7 +43,7 @@ GRPO = {
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser(__doc__)
     arguments.add_argument("--out", type=Path, default=Path("runs/arithmetic"))
     arguments.add_argument("--results", type=Path, help="where curves.json and curves.png go; the folder of --out by default")
     chosen = arguments.parse_args()

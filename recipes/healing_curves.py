@@ -7,18 +7,18 @@ validation split of the runs' dataset. The fit is `loss - source = scale * token
 logarithms, over the evaluations within a run, whose learning rate falls to its end: a guide, not a forecast.
 """
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
 
+from arguments import parser
 from matplotlib.figure import Figure
-from one_line import in_one_line
 from scipy.stats import linregress
 from talk_card import style
 
 from yoco_u.data import PackedDataset
 from yoco_u.device import find_device
+from yoco_u.errors import UserError, in_one_line
 from yoco_u.files import check_result, write_result
 from yoco_u.loading import load_model
 from yoco_u.plotting import colour, save_png
@@ -34,7 +34,7 @@ MARKERS = "osv^"
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser(__doc__)
     arguments.add_argument("runs", type=Path, nargs="+", help="runs of talk.py with one source, such as runs/talk/healed-15")
     arguments.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "healing")
     chosen = arguments.parse_args()
@@ -42,8 +42,15 @@ def main() -> None:
     for name in ("healing.json", "healing.png"):
         check_result(chosen.results / name)
     configs = [read_run_config(run) for run in chosen.runs]
-    assert configs[0].distillation is not None
-    source = loss_of(RunFolder(chosen.runs[0]).paths.find(configs[0].distillation.teacher), chosen.runs[0], configs[0])
+    for run, config in zip(chosen.runs, configs, strict=True):
+        if config.distillation is None or config.start_from is None or config.architecture.global_kvs not in AIMS:
+            kvs = ", ".join(map(str, AIMS))
+            raise UserError(f"{run}: is no run of talk.py; expected one with a teacher, and with {kvs} global KVs")
+        if len(evaluations(run)) < 2:
+            raise UserError(f"{run}: has fewer than two evaluations, through which no line can be fitted; train it on")
+    teacher = configs[0].distillation
+    assert teacher is not None
+    source = loss_of(RunFolder(chosen.runs[0]).paths.find(teacher.teacher), chosen.runs[0], configs[0])
     curves = [curve(run, config, source) for run, config in zip(chosen.runs, configs, strict=True)]
     chosen.results.mkdir(parents=True, exist_ok=True)
     write_result(chosen.results / "healing.json", {"source": source, "curves": curves})
@@ -61,11 +68,17 @@ def loss_of(model: str, run: Path, config: RunConfig) -> float:
     return evaluate(load_model(model, alone.device)[0], dataset, training.evaluation_tokens, 1, alone, training.dtype).loss
 
 
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(run) if record["kind"] == "evaluation"]
+
+
 def curve(run: Path, config: RunConfig, source: float) -> dict[str, Any]:
     """What a run has reached at each evaluation, and at how many tokens its fit reaches what is aimed at."""
     assert config.start_from is not None
-    points = [record for record in read_metrics(run) if record["kind"] == "evaluation"]
+    points = evaluations(run)
     tokens, losses = [one["tokens"] for one in points], [one["loss"] for one in points]
+    if min(losses) <= source:
+        raise UserError(f"{run}: reached the source's loss, {source:.4f}, so that no excess is left to fit")
     fit = linregress([math.log(n) for n in tokens], [math.log(loss - source) for loss in losses])
     kvs = config.architecture.global_kvs
     converted = loss_of(RunFolder(run).paths.find(config.start_from), run, config)

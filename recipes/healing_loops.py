@@ -10,19 +10,19 @@ at 0.1, which costs nothing yet. `fixed` trains with T = 3; `grown` with 1, 2, t
 `loops.png` go to `--results`.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from arguments import parser
 from matplotlib.figure import Figure
-from one_line import in_one_line
 from talk import run, texts_of, train, write_config
 from talk_card import style
 
 from yoco_u.cli.settings import load_run_config
-from yoco_u.files import check_result, claim, write_result, write_text
+from yoco_u.errors import UserError, in_one_line
+from yoco_u.files import check_claim, check_result, claim, write_result, write_text
 from yoco_u.plotting import colour, save_png
 from yoco_u.training import read_metrics
 
@@ -42,7 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser(__doc__)
     arguments.add_argument("--steps", type=int, default=60, help="steps of 2,048 tokens at T = 3, whose FLOPs all spend")
     arguments.add_argument("--out", type=Path, default=Path("runs/talk"), help="the folder of talk.py")
     arguments.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "healing")
@@ -50,11 +50,14 @@ def main() -> None:
 
     for name in ("loops.json", "loops.png"):
         check_result(chosen.results / name)
+    if chosen.steps < 1:
+        raise UserError(f"--steps is {chosen.steps}; expected at least 1")
     out: Path = chosen.out
-    claim(out, "talk")
+    check_claim(out, "talk")
     plain, looped = out / HEALED / "model", out / "looped-15"
     if not plain.exists():
-        raise SystemExit(f"error: {plain} not found; run recipes/talk.py --no-chat first")
+        raise UserError(f"{plain} not found; run recipes/talk.py --no-chat first")
+    claim(out, "talk")
     if not looped.exists():
         run("convert", out / HEALED, f"stages={json.dumps(STAGES)}", "--kv", "mean", "--out", looped)
     text = texts_of(out)

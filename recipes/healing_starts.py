@@ -9,13 +9,13 @@ made of the many that `talk.py` has healed. Teacher and texts are those of `talk
 cross-decoder alone is trained, with nine tenths of the loss from the teacher.
 """
 
-import argparse
 from pathlib import Path
 
-from one_line import in_one_line
+from arguments import parser
 from talk import convert, texts_of, train, write_config
 
-from yoco_u.files import claim
+from yoco_u.errors import UserError, in_one_line
+from yoco_u.files import check_claim, claim
 
 FEWER = (5, 1)
 METHODS = ("fit", "best", "mean")
@@ -23,16 +23,19 @@ RAMP = "healed-15"
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser(__doc__)
     arguments.add_argument("--steps", type=int, default=60, help="steps of each run, 1,024 tokens each")
     arguments.add_argument("--out", type=Path, default=Path("runs/talk"), help="the folder of talk.py")
     chosen = arguments.parse_args()
 
+    if chosen.steps < 1:
+        raise UserError(f"--steps is {chosen.steps}; expected at least 1")
     out: Path = chosen.out
-    claim(out, "talk")
+    check_claim(out, "talk")
     text = texts_of(out)
     if missing := [str(one) for one in (*text, out / RAMP) if not one.exists()]:
-        raise SystemExit(f"error: {', '.join(missing)} not found; run recipes/talk.py --no-chat first")
+        raise UserError(f"{', '.join(missing)} not found; run recipes/talk.py --no-chat first")
+    claim(out, "talk")
     ways = [(f"15-{method}", out / "teacher", 15, method) for method in ("fit", "mean")]  # of one layer, `best` is the mean
     ways += [(f"{kvs}-{method}", out / "teacher", kvs, method) for kvs in FEWER for method in METHODS]
     ways += [(f"{kvs}-ramp", out / RAMP, kvs, "fit") for kvs in FEWER]

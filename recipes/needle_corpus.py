@@ -7,28 +7,27 @@ the same question with its answer follow, so that a document holds more than one
 the same file; one that is there already stays.
 """
 
-import argparse
 import json
 import math
 import random
 from pathlib import Path
 
-from one_line import in_one_line
+from arguments import parser
 from rich.progress import track
 
 from yoco_u.data import DocumentEncoder
 from yoco_u.data.config import MINIMUM_VOCABULARY
 from yoco_u.data.tokenizer import train_tokenizer
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, in_one_line
 from yoco_u.evaluation.needles import NOISE, Needle, generate_needle
-from yoco_u.files import write_text
+from yoco_u.files import check_result, write_text
 
 FIRST_SEED = 1_000_000
 """The seed of the first document. An evaluation counts its seeds up from 0, so it asks for other needles."""
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser(__doc__)
     arguments.add_argument("--out", type=Path, required=True)
     arguments.add_argument("--documents", type=int, default=12_000)
     arguments.add_argument("--shortest", type=int, default=450, help="bytes up to the first answer")
@@ -40,6 +39,11 @@ def main() -> None:
 
     if chosen.out.exists():
         raise UserError(f"{chosen.out}: is there already; name another file, or move it elsewhere")
+    check_result(chosen.out)
+    if not (chosen.documents >= 1 and 1 <= chosen.shortest <= chosen.longest and chosen.again >= 0 and chosen.digits >= 1):
+        raise UserError(
+            "--documents, --shortest and --digits are at least 1, --again at least 0, --longest at least --shortest"
+        )
     encoder = DocumentEncoder(train_tokenizer(["a"], MINIMUM_VOCABULARY))  # the smallest vocabulary: a token is a byte
     drawn, lines = random.Random(0), []
     for number in track(range(chosen.documents), description="needles"):

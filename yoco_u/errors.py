@@ -3,6 +3,9 @@
 import errno
 import os
 import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -65,6 +68,23 @@ def describe_system_error(error: OSError) -> str:
     """An error of the operating system in one line: the path, what happened, and what to do."""
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     return f"{where}{error.strerror}; {_ADVICE.get(error.errno or 0, 'mend this')}, then run the same command again"
+
+
+def in_one_line(main: Callable[[], object]) -> None:
+    """Run a script, and end with status 2 and one line after a mistake or an error of the disk, with 130 after Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        _end(f"error: {' '.join(str(error).split())}", 2)
+    except OSError as error:
+        _end(f"error: {describe_system_error(error)}", 2)
+    except KeyboardInterrupt:
+        _end("\ninterrupted", 130)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    print(line, file=sys.stderr)
+    raise SystemExit(status)
 
 
 _ADVICE = {

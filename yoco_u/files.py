@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, even if the power fails, and that take the place of nothing but our own.
 
 What is not complete lies in a folder `NAME.partial` beside its place, and is renamed when it is. Every folder that the package
-makes bears a mark, the empty file `.yoco-u-KIND`: `part` in folders that may be replaced and removed, such as a checkpoint or
+makes bears a mark, the file `.yoco-u-KIND`: `part` in folders that may be replaced and removed, such as a checkpoint or
 what is not complete; another kind, such as `run`, in those that are only written into. Files that users name bear a mark too,
 see `is_result`. What has no mark belongs to somebody else, and stays.
 """
@@ -39,7 +39,10 @@ GENERATOR = f"yoco-u {__version__}"
 _MARK = ".yoco-u-"
 _PART = "part"
 _RESULT = re.compile(
-    rb'\A\{\s*"generator": "yoco-u '  # JSON, see `write_result`
+    rb'\A\{\s*"generator": "yoco-u |\AWritten by yoco-u '  # JSON, see `write_result`; text
+    rb'|\A\{\s*"environment": \{\s*"started": "[^"]*",\s*"yoco_u": "'  # JSON of earlier versions, as that of the next two
+    rb'|\A\{\s*"title": "(?:[^"\\]|\\.)*",\s*"version": "[^"]*",\s*"experiment": \{\s*"title": '
+    rb'|\A\{\s*"about": \{\s*"text": "(?:[^"\\]|\\.)*",\s*"tokens": \d+,\s*"sequence_length": '
     rb"|\A\x89PNG.{0,999}Software\0yoco-u "  # `yoco_u.plotting.save_png`
     rb"|\AGGUF.{0,999}yoco_u\.generator.{12}yoco-u "  # `yoco_u.conversion.gguf_file.write_gguf`
     rb'|\A\s*<!doctype html>.*<footer class="quiet">Written [^<]* by yoco-u [^<]*</footer>\s*</body>\s*</html>\s*\Z',
@@ -101,7 +104,8 @@ def publish(path: Path) -> None:
     """
     new = beside(path)
     for file in [new, *new.rglob("*")]:
-        sync(file)
+        if not file.is_symlink():
+            sync(file)
     discard(path)
     if os.path.lexists(path):
         raise _in_the_way(path)
@@ -313,7 +317,8 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_result(path: Path, data: dict[str, Any]) -> None:
-    """Write a JSON file that a user named, and that says who made it; see `check_result`."""
+    """Write a JSON file that says who made it, unless something else is there; errors as of `check_result`."""
+    check_result(path)
     write_json(path, {"generator": GENERATOR} | data)
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from yoco_u.files import GENERATOR, replacing
+from yoco_u.files import GENERATOR, check_result, replacing
 from yoco_u.formatting import context_label
 
 PALETTE = (
@@ -111,7 +111,8 @@ def _finish(axes: Axes, contexts: Sequence[int], logarithmic: bool) -> None:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, whole or not at all, unless something else is there; errors as of `check_result`."""
+    check_result(path)
     with replacing(path) as file:
         figure.savefig(file, format="png", metadata={"Software": GENERATOR})
 

@@ -10,12 +10,24 @@ from rich.table import Table
 
 from gpu_phases import targets
 from gpu_phases.conductor import PHASES, Conductor
-from gpu_phases.record import Figure
-from yoco_u.files import write_json, write_text
+from gpu_phases.record import Figure, Record
+from yoco_u.files import GENERATOR, check_result, claim, write_result, write_text
 from yoco_u.formatting import context_label, number
 
 Figures = dict[str, Figure]
 Row = tuple[str, float | None, float | None, float | None, float | None]
+
+
+def check(out: Path, results: Path) -> None:
+    """Claim the folder of the phases' files, and check, before anything is measured, that results may be written.
+
+    Raises:
+        UserError: if one of the folders holds files of somebody else in their places.
+        OSError: if one of them cannot be written to.
+    """
+    claim(out, "gpu-benchmark", lambda folder: any(Record(folder / f"{phase.name}.json").figures for phase in PHASES))
+    for path in (results / "gpu-unknown.json", *results.glob("gpu-*")):
+        check_result(path)
 
 
 def write(conductor: Conductor, results: Path) -> Path:
@@ -36,10 +48,12 @@ def write(conductor: Conductor, results: Path) -> Path:
         "targets": [dict(zip(_HEADINGS, row, strict=True)) for row in rows(figures)],
         "phases": figures,
     }
-    write_json(path, found)
+    write_result(path, found)
     profile = conductor.out / "profile.txt"
     if profile.exists():
-        write_text(path.with_name(f"{path.stem}-profile.txt"), profile.read_text(encoding="utf-8"))
+        text = path.with_name(f"{path.stem}-profile.txt")
+        check_result(text)
+        write_text(text, f"Written by {GENERATOR}.\n\n{profile.read_text(encoding='utf-8')}")
     return path
 
 

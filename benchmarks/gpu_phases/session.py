@@ -9,7 +9,7 @@ from gpu_phases import report
 from gpu_phases.conductor import PHASES, Conductor
 from gpu_phases.record import LEFT_OUT
 from yoco_u.config import did_you_mean
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, describe_system_error
 
 
 def run_phases(names: str | None, out: Path, results: Path, seconds: float, dry: bool) -> int:
@@ -22,10 +22,14 @@ def run_phases(names: str | None, out: Path, results: Path, seconds: float, dry:
         The exit status.
     """
     try:
-        return _run(_chosen(names), Conductor(out, seconds, dry), results)
+        chosen = _chosen(names)
+        report.check(out, results)
+        return _run(chosen, Conductor(out, seconds, dry), results)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        print(f"error: {describe_system_error(error)}", file=sys.stderr)
+    return 2
 
 
 def _run(names: list[str], conductor: Conductor, results: Path) -> int:

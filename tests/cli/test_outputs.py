@@ -55,9 +55,13 @@ COMMANDS = {
     "plan": ("plan", "{workspace}/a", "--json", "{out}"),
     "plan, picture": ("plan", "{workspace}/a", "--plot", "{out}"),
     "needles": ("needles", "{workspace}/a", "--json", "{out}"),
+    "needles, picture": ("needles", "{workspace}/a", "--plot", "{out}"),
+    "sft": ("sft", "{workspace}/a", "{workspace}/chats.jsonl", "--out", "{out}"),
     "exits": ("exits", "{workspace}/a", "--plot", "{out}"),
+    "context, JSON": ("context", "{workspace}/a", "--json", "{out}"),
     "context": ("context", "{workspace}/a", "--plot", "{out}"),
     "bench": ("bench", "--quick", "--json", "{out}"),
+    "bench, picture": ("bench", "--quick", "--plot", "{out}"),
 }
 
 
@@ -82,7 +86,7 @@ def tree(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("user", USERS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_a_user_put_there_is_refused(run: Any, grid: Path, tmp_path: Path, command: str, user: str) -> None:
-    if user == "partial file" and command.startswith(("train", "grpo", "analyze", "experiment", "quickstart")):
+    if user == "partial file" and command.startswith(("train", "grpo", "sft", "analyze", "experiment", "quickstart")):
         pytest.skip("what is written lies in the folder, not beside it")
     out = tmp_path / "place" / "out"
     out.parent.mkdir()

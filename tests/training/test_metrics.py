@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,6 +184,33 @@ def test_wandb_gets_the_same_figures_under_one_id(tmp_path: Path, monkeypatch: p
         for _ in range(2):
             MetricsWriter(tmp_path, 0, "loops", {"name": "run"}).close()
         assert re.fullmatch("[0-9a-f]{32}", started[-1]["id"]) and started[-1]["id"] == started[-2]["id"]
+
+
+def test_copies_of_a_run_have_ids_of_their_own_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(name: str) -> str:
+        MetricsWriter(tmp_path / name, 0, "loops", {}).close()
+        return str(started[-1])
+
+    started: list[str] = []
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda id, **_: started.append(id) or run))
+    (tmp_path / "a").mkdir()
+    first = start("a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    assert len({first, start("b"), start("c")}) == 3 and start("a") == first and start("b") == started[1]
+    (tmp_path / "a").rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to("moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "d")
+    assert start("d") not in started[:-1] and start("moved") == start("link") == first
+    (tmp_path / "moved").rename(tmp_path / "again")
+    assert start("again") == first
+    shutil.copytree(tmp_path / "again", tmp_path / "restored")
+    shutil.rmtree(tmp_path / "again")
+    (tmp_path / "restored").rename(tmp_path / "again")
+    assert start("again") == first, "a copy that was put in its place"
+    (tmp_path / "b" / "wandb-id").write_text(first)
+    assert start("b") == start("b") == first, "the file of an earlier version"
 
 
 def test_the_gemm_rate_is_a_rate() -> None:

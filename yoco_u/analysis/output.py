@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from yoco_u.analysis.pictures import pictures, write_png
+from yoco_u.analysis.pictures import FILES, pictures, write_png
 from yoco_u.analysis.study import Study
 from yoco_u.analysis.tables import tables
-from yoco_u.files import check_claim, check_place, check_result, claim, is_result, write_json
+from yoco_u.files import check_claim, check_place, check_result, claim, is_result, write_result
 from yoco_u.plotting import svg
 from yoco_u.report.page import render_page, write_page
 
@@ -49,7 +49,7 @@ def write_study(studies: Sequence[Study], about: About, folder: Path) -> list[Pa
     drawn = pictures(studies)
     page = _page(studies, about)
     claim(folder, *_OURS)
-    write_json(folder / JSON, {"about": asdict(about), "studies": [study.as_json() for study in studies]})
+    write_result(folder / JSON, {"about": asdict(about), "studies": [study.as_json() for study in studies]})
     for picture in drawn.values():
         write_png(picture, folder / picture.file)
     write_page(folder / PAGE, page)
@@ -61,7 +61,8 @@ def check_folder(folder: Path) -> None:
     check_claim(folder, *_OURS)
     if not folder.exists() and folder.parent.is_dir():
         check_place(folder)
-    check_result(folder / PAGE)
+    for name in (PAGE, JSON, *FILES.values()):
+        check_result(folder / name)
 
 
 def _was_analysis(folder: Path) -> bool:

@@ -21,6 +21,18 @@ from yoco_u.plotting import PALETTE, colour, dashes, save_png
 _LEVELS = (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
 
+FILES = {
+    "angular": "angular-distance.png",
+    "lens": "logit-lens.png",
+    "loss": "loss-against-loops.png",
+    "convergence": "loops-to-convergence.png",
+    "attention": "attention-span.png",
+    "exits": "loops-per-token.png",
+    "drafts": "drafts-accepted.png",
+}
+"""The names of the pictures' files by measure."""
+
+
 @dataclass(frozen=True)
 class Panel:
     """One plot.
@@ -49,19 +61,19 @@ def pictures(studies: Sequence[Study]) -> dict[str, Picture]:
     first = studies[0]
     found = {}
     if first.angular:
-        found["angular"] = Picture("angular-distance.png", [_angular(studies)])
+        found["angular"] = Picture(FILES["angular"], [_angular(studies)])
     if first.lens:
-        found["lens"] = Picture("logit-lens.png", _lens(first))
+        found["lens"] = Picture(FILES["lens"], _lens(first))
     if first.loss:
-        found["loss"] = Picture("loss-against-loops.png", [_loss(studies)])
+        found["loss"] = Picture(FILES["loss"], [_loss(studies)])
     if first.convergence:
-        found["convergence"] = Picture("loops-to-convergence.png", _convergence(first))
+        found["convergence"] = Picture(FILES["convergence"], _convergence(first))
     if first.attention:
-        found["attention"] = Picture("attention-span.png", _attention(first))
+        found["attention"] = Picture(FILES["attention"], _attention(first))
     if first.exits:
-        found["exits"] = Picture("loops-per-token.png", _exits(first.exits))
+        found["exits"] = Picture(FILES["exits"], _exits(first.exits))
     if first.drafts:
-        found["drafts"] = Picture("drafts-accepted.png", [_drafts(first.drafts)])
+        found["drafts"] = Picture(FILES["drafts"], [_drafts(first.drafts)])
     return found
 
 

@@ -1,15 +1,16 @@
 """`yoco-u convert`."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from yoco_u.cli.output import print_json, progress_bar
+from yoco_u.cli.output import note, print_json, progress_bar
 from yoco_u.config import apply_overrides
 from yoco_u.errors import UserError
-from yoco_u.files import check_part, check_result
+from yoco_u.files import check_result
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -57,8 +58,9 @@ def convert(
 
     The lower half of the layers becomes the sliding self-decoder, the upper half
     the cross-decoder, whose layers read one global KV, or several with global_kvs.
-    The tokenizer, its chat template and the generation settings come along. What
-    the model has lost thereby, training brings back: see docs/conversion.md.
+    The tokenizer, its chat template and the generation settings come along, and
+    exits.json where weights and loops stay as they are. What the model has lost
+    thereby, training brings back: see docs/conversion.md.
 
     [bold]Examples[/bold]
 
@@ -83,6 +85,7 @@ def convert(
         Calibration,
         Converted,
         check_gguf,
+        check_target,
         read_source,
         target_architecture,
         write,
@@ -99,11 +102,13 @@ def convert(
     chosen = [name for name, on in (("--back", back), ("--gguf", gguf), ("--remote-code", remote_code)) if on]
     if len(chosen) > 1:
         raise UserError(f"{chosen[0]} and {chosen[1]} cannot both be; give one of them")
+    if any(os.path.realpath(out) == os.path.realpath(place) for place in (source, Path(source) / "model")):
+        raise UserError(f"--out {out}: is what is converted; name another")
     if gguf:
         check_result(out)
         check_gguf(out)
     else:
-        check_part(out)
+        check_target(out)
     given = apply_overrides({}, settings or [])
     if settings and (back or gguf):
         raise UserError(f"{chosen[0]} changes nothing about the model; leave the settings out")
@@ -117,17 +122,19 @@ def convert(
         else:
             print(f"a {kind}, in {out}")
         return
-    if remote_code and read.is_ours and not settings:
+    if remote_code and read.ours and not settings:
         target, converted = read.model.model.architecture, Converted(read.model, None)
     else:
         target = target_architecture(read.model.model.architecture, given)
         calibration = Calibration(tuple(text), tokens) if text else Calibration(tokens=tokens)
         converted = convert_model(read, target, method, calibration, lambda total: progress_bar("reading texts", total))
-    write(converted, read, out, remote_code)
+    left_out = write(converted, read, out, remote_code)
     result = {
         "source": source, "model": str(out), "architecture": target.in_words, "kv": method if target.has_global_kv else None,
         "explained": converted.explained,
     }  # fmt: skip
+    if left_out is not None:
+        note(left_out)
     if json:
         print_json(result)
         return

@@ -1,5 +1,6 @@
 """`yoco-u exits`."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 
 from yoco_u.cli.arguments import check_can_be_written
 from yoco_u.cli.output import note, print_json, progress_bar
+from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
     from yoco_u.analysis.exits import ExitResult
@@ -72,6 +74,8 @@ def exits(
     check_can_be_written(plot=plot)
     path = model_folder(model) / FILE
     check_result(path)
+    if plot is not None and os.path.realpath(plot) == os.path.realpath(path):
+        raise UserError(f"--plot {plot}: is where the exits go; name another file")
     network, tokenizer = load_model(model, torch.device("cpu"))
     text = read_text(model, files or [], text_field, sequence_length, tokens, tokenizer)
     most = network.model.at_loops(num_loops).num_loops

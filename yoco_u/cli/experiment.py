@@ -60,7 +60,7 @@ def experiment(
     from yoco_u.config import apply_overrides, load_yaml, parse
     from yoco_u.experiment.config import Experiment
     from yoco_u.experiment.grid import choose, expand
-    from yoco_u.experiment.run import train_runs
+    from yoco_u.experiment.run import claim_experiment, train_runs
 
     several = jobs is not None or minutes is not None
     if (run is not None) + (only is not None) + list_ + report + several > 1:
@@ -73,6 +73,7 @@ def experiment(
         return
     if several:
         command = ["experiment", str(config), *(overrides or []), "--out", str(folder), "--only", "1/1"]
+        claim_experiment(folder, grid.sizes)
         _train_in_processes(command, runs, folder, jobs or 1, minutes)
     elif not report:
         with stops_cleanly():
@@ -86,9 +87,7 @@ def experiment(
 
 def _train_in_processes(command: list[str], runs: "list[GridRun]", folder: Path, jobs: int, minutes: float | None) -> None:
     from yoco_u.experiment.jobs import run_jobs
-    from yoco_u.experiment.run import claim_experiment, is_finished
-
-    claim_experiment(folder)
+    from yoco_u.experiment.run import is_finished
 
     def left() -> "list[GridRun]":
         return [run for run in runs if not is_finished(folder / run.name)]
@@ -113,14 +112,14 @@ def _train_in_processes(command: list[str], runs: "list[GridRun]", folder: Path,
 
 
 def _report(grid: "Experiment", runs: "list[GridRun]", folder: Path) -> None:
-    from yoco_u.experiment.report import REPORT, write_report
+    from yoco_u.experiment.report import write_report
     from yoco_u.experiment.results import read_results
+    from yoco_u.experiment.run import REPORT, check_report
     from yoco_u.experiment.sizes import summarize_sizes
     from yoco_u.experiment.sizes_report import headline, write_sizes_report
     from yoco_u.experiment.summary import summarize
-    from yoco_u.files import check_result
 
-    check_result(folder / f"{REPORT}.html")
+    check_report(folder, grid.sizes)
     results = read_results(runs, folder)
     if grid.sizes:
         over_sizes = summarize_sizes(grid, results)

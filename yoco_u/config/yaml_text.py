@@ -8,6 +8,7 @@ booleans, and only decimal numbers are numbers, as in YAML 1.2: `compile: off`, 
 import math
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +176,14 @@ def load_text(text: str, source: str) -> Any:
 
 
 def dump_yaml(config: Config, path: str | os.PathLike[str]) -> None:
-    """Write a config that `load_yaml` and `parse` read back to an equal object."""
+    """Write a config that `load_yaml` and `parse` read back to an equal object.
+
+    A file that says the same already stays as it is, with its comments.
+    """
     data = config.model_dump(mode="json")
+    with suppress(UserError):
+        if load_yaml(path) == data:
+            return
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     if any(end in text for end in _LINE_ENDS):
         text = yaml.safe_dump(data, sort_keys=False)

@@ -5,7 +5,7 @@
 values of the replaced layers become a global KV is in `global_kv.py`; files for llama.cpp are in `gguf_file.py`.
 """
 
-from yoco_u.conversion.convert import Calibration, Converted, convert, write, write_back
+from yoco_u.conversion.convert import Calibration, Converted, check_target, convert, write, write_back
 from yoco_u.conversion.gguf_file import check_gguf, write_gguf
 from yoco_u.conversion.global_kv import METHODS, Method
 from yoco_u.conversion.source import Source, read_source
@@ -18,6 +18,7 @@ __all__ = [
     "Method",
     "Source",
     "check_gguf",
+    "check_target",
     "convert",
     "read_source",
     "target_architecture",

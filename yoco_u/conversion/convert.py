@@ -1,5 +1,6 @@
 """Conversion: the blocks of a source in the stages of another architecture, and its folder."""
 
+import os
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,11 +12,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from yoco_u.architecture import Architecture
+from yoco_u.checksums import check_changes
 from yoco_u.conversion.families import config_of, tensor_names
 from yoco_u.conversion.global_kv import Method, Moments, blocks, collect, write_global_kvs
 from yoco_u.conversion.source import Source
 from yoco_u.data import Corpus, DocumentEncoder
 from yoco_u.errors import UserError
+from yoco_u.files import check_part, mark, marked
+from yoco_u.inference.exits import FILE as EXITS
+from yoco_u.inference.exits import Exits, find_exits
 from yoco_u.model import YocoUConfig, YocoUForCausalLM, save_model
 from yoco_u.model.blocks import LoopedStack
 from yoco_u.model.remote_code import AUTO_MAP
@@ -88,23 +93,59 @@ def convert(
     return Converted(model.eval(), explained)
 
 
-def write(converted: Converted, source: Source, folder: Path, remote_code: bool = False) -> None:
+def check_target(folder: Path) -> None:
+    """Check, before anything is computed, that a converted model may be written to a folder.
+
+    Raises:
+        UserError: if it holds anything but an earlier conversion, or one that a user has changed.
+        OSError: if the folder that it is in cannot be written to.
+    """
+    check_part(folder)
+    if folder.is_dir() and os.listdir(folder) and not marked(folder, _FOLDER):
+        raise UserError(f"{folder}: holds something else than what yoco-u convert wrote; name a new folder")
+    check_changes(folder)
+
+
+def write(converted: Converted, source: Source, folder: Path, remote_code: bool = False) -> str | None:
     """Save a converted model with its source's tokenizer, chat template and generation config, in the source's dtype.
+
+    The source's `exits.json`, whose heads and threshold are fitted to its weights, comes along where these stay as they are.
 
     Args:
         remote_code: whether to write the modelling files too, see `yoco_u.model.remote_code`.
 
+    Returns:
+        Why the source's `exits.json` does not come along; None if it does, or if there is none.
+
     Raises:
         UserError: if something else is in the folder.
     """
-    model = converted.model
+    model, exits = converted.model, _exits(converted, source)
     model.generation_config = source.generation or model.generation_config
     if remote_code:
         model.config.auto_map = dict(AUTO_MAP)
     exact = {name: tensor for name, tensor in model.state_dict().items() if "choice_bias" in name}  # float32 in every model
     model.to(source.dtype).load_state_dict(exact, strict=False, assign=True)
-    save_model(model, source.tokenizer, folder)
+    results = {EXITS: exits.model_dump(mode="json")} if isinstance(exits, Exits) else {}
+    save_model(model, source.tokenizer, folder, results)
+    mark(folder, _FOLDER)
+    return exits if isinstance(exits, str) else None
 
+
+def _exits(converted: Converted, source: Source) -> Exits | str | None:
+    """The source's exits, or why they are none of the converted model."""
+    if source.ours is None or not (source.ours / EXITS).is_file():
+        return None
+    a, weights, new = source.model.model.architecture, source.model.state_dict(), converted.model.state_dict()
+    same = a == converted.model.model.architecture and weights.keys() == new.keys()
+    if not (same and all(torch.equal(tensor, new[name]) for name, tensor in weights.items())):
+        return f"{EXITS} of the source is fitted to other weights and loops, and is left out; fit it anew with yoco-u exits"
+    found = find_exits(source.ours, a)
+    return f"left out: {found}" if isinstance(found, UserError) else found
+
+
+_FOLDER = "converted"
+"""The kind of mark that tells the folder from a run's model, a dataset and a checkpoint."""
 
 _CHARACTERS = 8  # per token, more than a piece of a document needs
 _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
@@ -129,6 +170,7 @@ def write_back(source: Source, folder: Path) -> str:
     model.tie_weights()
     model.generation_config = source.generation or model.generation_config
     save_model(model, source.tokenizer, folder)
+    mark(folder, _FOLDER)
     return str(theirs.model_type)
 
 

@@ -15,7 +15,7 @@ from yoco_u.architecture import Architecture, RotaryScaling
 from yoco_u.conversion.families import config_of, tensor_names
 from yoco_u.conversion.gguf_tokenizer import write_tokenizer
 from yoco_u.errors import UserError
-from yoco_u.files import GENERATOR, replacing
+from yoco_u.files import GENERATOR, check_result, replacing
 from yoco_u.model.rope import frequency_scale, rotary_frequencies
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def write_gguf(source: "Source", path: Path) -> str:
 
     a = source.model.model.architecture
     family = _family(a, source.name)
+    check_result(path)
     with replacing(path) as file:
         writer = gguf.GGUFWriter(file, family)
         writer.add_string(GENERATOR_KEY, GENERATOR)

@@ -41,7 +41,7 @@ class Source:
         tokenizer: as it came, with its chat template.
         dtype: of the weights in the checkpoint.
         generation: how the checkpoint's makers would sample from it; None if they do not say.
-        is_ours: whether it is a model of this project, whatever its architecture.
+        ours: its folder if it is a model of this project, whatever its architecture.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Source:
     tokenizer: PreTrainedTokenizerFast
     dtype: torch.dtype
     generation: GenerationConfig | None
-    is_ours: bool = False
+    ours: Path | None = None
 
 
 def read_source(path: str) -> Source:
@@ -89,9 +89,10 @@ def _is_ours(place: Path) -> bool:
 
 def _read_ours(place: Path) -> Source:
     model, tokenizer = load_model(place, torch.device("cpu"))
-    stored = read_json(model_folder(place) / "config.json", dict[str, Any]).get("dtype")
+    folder = model_folder(place)
+    stored = read_json(folder / "config.json", dict[str, Any]).get("dtype")
     dtype = getattr(torch, stored) if isinstance(stored, str) and hasattr(torch, stored) else torch.float32
-    return Source(str(place), model, tokenizer, dtype, _generation(model_folder(place)), is_ours=True)
+    return Source(str(place), model, tokenizer, dtype, _generation(folder), folder)
 
 
 def _download(name: str) -> Path:

@@ -29,7 +29,7 @@ def run_jobs(
     """Start `jobs` processes of the command, and wait until they end or the time is over.
 
     When the time is over, or when this process is asked to stop, each process stops with a checkpoint of its run. What it
-    prints goes to `folder`/job-N.log. On a CPU the processes share the cores, unless OMP_NUM_THREADS is set.
+    prints goes to the end of `folder`/job-N.log. On a CPU the processes share the cores, unless OMP_NUM_THREADS is set.
 
     Args:
         arguments: those of `yoco-u`, the command included.
@@ -62,7 +62,7 @@ def run_jobs(
 
 def _start(arguments: Sequence[str], jobs: int, log: Path) -> subprocess.Popen[bytes]:
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    with log.open("wb") as file:
+    with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "yoco_u.cli", *arguments],
             stdin=subprocess.DEVNULL,

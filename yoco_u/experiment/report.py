@@ -19,25 +19,23 @@ from yoco_u.experiment.plots import (
     write_png,
 )
 from yoco_u.experiment.results import Cost
+from yoco_u.experiment.run import REPORT
 from yoco_u.experiment.summary import Fit, Summary
 from yoco_u.experiment.task_curves import TaskCurves, task_curves
-from yoco_u.files import write_json
+from yoco_u.files import write_result
 from yoco_u.formatting import duration, scientific, short_count
 from yoco_u.plotting import PALETTE, dashes
 from yoco_u.report.page import render_page, write_page
-
-REPORT = "report"
-"""File name of the report in the experiment's folder, without the endings .html, .json and .png."""
 
 
 def write_report(summary: Summary, folder: Path) -> None:
     """Write report.html, report.json and report.png into the experiment's folder.
 
     Raises:
-        UserError: if the page cannot be written.
+        UserError: if something else is there.
     """
     write_page(folder / f"{REPORT}.html", render(summary))
-    write_json(folder / f"{REPORT}.json", summary.as_json())
+    write_result(folder / f"{REPORT}.json", summary.as_json())
     write_png(summary, folder / f"{REPORT}.png")
 
 

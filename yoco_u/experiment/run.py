@@ -1,6 +1,6 @@
 """Trains the runs of a grid one after another. Several processes may share a grid: no run is trained by two of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from yoco_u.files import Say, check_result, claim
 from yoco_u.training import RunFolderTaken, TrainingDiverged, train
 from yoco_u.training.distributed import distributed_session
 from yoco_u.training.run_folder import RunFolder
+
+REPORT = "report"
+"""File name of the report in the experiment's folder, without the endings .html, .json and .png."""
 
 _CONFIG, _LOCK = "experiment.yaml", ".lock"
 
@@ -39,7 +42,7 @@ def train_runs(
     Raises:
         UserError: as `train` does; also if a folder holds a run of other settings, or the measures cannot be taken.
     """
-    claim_experiment(folder)
+    claim_experiment(folder, experiment.sizes)
     with FileLock(folder / _LOCK):
         dump_yaml(experiment, folder / _CONFIG)
     first = next((run for run in runs if not is_finished(folder / run.name)), None)
@@ -66,14 +69,24 @@ def train_runs(
     return [run for run in unfinished if not is_finished(folder / run.name)]  # another process may have finished some by now
 
 
-def claim_experiment(folder: Path) -> None:
+def claim_experiment(folder: Path, sizes: Iterable[str] = ()) -> None:
     """Make the folder of an experiment, before anything is computed.
 
+    Args:
+        sizes: those of the grid, which have a report each.
+
     Raises:
-        UserError: if it holds anything but an experiment, or a page of somebody else where the report goes.
+        UserError: if it holds anything but an experiment, or something of somebody else where the report goes.
     """
     claim(folder, "experiment", lambda old: all((old / name).is_file() for name in (_CONFIG, _LOCK)))
-    check_result(folder / "report.html")
+    check_report(folder, sizes)
+
+
+def check_report(folder: Path, sizes: Iterable[str] = ()) -> None:
+    """Check, before anything is computed, that the report can be written; arguments and errors as of `claim_experiment`."""
+    for place in (folder, *(folder / size for size in sizes)):
+        for ending in ("html", "json", "png"):
+            check_result(place / f"{REPORT}.{ending}")
 
 
 def _sample_and_measure(folder: Path, experiment: Experiment, say: Say) -> None:

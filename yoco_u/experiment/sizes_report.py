@@ -10,10 +10,11 @@ from matplotlib.ticker import NullFormatter, NullLocator
 
 from yoco_u.experiment.config import Experiment
 from yoco_u.experiment.findings.verdicts import loss_text, short_difference_text, trend_text
-from yoco_u.experiment.report import REPORT, write_report
+from yoco_u.experiment.report import write_report
 from yoco_u.experiment.results import Cost
+from yoco_u.experiment.run import REPORT
 from yoco_u.experiment.sizes import GapLine, SizeGap, SizesSummary
-from yoco_u.files import write_json
+from yoco_u.files import write_result
 from yoco_u.formatting import duration, short_count
 from yoco_u.plotting import colour, save_png, svg
 from yoco_u.report.page import render_page, write_page
@@ -27,12 +28,12 @@ def write_sizes_report(summary: SizesSummary, folder: Path) -> None:
     """Write report.html, report.json and report.png into the experiment's folder, and those of each size into the size's.
 
     Raises:
-        UserError: if a page cannot be written.
+        UserError: if something else is there.
     """
     for size, one in summary.sizes.items():
         write_report(one, folder / size)
     write_page(folder / f"{REPORT}.html", render(summary))
-    write_json(folder / f"{REPORT}.json", summary.as_json())
+    write_result(folder / f"{REPORT}.json", summary.as_json())
     _write_png(summary, folder / f"{REPORT}.png")
 
 

@@ -1,8 +1,9 @@
 """A model's Hugging Face folder: saved with the tokenizer beside the weights, and checked before it is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,25 +12,39 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from yoco_u.architecture import Architecture
-from yoco_u.checksums import write_checksums
+from yoco_u.checksums import keep_changes, write_checksums
 from yoco_u.errors import UserError
-from yoco_u.files import read_json, replacing_folder
+from yoco_u.files import read_json, replacing_folder, write_result
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.modeling import YocoUForCausalLM
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    results: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> None:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` read, with checksums. It appears whole or not at all.
 
+    What users have added to an older one in its place, or changed in it, stays: an edited chat template or generation config,
+    `exits.json`. Weights, code, `config.json` and `tokenizer.json` are those of the model.
+
+    Args:
+        results: JSON files beside the weights, by their names.
+
     Raises:
-        UserError: if something that is not ours is there.
+        UserError: if something that is not ours is there, or weights that were changed on purpose.
         OSError: if it cannot be written.
     """
     with replacing_folder(folder) as beside, quiet_transformers():
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        for name, data in results.items():
+            write_result(beside / name, data)
         weights_and_code = [file for kind in ("*.safetensors", "*.py") for file in beside.glob(kind)]
         write_checksums(beside, [*weights_and_code, beside / "config.json", beside / "tokenizer.json"])
+        keep_changes(folder, beside)
 
 
 def check_weights(folder: Path, config: YocoUConfig) -> None:

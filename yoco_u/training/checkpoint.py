@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from yoco_u.architecture import Architecture
-from yoco_u.checksums import verify_checksums, write_checksums
+from yoco_u.checksums import added_or_changed, verify_checksums, write_checksums
 from yoco_u.config import Config, differences
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import PARTIAL, DamagedFile, beside, discard, fresh_folder, naming, publish, read_json, write_json
@@ -212,7 +212,8 @@ class Checkpoints:
             write_checksums(beside(target))
             publish(target)
         for old in self._all()[:-keep]:
-            discard(old)
+            if not added_or_changed(old):
+                discard(old)
 
     def _all(self) -> list[Path]:
         """The checkpoints that runs resume from, oldest first."""

@@ -13,6 +13,7 @@ Records of kind `train` also have
 Records of kind `evaluation` also have `loss_at_T`, the loss at each loop count T that `evaluate_loops` names, if it is finite.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -152,14 +153,28 @@ def _start_wandb(folder: Path, project: str, run_config: Record | None) -> Any:
         raise UserError(
             f"training.wandb_project is {project!r} but wandb is not installed; pip install 'yoco-u[wandb]' or drop the setting"
         ) from None
-    identity = folder / "wandb-id"
-    run_id = identity.read_bytes().decode(errors="replace") if identity.exists() else ""
-    if not re.fullmatch("[0-9a-f]{32}", run_id):
-        run_id = uuid.uuid4().hex
-        write_text(identity, run_id)
-    run = wandb.init(project=project, name=folder.name, id=run_id, resume="allow", dir=str(folder), config=run_config)
+    settings = {"id": _wandb_id(folder), "resume": "allow", "dir": str(folder), "config": run_config}
+    run = wandb.init(project=project, name=folder.name, **settings)
     # Figures are drawn over a step of ours. W&B's own only rises, and figures of a lower one are dropped: those of steps that
     # a run trains again from its last checkpoint, after it was killed.
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _wandb_id(folder: Path) -> str:
+    """The id under which a run logs, in its file `wandb-id` with the folder that it belongs to.
+
+    A copy of the folder gets one of its own: it has neither the path nor the inode. A run that has moved has the latter,
+    unless it is on another file system now, where it cannot be told from a copy.
+    """
+    file, status = folder / "wandb-id", folder.stat()
+    here = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest(), str(status.st_ino)
+    found = _WANDB_ID.fullmatch(file.read_bytes().decode(errors="replace")) if file.is_file() else None
+    known = found is not None and (found[2] is None or here[0] == found[2] or here[1] == found[3])
+    run_id = found[1] if found is not None and known else uuid.uuid4().hex
+    write_text(file, " ".join((run_id, *here)))
+    return run_id
+
+
+_WANDB_ID = re.compile("([0-9a-f]{32})(?: ([0-9a-f]{64}) ([0-9]+))?")  # earlier versions wrote the id alone

@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, PositiveInt
 
-from yoco_u.checksums import verify_checksums, write_checksums
+from yoco_u.checksums import check_changes, verify_checksums, write_checksums
 from yoco_u.config import dump_yaml, load_yaml, parse
 from yoco_u.data import load_tokenizer
 from yoco_u.data.places import changes
@@ -91,11 +91,13 @@ class RunFolder:
                 ) from None
             if self.read_summary() is None:
                 check_part(self.model)
+                check_changes(self.model, kept=True)
                 for place in (self.tokenizer, self.config, self.summary, self.environment, self.path / METRICS):
                     check_place(place)
             if self.config.exists() and self._has_begun():
                 self.check_same(config)
             else:
+                check_changes(self.tokenizer)
                 discard(self.tokenizer)
                 dump_yaml(config, self.config)
 

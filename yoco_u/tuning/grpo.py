@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from yoco_u.device import environment, find_device
 from yoco_u.errors import UserError
-from yoco_u.files import write_json
+from yoco_u.files import check_claim, write_json
 from yoco_u.inference import SamplingParams
 from yoco_u.inference.chat_template import chat_tokens
 from yoco_u.tuning import runs
@@ -48,6 +48,7 @@ def reinforce(
             settings do not fit, the folder holds something else, or another process trains there; if a reward is not finite.
     """
     trl, lora = runs.needed("trl"), runs.lora(settings)
+    check_claim(folder, runs.FOLDER)
     rewarded = reward or Matches(settings.pattern)
     rows, micro = settings.problems * settings.answers, settings.micro_batch_rows
     train, held_out = list(read_problems(files)), list(read_problems(test))

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallba
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from yoco_u.checksums import verify_checksums, write_checksums
+from yoco_u.checksums import check_changes, verify_checksums, write_checksums
 from yoco_u.data.places import absolute, same_place, seen_from
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import non_finite_weight
@@ -76,6 +76,7 @@ def begun(
         finished = read_json(summary, dict[str, Any], {}, say) or None
         if finished is None:
             check_part(folder / "model")
+            check_changes(folder / "model", kept=True)
             check_place(summary)
         else:
             say(f"{folder}: is finished, at step {finished.get('steps')}; nothing to do")

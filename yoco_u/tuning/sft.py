@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from yoco_u.device import environment, find_device
 from yoco_u.errors import UserError
-from yoco_u.files import write_json
+from yoco_u.files import check_claim, write_json
 from yoco_u.model.loss import IGNORED
 from yoco_u.tuning import runs
 from yoco_u.tuning.chats import Example, examples, read_chats
@@ -38,6 +38,7 @@ def fine_tune(
             not fit, the folder holds something else, or another process trains there; if the loss is not finite.
     """
     trl, lora = runs.needed("trl"), runs.lora(settings)
+    check_claim(folder, runs.FOLDER)
     batch, micro = settings.batch_rows, settings.micro_batch_rows
     if batch % micro:
         raise UserError(f"micro_batch_rows {micro} does not divide the {batch} rows of a step; choose a divisor of batch_rows")
