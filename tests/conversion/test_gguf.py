@@ -268,9 +268,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert main([*command, str(tmp_path / "model.gguf")]) == 0
         assert "a llama, in" in capsys.readouterr().out
     (tmp_path / "mine.gguf").write_bytes(b"GGUF, and years of work")
+    (tmp_path / "other").mkdir()
     for arguments, said in (
         (["mine.gguf"], "was not made by yoco-u"),
-        (["source"], "is a folder"),
+        (["source"], "is what is converted"),
+        (["other"], "is a folder"),
         (["new", "--back"], "--back and --gguf cannot both be"),
         (["new", "--remote-code"], "--gguf and --remote-code cannot both be"),
         (["new", "loops=2"], "--gguf changes nothing about the model"),
@@ -279,4 +281,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert main([*command, str(tmp_path / arguments[0]), *arguments[1:]]) == 2
         assert said in capsys.readouterr().err
     assert (tmp_path / "mine.gguf").read_bytes() == b"GGUF, and years of work"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.gguf", "model.gguf", "source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.gguf", "model.gguf", "other", "source"]
