@@ -9,6 +9,7 @@ each loop count.
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 from common import parser, show, write
 from rich.progress import track
@@ -46,7 +47,7 @@ def main() -> None:
         f"prefill {chosen.context}": lambda e: chosen.context / e.prefill(chosen.context)
     }
     for batch in chosen.batches:
-        cases[f"decode, batch {batch}"] = lambda e, b=batch: b * STEPS / e.decode(b, chosen.context, STEPS)
+        cases[f"decode, batch {batch}"] = partial(decode_rate, batch=batch, context=chosen.context)
     rates: dict[tuple[str, str], list[float]] = {}
     for _ in track(range(chosen.rounds), description="rounds"):
         for case, measure in cases.items():
@@ -62,6 +63,10 @@ def main() -> None:
         )
     show(f"YOCO-U, {chosen.size}, context {chosen.context}", rows)
     write(chosen.out, {"context": chosen.context, "rows": rows})
+
+
+def decode_rate(engine: TimedEngine, batch: int, context: int) -> float:
+    return batch * STEPS / engine.decode(batch, context, STEPS)
 
 
 if __name__ == "__main__":

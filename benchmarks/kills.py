@@ -66,7 +66,7 @@ def main() -> None:
 
 def configured(dataset: Path) -> RunConfig:
     """A run of a few seconds that writes many checkpoints, on text of the standard library."""
-    corpus = str(Path(email.__file__).parent)
+    corpus = (str(Path(email.__file__).parent),)
     prepare(DataConfig(corpus=corpus, vocab_size=300, validation_fraction=0.2), dataset, progress=False)
     data = {
         "name": "tormented",

@@ -122,7 +122,8 @@ def measure_speed(chosen: Namespace) -> dict[str, Any]:
     a = preset("yoco_u", chosen.size)
     [llama] = peer_engines(settings, a, ["vllm"], {"vllm": chosen.python})
     engines = [ours_in_vllm(f"yoco_u in vllm, {way}", a, way, chosen.python, settings) for way in reversed(WAYS)]
-    benchmark = Benchmark(settings, [*engines, llama], cases_of(settings))
+    engines.append(llama)
+    benchmark = Benchmark(settings, engines, {engine.name: cases_of(settings) for engine in engines})
     console = Console()
     with console.status("measuring") as status:
 

@@ -84,7 +84,9 @@ class _Subject:
     def against_no_graphs(self) -> Figure:
         """Replayed graphs do what the same kernels do when they are launched one by one."""
         engine = self._engine("bfloat16")
-        engine.runner.decode_graphs.capture = None
+        graphs = engine.runner.decode_graphs
+        assert graphs is not None
+        graphs.capture = None
         with_graphs, without = self._answers("bfloat16"), self._run(engine)
         errors = []
         for a, b in zip(with_graphs, without, strict=True):

@@ -49,7 +49,10 @@ def attention(device: torch.device, shape: Shape, lengths: tuple[int, ...], wind
     truth = {"output": torch.cat([direct_attention(q, k, v, window) for q, k, v in parts], dim=1)}
     (truth["output"] * weights).sum().backward()
     for name in sizes:
-        found[f"gradient of {name}"], truth[f"gradient of {name}"] = there[name].grad, here[name].grad
+        for gradients, tensors in ((found, there), (truth, here)):
+            gradient = tensors[name].grad
+            assert gradient is not None
+            gradients[f"gradient of {name}"] = gradient
     errors = {name: largest_error(found[name], truth[name].detach()) for name in truth}
     worst = max(errors, key=lambda name: errors[name])
     return verdict(errors[worst], BFLOAT16, where=worst)

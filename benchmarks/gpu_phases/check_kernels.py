@@ -64,7 +64,8 @@ class _Kernels:
         truth = direct.decode_attention(self.q.float(), self.cache, self.scales, self.table, self.block_size, self.lengths)
         capacity = split_capacity(len(self.lengths), self.kv_heads, self.device)
         arrays = plan_splits(self.lengths.numpy().astype(np.int64), capacity)
-        divided = SplitPlan(**{name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()})
+        on_device = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+        divided = SplitPlan(on_device["sequence"], on_device["first"], on_device["last"], on_device["offsets"])
         errors = {name: largest_error(self._attend(plan=plan), truth) for name, plan in (("whole", None), ("divided", divided))}
         worst = max(errors, key=lambda name: errors[name])
         return verdict(errors[worst], LIMITS[self.kind], where=worst)
@@ -87,7 +88,7 @@ class _Kernels:
         rows[::5] = -1
         truth, truth_scales = self.cache.clone(), None if self.scales is None else self.scales.clone()
         direct.store_rows(k, v, rows, truth, truth_scales)
-        found, found_scales = self._there(self.cache), self._there(self.scales)
+        found, found_scales = self._there(self.cache), self._scales_there()
         on_device = joint.to(self.device)
         k, v = on_device[:, : self.kv_heads], on_device[:, self.kv_heads : 2 * self.kv_heads]
         kernels.store_rows(k, v, rows.to(self.device), found, found_scales)
@@ -98,11 +99,14 @@ class _Kernels:
         return verdict(error, 1e-3 if self.kind == "int8" else 0.0)
 
     def _attend(self, plan: SplitPlan | None = None, prefix: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        parts = (self._there(x) for x in (self.q, self.cache, self.scales, self.table))
-        return kernels.decode_attention(*parts, self.block_size, self.lengths.to(self.device), plan, prefix)
+        q, cache, table, lengths = (self._there(x) for x in (self.q, self.cache, self.table, self.lengths))
+        return kernels.decode_attention(q, cache, self._scales_there(), table, self.block_size, lengths, plan, prefix)
 
-    def _there(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.device, copy=True)
+    def _there(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, copy=True)
+
+    def _scales_there(self) -> Tensor | None:
+        return None if self.scales is None else self._there(self.scales)
 
     def _random(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self.draw)
@@ -121,8 +125,8 @@ class _Pointwise:
         log_decay = -self._random(sequences, self.heads).abs()
         states = self._random(6, self.heads, self.head_dim, self.head_dim)
         found_states = states.to(self.device, copy=True)
-        moved = [x.to(self.device) for x in (q, k, v, log_decay)]
-        found = kernels.retention_step(*moved, found_states, seats.to(self.device))
+        there = [x.to(self.device) for x in (q, k, v, log_decay)]
+        found = kernels.retention_step(there[0], there[1], there[2], there[3], found_states, seats.to(self.device))
         truth = direct.retention_step(q, k, v, log_decay, states, seats)
         return verdict(max(largest_error(found, truth), largest_error(found_states, states)), LIMITS["float32"])
 
@@ -142,7 +146,7 @@ class _Pointwise:
         there = [y.to(self.device) for y in (x, residual, weight)]
         total = (x + residual).float()
         gate, up = gate_up.float().chunk(2, dim=-1)
-        normed, summed = gpu.add_rms_norm(*there, eps)
+        normed, summed = gpu.add_rms_norm(there[0], there[1], there[2], eps)
         pairs = {
             "rms_norm": (gpu.rms_norm(there[0], there[2], eps), _rms_norm(x.float(), weight.float(), eps)),
             "add_rms_norm": (normed, _rms_norm(total, weight.float(), eps)),

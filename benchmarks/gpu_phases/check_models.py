@@ -19,6 +19,8 @@ from yoco_u.training.parallelize import compile_model
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from models import build  # models whose every weight is random, so that each shows in the results
 
+__all__ = ["build"]
+
 ROWS, LENGTHS = 2, {"test": 48, "8m": 200}  # a few windows long
 GRADIENTS = 10  # times the error of logits that gradients may have, as they have on the CPU: up to 1e-4 against float64
 Results = dict[str, Tensor]

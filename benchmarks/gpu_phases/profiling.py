@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from gpu_phases.record import Figure, Record
