@@ -95,14 +95,10 @@ def analyze(
     if not files or is_synthetic(files[0]):
         check_unused("it is for FILES with fields, and none are given", text_field=text_field)
     wanted = _measures(measures)
-    own = {
-        "exits": ("exit_threshold", exit_threshold),
-        "convergence": ("tolerance", tolerance),
-        "attention": ("queries", queries),
-    }
-    for measure, (option, value) in own.items():
+    given = {"exit_threshold": exit_threshold, "tolerance": tolerance, "queries": queries}
+    for measure, option in (("exits", "exit_threshold"), ("convergence", "tolerance"), ("attention", "queries")):
         if measure not in wanted:
-            check_unused(f"it is for the measure {measure}, and --measures is {measures}", **{option: value})
+            check_unused(f"it is for the measure {measure}, and --measures is {measures}", **{option: given[option]})
     folder = out or model / "analysis"
     check_folder(folder)
     subjects, tokenizer = _load([model, *(compare or [])], num_loops, find_device(device))
