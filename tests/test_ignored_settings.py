@@ -158,9 +158,10 @@ def test_a_grid_that_says_it_itself(key: str) -> None:
     with pytest.raises(UserError, match=f"{key}=9.* has no effect here: .* says it of every run"):
         expand(parse(Experiment, grid, "a"), Path("runs"), [f"{key}=9"])
     if key.startswith("training."):
-        said = base | {"training": training | {key.partition(".")[2]: 9}}
-        with pytest.raises(UserError, match=f"base.{key}: .* says it of every run"):
-            parse(Experiment, grid | {"base": said}, "a")
+        said = {"training": {key.partition(".")[2]: 9}}
+        with pytest.raises(UserError, match=f"models.yoco-u.settings.{key}: .* says it of every run"):
+            parse(Experiment, grid | {"models": {"yoco-u": {"settings": said}}}, "a")
+        assert parse(Experiment, grid | {"base": base | {"training": training | said["training"]}}, "a")
 
 
 @pytest.mark.parametrize(("by", "key"), [("flops", "training.steps"), ("parameters", "architecture.intermediate_size")])

@@ -161,16 +161,16 @@ class Experiment(Config):
 
     @model_validator(mode="after")
     def _followed(self) -> "Experiment":
-        settings = {"base": self.base, **{f"sizes.{name}": size for name, size in self.sizes.items()}}
-        settings |= {f"models.{name}.settings": plan.settings for name, plan in self.models.items()}
+        shared = {"base": self.base, **{f"sizes.{name}": size for name, size in self.sizes.items()}}
+        settings = {f"models.{name}.settings": plan.settings for name, plan in self.models.items()}
         varied = {"vary": self.vary, **{f"models.{name}.vary": plan.vary for name, plan in self.models.items()}}
-        for where, given in (settings | varied).items():
+        for where, given in (shared | settings | varied).items():
             for key in ("name", "dataset"):
                 if key in given:
                     raise ValueError(f"{where}.{key}: a grid names its runs and has one dataset, in its own folder; drop it")
         steps = "tokens" if self.tokens else "tokens_per_parameter" if self.tokens_per_parameter else None
         for key, axis in (("training.seed", "seeds" if self.seeds else None), ("training.steps", steps)):
-            for where, given in (*settings.items(), *varied.items()):
+            for where, given in (settings | varied).items():
                 if axis is not None and _has(given, key):
                     raise ValueError(f"{where}.{key}: {axis} says it of every run; drop one of the two")
         for name, plan in self.models.items():

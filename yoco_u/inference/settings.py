@@ -47,7 +47,7 @@ class EngineSettings(Config):
     num_loops: LoopsOrAuto | None = None
     cache_tokens: PositiveInt | None = None
     max_model_len: Count | None = None
-    max_num_seqs: Annotated[Count, at_most(2**16, "each of which has a seat in memory")] = 16
+    max_num_seqs: Annotated[Count, at_most(2**20, "each of which has a seat in memory")] = 16
     max_batched_tokens: Count = 512
     block_size: Count = 64
     prefix_caching: bool = True
