@@ -74,7 +74,7 @@ def test_the_test_time_scaling_curve(run: Any, workspace: Path, tmp_path: Path, 
 def test_mistakes(run: Any, workspace: Path) -> None:
     assert "the mean is to be 2 loops, but tokens run 1 to 2" in run("exits", workspace / "a", "--mean-loops", 2).error
     too_many = run("exits", workspace / "a", "--num-loops", 10**11, "--tokens", 64, "--sequence-length", 32)
-    assert "up to 100000000000 loops; expected at most 256" in too_many.error
+    assert "100000000000 loops are too many, each takes the time of a pass; expected at most 256" in too_many.error
     one_loop = run("exits", workspace / "b").error
     assert "the model runs one loop, which no token can leave; give another model" in one_loop and "auto" not in one_loop
     assert not (workspace / "a" / "model" / FILE).exists()

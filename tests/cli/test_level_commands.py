@@ -67,7 +67,9 @@ def test_exits_of_a_task(run: Any, trained: Path) -> None:
 def test_mistakes(run: Any, trained: Path, workspace: Path) -> None:
     assert "did you mean p-hop" in run("evaluate", trained, "synthetic:phop").error
     assert "a task and a.txt a text" in run("evaluate", trained, "a.txt", "synthetic:s5").error
-    assert "--weights is for texts" in run("evaluate", trained, "synthetic:s5", "--weights", "int8").error
+    assert (
+        "--weights has no effect here: it is for texts" in run("evaluate", trained, "synthetic:s5", "--weights", "int8").error
+    )
     assert "--answers is for synthetic tasks" in run("evaluate", trained, "--answers", 3).error
     assert "tokens are not bytes" in run("evaluate", workspace / "a", "synthetic:word-problems:levels=2").error
     for command in ("exits", "analyze"):

@@ -106,7 +106,7 @@ def test_equal_flops_to_the_nearest_step(loops: int, steps: int, rows: int) -> N
 
 def test_equal_tokens_whatever_the_batch() -> None:
     wide = model("yoco", match={"by": "tokens", "reference": "yoco-u"})
-    wide["settings"]["training"] = {"batch_rows": 16, "micro_batch_rows": 16, "steps": 5}
+    wide["settings"]["training"] = {"batch_rows": 16, "micro_batch_rows": 16}
     runs = runs_of({"wide": wide, "yoco-u": model("yoco_u")})
     assert runs["wide"].config.training.steps == 25
     assert runs["wide"].config.training.steps * 16 == runs["yoco-u"].config.training.steps * 4

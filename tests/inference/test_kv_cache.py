@@ -152,5 +152,7 @@ def test_the_longest_request_fits_by_default(name: str) -> None:
     longer = plain.num_blocks * plain.block_size + 1
     assert EngineSettings(dtype="float32", max_model_len=longer).cache_shape(a, cpu).num_blocks == plain.num_blocks + 1
     assert EngineSettings(dtype="float32", max_model_len=longer - 1).cache_shape(a, cpu).num_blocks == plain.num_blocks
-    given = EngineSettings(dtype="float32", max_model_len=longer, cache_tokens=640).cache_shape(a, cpu)
+    given = EngineSettings(dtype="float32", max_model_len=640, cache_tokens=600).cache_shape(a, cpu)
     assert given.num_blocks * given.block_size == 640
+    with pytest.raises(ValueError, match="max_model_len is 641, but cache_tokens holds 600"):
+        EngineSettings(max_model_len=641, cache_tokens=600)

@@ -60,7 +60,7 @@ def test_every_architecture_is_the_same(files: Any) -> None:
         assert made.model_dump() == plain, name
         assert made == stand_ins.parse(stages.Architecture, made.model_dump(), "x")
         assert made.slots() == arch.slots() and made.unrolled_layers == arch.unrolled_layers
-        for loops in (1, 2, 2**40):
+        for loops in (1, 2, 256):
             assert made.with_loops(loops).model_dump() == arch.with_loops(loops).model_dump(mode="json"), name
         with pytest.raises(AttributeError):
             made.window = 3

@@ -215,8 +215,8 @@ def _config(config: RunConfig) -> Any:
     ("settings", "architecture", "message"),
     [
         ({"loop_draw": {"least": 5, "most": 4}}, "yoco_u", "loop_draw: least is 5, above most, which is 4"),
-        ({"loop_draw": {"most": 4, "mean": 2}}, "yoco_u", "mean is 2, but uniform follows from least and most alone"),
-        ({"loop_draw": {"most": 4, "sigma": 0.7}}, "yoco_u", "sigma is 0.7, but uniform follows from least and most alone"),
+        ({"loop_draw": {"most": 4, "mean": 2}}, "yoco_u", "mean is 2.0, but has no effect: it needs distribution"),
+        ({"loop_draw": {"most": 4, "sigma": 0.7}}, "yoco_u", "sigma is 0.7, but has no effect"),
         ({"loop_draw": {"most": 1000}}, "yoco_u", "loop_draw.most"),
         ({"loop_draw": {"distribution": "poisson_lognormal", "most": 4, "mean": 0.5}}, "yoco_u", "loop_draw.mean"),
         ({"loop_draw": UNIFORM}, "yoco", "training.loop_draw draws the loop count, but the architecture has no loop"),

@@ -40,7 +40,8 @@ def test_rates_rise_then_fall_and_end_at_the_final_rate(
     steps: int, warmup: int, schedule: str, fraction: float, final: float
 ) -> None:
     config = OptimizerConfig.model_validate(
-        {"warmup_steps": warmup, "schedule": schedule, "decay_fraction": fraction, "final_learning_rate": final}
+        {"warmup_steps": warmup, "schedule": schedule, "final_learning_rate": final}
+        | ({"decay_fraction": fraction} if schedule == "wsd" else {})
     )
     if warmup + config.decay_steps(steps) > steps:
         return

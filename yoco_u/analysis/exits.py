@@ -30,7 +30,6 @@ _LEAST_KL = 1e-6  # below it lies rounding
 _SHARES = (0.25, 0.5, 0.75)  # of the loops after the first, which tokens run on average
 _NEAR, _TRIES = 0.02, 3  # how near a measured mean should be to the wanted one, and how often a threshold is corrected
 _SEATS = 16
-_MOST_LOOPS = 256  # each count up to T is measured
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,6 @@ def calibrate(
     most = architecture.num_loops
     if problem := loop_problem(architecture):
         raise UserError(f"{problem}; give another model, or another num_loops")
-    if most > _MOST_LOOPS:
-        raise UserError(f"tokens are to run up to {most} loops; expected at most {_MOST_LOOPS}; give a smaller num_loops")
     mean_loops = middle(most) if mean_loops is None else mean_loops
     if not 1 < mean_loops < most:
         raise UserError(f"the mean is to be {mean_loops:g} loops, but tokens run 1 to {most}; give a mean between these")

@@ -123,6 +123,16 @@ def preset(name: str, /, size: str = "8m", **settings: Any) -> Architecture:
     looping: dict[str, Any] = {key: shape.pop(key) for key in ("loops", "loop_gate") if key in shape}
     if looping and name not in LOOPED:
         raise UserError(f"{name} has no loop, so {' and '.join(looping)} cannot be set; looped are {', '.join(sorted(LOOPED))}")
+    if looping and "stages" in settings:
+        raise UserError(f"{' and '.join(looping)} cannot be set beside stages, which say it themselves; drop one of the two")
+    if shape.get("experts") is not None and "intermediate_size" in settings:
+        raise UserError(
+            "intermediate_size is the width without experts, but experts are set; set experts.intermediate_size instead"
+        )
+    if name == "parscale" and (both := {"streams", "prefix_tokens"} & settings.keys()) and "parallel" in settings:
+        raise UserError(
+            f"{' and '.join(sorted(both))} cannot be set beside parallel, which says it itself; drop one of the two"
+        )
     if name == "parscale":
         streams = {key: shape.pop(key) for key in ("streams", "prefix_tokens") if key in shape}
         shape.setdefault("parallel", {"streams": 2} | streams)

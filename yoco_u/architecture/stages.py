@@ -4,11 +4,22 @@ A stage is a stack of blocks with one kind of attention, applied a number of tim
 the cost and the tensor names are all derived from an `Architecture`. It is plain data, so nothing here needs torch.
 """
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, PositiveFloat32, shown
+from yoco_u.config import (
+    Config,
+    Count,
+    Float32,
+    Loops,
+    Needs,
+    NonNegativeFloat32,
+    PositiveFloat32,
+    shown,
+    too_many_loops,
+)
 from yoco_u.errors import UserError
 
 Attention = Literal["full", "sliding", "retention", "cross"]
@@ -28,7 +39,7 @@ class Stage(Config):
 
     attention: Attention
     layers: Count
-    loops: Count = 1
+    loops: Loops = 1
     loop_gate: Float32 | None = None
 
     @model_validator(mode="after")
@@ -105,10 +116,10 @@ class RotaryScaling(Config):
     type: Literal["linear", "llama3", "yarn"]
     factor: PositiveFloat32
     original_length: Count | None = None
-    low_turns: PositiveFloat32 = 1.0
-    high_turns: PositiveFloat32 = 4.0
-    attention_factor: PositiveFloat32 = 1.0
-    truncate: bool = True
+    low_turns: Annotated[PositiveFloat32, Needs("type", "llama3", "yarn")] = 1.0
+    high_turns: Annotated[PositiveFloat32, Needs("type", "llama3", "yarn")] = 4.0
+    attention_factor: Annotated[PositiveFloat32, Needs("type", "yarn")] = 1.0
+    truncate: Annotated[bool, Needs("type", "yarn")] = True
 
     @model_validator(mode="after")
     def _complete(self) -> "RotaryScaling":
@@ -190,6 +201,10 @@ class Architecture(Config):
         from yoco_u.architecture.presets import preset  # which is made of this module's classes
 
         return preset(settings.pop("preset"), **settings).model_dump()
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        if not self.has_global_kv:
+            yield "rope_cross", "needs a cross stage"
 
     @model_validator(mode="after")
     def _possible(self) -> "Architecture":
@@ -277,10 +292,12 @@ class Architecture(Config):
         All looped stages get this T. If no stage loops, the first one does.
 
         Raises:
-            UserError: if `loops` is not a whole number of at least 1.
+            UserError: if `loops` is not a whole number from 1 to 256.
         """
         if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
             raise UserError(f"num_loops is {shown(loops)}; expected a whole number of at least 1")
+        if problem := too_many_loops(loops):
+            raise UserError(f"num_loops: {problem}")
         change = {"loops": loops} if loops > 1 else {"loops": 1, "loop_gate": None}
         looped = self.loopable_stages
         stages = tuple(stage.model_copy(update=change) if i in looped else stage for i, stage in enumerate(self.stages))

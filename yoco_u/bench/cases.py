@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from yoco_u.config import Config, Count, EachOnce, Seconds
+from yoco_u.config import Config, Count, EachOnce, Loops, Seconds, at_most
 
 
 class BenchSettings(Config):
@@ -31,7 +31,7 @@ class BenchSettings(Config):
     size: str = "100m"
     architectures: tuple[str, ...] = ("yoco_u", "yoco", "transformer", "rins")
     model: str | None = None
-    num_loops: Count | None = None
+    num_loops: Loops | None = None
     contexts: Annotated[tuple[Count, ...], EachOnce] = Field(default=(4096, 32768, 131072), min_length=1)
     batches: Annotated[tuple[Count, ...], EachOnce] = Field(default=(1, 16), min_length=1)
     device: str = "cpu"
@@ -40,7 +40,7 @@ class BenchSettings(Config):
     block_size: Count = 64
     compile_peers: bool = True
     steps: Count = 32
-    rounds: Count = 3
+    rounds: Annotated[Count, at_most(1000, "a median changes no more")] = 3
     time_limit: Seconds = 600.0
 
     @property

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yoco_u.cli.arguments import MOST_ROW_TOKENS, check_at_most, check_loops, check_row_length, check_unused
 from yoco_u.cli.output import progress_bar
 from yoco_u.errors import UserError
 
@@ -51,14 +52,17 @@ def analyze(
         typer.Option("--exit-threshold", help="Tokens leave the loop below this score. \\[default: that of exits.json]"),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", help="A state is steady once loops move it by less than this share.")
-    ] = 0.1,
+        float | None,
+        typer.Option("--tolerance", help="A state is steady once loops move it by less than this share. \\[default: 0.1]"),
+    ] = None,
     queries: Annotated[
-        int, typer.Option("--queries", min=1, help="Positions of every row from which attention is looked at.")
-    ] = 64,
+        int | None,
+        typer.Option("--queries", min=1, help="Positions of every row from which attention is looked at. \\[default: 64]"),
+    ] = None,
     text_field: Annotated[
-        str, typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text.")
-    ] = "text",
+        str | None,
+        typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text. \\[default: text]"),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Look inside the loops: what each layer and each loop does to the tokens.
@@ -80,20 +84,28 @@ def analyze(
     from yoco_u.analysis.output import About, check_folder, write_study
     from yoco_u.analysis.study import COMPARED, StudySettings, study
     from yoco_u.analysis.text import read_text
+    from yoco_u.data.synthetic import is_synthetic
     from yoco_u.device import find_device
 
-    if num_loops is not None and num_loops < 1:
-        raise UserError(f"--num-loops is {num_loops}; expected a whole number of at least 1")
-    if tolerance <= 0:
+    check_loops([num_loops])
+    check_row_length(sequence_length)
+    if tolerance is not None and tolerance <= 0:
         raise UserError(f"--tolerance is {tolerance:g}; expected more than 0, such as 0.1")
+    check_at_most(MOST_ROW_TOKENS, "which is all positions of the longest row", queries=queries)
+    if not files or is_synthetic(files[0]):
+        check_unused("it is for FILES with fields, and none are given", text_field=text_field)
     wanted = _measures(measures)
+    given = {"exit_threshold": exit_threshold, "tolerance": tolerance, "queries": queries}
+    for measure, option in (("exits", "exit_threshold"), ("convergence", "tolerance"), ("attention", "queries")):
+        if measure not in wanted:
+            check_unused(f"it is for the measure {measure}, and --measures is {measures}", **{option: given[option]})
     folder = out or model / "analysis"
     check_folder(folder)
     subjects, tokenizer = _load([model, *(compare or [])], num_loops, find_device(device))
     if "exits" in wanted:
         subjects[0] = _with_exits(subjects[0], model, exit_threshold)
     wanted, left_out = _sensible(wanted, subjects, explicit=measures is not None)
-    text = read_text(model, files or [], text_field, sequence_length, tokens, tokenizer)
+    text = read_text(model, files or [], text_field or "text", sequence_length, tokens, tokenizer)
     chosen = [[measure for measure in wanted if subject is subjects[0] or measure in COMPARED] for subject in subjects]
     with progress_bar("looking inside", sum(map(len, chosen)) * len(text.batches)) as advance:
 
@@ -103,7 +115,7 @@ def analyze(
                 advance(1)
 
         studies = [
-            study(subject, counted, StudySettings(mine, tolerance, queries), tokenizer)
+            study(subject, counted, StudySettings(mine, 0.1 if tolerance is None else tolerance, queries or 64), tokenizer)
             for subject, mine in zip(subjects, chosen, strict=True)
         ]
     count = sum(batch["input_ids"].numel() for batch in text.batches)

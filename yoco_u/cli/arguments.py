@@ -7,7 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from yoco_u.config import shown
+from yoco_u.config import shown, too_many_loops
 from yoco_u.errors import UserError
 from yoco_u.files import check_result
 
@@ -90,16 +90,73 @@ def whole_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
         raise UserError(f"{option} is {text!r}; expected whole numbers with commas between, such as 4096,32768") from None
 
 
+def check_unused(why: str, **options: object) -> None:
+    """Refuse options that would have no effect.
+
+    Args:
+        why: the other options beside which they have none, such as `--greedy takes the likeliest token`.
+        options: values by the name of the option, with _ for -; None, False or an empty list where it was not given.
+
+    Raises:
+        UserError: for the first option that was given.
+    """
+    for name, value in options.items():
+        if value is not None and value is not False and value != []:
+            raise UserError(f"--{name.replace('_', '-')} has no effect here: {why}; leave it out")
+
+
+def check_at_most(limit: int, why: str, **options: int | None) -> None:
+    """Refuse numbers that ask for more work or memory than makes sense.
+
+    Args:
+        why: the reason for the limit.
+        options: values by the name of the option, with _ for -; None where it was not given.
+
+    Raises:
+        UserError: for the first number above the limit.
+    """
+    for name, value in options.items():
+        if value is not None and value > limit:
+            raise UserError(f"--{name.replace('_', '-')} is {shown(value)}; expected at most {limit:,} ({why})")
+
+
+MOST_ROW_TOKENS = 2**20
+
+
+def check_row_length(sequence_length: int | None) -> None:
+    """Refuse rows that no forward pass holds.
+
+    Raises:
+        UserError: if there are too many tokens in a row.
+    """
+    check_at_most(MOST_ROW_TOKENS, "a row is computed in one pass", sequence_length=sequence_length)
+
+
+def check_loops(counts: Sequence[int | None]) -> None:
+    """Check values of `--num-loops`, before the first of them is run.
+
+    Raises:
+        UserError: for a loop count that no model can run.
+    """
+    for loops in counts:
+        if loops is not None and loops < 1:
+            raise UserError(f"--num-loops is {shown(loops)}; expected a whole number of at least 1")
+        if loops is not None and (problem := too_many_loops(loops)):
+            raise UserError(f"--num-loops: {problem}")
+
+
 def loops_or_auto(text: str | None, option: str = "--num-loops") -> int | str | None:
     """`3` -> 3, `auto` -> auto; None for an option that was not given.
 
     Raises:
-        UserError: if it is neither a whole number of at least 1 nor auto.
+        UserError: if it is neither a whole number from 1 to 256 nor auto.
     """
     if text is None or text == "auto":
         return text
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) < 2**31:
+    if not text.isascii() or not text.isdecimal() or len(text) > 4000 or int(text) < 1:
         raise UserError(f"{option} is {shown(text)}; expected a whole number of at least 1, or auto")
+    if problem := too_many_loops(int(text)):
+        raise UserError(f"{option}: {problem}")
     return int(text)
 
 

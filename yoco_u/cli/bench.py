@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yoco_u.cli.arguments import check_can_be_written, names, whole_numbers
+from yoco_u.cli.arguments import check_can_be_written, check_unused, names, whole_numbers
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def bench(
     weights: Annotated[
         str | None, typer.Option("--weights", help="bfloat16, or int8 for ours and llama.cpp. \\[default: bfloat16]")
     ] = None,
-    peers: Annotated[str, typer.Option("--peers", help="auto, none, or of transformers,llama.cpp,vllm.")] = "auto",
+    peers: Annotated[
+        str | None, typer.Option("--peers", help="auto, none, or of transformers,llama.cpp,vllm. \\[default: auto]")
+    ] = None,
     peer_python: Annotated[
         list[str] | None,
         typer.Option("--peer-python", metavar="PEER=PYTHON", help="Interpreter that has this peer; can be given again."),
@@ -77,6 +79,10 @@ def bench(
         raise UserError("--model measures one checkpoint; leave out --architectures, --size and --paper")
     if paper and architectures:
         raise UserError("--paper measures the paper's architectures; leave out --architectures")
+    if paper:
+        check_unused("--paper measures without peers", peer_python=peer_python, peers=peers)
+    if peers == "none":
+        check_unused("--peers is none", peer_python=peer_python)
     if paper and plot:
         raise UserError("--plot draws engines beside each other, not the paper's tables; leave out --plot or --paper")
     check_can_be_written(json=json, plot=plot)
@@ -95,7 +101,7 @@ def bench(
     engines, absent = our_engines(settings), list[str]()
     if not paper:
         pythons = _pythons(peer_python or [])
-        there, absent = find_peers(peers, pythons, on_gpu)
+        there, absent = find_peers(peers or "auto", pythons, on_gpu)
         engines += peer_engines(settings, engines[0].architecture, there, pythons)
     memory = memory_bytes(where)
     cases = {e.name: paper_cases(e.architecture, settings, memory) if paper else cases_of(settings) for e in engines}

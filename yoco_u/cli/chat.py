@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import is_unicode, loops_or_auto
+from yoco_u.cli.arguments import check_unused, is_unicode, loops_or_auto
 from yoco_u.cli.output import check_outputs, note
 from yoco_u.errors import UserError
 
@@ -51,6 +51,8 @@ def chat(
 
       yoco-u chat runs/quickstart/yoco-u --num-loops 5 --temperature 0
     """
+    if temperature == 0:
+        check_unused("--temperature 0 takes the likeliest token every time", seed=seed)
     with suppress(ImportError):
         import readline  # noqa: F401  (gives input() its line editing)
 

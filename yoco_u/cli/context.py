@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yoco_u.cli.arguments import check_can_be_written, whole_numbers
+from yoco_u.cli.arguments import check_can_be_written, check_loops, check_unused, whole_numbers
 from yoco_u.cli.output import note, progress_bar
 from yoco_u.errors import UserError
 
@@ -37,8 +37,9 @@ def context(
         typer.Option("--num-loops", min=1, help="Loop count T, instead of the model's own; can be given again."),
     ] = None,
     text_field: Annotated[
-        str, typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text.")
-    ] = "text",
+        str | None,
+        typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text. \\[default: text]"),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves as PNG.")] = None,
@@ -60,10 +61,13 @@ def context(
     from yoco_u.inference import LLM
 
     check_can_be_written(json=json, plot=plot)
+    check_loops(num_loops or [])
+    if not files:
+        check_unused("it is for --files, and none are given", text_field=text_field)
     lengths = whole_numbers(prefixes, "--prefixes") or ()
     if lengths[0] < 1 or any(longer <= shorter for shorter, longer in pairwise(lengths)):
         raise UserError(f"--prefixes is {prefixes}; expected rising whole numbers from 1 on, such as 2048,4096,8192")
-    cut = _same_texts(models, files, text_field, max(lengths) + last, texts)
+    cut = _same_texts(models, files, text_field or "text", max(lengths) + last, texts)
     results: list[dict[str, Any]] = []
     for model in models:
         llm = LLM(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from yoco_u.cli.arguments import check_at_most, check_unused
 from yoco_u.cli.output import note, print_json, progress_bar
 from yoco_u.config import apply_overrides
 from yoco_u.errors import UserError
@@ -30,14 +31,18 @@ def convert(
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of the converted model.")] = Path("converted"),
-    kv: Annotated[str, typer.Option("--kv", help="How global keys and values come about: fit, best or mean.")] = "fit",
+    kv: Annotated[
+        str | None, typer.Option("--kv", help="How global keys and values come about: fit, best or mean. \\[default: fit]")
+    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(
             "--text", help="Texts to fit them to, as --corpus of yoco-u prepare. \\[default: documentation, packages]"
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of these texts that are read.")] = 32_768,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="Tokens of these texts that are read. \\[default: 32768]")
+    ] = None,
     back: Annotated[
         bool, typer.Option("--back", help="Write a Transformer of ours as the Llama, Mistral or Qwen that it is.")
     ] = False,
@@ -94,7 +99,7 @@ def convert(
     )
     from yoco_u.conversion import convert as convert_model
 
-    method = next((one for one in METHODS if one == kv), None)
+    method = next((one for one in METHODS if one == (kv or "fit")), None)
     if method is None:
         raise UserError(f"--kv is {kv!r}; expected {', '.join(METHODS)}")
     if dtype not in (None, *DTYPES):
@@ -109,6 +114,11 @@ def convert(
         check_gguf(out)
     else:
         check_target(out)
+    if back or gguf:
+        check_unused(f"{chosen[0]} changes nothing about the model", kv=kv, text=text, tokens=tokens)
+    if method == "mean":
+        check_unused("--kv mean reads no texts", text=text, tokens=tokens)
+    check_at_most(2**24, "a fit has far fewer unknowns", tokens=tokens)
     given = apply_overrides({}, settings or [])
     if settings and (back or gguf):
         raise UserError(f"{chosen[0]} changes nothing about the model; leave the settings out")
@@ -123,10 +133,13 @@ def convert(
             print(f"a {kind}, in {out}")
         return
     if remote_code and read.ours and not settings:
+        check_unused("--remote-code alone changes nothing about the model", kv=kv, text=text, tokens=tokens)
         target, converted = read.model.model.architecture, Converted(read.model, None)
     else:
         target = target_architecture(read.model.model.architecture, given)
-        calibration = Calibration(tuple(text), tokens) if text else Calibration(tokens=tokens)
+        if not target.has_global_kv:
+            check_unused(f"it is for global KVs, and {target.in_words} has none", kv=kv, text=text, tokens=tokens)
+        calibration = Calibration(tuple(text), tokens or 32_768) if text else Calibration(tokens=tokens or 32_768)
         converted = convert_model(read, target, method, calibration, lambda total: progress_bar("reading texts", total))
     left_out = write(converted, read, out, remote_code)
     result = {

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from yoco_u.cli.arguments import check_at_most, check_loops, check_row_length, check_unused
 from yoco_u.cli.output import note, print_json, progress_bar
 from yoco_u.errors import UserError
 
@@ -30,8 +31,9 @@ def evaluate(
         int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. \\[default: the run's, or 1024]")
     ] = None,
     text_field: Annotated[
-        str, typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text.")
-    ] = "text",
+        str | None,
+        typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text. \\[default: text]"),
+    ] = None,
     weights: Annotated[
         Literal["int8", "int4"] | None,
         typer.Option("--weights", help="Score the weights in 8 or 4 bits as well, and print what that changes."),
@@ -59,25 +61,28 @@ def evaluate(
 
       yoco-u evaluate runs/p-hop synthetic:p-hop:levels=1-8 --num-loops 1 --num-loops 3
     """
-    for loops in num_loops or []:
-        if loops < 1:
-            raise UserError(f"--num-loops is {loops}; expected a whole number of at least 1")
+    check_loops(num_loops or [])
+    check_row_length(sequence_length)
     from yoco_u.data.synthetic import is_synthetic
 
     if entries := [entry for entry in files or () if is_synthetic(entry)]:
         for other in (entry for entry in files or () if not is_synthetic(entry)):
             raise UserError(f"{entries[0]} is a task and {other} a text; score one kind at a time")
-        for option, value in (("--weights", weights), ("--sequence-length", sequence_length)):
-            if value is not None:
-                raise UserError(f"{option} is for texts, and {entries[0]} is a task; leave it out")
+        task = f"it is for texts, and {entries[0]} is a task"
+        check_unused(task, weights=weights, sequence_length=sequence_length, text_field=text_field)
+        from yoco_u.evaluation.levels import MOST_ANSWERS
+
+        check_at_most(MOST_ANSWERS, "with which a share is known to 0.3%", answers=answers)
         _evaluate_levels(model, entries, num_loops or [], answers, device, json)
         return
     if answers is not None:
         raise UserError("--answers is for synthetic tasks alone; name one, such as synthetic:p-hop, or leave it out")
+    if not files:
+        check_unused("it is for FILES, and none are given", text_field=text_field)
     from yoco_u.evaluation.held_out import score_held_out
 
     found = score_held_out(
-        model, files or (), num_loops=num_loops or (), sequence_length=sequence_length, text_field=text_field,
+        model, files or (), num_loops=num_loops or (), sequence_length=sequence_length, text_field=text_field or "text",
         weights=weights, device=device,
     )  # fmt: skip
     if json:

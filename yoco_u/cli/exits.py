@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yoco_u.cli.arguments import check_can_be_written
+from yoco_u.cli.arguments import check_can_be_written, check_loops, check_row_length, check_unused
 from yoco_u.cli.output import note, print_json, progress_bar
 from yoco_u.errors import UserError
 
@@ -37,8 +37,9 @@ def exits(
         int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. \\[default: the run's, or 1024]")
     ] = None,
     text_field: Annotated[
-        str, typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text.")
-    ] = "text",
+        str | None,
+        typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text. \\[default: text]"),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE", help="Measure decoding as well, and draw loss over loops and tokens/s as PNG."),
@@ -66,18 +67,23 @@ def exits(
 
     from yoco_u.analysis.exits import calibrate, middle, steps
     from yoco_u.analysis.text import read_text
+    from yoco_u.data.synthetic import is_synthetic
     from yoco_u.device import environment
     from yoco_u.files import check_result, write_result
     from yoco_u.inference.exits import FILE
     from yoco_u.loading import load_model, model_folder
 
     check_can_be_written(plot=plot)
+    check_loops([num_loops])
+    check_row_length(sequence_length)
+    if not files or is_synthetic(files[0]):
+        check_unused("it is for FILES with fields, and none are given", text_field=text_field)
     path = model_folder(model) / FILE
     check_result(path)
     if plot is not None and os.path.realpath(plot) == os.path.realpath(path):
         raise UserError(f"--plot {plot}: is where the exits go; name another file")
     network, tokenizer = load_model(model, torch.device("cpu"))
-    text = read_text(model, files or [], text_field, sequence_length, tokens, tokenizer)
+    text = read_text(model, files or [], text_field or "text", sequence_length, tokens, tokenizer)
     most = network.model.at_loops(num_loops).num_loops
     mean_loops = middle(most) if mean_loops is None else mean_loops
     with progress_bar("calibrating", steps(most, mean_loops)) as advance:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yoco_u.cli.arguments import check_at_most
 from yoco_u.cli.output import is_first_process, note, stops_cleanly
 from yoco_u.errors import UserError
 
@@ -68,6 +69,7 @@ def experiment(
     grid = parse(Experiment, apply_overrides(load_yaml(config), overrides or []), str(config))
     folder = out or Path("runs") / config.stem
     runs = expand(grid, folder)
+    check_at_most(len(runs), "the runs of the grid: no more than one process trains each", jobs=jobs)
     if list_:
         _print_runs(runs)
         return

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import loops_or_auto, standard_input
+from yoco_u.cli.arguments import check_unused, loops_or_auto, standard_input
 from yoco_u.cli.output import check_outputs, print_json
 from yoco_u.errors import UserError
 
@@ -18,17 +18,23 @@ def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; - reads standard input. Can be repeated.")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Stop after this many tokens.")] = 200,
     n: Annotated[int, typer.Option("-n", help="Outputs of each prompt.")] = 1,
-    temperature: Annotated[float, typer.Option("--temperature", help="Divides the logits: lower is safer.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", help="Choose among this many likeliest tokens; 0: all.")] = 0,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Divides the logits: lower is safer. \\[default: 0.8]")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Choose among this many likeliest tokens; 0: all. \\[default: 0]")
+    ] = None,
     top_p: Annotated[
-        float, typer.Option("--top-p", help="Choose among the likeliest tokens that together have this probability.")
-    ] = 1.0,
+        float | None,
+        typer.Option("--top-p", help="Choose among the likeliest tokens that together have this probability. \\[default: 1]"),
+    ] = None,
     min_p: Annotated[
-        float, typer.Option("--min-p", help="Leave out tokens less likely than this share of the likeliest one.")
-    ] = 0.0,
+        float | None,
+        typer.Option("--min-p", help="Leave out tokens less likely than this share of the likeliest one. \\[default: 0]"),
+    ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token every time.")] = False,
     repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="Over 1 makes repetition rarer.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text. \\[default: 0]")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output. Can be repeated.")] = None,
     num_loops: Annotated[
         str | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own; auto: see --exit-threshold.")
@@ -67,11 +73,19 @@ def generate(
     if not all(prompts):
         raise UserError("the prompt is empty; give at least one character")
 
+    if greedy:
+        check_unused("--greedy takes the likeliest token every time", temperature=temperature)
+    if greedy or temperature == 0:
+        why = f"--{'greedy' if greedy else 'temperature 0'} takes the likeliest token every time"
+        check_unused(why, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+
     from yoco_u.inference import LLM, SamplingParams
 
+    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    sampling = {"temperature": 0 if greedy else 0.8, "seed": 0} | {k: v for k, v in chosen.items() if v is not None}
     params = SamplingParams(
-        max_tokens=max_tokens, n=n, temperature=0 if greedy else temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()), num_loops=loops, regex=regex,
+        max_tokens=max_tokens, n=n, repetition_penalty=repetition_penalty, **sampling,
+        stop=tuple(stop or ()), num_loops=loops, regex=regex,
         json_schema=_read(json_schema), drafts=drafts, exit_threshold=exit_threshold,
     )  # fmt: skip
     own = None if exit_threshold is not None else loops  # auto alone takes threshold and T of exits.json

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import check_can_be_written, names, whole_numbers
+from yoco_u.cli.arguments import check_can_be_written, check_loops, check_unused, names, whole_numbers
 from yoco_u.cli.output import progress_bar
 
 if TYPE_CHECKING:
@@ -36,12 +36,14 @@ def needles(
         ),
     ] = None,
     text_field: Annotated[
-        str, typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text.")
-    ] = "text",
+        str | None,
+        typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text. \\[default: text]"),
+    ] = None,
     digits: Annotated[int | None, typer.Option("--digits", help="Digits of the hidden numbers. \\[default: 7]")] = None,
     values: Annotated[
-        Literal["numbers", "words"], typer.Option("--values", help="What is hidden under a key; variables have numbers.")
-    ] = "numbers",
+        Literal["numbers", "words"] | None,
+        typer.Option("--values", help="What is hidden under a key; variables have numbers. \\[default: numbers]"),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Another one gives other needles. \\[default: 0]")] = None,
     num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own.")] = None,
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="Type to compute in.")] = "auto",
@@ -73,9 +75,16 @@ def needles(
         "digits": digits, "values": values, "seed": seed,
     }  # fmt: skip
     settings = parse(NeedleSettings, {name: value for name, value in given.items() if value is not None}, "options")
+    check_loops([num_loops])
+    in_text = set(settings.kinds) - set(NOISE_KINDS)
+    if not in_text:
+        noise = f"it is for kinds that are hidden in a text, and --kinds is {kinds}"
+        check_unused(noise, haystack=haystack, text_field=text_field)
+    if not haystack:
+        check_unused("it is for --haystack, and none is given", text_field=text_field)
     llm = LLM(model, device=device, dtype=dtype, num_loops=num_loops, max_model_len=max(settings.lengths))
     entries = haystack or ["stdlib"]
-    text = load_haystack(entries, text_field) if set(settings.kinds) - set(NOISE_KINDS) else None
+    text = load_haystack(entries, text_field or "text") if in_text else None
     with progress_bar("needles", settings.count) as advance:
         scores = needle_grid(llm, settings, text, num_loops, advance)
     _print_tables(scores)

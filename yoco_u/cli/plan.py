@@ -5,9 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from yoco_u.cli.arguments import check_can_be_written, whole_numbers
+from yoco_u.cli.arguments import check_can_be_written, check_unused, whole_numbers
 from yoco_u.cli.output import note, stops_cleanly
-from yoco_u.errors import UserError
 
 _DEFAULT = ("yoco_u", "yoco", "transformer", "rins")
 
@@ -21,7 +20,7 @@ def plan(
             "experiment's file, with KEY=VALUE settings. \\[default: yoco_u yoco transformer rins]",
         ),
     ] = None,
-    size: Annotated[str, typer.Option("--size", help="Size of the presets.")] = "1.3b",
+    size: Annotated[str | None, typer.Option("--size", help="Size of the presets. \\[default: 1.3b]")] = None,
     context: Annotated[
         str | None, typer.Option("--context", help="Tokens, with commas between. \\[default: 8192,65536,262144]")
     ] = None,
@@ -62,23 +61,24 @@ def plan(
 
     from yoco_u.config import parse
     from yoco_u.files import write_result
-    from yoco_u.planning.candidates import find_architecture
+    from yoco_u.planning.candidates import find_architecture, takes_size
     from yoco_u.planning.hardware import THIS, find_hardware
     from yoco_u.planning.plan import PlanSettings, make_plan
     from yoco_u.planning.table import print_plan
 
     check_can_be_written(json=json, plot=plot)
     if architectures and _is_experiment(Path(architectures[0])):
-        for name, value in {"context": context, "batch": batch, "dtype": dtype, "kv-dtype": kv_dtype, "plot": plot}.items():
-            if value is not None:
-                raise UserError(f"--{name} does not go with an experiment's file, whose runs say what they train; leave it out")
+        why = f"the runs of {architectures[0]} say what they train"
+        check_unused(why, size=size, context=context, batch=batch, dtype=dtype, kv_dtype=kv_dtype, plot=plot)
         _plan_experiment(Path(architectures[0]), architectures[1:], hardware, json)
         return
     given: dict[str, Any] = {
         "contexts": whole_numbers(context, "--context"), "batch": batch, "dtype": dtype, "kv_dtype": kv_dtype
     }  # fmt: skip
     settings = parse(PlanSettings, {key: value for key, value in given.items() if value is not None}, "options")
-    candidates = {name: find_architecture(name, size) for name in architectures or _DEFAULT}
+    if not any(takes_size(name) for name in architectures or _DEFAULT):
+        check_unused("no ARCHITECTURE is a preset without a size of its own", size=size)
+    candidates = {name: find_architecture(name, size or "1.3b") for name in architectures or _DEFAULT}
     if hardware == THIS:
         from yoco_u.planning.this_machine import this_machine
 

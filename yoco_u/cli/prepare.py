@@ -8,7 +8,7 @@ import typer
 
 from yoco_u.cli.output import print_json
 from yoco_u.cli.settings import load_run_config
-from yoco_u.config import Config, apply_overrides, parse
+from yoco_u.config import Config, apply_overrides, parse, shown
 from yoco_u.errors import UserError
 
 
@@ -58,6 +58,13 @@ def prepare(
     if config is not None and "=" in config and not Path(config).is_file():
         changes.insert(0, config)
         config = None
+    for change in changes if config is not None else []:
+        if change.partition(".")[0].partition("=")[0] not in ("data", "dataset"):
+            raise UserError(f"{shown(change)} has no effect here: prepare reads the data settings alone; leave it out")
+        if change.startswith("dataset=") and out is not None:
+            raise UserError(f"{shown(change)} has no effect here: --out names the folder; give one of the two")
+    if corpus and any(change.startswith("data.corpus=") for change in changes):
+        raise UserError("data.corpus has no effect here: --corpus says what to read; give one of the two")
     changes += [f"data.corpus={dumps(corpus)}"] if corpus else []
     if config is not None:
         run = load_run_config(config, changes)

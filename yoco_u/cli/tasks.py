@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import names
+from yoco_u.cli.arguments import check_at_most, check_loops, check_unused, names
 from yoco_u.cli.output import print_json
 from yoco_u.errors import UserError
 
@@ -70,12 +70,17 @@ def tasks(
         raise UserError("yoco-u tasks needs lm-evaluation-harness; pip install 'yoco-u[evaluation]'") from None
     from yoco_u.evaluation.harness import EngineLM
     from yoco_u.evaluation.harness_tasks import HowToAsk, load_tasks, run_tasks
+    from yoco_u.evaluation.math_sets import MATH_GROUP
     from yoco_u.model.quantization import require_torchao
 
+    check_loops(num_loops or [])
+    check_at_most(1000, "examples before a question are few", fewshot=fewshot)
     if weights is not None:
         require_torchao()
     how = HowToAsk(limit, fewshot, max_tokens, chat_template, run_generated_code)
     chosen = names(",".join(tasks)) or ()
+    if not any(name.startswith(MATH_GROUP) for name in chosen):
+        check_unused(f"it is for {MATH_GROUP}, and no such task is named", data=data)
     loaded = load_tasks(chosen, include_path, data)
     settings: dict[str, Any] = {"max_length": sequence_length, "weights": weights, "dtype": dtype}
     lm = EngineLM(model, device, **{key: value for key, value in settings.items() if value is not None})

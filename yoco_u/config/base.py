@@ -2,12 +2,25 @@
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
+from yoco_u.config.needs import Needs
 from yoco_u.errors import UserError
+
+WRITTEN = "written by a run"
+"""Context of a validation: the data was checked when a run began, perhaps by an earlier version."""
 
 _LARGEST = 2**64 - 1  # a seed of torch has 64 bits
 _LONGEST_SHOWN = 80
@@ -16,7 +29,9 @@ _LONGEST_SHOWN = 80
 class Config(BaseModel):
     """Base of every configuration object: immutable, and an unknown key is an error.
 
-    Numbers are finite, whole ones have at most 64 bits, and neither is ever true or false.
+    Numbers are finite, whole ones have at most 64 bits, and neither is ever true or false. A setting that has no effect beside
+    the others is an error unless it has its default, as all settings have that a run writes down. In what a run has written
+    such a setting is read as its default.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -28,16 +43,40 @@ class Config(BaseModel):
         _check_numbers(given, found)
         return found
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Yield each setting that has no effect beside the others, and what it needs, in words."""
+        for name, needs in _needs(type(self)):
+            if (missing := needs.unmet(getattr(self, needs.setting))) is not None:
+                yield name, missing
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self, info: ValidationInfo) -> Self:
+        fields = type(self).model_fields
+        ignored = {name: why for name, why in self.without_effect() if getattr(self, name) != fields[name].get_default()}
+        if info.context == WRITTEN and ignored:
+            return self.model_copy(update={name: fields[name].get_default() for name in ignored})
+        for name, why in ignored.items():
+            problem = f"{name} is {shown(getattr(self, name))}, but has no effect: it {why}; leave it out"
+            raise UserError(problem, name)
+        return self
+
+
+@cache
+def _needs(cls: type[Config]) -> tuple[tuple[str, Needs], ...]:
+    """The settings of a class that need another one, by name."""
+    return tuple((name, one) for name, field in cls.model_fields.items() for one in field.metadata if isinstance(one, Needs))
+
 
 C = TypeVar("C", bound=Config)
 
 
-def parse(cls: type[C], data: object, source: str) -> C:
+def parse(cls: type[C], data: object, source: str, written: bool = False) -> C:
     """Build `cls` from plain data.
 
     Args:
         data: what a YAML or JSON file holds, normally a mapping.
         source: where the data came from, which the error names.
+        written: whether a run has written it, and no user.
 
     Raises:
         UserError: if something does not fit; it names the path of one such key.
@@ -45,7 +84,7 @@ def parse(cls: type[C], data: object, source: str) -> C:
     if not isinstance(data, dict):
         raise UserError(f"{source}: expected a mapping of settings, got {type(data).__name__}")
     try:
-        return cls.model_validate(data)
+        return cls.model_validate(data, context=WRITTEN if written else None)
     except ValidationError as error:
         raise UserError(f"{source}: {describe(cls, error)}") from None
 

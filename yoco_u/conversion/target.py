@@ -27,6 +27,13 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
         UserError: for an unknown setting, or one that the source's weights do not fit.
     """
     settings = dict(settings)
+    for key in ("preset", "layers", "loops", "loop_gate"):
+        if "stages" in settings and key in settings:
+            raise UserError(f"{key} has no effect beside stages, which say everything; drop one of the two")
+    if "loop_gate" in settings and not _gated(source, settings):
+        raise UserError(
+            "loop_gate is for loops that the source has not, but loops adds none; set loops above 1, or drop loop_gate"
+        )
     if source.has_global_kv and not {"preset", "layers", "stages"} & settings.keys():
         settings["stages"] = [stage.model_dump() for stage in _with_loops(source, settings)]
         settings = {"window": source.window} | settings
@@ -51,9 +58,9 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
         shape["window"] = min(WINDOW, source.window or WINDOW)
     elif not slides:
         shape["window"] = settings.get("window")
+    if "rope_cross" not in settings and not any(isinstance(one, dict) and one.get("attention") == "cross" for one in stages):
+        shape["rope_cross"] = False
     target = parse(Architecture, shape, "conversion")
-    if not target.has_global_kv:
-        target = target.model_copy(update={"rope_cross": False})
     _check(source, target)
     return target
 
@@ -68,6 +75,12 @@ def _stages(name: str, layers: int, settings: dict[str, Any]) -> tuple[Stage, ..
         return STAGES[name](layers, loops=loops, **({"loop_gate": settings.get("loop_gate", 0.0)} if loops > 1 else {}))
     except ValidationError as error:
         raise UserError(describe(Stage, error)) from None
+
+
+def _gated(source: Architecture, settings: dict[str, Any]) -> bool:
+    """Whether the settings make a loop that the source does not have, whose gates have an initial value."""
+    keeps_stages = source.has_global_kv and not {"preset", "layers"} & settings.keys()
+    return _loops(settings.get("loops", 1)) > 1 and not (keeps_stages and source.num_loops > 1)
 
 
 def _with_loops(source: Architecture, settings: dict[str, Any]) -> tuple[Stage, ...]:

@@ -1,16 +1,23 @@
 """The settings of a dataset: which documents it is made from, and with which tokenizer."""
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from yoco_u.config import Config
+from yoco_u.config import Config, Needs
 
 MINIMUM_VOCABULARY = 257
 """A byte-level tokenizer has at least one token for each byte, and `<|endoftext|>`."""
 
 MAXIMUM_VOCABULARY = 1_000_000
 """The trainer of the tokenizer takes memory for all of its vocabulary before it looks at any text."""
+
+STDLIB, PACKAGES, DOCUMENTATION = OWN_TEXTS = ("stdlib", "packages", "documentation")
+"""Entries of a corpus that stand for texts of this machine."""
+
+GENERATED = "synthetic:"
+"""Begins an entry of a corpus that stands for generated documents."""
 
 
 def _as_list(value: object) -> object:
@@ -48,8 +55,23 @@ class DataConfig(Config):
     text_field: str = Field(default="text", min_length=1)
     tokenizer: str | None = None
     special_tokens: bool = False
-    vocab_size: int = Field(default=4096, ge=MINIMUM_VOCABULARY, le=MAXIMUM_VOCABULARY)
-    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    vocab_size: Annotated[int, Field(ge=MINIMUM_VOCABULARY, le=MAXIMUM_VOCABULARY), Needs("tokenizer", None)] = 4096
+    validation_fraction: Annotated[float, Field(ge=0, lt=1), Needs("validation_corpus", None)] = 0.05
     validation_corpus: Corpus | None = None
     seed: int = Field(default=0, ge=0)
     shard_tokens: int = Field(default=100_000_000, ge=1)
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        yield from super().without_effect()
+        entries = (*self.corpus, *(self.validation_corpus or ()))
+        if all(entry in OWN_TEXTS or entry.startswith(GENERATED) for entry in entries):
+            yield "text_field", f"is for files and datasets with fields, and corpus is {', '.join(entries)}"
+        if all(entry.startswith(GENERATED) for entry in entries):
+            generated = f"is for texts, and corpus is {', '.join(entries)}, whose tokens are the bytes"
+            yield "special_tokens", generated
+            if self.vocab_size != MINIMUM_VOCABULARY:
+                yield "vocab_size", generated
+            if self.validation_corpus:
+                yield "seed", "is for the split and the tokenizer, and this config has neither to make"
+        elif self.validation_corpus and self.tokenizer:
+            yield "seed", "is for the split and the tokenizer, and this config has neither to make"

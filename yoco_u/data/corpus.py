@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from yoco_u.data.compression import Advance, format_suffix
+from yoco_u.data.config import DOCUMENTATION, PACKAGES, STDLIB
 from yoco_u.data.documentation import read_description, read_docstrings
 from yoco_u.data.formats import (
     GENERAL_SUFFIXES,
@@ -27,10 +28,6 @@ from yoco_u.data.formats import (
 from yoco_u.data.paths import is_hidden, matches, walk
 from yoco_u.data.synthetic import is_synthetic, read_entry, synthetic_documents
 from yoco_u.errors import UserError
-
-STDLIB = "stdlib"
-PACKAGES = "packages"
-DOCUMENTATION = "documentation"
 
 _MOST_TOLD = 8
 _SITES = frozenset({"site-packages", "dist-packages"})

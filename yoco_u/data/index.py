@@ -124,7 +124,7 @@ class DatasetIndex(Config):
         data = read_json(path, dict[str, Any])
         if data.get("format") != 1:
             raise UserError(f"{path}: dataset format {data.get('format')!r}, expected 1; prepare the dataset again")
-        return parse(cls, data | {"folder": Path(folder)}, str(path))
+        return parse(cls, data | {"folder": Path(folder)}, str(path), written=True)
 
 
 def check_vocabulary(index: DatasetIndex, vocab_size: int) -> None:

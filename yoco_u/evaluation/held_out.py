@@ -76,6 +76,8 @@ def score_held_out(
         model, tokenizer = load_model(path, distributed.device)
         length = sequence_length or row_length(path)
         counts = num_loops or [model.model.at_loops().num_loops]
+        for loops in counts:
+            model.model.at_loops(loops)  # refuses an impossible one
 
         def scores() -> list[Score]:
             if not files:

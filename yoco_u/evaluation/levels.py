@@ -19,6 +19,9 @@ from yoco_u.model import YocoUForCausalLM
 ANSWERS = 500
 """Answers of each level by default: 95% intervals of at most 0.088."""
 
+MOST_ANSWERS = 100_000
+"""Answers of each level at most: 95% intervals of at most 0.0062, below which nobody tells models apart."""
+
 _DOCUMENTS_PER_PASS = 64
 _MOST_WITHOUT_NEW = 500  # documents in a row, after which a level counts as exhausted
 _ANSWER = re.compile(f"{BEGIN}([^{END}]*){END}")
@@ -69,10 +72,12 @@ def score_levels(
         advance: called with 1 after each level.
 
     Raises:
-        UserError: if `answers` is no whole number of at least 1, the tokens are not bytes, or a loss is not finite.
+        UserError: if `answers` is no whole number from 1 to 100,000, the tokens are not bytes, or a loss is not finite.
     """
     if isinstance(answers, bool) or not isinstance(answers, int) or answers < 1:
         raise UserError(f"answers is {shown(answers)}; expected a whole number of at least 1")
+    if answers > MOST_ANSWERS:
+        raise UserError(f"answers is {shown(answers)}; expected at most {MOST_ANSWERS:,}, with which a share is known to 0.3%")
     encoder, found = DocumentEncoder(tokenizer), []
     for corpus in corpora:
         for level in corpus.all_levels:

@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from yoco_u.config import Config, Count, EachOnce, Seed
+from yoco_u.config import Config, Count, EachOnce, Seed, at_most
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import check_finite
@@ -34,11 +34,17 @@ class NeedleSettings(Config):
 
     kinds: Annotated[tuple[Kind, ...], EachOnce] = Field(default=KINDS, min_length=1)
     lengths: Annotated[tuple[Count, ...], EachOnce] = Field(default=(1024, 4096), min_length=1)
-    depths: Count = 5
-    samples: Count = 10
+    depths: Annotated[Count, at_most(1000, "a heat map shows no more")] = 5
+    samples: Annotated[Count, at_most(10_000, "with which a recall is known to 1%")] = 10
     seed: Seed = 0
     digits: int = Field(default=7, ge=2, le=18)
     values: Values = "numbers"
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        if set(self.kinds) == {"variable_tracking"}:
+            yield "values", "is for kinds with keys, and kinds is variable_tracking alone"
+        elif self.values == "words" and "variable_tracking" not in self.kinds:
+            yield "digits", "is for numbers, and values is words"
 
     @property
     def depth_shares(self) -> tuple[float, ...]:

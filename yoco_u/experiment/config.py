@@ -1,12 +1,13 @@
 """What an experiment's YAML file may hold: shared settings, models, the axes of the grid, and how costs are matched."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
-from yoco_u.config import Config, EachOnce, Seed, merged
-from yoco_u.evaluation.levels import ANSWERS
+from yoco_u.config import Config, EachOnce, Seed, at_most, merged
+from yoco_u.evaluation.levels import ANSWERS, MOST_ANSWERS
 from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.inference import SamplingParams
 
@@ -35,6 +36,12 @@ class Match(Config):
 
     by: Literal["parameters", "tokens", "flops"]
     reference: str
+
+
+def _has(given: Mapping[str, Any], key: str) -> bool:
+    """Whether settings, nested or by dotted key, say this one."""
+    group, _, name = key.partition(".")
+    return key in given or (isinstance(given.get(group), dict) and name in given[group])
 
 
 def _one_of_each(matches: tuple[Match, ...]) -> tuple[Match, ...]:
@@ -89,7 +96,7 @@ class AngularMeasure(Config):
 class TaskMeasure(Config):
     """Right answers to the generated tasks of the run's corpus, at each of its levels: at least `answers` of each."""
 
-    answers: PositiveInt = ANSWERS
+    answers: Annotated[PositiveInt, at_most(MOST_ANSWERS, "with which a share is known to 0.3%")] = ANSWERS
 
 
 class Measures(Config):
@@ -154,18 +161,26 @@ class Experiment(Config):
 
     @model_validator(mode="after")
     def _followed(self) -> "Experiment":
-        settings = {"base": self.base, **{f"sizes.{name}": size for name, size in self.sizes.items()}}
-        settings |= {f"models.{name}.settings": plan.settings for name, plan in self.models.items()}
+        shared = {"base": self.base, **{f"sizes.{name}": size for name, size in self.sizes.items()}}
+        settings = {f"models.{name}.settings": plan.settings for name, plan in self.models.items()}
         varied = {"vary": self.vary, **{f"models.{name}.vary": plan.vary for name, plan in self.models.items()}}
-        for where, given in (settings | varied).items():
+        for where, given in (shared | settings | varied).items():
             for key in ("name", "dataset"):
                 if key in given:
                     raise ValueError(f"{where}.{key}: a grid names its runs and has one dataset, in its own folder; drop it")
         steps = "tokens" if self.tokens else "tokens_per_parameter" if self.tokens_per_parameter else None
         for key, axis in (("training.seed", "seeds" if self.seeds else None), ("training.steps", steps)):
-            for where, given in varied.items():
-                if axis is not None and key in given:
+            for where, given in (settings | varied).items():
+                if axis is not None and _has(given, key):
                     raise ValueError(f"{where}.{key}: {axis} says it of every run; drop one of the two")
+        for name, plan in self.models.items():
+            matched = self.match if plan.match is None else plan.match
+            for match in (match for match in matched if match.reference != name):
+                key = "architecture.intermediate_size" if match.by == "parameters" else "training.steps"
+                for where, given in (("settings", plan.settings), ("vary", plan.vary)):
+                    if _has(given, key):
+                        said = f"a match by {match.by} with {match.reference} says it"
+                        raise ValueError(f"models.{name}.{where}.{key}: {said}; drop one of the two")
         return self
 
     def at_size(self, size: str) -> "Experiment":

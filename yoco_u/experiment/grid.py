@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import parameters
-from yoco_u.config import apply_overrides, merged, parse, with_value
+from yoco_u.config import apply_overrides, merged, parse, shown, with_value
 from yoco_u.errors import UserError
 from yoco_u.experiment.config import Experiment, Match, Matches, ModelPlan, Role, Scalar
 from yoco_u.formatting import short_count
@@ -80,12 +80,23 @@ def expand(experiment: Experiment, folder: Path, overrides: Sequence[str] = ()) 
     Raises:
         UserError: if settings do not fit, a reference names no model or several, or two runs get the same name.
     """
+    _check_overrides(experiment, overrides)
     if experiment.sizes:
         runs = [run for size in experiment.sizes for run in _expand_size(experiment, size, folder, overrides)]
     else:
         runs = _expand(experiment, folder, overrides)
     _check(runs)
     return runs
+
+
+def _check_overrides(experiment: Experiment, overrides: Sequence[str]) -> None:
+    """Refuse overrides of what the grid itself says of each run."""
+    budget = "tokens" if experiment.tokens else "tokens_per_parameter" if experiment.tokens_per_parameter else None
+    said = {"name": "models", "dataset": "the grid's folder", "training.steps": budget}
+    said["training.seed"] = "seeds" if experiment.seeds else None
+    for override in overrides:
+        if (axis := said.get(override.partition("=")[0])) is not None:
+            raise UserError(f"{shown(override)} has no effect here: {axis} says it of every run; leave it out")
 
 
 def _expand_size(experiment: Experiment, size: str, folder: Path, overrides: Sequence[str]) -> Iterator[GridRun]:

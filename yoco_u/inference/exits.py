@@ -19,7 +19,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from yoco_u.architecture import Architecture
-from yoco_u.config import Config, Count, Float32, NonNegativeFloat32, parse
+from yoco_u.config import Config, Float32, Loops, NonNegativeFloat32, parse
 from yoco_u.errors import UserError
 from yoco_u.files import DAMAGED, read_json
 
@@ -43,7 +43,7 @@ class Exits(Config):
             divergence, or the gain, which counts as 0 where it is below.
     """
 
-    num_loops: Count
+    num_loops: Loops
     score: Score
     threshold: NonNegativeFloat32
     heads: tuple[tuple[Float32, ...], ...] = ()

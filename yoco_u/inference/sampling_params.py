@@ -5,10 +5,23 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
-from yoco_u.config import Config, Count, Float32, LoopsOrAuto, NonNegativeFloat32, PositiveFloat32, describe, wrong_setting
+from yoco_u.config import (
+    Config,
+    Count,
+    Float32,
+    LoopsOrAuto,
+    NonNegativeFloat32,
+    PositiveFloat32,
+    at_most,
+    describe,
+    wrong_setting,
+)
 from yoco_u.errors import UserError
 from yoco_u.inference.drafts import Drafting
 from yoco_u.inference.tool_calls import ToolCalls
+
+MOST_OUTPUTS = 2**16
+"""Outputs of one prompt at most."""
 
 
 class SamplingParams(Config):
@@ -17,7 +30,7 @@ class SamplingParams(Config):
     Attributes:
         n: independent outputs of the one prompt.
         max_tokens: tokens of an output at most; 0 samples nothing: the prompt is scored, or only computed into the caches.
-        temperature: divides the logits; 0 takes the likeliest token every time.
+        temperature: divides the logits; 0 takes the likeliest token every time, whatever the filters and the seed are.
         top_k: choose among so many likeliest tokens; 0 for all.
         top_p: choose among the likeliest tokens that together have this probability.
         min_p: leave out tokens less likely than this share of the likeliest one's probability.
@@ -51,7 +64,7 @@ class SamplingParams(Config):
         UserError: on the first setting that does not fit.
     """
 
-    n: Count = 1
+    n: Annotated[Count, at_most(MOST_OUTPUTS, "all of which take memory at once")] = 1
     max_tokens: NonNegativeInt = 16
     temperature: NonNegativeFloat32 = 1.0
     top_k: NonNegativeInt = 0

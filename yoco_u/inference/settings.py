@@ -1,13 +1,13 @@
 """How an engine is set up."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import KVType, bytes_per_kv_element, cache_bytes
-from yoco_u.config import Config, Count, LoopsOrAuto
+from yoco_u.config import Config, Count, LoopsOrAuto, Needs, at_most
 from yoco_u.device import check_bfloat16, free_memory_bytes, multiplies_bfloat16
 from yoco_u.errors import UserError
 from yoco_u.inference.drafts import Drafting
@@ -47,12 +47,20 @@ class EngineSettings(Config):
     num_loops: LoopsOrAuto | None = None
     cache_tokens: PositiveInt | None = None
     max_model_len: Count | None = None
-    max_num_seqs: Count = 16
+    max_num_seqs: Annotated[Count, at_most(2**20, "each of which has a seat in memory")] = 16
     max_batched_tokens: Count = 512
     block_size: Count = 64
     prefix_caching: bool = True
-    snapshot_bytes: NonNegativeInt = 2**28
+    snapshot_bytes: Annotated[NonNegativeInt, Needs("prefix_caching", True)] = 2**28
     drafts: Drafting = "none"
+
+    @model_validator(mode="after")
+    def _longest_fits(self) -> "EngineSettings":
+        longest, tokens = self.max_model_len or 0, self.cache_tokens or self.max_model_len or 0
+        if longest > -(-tokens // self.block_size) * self.block_size:
+            problem = f"max_model_len is {longest}, but cache_tokens holds {tokens}; raise cache_tokens or lower max_model_len"
+            raise UserError(problem, "max_model_len")
+        return self
 
     def on_device(self, device: torch.device) -> "EngineSettings":
         """These settings, with the defaults of a device for what was not set."""

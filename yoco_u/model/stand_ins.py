@@ -7,12 +7,12 @@ does; what is wrong is said in other words.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-from yoco_u.config import did_you_mean, shown
+from yoco_u.config import MOST_LOOPS, did_you_mean, shown
 from yoco_u.errors import UserError
 
 _LARGEST = 2**64 - 1
@@ -36,7 +36,15 @@ class Field:
         return self.gt < value < self.lt and self.ge <= value <= self.le
 
 
+class Needs:
+    """Of a setting that has no effect unless another one has one of some values."""
+
+    def __init__(self, setting: str, *values: Any) -> None:
+        self.setting, self.values = setting, values
+
+
 Count = Annotated[int, Field(gt=0, lt=2**31)]
+Loops = Annotated[int, Field(gt=0, le=MOST_LOOPS)]
 Float32 = Annotated[float, Field(ge=-3.4e38, le=3.4e38)]
 NonNegativeFloat32 = Annotated[float, Field(ge=0, le=3.4e38)]
 PositiveFloat32 = Annotated[float, Field(gt=0, le=3.4e38)]
@@ -70,9 +78,19 @@ class Config:
     def __post_init__(self) -> None:
         for name, kind in self.model_fields.items():
             object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
+        for name, why in self.without_effect():
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValidationError(f"{name} has no effect: it {why}")
         for method in vars(type(self)).values():
             if hasattr(method, "checks_config"):
                 method(self)
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Each setting that has no effect beside the others, and what it needs, in words."""
+        for name, kind in self.model_fields.items():
+            for one in get_args(kind)[1:] if get_origin(kind) is Annotated else ():
+                if isinstance(one, Needs) and getattr(self, one.setting) not in one.values:
+                    yield name, f"needs another {one.setting}"
 
     def model_copy(self, update: dict[str, Any]) -> Any:
         """A copy with other values, which are not checked."""
@@ -131,7 +149,7 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     if origin is Annotated:
         made = _checked(name, inner[0], value)
         for limits in inner[1:]:
-            if not limits.holds(made):
+            if isinstance(limits, Field) and not limits.holds(made):
                 raise ValidationError(f"{name}: {shown(value)} is beyond its limits")
         return made
     if origin in (Union, UnionType):

@@ -32,6 +32,12 @@ def find_architecture(text: str, size: str) -> Architecture:
     return architecture.with_loops(settings["loops"])
 
 
+def takes_size(text: str) -> bool:
+    """Whether a name is that of a preset whose settings name no size."""
+    name, settings = _split(text)
+    return name in STAGES and "size" not in settings
+
+
 def _split(text: str) -> tuple[str, dict[str, Any]]:
     """`yoco_u:loops=5` -> yoco_u, {loops: 5}; a colon without a setting behind it belongs to the name, as in a path."""
     name, _, settings = text.rpartition(":")

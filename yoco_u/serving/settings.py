@@ -1,10 +1,12 @@
 """Settings of a server, besides those of its engine."""
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, SecretStr
 
-from yoco_u.config import Config, Count, Seconds
+from yoco_u.config import Config, Count, Loops, Seconds, at_most
+from yoco_u.inference.sampling_params import MOST_OUTPUTS
 
 
 class ServerSettings(Config):
@@ -31,11 +33,11 @@ class ServerSettings(Config):
     model_name: str = Field(min_length=1)
     api_keys: tuple[SecretStr, ...] = ()
     cors_origins: tuple[str, ...] = ()
-    max_waiting: NonNegativeInt = 256
-    max_body_bytes: PositiveInt = 2**20
-    max_n: Count = 16
+    max_waiting: Annotated[NonNegativeInt, at_most(2**20, "each of which keeps its prompt in memory")] = 256
+    max_body_bytes: Annotated[PositiveInt, at_most(2**30, "which are all in memory at once")] = 2**20
+    max_n: Annotated[Count, at_most(MOST_OUTPUTS, "all of which take memory at once")] = 16
     max_output_tokens: Count = 4096
-    max_num_loops: Count = 8
+    max_num_loops: Loops = 8
     max_connections: Count = 512
     client_seconds: Seconds = 60.0
     time_limit: Seconds = 600.0

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import forward_flops, head_flops, self_decoder_flops, training_flops
-from yoco_u.config import Config, Count, EachOnce, NonNegativeFloat32, PositiveFloat32, Seed
+from yoco_u.config import Config, Count, EachOnce, Loops, Needs, NonNegativeFloat32, PositiveFloat32, Seed
 from yoco_u.data.config import DataConfig
 from yoco_u.training.loop_draw import LoopDraw, uniform
 
@@ -40,7 +40,7 @@ class OptimizerConfig(Config):
     clip_norm: PositiveFloat32 = 1.0
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = Field(default=100, ge=0, lt=2**31)
-    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    decay_fraction: Annotated[float, Field(gt=0, le=1), Needs("schedule", "wsd")] = 0.2
     final_learning_rate: float = Field(default=0.1, ge=0, le=1)
 
     def decay_steps(self, steps: int) -> int:
@@ -58,7 +58,7 @@ class LoopPhase(Config):
     """
 
     until: float = Field(gt=0, lt=1)
-    loops: Count
+    loops: Loops
 
 
 class DistillationConfig(Config):
@@ -77,10 +77,10 @@ class DistillationConfig(Config):
 
     teacher: _Text
     stage: Literal["layers", "logits"] = "logits"
-    trains: Literal["all", "cross"] = "all"
+    trains: Annotated[Literal["all", "cross"], Needs("stage", "logits")] = "all"
     architecture: Architecture
-    share: float = Field(default=0.9, ge=0, le=1)
-    top_k: Count = 64
+    share: Annotated[float, Field(ge=0, le=1), Needs("stage", "logits")] = 0.9
+    top_k: Annotated[Count, Needs("stage", "logits")] = 64
 
 
 class WindowPhase(Config):
@@ -151,15 +151,15 @@ class TrainingConfig(Config):
     checkpoint_stages: tuple[int, ...] = ()
     parallel: Literal["ddp", "fsdp"] = "ddp"
     device: str = "auto"
-    follow_free_cores: bool = False
+    follow_free_cores: Annotated[bool, Needs("device", "auto", "cpu")] = False
     evaluate_every: Count = 100
     evaluation_tokens: PositiveInt = 262_144
     save_every: Count = 200
     keep_checkpoints: Count = 2
-    evaluate_loops: Annotated[tuple[Count, ...], EachOnce] = ()
+    evaluate_loops: Annotated[tuple[Loops, ...], EachOnce] = ()
     loop_schedule: tuple[LoopPhase, ...] = ()
     loop_draw: LoopDraw | None = None
-    backward_loops: Count | None = None
+    backward_loops: Loops | None = None
     early_exit_weight: NonNegativeFloat32 = 0.0
     window_schedule: tuple[WindowPhase, ...] = ()
     rope_cross_fades: float = Field(default=0, ge=0, le=1)

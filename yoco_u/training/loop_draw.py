@@ -13,12 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from yoco_u.config import Config
-
-MOST = 256
-"""The largest loop count that can be drawn."""
-
-_Loops = Annotated[int, Field(ge=1, le=MOST)]
+from yoco_u.config import MOST_LOOPS, Config, Loops, Needs
 
 
 class LoopDraw(Config):
@@ -35,19 +30,15 @@ class LoopDraw(Config):
     """
 
     distribution: Literal["uniform", "poisson_lognormal"] = "uniform"
-    least: _Loops = 1
-    most: _Loops
-    mean: float | None = Field(default=None, ge=1, le=MOST)
-    sigma: float = Field(default=0.5, ge=0, le=2)
+    least: Loops = 1
+    most: Loops
+    mean: Annotated[float | None, Field(ge=1, le=MOST_LOOPS), Needs("distribution", "poisson_lognormal")] = None
+    sigma: Annotated[float, Field(ge=0, le=2), Needs("distribution", "poisson_lognormal")] = 0.5
 
     @model_validator(mode="after")
     def _possible(self) -> "LoopDraw":
         if self.least > self.most:
             raise ValueError(f"least is {self.least}, above most, which is {self.most}; swap or change them")
-        if self.distribution == "uniform" and self.mean is not None:
-            raise ValueError(f"mean is {self.mean:g}, but uniform follows from least and most alone; drop it")
-        if self.distribution == "uniform" and self.sigma != type(self).model_fields["sigma"].default:
-            raise ValueError(f"sigma is {self.sigma:g}, but uniform follows from least and most alone; drop it")
         return self
 
     def probabilities(self, planned: int) -> dict[int, float]:

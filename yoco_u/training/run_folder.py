@@ -289,7 +289,7 @@ def read_run_config(path: str | os.PathLike[str]) -> RunConfig:
     file = RunFolder(Path(path)).config
     if not file.is_file():
         raise UserError(f"{path}: no run here (config.yaml is missing); give a folder that `yoco-u train` wrote")
-    return parse(RunConfig, load_yaml(file), str(file))
+    return parse(RunConfig, load_yaml(file), str(file), written=True)
 
 
 def run_dataset(path: str | os.PathLike[str]) -> Path:

@@ -52,6 +52,10 @@ def reinforce(
     rewarded = reward or Matches(settings.pattern)
     rows, micro = settings.problems * settings.answers, settings.micro_batch_rows
     train, held_out = list(read_problems(files)), list(read_problems(test))
+    if not test and settings.test_every != GRPOSettings.model_fields["test_every"].default:
+        raise UserError(f"test_every is {settings.test_every}, but has no effect: there are no held-out problems; give --test")
+    if reward is not None and settings.pattern != GRPOSettings.model_fields["pattern"].default:
+        raise UserError("pattern has no effect beside a reward of your own; leave it out")
     if len(train) < settings.problems:
         raise UserError(f"there are {len(train)} problems, but a step takes {settings.problems}; lower problems")
     if rows % micro:

@@ -1,8 +1,10 @@
 """The settings of fine-tuning."""
 
+from typing import Annotated
+
 from pydantic import Field
 
-from yoco_u.config import Config, Count, NonNegativeFloat32, PositiveFloat32
+from yoco_u.config import Config, Count, Loops, Needs, NonNegativeFloat32, PositiveFloat32
 
 
 class TuningSettings(Config):
@@ -23,7 +25,7 @@ class TuningSettings(Config):
     learning_rate: PositiveFloat32 = 2e-5
     weight_decay: NonNegativeFloat32 = 0.0
     lora_rank: int = Field(default=0, ge=0, lt=2**16)
-    num_loops: Count | None = None
+    num_loops: Loops | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)  # transformers seeds numpy's old generator with it
     save_every: Count = 100
 
@@ -39,7 +41,7 @@ class SFTSettings(TuningSettings):
         batch_rows: rows per optimizer step, a multiple of `micro_batch_rows`.
     """
 
-    epochs: PositiveFloat32 = 1.0
+    epochs: Annotated[float, Field(gt=0, le=10_000), Needs("steps", None)] = 1.0
     steps: Count | None = None
     length: Count = 1024
     batch_rows: Count = 8

@@ -9,17 +9,20 @@ from pydantic import field_validator, model_validator
 
 from yoco_u.config import Config, Count, Seed, did_you_mean, parse
 from yoco_u.data.compression import Advance
+from yoco_u.data.config import GENERATED
 from yoco_u.data.formats import Document
 from yoco_u.data.synthetic.tasks import BEGIN, END, TASKS, Task
 from yoco_u.errors import UserError
 
-PREFIX = "synthetic:"
+PREFIX = GENERATED
 HELD_OUT = 1 / 8
 """Share of the instances that are for tests alone."""
 
 _FILLER = "\n"  # ends each instance, and fills a document up to its length
 _ANSWER = re.compile(f"{BEGIN}[^{END}]*{END}")
 _MOST_DRAWS = 100_000
+_MOST_TOKENS = 2**34  # of all documents together: hours of drawing
+_LONGEST = 2**20  # a document is made in memory, and rows of training are shorter
 
 
 class SyntheticCorpus(Config):
@@ -52,6 +55,13 @@ class SyntheticCorpus(Config):
     @model_validator(mode="after")
     def _fits(self) -> "SyntheticCorpus":
         task, (low, high) = self.generator, self.levels
+        if self.length > _LONGEST:
+            raise ValueError(f"length {self.length} is more than a document may have, {_LONGEST:,} tokens; shorten it")
+        if self.documents * self.length > _MOST_TOKENS:
+            raise ValueError(
+                f"{self.documents} documents of {self.length} tokens would take days to draw; expected at most "
+                f"{_MOST_TOKENS:,} tokens in all"
+            )
         if not 1 <= low <= high <= task.highest:
             raise ValueError(f"levels {low}-{high}: expected a range within 1-{task.highest}")
         needed = len(task.make(Random(0), high)) + len(_FILLER) + 1
