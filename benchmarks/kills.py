@@ -29,6 +29,7 @@ from rich.progress import track
 from safetensors.torch import load_file
 
 from yoco_u.architecture import preset
+from yoco_u.checksums import SUMS
 from yoco_u.config import parse
 from yoco_u.data import DataConfig, prepare
 from yoco_u.errors import UserError, in_one_line
@@ -94,7 +95,7 @@ def torment(config: RunConfig, folder: Path, chosen: Namespace, duration: float)
         process.join()
         outcome, text = OUTCOMES.get(process.exitcode or 0, "failed"), said.read_text(errors="replace")
         if outcome == "refused":
-            named = [path for path in whole if str(path) in text and path.exists()]
+            named = [path for path in whole if path.exists() and is_named(path, text)]
             for path in named:
                 path.write_bytes(whole.pop(path))
             if not named or text.count("\n") != 1:
@@ -120,6 +121,11 @@ def torment(config: RunConfig, folder: Path, chosen: Namespace, duration: float)
     return [{"file": name} | {column: table[name][column] for column in columns} for name in sorted(table)], {
         name: counts[name] for name in (*OUTCOMES.values(), "failed", "refused without a reason", "ended otherwise")
     }
+
+
+def is_named(path: Path, text: str) -> bool:
+    """Whether an error names a damaged file. Where the checksums are damaged it names a file beside them, as that may be, too."""
+    return str(path) in text or (path.name == SUMS and f"{path.parent}/" in text and SUMS in text)
 
 
 def start(config: RunConfig, folder: Path, said: Path) -> Any:

@@ -72,7 +72,7 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% if j < 0 %}x
         ("{{ (messages | map(attribute='__class__') | list)[0].__mro__ }}", "unsafe"),
         ("{{ '{0.__class__.__mro__}'.format(1)[0][0].a }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
-        ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "underscore"),
+        ("{% set n = namespace() %}{% set n.__class__ = messages %}{{ n.__class__.__mro__ }}", "(unsafe|underscore)"),
         (ENDLESS, "it takes more than 1 s of computing or 256 MiB"),
     ],
 )

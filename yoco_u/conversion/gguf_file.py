@@ -82,12 +82,14 @@ class Unread(NamedTuple):
     Attributes:
         config: fields of a config: the scaling of RoPE, and the size of heads.
         pre: `tokenizer.ggml.pre`.
+        begins: whether texts begin with the bos token, which transformers reads from 5.23 on; None if the file does not say.
         tokens: how many tokens the vocabulary has.
         tensors: how many tensors the file has.
     """
 
     config: dict[str, Any]
     pre: str | None
+    begins: bool | None
     tokens: int
     tensors: int
 
@@ -125,7 +127,8 @@ def unread_settings(path: Path) -> Unread:
     if rope.get("rope_type") not in (None, "none"):
         found["rope_parameters"] = rope
     tokens = reader.get_field("tokenizer.ggml.tokens")
-    return Unread(found, value("tokenizer.ggml.pre"), 0 if tokens is None else len(tokens.data), len(reader.tensors))
+    count = 0 if tokens is None else len(tokens.data)
+    return Unread(found, value("tokenizer.ggml.pre"), value("tokenizer.ggml.add_bos_token"), count, len(reader.tensors))
 
 
 def _family(a: Architecture, name: str) -> str:

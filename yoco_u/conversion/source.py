@@ -16,7 +16,7 @@ from yoco_u.checksums import SUMS, verify_checksums
 from yoco_u.conversion.families import architecture_of, tensor_names
 from yoco_u.conversion.gguf_file import check_gguf, unread_settings
 from yoco_u.conversion.gguf_tokenizer import restored
-from yoco_u.data import begin_with_end_of_text, load_tokenizer, vocabulary_size
+from yoco_u.data import begin_with, begin_with_end_of_text, load_tokenizer, vocabulary_size
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
 from yoco_u.loading import check_adapters, load_model, model_folder
@@ -141,6 +141,8 @@ def _read_gguf(file: Path) -> Source:
         check_depth(architecture_of(config, str(file)), unread.tensors, file)
         model = AutoModelForCausalLM.from_pretrained(file.parent, config=config, dtype=torch.float32, **arguments)
         tokenizer = load_tokenizer(file.parent, keep_start=True, gguf_file=file.name)
+        if unread.begins and tokenizer.bos_token is not None:
+            begin_with(tokenizer, tokenizer.bos_token)
         tokenizer = restored(tokenizer, unread.pre, unread.tokens)
     except UserError:
         raise

@@ -97,8 +97,13 @@ def begin_with_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
     """Let `<|endoftext|>` begin documents, if the tokenizer has it and no start token: the end token of a model that chats ends
     its turns."""
     if _START not in tokenizer.init_kwargs and END_OF_TEXT in tokenizer.get_added_vocab():
-        tokenizer.init_kwargs[_START] = END_OF_TEXT
-        _begin_documents(tokenizer)
+        begin_with(tokenizer, END_OF_TEXT)
+
+
+def begin_with(tokenizer: PreTrainedTokenizerFast, token: str) -> None:
+    """Let a token begin documents from now on, also when the tokenizer has been saved and loaded again."""
+    tokenizer.init_kwargs[_START] = token
+    _begin_documents(tokenizer)
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerFast, name: str = "tokenizer") -> int:
