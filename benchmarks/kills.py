@@ -124,7 +124,7 @@ def torment(config: RunConfig, folder: Path, chosen: Namespace, duration: float)
 
 
 def is_named(path: Path, text: str) -> bool:
-    """Whether an error names a damaged file. Where the checksums are damaged it names a file beside them, as that may be, too."""
+    """Whether an error names a damaged file. If it is the checksums, that is a file beside them, which may be the bad one."""
     return str(path) in text or (path.name == SUMS and f"{path.parent}/" in text and SUMS in text)
 
 
