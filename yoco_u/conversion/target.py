@@ -40,7 +40,7 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
     name = settings.pop("preset", "yoco_u")
     if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f"unknown preset {shown(name)}: {did_you_mean(str(name), PRESETS)}")
-    free = ("stages", "window", "global_kvs", "rope_cross", "max_position_embeddings")
+    free = ("stages", "window", "global_kvs", "rope_cross")
     for key in settings.keys() - {*free, "layers", "loops", "loop_gate"}:
         raise UserError(f"{key} cannot be set in a conversion: {did_you_mean(key, (*free, 'preset', 'layers', 'loops'))}")
     layers = settings.pop("layers", sum(stage.layers for stage in source.stages))
