@@ -22,7 +22,7 @@ EXPERTS = {"num_experts": 8, "experts_per_token": 3, "shared_experts": 1, "inter
 
 
 def architecture(name: str = "yoco_u", **settings: Any) -> Architecture:
-    if name == "parscale":
+    if name == "parscale" and "parallel" not in settings:
         settings.setdefault("prefix_tokens", 5)
     if "global_kvs" in settings:  # small variants have fewer cross layers
         settings["global_kvs"] = min(settings["global_kvs"], settings.get("layers", 4) // 2)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from test_fuzz import COMMANDS, Command, _short, place  # noqa: F401  (fixtures)
 from typer.models import OptionInfo
 
-from tests.cli.test_fuzz import COMMANDS, Command, _short, place  # noqa: F401  (fixtures)
 from yoco_u.cli import app
 
 HUGE = "2000000000"

@@ -96,7 +96,7 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if request.param != "trained here":
         FOREIGN[request.param]().save_pretrained(folder / "given")
         given = str(folder / "given")
-    config = DataConfig(corpus=str(folder / "corpus.json"), tokenizer=given, vocab_size=350, validation_fraction=0)
+    config = DataConfig(corpus=str(folder / "corpus.json"), tokenizer=given, validation_fraction=0)
     index = prepare(config, folder / "out", progress=False)
     return index.tokenizer, AutoTokenizer.from_pretrained(given or index.tokenizer)
 

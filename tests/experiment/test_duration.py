@@ -86,9 +86,9 @@ def test_plan_of_an_experiment_on_this_machine(
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (("--context", "64"), "--context does not go with an experiment's file"),
-        (("--batch", "2"), "--batch does not go"),
-        (("--plot", "x.png"), "--plot does not go"),
+        (("--context", "64"), "--context has no effect here: the runs of"),
+        (("--batch", "2"), "--batch has no effect here"),
+        (("--plot", "x.png"), "--plot has no effect here"),
         (("--hardware", "h10"), "did you mean h100?"),
         (("sedes=[0]",), "did you mean seeds"),
         (("yoco",), "expected key=value"),

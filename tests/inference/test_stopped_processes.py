@@ -77,10 +77,13 @@ def test_the_process_of_one_grammar(
 
 def test_the_process_that_others_are_forked_from(alone: list[RequestOutput], monkeypatch: pytest.MonkeyPatch) -> None:
     """So that nobody reads what a grammar's process is sent, which is more than a connection takes."""
+    before = {one.pid for one in psutil.Process().children(recursive=True)}
+    add(regex="y[0-9]{7}")
+    [nursery] = [one.parent() for one in psutil.Process().children(recursive=True) if one.pid not in before]
+    drain()
     add(json_schema=LARGE)
     drain()
     list(ENGINE._grammars._followers.values())[-1].end()  # type: ignore[union-attr]
-    [nursery] = psutil.Process().children()
     nursery.suspend()
     check_that_others_go_on(add(json_schema=LARGE, n=2), alone, monkeypatch)
     guilty = add(json_schema=LARGE)

@@ -138,9 +138,10 @@ def test_tensors_that_a_checkpoint_lacks_are_initialised(arch: Architecture, tmp
 
 @pytest.mark.parametrize("loops", [1, 3, 12])
 def test_residual_projections_are_scaled_by_unrolled_depth(loops: int) -> None:
-    settings = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 512, "layers": 4, "loops": loops}
+    settings = {"hidden_size": 128, "head_dim": 32, "vocab_size": 512, "layers": 4, "loops": loops}
     for experts in (None, EXPERTS | {"intermediate_size": 64}):
-        arch = preset("yoco_u", "test", **settings, experts=experts)
+        width = {"experts": experts} if experts else {"intermediate_size": 256}
+        arch = preset("yoco_u", "test", **settings, **width)
         model = YocoUForCausalLM(YocoUConfig.from_architecture(arch, initializer_range=0.05))
         depth = 2 * loops + 2
         assert arch.unrolled_layers == depth

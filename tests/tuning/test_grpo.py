@@ -205,8 +205,9 @@ def test_it_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
     again = reinforce(model, [file], settings, tmp_path / "part", [file], letters)
     assert reinforce(model, [file], settings, tmp_path / "part", [file], letters) == again  # which is finished
     assert (again["rewards"], again["tests"]) == (whole["rewards"], whole["tests"])
+    another = write_problems(tmp_path / "q.jsonl", *PROBLEMS[1:])
     with pytest.raises(UserError, match="begun with another test"):
-        reinforce(model, [file], settings, tmp_path / "part", [], letters)
+        reinforce(model, [file], settings, tmp_path / "part", [another], letters)
 
 
 @needs_trl

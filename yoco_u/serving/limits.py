@@ -91,6 +91,7 @@ def _parsed(body: bytes) -> Any:
     except RecursionError:
         raise HTTPException(400, "the body is nested too deeply; flatten it") from None
     except ValueError as error:
-        raise HTTPException(400, f"the body cannot be read: {first_line(error)}") from None
+        problem, _, _ = first_line(error).partition(";")  # which is followed by advice for programs
+        raise HTTPException(400, f"the body cannot be read: {problem}") from None
     finally:
         gc.enable()
