@@ -69,7 +69,7 @@ def verify_checksums(folder: Path, mend: str, wanted: Callable[[str], bool] = la
         raise DamagedFile(f"{sums}: the file is damaged, it is empty; {mend}")
     for path in expected:
         if not path.is_file():
-            raise DamagedFile(f"{path}: the file is missing; {mend}")
+            raise DamagedFile(f"{path}: the file is missing, which {SUMS} names; {mend}")
     for (path, digest), found in zip(expected.items(), _digests(expected), strict=True):
         if digest != found:
             raise DamagedFile(f"{path}: the file is damaged, its checksum is not the one in {SUMS}; {mend}")
