@@ -110,7 +110,8 @@ def test_traffic(variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -
 
 def serve(variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -> None:
     """Let the requests arrive at an engine of these settings, and check all that becomes of them."""
-    settings = {name: value for name, value in chosen.items() if name not in ("spare", "draft_length")}
+    besides = {"spare", "draft_length"} | (set() if chosen["prefix_caching"] else {"snapshot_bytes"})
+    settings = {name: value for name, value in chosen.items() if name not in besides}
     budget = chosen["max_num_seqs"] + chosen["spare"]
     subject = drafting_engine(variant, chosen["draft_length"], max_batched_tokens=budget, **settings)
     requests: list[tuple[Arrival, RequestOutput, int]] = []
