@@ -134,10 +134,10 @@ def measures_of(size: str) -> dict[str, Callable[[], float]]:
     from yoco_u import YocoUConfig, YocoUForCausalLM
     from yoco_u.architecture import preset
     from yoco_u.bench.timed_engine import TimedEngine
-    from yoco_u.device import multiplies_bfloat16
+    from yoco_u.device import fast_dtype
     from yoco_u.training.other_programs import OtherPrograms
 
-    dtype = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
+    dtype = fast_dtype(torch.device("cpu"))
     architecture, steps = preset("yoco_u", size), 30 if size == "test" else 8
     engine = TimedEngine(
         architecture, model=None, dtype=dtype, weights=dtype, cache_tokens=(CONTEXT + 200) * 16, sequences=16, num_loops=None

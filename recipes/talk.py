@@ -23,7 +23,7 @@ from pydantic import BaseModel, PositiveInt
 from yoco_u.cli import main as yoco_u
 from yoco_u.cli.settings import load_run_config
 from yoco_u.data import Corpus, load_tokenizer
-from yoco_u.device import find_device, gemm_rate, multiplies_bfloat16
+from yoco_u.device import fast_dtype, find_device, gemm_rate
 from yoco_u.errors import UserError, in_one_line
 from yoco_u.files import claim, read_json, replacing, write_json, write_text
 from yoco_u.inference import LLM, SamplingParams
@@ -192,7 +192,7 @@ def write_config(out: Path, name: str, model: Path, text: list[Path]) -> Path:
         },
         "training": {
             "steps": 100, "sequence_length": 2048, "batch_rows": 1, "micro_batch_rows": 1,
-            "dtype": "bfloat16" if multiplies_bfloat16(find_device("auto")) else "float32",
+            "dtype": fast_dtype(find_device("auto")),
             "evaluate_every": 20, "evaluation_tokens": 8_192, "save_every": 50, "follow_free_cores": True,
         },
     }  # fmt: skip

@@ -12,7 +12,7 @@ import warnings
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -54,6 +54,11 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def fast_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
+    """The dtype in which a device multiplies fastest: bfloat16 where its hardware does."""
+    return "bfloat16" if multiplies_bfloat16(device) else "float32"
 
 
 def check_bfloat16(device: torch.device) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from training_runs import deterministic, run_config
 
+from yoco_u import device
 from yoco_u.errors import UserError
-from yoco_u.training import train, trainer
+from yoco_u.training import train
 from yoco_u.training.run_folder import read_run_config
 
 ONE_STEP = {"steps": 1, "optimizer_warmup_steps": 0}
@@ -15,7 +16,7 @@ ONE_STEP = {"steps": 1, "optimizer_warmup_steps": 0}
 
 @pytest.mark.parametrize(("multiplies", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_auto(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multiplies: bool, dtype: str) -> None:
-    monkeypatch.setattr(trainer, "multiplies_bfloat16", lambda device: multiplies)
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: multiplies)
     train(run_config(dataset, **ONE_STEP, dtype="auto"), tmp_path / "auto", progress=False)
     train(run_config(dataset, **ONE_STEP, dtype=dtype), tmp_path / "given", progress=False)
     assert read_run_config(tmp_path / "auto") == read_run_config(tmp_path / "given")
@@ -25,9 +26,9 @@ def test_auto(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mu
 @pytest.mark.parametrize("began", [True, False])
 def test_goes_on_as_it_began(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began: bool) -> None:
     settings: dict[str, Any] = ONE_STEP | {"dtype": "auto"}
-    monkeypatch.setattr(trainer, "multiplies_bfloat16", lambda device: began)
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: began)
     train(run_config(dataset, **settings), tmp_path, progress=False)
-    monkeypatch.setattr(trainer, "multiplies_bfloat16", lambda device: not began)
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: not began)
     (tmp_path / "summary.json").unlink()
     train(run_config(dataset, **settings), tmp_path, progress=False)
     assert read_run_config(tmp_path).training.dtype == ("bfloat16" if began else "float32")

@@ -66,12 +66,11 @@ class DataConfig(Config):
         entries = (*self.corpus, *(self.validation_corpus or ()))
         if all(entry in OWN_TEXTS or entry.startswith(GENERATED) for entry in entries):
             yield "text_field", f"is for files and datasets with fields, and corpus is {', '.join(entries)}"
-        if all(entry.startswith(GENERATED) for entry in entries):
-            generated = f"is for texts, and corpus is {', '.join(entries)}, whose tokens are the bytes"
-            yield "special_tokens", generated
+        generated = all(entry.startswith(GENERATED) for entry in entries)
+        if generated:
+            why = f"is for texts, and corpus is {', '.join(entries)}, whose tokens are the bytes"
+            yield "special_tokens", why
             if self.vocab_size != MINIMUM_VOCABULARY:
-                yield "vocab_size", generated
-            if self.validation_corpus:
-                yield "seed", "is for the split and the tokenizer, and this config has neither to make"
-        elif self.validation_corpus and self.tokenizer:
+                yield "vocab_size", why
+        if self.validation_corpus and (generated or self.tokenizer):
             yield "seed", "is for the split and the tokenizer, and this config has neither to make"

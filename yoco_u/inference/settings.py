@@ -8,7 +8,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from yoco_u.architecture import Architecture
 from yoco_u.budget import KVType, bytes_per_kv_element, cache_bytes
 from yoco_u.config import Config, Count, LoopsOrAuto, Needs, at_most
-from yoco_u.device import check_bfloat16, free_memory_bytes, multiplies_bfloat16
+from yoco_u.device import check_bfloat16, fast_dtype, free_memory_bytes
 from yoco_u.errors import UserError
 from yoco_u.inference.drafts import Drafting
 from yoco_u.inference.kv_cache import CacheShape
@@ -75,9 +75,8 @@ class EngineSettings(Config):
         """
         if self.dtype == "bfloat16":
             check_bfloat16(device)
-        if self.dtype != "auto":
-            return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+        dtype = fast_dtype(device) if self.dtype == "auto" else self.dtype
+        return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
     def cache_shape(self, a: Architecture, device: torch.device) -> CacheShape:
         """The caches' shape for a model.

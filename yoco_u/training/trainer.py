@@ -18,7 +18,7 @@ from rich.console import Console
 
 from yoco_u import budget
 from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
-from yoco_u.device import check_bfloat16, environment, gemm_rate, multiplies_bfloat16, peak_memory_bytes
+from yoco_u.device import check_bfloat16, environment, fast_dtype, gemm_rate, multiplies_bfloat16, peak_memory_bytes
 from yoco_u.errors import UserError
 from yoco_u.files import naming, write_json
 from yoco_u.loading import tokenizer_folder, weights_digest
@@ -74,7 +74,7 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
     config = run_folder.located(config)
     with distributed_session(config.training.device) as distributed:
         if config.training.dtype == "auto":
-            config = config.with_dtype("bfloat16" if multiplies_bfloat16(distributed.device) else "float32")
+            config = config.with_dtype(fast_dtype(distributed.device))
         if run_folder.read_summary() is None:
             check_start(config)
             check_memory(config.architecture, config.training, distributed)
