@@ -6,7 +6,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from yoco_u.analysis import scaling
 from yoco_u.device import environment
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, script_parser
 from yoco_u.files import check_result, write_result
 from yoco_u.inference import Engine, RequestOutput, SamplingParams
 
@@ -61,16 +61,11 @@ def decode(
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     """A parser with the option that all benchmarks have: `--out`, by default `results/NAME.json`.
 
-    Where that may not be written, and after any other mistake, it ends with status 2 and one line.
+    That it may not be written is a `UserError`, as any other mistake.
     """
-    found = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = script_parser(description)
     found.add_argument("--out", type=_result, default=str(RESULTS / f"{name}.json"), help="JSON file to write")
     return found
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def _result(text: str) -> Path:

@@ -13,11 +13,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-from arguments import parser
 from matplotlib.figure import Figure
 
 from yoco_u.cli import main as yoco_u
-from yoco_u.errors import in_one_line
+from yoco_u.errors import in_one_line, script_parser
 from yoco_u.files import check_result, claim, write_result, write_text
 from yoco_u.plotting import colour, save_png
 
@@ -43,7 +42,7 @@ GRPO = {
 
 
 def main() -> None:
-    arguments = parser(__doc__)
+    arguments = script_parser(__doc__)
     arguments.add_argument("--out", type=Path, default=Path("runs/arithmetic"))
     arguments.add_argument("--results", type=Path, help="where curves.json and curves.png go; the folder of --out by default")
     chosen = arguments.parse_args()

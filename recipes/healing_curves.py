@@ -11,14 +11,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from arguments import parser
 from matplotlib.figure import Figure
 from scipy.stats import linregress
 from talk_card import style
 
 from yoco_u.data import PackedDataset
 from yoco_u.device import find_device
-from yoco_u.errors import UserError, in_one_line
+from yoco_u.errors import UserError, in_one_line, script_parser
 from yoco_u.files import check_result, write_result
 from yoco_u.loading import load_model
 from yoco_u.plotting import colour, save_png
@@ -34,7 +33,7 @@ MARKERS = "osv^"
 
 
 def main() -> None:
-    arguments = parser(__doc__)
+    arguments = script_parser(__doc__)
     arguments.add_argument("runs", type=Path, nargs="+", help="runs of talk.py with one source, such as runs/talk/healed-15")
     arguments.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "healing")
     chosen = arguments.parse_args()

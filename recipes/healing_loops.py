@@ -15,13 +15,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from arguments import parser
 from matplotlib.figure import Figure
 from talk import run, texts_of, train, write_config
 from talk_card import style
 
 from yoco_u.cli.settings import load_run_config
-from yoco_u.errors import UserError, in_one_line
+from yoco_u.errors import UserError, in_one_line, script_parser
 from yoco_u.files import check_claim, check_result, claim, write_result, write_text
 from yoco_u.plotting import colour, save_png
 from yoco_u.training import read_metrics
@@ -42,7 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    arguments = parser(__doc__)
+    arguments = script_parser(__doc__)
     arguments.add_argument("--steps", type=int, default=60, help="steps of 2,048 tokens at T = 3, whose FLOPs all spend")
     arguments.add_argument("--out", type=Path, default=Path("runs/talk"), help="the folder of talk.py")
     arguments.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "healing")

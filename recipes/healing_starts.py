@@ -11,10 +11,9 @@ cross-decoder alone is trained, with nine tenths of the loss from the teacher.
 
 from pathlib import Path
 
-from arguments import parser
 from talk import convert, texts_of, train, write_config
 
-from yoco_u.errors import UserError, in_one_line
+from yoco_u.errors import UserError, in_one_line, script_parser
 from yoco_u.files import check_claim, claim
 
 FEWER = (5, 1)
@@ -23,7 +22,7 @@ RAMP = "healed-15"
 
 
 def main() -> None:
-    arguments = parser(__doc__)
+    arguments = script_parser(__doc__)
     arguments.add_argument("--steps", type=int, default=60, help="steps of each run, 1,024 tokens each")
     arguments.add_argument("--out", type=Path, default=Path("runs/talk"), help="the folder of talk.py")
     chosen = arguments.parse_args()

@@ -12,13 +12,12 @@ import math
 import random
 from pathlib import Path
 
-from arguments import parser
 from rich.progress import track
 
 from yoco_u.data import DocumentEncoder
 from yoco_u.data.config import MINIMUM_VOCABULARY
 from yoco_u.data.tokenizer import train_tokenizer
-from yoco_u.errors import UserError, in_one_line
+from yoco_u.errors import UserError, in_one_line, script_parser
 from yoco_u.evaluation.needles import NOISE, Needle, generate_needle
 from yoco_u.files import check_result, write_text
 
@@ -27,7 +26,7 @@ FIRST_SEED = 1_000_000
 
 
 def main() -> None:
-    arguments = parser(__doc__)
+    arguments = script_parser(__doc__)
     arguments.add_argument("--out", type=Path, required=True)
     arguments.add_argument("--documents", type=int, default=12_000)
     arguments.add_argument("--shortest", type=int, default=450, help="bytes up to the first answer")

@@ -17,14 +17,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from arguments import parser
 from pydantic import BaseModel, PositiveInt
 
 from yoco_u.cli import main as yoco_u
 from yoco_u.cli.settings import load_run_config
 from yoco_u.data import Corpus, load_tokenizer
 from yoco_u.device import fast_dtype, find_device, gemm_rate
-from yoco_u.errors import UserError, in_one_line
+from yoco_u.errors import UserError, in_one_line, script_parser
 from yoco_u.files import claim, read_json, replacing, write_json, write_text
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_text, chat_tokens
@@ -43,7 +42,7 @@ SHARE = 0.5  # of the rate of matrix products, that healing runs at, all include
 
 
 def main() -> None:
-    arguments = parser(__doc__)
+    arguments = script_parser(__doc__)
     arguments.add_argument("--minutes", type=float, default=20.0, help="how long each model is healed")
     arguments.add_argument("--steps", type=int, help="of healing, 2,048 tokens each, in place of minutes")
     arguments.add_argument("--global-kvs", type=int, nargs="+", default=[15], help="how many it has; one model after another")

@@ -12,13 +12,12 @@ from statistics import mean
 from typing import Any
 
 import torch
-from arguments import parser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from talk import CORPORA, HELD_OUT
 
 from yoco_u.budget import kv_bytes, parameters
-from yoco_u.errors import UserError, in_one_line
+from yoco_u.errors import UserError, in_one_line, script_parser
 from yoco_u.evaluation.held_out import score_held_out
 from yoco_u.evaluation.needle_grid import NeedleSettings, needle_grid
 from yoco_u.evaluation.needles import load_haystack
@@ -39,7 +38,7 @@ CACHE = 8192
 
 
 def main() -> None:
-    arguments = parser(__doc__)
+    arguments = script_parser(__doc__)
     arguments.add_argument("runs", type=Path, nargs="+", help="runs of talk.py, each from the one before")
     runs: list[Path] = arguments.parse_args().runs
     last = runs[-1]

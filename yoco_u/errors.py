@@ -5,7 +5,10 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
 
 
 class UserError(ValueError):
@@ -68,6 +71,17 @@ def describe_system_error(error: OSError) -> str:
     """An error of the operating system in one line: the path, what happened, and what to do."""
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     return f"{where}{error.strerror}; {_ADVICE.get(error.errno or 0, 'mend this')}, then run the same command again"
+
+
+def script_parser(description: str | None) -> "ArgumentParser":
+    """A parser for scripts, which shows their description as it is. A mistake on the command line is a `UserError`."""
+    import argparse  # which the commands do not need
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(message)
+
+    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def in_one_line(main: Callable[[], object]) -> None:
