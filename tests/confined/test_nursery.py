@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from in_fork import check_in_fork
 
@@ -195,16 +196,14 @@ def test_a_process_may_be_stopped_within_its_answer(nursery: Nursery) -> None:
     process.ask(f"greet {name}".encode())
     while process._unsent:
         wait([process], 60)
-        assert process.take() is None
-    while not process._received:
-        wait([process], 60)
-        assert process.take() is None
+        process._send()
+    wait([process], 60)  # until the answer has begun, of which a connection holds only a part
     os.kill(pid, signal.SIGSTOP)
-    while (before := len(process._received)) < len(name):  # what was on the way
-        assert process.take() is None
-        if len(process._received) == before:
-            break
-    assert before < len(name) and process.take() is None
+    while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.001)
+    assert process.take() is None
+    before = len(process._received)
+    assert 0 < before < len(name) and process.take() is None and len(process._received) == before
     os.kill(pid, signal.SIGCONT)
     assert process.answer() == f"hi {name}".encode()
 
