@@ -118,10 +118,9 @@ class _Reference:
         outputs = []
         for head in range(self.heads):
             shared = head // (self.heads // self.kv_heads)
-            scores = torch.stack([query[head] @ key[shared] / math.sqrt(self.a["head_dim"]) for key in keys])
+            scores = torch.stack([key[shared] for key in keys]) @ query[head] / math.sqrt(self.a["head_dim"])
             weights = torch.exp(scores - scores.max())
-            weights = weights / weights.sum()
-            outputs.append(sum(weight * value[shared] for weight, value in zip(weights, values, strict=True)))
+            outputs.append(weights / weights.sum() @ torch.stack([value[shared] for value in values]))
         return torch.cat(outputs)
 
     def retention(self, name: str, xs: list[Tensor]) -> list[Tensor]:
@@ -166,13 +165,11 @@ class _Reference:
 
     def rotate(self, x: Tensor, position: int) -> Tensor:
         """RoPE: components i and i + head_dim / 2 are the two coordinates of a plane that is rotated."""
-        half = len(x) // 2
-        first, second = [], []
-        for i in range(half):
-            angle = position * self.frequency(i, len(x))
-            first.append(x[i] * math.cos(angle) - x[i + half] * math.sin(angle))
-            second.append(x[i + half] * math.cos(angle) + x[i] * math.sin(angle))
-        return torch.stack(first + second) * (self.a["rotary_scaling"] or {"attention_factor": 1.0})["attention_factor"]
+        first, second = x.chunk(2)
+        angles = [position * self.frequency(i, len(x)) for i in range(len(first))]
+        cos, sin = (torch.tensor([function(angle) for angle in angles], dtype=x.dtype) for function in (math.cos, math.sin))
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin])
+        return turned * (self.a["rotary_scaling"] or {"attention_factor": 1.0})["attention_factor"]
 
     def frequency(self, i: int, size: int) -> float:
         """Of one plane, in radians per position. The only scaling here is YaRN's, without rounding."""

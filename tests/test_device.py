@@ -45,9 +45,10 @@ def test_auto_says_why_a_gpu_is_not_used(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_gpu_without_bfloat16(old_gpu: None) -> None:
+    a = architecture("yoco_u")
     with pytest.raises(UserError, match=r"Tesla T4 has compute capability 7.5, but bfloat16 needs 8.0; set dtype float32"):
-        EngineSettings(dtype="bfloat16").torch_dtype(CUDA)
-    assert EngineSettings().torch_dtype(CUDA) == EngineSettings(dtype="float32").torch_dtype(CUDA) == torch.float32
+        EngineSettings(dtype="bfloat16").torch_dtype(a, CUDA)
+    assert EngineSettings().torch_dtype(a, CUDA) == EngineSettings(dtype="float32").torch_dtype(a, CUDA) == torch.float32
     check_bfloat16(torch.device("cpu"))
 
 

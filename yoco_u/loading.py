@@ -5,6 +5,7 @@ Torch and transformers are imported when a model is loaded, so that commands whi
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,12 +89,12 @@ def model_name(path: str | os.PathLike[str]) -> str:
 
 
 def load_model(
-    path: str | os.PathLike[str], device: "torch.device", dtype: "torch.dtype | None" = None
+    path: str | os.PathLike[str], device: "torch.device", dtype_of: "Callable[[Architecture], torch.dtype] | None" = None
 ) -> tuple["YocoUForCausalLM", "PreTrainedTokenizerFast"]:
     """Load the model of a run folder or a saved model, in evaluation mode, and its tokenizer.
 
     Args:
-        dtype: of the weights; float32 by default, whatever the files hold.
+        dtype_of: the dtype of the weights of an architecture; float32 by default, whatever the files hold.
 
     Raises:
         UserError: if a file is missing or damaged, the model is not one of this project, its vocabulary is too small for the
@@ -113,7 +114,8 @@ def load_model(
         with quiet_transformers():
             config = YocoUConfig.from_pretrained(folder)
             check_weights(folder, config)
-            kwargs = {"config": config, "dtype": dtype or torch.float32, "trust_remote_code": False}
+            dtype = torch.float32 if dtype_of is None else dtype_of(config.architecture)
+            kwargs = {"config": config, "dtype": dtype, "trust_remote_code": False}
             model = YocoUForCausalLM.from_pretrained(folder, **kwargs)
     except UserError:
         raise

@@ -78,7 +78,7 @@ class Engine:
         shape = settings.cache_shape(self.architecture.with_loops(self.num_loops), model.device)
         check_memory(self.architecture, shape, self.num_loops, 0, model.device)
         for parameter in model.parameters():  # not the buffers: the experts' choice biases stay float32
-            parameter.data = parameter.data.to(settings.torch_dtype(model.device))
+            parameter.data = parameter.data.to(settings.torch_dtype(self.architecture, model.device))
         if settings.weights == "int8":
             quantize(model)
         if model.device.type == "cpu":

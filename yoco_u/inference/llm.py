@@ -38,7 +38,7 @@ class LLM:
     def __init__(self, path: str | os.PathLike[str], *, device: str = "auto", **settings: Any) -> None:
         chosen = parse(EngineSettings, settings, "settings of LLM")
         place = find_device(device)
-        model, tokenizer = load_model(path, place, chosen.torch_dtype(place))
+        model, tokenizer = load_model(path, place, lambda a: chosen.torch_dtype(a, place))
         self.engine = Engine(model, tokenizer, chosen, find_exits(model_folder(path), model.config.architecture))
         self._lock = threading.Lock()  # held by whoever uses the engine
         self._unread: dict[int, deque[Update]] = {}  # by the requests of open streams

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from yoco_u.architecture import Architecture
 from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.backend import AttentionBackend
@@ -135,6 +136,11 @@ class FusedDecodeBlock(nn.Module):
     def remember(self, x: Tensor, backend: AttentionBackend, slot: int) -> None:
         """See `Block.remember`."""
         self.block.remember(x, backend, slot)
+
+
+def runs_in_kernels(a: Architecture, device: torch.device) -> bool:
+    """Whether the kernels run all large products of a model, bfloat16 on any CPU. Experts are torch's."""
+    return device.type == "cpu" and a.experts is None and compiled()
 
 
 def can_prepack(model: YocoUForCausalLM) -> bool:

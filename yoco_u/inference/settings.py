@@ -12,6 +12,7 @@ from yoco_u.device import check_bfloat16, fast_dtype, free_memory_bytes
 from yoco_u.errors import UserError
 from yoco_u.inference.drafts import Drafting
 from yoco_u.inference.kv_cache import CacheShape
+from yoco_u.inference.prepacking import runs_in_kernels
 
 DEFAULT_CACHE_BYTES = 2**30
 
@@ -24,7 +25,8 @@ class EngineSettings(Config):
     """Settings of an engine.
 
     Attributes:
-        dtype: data type of weights and activations; auto is bfloat16 where the machine multiplies it in hardware, else float32.
+        dtype: data type of weights and activations; auto is bfloat16 where the device multiplies it in hardware or the CPU
+            kernels do, else float32.
         weights: int8 keeps the weights of linear layers as 8-bit whole numbers, with one scale for each output; see `quantize`.
         kv_dtype: data type of the caches; as `dtype` by default.
         num_loops: T of requests that name none; the model's own by default. With `auto` their tokens leave the loop, as
@@ -67,15 +69,17 @@ class EngineSettings(Config):
         defaults = {} if device.type == "cpu" else _GPU_DEFAULTS
         return self.model_copy(update={name: value for name, value in defaults.items() if name not in self.model_fields_set})
 
-    def torch_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype that weights and activations have on a device.
+    def torch_dtype(self, a: Architecture, device: torch.device) -> torch.dtype:
+        """The dtype that a model's weights and activations have on a device.
 
         Raises:
             UserError: if bfloat16 is asked for of a GPU that has none.
         """
         if self.dtype == "bfloat16":
             check_bfloat16(device)
-        dtype = fast_dtype(device) if self.dtype == "auto" else self.dtype
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if runs_in_kernels(a, device) else fast_dtype(device)
         return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
     def cache_shape(self, a: Architecture, device: torch.device) -> CacheShape:
@@ -84,7 +88,7 @@ class EngineSettings(Config):
         Raises:
             UserError: if not even one block fits.
         """
-        kind: KVType = self.kv_dtype or ("bfloat16" if self.torch_dtype(device) == torch.bfloat16 else "float32")
+        kind: KVType = self.kv_dtype or ("bfloat16" if self.torch_dtype(a, device) == torch.bfloat16 else "float32")
         element = bytes_per_kv_element(a, kind)
         if self.cache_tokens is not None:
             blocks = -(-self.cache_tokens // self.block_size)

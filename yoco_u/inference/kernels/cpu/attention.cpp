@@ -19,6 +19,11 @@
 namespace {
 
 constexpr int64_t TILE = LANES;  // rows at a time: their products with one query fill a vector
+#ifdef __AVX512F__
+constexpr int64_t WIDTH = 4;  // vectors of each of four queries' sums, which the registers hold
+#else
+constexpr int64_t WIDTH = 2;
+#endif
 constexpr int64_t RUN = 64;      // most rows between two updates of the running maximum
 constexpr int64_t AHEAD = 32;    // how many rows ahead of their use rows are prefetched
 constexpr int64_t SPLIT = 1024;  // fewest rows for which another task pays off
@@ -56,23 +61,25 @@ struct Rows {
   }
 };
 
-// The sums of the lanes of each of 16 vectors, as one vector. Each step halves the number of vectors and keeps all lanes busy.
-inline Vector sums(const Vector* v) {
-  Vector a[8], b[4], c[2];
-  for (int i = 0; i < 8; ++i)
-    a[i] = __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  for (int i = 0; i < 4; ++i)
-    b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-           __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  for (int i = 0; i < 2; ++i)
-    c[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           __builtin_shufflevector(b[i], b[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  return __builtin_shufflevector(c[0], c[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-         __builtin_shufflevector(c[0], c[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+// From two vectors of sums of STEP * 2 neighbouring lanes each, those of the first in the lower half of each such group of
+// lanes and those of the second in the upper half.
+template <size_t STEP, size_t... LANE>
+inline Vector joined(Vector a, Vector b, std::index_sequence<LANE...>) {
+  return __builtin_shufflevector(a, b, (LANE & STEP ? LANES + (LANE ^ STEP) : LANE)...) +
+         __builtin_shufflevector(a, b, (LANE & STEP ? LANES + LANE : LANE ^ STEP)...);
 }
 
-// The dot products of a query with the 16 rows of a tile.
+// The sums of the lanes of each of LANES vectors, as one vector. Each step halves the number of vectors and keeps all lanes
+// busy.
+template <size_t STEP = LANES / 2>
+inline Vector sums(const Vector* v) {
+  Vector half[STEP];
+  for (size_t i = 0; i < STEP; ++i) half[i] = joined<STEP>(v[i], v[i + STEP], Lanes());
+  if constexpr (STEP > 1) return sums<STEP / 2>(half);
+  return half[0];
+}
+
+// The dot products of a query with the rows of a tile.
 inline Vector dots(const float* query, const float* tile, int64_t padded) {
   Vector parts[TILE] = {};
   for (int64_t d = 0; d < padded; d += LANES) {
@@ -98,16 +105,16 @@ inline Vector dots(const c10::BFloat16* query, const c10::BFloat16* rows, int64_
 }
 #endif
 
-// acc = fade * acc + weights x tile, for one query, in columns d to d + WIDTH * 16. WIDTH independent sums hide the latency of
-// the additions.
-template <int64_t WIDTH>
+// acc = fade * acc + weights x tile, for one query, in columns d to d + COUNT * LANES. COUNT independent sums hide the latency
+// of the additions.
+template <int64_t COUNT>
 inline void accumulate_columns(float* acc, float fade, const float* weights, const float* tile, int64_t padded, int64_t d) {
-  Vector parts[WIDTH];
-  for (int64_t i = 0; i < WIDTH; ++i) parts[i] = fade * load(acc + d + i * LANES);
+  Vector parts[COUNT];
+  for (int64_t i = 0; i < COUNT; ++i) parts[i] = fade * load(acc + d + i * LANES);
 #pragma GCC unroll 16
   for (int64_t r = 0; r < TILE; ++r)
-    for (int64_t i = 0; i < WIDTH; ++i) parts[i] += weights[r] * load(tile + r * padded + d + i * LANES);
-  for (int64_t i = 0; i < WIDTH; ++i) store(acc + d + i * LANES, parts[i]);
+    for (int64_t i = 0; i < COUNT; ++i) parts[i] += weights[r] * load(tile + r * padded + d + i * LANES);
+  for (int64_t i = 0; i < COUNT; ++i) store(acc + d + i * LANES, parts[i]);
 }
 
 inline void accumulate(float* acc, float fade, const float* weights, const float* tile, int64_t padded) {
@@ -117,12 +124,11 @@ inline void accumulate(float* acc, float fade, const float* weights, const float
   for (; d < padded; d += LANES) accumulate_columns<1>(acc, fade, weights, tile, padded, d);
 }
 
-// The same with rows directly from the cache, for GROUPS queries and columns d to d + 64, so that a row is widened once for all
-// queries. The queries' accumulators are DIM apart, their weights RUN.
+// The same with rows directly from the cache, for GROUPS queries and columns d to d + WIDTH * LANES, so that a row is widened
+// once for all queries. The queries' accumulators are DIM apart, their weights RUN.
 template <int64_t GROUPS, typename T, int64_t DIM>
 inline void accumulate_rows(float* acc, const float* fades, const float* weights, const Rows<T, DIM>& values, int64_t row,
                             int64_t count, int64_t d) {
-  constexpr int64_t WIDTH = 4;
   Vector parts[GROUPS][WIDTH];
 #pragma GCC unroll 4
   for (int64_t g = 0; g < GROUPS; ++g)
@@ -151,10 +157,10 @@ void accumulate_all(float* acc, const float* fades, const float* weights, const 
                     int64_t count, int64_t groups) {
   int64_t g = 0;
   for (; g + 4 <= groups; g += 4)
-    for (int64_t d = 0; d < DIM; d += 4 * LANES)
+    for (int64_t d = 0; d < DIM; d += WIDTH * LANES)
       accumulate_rows<4>(acc + g * DIM, fades + g, weights + g * RUN, values, row, count, d);
   for (; g < groups; ++g)
-    for (int64_t d = 0; d < DIM; d += 4 * LANES)
+    for (int64_t d = 0; d < DIM; d += WIDTH * LANES)
       accumulate_rows<1>(acc + g * DIM, fades + g, weights + g * RUN, values, row, count, d);
 }
 

@@ -1,5 +1,5 @@
-// Causal attention of a chunk of one sequence to itself and its past, with or without a window. Products are bfloat16 from the
-// first-level cache, and the softmax is float32; there is one pass over the keys with a running maximum (arXiv 2205.14135).
+// Causal attention of a chunk of one sequence to itself and its past, with or without a window. Products are those of
+// `products.h`, and the softmax is float32; there is one pass over the keys with a running maximum (arXiv 2205.14135).
 //
 // Keys and values are laid out in tiles of 64 keys. A tile serves a block of queries and all heads that share the keys,
 // together about ROWS rows: enough to make up for laying out the tile, few enough to waste little at the edges of a window.
@@ -72,7 +72,7 @@ void lay_out_values(const Half* values, int64_t stride, int64_t count, int64_t d
 
 // Buffers of one thread for a block of queries. A row is one (query, head); the heads of a query are next to each other.
 struct Scratch {
-  std::vector<Half> queries, weights;
+  std::vector<Input> queries, weights;
   std::vector<Sums> scores, out;
   std::vector<float> peak, total;
 
@@ -81,7 +81,7 @@ struct Scratch {
 };
 
 // sums (+)= x (rows, 2 * pairs) times a piece of weights; `first` starts the sums at zero.
-void products(int64_t rows, const Weights* piece, int64_t pairs, const Half* x, Sums* sums, bool first) {
+void products(int64_t rows, const Weights* piece, int64_t pairs, const Input* x, Sums* sums, bool first) {
   for (int64_t n = 0; n < rows; n += TOKENS)
     multiply_up_to(std::min(TOKENS, rows - n), piece, pairs, x + n * 2 * pairs, 2 * pairs, sums + n, first, nullptr,
                    int64_t{0});
@@ -172,7 +172,7 @@ at::Tensor chunk_attention(const at::Tensor& queries, const at::Tensor& keys, co
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t begin = b * s.block(), end = std::min(begin + s.block(), s.queries), width = s.groups * s.dim;
         for (int64_t i = begin; i < end; ++i)
-          std::copy_n(query + (i * heads + h * s.groups) * s.dim, width, own.queries.data() + (i - begin) * width);
+          copy_inputs(query + (i * heads + h * s.groups) * s.dim, own.queries.data() + (i - begin) * width, width);
         attend(begin, end, laid_keys.data() + h * s.tiles() * s.key_size(), laid_values.data() + h * s.tiles() * s.value_size(),
                s, own);
         const int64_t rows = (end - begin) * s.groups;

@@ -1,10 +1,10 @@
 // Linear layers with prepacked bfloat16 or int8 weights for bfloat16 inputs. A decode step reads every weight once, at the
-// memory's rate; a chunk of a prompt runs at the rate of bfloat16 products.
+// memory's rate; a chunk of a prompt runs at the rate of bfloat16 products, or of float32 products where the CPU has no others.
 //
 // Weights are laid out in blocks of 64 outputs, (blocks, pairs of inputs, 64, 2), so that a thread reads one stream of memory.
-// A piece of a block at a time is brought into the first-level cache, where it serves all tokens. int8 weights are widened to
-// bfloat16 there, which represents every int8 exactly. Products are summed in float32; int8 weights have one scale per output,
-// which multiplies the sum.
+// A piece of a block at a time is brought into the first-level cache, where it serves all tokens. Weights are widened there to
+// what is multiplied, which represents all of them exactly. Products are summed in float32; int8 weights have one scale per
+// output, which multiplies the sum.
 #include <ATen/core/Tensor.h>
 #include <omp.h>
 
@@ -20,16 +20,16 @@ namespace {
 constexpr int64_t PANEL = 64 * TOKENS;  // the most tokens whose sums are kept at a time
 constexpr int64_t FEW = 64;             // up to this many tokens, reading weights takes longer than storing sums
 constexpr int64_t SHORT = 8192;         // bytes of a piece, for up to FEW tokens
-constexpr int64_t LONG = 128;           // pairs of inputs of a piece, for more tokens
-constexpr int64_t ALONE = 1 << 17;      // products up to which waking the other threads takes longer than they would save
-constexpr int64_t TURNS = 16;           // pieces of work for each thread: one that other programs hold up takes fewer
+constexpr int64_t LONG = 32768 / (VECTORS * sizeof(Weights));  // pairs of inputs of a piece, for more tokens
+constexpr int64_t ALONE = 1 << 17;  // products up to which waking the other threads takes longer than they would save
+constexpr int64_t TURNS = 16;       // pieces of work for each thread: one that other programs hold up takes fewer
 
 // Multiplies up to PANEL tokens by one block of weights. The next piece is prefetched meanwhile: during the passes of TOKENS
 // tokens over this piece, or, if there is only one pass, while this piece is widened.
 template <typename T>
-void multiply_block(const T* weights, int64_t pairs, const c10::BFloat16* x, int64_t tokens, Weights* piece, Sums* sums) {
+void multiply_block(const T* weights, int64_t pairs, const Input* x, int64_t tokens, Weights* piece, Sums* sums) {
   constexpr int64_t pair = 2 * BLOCK * sizeof(T);  // bytes of the weights of a pair of inputs
-  const int64_t length = tokens <= FEW ? SHORT / pair : LONG, passes = (tokens + TOKENS - 1) / TOKENS;
+  const int64_t length = tokens <= FEW ? std::min(SHORT / pair, LONG) : LONG, passes = (tokens + TOKENS - 1) / TOKENS;
   const int64_t share = (pair / LINE + passes - 1) / passes;
   for (int64_t begin = 0; begin < pairs; begin += length) {
     const int64_t count = std::min(length, pairs - begin);
@@ -52,7 +52,7 @@ void multiply_block(const T* weights, int64_t pairs, const c10::BFloat16* x, int
 template <typename T>
 void multiply_all(const at::Tensor& x, const at::Tensor& weights, const float* scales, int64_t outputs, at::Tensor& out) {
   const int64_t blocks = weights.size(0), pairs = weights.size(1), tokens = x.numel() / (2 * pairs);
-  const c10::BFloat16* from = x.const_data_ptr<c10::BFloat16>();
+  const Input* from = x.const_data_ptr<Input>();
   const T* weight = weights.const_data_ptr<T>();
   c10::BFloat16* to = out.data_ptr<c10::BFloat16>();
   const int64_t turn = std::max<int64_t>(1, blocks / (TURNS * omp_get_max_threads()));
@@ -93,10 +93,10 @@ at::Tensor prepacked_linear(const at::Tensor& input, const at::Tensor& weights, 
   const int64_t blocks = weights.size(0), pairs = weights.size(1), inputs = input.size(-1);
   TORCH_CHECK(input.scalar_type() == at::kBFloat16 && weights.is_contiguous() && weights.size(2) == BLOCK);
   TORCH_CHECK((inputs + 1) / 2 == pairs && (outputs + BLOCK - 1) / BLOCK == blocks);
-  const at::Tensor x = (inputs % 2 ? padded(input) : input).contiguous();
+  const at::Tensor x = as_inputs(inputs % 2 ? padded(input) : input).contiguous();
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = outputs;
-  at::Tensor out = x.new_empty(shape);
+  at::Tensor out = input.new_empty(shape);
   if (weights.scalar_type() == at::kBFloat16) {
     multiply_all<c10::BFloat16>(x, weights, nullptr, outputs, out);
     return out;

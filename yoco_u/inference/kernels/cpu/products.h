@@ -1,5 +1,5 @@
-// Products of bfloat16 rows with a piece of weights in the first-level cache, of which all matrix products of the kernels
-// consist.
+// Products of rows with a piece of bfloat16 or int8 weights in the first-level cache, of which all matrix products of the
+// kernels consist. Rows are bfloat16 where the CPU multiplies that, and floats elsewhere.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -9,22 +9,28 @@
 
 #include "vectors.h"
 
-constexpr int64_t VECTORS = 4;              // vectors of outputs that are computed together
-constexpr int64_t TOKENS = 6;               // tokens that are computed together: 4 x 6 sums fill the registers
-constexpr int64_t BLOCK = VECTORS * LANES;  // outputs of a block
+constexpr int64_t BLOCK = 64;               // outputs of a block
+constexpr int64_t VECTORS = BLOCK / LANES;  // vectors of outputs of a block
 constexpr int64_t LINE = 64;                // bytes of a cache line
+constexpr int64_t ABREAST = 4;              // vectors of outputs that are computed together, and how many tokens of each:
+#ifdef __AVX512F__
+constexpr int64_t TOKENS = 6;  // 4 x 6 sums fill 32 registers
+#else
+constexpr int64_t TOKENS = 3;  // 4 x 3 sums fill 16 registers
+#endif
 
 struct alignas(64) Sums {
   float of[BLOCK];
 };
 
 #ifdef __AVX512BF16__
+typedef c10::BFloat16 Input;
 struct Weights {
   __m512bh pairs;
 };
 typedef __m512bh Inputs;
 
-// The weights of two inputs and 16 outputs.
+// The weights of two inputs and LANES outputs.
 inline Weights widen(const c10::BFloat16* from) { return {(__m512bh)_mm512_loadu_si512(from)}; }
 
 inline Weights widen(const int8_t* from) {
@@ -33,7 +39,9 @@ inline Weights widen(const int8_t* from) {
   return {_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high)), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)))};
 }
 
-inline Inputs two_inputs(const c10::BFloat16* x) {
+inline void copy_inputs(const c10::BFloat16* from, Input* to, int64_t n) { std::memcpy(to, from, n * sizeof(Input)); }
+
+inline Inputs two_inputs(const Input* x) {
   int32_t both;
   std::memcpy(&both, x, sizeof(both));
   return (Inputs)_mm512_set1_epi32(both);
@@ -43,6 +51,7 @@ inline Vector add_products(Vector sum, const Weights& w, const Inputs& x) {
   return (Vector)_mm512_dpbf16_ps((__m512)sum, w.pairs, x);
 }
 #else
+typedef float Input;
 struct Weights {
   Vector first, second;
 };
@@ -62,36 +71,42 @@ inline Weights widen(const int8_t* from) {
   return {__builtin_convertvector((pairs << 24) >> 24, Vector), __builtin_convertvector(pairs >> 8, Vector)};
 }
 
-inline Inputs two_inputs(const c10::BFloat16* x) { return {static_cast<float>(x[0]), static_cast<float>(x[1])}; }
+inline void copy_inputs(const c10::BFloat16* from, Input* to, int64_t n) { to_float(from, to, n, 1.0f); }
+
+inline Inputs two_inputs(const Input* x) { return {x[0], x[1]}; }
 
 inline Vector add_products(Vector sum, const Weights& w, const Inputs& x) {
   return sum + w.first * x.first + w.second * x.second;
 }
 #endif
 
+inline at::Tensor as_inputs(const at::Tensor& x) { return x.to(c10::CppTypeToScalarType<Input>::value); }
+
 // Multiplies COUNT tokens by a piece of weights: sums (+)= x (COUNT, pairs * 2), whose rows are `stride` apart. For each pair,
 // `lines` cache lines from `ahead` on are prefetched, so that the memory works during the products.
 template <int64_t COUNT>
-inline void multiply(const Weights* piece, int64_t pairs, const c10::BFloat16* x, int64_t stride, Sums* sums, bool first,
+inline void multiply(const Weights* piece, int64_t pairs, const Input* x, int64_t stride, Sums* sums, bool first,
                      const char* ahead, int64_t lines) {
-  Vector acc[COUNT][VECTORS];
+  for (int64_t part = 0; part < VECTORS; part += ABREAST, lines = 0) {
+    Vector acc[COUNT][ABREAST];
 #pragma GCC unroll 8
-  for (int64_t n = 0; n < COUNT; ++n)
+    for (int64_t n = 0; n < COUNT; ++n)
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < VECTORS; ++v) acc[n][v] = first ? Vector{} : load(sums[n].of + v * LANES);
-  for (int64_t p = 0; p < pairs; ++p) {
-    for (int64_t l = 0; l < lines; ++l, ahead += LINE) __builtin_prefetch(ahead, 0, 3);
+      for (int64_t v = 0; v < ABREAST; ++v) acc[n][v] = first ? Vector{} : load(sums[n].of + (part + v) * LANES);
+    for (int64_t p = 0; p < pairs; ++p) {
+      for (int64_t l = 0; l < lines; ++l, ahead += LINE) __builtin_prefetch(ahead, 0, 3);
 #pragma GCC unroll 8
-    for (int64_t n = 0; n < COUNT; ++n) {
-      const Inputs two = two_inputs(x + n * stride + 2 * p);
+      for (int64_t n = 0; n < COUNT; ++n) {
+        const Inputs two = two_inputs(x + n * stride + 2 * p);
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < VECTORS; ++v) acc[n][v] = add_products(acc[n][v], piece[p * VECTORS + v], two);
+        for (int64_t v = 0; v < ABREAST; ++v) acc[n][v] = add_products(acc[n][v], piece[p * VECTORS + part + v], two);
+      }
     }
+#pragma GCC unroll 8
+    for (int64_t n = 0; n < COUNT; ++n)
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < ABREAST; ++v) store(sums[n].of + (part + v) * LANES, acc[n][v]);
   }
-#pragma GCC unroll 8
-  for (int64_t n = 0; n < COUNT; ++n)
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < VECTORS; ++v) store(sums[n].of + v * LANES, acc[n][v]);
 }
 
 template <int64_t COUNT = TOKENS, typename... Arguments>

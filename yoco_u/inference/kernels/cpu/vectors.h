@@ -1,4 +1,4 @@
-// Vectors of sixteen floats, by the vector extensions of GCC and clang, which compile to the instructions that the CPU has.
+// Vectors of floats, as many as a register of the CPU holds, by the vector extensions of GCC and clang.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,17 +6,32 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
+// The compiler takes apart vectors that are longer than a register, which costs ten times what they are for.
+#if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 typedef int32_t Whole __attribute__((vector_size(LANES * sizeof(int32_t))));
 
-constexpr Whole ORDER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+typedef std::make_index_sequence<LANES> Lanes;
+
+template <size_t... LANE>
+constexpr Whole numbered(std::index_sequence<LANE...>) {
+  return Whole{static_cast<int32_t>(LANE)...};
+}
+
+constexpr Whole ORDER = numbered(Lanes());  // 0, 1, 2 ...
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector x) { *reinterpret_cast<Vector*>(to) = x; }
@@ -36,7 +51,7 @@ class Floats {
 
 inline void to_float(const float* from, float* to, int64_t n, float) { std::memcpy(to, from, n * sizeof(float)); }
 
-// Sixteen elements as floats; int8 times its scale.
+// LANES elements as floats; int8 times its scale.
 inline Vector wide(const float* from, float) { return load(from); }
 
 inline Vector wide(const c10::BFloat16* from, float) {
@@ -83,12 +98,17 @@ inline void to_float(const int8_t* from, float* to, int64_t n, float scale) {
   for (int64_t i = 0; i < n; ++i) to[i] = scale * static_cast<float>(from[i]);
 }
 
-template <typename Join>
+// The lanes whose numbers differ by STEP change places.
+template <size_t STEP, size_t... LANE>
+inline Vector swapped(Vector x, std::index_sequence<LANE...>) {
+  return __builtin_shufflevector(x, x, (LANE ^ STEP)...);
+}
+
+template <size_t STEP = LANES / 2, typename Join>
 inline float fold(Vector x, Join join) {
-  x = join(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  x = join(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  x = join(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  return join(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))[0];
+  x = join(x, swapped<STEP>(x, Lanes()));
+  if constexpr (STEP > 1) return fold<STEP / 2>(x, join);
+  return x[0];
 }
 
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
