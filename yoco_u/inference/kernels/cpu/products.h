@@ -12,11 +12,11 @@
 constexpr int64_t BLOCK = 64;               // outputs of a block
 constexpr int64_t VECTORS = BLOCK / LANES;  // vectors of outputs of a block
 constexpr int64_t LINE = 64;                // bytes of a cache line
-constexpr int64_t ABREAST = 4;              // vectors of outputs that are computed together, and how many tokens of each:
+constexpr int64_t TOKENS = 6;               // tokens that are computed together, and how many vectors of outputs of each:
 #ifdef __AVX512F__
-constexpr int64_t TOKENS = 6;  // 4 x 6 sums fill 32 registers
+constexpr int64_t ABREAST = 4;  // 6 x 4 sums fill 32 registers
 #else
-constexpr int64_t TOKENS = 3;  // 4 x 3 sums fill 16 registers
+constexpr int64_t ABREAST = 2;  // 6 x 2 sums fill 16 registers
 #endif
 
 struct alignas(64) Sums {
