@@ -131,8 +131,6 @@ def serve(variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -> None:
             step()
         if variant == "yoco_retention":
             arrival = replace(arrival, drafts="none", threshold=None)
-        if subject.runner.decode_graphs is not None:  # as on a GPU, where tokens run all loops
-            arrival = replace(arrival, threshold=None)
         requests.append((arrival, subject.add(arrival.ids, arrival.params), clock))
     for _ in range(10_000):
         if not subject.unfinished:

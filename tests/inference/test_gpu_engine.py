@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import test_exits
 import torch
 from engine_runs import VARIANTS, WINDOW, assert_greedy, drafting_engine, greedy, prompt, run
 from engine_runs import engine as make_engine
@@ -103,6 +104,14 @@ def test_drafts(variant: str, by: str, recorder: GraphRecorder) -> None:
     for request, own in zip(run(subject, [prompt(7, seed=seed) * 3 for seed in range(3)], params), params, strict=True):
         assert_greedy(variant, request, own.num_loops)
     assert subject.speculation.accepted + subject.speculation.rejected > 0
+
+
+@pytest.mark.parametrize("variant", test_exits.LEAVING)
+def test_tokens_that_leave_the_loop(variant: str, recorder: GraphRecorder) -> None:
+    """Against the direct twin; and beside requests of all other kinds they are what they are alone."""
+    test_exits.test_every_architecture_against_the_twin(variant)
+    if variant == "yoco_u":
+        test_exits.test_requests_of_all_kinds_share_a_batch("int8")
 
 
 def test_a_graph_is_recorded_once_for_each_bucket_and_segment(recorder: GraphRecorder) -> None:

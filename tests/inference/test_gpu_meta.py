@@ -12,8 +12,8 @@ from models import architecture
 from yoco_u import YocoUConfig, YocoUForCausalLM
 from yoco_u.inference import Engine, EngineSettings, SamplingParams
 
-UPLOADERS = ("block_tables", "gpu_plan", "packed_upload", "runner", "running_output")
-READERS = ("logprobs", "sampler")
+UPLOADERS = ("block_tables", "gpu_plan", "packed_upload", "runner", "running_output", "token_exits")
+READERS = ("logprobs", "sampler", "token_exits")
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,28 @@ def test_steps_of_every_architecture(variant: str, kind: str | None, monkeypatch
         # A step of one decode: its plan and its new blocks go there, its token comes back.
         assert copies.count("there") <= 2 and copies.count("back") == 1
     assert again.cached_tokens == 28
+
+
+@pytest.mark.parametrize("variant", ["yoco_u", "rins", "upper_loop"])
+def test_steps_whose_tokens_leave_the_loop(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores of each loop but the last come back too, as long as tokens are in it; here they are zero, and all leave."""
+    monkeypatch.setenv("YOCO_U_KERNELS", "on")
+    with META:
+        model = YocoUForCausalLM(YocoUConfig.from_architecture(architecture(variant)))
+    settings = {"dtype": "bfloat16", "cache_tokens": 512, "block_size": 4, "max_num_seqs": 8, "max_batched_tokens": 24}
+    engine = Engine(model.eval(), None, EngineSettings.model_validate(settings))
+    how = [("auto", 0.5), ("auto", 0.0), (2, None), ("auto", 0.5)]
+    requests = [
+        engine.add(list(range(1, length)), SamplingParams(temperature=0, max_tokens=6, num_loops=loops, exit_threshold=below))
+        for length, (loops, below) in zip((2, 30, 21, 30), how, strict=True)
+    ]
+    run, copies = watched(monkeypatch)
+    with run:
+        while engine.unfinished:
+            copies.clear()
+            engine.step()
+            assert copies.count("back") <= 3
+    assert [set(request.outputs[0].loops) for request in requests] == [{1}, {3}, {2}, {1}]
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:

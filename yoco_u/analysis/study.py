@@ -157,7 +157,7 @@ def why_not(measure: str, subjects: Sequence[Subject]) -> str | None:
 def _why_no_exits(subject: Subject) -> str | None:
     if isinstance(subject.exits, UserError):
         return str(subject.exits)
-    problem = exit_problem(subject.architecture, subject.exits, subject.model.device.type != "cpu")
+    problem = exit_problem(subject.architecture, subject.exits)
     if not problem and subject.exits is None:
         return f"{subject.name} has no {FILE}; run yoco-u exits first, or give --exit-threshold"
     return problem or None

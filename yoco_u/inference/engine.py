@@ -362,8 +362,7 @@ class Engine:
         asked = params.num_loops or self.settings.num_loops
         if asked != "auto":
             return asked or self.num_loops, None
-        on_gpu = self.runner.decode_graphs is not None
-        exits = check_exits(self.architecture.with_loops(self.num_loops), self.exits, on_gpu)
+        exits = check_exits(self.architecture.with_loops(self.num_loops), self.exits)
         if params.drafts in ("loops", "prompt"):  # the engine's num_loops is auto
             problem = f"drafts is {params.drafts}, but num_loops is auto here, with which nothing is drafted"
             raise UserError(f"{problem}; give a number of loops, or set drafts none", "drafts")

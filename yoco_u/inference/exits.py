@@ -130,7 +130,7 @@ def head_inputs(states: Tensor) -> Tensor:
     return found.mean(-2) if found.ndim == 3 else found
 
 
-def check_exits(a: Architecture, exits: Exits | UserError | None, on_gpu: bool) -> Exits | None:
+def check_exits(a: Architecture, exits: Exits | UserError | None) -> Exits | None:
     """Refuse requests whose tokens cannot leave the loop.
 
     Args:
@@ -145,19 +145,17 @@ def check_exits(a: Architecture, exits: Exits | UserError | None, on_gpu: bool) 
     """
     if isinstance(exits, UserError):
         raise UserError(f"num_loops is auto, but {exits}", "num_loops")
-    if problem := exit_problem(a, exits, on_gpu):
+    if problem := exit_problem(a, exits):
         raise UserError(f"num_loops is auto, but {problem}; give a number of loops", "num_loops")
     return exits
 
 
-def exit_problem(a: Architecture, exits: Exits | None, on_gpu: bool) -> str:
+def exit_problem(a: Architecture, exits: Exits | None) -> str:
     """Why tokens cannot leave the loop of a model by these exits; empty if they can.
 
     Args:
         a: at the most loops that a token runs.
     """
-    if on_gpu:
-        return "tokens leave the loop one by one on CPUs alone so far"
     if (problem := loop_problem(a)) or exits is None or exits.num_loops == a.num_loops:
         return problem
     return (

@@ -18,6 +18,7 @@ from yoco_u.inference.kernels.gpu.splits import SplitPlan
 from yoco_u.inference.kernels.varlen import varlen_attention
 from yoco_u.inference.kv_cache import KVCache, KVStorage
 from yoco_u.inference.step_retention import step_retention
+from yoco_u.inference.token_exits import TokenExits
 from yoco_u.model.backend import AttentionBackend
 from yoco_u.model.rope import rotary_angles
 
@@ -93,20 +94,54 @@ class DecodeBackend(AttentionBackend):
 
 
 class GpuBackend(DecodeBackend):
-    """The backend of one step of the engine, in which every request may run another number of tokens and of loops."""
+    """The backend of one step of the engine, in which every request may run another number of tokens and of loops.
+
+    Args:
+        exits: of tokens that may leave the loop; None where there are none. Only with these the host waits, once a loop.
+    """
 
     plan: StepPlan
 
-    def __init__(self, plan: StepPlan, cache: KVCache, architecture: Architecture, slots: tuple[Slot, ...]) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        cache: KVCache,
+        architecture: Architecture,
+        slots: tuple[Slot, ...],
+        exits: TokenExits | None = None,
+    ) -> None:
         super().__init__(plan, cache, architecture, slots)
+        self.exits = exits
         self._in_loop: dict[int, tuple[Tensor | None, GpuBackend]] = {}  # by how many requests are left
 
     def in_loop(self, loop: int) -> "tuple[Tensor | None, GpuBackend]":
-        counts = [one.count if one.num_loops > loop else 0 for one in self.plan.slices]
-        left = sum(count > 0 for count in counts)
+        if self.exits is not None and loop == 0:
+            self.exits.begin(self.plan.slices)
+        running = [one.num_loops > loop and not (self.exits and self.exits.has_gone(one)) for one in self.plan.slices]
+        left = sum(running)
         if left not in self._in_loop:
-            self._in_loop[left] = self._last_tokens(counts)
+            self._in_loop[left] = self._whole(running)
         return self._in_loop[left]
+
+    def hold(self, loop: int, before: Tensor, x: Tensor) -> Tensor:
+        return x if self.exits is None or loop == 0 else self.exits.hold(self.plan.slices, before, x)
+
+    def end_loop(self, loop: int, before: Tensor, after: Tensor) -> "tuple[Tensor, tuple[Tensor, AttentionBackend] | None]":
+        if self.exits is None:
+            return after, None
+        after, seats = self.exits.end_loop(loop, before, after)
+        if not seats:
+            return after, None
+        index, backend = self._whole([one.seat in seats for one in self.plan.slices])
+        return after, (torch.arange(after.shape[1], device=after.device) if index is None else index, backend)
+
+    def remember(self, slot: int, k: Tensor, v: Tensor) -> None:
+        assert self.exits is not None
+        for own in self.exits.later_loops(self.slots[slot]):
+            if own.attention == "sliding":
+                self.cache.rings[own].store(self.plan.tokens["ring_slots"], k[0], v[0])
+            else:
+                self.cache.pages[own].store(self.plan.tokens["page_slots"], k[0], v[0])
 
     def kept(self) -> "tuple[Tensor | None, GpuBackend]":
         return self._last_tokens([one.kept for one in self.plan.slices])
@@ -142,10 +177,16 @@ class GpuBackend(DecodeBackend):
             parts.append(varlen_attention(q[0, n:], k, v, keys.lengths, None)[None])
         return _joined(parts)
 
+    def _whole(self, chosen: list[bool]) -> "tuple[Tensor | None, GpuBackend]":
+        """All tokens of some requests: their indices, None for all requests, and their backend."""
+        return self._last_tokens([one.count if its else 0 for one, its in zip(self.plan.slices, chosen, strict=True)])
+
     def _last_tokens(self, counts: list[int]) -> "tuple[Tensor | None, GpuBackend]":
         """The last tokens of each request, so many as `counts` says: their indices, None for all, and their backend."""
         index, plan = self.plan.last_tokens(counts)
-        return index, self if index is None else GpuBackend(plan, self.cache, self.architecture, self.slots)
+        if index is None:
+            return None, self
+        return index, GpuBackend(plan, self.cache, self.architecture, self.slots, self.exits)
 
 
 def _behind_ring(ring: KVStorage, plan: RingKeys, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

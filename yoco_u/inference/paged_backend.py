@@ -61,7 +61,7 @@ class PagedBackend(AttentionBackend):
 
     def in_loop(self, loop: int) -> "tuple[Tensor | None, PagedBackend]":
         if self.exits is not None and loop == 0:
-            self.exits.begin(self.slices, self.tokens)
+            self.exits.begin(self.slices)
         running = [one.num_loops > loop and not (self.exits and self.exits.has_gone(one)) for one in self.slices]
         left = sum(running)
         if left not in self._in_loop:
@@ -84,13 +84,11 @@ class PagedBackend(AttentionBackend):
 
     def remember(self, slot: int, k: Tensor, v: Tensor) -> None:
         assert self.exits is not None
-        own = self.slots[slot]
-        later = (own._replace(loop=loop) for loop in range(own.loop + 1, self.exits.num_loops))
-        for it in later:
+        for own in self.exits.later_loops(self.slots[slot]):
             if own.attention == "sliding":
-                _store(self.cache.rings[it], k, v, *self._ring_slot_mapping)
+                _store(self.cache.rings[own], k, v, *self._ring_slot_mapping)
             else:
-                _store(self.cache.pages[it], k, v, *self._page_slot_mapping)
+                _store(self.cache.pages[own], k, v, *self._page_slot_mapping)
 
     def kept(self) -> "tuple[Tensor | None, PagedBackend]":
         if all(one.kept == one.count for one in self.slices):

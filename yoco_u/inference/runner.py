@@ -136,7 +136,7 @@ class Runner:
         exits: TokenExits | None,
     ) -> Tensor:
         """Logits of the kept tokens of all slices, (kept, vocab)."""
-        if self.decode_graphs is not None and all(one.count == one.kept == 1 for one in slices):
+        if self.decode_graphs is not None and exits is None and all(one.count == one.kept == 1 for one in slices):
             self.tables.flush()
             return self.decode_graphs.run(slices, ids, architecture, slots)
         backend = self._backend(slices, architecture, slots, exits)
@@ -181,7 +181,7 @@ class Runner:
         if self.decode_graphs is None:
             return PagedBackend(slices, self.cache, architecture, slots, exits)
         self.tables.flush()
-        return GpuBackend(StepPlan(slices, self.tables, self.cache), self.cache, architecture, slots)
+        return GpuBackend(StepPlan(slices, self.tables, self.cache), self.cache, architecture, slots, exits)
 
     def _embedded(self, ids: list[int]) -> Tensor:
         return self.model.model.embed_tokens(upload([ids], self.device))

@@ -5,12 +5,14 @@ projects from this state, as if the layers before had not changed it. Decodes th
 a prefill run together until all of them have left; meanwhile those that have left keep their states in front of every layer.
 """
 
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
+from yoco_u.architecture import Slot
+from yoco_u.device import read_back, upload
 from yoco_u.inference.exits import ExitRule
 from yoco_u.inference.sequence_slice import SequenceSlice
 
@@ -29,21 +31,18 @@ class TokenExits:
         self._gone: set[int] = set()  # seats whose tokens have all left
         self._some_left = False  # of the other seats
         self._masks: dict[int, Tensor] = {}  # which tokens have left, by how many slices run
-        self.begin([], [])
+        self.begin([])
 
-    def begin(self, slices: Sequence[SequenceSlice], tokens: Sequence[range]) -> None:
-        """A pass enters the stage that loops.
-
-        Args:
-            slices: of the pass.
-            tokens: which tokens of the pass each of them has.
-        """
+    def begin(self, slices: Sequence[SequenceSlice]) -> None:
+        """A pass of these slices, one behind the other, enters the stage that loops."""
+        ends = list(accumulate(one.count for one in slices))
+        tokens = (range(end - one.count, end) for one, end in zip(slices, ends, strict=True))
         own = [(one, its) for one, its in zip(slices, tokens, strict=True) if one.exit_threshold is not None]
-        count = tokens[-1].stop if tokens else 0
+        count = ends[-1] if ends else 0
         self._tokens = {one.seat: its for one, its in own}
         self._numbers = [token for _, its in own for token in its]  # of the tokens that may leave
         self._thresholds = [one.exit_threshold or 0.0 for one, its in own for _ in its]
-        self._index = None if len(self._numbers) == count else torch.tensor(self._numbers, device=self._device)
+        self._index = None if len(self._numbers) == count else upload(self._numbers, self._device)
         self._left = [False] * count
         self._loops = [self.num_loops] * count
 
@@ -59,7 +58,7 @@ class TokenExits:
             token has left just now.
         """
         if self._some_left:
-            left = torch.tensor(self._left, device=self._device)
+            left = upload(self._left, self._device)
             after = torch.where(left.view(1, -1, *[1] * (after.ndim - 2)), before, after)
         if loop + 1 >= self.num_loops or not self._numbers:
             return after, []
@@ -67,7 +66,7 @@ class TokenExits:
         leaving = [
             token
             for token, score, threshold in zip(
-                self._numbers, self._rule.scores(loop, *own).tolist(), self._thresholds, strict=True
+                self._numbers, read_back(self._rule.scores(loop, *own)), self._thresholds, strict=True
             )
             if score < threshold and not self._left[token]
         ]
@@ -106,8 +105,12 @@ class TokenExits:
                 [False] * one.count if its is None else self._left[its.start : its.stop]
                 for one, its in zip(slices, own, strict=True)
             )
-            self._masks[len(slices)] = torch.tensor(list(chain.from_iterable(left)), device=self._device)
+            self._masks[len(slices)] = upload(list(chain.from_iterable(left)), self._device)
         return torch.where(self._masks[len(slices)].view(1, -1, *[1] * (x.ndim - 2)), before, x)
+
+    def later_loops(self, slot: Slot) -> Iterator[Slot]:
+        """The slots of the same layer in the loops after that of `slot`."""
+        return (slot._replace(loop=loop) for loop in range(slot.loop + 1, self.num_loops))
 
     def loops(self) -> dict[int, list[int]]:
         """How many loops the tokens have run, by the seat of their request."""
