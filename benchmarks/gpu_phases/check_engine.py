@@ -19,6 +19,7 @@ from gpu_phases.scale import Scale
 from yoco_u.architecture import LOOPED, Architecture, preset
 from yoco_u.architecture.presets import DEPTH_FACTOR
 from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
+from yoco_u.inference.exits import loop_problem
 from yoco_u.model import YocoUForCausalLM
 
 NEW_TOKENS = 12
@@ -30,6 +31,9 @@ GRAPH_NATS = 0.05
 
 INT8_NATS = 0.15
 """The same with keys and values kept as int8."""
+
+NEVER_AND_ALWAYS = 0.0, 2.0
+"""Thresholds of the angular distance between states before and after a loop, which is between 0 and 1."""
 
 
 def check_engine(record: Record, scale: Scale, size: str) -> None:
@@ -48,6 +52,8 @@ def check_engine(record: Record, scale: Scale, size: str) -> None:
             checks["int8 cache"] = partial(subject.against_the_model, "float32", limit=INT8_NATS, kv_dtype="int8")
             if name in LOOPED:
                 checks["loop counts of one batch"] = partial(subject.against_the_model, "float32", (1, 2, None, 4))
+            if not loop_problem(subject.model.config.architecture):
+                checks["tokens that leave the loop"] = partial(subject.against_the_model, "float32", (1, None), leave=True)
         for what, check in checks.items():
             record.measure(f"{name} {size}, engine, {what}", check)
 
@@ -65,19 +71,24 @@ class _Subject:
         self._plain: dict[str, list[RequestOutput]] = {}  # what the engine answered with no settings besides the dtype
 
     def against_the_model(
-        self, dtype: str, loops: Sequence[int | None] = (None,), limit: float = NATS, **settings: Any
+        self, dtype: str, loops: Sequence[int | None] = (None,), limit: float = NATS, leave: bool = False, **settings: Any
     ) -> Figure:
-        """The log probabilities that the engine tells, and by how much its tokens are below the likeliest ones."""
+        """The log probabilities that the engine tells, and by how much its tokens are below the likeliest ones.
+
+        Args:
+            loops: of the prompts, in turn.
+            leave: tokens of one loop leave the loop after it, since all are below the threshold; the others never do.
+        """
         plain = not settings and loops == (None,)
-        requests = self._answers(dtype) if plain else self._run(self._engine(dtype, **settings), loops)
-        truths = [_logprobs(self.model, request) for request in requests]
+        requests = self._answers(dtype) if plain else self._run(self._engine(dtype, **settings), loops, leave)
+        truths = [_logprobs(self.model, request, loops[i % len(loops)]) for i, request in enumerate(requests)]
         told, true, best = (torch.cat(parts) for parts in zip(*map(_of_tokens, requests, truths), strict=True))
         error, margin = (told - true).abs(), best - true
         agreement = float((margin == 0).double().mean())
         if dtype == "float32":
             return verdict(max(float(error.max()), float(margin.max())), limit, agreement=agreement)
         coarse = deepcopy(self.model).to(torch.bfloat16)
-        rounded = torch.cat([_of_tokens(request, _logprobs(coarse, request))[1] for request in requests])
+        rounded = torch.cat([_of_tokens(request, _logprobs(coarse, request, None))[1] for request in requests])
         ours, cpu = (float(x.square().mean().sqrt()) for x in (told - true, rounded - true))
         return verdict(ours / max(cpu, 2e-3), BFLOAT16_FACTOR, agreement=agreement, gpu_nats=ours, cpu_nats=cpu)
 
@@ -107,23 +118,23 @@ class _Subject:
         small = {"dtype": dtype, "block_size": 16, "cache_tokens": 4096, "max_num_seqs": 4, "max_batched_tokens": 100}
         return Engine(deepcopy(self.model).to(self.device), None, EngineSettings.model_validate(small | settings))
 
-    def _run(self, engine: Engine, loops: Sequence[int | None] = (None,)) -> list[RequestOutput]:
+    def _run(self, engine: Engine, loops: Sequence[int | None] = (None,), leave: bool = False) -> list[RequestOutput]:
         requests = []
         for index, prompt in enumerate(self.prompts):
-            params = SamplingParams(
-                temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, num_loops=loops[index % len(loops)]
-            )
-            requests.append(engine.add(prompt, params))
+            own = loops[index % len(loops)]
+            how = {"num_loops": "auto", "exit_threshold": NEVER_AND_ALWAYS[own == 1]} if leave else {"num_loops": own}
+            params = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True, "logprobs": 0, **how}
+            requests.append(engine.add(prompt, SamplingParams.model_validate(params)))
         while engine.unfinished:
             engine.step()
         return requests
 
 
 @torch.no_grad()
-def _logprobs(model: YocoUForCausalLM, request: RequestOutput) -> Tensor:
+def _logprobs(model: YocoUForCausalLM, request: RequestOutput, loops: int | None) -> Tensor:
     """Of all tokens of the vocabulary, at each new token: (new tokens, vocab), from one pass without a cache."""
     ids = torch.tensor([request.prompt_token_ids + _tokens(request)])
-    logits = model(ids, use_cache=False, num_loops=request.num_loops).logits[0, -NEW_TOKENS - 1 : -1]
+    logits = model(ids, use_cache=False, num_loops=loops).logits[0, -NEW_TOKENS - 1 : -1]
     return logits.double().log_softmax(-1)
 
 

@@ -128,6 +128,10 @@ def test_the_engine_of_a_gpu_with_and_without_graphs(monkeypatch: pytest.MonkeyP
     assert captured
     found = subject.against_no_graphs()
     assert found["error"] == found["sequences_that_differ"] == 0
+    assert not subject.against_the_model("float32", (1, None), leave=True)["wrong"]
+    with monkeypatch.context() as patch:
+        patch.setattr(check_engine, "NEVER_AND_ALWAYS", (0.0, 0.0))
+        assert subject.against_the_model("float32", (1, None), leave=True)["wrong"]
 
 
 def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
