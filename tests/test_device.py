@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import architecture
+from models import EXPERTS, architecture
 
+from yoco_u import device
 from yoco_u.device import check_bfloat16, find_device
 from yoco_u.errors import UserError
-from yoco_u.inference import EngineSettings, model_limits
+from yoco_u.inference import EngineSettings, model_limits, prepacking
 from yoco_u.inference.kernels import gpu
 
 CUDA = torch.device("cuda", 0)
@@ -50,6 +51,19 @@ def test_a_gpu_without_bfloat16(old_gpu: None) -> None:
         EngineSettings(dtype="bfloat16").torch_dtype(a, CUDA)
     assert EngineSettings().torch_dtype(a, CUDA) == EngineSettings(dtype="float32").torch_dtype(a, CUDA) == torch.float32
     check_bfloat16(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("experts", [None, EXPERTS])
+def test_on_a_cpu_the_engine_multiplies_in_what_is_fast(
+    multiplies: bool, built: bool, experts: dict[str, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels multiply bfloat16 on any CPU; torch, which runs the rest and the experts, on some."""
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: multiplies)
+    monkeypatch.setattr(prepacking, "compiled", lambda: built)
+    found = EngineSettings().torch_dtype(architecture("yoco_u", experts=experts), torch.device("cpu"))
+    assert (found == torch.bfloat16) == (multiplies or (built and experts is None))
 
 
 def test_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
