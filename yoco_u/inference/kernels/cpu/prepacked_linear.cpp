@@ -21,6 +21,12 @@ constexpr int64_t PANEL = 64 * TOKENS;  // the most tokens whose sums are kept a
 constexpr int64_t FEW = 64;             // up to this many tokens, reading weights takes longer than storing sums
 constexpr int64_t SHORT = 8192;         // bytes of a piece, for up to FEW tokens
 constexpr int64_t LONG = 32768 / (VECTORS * sizeof(Weights));  // pairs of inputs of a piece, for more tokens
+constexpr int64_t NEAR = 2048;  // bytes ahead that are prefetched where weights are widened as they are multiplied
+#ifdef __AVX512BF16__
+constexpr bool AT_ONCE = false;  // whether that is done for few tokens, without bringing a piece into the cache first
+#else
+constexpr bool AT_ONCE = true;
+#endif
 constexpr int64_t ALONE = 1 << 17;  // products up to which waking the other threads takes longer than they would save
 constexpr int64_t TURNS = 16;       // pieces of work for each thread: one that other programs hold up takes fewer
 
@@ -34,6 +40,11 @@ void multiply_block(const T* weights, int64_t pairs, const Input* x, int64_t tok
   for (int64_t begin = 0; begin < pairs; begin += length) {
     const int64_t count = std::min(length, pairs - begin);
     const T* from = weights + begin * 2 * BLOCK;
+    if (AT_ONCE && passes == 1) {
+      multiply_up_to(tokens, from, count, x + 2 * begin, 2 * pairs, sums, begin == 0,
+                     reinterpret_cast<const char*>(from) + NEAR, pair / LINE);
+      continue;
+    }
     for (int64_t i = 0; i < count * VECTORS; ++i, from += 2 * LANES) {
       if (passes == 1) __builtin_prefetch(reinterpret_cast<const char*>(from) + SHORT, 0, 3);
       piece[i] = widen(from);

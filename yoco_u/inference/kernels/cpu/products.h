@@ -6,18 +6,26 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "vectors.h"
 
 constexpr int64_t BLOCK = 64;               // outputs of a block
 constexpr int64_t VECTORS = BLOCK / LANES;  // vectors of outputs of a block
 constexpr int64_t LINE = 64;                // bytes of a cache line
-constexpr int64_t TOKENS = 6;               // tokens that are computed together, and how many vectors of outputs of each:
+constexpr int64_t TOKENS = 6;               // most tokens that are computed together
 #ifdef __AVX512F__
-constexpr int64_t ABREAST = 4;  // 6 x 4 sums fill 32 registers
+constexpr int64_t SUMS = 24;  // vectors of sums that fill 32 registers, with what is added to them
 #else
-constexpr int64_t ABREAST = 2;  // 6 x 2 sums fill 16 registers
+constexpr int64_t SUMS = 12;  // 16 registers
 #endif
+
+// How many vectors of outputs are computed together, for so many tokens.
+constexpr int64_t abreast(int64_t tokens) {
+  int64_t count = VECTORS;
+  while (count * tokens > SUMS) count /= 2;
+  return count;
+}
 
 struct alignas(64) Sums {
   float of[BLOCK];
@@ -29,6 +37,8 @@ struct Weights {
   __m512bh pairs;
 };
 typedef __m512bh Inputs;
+
+inline Weights widen(const Weights* from) { return *from; }
 
 // The weights of two inputs and LANES outputs.
 inline Weights widen(const c10::BFloat16* from) { return {(__m512bh)_mm512_loadu_si512(from)}; }
@@ -59,6 +69,8 @@ struct Inputs {
   float first, second;
 };
 
+inline Weights widen(const Weights* from) { return *from; }
+
 inline Weights widen(const c10::BFloat16* from) {
   typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(2), may_alias));
   const Bits pairs = *reinterpret_cast<const Bits*>(from);
@@ -82,11 +94,13 @@ inline Vector add_products(Vector sum, const Weights& w, const Inputs& x) {
 
 inline at::Tensor as_inputs(const at::Tensor& x) { return x.to(c10::CppTypeToScalarType<Input>::value); }
 
-// Multiplies COUNT tokens by a piece of weights: sums (+)= x (COUNT, pairs * 2), whose rows are `stride` apart. For each pair,
-// `lines` cache lines from `ahead` on are prefetched, so that the memory works during the products.
-template <int64_t COUNT>
-inline void multiply(const Weights* piece, int64_t pairs, const Input* x, int64_t stride, Sums* sums, bool first,
+// Multiplies COUNT tokens by a piece of weights, which lie there as they are in memory or widened: sums (+)= x (COUNT, pairs *
+// 2), whose rows are `stride` apart. For each pair, `lines` cache lines from `ahead` on are prefetched, so that the memory
+// works during the products.
+template <int64_t COUNT, typename Piece>
+inline void multiply(const Piece* piece, int64_t pairs, const Input* x, int64_t stride, Sums* sums, bool first,
                      const char* ahead, int64_t lines) {
+  constexpr int64_t ABREAST = abreast(COUNT), STEP = std::is_same_v<Piece, Weights> ? 1 : 2 * LANES;
   for (int64_t part = 0; part < VECTORS; part += ABREAST, lines = 0) {
     Vector acc[COUNT][ABREAST];
 #pragma GCC unroll 8
@@ -95,11 +109,15 @@ inline void multiply(const Weights* piece, int64_t pairs, const Input* x, int64_
       for (int64_t v = 0; v < ABREAST; ++v) acc[n][v] = first ? Vector{} : load(sums[n].of + (part + v) * LANES);
     for (int64_t p = 0; p < pairs; ++p) {
       for (int64_t l = 0; l < lines; ++l, ahead += LINE) __builtin_prefetch(ahead, 0, 3);
+      const Piece* from = piece + (p * VECTORS + part) * STEP;
+      Weights wide[ABREAST];
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < ABREAST; ++v) wide[v] = widen(from + v * STEP);
 #pragma GCC unroll 8
       for (int64_t n = 0; n < COUNT; ++n) {
         const Inputs two = two_inputs(x + n * stride + 2 * p);
 #pragma GCC unroll 8
-        for (int64_t v = 0; v < ABREAST; ++v) acc[n][v] = add_products(acc[n][v], piece[p * VECTORS + part + v], two);
+        for (int64_t v = 0; v < ABREAST; ++v) acc[n][v] = add_products(acc[n][v], wide[v], two);
       }
     }
 #pragma GCC unroll 8
