@@ -134,11 +134,11 @@ def measures_of(size: str) -> dict[str, Callable[[], float]]:
     from yoco_u import YocoUConfig, YocoUForCausalLM
     from yoco_u.architecture import preset
     from yoco_u.bench.timed_engine import TimedEngine
-    from yoco_u.device import fast_dtype
+    from yoco_u.inference import EngineSettings
     from yoco_u.training.other_programs import OtherPrograms
 
-    dtype = fast_dtype(torch.device("cpu"))
     architecture, steps = preset("yoco_u", size), 30 if size == "test" else 8
+    dtype = str(EngineSettings().torch_dtype(architecture, torch.device("cpu"))).removeprefix("torch.")
     engine = TimedEngine(
         architecture, model=None, dtype=dtype, weights=dtype, cache_tokens=(CONTEXT + 200) * 16, sequences=16, num_loops=None
     )
