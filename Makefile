@@ -27,9 +27,9 @@ talk: .venv/installed
 test: format
 	@$(MAKE) --no-print-directory --jobs 2 mypy pytest
 
-# More processes than there are cores, since some tests wait for processes of their own.
+# One process more than there are cores, since some tests wait for processes of their own.
 pytest: .venv/installed-dev
-	$(BIN)/pytest --numprocesses $$($(PYTHON) -c 'import os; print(min(4, os.cpu_count() + 2))') --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses $$($(PYTHON) -c 'import os; print(min(4, os.cpu_count() + 1))') --dist loadfile --no-loadscope-reorder
 
 check: format mypy
 
