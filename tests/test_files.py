@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,11 +317,21 @@ def test_a_picture_a_page_and_json_are_known_again(tmp_path: Path) -> None:
             check_result(tmp_path / name)
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
-    """And no file that nobody has named."""
-    with pytest.raises(OSError) as caught:
-        check_place(tmp_path / "nowhere" / "a.json")
-    assert caught.value.filename == str(tmp_path / "nowhere") and caught.value.errno == errno.ENOENT
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no file that nobody has named, nor a folder that is yet to be made in it."""
+    places = [tmp_path / "a.json", tmp_path / "to" / "come" / "a.json"]
+    for place in places:
+        check_place(place)
+    assert not list(tmp_path.iterdir())
+
+    def refuse(prefix: str, dir: Path) -> str:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir / prefix))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    for place in places:
+        with pytest.raises(OSError) as caught:
+            check_place(place)
+        assert caught.value.filename == str(tmp_path) and caught.value.errno == errno.EROFS
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES])

@@ -173,7 +173,7 @@ def check_claim(folder: Path, kind: str, known: Callable[[Path], bool] = lambda 
     Raises:
         UserError: if the folder holds anything and is not ours, or is no folder.
     """
-    _check_parents(folder / "inside")
+    _nearest_folder(folder / "inside")
     # The mark is the first file in a folder, so it is looked for last: another process may be making the same folder.
     if folder.is_dir() and not _is_empty(folder) and not marked(folder, kind) and not known(folder):
         raise UserError(
@@ -189,19 +189,19 @@ def claim(folder: Path, kind: str, known: Callable[[Path], bool] = lambda _: Fal
 
 
 def check_place(path: Path) -> None:
-    """Check that a file or folder can be made beside `path`.
+    """Check that a file or folder can be made beside `path`, in a folder that is there or can be made.
 
     Raises:
         UserError: if something that is not ours is in the way there.
         OSError: if the folder that it is in cannot be written to.
     """
-    new = beside(path)
+    new, there = beside(path), _nearest_folder(path)
     if os.path.lexists(new) and not _is_ours(new):
         raise _in_the_way(new)
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=f"{new.name}.", dir=path.parent))
+        os.rmdir(tempfile.mkdtemp(prefix=f"{new.name}.", dir=there))
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path.parent)) from None
+        raise OSError(error.errno, error.strerror, str(there)) from None
 
 
 def check_part(path: Path) -> None:
@@ -232,14 +232,12 @@ def check_result(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
     real = Path(os.path.realpath(path))
-    _check_parents(real)
     if path.exists() or os.path.lexists(real):
         if not path.is_file():
             raise UserError(f"{path}: is no regular file; name another file")
         if not is_result(path):
             raise UserError(f"{path}: is there and was not made by yoco-u; name another file, or move it elsewhere")
-    if real.parent.is_dir():
-        check_place(real)
+    check_place(real)
 
 
 @contextmanager
@@ -374,10 +372,11 @@ def _old(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.old{PARTIAL}")
 
 
-def _check_parents(path: Path) -> None:
-    there = next(parent for parent in path.parents if os.path.lexists(parent))
+def _nearest_folder(path: Path) -> Path:
+    there = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
     if not there.is_dir():
         raise UserError(f"{there} is a {'file' if there.exists() else 'broken link'}; name a folder")
+    return there
 
 
 def _is_ours(path: Path) -> bool:

@@ -222,6 +222,15 @@ def test_the_command_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize("options", [["preset=transformer"], ["--back"], ["preset=transformer", "--remote-code"]])
+def test_folders_on_the_way_to_the_result_are_made(tmp_path: Path, options: list[str]) -> None:
+    save(tmp_path / "source", "llama")
+    out = tmp_path / "some" / "where" / "out"
+    assert main(["convert", str(tmp_path / "source"), *options, "--out", str(out)]) == 0
+    assert (out / "config.json").is_file()
+    assert main(["convert", str(tmp_path / "source"), *options, "--out", str(out / "config.json" / "out")]) == 2
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "source", "llama")
     command = ["convert", str(tmp_path / "source"), "window=16", "global_kvs=2", "--out", str(tmp_path / "ours")]
