@@ -81,14 +81,17 @@ class _Subject:
         """
         plain = not settings and loops == (None,)
         requests = self._answers(dtype) if plain else self._run(self._engine(dtype, **settings), loops, leave)
-        truths = [_logprobs(self.model, request, loops[i % len(loops)]) for i, request in enumerate(requests)]
+        counts = [loops[index % len(loops)] for index in range(len(requests))]
+        truths = list(map(partial(_logprobs, self.model), requests, counts))
         told, true, best = (torch.cat(parts) for parts in zip(*map(_of_tokens, requests, truths), strict=True))
         error, margin = (told - true).abs(), best - true
         agreement = float((margin == 0).double().mean())
         if dtype == "float32":
             return verdict(max(float(error.max()), float(margin.max())), limit, agreement=agreement)
         coarse = deepcopy(self.model).to(torch.bfloat16)
-        rounded = torch.cat([_of_tokens(request, _logprobs(coarse, request, None))[1] for request in requests])
+        rounded = torch.cat(
+            [_of_tokens(one, _logprobs(coarse, one, own))[1] for one, own in zip(requests, counts, strict=True)]
+        )
         ours, cpu = (float(x.square().mean().sqrt()) for x in (told - true, rounded - true))
         return verdict(ours / max(cpu, 2e-3), BFLOAT16_FACTOR, agreement=agreement, gpu_nats=ours, cpu_nats=cpu)
 
