@@ -18,7 +18,7 @@ from yoco_u.inference.kernels.gpu.splits import SplitPlan
 from yoco_u.inference.kernels.varlen import varlen_attention
 from yoco_u.inference.kv_cache import KVCache, KVStorage
 from yoco_u.inference.step_retention import step_retention
-from yoco_u.inference.token_exits import TokenExits
+from yoco_u.inference.token_exits import LoopingBackend, TokenExits
 from yoco_u.model.backend import AttentionBackend
 from yoco_u.model.rope import rotary_angles
 
@@ -93,7 +93,7 @@ class DecodeBackend(AttentionBackend):
         return decode_attention(q[0, :n], storage.data, storage.scales, block_tables, block_size, lengths, splits, prefix)[None]
 
 
-class GpuBackend(DecodeBackend):
+class GpuBackend(LoopingBackend, DecodeBackend):
     """The backend of one step of the engine, in which every request may run another number of tokens and of loops.
 
     Args:
@@ -110,30 +110,11 @@ class GpuBackend(DecodeBackend):
         slots: tuple[Slot, ...],
         exits: TokenExits | None = None,
     ) -> None:
-        super().__init__(plan, cache, architecture, slots)
-        self.exits = exits
-        self._in_loop: dict[int, tuple[Tensor | None, GpuBackend]] = {}  # by how many requests are left
+        DecodeBackend.__init__(self, plan, cache, architecture, slots)
+        LoopingBackend.__init__(self, plan.slices, exits)
 
-    def in_loop(self, loop: int) -> "tuple[Tensor | None, GpuBackend]":
-        if self.exits is not None and loop == 0:
-            self.exits.begin(self.plan.slices)
-        running = [one.num_loops > loop and not (self.exits and self.exits.has_gone(one)) for one in self.plan.slices]
-        left = sum(running)
-        if left not in self._in_loop:
-            self._in_loop[left] = self._whole(running)
-        return self._in_loop[left]
-
-    def hold(self, loop: int, before: Tensor, x: Tensor) -> Tensor:
-        return x if self.exits is None or loop == 0 else self.exits.hold(self.plan.slices, before, x)
-
-    def end_loop(self, loop: int, before: Tensor, after: Tensor) -> "tuple[Tensor, tuple[Tensor, AttentionBackend] | None]":
-        if self.exits is None:
-            return after, None
-        after, seats = self.exits.end_loop(loop, before, after)
-        if not seats:
-            return after, None
-        index, backend = self._whole([one.seat in seats for one in self.plan.slices])
-        return after, (torch.arange(after.shape[1], device=after.device) if index is None else index, backend)
+    def part(self, chosen: Sequence[bool]) -> "tuple[Tensor | None, GpuBackend]":
+        return self._last_tokens([one.count if its else 0 for one, its in zip(self.slices, chosen, strict=True)])
 
     def remember(self, slot: int, k: Tensor, v: Tensor) -> None:
         assert self.exits is not None
@@ -176,10 +157,6 @@ class GpuBackend(DecodeBackend):
                 )
             parts.append(varlen_attention(q[0, n:], k, v, keys.lengths, None)[None])
         return _joined(parts)
-
-    def _whole(self, chosen: list[bool]) -> "tuple[Tensor | None, GpuBackend]":
-        """All tokens of some requests: their indices, None for all requests, and their backend."""
-        return self._last_tokens([one.count if its else 0 for one, its in zip(self.plan.slices, chosen, strict=True)])
 
     def _last_tokens(self, counts: list[int]) -> "tuple[Tensor | None, GpuBackend]":
         """The last tokens of each request, so many as `counts` says: their indices, None for all, and their backend."""

@@ -9,7 +9,7 @@ drafts behind it counts as so many decodes of one sequence.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,14 +18,13 @@ from torch import Tensor
 from yoco_u.architecture import Architecture, Slot
 from yoco_u.inference.kernels import chunk_attention, decode_attention, rotate
 from yoco_u.inference.kv_cache import KVCache, KVStorage
-from yoco_u.inference.sequence_slice import SequenceSlice
+from yoco_u.inference.sequence_slice import SequenceSlice, token_ranges
 from yoco_u.inference.step_retention import step_retention
-from yoco_u.inference.token_exits import TokenExits
-from yoco_u.model.backend import AttentionBackend
+from yoco_u.inference.token_exits import LoopingBackend, TokenExits
 from yoco_u.model.rope import rotary_angles
 
 
-class PagedBackend(AttentionBackend):
+class PagedBackend(LoopingBackend):
     """`AttentionBackend` of one step of the engine.
 
     Args:
@@ -45,10 +44,9 @@ class PagedBackend(AttentionBackend):
         slots: tuple[Slot, ...],
         exits: TokenExits | None = None,
     ) -> None:
-        self.slices, self.cache, self.architecture, self.slots = slices, cache, architecture, slots
-        self.exits = exits
-        ends = list(accumulate(one.count for one in slices))
-        self.tokens = [range(end - one.count, end) for one, end in zip(slices, ends, strict=True)]  # of the step, by slice
+        super().__init__(slices, exits)
+        self.cache, self.architecture, self.slots = cache, architecture, slots
+        self.tokens = token_ranges(slices)
         singles = [one for one in slices if _is_single(one)]
         self.decodes = [
             one if one.count == 1 else replace(one, start=one.start + turn, count=1)
@@ -57,30 +55,12 @@ class PagedBackend(AttentionBackend):
         ]
         self._turns = [turn for one in singles for turn in range(one.count)]  # of each: which token of its sequence it is
         self.prefills = [(one, slice(own.start, own.stop)) for one, own in self._with_tokens() if not _is_single(one)]
-        self._in_loop: dict[int, tuple[Tensor | None, PagedBackend]] = {}  # by how many slices are left
 
-    def in_loop(self, loop: int) -> "tuple[Tensor | None, PagedBackend]":
-        if self.exits is not None and loop == 0:
-            self.exits.begin(self.slices)
-        running = [one.num_loops > loop and not (self.exits and self.exits.has_gone(one)) for one in self.slices]
-        left = sum(running)
-        if left not in self._in_loop:
-            tokens = [token for own, runs in zip(self.tokens, running, strict=True) if runs for token in own]
-            slices = [one for one, runs in zip(self.slices, running, strict=True) if runs]
-            self._in_loop[left] = (None, self) if all(running) else (self._index(tokens), self._of(slices))
-        return self._in_loop[left]
-
-    def hold(self, loop: int, before: Tensor, x: Tensor) -> Tensor:
-        return x if self.exits is None or loop == 0 else self.exits.hold(self.slices, before, x)
-
-    def end_loop(self, loop: int, before: Tensor, after: Tensor) -> "tuple[Tensor, tuple[Tensor, AttentionBackend] | None]":
-        if self.exits is None:
-            return after, None
-        after, seats = self.exits.end_loop(loop, before, after)
-        gone = [(one, own) for one, own in self._with_tokens() if one.seat in seats]
-        if not gone:
-            return after, None
-        return after, (self._index([token for _, own in gone for token in own]), self._of([one for one, _ in gone]))
+    def part(self, chosen: Sequence[bool]) -> "tuple[Tensor | None, PagedBackend]":
+        if all(chosen):
+            return None, self
+        tokens = [token for own, its in zip(self.tokens, chosen, strict=True) if its for token in own]
+        return self._index(tokens), self._of([one for one, its in zip(self.slices, chosen, strict=True) if its])
 
     def remember(self, slot: int, k: Tensor, v: Tensor) -> None:
         assert self.exits is not None

@@ -1,6 +1,8 @@
 """What one request runs in one step, as the attention backends of the engine see it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -34,3 +36,9 @@ class SequenceSlice:
     @property
     def end(self) -> int:
         return self.start + self.count
+
+
+def token_ranges(slices: Sequence[SequenceSlice]) -> list[range]:
+    """Which tokens of a step each of its slices has, which stand one behind the other."""
+    ends = accumulate(one.count for one in slices)
+    return [range(end - one.count, end) for one, end in zip(slices, ends, strict=True)]

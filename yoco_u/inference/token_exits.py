@@ -5,8 +5,9 @@ projects from this state, as if the layers before had not changed it. Decodes th
 a prefill run together until all of them have left; meanwhile those that have left keep their states in front of every layer.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch import Tensor
 from yoco_u.architecture import Slot
 from yoco_u.device import read_back, upload
 from yoco_u.inference.exits import ExitRule
-from yoco_u.inference.sequence_slice import SequenceSlice
+from yoco_u.inference.sequence_slice import SequenceSlice, token_ranges
+from yoco_u.model.backend import AttentionBackend
 
 
 class TokenExits:
@@ -35,10 +37,9 @@ class TokenExits:
 
     def begin(self, slices: Sequence[SequenceSlice]) -> None:
         """A pass of these slices, one behind the other, enters the stage that loops."""
-        ends = list(accumulate(one.count for one in slices))
-        tokens = (range(end - one.count, end) for one, end in zip(slices, ends, strict=True))
+        tokens = token_ranges(slices)
         own = [(one, its) for one, its in zip(slices, tokens, strict=True) if one.exit_threshold is not None]
-        count = ends[-1] if ends else 0
+        count = tokens[-1].stop if tokens else 0
         self._tokens = {one.seat: its for one, its in own}
         self._numbers = [token for _, its in own for token in its]  # of the tokens that may leave
         self._thresholds = [one.exit_threshold or 0.0 for one, its in own for _ in its]
@@ -115,3 +116,41 @@ class TokenExits:
     def loops(self) -> dict[int, list[int]]:
         """How many loops the tokens have run, by the seat of their request."""
         return {seat: self._loops[own.start : own.stop] for seat, own in self._tokens.items()}
+
+
+class LoopingBackend(AttentionBackend):
+    """What the engine's backends have in common: each loop runs on the requests whose tokens are still in it.
+
+    Args:
+        slices: that the pass runs.
+        exits: of tokens that may leave the loop; None where there are none.
+    """
+
+    def __init__(self, slices: Sequence[SequenceSlice], exits: TokenExits | None) -> None:
+        self.slices, self.exits = slices, exits
+        self._in_loop: dict[int, tuple[Tensor | None, AttentionBackend]] = {}  # by how many slices are left
+
+    @abstractmethod
+    def part(self, chosen: Sequence[bool]) -> tuple[Tensor | None, AttentionBackend]:
+        """All tokens of some of the slices: their indices, None for all slices, and their backend."""
+        ...
+
+    def in_loop(self, loop: int) -> tuple[Tensor | None, AttentionBackend]:
+        if self.exits is not None and loop == 0:
+            self.exits.begin(self.slices)
+        running = [one.num_loops > loop and not (self.exits and self.exits.has_gone(one)) for one in self.slices]
+        left = sum(running)
+        if left not in self._in_loop:
+            self._in_loop[left] = self.part(running)
+        return self._in_loop[left]
+
+    def hold(self, loop: int, before: Tensor, x: Tensor) -> Tensor:
+        return x if self.exits is None or loop == 0 else self.exits.hold(self.slices, before, x)
+
+    def end_loop(
+        self, loop: int, before: Tensor, after: Tensor
+    ) -> tuple[Tensor, tuple[Tensor | None, AttentionBackend] | None]:
+        if self.exits is None:
+            return after, None
+        after, seats = self.exits.end_loop(loop, before, after)
+        return after, self.part([one.seat in seats for one in self.slices]) if seats else None

@@ -60,11 +60,13 @@ class AttentionBackend(Protocol):
         """
         return x
 
-    def end_loop(self, loop: int, before: Tensor, after: Tensor) -> "tuple[Tensor, tuple[Tensor, AttentionBackend] | None]":
+    def end_loop(
+        self, loop: int, before: Tensor, after: Tensor
+    ) -> "tuple[Tensor, tuple[Tensor | None, AttentionBackend] | None]":
         """Take in the states of all tokens before and after a loop of a looped stage.
 
         Returns:
-            The states to go on with; and for `remember` the indices and the backend of tokens that run none of the loops to
+            The states to go on with; and for `remember` what `in_loop` returns, of the tokens that run none of the loops to
             come, in which others will see them, None without any. A backend without such tokens keeps this default.
         """
         return after, None

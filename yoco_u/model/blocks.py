@@ -251,7 +251,7 @@ class LoopedStack(nn.Module):
             after = out if tokens is None else x.index_copy(1, tokens, out)
             x, gone = backend.end_loop(loop, x, after) if loops > 1 else (after, None)
             if gone is not None:
-                self._remember(x[:, gone[0]], gone[1], loop, first_slot)
+                self._remember(x if gone[0] is None else x[:, gone[0]], gone[1], loop, first_slot)
             if loop == cut - 1:
                 x = x + (begin - begin.detach())  # along the residual stream, what lies before is trained too
             if exits and loop + 1 in exits:
