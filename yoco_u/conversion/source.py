@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
@@ -21,14 +20,9 @@ from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
 from yoco_u.loading import check_adapters, load_model, model_folder
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
-from yoco_u.model.saving import check_depth
+from yoco_u.model.saving import check_depth, weight_files
 
-INDEX = "model.safetensors.index.json"
 _CHECKED = ("model_type",)
-
-
-class _Index(BaseModel):
-    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -105,24 +99,16 @@ def _download(name: str) -> Path:
 
 
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-    if (folder / INDEX).is_file():
-        names = set(read_json(folder / INDEX, _Index).weight_map.values())
-        if strange := sorted(name for name in names if Path(name).name != name or "\0" in name):
-            raise UserError(
-                f"{folder / INDEX}: names {strange[0]!r}, which is no file of the folder; copy the checkpoint again"
-            )
-        files = sorted(folder / name for name in names)
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: there is no *.safetensors file; only such weights are read, since others can run programs")
     weights: dict[str, Tensor] = {}
-    for file in files:
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
                 weights |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except FileNotFoundError:
-            raise UserError(f"{file}: the file is missing; copy the checkpoint again") from None
+            raise UserError(
+                f"{file}: the file is missing; only safetensors are read, since other weights can run programs; "
+                "copy the checkpoint again"
+            ) from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: damaged ({first_line(error)}); copy the checkpoint again") from None
     return weights

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
@@ -47,6 +48,26 @@ def save_model(
         keep_changes(folder, beside)
 
 
+class _Index(BaseModel):
+    weight_map: dict[str, str]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a Hugging Face folder's weights: those that its index names, or the one of weights without an index.
+
+    Raises:
+        UserError: if the index is damaged, or names what is no file of the folder.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    names = sorted(set(read_json(index, _Index).weight_map.values()))
+    for name in names:
+        if Path(name).name != name or "\0" in name:
+            raise UserError(f"{index}: names {name!r}, which is no file of the folder; copy the checkpoint again")
+    return [folder / name for name in names]
+
+
 def check_weights(folder: Path, config: YocoUConfig) -> None:
     """Compare the names and shapes of a model's tensors with what its config says, before any is loaded.
 
@@ -56,11 +77,9 @@ def check_weights(folder: Path, config: YocoUConfig) -> None:
         UserError: if one is missing, too much or of another shape; the message names it.
         OSError, SafetensorError: if a file cannot be read.
     """
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = set(read_json(index, dict[str, Any])["weight_map"].values()) if index.exists() else {SAFE_WEIGHTS_NAME}
     found: dict[str, tuple[int, ...]] = {}
-    for name in names:
-        with safe_open(folder / name, framework="pt") as opened:
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
             found |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     check_depth(config.architecture, len(found), folder)
     with torch.device("meta"):
