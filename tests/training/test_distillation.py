@@ -295,6 +295,8 @@ def test_what_does_not_fit_is_refused(dataset: Path, student: Path, teacher: Pat
         healing(dataset, student, tmp_path / "damaged")
     with pytest.raises(UserError, match="the architecture has none"):
         parse(RunConfig, plain | {"architecture": plain["distillation"]["architecture"]}, "x")
+    with pytest.raises(UserError, match=r"training\.compile on cannot be had with distillation\.stage layers"):
+        parse(RunConfig, plain | {"training": plain["training"] | {"compile": "on"}}, "x")
 
 
 def test_figures_of_a_teacher_are_no_perplexity(dataset: Path, student: Path, teacher: Path, tmp_path: Path) -> None:

@@ -239,6 +239,11 @@ class RunConfig(Config):
             for name, value in (("stage", "layers"), ("trains", "cross")):
                 if getattr(self.distillation, name) == value:
                     raise ValueError(f"distillation.{name} {value} trains cross blocks, but the architecture has none; drop it")
+        if self.distillation and self.distillation.stage != "logits" and self.training.compile == "on":
+            raise ValueError(
+                f"training.compile on cannot be had with distillation.stage {self.distillation.stage}, which keeps what each "
+                "block gets and gives; set it to auto or off"
+            )
         if self.start_from and self.initializer_range is not None:
             raise ValueError("initializer_range is for new weights, but start_from says where they come from; drop one of them")
         return self
