@@ -45,7 +45,7 @@ def assert_sound(source: str) -> None:
     HTMLParser().feed(source)
 
 
-DRAWN = ("yoco_retention", "upper_loop", "gated")
+DRAWN = ("yoco_retention", "gated")
 
 
 @pytest.mark.parametrize("variant", DRAWN)

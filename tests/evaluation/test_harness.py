@@ -1,6 +1,9 @@
 """The engine as a model of lm-evaluation-harness, held against the harness's own path through transformers."""
 
+import ast
+import inspect
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,13 @@ from lm_eval.api.registry import get_model
 
 from yoco_u.errors import UserError
 from yoco_u.evaluation.harness import EngineLM
-from yoco_u.evaluation.stdlib_tasks import questions, texts
+from yoco_u.evaluation.stdlib_tasks import texts
 from yoco_u.inference import LLM, SamplingParams
 
-CONTEXTS = [row["context"] for row in questions()["test"].select(range(6))]
+CONTEXTS = [
+    inspect.getsource(one)[:350]
+    for one in (textwrap.wrap, textwrap.fill, textwrap.shorten, textwrap.dedent, ast.walk, ast.dump)
+]
 PAIRS = [
     *[(context, choice) for context in CONTEXTS[:4] for choice in ("return None", "\n    return 1", "x", "y", "zz = 3  # ")],
     ("", "def f"),

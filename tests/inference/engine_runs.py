@@ -14,7 +14,7 @@ from yoco_u.inference import Completion, Engine, EngineSettings, RequestOutput, 
 from yoco_u.inference.drafts import FixedLengths as AnyFixedLengths
 from yoco_u.inference.drafts import StepTime
 
-NEW = 12
+NEW = 8
 WINDOW = 8  # of the `test` size
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": NEW, "ignore_eos": True}
 

@@ -50,9 +50,9 @@ def test_logprobs_are_those_of_the_direct_formulas(variant: str) -> None:
 @pytest.mark.parametrize("variant", [*PRESETS, "window 1", "window beyond the context", "experts", "four kinds"])
 def test_every_chunk_size(variant: str, chunk: int) -> None:
     """One request at a time, so that every chunk but the last has exactly that size."""
-    for length in (5, WINDOW + 1, 37):
-        [request] = run(engine(variant, max_batched_tokens=chunk, max_num_seqs=1), [prompt(length)], greedy(max_tokens=4))
-        assert_greedy(variant, request, new=4)
+    for length in (WINDOW + 1, 29):
+        [request] = run(engine(variant, max_batched_tokens=chunk, max_num_seqs=1), [prompt(length)], greedy(max_tokens=3))
+        assert_greedy(variant, request, new=3)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])

@@ -20,7 +20,7 @@ SAMPLED: list[dict[str, Any]] = [
 
 
 def sampled(i: int, **settings: Any) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": 16, "seed": i, "ignore_eos": True} | SAMPLED[i % len(SAMPLED)] | settings)
+    return SamplingParams(**{"max_tokens": 12, "seed": i, "ignore_eos": True} | SAMPLED[i % len(SAMPLED)] | settings)
 
 
 @pytest.mark.parametrize("variant", ["yoco_u", "yoco_retention", "rins", "experts", "parscale"])
@@ -29,7 +29,7 @@ def test_a_seed_gives_the_same_alone_in_a_crowd_and_after_giving_way(variant: st
     params = [sampled(i) for i in range(9)]
     alone = [run(engine(variant, max_num_seqs=1), [ids], own)[0] for ids, own in zip(prompts, params, strict=True)]
     crowded = run(engine(variant, max_num_seqs=9, max_batched_tokens=15), prompts, params)
-    small = engine(variant, cache_tokens=80, max_num_seqs=9, max_batched_tokens=15)
+    small = engine(variant, cache_tokens=64, max_num_seqs=9, max_batched_tokens=15)
     pressed = run(small, prompts, params)
     assert small.scheduler.statistics.preemptions > 0
     for one, other, third in zip(alone, crowded, pressed, strict=True):
@@ -64,7 +64,7 @@ def test_logprobs_of_tokens_and_of_the_likeliest() -> None:
     found = run(engine(max_batched_tokens=9), prompts, params)
     for ids, own, request in zip(prompts, params, found, strict=True):
         completion = request.outputs[0]
-        assert completion.logprobs is not None and len(completion.logprobs) == 16
+        assert completion.logprobs is not None and len(completion.logprobs) == own.max_tokens
         truth = full_logprobs("yoco_u", ids + completion.token_ids, own.num_loops)[len(ids) - 1 : -1]
         for row, token, reported in zip(truth, completion.token_ids, completion.logprobs, strict=True):
             assert reported.chosen.token_id == token and len(reported.top) == own.logprobs

@@ -55,15 +55,15 @@ def test_prefix_hits(variant: str) -> None:
         (base[:3], 0),
     ]
     for ids, cached in cases:
-        [request] = run(subject, [ids], greedy(max_tokens=6))
-        assert_greedy(variant, request, new=6)
+        [request] = run(subject, [ids], greedy(max_tokens=3))
+        assert_greedy(variant, request, new=3)
         assert request.cached_tokens == cached, len(ids)
 
 
 @pytest.mark.parametrize("variant", ["yoco_u", "rins", "yoco_retention", "four kinds"])
 def test_an_answer_continued_is_not_computed_again(variant: str) -> None:
     subject = engine(variant)
-    ids = prompt(11)
+    ids = prompt(15)
     [first] = run(subject, [ids], greedy())
     longer = ids + output(first) + prompt(5, seed=2)
     [second] = run(subject, [longer], greedy())
@@ -147,7 +147,7 @@ def test_preemption_at_every_block_size(block_size: int, prefix_caching: bool) -
 @pytest.mark.parametrize("chunk", [1, 5, WINDOW + 1])
 @pytest.mark.parametrize("variant", [*PRESETS, "experts", "window 1", "four kinds"])
 def test_prompt_logprobs(variant: str, chunk: int) -> None:
-    ids = prompt(27)
+    ids = prompt(19)
     subject = engine(variant, max_batched_tokens=chunk, max_num_seqs=1)
     for _ in range(2):  # prefix-cached the second time, which does not matter
         [request] = run(subject, [ids], greedy(prompt_logprobs=2, max_tokens=3))

@@ -36,7 +36,7 @@ def test_steps_of_every_architecture(variant: str, kind: str | None, monkeypatch
     engine = Engine(model.eval(), None, EngineSettings(**chosen))
     prompt = list(range(1, 30))
     requests = [
-        engine.add(prompt[:length], SamplingParams(temperature=0, max_tokens=6, num_loops=loops, prompt_logprobs=scored))
+        engine.add(prompt[:length], SamplingParams(temperature=0, max_tokens=4, num_loops=loops, prompt_logprobs=scored))
         for length, loops, scored in ((1, 1, None), (29, 2, None), (20, 3, 0), (29, 1, None))
     ]
     run, copies = watched(monkeypatch)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from engine_runs import VARIANTS, greedy, model, output, prompt, run
+from engine_runs import NEW, VARIANTS, greedy, model, output, prompt, run
 from torch import nn
 
 from yoco_u import YocoUForCausalLM
@@ -112,7 +112,7 @@ def test_engines_run_every_architecture_on_the_kernel(variant: str) -> None:
     error = (found - truth[:-1].gather(-1, targets)[:, 0]).abs()
     allowed = (plain - truth)[:-1].gather(-1, targets)[:, 0].abs()
     assert error.median() <= 1.5 * allowed.median() + 0.005
-    assert len(output(request)) == 12
+    assert len(output(request)) == NEW
 
 
 @needs_kernels

@@ -78,7 +78,7 @@ def test_every_architecture(variant: str, by: str) -> None:
 @pytest.mark.parametrize("variant", LOOPING)
 def test_drafts_that_are_right_wrong_and_mixed(variant: str, right: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The drafts are made up from what the plain engine gave; if all are right, all but one token of each step were drafted."""
-    prompts, new = [prompt(3 + 4 * i, seed=i) for i in range(3)], 16
+    prompts, new = [prompt(3 + 4 * i, seed=i) for i in range(3)], 12
     expected = [output(request) for request in run(engine(variant), prompts, greedy(max_tokens=new))]
     generator = torch.Generator().manual_seed(length)
     subject = drafting_engine(variant, length, drafts="loops", block_size=64 if right == "always" else 4)
@@ -200,13 +200,13 @@ def test_a_full_cache_drops_drafts_and_preempts_nobody() -> None:
     for tokens, block_size, preempts in ((48, 4, False), (40, 2, True)):
         settings = {"cache_tokens": tokens, "block_size": block_size, "prefix_caching": False, "drafts": "loops"}
         subject = drafting_engine(CLOSED, 7, **settings)
-        requests = [subject.add(prompt(12, seed=seed), greedy()) for seed in (1, 2)]
+        requests = [subject.add(prompt(12, seed=seed), greedy(max_tokens=12)) for seed in (1, 2)]
         least = tokens
         while subject.unfinished:
             subject.step()
             least = min(least, subject.scheduler.pool.num_available)
         for request in requests:
-            assert_greedy(CLOSED, request)
+            assert_greedy(CLOSED, request, new=12)
         assert least == 0 or not preempts
         assert (subject.scheduler.statistics.preemptions > 0) == preempts
         assert counts(subject)[0] > 0

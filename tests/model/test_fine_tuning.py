@@ -11,7 +11,7 @@ from yoco_u import YocoUForCausalLM
 from yoco_u.inference import Engine, EngineSettings, SamplingParams
 
 
-@pytest.mark.parametrize("name", ["yoco_u", "yoco_retention", "transformer"])
+@pytest.mark.parametrize("name", ["yoco_u", "yoco_retention"])
 def test_a_saved_model_can_be_trained_further(tmp_path: Path, name: str) -> None:
     build(architecture(name)).save_pretrained(tmp_path / "before")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "before").train()

@@ -12,7 +12,7 @@ from yoco_u import YocoUForCausalLM
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUCache
 
-NEW = 12
+NEW = 8
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {"layers": 2}) for name in PRESETS},
     "yoco_u, rotated, gated": ("yoco_u", {"rope_cross": True, "loop_gate": 0.3}),

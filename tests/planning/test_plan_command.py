@@ -1,5 +1,6 @@
 """`yoco-u plan`: its figures against the paper, the model and the engine's caches; its files; its one-line errors."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,7 @@ def test_recursive_variants_spend_about_twice_the_transformers_flops(plan: Any) 
         assert 1.5 < ratios[8192] < 1.9
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "kind"), zip(SIZES, itertools.cycle(["bfloat16", "float32", "int8"])))
 def test_bytes_are_those_of_the_model_and_of_the_engines_caches(plan: Any, size: str, kind: KVType) -> None:
     batch, context, block = 3, 1024, 256
     dtype = "float32" if kind == "float32" else "bfloat16"
