@@ -17,6 +17,7 @@ from engine_runs import (
     prompt,
     run,
 )
+from examples import covering
 from models import PRESETS
 
 LENGTHS = [1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 21, 40]
@@ -46,8 +47,9 @@ def test_logprobs_are_those_of_the_direct_formulas(variant: str) -> None:
         torch.testing.assert_close(chosen, expected, rtol=0, atol=tolerance, check_dtype=False)
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("variant", [*PRESETS, "window 1", "window beyond the context", "experts", "four kinds"])
+@pytest.mark.parametrize(
+    ("variant", "chunk"), covering([*PRESETS, "window 1", "window beyond the context", "experts", "four kinds"], CHUNKS)
+)
 def test_every_chunk_size(variant: str, chunk: int) -> None:
     """One request at a time, so that every chunk but the last has exactly that size."""
     for length in (WINDOW + 1, 29):
@@ -55,16 +57,16 @@ def test_every_chunk_size(variant: str, chunk: int) -> None:
         assert_greedy(variant, request, new=3)
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 16])
-@pytest.mark.parametrize("variant", PRESETS)
+@pytest.mark.parametrize(("variant", "block_size"), covering(PRESETS, [1, 3, 16]))
 def test_every_block_size(variant: str, block_size: int) -> None:
     prompts = [prompt(length, seed=length) for length in (3, 16, 17, 30)]
     for request in run(engine(variant, block_size=block_size, max_batched_tokens=10), prompts, greedy()):
         assert_greedy(variant, request)
 
 
-@pytest.mark.parametrize("chunk", [6, 64])
-@pytest.mark.parametrize("variant", [*PRESETS, "gated", "gated upper loop", "experts", "window 1", "four kinds"])
+@pytest.mark.parametrize(
+    ("variant", "chunk"), covering([*PRESETS, "gated", "gated upper loop", "experts", "window 1", "four kinds"], [6, 64])
+)
 def test_loop_counts_of_one_batch(variant: str, chunk: int) -> None:
     """1, 2 and 3 of a model trained with 2 or 3, and more than it knows; some of the same prompt."""
     loops = [1, 2, 3, 4, None, 2]

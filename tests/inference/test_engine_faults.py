@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import NEW, assert_all_free, engine, generated, greedy, output, prompt, run
+from examples import covering
 from models import PRESETS, build
 
 from yoco_u import Stage, YocoUConfig
@@ -27,8 +28,7 @@ def without(token: int, ids: list[int]) -> list[int]:
     return [one for one in ids if one != token]
 
 
-@pytest.mark.parametrize("steps", range(13))
-@pytest.mark.parametrize("variant", ["yoco_u", "rins", "yoco_retention"])
+@pytest.mark.parametrize(("steps", "variant"), covering(range(13), ["yoco_u", "rins", "yoco_retention"]))
 def test_abort_at_every_point(variant: str, steps: int) -> None:
     """While waiting, after each chunk of a prompt of five, while decoding."""
     subject = engine(variant, max_num_seqs=2, max_batched_tokens=6, cache_tokens=128)

@@ -19,6 +19,7 @@ from engine_runs import (
     prompt,
     run,
 )
+from examples import covering
 from models import PRESETS
 
 from yoco_u.inference import Engine, RequestOutput, SamplingParams
@@ -144,8 +145,7 @@ def test_preemption_at_every_block_size(block_size: int, prefix_caching: bool) -
         assert_greedy("yoco_u", request, new=25)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, WINDOW + 1])
-@pytest.mark.parametrize("variant", [*PRESETS, "experts", "window 1", "four kinds"])
+@pytest.mark.parametrize(("variant", "chunk"), covering([*PRESETS, "experts", "window 1", "four kinds"], [1, 5, WINDOW + 1]))
 def test_prompt_logprobs(variant: str, chunk: int) -> None:
     ids = prompt(19)
     subject = engine(variant, max_batched_tokens=chunk, max_num_seqs=1)

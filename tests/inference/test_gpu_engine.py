@@ -12,7 +12,7 @@ import test_exits
 import torch
 from engine_runs import VARIANTS, WINDOW, assert_greedy, drafting_engine, greedy, prompt, run
 from engine_runs import engine as make_engine
-from examples import examples
+from examples import covering, examples
 from flash import use_flash
 from graph_recorder import GraphRecorder
 from hypothesis import given, settings
@@ -77,8 +77,10 @@ def test_every_architecture(variant: str, recorder: GraphRecorder) -> None:
     assert recorder.replays > recorder.graphs > 0
 
 
-@pytest.mark.parametrize("chunk", [1, WINDOW - 1, 2 * WINDOW + 1])
-@pytest.mark.parametrize("variant", [*PRESETS, "window 1", "window beyond the context", "experts", "four kinds"])
+@pytest.mark.parametrize(
+    ("variant", "chunk"),
+    covering([*PRESETS, "window 1", "window beyond the context", "experts", "four kinds"], [1, WINDOW - 1, 2 * WINDOW + 1]),
+)
 def test_every_chunk_size(variant: str, chunk: int, recorder: GraphRecorder) -> None:
     for length in (5, 2 * WINDOW + 5):
         [request] = run(engine(variant, max_batched_tokens=chunk, max_num_seqs=1), [prompt(length)], greedy(max_tokens=3))

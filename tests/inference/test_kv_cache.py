@@ -13,6 +13,7 @@ from engine_runs import (
     prompt,
     run,
 )
+from examples import covering
 from models import PRESETS
 
 from yoco_u import Architecture
@@ -114,8 +115,7 @@ def scores(subject: Engine, ids: list[int], loops: int | None = None) -> torch.T
     return torch.tensor([one.chosen.logprob for one in request.prompt_logprobs if one is not None])
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-@pytest.mark.parametrize("variant", [*PRESETS, "window 1", "qk norm, rotated"])
+@pytest.mark.parametrize(("variant", "kind"), covering([*PRESETS, "window 1", "qk norm, rotated"], ["bfloat16", "int8"]))
 def test_small_caches_are_near_float32_and_the_same_however_a_prompt_is_cut(variant: str, kind: KVType) -> None:
     ids = prompt(29)
     found = [

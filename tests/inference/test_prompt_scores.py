@@ -17,6 +17,7 @@ from engine_runs import (
     prompt,
     run,
 )
+from examples import covering
 from models import PRESETS
 
 from yoco_u.errors import UserError
@@ -51,8 +52,7 @@ def scored_positions(subject: Engine) -> Iterator[list[int]]:
     hook.remove()
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 64])
-@pytest.mark.parametrize("variant", [*PRESETS, "experts", "window 1", "four kinds"])
+@pytest.mark.parametrize(("variant", "chunk"), covering([*PRESETS, "experts", "window 1", "four kinds"], [1, 5, 64]))
 def test_from_every_place(variant: str, chunk: int) -> None:
     subject = engine(variant, max_batched_tokens=chunk, max_num_seqs=1, prefix_caching=False)
     for start in (0, 1, 26) if chunk == 1 else (0, 1, 2, 13, 26):

@@ -1,5 +1,6 @@
 """Speculative decoding against the plain engine, token for token: whatever is drafted, and whatever else a request asks for."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from engine_runs import (
     prompt,
     run,
 )
+from examples import covering
 from models import architecture, build
 from test_engine_sampling import sampled
 from torch import Tensor
@@ -63,8 +65,10 @@ def same(
     return found
 
 
-@pytest.mark.parametrize("by", ["loops", "prompt"])
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("yoco_retention", "four kinds")])
+@pytest.mark.parametrize(
+    ("variant", "by"),
+    covering([name for name in VARIANTS if name not in ("yoco_retention", "four kinds")], ["loops", "prompt"]),
+)
 def test_every_architecture(variant: str, by: str) -> None:
     subject = drafting_engine(variant, drafts=by)
     for request in run(subject, [prompt(length, seed=length) for length in (1, 7, 21)], greedy()):
@@ -73,9 +77,10 @@ def test_every_architecture(variant: str, by: str) -> None:
         assert sum(counts(subject)) > 0
 
 
-@pytest.mark.parametrize("length", [2, 7])
-@pytest.mark.parametrize("right", ["always", "never", "at random"])
-@pytest.mark.parametrize("variant", LOOPING)
+@pytest.mark.parametrize(
+    ("right", "length", "variant"),
+    [(*how, variant) for how, variant in covering([*itertools.product(["always", "never", "at random"], [2, 7])], LOOPING)],
+)
 def test_drafts_that_are_right_wrong_and_mixed(variant: str, right: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The drafts are made up from what the plain engine gave; if all are right, all but one token of each step were drafted."""
     prompts, new = [prompt(3 + 4 * i, seed=i) for i in range(3)], 12

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from examples import covering
 from models import EVERYTHING, EXPERTS, PRESETS, architecture, assert_same_gradients, build, gradients, tokens
 from torch import Tensor
 
@@ -242,9 +243,7 @@ def test_one_loop_is_yoco(tied: bool) -> None:
     assert torch.equal(recursive(ids, num_loops=1).logits, plain(ids).logits)
 
 
-@pytest.mark.parametrize("gate", [None, 0.3])
-@pytest.mark.parametrize("loops", [1, 2, 5])
-@pytest.mark.parametrize("name", sorted(LOOPED))
+@pytest.mark.parametrize(("name", "loops", "gate"), covering(sorted(LOOPED), [1, 2, 5], [None, 0.3]))
 def test_loops_at_call_time_equal_a_config_with_them(name: str, loops: int, gate: float | None) -> None:
     model = make(name, layers=2, loops=loops + 1, loop_gate=gate)
     settings = {"loops": loops} | ({"loop_gate": gate} if loops > 1 else {})

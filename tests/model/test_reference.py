@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from examples import covering
 from models import EXPERTS, PRESETS, architecture, assert_same_gradients, build, gradients, tokens
 from reference import reference_logits, reference_loss
 
@@ -118,8 +119,7 @@ def test_retention_over_a_chunk_edge() -> None:
     check_logits(architecture("yoco_retention", layers=2), 131)
 
 
-@pytest.mark.parametrize("loops", [1, 2, 5])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(("name", "loops"), covering(PRESETS, [1, 2, 5]))
 def test_loops_at_call_time(name: str, loops: int) -> None:
     check_logits(architecture(name, layers=2), 13, num_loops=loops)
 
