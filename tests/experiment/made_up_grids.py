@@ -35,6 +35,9 @@ def preset(name: str, **settings: Any) -> dict[str, Any]:
     return {"settings": {"architecture": {"preset": name} | settings}} | plan
 
 
+SPEED = {"gradient_norm": 1.0, "learning_rate": 0.01, "tokens_per_second": 100.0, "mfu": 0.5}
+
+
 def write_run(run: GridRun, folder: Path, loss: Loss, done: float = 1.0) -> None:
     """A run folder as training leaves it after the share `done` of the steps."""
     target, config = folder / run.name, run.config
@@ -46,10 +49,10 @@ def write_run(run: GridRun, folder: Path, loss: Loss, done: float = 1.0) -> None
         if number / POINTS > done:
             break
         common = {"step": step, "tokens": step * config.tokens_per_step, "flops": config.training_flops(step)}
-        records.append({"kind": "train", "loss": 3.0, "seconds": 0.5 * number} | common)
+        records.append({"kind": "train", "loss": 3.0, "seconds": 0.5 * number} | SPEED | common)
         found = loss(run, number / POINTS)
         others = {f"loss_at_{loops}": found + 0.1 * loops for loops in config.training.evaluate_loops}
-        records.append({"kind": "evaluation", "loss": found} | others | common)
+        records.append({"kind": "evaluation", "perplexity": 2.0, "bits_per_byte": 1.0, "loss": found} | others | common)
     (target / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if done == 1:
         (target / "summary.json").write_text('{"name": "a", "steps": 1}')

@@ -24,6 +24,7 @@ from yoco_u.training import evaluate, read_metrics, train, trainer
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.metrics import MetricsWriter
 
+SPEED = {"gradient_norm": 1.0, "learning_rate": 0.01, "tokens_per_second": 100.0, "mfu": 0.5, "seconds": 1.0}
 ALONE = Distributed(0, 1, 0, torch.device("cpu"))
 
 
@@ -173,7 +174,7 @@ def test_wandb_gets_the_same_figures_under_one_id(tmp_path: Path, monkeypatch: p
     for resumed, losses in ((0, (3.0, 2.9, 2.8)), (1, (2.7, 2.6, 2.5))):  # killed after step 3, with a checkpoint of step 1
         writer = MetricsWriter(tmp_path, resumed, "loops", {"name": "run"})
         for step, loss in enumerate(losses, start=resumed + 1):
-            writer.write({"kind": "train", "step": step, "tokens": 8, "flops": 8, "loss": loss})
+            writer.write({"kind": "train", "step": step, "tokens": 8, "flops": 8, "loss": loss} | SPEED)
             steps.append((step, loss))
         writer.close()
     assert axes == {"step": None, "*": "step"}
@@ -216,3 +217,14 @@ def test_copies_of_a_run_have_ids_of_their_own_in_wandb(tmp_path: Path, monkeypa
 def test_the_gemm_rate_is_a_rate() -> None:
     rate = gemm_rate(torch.device("cpu"), torch.float32, seconds=0.01)
     assert 1e8 < rate < 1e14
+
+
+@pytest.mark.parametrize("name", ["mfu", "seconds", "tokens_per_second", "perplexity", "bits_per_byte"])
+def test_a_figure_under_another_name_is_damage(run: Path, tmp_path: Path, name: str) -> None:
+    """As of a flipped bit, which leaves the line valid JSON. Readers name it, and a run that goes on sets it aside."""
+    text = (run / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text.replace(f'"{name}"', f'"{name[:-1]}"'))
+    with pytest.raises(UserError, match=rf"metrics\.jsonl, line \d+: .*{name} is missing"):
+        read_metrics(tmp_path)
+    MetricsWriter(tmp_path, STEPS).close()
+    assert len(read_metrics(tmp_path)) < len(read_metrics(run)) and (tmp_path / "metrics.damaged.jsonl").exists()

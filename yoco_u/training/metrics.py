@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, FiniteFloat, PositiveInt
+from pydantic import BaseModel, FiniteFloat, PositiveInt, model_validator
 from torch.utils.tensorboard import SummaryWriter
 
 from yoco_u.errors import UserError
@@ -48,6 +48,11 @@ def loops_key(loops: int) -> str:
     return f"loss_at_{loops}"
 
 
+_READ = {"train": ("gradient_norm", "learning_rate", "tokens_per_second", "mfu", "seconds"),
+         "evaluation": ("perplexity", "bits_per_byte")}  # fmt: skip
+"""Figures of a record that are read again, by its kind."""
+
+
 class _Record(BaseModel, extra="allow"):
     """What every record has. Its other figures are numbers too."""
 
@@ -57,6 +62,13 @@ class _Record(BaseModel, extra="allow"):
     flops: int | FiniteFloat
     loss: FiniteFloat
     __pydantic_extra__: dict[str, int | FiniteFloat]
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "_Record":
+        for name in _READ[self.kind]:
+            if name not in self.__pydantic_extra__:
+                raise ValueError(f"{name} is missing")
+        return self
 
 
 def read_metrics(folder: Path) -> list[Record]:
