@@ -105,6 +105,19 @@ def test_gaps_at_equal_flops_and_none_between_unequal_runs(tmp_path: Path) -> No
     assert "Long" in apart.headline
 
 
+def test_losses_are_compared_where_they_were_measured(tmp_path: Path) -> None:
+    """Not where the runs are by now: one is evaluated at its step 1000, the other, at step 991, was at 900."""
+    runs = [made_up(tmp_path / "a", "A", 1, 1000, 4.2), made_up(tmp_path / "b", "B", 3, 900, 4.3)]
+    last = runs[1].kind("train")[-1]
+    further = last | {"step": 991, "tokens": 991 * 128, "flops": last["flops"] / 900 * 991}
+    runs[1] = replace(runs[1], records=[*runs[1].records, further])
+    comparison = compare(runs)
+    assert (comparison.runs[1].steps, comparison.runs[1].evaluated_steps) == (991, 900)
+    assert comparison.gaps == []
+    alone = compare(runs[1:])
+    assert f"after {short_count(900 * 128)} tokens" in alone.headline
+
+
 def test_unfinished_and_unscored_runs_are_named(tmp_path: Path) -> None:
     unscored = made_up(tmp_path / "a", "Young", 1, 5, None, planned=50)
     comparison = compare([unscored])

@@ -27,6 +27,7 @@ class RunNumbers:
         steps, planned_steps: steps done, and steps of the config.
         tokens: training tokens so far.
         flops: model FLOPs of training so far, forward and backward.
+        evaluated_steps, evaluated_tokens, evaluated_flops: the same at the last evaluation; 0 before the first one.
         flops_per_token: model FLOPs of training for each token, at the architecture's own loop count.
         learning_rate: peak of the learning rate.
         tokens_per_second, mfu: medians over the steps; MFU is the share of the machine's measured matrix product rate.
@@ -41,6 +42,9 @@ class RunNumbers:
     planned_steps: int
     tokens: int
     flops: float
+    evaluated_steps: int
+    evaluated_tokens: int
+    evaluated_flops: float
     flops_per_token: float
     loss: float | None
     perplexity: float | None
@@ -54,7 +58,7 @@ class RunNumbers:
 
 @dataclass(frozen=True)
 class Gap:
-    """The loss gap between two runs that spent equal tokens or equal FLOPs.
+    """The loss gap between two runs, measured after equal tokens or equal FLOPs.
 
     Attributes:
         run, other: names of the runs; `run` is the one with more FLOPs per token.
@@ -140,6 +144,9 @@ def run_numbers(run: Run) -> RunNumbers:
         planned_steps=training.steps,
         tokens=last["tokens"],
         flops=last["flops"],
+        evaluated_steps=evaluation.get("step", 0),
+        evaluated_tokens=evaluation.get("tokens", 0),
+        evaluated_flops=evaluation.get("flops", 0),
         flops_per_token=3 * forward_flops(a, training.sequence_length),
         loss=evaluation.get("loss"),
         perplexity=evaluation.get("perplexity"),
@@ -158,14 +165,17 @@ def equal_cost(value: float, other: float) -> bool:
 
 
 def find_gaps(runs: list[RunNumbers]) -> list[Gap]:
-    """The gaps of all pairs of runs that have a loss, and spent equal tokens or equal FLOPs."""
+    """The gaps of all pairs of runs whose losses were measured after equal tokens or equal FLOPs."""
     gaps = []
     for pair in combinations(runs, 2):
         other, run = sorted(pair, key=lambda r: r.flops_per_token)
         if run.loss is None or other.loss is None:
             continue
-        equal = ["steps" if run.steps == other.steps else "tokens"] if equal_cost(run.tokens, other.tokens) else []
-        equal += ["FLOPs"] if equal_cost(run.flops, other.flops) else []
+        equal = []
+        if equal_cost(run.evaluated_tokens, other.evaluated_tokens):
+            equal.append("steps" if run.evaluated_steps == other.evaluated_steps else "tokens")
+        if equal_cost(run.evaluated_flops, other.evaluated_flops):
+            equal.append("FLOPs")
         if equal:
             gap = Gap(
                 run=run.name,
@@ -174,8 +184,8 @@ def find_gaps(runs: list[RunNumbers]) -> list[Gap]:
                 run_loss=run.loss,
                 other_loss=other.loss,
                 gap=run.loss - other.loss,
-                flops_ratio=run.flops / other.flops,
-                tokens_ratio=run.tokens / other.tokens,
+                flops_ratio=run.evaluated_flops / other.evaluated_flops,
+                tokens_ratio=run.evaluated_tokens / other.evaluated_tokens,
             )
             gaps.append(gap)
     return gaps
@@ -191,7 +201,7 @@ def headline(runs: list[RunNumbers], gaps: list[Gap]) -> str:
     if gaps:
         return before + " ".join(_sentence(gap) for gap in gaps)
     best = min(scored, key=lambda run: run.loss or 0)
-    loss = f"{best.loss:.4f} nats per token on the validation split after {short_count(best.tokens)} tokens"
+    loss = f"{best.loss:.4f} nats per token on the validation split after {short_count(best.evaluated_tokens)} tokens"
     if len(runs) == 1:
         return f"{before}{best.name} reaches {loss}."
     return f"{before}The lowest loss is that of {best.name}: {loss}. No two runs spent equal tokens or equal FLOPs."
