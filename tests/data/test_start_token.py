@@ -224,3 +224,12 @@ def test_special_tokens_that_a_text_spells(tmp_path: Path) -> None:
     corpus.write_text(json.dumps([{"text": f"a{END_OF_TEXT}b"}]))
     with pytest.raises(UserError, match="which special_tokens encodes as such; mend the text"):
         prepare(DataConfig(**settings, validation_fraction=0), tmp_path / "refused", progress=False)
+
+
+def test_a_start_that_is_no_token_is_named(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(SAMPLE, 300)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"document_start": "<none>"}))
+    with pytest.raises(UserError, match=rf"^{tmp_path}: document_start '<none>' .* is no token"):
+        load_tokenizer(tmp_path)

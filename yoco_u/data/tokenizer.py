@@ -112,10 +112,14 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast, name: str = "tokenizer") 
     A tokenizer that came with a converted model may name another, see `load_tokenizer`.
 
     Raises:
-        UserError: if the tokenizer has neither.
+        UserError: if the tokenizer has neither, or not the one that is named.
     """
     if (start := tokenizer.init_kwargs.get(_START)) is not None and isinstance(start, str):
-        return int(tokenizer.convert_tokens_to_ids(start))
+        if (found := tokenizer.get_vocab().get(start)) is None:
+            raise UserError(
+                f"{name}: {_START} {start!r} of tokenizer_config.json is no token of the tokenizer; name one that is"
+            )
+        return found
     for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         if isinstance(token, int):
             return token
