@@ -25,7 +25,7 @@ from yoco_u.errors import UserError
 from yoco_u.evaluation import harness_tasks
 from yoco_u.evaluation import lm_eval as launcher
 from yoco_u.evaluation.harness_tasks import TASKS, HowToAsk, load_tasks, run_tasks
-from yoco_u.evaluation.math_sets import MATH_SETS, math_names, same_answer
+from yoco_u.evaluation.math_sets import MATH_SETS, math_names, math_tasks, same_answer
 
 pytestmark = pytest.mark.usefixtures("small_caches")
 STDLIB = ("yoco_u_stdlib_choice", "yoco_u_stdlib_completion", "yoco_u_stdlib_perplexity")
@@ -171,7 +171,13 @@ def test_mistakes(folder: Path, problems: Path, tmp_path: Path, capsys: pytest.C
     assert f"lacks {MATH_SETS[-1]}.jsonl" in error("yoco_u_math", "--data", str(problems))
     assert "name a folder of NAME.jsonl files with --data" in error("yoco_u_math_gsm8k")
     (tmp_path / "gsm8k.jsonl").write_text('{"problem": "?"}\n')
-    assert "gsm8k.jsonl line 1: expected an object with problem" in error("yoco_u_math_gsm8k", "--data", str(tmp_path))
+    assert "gsm8k.jsonl, line 1: expected an object with problem" in error("yoco_u_math_gsm8k", "--data", str(tmp_path))
+    for content in (b'{"problem": "\xff", "answer": "1"}', b"[" * 100_000, b'{"problem": "\\ud800", "answer": "1"}', b"[1]"):
+        (tmp_path / "gsm8k.jsonl").write_bytes(content + b"\n")
+        assert "gsm8k.jsonl, line 1: " in error("yoco_u_math_gsm8k", "--data", str(tmp_path))
+    (tmp_path / "gsm8k.jsonl").write_text('{"problem": "1\u20281\x85", "answer": 2}\n')
+    [task] = math_tasks("yoco_u_math_gsm8k", tmp_path)
+    assert task["custom_dataset"]()["test"]["problem"] == ["1\u20281\x85"]
     assert "no such folder" in error("yoco_u_stdlib", "--include-path", str(tmp_path / "none"))
     assert "no chat template" in error("yoco_u_stdlib_choice", "--limit", "1", "--chat-template")
     assert "Missing argument 'TASKS'" in error("--fewshot", "3")

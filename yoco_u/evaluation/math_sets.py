@@ -4,12 +4,13 @@ The YOCO-U paper scores its thinking model on eleven sets. Which sets they are w
 here are assumed, from those that the evaluation of Qwen2.5-Math made usual.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
+from pydantic import BaseModel
 
+from yoco_u.data.json_lines import read_lines
 from yoco_u.errors import UserError
 
 MATH_GROUP = "yoco_u_math"
@@ -89,19 +90,19 @@ def _configuration(name: str, rows: list[dict[str, str]]) -> dict[str, Any]:
     }
 
 
+class _Problem(BaseModel):
+    problem: str | int | float | None = None
+    question: str | int | float | None = None
+    answer: str | int | float | None = None
+
+
 def _read(file: Path) -> list[dict[str, str]]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-            problem = fields["problem"] if "problem" in fields else fields["question"]
-            rows.append({"problem": str(problem), "answer": str(fields["answer"]).split("####")[-1].strip()})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{file} line {number}: expected an object with problem and answer ({type(error).__name__}: {error})"
-            ) from None
+    for place, line in read_lines([file], _Problem, "problem and answer"):
+        problem = line.question if line.problem is None else line.problem
+        if problem is None or line.answer is None:
+            raise UserError(f"{place}: expected an object with problem, or question, and answer")
+        rows.append({"problem": str(problem), "answer": str(line.answer).split("####")[-1].strip()})
     if not rows:
         raise UserError(f"{file}: there is no problem in it")
     return rows

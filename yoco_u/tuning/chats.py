@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerFast
 
+from yoco_u.data.json_lines import read_lines
 from yoco_u.errors import UserError
 from yoco_u.inference.chat_template import chat_text
-from yoco_u.tuning.lines import read_lines
 
 
 class _Message(BaseModel, extra="allow"):

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from yoco_u.data.json_lines import read_lines
 from yoco_u.errors import UserError
-from yoco_u.tuning.lines import read_lines
 
 Prompt = str | list[dict[str, Any]]
 """A text that the model continues, or the messages of a chat, mappings of `role` and `content`."""
