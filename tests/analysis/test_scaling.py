@@ -4,11 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from models import architecture, build, tokens
 
 from yoco_u.analysis import scaling
 from yoco_u.analysis.exits import Calibration, ExitResult
+from yoco_u.errors import UserError
 from yoco_u.inference import Engine, EngineSettings, SamplingParams
 from yoco_u.inference.exits import Exits
 
@@ -61,3 +63,12 @@ def test_the_plot_shows_what_has_a_rate(tmp_path: Path, monkeypatch: pytest.Monk
             assert list(line.get_xdata()) == pytest.approx([100 / loops if place % 2 else loops for loops in mean])
             assert list(line.get_ydata()) == pytest.approx(height)
         assert [text.get_text() for text in axes.texts] == (["T = 1", "T = 2", "T = 3"] if place % 2 else [])
+
+
+def test_a_request_that_fails_ends_the_decoding() -> None:
+    model = build(architecture("yoco_u"))
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    engine = Engine(model, None, EngineSettings(dtype="float32", cache_tokens=256))
+    with pytest.raises(UserError, match="try float32"):
+        scaling.decode(engine, [[1, 2, 3]], SamplingParams(max_tokens=4))

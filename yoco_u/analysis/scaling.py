@@ -13,6 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from yoco_u.analysis.exits import Calibration, ExitResult
 from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
+from yoco_u.inference.outputs import failed_output
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.plotting import colour, save_png
 
@@ -68,14 +69,20 @@ def decode(engine: Engine, prompts: Sequence[list[int]], params: SamplingParams)
 
     Returns:
         Tokens per second, from the step in which the last request has its first token to the last step, and the requests.
+
+    Raises:
+        UserError: if a request fails.
     """
     requests = [engine.add(prompt, params) for prompt in prompts]
-    while not all(request.outputs[0].token_ids for request in requests):
+    while engine.unfinished and not all(request.outputs[0].token_ids for request in requests):
         engine.step()
     began, before = time.perf_counter(), sum(len(request.outputs[0].token_ids) for request in requests)
     while engine.unfinished:
         engine.step()
     seconds = time.perf_counter() - began
+    for request in requests:
+        if (error := request.outputs[0].error) is not None:
+            raise failed_output(error)
     return (sum(len(request.outputs[0].token_ids) for request in requests) - before) / seconds, requests
 
 
