@@ -1,5 +1,6 @@
 """GGUF files that are written give the model and the tokenizer that they were made of; what llama.cpp lacks is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -246,9 +247,26 @@ def test_numbers_that_a_dtype_cannot_hold_are_refused(tmp_path: Path, capsys: py
     save_model(read.model, read.tokenizer, tmp_path / "ours")
     command = ["convert", str(tmp_path / "ours"), "--gguf", "--out", str(tmp_path / "model.gguf")]
     assert main([*command, "--dtype", "float16"]) == 2
-    assert "output.weight has values that torch.float16 cannot hold" in capsys.readouterr().err
+    assert "output.weight has values that are not finite in torch.float16" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
+    for options in ([], ["--back"]):
+        assert main(["convert", str(tmp_path / "ours"), *options, "--out", str(tmp_path / "new"), "--dtype", "float16"]) == 2
+        assert "lm_head.weight has values that are not finite in torch.float16" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
     assert main([*command, "--dtype", "bfloat16"]) == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nn", "float64", None, 3])
+def test_a_dtype_that_weights_are_not_written_in_is_float32(tmp_path: Path, dtype: object) -> None:
+    read = source(tmp_path / "source")
+    save_model(read.model, read.tokenizer, tmp_path / "ours")
+    (tmp_path / "ours" / "SHA256SUMS").unlink()
+    file = tmp_path / "ours" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": dtype}))
+    try:
+        assert read_source(str(tmp_path / "ours")).dtype == torch.float32
+    except UserError as error:
+        assert "\n" not in str(error)
 
 
 def test_scaling_that_a_file_does_not_say_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from yoco_u.architecture import Architecture
 from yoco_u.checksums import check_changes
 from yoco_u.conversion.families import config_of, tensor_names
 from yoco_u.conversion.global_kv import Method, Moments, blocks, collect, write_global_kvs
-from yoco_u.conversion.source import Source
+from yoco_u.conversion.source import Source, in_dtype
 from yoco_u.data import Corpus, DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.files import check_part, mark, marked
@@ -125,6 +125,9 @@ def write(converted: Converted, source: Source, folder: Path, remote_code: bool 
     if remote_code:
         model.config.auto_map = dict(AUTO_MAP)
     exact = {name: tensor for name, tensor in model.state_dict().items() if "choice_bias" in name}  # float32 in every model
+    for name, tensor in model.state_dict().items():
+        if name not in exact:
+            in_dtype(name, tensor, source.dtype)
     model.to(source.dtype).load_state_dict(exact, strict=False, assign=True)
     results = {EXITS: exits.model_dump(mode="json")} if isinstance(exits, Exits) else {}
     save_model(model, source.tokenizer, folder, results)
@@ -166,7 +169,8 @@ def write_back(source: Source, folder: Path) -> str:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(theirs)
     weights = source.model.state_dict()
-    model.load_state_dict({name: weights[ours].to(source.dtype) for name, ours in tensor_names(a)}, strict=False, assign=True)
+    given = {name: in_dtype(name, weights[ours], source.dtype) for name, ours in tensor_names(a)}
+    model.load_state_dict(given, strict=False, assign=True)
     model.tie_weights()
     model.generation_config = source.generation or model.generation_config
     save_model(model, source.tokenizer, folder)

@@ -195,8 +195,9 @@ _KINDS = {torch.float32: ("F32", "ALL_F32"), torch.float16: ("F16", "MOSTLY_F16"
 def _add(writer: "gguf.GGUFWriter", name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     import gguf
 
-    if not tensor.to(dtype).isfinite().all():
-        raise UserError(f"the tensor {name} has values that {dtype} cannot hold; write another --dtype")
+    from yoco_u.conversion.source import in_dtype
+
+    in_dtype(name, tensor, dtype)
     kind = gguf.GGMLQuantizationType[_KINDS[dtype if tensor.ndim > 1 else torch.float32][0]]
     writer.add_tensor(name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
 

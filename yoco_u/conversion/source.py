@@ -23,6 +23,8 @@ from yoco_u.model import YocoUConfig, YocoUForCausalLM
 from yoco_u.model.saving import check_depth, weight_files
 
 _CHECKED = ("model_type",)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What weights are written in, by the names in config.json."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Source:
         name: what it is called in messages.
         model: a model of ours, in evaluation mode, in float32 on the CPU.
         tokenizer: as it came, with its chat template.
-        dtype: of the weights in the checkpoint.
+        dtype: of the weights in the checkpoint, if it is one of `DTYPES`, otherwise float32.
         generation: how the checkpoint's makers would sample from it; None if they do not say.
         ours: its folder if it is a model of this project, whatever its architecture.
     """
@@ -84,9 +86,8 @@ def _is_ours(place: Path) -> bool:
 def _read_ours(place: Path) -> Source:
     model, tokenizer = load_model(place, torch.device("cpu"))
     folder = model_folder(place)
-    stored = read_json(folder / "config.json", dict[str, Any]).get("dtype")
-    dtype = getattr(torch, stored) if isinstance(stored, str) and hasattr(torch, stored) else torch.float32
-    return Source(str(place), model, tokenizer, dtype, _generation(folder), folder)
+    stored = str(read_json(folder / "config.json", dict[str, Any]).get("dtype"))
+    return Source(str(place), model, tokenizer, DTYPES.get(stored, torch.float32), _generation(folder), folder)
 
 
 def _download(name: str) -> Path:
@@ -175,7 +176,19 @@ def _assemble(
     model.load_state_dict(found, strict=False, assign=True)
     model.tie_weights()
     dtype = weights["model.embed_tokens.weight"].dtype
-    return Source(name, model.eval(), tokenizer, dtype, generation)
+    return Source(name, model.eval(), tokenizer, dtype if dtype in DTYPES.values() else torch.float32, generation)
+
+
+def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the dtype in which it is written.
+
+    Raises:
+        UserError: if that makes a value infinite or none; it names the tensor.
+    """
+    found = tensor.to(dtype)
+    if not found.isfinite().all():
+        raise UserError(f"the tensor {name} has values that are not finite in {dtype}; write another --dtype")
+    return found
 
 
 def _has_own_head(weights: dict[str, Tensor]) -> bool:
