@@ -198,7 +198,7 @@ def test_damaged_texts_and_measures_are_made_anew(workspace: Path, tmp_path: Pat
     (folder := tmp_path / "run").mkdir()
     for name in ("model", "tokenizer"):
         (folder / name).symlink_to(workspace / "a" / name)
-    samples = Samples(prompts=("one",), sampling=SamplingParams(temperature=0, max_tokens=2))
+    samples = Samples(prompts=("one",), sampling=SamplingParams(temperature=1, seed=0, n=2, max_tokens=2))
     measures = Measures(needles=NeedleSettings(kinds=("single_1",), lengths=(700,), depths=1, samples=1))
     makers = {"samples.json": lambda say: write_samples(folder, samples, say)}
     makers["measures.json"] = lambda say: measure(folder, measures, say)
@@ -211,6 +211,9 @@ def test_damaged_texts_and_measures_are_made_anew(workspace: Path, tmp_path: Pat
         make(said.append)
         assert [line.startswith(f"{folder / name}: ") and line.endswith("it is made anew") for line in said] == [True]
         assert (folder / name).read_bytes() == whole
+        written = (folder / name).stat().st_mtime_ns
+        make(said.append)
+        assert (folder / name).stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("lost", [range(0), range(1, 4), range(5), range(2, 3), range(4, 5)])

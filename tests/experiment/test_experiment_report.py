@@ -142,7 +142,10 @@ def test_needles_are_maps_of_their_mean_over_the_seeds(tmp_path: Path) -> None:
                 "kind": "single_1",
                 "length": length,
                 "depth": depth,
+                "samples": 1,
                 "recall": shares[run.model] * depth + 0.03 * (run.seed - 1),
+                "token_accuracy": 0.5,
+                "loss": 1.0,
             }
             for depth in (0.5, 1.0)
             for length in (256, 512)

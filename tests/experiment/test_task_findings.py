@@ -158,3 +158,11 @@ def test_a_corpus_without_tasks_is_refused(data: Any, tmp_path: Path) -> None:
     [run] = expand(grid({"yoco": preset("yoco")}, seeds=(0,), data=data), tmp_path)
     with pytest.raises(UserError, match=r"measures.tasks asks for generated tasks, but the corpus is (stdlib|not said)"):
         check_measures(Measures.model_validate({"tasks": {}}), run.config, progress=False)
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    runs = asked(tmp_path, falling({}))
+    file = tmp_path / runs[0].name / "measures.json"
+    file.write_text(file.read_text().replace('"accuracy"', '"accurbcy"'))
+    with pytest.raises(UserError, match=r"measures\.json: tasks\.result\.0"):
+        read_results(runs, tmp_path)

@@ -3,22 +3,23 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from yoco_u.analysis import angular_distances, split_batches
+from yoco_u.analysis import AngularDistances, angular_distances, split_batches
 from yoco_u.config import Config
 from yoco_u.data import DatasetIndex, DocumentEncoder, PackedDataset, load_tokenizer, prepare
 from yoco_u.data.synthetic import SyntheticCorpus, is_synthetic, read_entry
 from yoco_u.device import find_device
 from yoco_u.errors import UserError
-from yoco_u.evaluation.levels import score_levels
-from yoco_u.evaluation.needle_grid import NeedleSettings, check_needles, needle_grid
+from yoco_u.evaluation.levels import LevelScore, score_levels
+from yoco_u.evaluation.needle_grid import NeedleScore, NeedleSettings, check_needles, needle_grid
 from yoco_u.evaluation.needles import NOISE_KINDS, load_haystack
 from yoco_u.experiment.config import AngularMeasure, Measures, Samples, TaskMeasure
 from yoco_u.files import Say, read_json, write_json
 from yoco_u.inference import LLM
+from yoco_u.inference.outputs import failed_output
 from yoco_u.loading import load_model
 from yoco_u.training.config import RunConfig
 from yoco_u.training.run_folder import SAMPLES, RunFolder, read_run_config, read_samples, run_dataset
@@ -26,9 +27,18 @@ from yoco_u.training.run_folder import SAMPLES, RunFolder, read_run_config, read
 MEASURES = "measures.json"
 
 
-class _Taken(BaseModel):
+R = TypeVar("R")
+
+
+class _Taken(BaseModel, Generic[R]):
     settings: dict[str, Any]
-    result: dict[str, Any] | list[Any]
+    result: R
+
+
+class _Measures(BaseModel):
+    angular: _Taken[AngularDistances] | None = None
+    needles: _Taken[list[NeedleScore]] | None = None
+    tasks: _Taken[list[LevelScore]] | None = None
 
 
 def check_measures(measures: Measures, config: RunConfig, progress: bool) -> None:
@@ -87,9 +97,14 @@ def write_samples(run: Path, samples: Samples, say: Say) -> None:
     """
     settings = samples.sampling.model_dump(mode="json")
     found = read_samples(run, say)
-    if [(sample["prompt"], sample.get("settings")) for sample in found] == [(prompt, settings) for prompt in samples.prompts]:
+    asked = [(prompt, settings) for prompt in samples.prompts for _ in range(samples.sampling.n)]
+    if [(sample["prompt"], sample.get("settings")) for sample in found] == asked:
         return
     requests = LLM(run, dtype="float32").generate(samples.prompts, samples.sampling)
+    for request in requests:
+        for output in request.outputs:
+            if output.error is not None:
+                raise failed_output(output.error)
     written = [
         {"prompt": prompt, "text": output.text, "tokens": len(output.token_ids), "settings": settings}
         for prompt, request in zip(samples.prompts, requests, strict=True)
@@ -99,8 +114,8 @@ def write_samples(run: Path, samples: Samples, say: Say) -> None:
 
 
 def _read(run: Path, say: Say | None = None) -> dict[str, dict[str, Any]]:
-    taken = read_json(run / MEASURES, dict[str, _Taken], {}, say)
-    return {name: one.model_dump() for name, one in taken.items()}
+    taken = read_json(run / MEASURES, _Measures, _Measures(), say)
+    return {name: one for name, one in taken.model_dump().items() if one is not None}
 
 
 def _angular(run: Path, settings: AngularMeasure) -> dict[str, Any]:
