@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, seconds, show, write
+from common import count, parser, seconds, show, write
 from torch import Tensor
 
 from yoco_u.architecture import preset
@@ -30,8 +30,8 @@ SHAPE = preset("yoco_u", "100m")
 
 def main() -> None:
     arguments = parser(__doc__, "attention")
-    arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--memory-of", type=int, help="run one training step of this many tokens and print its peak memory")
+    arguments.add_argument("--repeats", type=count, default=5)
+    arguments.add_argument("--memory-of", type=count, help="run one training step of so many tokens and print its peak memory")
     chosen = arguments.parse_args()
     if chosen.memory_of:
         print(json.dumps(training_step_memory(chosen.memory_of)))

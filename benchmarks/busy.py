@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from common import parser, show, write
+from common import count, parser, show, write
 from rich.progress import Progress
 
+from yoco_u.architecture import SIZES
 from yoco_u.errors import in_one_line
 
 LOADS = (0, 1, 2)
@@ -32,8 +33,8 @@ OPENMP_SPINS = "300000"  # what libgomp does if nothing is set
 
 def main() -> None:
     arguments = parser(__doc__, "busy")
-    arguments.add_argument("--sizes", nargs="+", default=["test", "100m"])
-    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--sizes", nargs="+", choices=[*SIZES], default=["test", "100m"])
+    arguments.add_argument("--rounds", type=count, default=5)
     arguments.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     chosen = arguments.parse_args()
     if chosen.worker:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import parser, show, write
+from common import count, parser, show, write
 
 from yoco_u import YocoUConfig, YocoUForCausalLM
 from yoco_u.architecture import preset
@@ -34,7 +34,7 @@ _CHUNK = 2**22
 def main() -> None:
     arguments = parser(__doc__, "checkpoints")
     arguments.add_argument("--size", default="100m")
-    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--rounds", type=count, default=5)
     arguments.add_argument("--folder", type=Path, help="where to write; by default the system's folder for temporary files")
     chosen = arguments.parse_args()
     folder = Path(tempfile.mkdtemp(dir=chosen.folder))

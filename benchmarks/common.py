@@ -76,6 +76,18 @@ def _result(text: str) -> Path:
     return Path(text)
 
 
+def count(text: str) -> int:
+    """An option that is a number of things, at least one."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"is {number}; expected at least 1")
+    return number
+
+
+def counts(text: str) -> list[int]:
+    """An option that is several such numbers, with commas between."""
+    return [count(part) for part in text.split(",")]
+
+
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows as a table; all have the keys of the first, which are the headings."""
     table = Table(*rows[0], title=title)

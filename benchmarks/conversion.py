@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from common import parser, show, write
+from common import count, counts, parser, show, write
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -46,11 +46,11 @@ def figures(name: str, model: YocoUForCausalLM, source: Source, held_out: dict[s
 def main() -> None:
     arguments = parser(__doc__, "conversion")
     arguments.add_argument("source", help="as of yoco-u convert")
-    arguments.add_argument("--window", type=int, default=512)
-    arguments.add_argument("--global-kvs", default="15,5,3,1", help="numbers of global KVs, with commas between")
-    arguments.add_argument("--tokens", type=int, default=32_768, help="tokens of the fit")
-    arguments.add_argument("--held-out", type=int, default=8, help="rows of each kind of text that are scored")
-    arguments.add_argument("--length", type=int, default=1024, help="tokens of a row")
+    arguments.add_argument("--window", type=count, default=512)
+    arguments.add_argument("--global-kvs", type=counts, default="15,5,3,1", help="numbers of global KVs, with commas between")
+    arguments.add_argument("--tokens", type=count, default=32_768, help="tokens of the fit")
+    arguments.add_argument("--held-out", type=count, default=8, help="rows of each kind of text that are scored")
+    arguments.add_argument("--length", type=count, default=1024, help="tokens of a row")
     chosen = arguments.parse_args()
 
     source = read_source(chosen.source)
@@ -71,10 +71,10 @@ def main() -> None:
     print(rows, flush=True)
     texts = calibration_rows(source, fit)
     moments = collect(convert(source, target(global_kvs=1), "mean").model, source.model, texts)
-    for count in map(int, chosen.global_kvs.split(",")):
+    for number in chosen.global_kvs:
         for method in METHODS:
-            made = convert(source, target(global_kvs=count), method, moments=moments)
-            row = figures(f"{count} global KVs, {method}", made.model, source, held_out)
+            made = convert(source, target(global_kvs=number), method, moments=moments)
+            row = figures(f"{number} global KVs, {method}", made.model, source, held_out)
             rows.append(row | {"explained": f"{mean(made.explained or [0.0]):.0%}"})
             print(rows[-1], flush=True)
     show("Converted, before any training", rows)

@@ -11,7 +11,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import decode, parser, show, write
+from common import count, decode, parser, show, write
 from rich.progress import track
 
 from yoco_u.architecture import preset
@@ -26,12 +26,12 @@ THRESHOLDS = (0.0, 0.43, 1.0, 1e30)
 def main() -> None:
     arguments = parser(__doc__, "exits")
     arguments.add_argument("--size", default="100m")
-    arguments.add_argument("--loops", type=int, default=3)
+    arguments.add_argument("--loops", type=count, default=3)
     arguments.add_argument("--dtype", default="auto")
-    arguments.add_argument("--context", type=int, default=128, help="tokens of each prompt")
-    arguments.add_argument("--tokens", type=int, default=64, help="tokens of each output")
-    arguments.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--context", type=count, default=128, help="tokens of each prompt")
+    arguments.add_argument("--tokens", type=count, default=64, help="tokens of each output")
+    arguments.add_argument("--batches", type=count, nargs="+", default=[1, 16])
+    arguments.add_argument("--rounds", type=count, default=3)
     chosen = arguments.parse_args()
 
     subject = engine(chosen)

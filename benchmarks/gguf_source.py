@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from common import parser, show, write
+from common import count, parser, show, write
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -54,8 +54,8 @@ def rounded_once_more(model: YocoUForCausalLM, seed: int) -> YocoUForCausalLM:
 def main() -> None:
     arguments = parser(__doc__, "gguf-source")
     arguments.add_argument("source", type=Path, help="a GGUF file in Q4_1")
-    arguments.add_argument("--rows", type=int, default=4, help="rows of 1,024 tokens of each kind of text")
-    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--rows", type=count, default=4, help="rows of 1,024 tokens of each kind of text")
+    arguments.add_argument("--seeds", type=count, default=3)
     chosen = arguments.parse_args()
 
     source = read_source(str(chosen.source))
@@ -79,8 +79,9 @@ def main() -> None:
     before = {text: loss(source.model, rows) for text, rows in texts.items()}
     again = [rounded_once_more(source.model, seed) for seed in range(chosen.seeds)]
     cost = {text: [loss(model, rows) - before[text] for model in again] for text, rows in texts.items()}
+    deviation = {text: stdev(found) if len(found) > 1 else None for text, found in cost.items()}
     rows = [
-        {"text": text, "nats": before[text], "rounded once more": mean(found), "deviation": stdev(found)}
+        {"text": text, "nats": before[text], "rounded once more": mean(found), "deviation": deviation[text]}
         for text, found in cost.items()
     ]
     show("Nats per token, and what one more rounding adds", rows)

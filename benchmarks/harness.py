@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import parser, show, write
+from common import count, parser, show, write
 from lm_eval.models.huggingface import HFLM
 
 from yoco_u import YocoUConfig, YocoUForCausalLM
@@ -36,9 +36,9 @@ def main() -> None:
     arguments = parser(__doc__, "harness")
     arguments.add_argument("--size", default="100m", help="of the preset yoco_u")
     arguments.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of both")
-    arguments.add_argument("--limit", type=int, default=32, help="questions of each task")
-    arguments.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], help="of transformers")
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--limit", type=count, default=32, help="questions of each task")
+    arguments.add_argument("--batch-sizes", type=count, nargs="+", default=[1, 8, 32], help="of transformers")
+    arguments.add_argument("--rounds", type=count, default=3)
     chosen = arguments.parse_args()
 
     with TemporaryDirectory() as folder:

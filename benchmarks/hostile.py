@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 import openai
 import torch
-from common import parser, show, standard_library_prompts, write
+from common import count, parser, show, standard_library_prompts, write
 from gaps import Gap, Gaps, under
 from serving import Server, answers_alone, serving
 
@@ -212,13 +212,13 @@ def row(name: str, seen: Innocents, server: Server, statuses: Counter[str], begu
 def main() -> None:
     arguments = parser(__doc__, "hostile")
     arguments.add_argument("model", type=Path, help="a trained run or saved model")
-    arguments.add_argument("--innocents", type=int, default=4, help="clients that stream all the time")
-    arguments.add_argument("--at-once", type=int, default=3, help="hostile requests at the same time")
+    arguments.add_argument("--innocents", type=count, default=4, help="clients that stream all the time")
+    arguments.add_argument("--at-once", type=count, default=3, help="hostile requests at the same time")
     arguments.add_argument("--minutes", type=float, default=0.0, help="mix all kinds for so long, instead of one after another")
-    arguments.add_argument("--context", type=int, default=8192, help="tokens of the longest request that the server takes")
-    arguments.add_argument("--prompts", type=int, default=40, help="different ones")
-    arguments.add_argument("--longest", type=int, default=256, help="tokens of the longest prompt")
-    arguments.add_argument("--new", type=int, default=64, help="tokens of an answer")
+    arguments.add_argument("--context", type=count, default=8192, help="tokens of the longest request that the server takes")
+    arguments.add_argument("--prompts", type=count, default=40, help="different ones")
+    arguments.add_argument("--longest", type=count, default=256, help="tokens of the longest prompt")
+    arguments.add_argument("--new", type=count, default=64, help="tokens of an answer")
     chosen = arguments.parse_args()
 
     _, tokenizer = load_model(chosen.model, torch.device("cpu"))

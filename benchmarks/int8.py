@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 
-from common import parser, show, write
+from common import count, parser, show, write
 from rich.progress import track
 
 from yoco_u.architecture import preset
@@ -25,9 +25,9 @@ WEIGHTS = ("bfloat16", "int8")
 def main() -> None:
     arguments = parser(__doc__, "int8")
     arguments.add_argument("--size", default="100m")
-    arguments.add_argument("--context", type=int, default=4096)
-    arguments.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    arguments.add_argument("--rounds", type=int, default=7)
+    arguments.add_argument("--context", type=count, default=4096)
+    arguments.add_argument("--batches", type=count, nargs="+", default=[1, 16])
+    arguments.add_argument("--rounds", type=count, default=7)
     chosen = arguments.parse_args()
 
     sequences = max(chosen.batches)

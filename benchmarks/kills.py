@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, show, write
+from common import count, parser, show, write
 from rich.progress import track
 from safetensors.torch import load_file
 
@@ -41,7 +41,7 @@ OUTCOMES = {-signal.SIGKILL: "killed", 0: "ended", 2: "refused"}
 
 def main() -> None:
     arguments = parser(__doc__, "kills")
-    arguments.add_argument("--kills", type=int, default=200)
+    arguments.add_argument("--kills", type=count, default=200)
     arguments.add_argument("--damage", type=float, default=0.5, help="chance that a file is damaged after a kill")
     arguments.add_argument("--seed", type=int, default=0)
     chosen = arguments.parse_args()

@@ -31,7 +31,7 @@ from typing import Any
 import openai
 import psutil
 import torch
-from common import parser, show, standard_library_prompts, write
+from common import count, parser, show, standard_library_prompts, write
 from rich.progress import Progress
 
 from yoco_u import LLM, SamplingParams, YocoUConfig, YocoUForCausalLM
@@ -267,16 +267,16 @@ def measure_waiting(chosen: Namespace) -> dict[str, Any]:
 def main() -> None:
     arguments = parser(__doc__, "serving")
     arguments.add_argument("model", type=Path, help="a trained run or saved model")
-    arguments.add_argument("--clients", type=int, default=64)
+    arguments.add_argument("--clients", type=count, default=64)
     arguments.add_argument("--minutes", type=float, default=10)
-    arguments.add_argument("--prompts", type=int, default=200, help="different ones")
-    arguments.add_argument("--longest", type=int, default=1024, help="tokens of the longest prompt under load")
-    arguments.add_argument("--new", type=int, default=96, help="tokens of the longest answer")
+    arguments.add_argument("--prompts", type=count, default=200, help="different ones")
+    arguments.add_argument("--longest", type=count, default=1024, help="tokens of the longest prompt under load")
+    arguments.add_argument("--new", type=count, default=96, help="tokens of the longest answer")
     arguments.add_argument("--leaving", type=float, default=0.2, help="share of requests whose client goes away")
-    arguments.add_argument("--waiting", type=int, default=32, help="outputs that may wait")
+    arguments.add_argument("--waiting", type=count, default=32, help="outputs that may wait")
     arguments.add_argument("--size", default="100m", help="of the model that reads the long prompt")
-    arguments.add_argument("--short", type=int, default=32, help="tokens of the short prompt")
-    arguments.add_argument("--long", type=int, default=65536, help="tokens of the long prompt")
+    arguments.add_argument("--short", type=count, default=32, help="tokens of the short prompt")
+    arguments.add_argument("--long", type=count, default=65536, help="tokens of the long prompt")
     chosen = arguments.parse_args()
 
     load = measure_load(chosen)

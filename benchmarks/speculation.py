@@ -16,7 +16,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import decode, parser, show, write
+from common import count, decode, parser, show, write
 from rich.progress import track
 
 from yoco_u.architecture import preset
@@ -38,12 +38,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def main() -> None:
     arguments = parser(__doc__, "speculation")
     arguments.add_argument("--size", default="100m")
-    arguments.add_argument("--loops", type=int, default=3)
+    arguments.add_argument("--loops", type=count, default=3)
     arguments.add_argument("--dtype", default="auto")
-    arguments.add_argument("--context", type=int, default=128, help="tokens of each prompt")
-    arguments.add_argument("--tokens", type=int, default=256, help="tokens of each output")
-    arguments.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--context", type=count, default=128, help="tokens of each prompt")
+    arguments.add_argument("--tokens", type=count, default=256, help="tokens of each output")
+    arguments.add_argument("--batches", type=count, nargs="+", default=[1, 16])
+    arguments.add_argument("--rounds", type=count, default=5)
     arguments.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     chosen = arguments.parse_args()
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from common import parser, write
+from common import count, parser, write
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +33,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     arguments = parser(__doc__, "sweep")
-    arguments.add_argument("--steps", type=int, default=500)
+    arguments.add_argument("--steps", type=count, default=500)
     arguments.add_argument("--rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2, 3.2e-2])
     arguments.add_argument("--ranges", type=float, nargs="+", default=[0.05, 0.125, 0.2])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0])

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import parser, seconds, show, write
+from common import count, parser, seconds, show, write
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from yoco_u import Architecture, YocoUConfig, YocoUForCausalLM
-from yoco_u.architecture import preset
+from yoco_u.architecture import SIZES, preset
 from yoco_u.budget import parameters, training_flops
 from yoco_u.device import gemm_rate, multiplies_bfloat16
 from yoco_u.errors import in_one_line
@@ -32,9 +32,9 @@ DTYPE = torch.bfloat16 if multiplies_bfloat16(CPU) else torch.float32
 
 def main() -> None:
     arguments = parser(__doc__, "training")
-    arguments.add_argument("--rounds", type=int, default=4)
-    arguments.add_argument("--sizes", nargs="+", default=["100m", "8m"])
-    arguments.add_argument("--tokens", type=int, default=4096, help="per step")
+    arguments.add_argument("--rounds", type=count, default=4)
+    arguments.add_argument("--sizes", nargs="+", choices=[*SIZES], default=["100m", "8m"])
+    arguments.add_argument("--tokens", type=count, default=4096, help="per step")
     chosen = arguments.parse_args()
 
     rows = [row for size in chosen.sizes for row in measure(size, chosen.rounds, chosen.tokens // LENGTH)]

@@ -12,7 +12,7 @@ moments, by torch's record of what is allocated and freed.
 from collections.abc import Callable
 from typing import Any
 
-from common import parser, seconds, show, write
+from common import count, parser, seconds, show, write
 from torch.profiler import ProfilerActivity, profile
 from training import DTYPE, step
 
@@ -28,9 +28,9 @@ LOOPS, LAST = (3, 5, 8), (None, 2, 1)
 def main() -> None:
     arguments = parser(__doc__, "truncated")
     arguments.add_argument("--size", help="of the YOCO-U; 8m by default, quickstart with --quick")
-    arguments.add_argument("--length", type=int, help="tokens per row; 1024 by default, 512 with --quick")
-    arguments.add_argument("--rows", type=int, default=4, help="rows per step")
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--length", type=count, help="tokens per row; 1024 by default, 512 with --quick")
+    arguments.add_argument("--rows", type=count, default=4, help="rows per step")
+    arguments.add_argument("--rounds", type=count, default=3)
     arguments.add_argument("--quick", action="store_true")
     chosen = arguments.parse_args()
     size, length = chosen.size or ("quickstart" if chosen.quick else "8m"), chosen.length or (512 if chosen.quick else 1024)

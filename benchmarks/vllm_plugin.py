@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, show, standard_library_prompts, write
+from common import count, parser, show, standard_library_prompts, write
 from rich.console import Console
 
 from yoco_u import LLM, SamplingParams, YocoUConfig
@@ -44,14 +44,14 @@ def main() -> None:
     arguments = parser(__doc__, "vllm_plugin")
     arguments.add_argument("model", type=Path, help="a trained run or saved model, for the tokens")
     arguments.add_argument("--python", required=True, help="interpreter that has vLLM and this package")
-    arguments.add_argument("--prompts", type=int, default=100)
-    arguments.add_argument("--longest", type=int, default=2048, help="tokens of the longest prompt")
-    arguments.add_argument("--new", type=int, default=64, help="tokens of each answer")
+    arguments.add_argument("--prompts", type=count, default=100)
+    arguments.add_argument("--longest", type=count, default=2048, help="tokens of the longest prompt")
+    arguments.add_argument("--new", type=count, default=64, help="tokens of each answer")
     arguments.add_argument("--size", default="100m", help="of the models whose speed is measured")
-    arguments.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768])
-    arguments.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    arguments.add_argument("--steps", type=int, default=32, help="decode steps that are timed")
-    arguments.add_argument("--rounds", type=int, default=1)
+    arguments.add_argument("--contexts", type=count, nargs="+", default=[8192, 32768])
+    arguments.add_argument("--batches", type=count, nargs="+", default=[1, 8])
+    arguments.add_argument("--steps", type=count, default=32, help="decode steps that are timed")
+    arguments.add_argument("--rounds", type=count, default=1)
     arguments.add_argument("--time-limit", type=float, default=600.0, help="seconds that one case may take")
     chosen = arguments.parse_args()
 

@@ -30,6 +30,8 @@ AIMS = {15: 1.15, 5: 1.25, 1: 1.35}
 """By the number of global KVs: the perplexity that is aimed at, as a multiple of the source's."""
 
 MARKERS = "osv^"
+MOST = 100.0
+"""The logarithm of more tokens than anything is trained on."""
 
 
 def main() -> None:
@@ -85,8 +87,14 @@ def curve(run: Path, config: RunConfig, source: float) -> dict[str, Any]:
         "run": run.name, "global_kvs": kvs, "converted": converted, "tokens": tokens, "losses": losses,
         "flops": points[-1]["flops"], "times_source": math.exp(losses[-1] - source),
         "exponent": -fit.slope, "exponent_error": fit.stderr, "scale": math.exp(fit.intercept),
-        "aim": AIMS[kvs], "needed": math.exp((math.log(math.log(AIMS[kvs])) - fit.intercept) / fit.slope),
+        "aim": AIMS[kvs], "needed": reached(fit.intercept, fit.slope, math.log(AIMS[kvs])),
     }  # fmt: skip
+
+
+def reached(intercept: float, slope: float, excess: float) -> float | None:
+    """The tokens at which a line through logarithms of tokens and of excess loss reaches `excess`; None if it does not."""
+    power = (math.log(excess) - intercept) / slope if slope < 0 else math.inf
+    return math.exp(power) if power < MOST else None
 
 
 def plot(source: float, curves: list[dict[str, Any]], path: Path) -> None:
@@ -111,9 +119,10 @@ def plot(source: float, curves: list[dict[str, Any]], path: Path) -> None:
 
 def sentence(one: dict[str, Any]) -> str:
     found, tokens, exponent = one["times_source"], one["tokens"][-1], f"{one['exponent']:.2f} +- {one['exponent_error']:.2f}"
+    needed = "at no number of tokens" if one["needed"] is None else f"at {one['needed']:,.0f}"
     return (
         f"{one['run']}, {one['global_kvs']} global KVs: {found:.2f} times the source's perplexity at {tokens:,} tokens; "
-        f"the excess falls as tokens to the power of -({exponent}), to {one['aim']} times at {one['needed']:,.0f}"
+        f"the excess falls as tokens to the power of -({exponent}), to {one['aim']} times {needed}"
     )
 
 

@@ -79,13 +79,13 @@ def main() -> None:
 
 
 def flops_of(config: Path, steps: int) -> float:
-    return load_run_config(str(config), [f"training.steps={steps}"]).training_flops()
+    return load_run_config(str(config), [f"training.steps={steps}", "optimizer.warmup_steps=0"]).training_flops()
 
 
 def steps_for(config: Path, flops: float) -> int:
     """The number of steps whose FLOPs come nearest to `flops`."""
     steps = max(1, round(flops / flops_of(config, 100) * 100))
-    return min((steps - 1, steps, steps + 1), key=lambda n: abs(flops_of(config, n) - flops))
+    return min((max(1, steps - 1), steps, steps + 1), key=lambda n: abs(flops_of(config, n) - flops))
 
 
 def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:

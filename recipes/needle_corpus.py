@@ -39,9 +39,11 @@ def main() -> None:
     if chosen.out.exists():
         raise UserError(f"{chosen.out}: is there already; name another file, or move it elsewhere")
     check_result(chosen.out)
-    if not (chosen.documents >= 1 and 1 <= chosen.shortest <= chosen.longest and chosen.again >= 0 and chosen.digits >= 1):
+    if not (
+        chosen.documents >= 1 and 1 <= chosen.shortest <= chosen.longest and chosen.again >= 0 and 1 <= chosen.digits <= 18
+    ):
         raise UserError(
-            "--documents, --shortest and --digits are at least 1, --again at least 0, --longest at least --shortest"
+            "--documents and --shortest are at least 1, --digits 1 to 18, --again at least 0, --longest at least --shortest"
         )
     encoder = DocumentEncoder(train_tokenizer(["a"], MINIMUM_VOCABULARY))  # the smallest vocabulary: a token is a byte
     drawn, lines = random.Random(0), []

@@ -1,5 +1,6 @@
 """Recipes overwrite nothing that is not theirs, and say what is wrong in one line, before they compute anything."""
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
@@ -49,3 +50,10 @@ def test_what_a_user_has_stays(
     line = capsys.readouterr().err
     assert ended.value.code == 2 and line.startswith("error: ") and said in line and line.count("\n") == 1, line
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / mine).read_text() == "years of work"
+
+
+def test_what_a_fit_never_reaches_has_no_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+    reached = importlib.import_module("healing_curves").reached
+    assert reached(0.0, -0.5, 0.1) == pytest.approx(100.0)
+    assert [reached(0.0, slope, 0.1) for slope in (0.0, 0.3, -1e-6)] == [None] * 3
