@@ -32,7 +32,7 @@ def worst(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], error: Any) 
 
 
 def verdict(error: float, limit: float, **details: Any) -> Figure:
-    """A check as it is kept: wrong if the error is above its limit."""
+    """A check as it is kept: wrong if the error is above its limit, or not finite."""
     return {"error": error, "limit": limit, "wrong": not error <= limit, **details}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from yoco_u.errors import first_line
 from yoco_u.files import read_json, write_json
+from yoco_u.formatting import as_json_numbers
 
 Figure = dict[str, Any]
 
@@ -56,8 +57,8 @@ class Record:
         return self.figures[name]
 
     def keep(self, name: str, figure: Figure) -> None:
-        """Keep a figure that has been measured, and show it."""
-        self.figures[name] = figure
+        """Keep a figure that has been measured, and show it. Numbers that are not finite become None."""
+        self.figures[name] = as_json_numbers(figure)
         self._write()
         shown = ", ".join(f"{key} {_short(value)}" for key, value in figure.items() if not isinstance(value, dict | list))
         print(f"  {name}: {shown}", flush=True)
@@ -65,11 +66,11 @@ class Record:
     @property
     def is_done(self) -> bool:
         """Whether there is nothing to measure any more."""
-        return self.complete and not any("failure" in figure for figure in self.figures.values())
+        return self.complete and not any(map(_to_repeat, self.figures.values()))
 
     def retry_failures(self) -> None:
-        """Let `measure` try again what has failed."""
-        self.figures = {name: figure for name, figure in self.figures.items() if "failure" not in figure}
+        """Let `measure` try again what has failed or was found wrong."""
+        self.figures = {name: figure for name, figure in self.figures.items() if not _to_repeat(figure)}
 
     def finish(self) -> None:
         """Note that the phase has measured all that it was to measure."""
@@ -79,6 +80,10 @@ class Record:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"complete": self.complete, "figures": self.figures})
+
+
+def _to_repeat(figure: Figure) -> bool:
+    return "failure" in figure or bool(figure.get("wrong"))
 
 
 def _short(value: Any) -> str:

@@ -45,7 +45,7 @@ def _run(names: list[str], conductor: Conductor, results: Path) -> int:
         path = report.write(conductor, results)
         if ended == "failed":
             status = 1
-        if phase.name == "correctness" and (found := _wrong(conductor)):
+        if phase.name == "correctness" and (found := _wrong(conductor, ended)):
             print(f"wrong, so nothing is timed; --phases {','.join(p.name for p in PHASES[2:])} measures in spite of it:")
             print("\n".join(f"  {line}" for line in found), flush=True)
             return 1
@@ -54,11 +54,17 @@ def _run(names: list[str], conductor: Conductor, results: Path) -> int:
     return status
 
 
-def _wrong(conductor: Conductor) -> list[str]:
-    """One line for each check that found something wrong or failed. Checks that no time was left for are not wrong."""
+def _wrong(conductor: Conductor, ended: str) -> list[str]:
+    """One line for each check that found something wrong or failed. Checks that no time was left for are not wrong.
+
+    Args:
+        ended: how the phase ended, as of `Conductor.run`.
+    """
     record = conductor.record("correctness")
     if not record.figures:
         return ["no check was made; see the messages above"]
+    if ended == "failed":
+        return [f"the process of the checks ended behind {len(record.figures)} of them; see the messages above"]
     if not record.complete:
         print(f"  time was left for {len(record.figures)} checks only")
     lines = []
@@ -68,7 +74,8 @@ def _wrong(conductor: Conductor) -> list[str]:
             lines.append(f"{name}: {failure}")
         elif figure.get("wrong"):
             where = f" in {figure['where']}" if figure.get("where") else ""
-            lines.append(f"{name}: error {figure['error']:.3g}, at most {figure['limit']:.3g} is right{where}")
+            error = "not finite" if figure["error"] is None else f"{figure['error']:.3g}"
+            lines.append(f"{name}: error {error}, at most {figure['limit']:.3g} is right{where}")
     return lines
 
 

@@ -2,10 +2,12 @@
 
 import io
 import json
+import math
 import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import psutil
 import pytest
 import torch
 from gpu_phases import conductor, report, session, wheels
+from gpu_phases.check import verdict
 from gpu_phases.conductor import Conductor, Phase
 from gpu_phases.record import Record
 from gpu_phases.targets import DECODE
@@ -108,6 +111,19 @@ def test_a_record_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFix
     assert again.is_done
 
 
+def test_what_is_not_finite_is_kept_as_wrong_and_checked_again(tmp_path: Path) -> None:
+    record = Record(tmp_path / "phase.json")
+    for name, error in (("one", math.inf), ("two", math.nan)):
+        assert record.measure(name, partial(verdict, error, 4.0, where="here", all=[error]))["wrong"]
+    assert record.measure("three", lambda: verdict(5.0, 4.0))["wrong"]
+    assert not record.measure("four", lambda: verdict(3.0, 4.0))["wrong"]
+    record.finish()
+    again = Record(tmp_path / "phase.json")
+    assert again.figures["one"]["error"] is None and not again.is_done
+    again.retry_failures()
+    assert list(again.figures) == ["four"]
+
+
 def checked(folder: Path, **figures: dict[str, Any]) -> Conductor:
     record = Record(folder / "correctness.json")
     for name, figure in figures.items():
@@ -123,6 +139,7 @@ def test_what_is_wrong_ends_the_call_with_a_line_for_each(
         right={"error": 0.1, "limit": 0.2, "wrong": False},
         first={"error": 0.30001, "limit": 0.2, "wrong": True, "where": "model.norm.weight"},
         second={"failure": "OutOfMemoryError: 80 GiB"},
+        fourth={"error": math.inf, "limit": 0.2, "wrong": True},
         third={"failure": "left out: 3 s remained of the phase"},
     )
     run: list[str] = []
@@ -132,6 +149,7 @@ def test_what_is_wrong_ends_the_call_with_a_line_for_each(
     lines = capsys.readouterr().out.splitlines()
     assert "  first: error 0.3, at most 0.2 is right in model.norm.weight" in lines
     assert "  second: OutOfMemoryError: 80 GiB" in lines
+    assert "  fourth: error not finite, at most 0.2 is right" in lines
     assert not any("third: left out: 3" in line for line in lines[-3:])
     assert any("--phases tables,profiling,training,peers,text measures in spite of it" in line for line in lines)
 
@@ -139,6 +157,16 @@ def test_what_is_wrong_ends_the_call_with_a_line_for_each(
 def test_no_check_at_all_ends_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Conductor, "run", lambda self, phase: "failed" if phase.name == "correctness" else "done")
     assert session.run_phases("correctness,tables", tmp_path, tmp_path, 100, dry=True) == 1
+
+
+def test_checks_that_died_behind_right_ones_end_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked(tmp_path, right={"error": 0.1, "limit": 0.2, "wrong": False})
+    run: list[str] = []
+    monkeypatch.setattr(
+        Conductor, "run", lambda self, phase: run.append(phase.name) or "failed" if phase.name == "correctness" else "done"
+    )
+    assert session.run_phases("correctness,tables", tmp_path, tmp_path, 100, dry=True) == 1
+    assert run == ["correctness"]
 
 
 def test_what_is_right_lets_the_call_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
