@@ -39,15 +39,16 @@ def run(record: Record, scale: Scale) -> None:
 def _decode(timed: TimedEngine, device: torch.device, batch: int, context: int) -> Figure:
     engine = timed.engine
     requests = [engine.add(timed.tokens(context), timed.params(_WARM_STEPS + 8)) for _ in range(batch)]
-    engine.fill_cache(context - 1)
-    for _ in range(_WARM_STEPS):
+    try:
+        engine.fill_cache(context - 1)
+        for _ in range(_WARM_STEPS):
+            engine.step()
+        begin = time.perf_counter()
         engine.step()
-    begin = time.perf_counter()
-    engine.step()
-    found = {"seconds_alone": time.perf_counter() - begin} | profiled(device, engine.step)
-    for request in requests:
-        engine.abort(request)
-    return found
+        return {"seconds_alone": time.perf_counter() - begin} | profiled(device, engine.step)
+    finally:
+        for request in requests:
+            engine.abort(request)
 
 
 def _prefill(timed: TimedEngine, device: torch.device, chunk: int, depth: int) -> Figure:
@@ -55,11 +56,12 @@ def _prefill(timed: TimedEngine, device: torch.device, chunk: int, depth: int) -
     alone = timed.prefill(chunk, depth)
     engine = timed.engine
     request = engine.add(timed.tokens(depth + chunk), timed.params(2))
-    if depth:
-        engine.fill_cache(depth)
-    found = profiled(device, engine.step)
-    engine.abort(request)
-    return {"seconds_alone": alone} | found
+    try:
+        if depth:
+            engine.fill_cache(depth)
+        return {"seconds_alone": alone} | profiled(device, engine.step)
+    finally:
+        engine.abort(request)
 
 
 def profiled(device: torch.device, call: Callable[[], Any]) -> Figure:
@@ -70,6 +72,9 @@ def profiled(device: torch.device, call: Callable[[], Any]) -> Figure:
         `idle_share` of the time in which none did; and `kernels`, those that took the most time together, each with its number
         of calls. On a CPU the kernels are torch's operators. The profiler makes launches slower, so beside graphs that are
         replayed, gaps are longer than without it: `seconds_alone` is the time of such a call without the profiler.
+
+    Raises:
+        RuntimeError: if the profiler saw no kernel.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     synchronize(device)
@@ -78,8 +83,10 @@ def profiled(device: torch.device, call: Callable[[], Any]) -> Figure:
         synchronize(device)
     kind = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
     events = [event for event in profiler.events() if event.device_type == kind and event.time_range.elapsed_us() > 0]
+    if not events:
+        raise RuntimeError("the profiler saw no kernel; is its tracing of the device allowed here?")
     spans = sorted((event.time_range.start, event.time_range.end) for event in events)
-    whole, busy = (max(end for _, end in spans) - spans[0][0], covered(spans)) if spans else (0.0, 0.0)
+    whole, busy = max(end for _, end in spans) - spans[0][0], covered(spans)
     totals: dict[str, list[float]] = defaultdict(list)
     for event in events:
         totals[event.name].append(event.time_range.elapsed_us())
@@ -87,7 +94,7 @@ def profiled(device: torch.device, call: Callable[[], Any]) -> Figure:
     return {
         "seconds": whole / 1e6,
         "busy_seconds": busy / 1e6,
-        "idle_share": 1 - busy / whole if whole else 0.0,
+        "idle_share": 1 - busy / whole,
         "launches": len(events),
         "kernels": [{"name": name, "calls": len(times), "microseconds": sum(times)} for name, times in ranked],
     }

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpu_phases.record import Figure, Record
+from gpu_phases.record import LEFT_OUT, Figure, Record
 from gpu_phases.scale import Scale
 from yoco_u.files import read_json
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "gpu-text.yaml"
 JOBS = 4
 FEWEST = "tokens_per_parameter=[20]"
+_UNFINISHED = "not finished: "  # how the command's lines begin that name such a run
 _TO_REPORT = 75.0  # seconds that runs may take to stop, and the report to be written
 
 
@@ -25,9 +26,12 @@ def run(record: Record, scale: Scale) -> None:
     if scale.device == "cpu":
         record.measure("runs", lambda: _call(folder, ["--list"]))
         return
+    for name in ("runs", "report"):  # of an earlier call, whose runs may not have been finished
+        record.figures.pop(name, None)
     minutes = max(0.0, record.remaining - _TO_REPORT) / 60
     record.measure("runs", lambda: _call(folder, ["--jobs", str(JOBS), "--minutes", f"{minutes:.2f}"]))
-    record.measure("report", lambda: {"report": read_json(folder / "report.json", dict[str, Any])})
+    if (folder / "report.json").exists():
+        record.measure("report", lambda: {"report": read_json(folder / "report.json", dict[str, Any])})
 
 
 def _call(folder: Path, options: list[str]) -> Figure:
@@ -41,4 +45,6 @@ def _call(folder: Path, options: list[str]) -> Figure:
     lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
     if done.returncode:
         raise RuntimeError(lines[-1] if lines else f"ended with status {done.returncode}")
-    return {"lines": lines[-40:]}
+    unfinished = [line for line in lines if line.startswith(_UNFINISHED)]
+    left_out = {"failure": f"{LEFT_OUT}: {len(unfinished)} runs are not finished"} if unfinished else {}
+    return {"lines": lines[-40:], **left_out}

@@ -2,10 +2,12 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from gpu_phases import (
     targets,
     training,
 )
+from gpu_phases import text as texts
 from gpu_phases.check import largest_error, typical_error, verdict
 from gpu_phases.record import Record
 from gpu_phases.scale import FULL, TOY
@@ -280,3 +283,37 @@ def test_figures_of_two_cards_are_not_mixed(tmp_path: Path) -> None:
     record.keep("environment", {"device_name": "NVIDIA H200"})
     with pytest.raises(UserError, match=r"holds figures of NVIDIA H200, but this is .*; give another --out"):
         machine.check_device("cpu", record)
+
+
+def test_a_profile_without_kernels_is_a_failure() -> None:
+    with pytest.raises(RuntimeError, match="the profiler saw no kernel"):
+        profiling.profiled(torch.device("cpu"), lambda: None)
+
+
+@pytest.mark.parametrize(("ways", "rate"), [({"eager": 1.0, "compiled": 2.0}, 50.0), ({"eager": 1.0}, None)])
+def test_a_figure_of_compiled_decoding_is_of_nothing_else(tmp_path: Path, ways: dict[str, float], rate: float | None) -> None:
+    record = Record(tmp_path / "phase.json")
+    record.keep("one", {"tokens_per_second": 100.0, "seconds": [1.0], "way": "eager", "seconds_by_way": ways})
+    peers.only_compiled(record, "one")
+    assert record.figures["one"].get("tokens_per_second") == rate
+    assert ("failure" in record.figures["one"]) == (rate is None)
+
+
+def test_the_text_comparison_goes_on_in_a_later_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ["not finished: a\nnot finished: b\n", ""]
+
+    def experiment(command: list[str], **_: Any) -> SimpleNamespace:
+        text = said.pop(0)
+        if not text:
+            (tmp_path / "text").mkdir()
+            (tmp_path / "text" / "report.json").write_text("{}")
+        return SimpleNamespace(returncode=0, stdout="", stderr=text)
+
+    monkeypatch.setattr(texts.subprocess, "run", experiment)
+    for finished in (False, True):
+        record = Record(tmp_path / "text.json", time.time() + 1000)
+        record.retry_failures()
+        texts.run(record, FULL)
+        record.finish()
+        assert Record(tmp_path / "text.json").is_done == finished
+    assert set(record.figures) == {"runs", "report"} and not said
