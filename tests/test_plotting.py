@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from yoco_u.plotting import PALETTE, ContextPlot, colour, dashes
 
 
@@ -20,3 +22,12 @@ def test_where_colours_come_again_markers_of_a_context_plot_differ(tmp_path: Pat
     assert unmarked[1] == ""
     plot.write(tmp_path / "plot.png", [1024, 4096])
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("label", ["_hidden", "$x_{$", "___", "50$ and 60$"])
+def test_any_label_is_shown_as_it_is(tmp_path: Path, label: str) -> None:
+    plot = ContextPlot(["loss"])
+    plot.line(0, 0, [(1024, 2.0), (4096, 1.0)], label)
+    plot.write(tmp_path / "plot.png", [1024, 4096])
+    [shown] = plot.axes[0].get_legend_handles_labels()[1]
+    assert shown.replace("\\$", "$") == (label.lstrip("_") or "-")

@@ -80,6 +80,7 @@ class ContextPlot:
         """
         x = [context for context, _ in points]
         y = [float("nan") if value is None else value for _, value in points]
+        label = label and plain(label)
         marker = marker and _MARKERS[index // len(PALETTE) % len(_MARKERS)]
         self.axes[panel].plot(
             x, y, color=colour(index), label=label, marker=marker, markersize=3.5, linewidth=1.5, linestyle=style
@@ -91,9 +92,14 @@ class ContextPlot:
             _finish(axes, contexts, self.logarithmic)
             axes.set_xlabel(self.x_label)
         handles, labels = self.axes[0].get_legend_handles_labels()
-        columns = min(len(labels), 8 * len(self.axes) // 3)
+        columns = max(1, min(len(labels), 8 * len(self.axes) // 3))
         self.figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
         save_png(self.figure, path)
+
+
+def plain(label: str) -> str:
+    """The label, changed so that matplotlib neither hides it (leading _) nor reads it as a formula ($)."""
+    return label.replace("$", r"\$").lstrip("_") or "-"
 
 
 def _finish(axes: Axes, contexts: Sequence[int], logarithmic: bool) -> None:

@@ -16,7 +16,7 @@ from yoco_u.analysis.lens import Reading
 from yoco_u.analysis.study import Study
 from yoco_u.analysis.token_loops import ExitLoops
 from yoco_u.analysis.trace import UnrolledLayer
-from yoco_u.plotting import PALETTE, colour, dashes, save_png
+from yoco_u.plotting import PALETTE, colour, dashes, plain, save_png
 
 _LEVELS = (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
@@ -305,14 +305,7 @@ def _runs(numbers: Sequence[int]) -> list[list[int]]:
 
 
 def _line(axes: Axes, index: int, x: Sequence[int], y: Sequence[float], label: str) -> None:
-    axes.plot(
-        x, y, color=colour(index), linestyle=dashes(index), marker="o", markersize=3.5, linewidth=1.4, label=_plain(label)
-    )
-
-
-def _plain(label: str) -> str:
-    """The label, changed so that matplotlib neither hides it (leading _) nor reads it as a formula ($)."""
-    return label.replace("$", r"\$").lstrip("_") or "-"
+    axes.plot(x, y, color=colour(index), linestyle=dashes(index), marker="o", markersize=3.5, linewidth=1.4, label=plain(label))
 
 
 def _legend(axes: Axes, wanted: bool = True, **place: Any) -> None:

@@ -14,7 +14,7 @@ from yoco_u.experiment.needle_maps import NeedleMap, needle_maps
 from yoco_u.experiment.results import Cost, Series
 from yoco_u.experiment.summary import Fit, Row, Summary
 from yoco_u.experiment.task_curves import TaskCurves, task_curves
-from yoco_u.plotting import budget_formatter, colour, dashes, save_png, svg
+from yoco_u.plotting import budget_formatter, colour, dashes, plain, save_png, svg
 
 AXES: tuple[tuple[Cost, str], ...] = (("tokens", "training tokens"), ("flops", "training FLOPs"))
 """What losses are drawn over, with the label of that axis."""
@@ -131,7 +131,7 @@ def _draw_finals(axes: Axes, rows: Sequence[Row], numbers: dict[str, int]) -> No
         axes.plot([row.loss.mean], [height], color=own, marker="o", markersize=5)
         seeds = list(row.series.final.values())
         axes.plot(seeds, [height] * len(seeds), color=own, marker="|", markersize=9, linewidth=0)
-    axes.set_yticks(range(len(rows)), [row.series.label for row in reversed(rows)])
+    axes.set_yticks(range(len(rows)), [plain(row.series.label) for row in reversed(rows)])
     axes.set_xlabel("final validation loss, nats per token")
 
 
@@ -165,7 +165,7 @@ def _draw_curves(axes: Axes, found: Sequence[Series], x: Cost, label: str) -> No
         losses = np.array([np.interp(points, [getattr(p, x) for p in curve], [p.loss for p in curve]) for curve in curves])
         number = numbers[series.model]
         mean = losses.mean(axis=0)
-        legend = series.model_label if series.model not in drawn else None
+        legend = plain(series.model_label) if series.model not in drawn else None
         drawn.add(series.model)
         axes.fill_between(points, losses.min(axis=0), losses.max(axis=0), color=colour(number), alpha=0.18, linewidth=0)
         axes.plot(points, mean, color=colour(number), linestyle=dashes(number), linewidth=1.3, label=legend)
