@@ -118,6 +118,14 @@ def test_losses_are_compared_where_they_were_measured(tmp_path: Path) -> None:
     assert f"after {short_count(900 * 128)} tokens" in alone.headline
 
 
+def test_runs_of_one_name_are_called_by_their_folders(tmp_path: Path) -> None:
+    runs = [made_up(tmp_path / folder, "Same", 1, 20, loss) for folder, loss in (("a", 4.2), ("b", 4.1))]
+    comparison = compare(runs)
+    assert [run.name for run in comparison.runs] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    write_report(runs, comparison, tmp_path / "report.html")
+    assert f"<h1>{tmp_path / 'a'}, {tmp_path / 'b'}</h1>" in (tmp_path / "report.html").read_text()
+
+
 def test_unfinished_and_unscored_runs_are_named(tmp_path: Path) -> None:
     unscored = made_up(tmp_path / "a", "Young", 1, 5, None, planned=50)
     comparison = compare([unscored])

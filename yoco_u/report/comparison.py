@@ -1,7 +1,7 @@
 """Compares runs: the numbers of each, the loss gaps between runs that spent equally much, and a sentence on what came out."""
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -114,13 +114,19 @@ class Comparison:
         return [(label, [text(run) for run in self.runs]) for label, text in rows]
 
 
+def names_of(runs: list[Run]) -> list[str]:
+    """What runs are called beside each other: by their configs, or by their folders if two would have the same name."""
+    names = [run.config.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+
+
 def compare(runs: list[Run]) -> Comparison:
     """Compare runs; one alone gives its numbers and no gaps.
 
     Raises:
         UserError: if a run has no training step yet.
     """
-    found = [run_numbers(run) for run in runs]
+    found = [replace(run_numbers(run), name=name) for run, name in zip(runs, names_of(runs), strict=True)]
     gaps = find_gaps(found)
     return Comparison(found, gaps, headline(found, gaps))
 

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from yoco_u.plotting import PALETTE, dashes
-from yoco_u.report.comparison import Comparison
+from yoco_u.report.comparison import Comparison, names_of
 from yoco_u.report.page import render_page, write_page
 from yoco_u.report.plots import loss_plot, step_plot
 from yoco_u.training.run_folder import Run
@@ -24,7 +24,7 @@ def write_report(runs: list[Run], comparison: Comparison, target: Path, title: s
     Raises:
         UserError: if the file cannot be written.
     """
-    write_page(target, render(runs, comparison, title or ", ".join(run.config.name for run in runs)))
+    write_page(target, render(runs, comparison, title or ", ".join(names_of(runs))))
 
 
 def render(runs: list[Run], comparison: Comparison, title: str) -> str:
@@ -46,7 +46,7 @@ def render(runs: list[Run], comparison: Comparison, title: str) -> str:
             ("Throughput", step_plot(runs, "tokens_per_second", "tokens/s", smooth=True)),
         ],
         samples=_samples(runs),
-        settings=[(run.config.name, _yaml(run.config.model_dump(mode="json"))) for run in runs],
+        settings=[(name, _yaml(run.config.model_dump(mode="json"))) for run, name in zip(runs, names_of(runs), strict=True)],
         environment=_environment(runs),
     )
 
@@ -54,11 +54,12 @@ def render(runs: list[Run], comparison: Comparison, title: str) -> str:
 def _samples(runs: list[Run]) -> list[tuple[str, list[tuple[int, str, str]]]]:
     """For each prompt, the number and name of every run that continued it, with its text."""
     prompts = dict.fromkeys(sample["prompt"] for run in runs for sample in run.samples)
+    names = names_of(runs)
     return [
         (
             prompt,
             [
-                (i, run.config.name, sample["text"])
+                (i, names[i], sample["text"])
                 for i, run in enumerate(runs)
                 for sample in run.samples
                 if sample["prompt"] == prompt
