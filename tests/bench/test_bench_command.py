@@ -92,6 +92,8 @@ def test_paper(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: 
         (("--peer-python", "vllm=/no/such/python"), "no such program"),
         (("--json", "no/such/folder/bench.json"), "no such folder"),
         (("--time-limit", "0"), "time_limit"),
+        (("--paper", "--batches", "1,16"), "--paper measures one batch"),
+        (("--architectures", "transformer,yoco", "--num-loops", "5", "--peers", "none"), "none of transformer, yoco loops"),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,9 +147,10 @@ def _how_measured(measurement: Measurement) -> str:
     """What a reader of the tables must know of their figures, beyond the headings."""
     cases = list(measurement.results)
     depths = {case.depth for _, case in cases if isinstance(case, Prefill)}
-    if len(depths) > 1:
+    if measurement.settings.device.startswith("cpu"):
+        several = f"{len(depths)} depths" if len(depths) > 1 else "one depth"
         return (
-            f"Prefill here: a chunk of {CHUNK:,} tokens is timed at {len(depths)} depths of a cache that is filled without "
+            f"Prefill here: a chunk of {CHUNK:,} tokens is timed at {several} of a cache that is filled without "
             "computing, and its time summed over the prompt."
         )
     batch = measurement.settings.batches[0]

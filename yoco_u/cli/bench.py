@@ -83,6 +83,8 @@ def bench(
         check_unused("--paper measures without peers", peer_python=peer_python, peers=peers)
     if peers == "none":
         check_unused("--peers is none", peer_python=peer_python)
+    if paper and batches and len(whole_numbers(batches, "--batches") or ()) > 1:
+        raise UserError(f"--paper measures one batch; give one with --batches, not {batches}")
     if paper and plot:
         raise UserError("--plot draws engines beside each other, not the paper's tables; leave out --plot or --paper")
     check_can_be_written(json=json, plot=plot)
@@ -99,6 +101,8 @@ def bench(
     defaults = {"device": str(where)} | (QUICK if quick else {}) | (tables if paper else {})
     settings = parse(BenchSettings, defaults | {k: v for k, v in given.items() if v is not None}, "options")
     engines, absent = our_engines(settings), list[str]()
+    if num_loops is not None and num_loops > 1 and not any(engine.architecture.looped_stages for engine in engines):
+        raise UserError(f"--num-loops {num_loops}: none of {', '.join(engine.name for engine in engines)} loops; drop it")
     if not paper:
         pythons = _pythons(peer_python or [])
         there, absent = find_peers(peers or "auto", pythons, on_gpu)
