@@ -140,6 +140,7 @@ def test_an_error_of_the_server_is_said(browser: Browser, process: Process) -> N
     expect(page.locator("#model-facts")).to_contain_text("parameters")
     ask(page, "x")
     expect(page.locator(".answer .error")).to_contain_text("no such thing")
+    expect(page.locator("#prompt")).to_have_value("x")
     page.close()
 
 

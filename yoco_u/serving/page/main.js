@@ -65,6 +65,8 @@ async function send(text) {
   if (running || (facts.chat && !text.trim())) return;
   $("empty").hidden = true;
   $("prompt").value = "";
+  // The conversation goes on from the answers that were kept; choosing another one now would leave out what follows them.
+  if (facts.chat) for (const button of $("log").querySelectorAll(".again")) button.remove();
   const turn = element("div", facts.chat ? "turn chat" : "turn", "");
   if (facts.chat) turn.append(element("p", "prompt", text));
   const place = element("div", "answers", "");
@@ -100,6 +102,7 @@ async function send(text) {
 // in the conversation, the first unless another is.
 function finish(text, answers, asked) {
   const written = answers.filter((answer) => answer.text);
+  if (!written.length && !$("prompt").value) $("prompt").value = text;
   if (!facts.chat) {
     for (const answer of written) {
       answer.offer("Go on from here", () => {
@@ -115,7 +118,6 @@ function finish(text, answers, asked) {
   };
   if (written.length) keep(written[0]);
   if (written.length > 1) for (const answer of written) answer.offer("Go on with this one", () => keep(answer));
-  if (!written.length && !$("prompt").value) $("prompt").value = text;
 }
 
 function setBusy(busy) {
