@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from yoco_u.architecture import Architecture
 from yoco_u.checksums import SUMS, verify_checksums
+from yoco_u.config import parse
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
 
@@ -47,10 +48,26 @@ def saved_architecture(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The architecture in the `config.json` of a run folder or a saved model of this project, as plain data.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or if the config has another `num_loops`, which no architecture says.
     """
     config = read_config(model_folder(path))
-    return {name: config[name] for name in Architecture.model_fields if name in config}
+    found = {name: config[name] for name in Architecture.model_fields if name in config}
+    if config.get("num_loops") is not None:
+        check_loops(str(path), parse(Architecture, found, str(path)), config["num_loops"])
+    return found
+
+
+def check_loops(name: str, architecture: Architecture, num_loops: int | None) -> None:
+    """Refuse a model that runs another loop count than its stages have, where only its architecture is asked for.
+
+    Raises:
+        UserError: if it does; it begins with `name`.
+    """
+    if num_loops not in (None, architecture.num_loops):
+        raise UserError(
+            f"{name}: num_loops of its config is {num_loops}, but its stages have {architecture.num_loops}; make a model that "
+            f"has one of the two by yoco-u convert, with loops={num_loops} or loops={architecture.num_loops}"
+        )
 
 
 def with_architectures(settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from yoco_u.cli import main
-from yoco_u.conversion import METHODS, Calibration, Source, convert, read_source, target_architecture, write
+from yoco_u.conversion import (
+    METHODS,
+    Calibration,
+    Source,
+    convert,
+    read_source,
+    target_architecture,
+    write,
+    write_back,
+    write_gguf,
+)
 from yoco_u.conversion.shared_kv import share
 from yoco_u.conversion.target import PRESETS
 from yoco_u.errors import UserError
-from yoco_u.loading import load_model
+from yoco_u.loading import load_model, saved_architecture
 from yoco_u.model import YocoUForCausalLM, save_model
 from yoco_u.model.remote_code import modelling_files
 
@@ -270,3 +280,23 @@ def test_modelling_files_of_a_converted_model(tmp_path: Path) -> None:
     model, _ = load_model(tmp_path / "hub", torch.device("cpu"))
     assert model.model.architecture.has_global_kv and len(list((tmp_path / "hub").glob("*.py"))) == len(modelling_files())
     assert load_file(tmp_path / "hub" / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+def test_a_loop_count_of_the_config_alone_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As fine-tuning with another one leaves it. Stages cannot say it, so the user says which is meant."""
+    read = source(tmp_path / "source")
+    made = convert(read, target(read, loops=3, loop_gate=0.3), "mean")
+    made.model.config.num_loops = 5
+    write(made, read, tmp_path / "tuned")
+    command = ["convert", str(tmp_path / "tuned"), "--kv", "mean", "--out", str(tmp_path / "new")]
+    assert main(command) == 2
+    assert "num_loops of its config is 5, but its stages have 3; make a model" in capsys.readouterr().err
+    with pytest.raises(UserError, match="num_loops of its config is 5"):
+        saved_architecture(tmp_path / "tuned")
+    assert main([*command, "loops=5"]) == 0
+    assert saved_architecture(tmp_path / "new")["stages"][0]["loops"] == 5
+    whole = read_source(str(tmp_path / "source"))
+    whole.model.config.num_loops = 2
+    for write_it in (write_back, write_gguf):
+        with pytest.raises(UserError, match="num_loops of its config is 2, which the format cannot say"):
+            write_it(whole, tmp_path / "back")

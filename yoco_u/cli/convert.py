@@ -98,6 +98,7 @@ def convert(
         write_gguf,
     )
     from yoco_u.conversion import convert as convert_model
+    from yoco_u.loading import check_loops
 
     method = next((one for one in METHODS if one == (kv or "fit")), None)
     if method is None:
@@ -136,6 +137,8 @@ def convert(
         check_unused("--remote-code alone changes nothing about the model", kv=kv, text=text, tokens=tokens)
         target, converted = read.model.model.architecture, Converted(read.model, None)
     else:
+        if not {"loops", "stages"} & given.keys():
+            check_loops(source, read.model.model.architecture, read.model.config.num_loops)
         target = target_architecture(read.model.model.architecture, given)
         if not target.has_global_kv:
             check_unused(f"it is for global KVs, and {target.in_words} has none", kv=kv, text=text, tokens=tokens)

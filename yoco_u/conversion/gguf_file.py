@@ -49,7 +49,10 @@ def write_gguf(source: "Source", path: Path) -> str:
     """
     import gguf
 
+    from yoco_u.conversion.source import check_one_loop
+
     a = source.model.model.architecture
+    check_one_loop(source)
     family = _family(a, source.name)
     check_result(path)
     with replacing(path) as file:

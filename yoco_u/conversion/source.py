@@ -179,6 +179,17 @@ def _assemble(
     return Source(name, model.eval(), tokenizer, dtype if dtype in DTYPES.values() else torch.float32, generation)
 
 
+def check_one_loop(source: Source) -> None:
+    """Refuse a Transformer that loops by `num_loops` of its config alone, for a format that has no loops.
+
+    Raises:
+        UserError: if it does.
+    """
+    model = source.model.model
+    if model.architecture.num_loops == 1 and (loops := model.at_loops().num_loops) > 1:
+        raise UserError(f"{source.name}: num_loops of its config is {loops}, which the format cannot say; set it to 1 or null")
+
+
 def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in the dtype in which it is written.
 
