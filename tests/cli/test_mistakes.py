@@ -120,6 +120,7 @@ def test_damaged_config_and_tokenizer(run: Any, workspace: Path, tmp_path: Path)
     assert "damaged" in run("generate", model, "--prompt", "a").error
     (model / "config.json").write_text(json.dumps(config))
     index = model / "model.safetensors.index.json"
+    (model / "model.safetensors").unlink()
     for weight_map, said in (({"a": "../a"}, "names '../a', which is no file of the folder"), ([], "a valid dictionary")):
         index.write_text(json.dumps({"weight_map": weight_map}))
         assert f"{index}: " in (error := run("generate", model, "--prompt", "a").error) and said in error

@@ -23,9 +23,11 @@ def ids(rows: int = 2, length: int = 100) -> torch.Tensor:
 def test_the_logits_are_those_of_the_source(tmp_path: Path, name: str) -> None:
     family, settings = FAMILIES[name]
     theirs = save(tmp_path, family, **settings)
-    ours = read_source(str(tmp_path)).model
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids()).logits, theirs(ids()).logits, rtol=1e-4, atol=1e-4)
+    read = read_source(str(tmp_path))
+    target = target_architecture(read.model.model.architecture, {"preset": "transformer"})
+    for ours in (read.model, convert(read, target, "mean").model):
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids()).logits, theirs(ids()).logits, rtol=1e-4, atol=1e-4)
 
 
 SCALED = {"rope_theta": 1000.0, "rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
@@ -160,12 +162,29 @@ def _small_vocabulary(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
 
 
-def _deep(folder: Path) -> None:
+YARN_OF_FOUR = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def _edit(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    (folder / "config.json").write_text(json.dumps({"rope_parameters": None} | config | changes))
+
+
+def _deep(folder: Path) -> None:
+    _edit(folder, num_hidden_layers=10**9)
+
+
+def _index(folder: Path, weight_map: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 DAMAGE = {
+    "a RoPE scaling in words": (
+        lambda f: _edit(f, rope_scaling={"rope_type": "yarn", "factor": "4", "original_max_position_embeddings": 64}),
+        "the config's RoPE settings make no sense",
+    ),
+    "a RoPE base of 1": (lambda f: _edit(f, rope_theta=1, rope_scaling=YARN_OF_FOUR), "make no sense|rope_theta"),
     "adapters": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json: adapters lie beside"),
     "more layers than tensors": (_deep, "the config has 1,000,000,000 layers, but the weights have"),
     "a missing tensor": (
@@ -183,15 +202,15 @@ DAMAGE = {
         "model.safetensors: the file is missing; only safetensors are read",
     ),
     "a missing shard": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
+        lambda f: _index(f, {"a": "model-2.safetensors"}),
         "model-2.safetensors: the file is missing",
     ),
     "an index that is none": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}'),
+        lambda f: _index(f, ["model.safetensors"]),
         "index.json: weight_map: Input should be a valid dictionary",
     ),
     "an index that points elsewhere": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}'),
+        lambda f: _index(f, {"a": "../model.safetensors"}),
         "index.json: names '../model.safetensors', which is no file of the folder",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "config"),
@@ -235,3 +254,12 @@ def test_a_cut_gguf_file_is_named_in_one_line(tmp_path: Path) -> None:
         (tmp_path / "cut.gguf").write_bytes(data[:size])
         with pytest.raises(UserError, match=r"cut\.gguf: cannot be read as GGUF"):
             read_source(str(tmp_path / "cut.gguf"))
+
+
+def test_an_index_that_was_left_behind_is_not_read(tmp_path: Path) -> None:
+    """As transformers itself leaves it in a folder where shards were, and reads the one file."""
+    theirs = save(tmp_path, "llama")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    read = read_source(str(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(read.model(ids()).logits, theirs(ids()).logits, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from yoco_u.architecture import Architecture
 from yoco_u.config import did_you_mean, parse
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, first_line
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """The `model_type` of the configs that can be read."""
@@ -68,7 +68,7 @@ def architecture_of(config: PreTrainedConfig, name: str) -> Architecture:
         "tie_word_embeddings": bool(config.tie_word_embeddings),
         "attention_bias": kind == "qwen2",
         "qk_norm": kind == "qwen3",
-        **_rope(config, name),
+        **_readable_rope(config, name),
     }
     return parse(Architecture, shape, name)
 
@@ -133,6 +133,15 @@ def _window(config: PreTrainedConfig, name: str) -> int | None:
     if kinds == {"sliding_attention"} and window is not None:
         return int(window)
     raise UserError(f"{name}: the config mixes layers of {' and '.join(sorted(kinds))}, which one stage cannot")
+
+
+def _readable_rope(config: PreTrainedConfig, name: str) -> dict[str, Any]:
+    try:
+        return _rope(config, name)
+    except UserError:
+        raise
+    except Exception as error:  # transformers checks few of these settings, and warns of what it finds
+        raise UserError(f"{name}: the config's RoPE settings make no sense ({first_line(error)}); mend them") from None
 
 
 def _rope(config: PreTrainedConfig, name: str) -> dict[str, Any]:

@@ -48,7 +48,11 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
     if "stages" not in settings:
         if not isinstance(layers, int) or not 2 <= layers < 2**31:
             raise UserError(f"layers is {shown(layers)}; expected a whole number of at least 2")
-        shape["stages"] = [stage.model_dump() for stage in _stages(name, layers, settings)]
+        stays = name == "transformer" and layers == sum(stage.layers for stage in source.stages) and _slides_alone(source)
+        made = source.stages if stays else _stages(name, layers, settings)
+        shape["stages"] = [stage.model_dump() for stage in made]
+        if stays:
+            settings = {"window": source.window} | settings
     for key in ("loops", "loop_gate"):
         settings.pop(key, None)
     shape |= settings
@@ -63,6 +67,11 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
     target = parse(Architecture, shape, "conversion")
     _check(source, target)
     return target
+
+
+def _slides_alone(source: Architecture) -> bool:
+    """Whether a source is the Transformer of a family whose layers all have a window."""
+    return len(source.stages) == 1 and source.stages[0].attention == "sliding"
 
 
 def _stages(name: str, layers: int, settings: dict[str, Any]) -> tuple[Stage, ...]:

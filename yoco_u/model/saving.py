@@ -53,13 +53,13 @@ class _Index(BaseModel):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a Hugging Face folder's weights: those that its index names, or the one of weights without an index.
+    """The files of a Hugging Face folder's weights, as transformers chooses them: one, or else those of an index.
 
     Raises:
         UserError: if the index is damaged, or names what is no file of the folder.
     """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
+    if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
         return [folder / SAFE_WEIGHTS_NAME]
     names = sorted(set(read_json(index, _Index).weight_map.values()))
     for name in names:
