@@ -233,3 +233,24 @@ def test_a_start_that_is_no_token_is_named(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"document_start": "<none>"}))
     with pytest.raises(UserError, match=rf"^{tmp_path}: document_start '<none>' .* is no token"):
         load_tokenizer(tmp_path)
+
+
+def test_a_truncation_that_was_saved_cuts_nothing(tmp_path: Path) -> None:
+    """A tokenizer that was once called with `truncation` or `padding` keeps them in its file."""
+    tokenizer = train_tokenizer(SAMPLE, 300)
+    tokenizer(SAMPLE[0], truncation=True, max_length=4, padding="max_length")
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=1000)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    found = load_tokenizer(tmp_path).backend_tokenizer.encode(SAMPLE[0], add_special_tokens=False).ids
+    assert found == train_tokenizer(SAMPLE, 300).backend_tokenizer.encode(SAMPLE[0], add_special_tokens=False).ids
+
+
+def test_a_start_token_stays_where_an_end_token_is_added_too(tmp_path: Path) -> None:
+    FOREIGN["like BERT"]().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path, keep_start=True)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("def").input_ids)[0] == START
+    FOREIGN["an end after texts"]().save_pretrained(tmp_path)
+    assert "document_start" not in load_tokenizer(tmp_path, keep_start=True).init_kwargs

@@ -87,10 +87,18 @@ def load_tokenizer(name: str | Path, keep_start: bool = False, **kwargs: Any) ->
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{name}: {type(tokenizer).__name__} is no fast tokenizer; choose one with tokenizer.json")
-    if keep_start and len(start := tokenizer("").input_ids) == 1:
+    tokenizer.backend_tokenizer.no_truncation()  # which a tokenizer keeps that was once saved with it
+    tokenizer.backend_tokenizer.no_padding()
+    if keep_start and len(start := _before_a_text(tokenizer)) == 1:
         tokenizer.init_kwargs[_START] = tokenizer.convert_ids_to_tokens(start[0])
     _begin_documents(tokenizer, str(name))
     return tokenizer
+
+
+def _before_a_text(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The special tokens that a tokenizer puts before a text; it may put others behind it."""
+    whole, text = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(text)] == text), [])
 
 
 def begin_with_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
