@@ -223,3 +223,11 @@ def test_the_standard_library_is_this_interpreters_own():
     assert "stdlib/json/decoder.py" in names
     assert not any("site-packages" in name or "__pycache__" in name for name in names)
     assert names == list(Corpus(["stdlib"]).names.values())
+
+
+def test_a_split_that_a_saved_dataset_does_not_have_is_refused(tmp_path):
+    Dataset.from_list([{"text": text} for text in TEXTS]).save_to_disk(tmp_path / "saved")
+    assert len(read(f"hf:{tmp_path}/saved")) == len(TEXTS)
+    for name in (f"hf:{tmp_path}/saved::test", f"hf:{tmp_path}/saved:english"):
+        with pytest.raises(UserError, match="the folder holds one dataset"):
+            read(name)

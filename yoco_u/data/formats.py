@@ -163,6 +163,8 @@ def read_hugging_face(name: str, dataset: str, config: str | None, split: str, f
             found: Any = datasets.load_from_disk(dataset)
             if isinstance(found, datasets.DatasetDict):
                 found = found[split]
+            elif config or split not in ("train", str(found.split)):
+                raise ValueError(f"the folder holds one dataset, of the split {found.split}")
         else:
             found = datasets.load_dataset(dataset, config, split=split, streaming=True)
     except Exception as error:  # the library and the hub raise nearly anything
