@@ -4,6 +4,7 @@ import codecs
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from chat_models import save_chat_model
+from models import architecture, build
 
 from yoco_u.cli import main
 from yoco_u.errors import UserError
 from yoco_u.inference.chat_template import chat_text
 from yoco_u.loading import load_model
+from yoco_u.model import save_model
 from yoco_u.tuning import Chat, SFTSettings, examples, fine_tune, read_chats
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
@@ -256,3 +259,22 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out)["assistant_tokens"] > 0
     assert main(["sft", str(model), str(file), "stepz=1", "--out", str(tmp_path / "other")]) == 2
     assert "stepz" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+@needs_trl
+def test_experts_stay_balanced_and_a_loose_generation_config_is_saved(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16}
+    path = tmp_path / "model"
+    arch = architecture("yoco_u", vocab_size=300, experts=experts)
+    tokenizer = load_model(save_chat_model(tmp_path, TEMPLATE, {}), CPU)[1]
+    shutil.rmtree(path)
+    save_model(build(arch), tokenizer, path)
+    (path / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}')
+    file = write_chats(tmp_path / "chats.jsonl", *[chat(f"{n}?", f"it is {n}!") for n in range(4)])
+    settings = SFTSettings(steps=2, length=64, batch_rows=2, micro_batch_rows=2, save_every=1)
+    fine_tune(path, [file], settings, tmp_path / "out")
+    before, after = (load_model(one, CPU)[0] for one in (path, tmp_path / "out"))
+    moved = [
+        name for name, bias in after.state_dict().items() if "choice_bias" in name and (bias != before.state_dict()[name]).any()
+    ]
+    assert moved and (after.generation_config.do_sample, after.generation_config.temperature) == (True, 0.9)

@@ -19,11 +19,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from yoco_u.checksums import check_changes, verify_checksums, write_checksums
 from yoco_u.data.places import absolute, same_place, seen_from
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, first_line
 from yoco_u.evaluation.finite import non_finite_weight
 from yoco_u.files import DamagedFile, check_part, check_place, claim, naming, read_json, write_json
-from yoco_u.loading import load_model, weights_digest
+from yoco_u.loading import load_model, model_folder, weights_digest
 from yoco_u.model import YocoUForCausalLM, save_model
+from yoco_u.model.balancing import BalanceExperts
 from yoco_u.tuning.settings import TuningSettings
 
 FOLDER = "fine-tuning"
@@ -106,7 +107,23 @@ def load(path: str | Path, settings: TuningSettings, device: torch.device) -> tu
     if settings.num_loops is not None:
         model.model.at_loops(settings.num_loops)
         model.config.num_loops = settings.num_loops
+    _check_generation(path, model)
     return model, tokenizer
+
+
+def _check_generation(path: str | Path, model: YocoUForCausalLM) -> None:
+    """Make sure that what the source says of sampling can be saved with the model; transformers only warns of it until then.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    found = model.generation_config
+    if found.do_sample is None and (found.temperature, found.top_k, found.top_p) != (None, None, None):
+        found.do_sample = True
+    try:
+        found.validate(strict=True)
+    except ValueError as error:
+        raise UserError(f"{model_folder(path)}: generation_config.json: {first_line(error)}; mend it") from None
 
 
 def arguments(settings: TuningSettings, folder: Path, device: torch.device) -> dict[str, Any]:
@@ -122,6 +139,7 @@ def arguments(settings: TuningSettings, folder: Path, device: torch.device) -> d
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # which reports a loss of 0 where there is none
         "report_to": [],
+        "ddp_broadcast_buffers": False,  # experts count their tokens in buffers
         "use_cpu": device.type == "cpu",
         "bf16": device.type == "cuda",
         "disable_tqdm": True,
@@ -150,6 +168,11 @@ def train(trainer: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, say: C
     """
     trainer.remove_callback(PrinterCallback)  # which writes to standard output
     trainer.add_callback(_Watched(say))
+    if isinstance(trainer.model, YocoUForCausalLM):  # and not adapters, beside which the experts stay as they are
+        trainer.add_callback(BalanceExperts())
+        experts = trainer.model.model.architecture.experts
+        if experts is not None and experts.auxiliary_loss_weight:
+            say("the auxiliary loss of the experts is left out: TRL computes the loss itself")
     checkpoint, state = _newest(folder / "checkpoints", say)
     if checkpoint is not None:
         say(f"continuing from {checkpoint}")
