@@ -61,18 +61,20 @@ def main() -> None:
     heal = teacher
     for number in chosen.global_kvs:
         source, model, heal = heal, out / f"converted-{number}", out / f"healed-{number}"
+        check_source(heal, source)
         convert(source, model, number, text)
         config = write_config(out, heal.name, model, text)
-        train(config, heal, steps_of(heal, config, chosen.minutes, chosen.steps))
+        train(config, heal, steps_of(heal, source, config, chosen.minutes, chosen.steps))
     if not chosen.no_chat:
         run("chat", heal)
 
 
 class Begun(BaseModel):
-    """How a run was begun: its steps, and the option that asked for them."""
+    """How a run was begun: its steps, the option that asked for them, and the name of what its model was made of."""
 
     steps: PositiveInt
     asked: dict[str, float] | None = None
+    source: str | None = None
 
 
 def run(*command: Any) -> None:
@@ -205,12 +207,20 @@ def train(config: Path, heal: Path, steps: int, *settings: str) -> None:
     run("train", config, f"training.steps={steps}", f"optimizer.warmup_steps={min(20, steps // 4)}", *settings, "--out", heal)
 
 
-def steps_of(heal: Path, config: Path, minutes: float, steps: int | None) -> int:
+def check_source(heal: Path, source: Path) -> None:
+    """Refuse to go on with a model that was made of another one."""
+    settings = heal.with_suffix(".json")
+    before = read_json(settings, Begun).source if settings.exists() else None
+    if before not in (None, source.name):
+        raise UserError(f"{heal}: was made of {before}, and not of {source.name}; give the same --global-kvs, or another --out")
+
+
+def steps_of(heal: Path, source: Path, config: Path, minutes: float, steps: int | None) -> int:
     """How many steps a model is healed: as many as when it was begun."""
     settings = heal.with_suffix(".json")
     asked = {"minutes": minutes} if steps is None else {"steps": steps}
     if not settings.exists():
-        write_json(settings, {"steps": steps or steps_for(minutes, config), "asked": asked})
+        write_json(settings, {"steps": steps or steps_for(minutes, config), "asked": asked, "source": source.name})
     begun = read_json(settings, Begun)
     if begun.asked not in (None, asked):
         before = " ".join(f"--{name} {value:g}" for name, value in begun.asked.items())

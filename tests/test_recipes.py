@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from yoco_u.errors import UserError
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -57,3 +59,12 @@ def test_what_a_fit_never_reaches_has_no_number_of_tokens(monkeypatch: pytest.Mo
     reached = importlib.import_module("healing_curves").reached
     assert reached(0.0, -0.5, 0.1) == pytest.approx(100.0)
     assert [reached(0.0, slope, 0.1) for slope in (0.0, 0.3, -1e-6)] == [None] * 3
+
+
+def test_a_model_that_was_made_of_another_one_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+    talk = importlib.import_module("talk")
+    (tmp_path / "healed-5.json").write_text('{"steps": 4, "asked": {"steps": 4}, "source": "teacher"}')
+    talk.check_source(tmp_path / "healed-5", tmp_path / "teacher")
+    with pytest.raises(UserError, match="was made of teacher, and not of healed-15"):
+        talk.check_source(tmp_path / "healed-5", tmp_path / "healed-15")
