@@ -171,6 +171,12 @@ def test_processes_for_outputs_to_come_are_few(grammars: Grammars) -> None:
     for matcher in matchers:
         assert matcher is not None
         matcher.close()
+    assert len(grammars._followers) <= constraints._IDLE + 1
+    for count in range(1, 40):  # known by now, so that nothing is compiled
+        again = grammars.matcher(SamplingParams(regex=f"a{{{count}}}"))
+        assert again is not None and walk(again, 40) == "a" * count
+        again.close()
+        assert len(grammars._followers) <= constraints._IDLE + 1
 
 
 def test_prompts_that_come_with_one_schema_read_it_once(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,7 @@ class Grammars:
                 follower = self._followers[key] = Follower(self._new_process(_SECONDS), grammar)
             self._followers.move_to_end(key)
             follower.ask(output)
+            self._trim()
         return follower
 
     def forget(self, matcher: Matcher) -> None:
@@ -186,6 +187,7 @@ class Grammars:
         with self._lock:
             if matcher.follower is not None:
                 matcher.follower.forget(matcher)
+                self._trim()
 
     def wait(self, matchers: Sequence[Matcher], seconds: float = math.inf) -> None:
         """Wait until all matchers are decided, or for so many seconds."""
@@ -315,11 +317,15 @@ class Grammars:
             raise UserError(f"{params.grammar}: it is nested too deeply", params.grammar) from None
 
     def _keep(self, key: bytes, follower: Follower) -> None:
-        """Keep a follower for outputs to come, and end those that were not needed for longest."""
+        """Keep a follower for outputs to come."""
         if key in self._followers and not self._followers[key].ended:
             follower.end()
         else:
             self._followers[key] = follower
+        self._trim()
+
+    def _trim(self) -> None:
+        """End the idle followers that were not needed for longest, but for a few."""
         idle = [one for one, its in self._followers.items() if its.idle or its.ended]
         for one in idle[:-_IDLE]:
             self._followers.pop(one).end()
