@@ -183,6 +183,17 @@ def test_padding_leaves_a_retention_state_as_it_is() -> None:
     close(model, actual, expected)
 
 
+def test_a_second_turn_that_is_padded_on_the_left() -> None:
+    """Of a batch whose turns differ in length, behind caches that are full: the padding takes nothing away."""
+    model, ids, more = make("yoco_retention"), tokens(1, 9), tokens(1, 5, seed=3)
+    with torch.no_grad():
+        expected = model(torch.cat([ids, more], 1)).logits[:, 9:]
+        cache = model(ids, use_cache=True).past_key_values
+        mask = torch.tensor([[1] * 9 + [0] * 3 + [1] * 5])
+        actual = model(F.pad(more, (3, 0)), attention_mask=mask, past_key_values=cache).logits[:, 3:]
+    close(model, actual, expected)
+
+
 # Skipping the cross-decoder
 
 

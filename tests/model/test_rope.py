@@ -72,3 +72,14 @@ def test_rotation_of_the_cross_decoder_alone(kept: int) -> None:
             expected = build(architecture("yoco", **settings | other))(ids, logits_to_keep=kept).logits
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             assert not torch.allclose(found, whole, atol=1e-2)
+
+
+def test_a_share_goes_from_nothing_to_the_whole() -> None:
+    """Rotation and YaRN's scale together, so that positions that fade out end where there are none."""
+    scaling = RotaryScaling(type="yarn", factor=4.0, original_length=32, attention_factor=1.14)
+    positions = torch.tensor([[0, 1, 17, 300]])
+    whole = torch.complex(*rotary_angles(positions, 8, 100.0, scaling))
+    found = [torch.complex(*rotary_angles(positions, 8, 100.0, scaling, share)) for share in (0.0, 0.25, 1.0)]
+    assert torch.equal(found[0], torch.ones_like(whole)) and torch.equal(found[2], whole)
+    torch.testing.assert_close(found[1].abs(), torch.full_like(whole.abs(), 1.035))
+    torch.testing.assert_close((found[1] / 1.035) ** 4, whole / 1.14, rtol=1e-4, atol=1e-4)

@@ -308,7 +308,7 @@ def prepare_backend(
     rotary = rotary_angles(position_ids, *shape)
     return PaddedBackend(
         rotary=rotary,
-        cross_rotary=rotary if cross_rotation == 1 else rotary_angles(cross_rotation * position_ids, *shape),
+        cross_rotary=rotary if cross_rotation == 1 else rotary_angles(position_ids, *shape, cross_rotation),
         kept_tokens=kept,
         window=architecture.window,
         blockwise=blockwise,
@@ -317,7 +317,7 @@ def prepare_backend(
         sliding=sliding,
         full=full,
         cross=cross,
-        documents=new.cummax(dim=1).values if new is not None else None,
+        documents=segments.cummax(dim=1).values[:, past:] if segments is not None else None,
         padding=new == 0 if new is not None else None,
         cache=cache,
     )

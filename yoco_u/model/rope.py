@@ -9,7 +9,7 @@ from yoco_u.architecture import RotaryScaling
 
 
 def rotary_angles(
-    position_ids: Tensor, head_dim: int, theta: float, scaling: RotaryScaling | None = None
+    position_ids: Tensor, head_dim: int, theta: float, scaling: RotaryScaling | None = None, share: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotation angles, for heads whose element i is paired with element i + head_dim / 2.
 
@@ -17,6 +17,7 @@ def rotary_angles(
         position_ids: (batch or 1, tokens).
         theta: base of the frequencies.
         scaling: how the frequencies are changed. YaRN's `attention_factor` is in cos and sin, which so scale what they rotate.
+        share: of the whole effect, rotation and scale; 0 is as without positions.
 
     Returns:
         cos and sin, each (batch or 1, tokens, 1, head_dim), float32.
@@ -24,11 +25,13 @@ def rotary_angles(
     frequencies = rotary_frequencies(head_dim, theta, position_ids.device)
     if scaling is not None:
         frequencies = frequencies * frequency_scale(frequencies, theta, scaling)
-    angles = position_ids[..., None].float() * frequencies
+    positions = position_ids if share == 1 else share * position_ids
+    angles = positions[..., None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)[..., None, :]
     cos, sin = angles.cos(), angles.sin()
     if scaling is not None and scaling.type == "yarn":
-        cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
+        factor = 1 + share * (scaling.attention_factor - 1) if share != 1 else scaling.attention_factor
+        cos, sin = cos * factor, sin * factor
     return cos, sin
 
 
