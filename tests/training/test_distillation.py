@@ -295,6 +295,11 @@ def test_what_does_not_fit_is_refused(dataset: Path, student: Path, teacher: Pat
         healing(dataset, student, tmp_path / "damaged")
     with pytest.raises(UserError, match="the architecture has none"):
         parse(RunConfig, plain | {"architecture": plain["distillation"]["architecture"]}, "x")
+    with pytest.raises(UserError, match=r"checkpoint_stages 1 is the cross-decoder"):
+        parse(RunConfig, plain | {"training": plain["training"] | {"checkpoint_stages": [1]}}, "x")
+    tied = plain | {"architecture": plain["architecture"] | {"tie_word_embeddings": True}}
+    with pytest.raises(UserError, match="has an LM head that is not its embedding"):
+        train(parse(RunConfig, tied, "x"), tmp_path / "run", progress=False)
     with pytest.raises(UserError, match=r"training\.compile on cannot be had with distillation\.stage layers"):
         parse(RunConfig, plain | {"training": plain["training"] | {"compile": "on"}}, "x")
 

@@ -244,6 +244,13 @@ class RunConfig(Config):
                 f"training.compile on cannot be had with distillation.stage {self.distillation.stage}, which keeps what each "
                 "block gets and gives; set it to auto or off"
             )
+        if self.distillation and self.distillation.stage == "layers":
+            for stage in self.training.checkpoint_stages:
+                if self.architecture.stages[stage].attention == "cross":
+                    raise ValueError(
+                        f"training.checkpoint_stages {stage} is the cross-decoder, whose blocks distillation.stage layers runs "
+                        "one by one; leave it out"
+                    )
         if self.start_from and self.initializer_range is not None:
             raise ValueError("initializer_range is for new weights, but start_from says where they come from; drop one of them")
         return self

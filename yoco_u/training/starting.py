@@ -67,7 +67,13 @@ def check_start(config: RunConfig) -> None:
     if config.start_from is None:
         return
     read_tokenizer(config.start_from)
-    found = _shapes(parse(Architecture, saved_architecture(config.start_from), config.start_from))
+    saved = parse(Architecture, saved_architecture(config.start_from), config.start_from)
+    if config.architecture.tie_word_embeddings and not saved.tie_word_embeddings:
+        raise UserError(
+            f"{config.start_from}: has an LM head that is not its embedding, so that tying would lose one of them; set "
+            "architecture.tie_word_embeddings to false"
+        )
+    found = _shapes(saved)
     expected = _shapes(config.architecture)
     for name, shape in expected.items():
         if name not in found and not name.endswith("loop_gates"):
