@@ -86,9 +86,9 @@ def walk(kind: str, params: SamplingParams, index: int, begin: str = "", steps: 
     return text + detokenizer.flush(), False
 
 
-def read(text: str, required: bool, cuts: list[int]) -> tuple[str, list[tuple[str, str]], bool]:
+def read(text: str, required: bool, cuts: list[int], is_json: bool = False) -> tuple[str, list[tuple[str, str]], bool]:
     """What a reader finds in a text that comes in pieces: what is said, and names and arguments of the calls."""
-    reader, said = CallReader(required), ""
+    reader, said = CallReader(required, is_json), ""
     calls: list[list[str]] = []
     borders = [0, *sorted(cuts), len(text)]
     for begin, end in pairwise(borders):
@@ -237,3 +237,11 @@ def test_a_schema_of_answers_is_told_apart_from_those_of_tools() -> None:
 def test_tools_that_no_call_could_name_are_refused(described: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SamplingParams(tools={"schemas": described})
+
+
+@pytest.mark.parametrize("text", ['{"tag": "<tool_call> opens"}', ' "<tool_call>"', "[1, 2]", "", " ", "7"])
+def test_a_tag_in_a_json_answer_is_a_part_of_it(text: str) -> None:
+    for cut in range(len(text) + 1):
+        assert read(text, False, [cut], is_json=True) == (text, [], False)
+    called = f'{OPEN}{{"name": "f", "arguments": {{}}}}\n{CLOSE}'
+    assert read(called, False, [3], is_json=True) == read(called, False, [3])

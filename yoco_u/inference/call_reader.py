@@ -33,11 +33,12 @@ class CallReader:
 
     Args:
         required: whether the output has calls alone.
+        is_json: whether an output without calls is JSON, in whose strings tags mean nothing.
     """
 
-    def __init__(self, required: bool) -> None:
+    def __init__(self, required: bool, is_json: bool = False) -> None:
         self._held = ""
-        self._read = self._between if required else self._text
+        self._read = self._between if required else self._json_or_calls if is_json else self._text
         self._calls = 0
 
     @property
@@ -58,11 +59,22 @@ class CallReader:
         found: list[str | CallPiece] = []
         while self._read(found):
             pass
-        if last and self._held and self._read == self._text:
+        if last and self._held and self._read in (self._text, self._json_or_calls):
             found.append(self._held)
         return found
 
     # Each of these reads what is held as far as it can, and returns whether another one is to go on behind it.
+
+    def _json_or_calls(self, found: list[str | CallPiece]) -> bool:
+        if begun := self._held.lstrip():  # no JSON begins as a tag does
+            self._read = self._text if begun[0] == OPEN[0] else self._all
+        return bool(begun)
+
+    def _all(self, found: list[str | CallPiece]) -> bool:
+        if self._held:
+            found.append(self._held)
+        self._held = ""
+        return False
 
     def _text(self, found: list[str | CallPiece]) -> bool:
         text, tag, rest = self._held.partition(OPEN)

@@ -37,7 +37,11 @@ class ChatAnswer(Answer[ChatChunkChoice]):
         super().__init__(body, job, model_name, "chatcmpl")
         self._texts, self._wants_logprobs = texts, bool(body.logprobs)
         tools = job.params.tools
-        self._readers = [] if tools is None else [CallReader(tools.required) for _ in range(job.num_outputs)]
+        self._readers = (
+            []
+            if tools is None
+            else [CallReader(tools.required, job.params.json_schema is not None) for _ in range(job.num_outputs)]
+        )
 
     def choices(self, index: int, event: Event, first: bool) -> Iterator[ChatChunkChoice]:
         delta: dict[str, Any] = {"role": "assistant", "content": ""} if first else {}
