@@ -14,6 +14,7 @@ from examples import FUZZ, examples
 from hypothesis import HealthCheck, settings
 
 from yoco_u import device
+from yoco_u.confined import nursery
 
 settings.register_profile(
     "yoco_u",
@@ -24,6 +25,10 @@ settings.register_profile(
 )
 settings.load_profile("yoco_u")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+for name in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "COLUMNS", "TERMINAL_WIDTH"):  # which change what commands print
+    os.environ.pop(name, None)
+nursery._PATIENCE = 3000.0  # seconds that a process may take to compute one: beside others, at the lowest priority
 
 # torch.compile writes thousands of lines to it, which would bury a failure. (pytest's own log level costs time in every test.)
 logging.getLogger("torch.__trace").disabled = True

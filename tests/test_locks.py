@@ -56,7 +56,7 @@ def test_who_fills_a_folder_is_waited_for_and_what_a_killed_process_left_is_remo
         assert (beside(place) / "half").exists()
         threading.Timer(0.2, other.kill).start()
         with replacing_folder(place) as folder:
-            assert other.poll() is not None or other.wait(5) is not None
+            assert other.poll() is not None or other.wait() is not None
             (folder / "whole").touch()
     assert (place / "whole").exists() and not (place / "half").exists() and not beside(place).exists()
 

@@ -27,14 +27,15 @@ SCRIPT = """\
 import json, subprocess, sys, time
 from pathlib import Path
 name, folder, until, *dry = sys.argv[1:]
-assert abs(float(until) - time.time()) < 60
+assert abs(float(until) - time.time()) < 10_000
 with open(f"{folder}/calls", "a") as calls:
     calls.write(name + " ".join(dry) + "\\n")
 figure = {"failure": "too hot"} if name == "hot" else {"value": 1}
 Path(f"{folder}/{name}.json").write_text(json.dumps({"complete": name != "slow", "figures": {"one": figure}}))
 if name == "slow":
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    Path(f"{folder}/child").write_text(str(child.pid))
+    Path(f"{folder}/pid").write_text(str(child.pid))
+    Path(f"{folder}/pid").rename(f"{folder}/child")
     time.sleep(600)
 sys.exit({"broken": 1, "mistaken": 2}.get(name, 0))
 """
@@ -49,7 +50,7 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Conductor:
     monkeypatch.setattr(conductor, "FOLDER", tmp_path / "scripts")
     monkeypatch.setattr(conductor, "_TO_END", 0.0)
     (tmp_path / "out").mkdir()
-    return Conductor(tmp_path / "out", 50, dry=True)
+    return Conductor(tmp_path / "out", 10**6, dry=True)
 
 
 def calls(subject: Conductor) -> list[str]:
@@ -57,28 +58,26 @@ def calls(subject: Conductor) -> list[str]:
 
 
 def test_how_phases_end(scripted: Conductor) -> None:
-    ends = {name: scripted.run(Phase(name, 30, 1)) for name in ("good", "broken", "mistaken")}
+    ends = {name: scripted.run(Phase(name, 600, 1)) for name in ("good", "broken", "mistaken")}
     assert ends == {"good": "done", "broken": "failed", "mistaken": "mistake"}
     assert calls(scripted) == ["good--dry", "broken--dry", "mistaken--dry"]
-    assert scripted.run(Phase("large", 900, 60)) == "left out"
+    assert Conductor(scripted.out, 50, dry=True).run(Phase("large", 900, 60)) == "left out"
 
 
 def test_what_is_done_is_not_run_again_and_what_failed_is(scripted: Conductor) -> None:
     for _ in range(2):
         for name in ("good", "hot"):
-            assert scripted.run(Phase(name, 30, 1)) == "done"
+            assert scripted.run(Phase(name, 600, 1)) == "done"
     assert calls(scripted) == ["good--dry", "hot--dry", "hot--dry"]
 
 
 def test_a_phase_is_killed_with_its_children_and_its_figures_stay(scripted: Conductor) -> None:
-    begin = time.monotonic()
-    child = scripted.out / "child"
+    child, limit = scripted.out / "child", 5
     while not child.exists():  # a machine with other work may need more than the limit to start Python
-        assert time.monotonic() - begin < 40
-        assert scripted.run(Phase("slow", 5, 1)) == "out of time"
+        assert scripted.run(Phase("slow", limit, 1)) == "out of time"
+        limit *= 2
     assert scripted.record("slow").figures == {"one": {"value": 1}}
     while runs(int(child.read_text())):  # a killed process ends in its own time
-        assert time.monotonic() - begin < 45
         time.sleep(0.05)
 
 

@@ -63,8 +63,8 @@ def test_a_silent_worker_is_killed_with_its_children(start: Start) -> None:
     assert len(processes) == 2
     with pytest.raises(WorkerTimedOut, match=r"no answer within 0.2 s"):
         worker.run(CASE, 0.2)
-    psutil.wait_procs(processes, 10)
-    assert not any(process.is_running() for process in processes)
+    _, left = psutil.wait_procs(processes, 60)
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in left)  # of a container that reaps nothing
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks of a case are Linux's")

@@ -77,12 +77,12 @@ def test_a_large_honest_grammar_does_not_wait_for_hostile_ones(clock: Clock, cha
         time.sleep(0.001)
     honest = clock.add("honest", takes, characters)
     clock.open()
-    assert honest.result(timeout=60) is None
+    assert honest.result(timeout=600) is None
     seconds = [seconds for _, seconds in clock.tries[60:]]
     assert seconds[0] == takes
     for one in hostile:
         with pytest.raises((UserError, Crowded)):
-            one.result(timeout=60)
+            one.result(timeout=600)
     assert sum(seconds) <= turns._LONGEST_WAIT + 2 * MOST  # the others were refused instead
 
 
@@ -98,7 +98,7 @@ def test_whoever_is_taken_waits_for_a_limited_time(others: list[tuple[float, int
     mine = clock.add("mine", 0.05, characters)
     clock.open()
     try:
-        mine.result(timeout=60)
+        mine.result(timeout=600)
     except Crowded as crowded:
         assert len(others) * MOST > turns._LONGEST_WAIT and "try again in 30 s, or with a simpler one" in str(crowded)
     else:
@@ -108,12 +108,12 @@ def test_whoever_is_taken_waits_for_a_limited_time(others: list[tuple[float, int
 def test_those_who_have_gone_hold_up_nobody(clock: Clock) -> None:
     gone = [clock.add(f"gone {number}", 99, 200_000) for number in range(16)]
     with pytest.raises(Crowded):
-        clock.add("refused", 1, 200_000).result(timeout=60)
+        clock.add("refused", 1, 200_000).result(timeout=600)
     assert all(one.cancel() for one in gone)
     mine = clock.add("mine", 1, 200_000)
     again = clock.add("gone 3", 1.5, 200_000)  # somebody else wants what was given up
     clock.open()
-    assert mine.result(timeout=60) is None and again.result(timeout=60) is None
+    assert mine.result(timeout=600) is None and again.result(timeout=600) is None
     assert {name for name, _ in clock.tries} == {"mine", "gone 3"}
 
 
@@ -121,7 +121,7 @@ def test_many_who_want_one_grammar_compile_it_once(clock: Clock) -> None:
     same = [clock.add("same", 1.0, 5) for _ in range(40)]
     assert same[0].cancel() and same[7].cancel()
     clock.open()
-    assert all(one.result(timeout=60) is None for one in same if not one.cancelled())
+    assert all(one.result(timeout=600) is None for one in same if not one.cancelled())
     assert [seconds for _, seconds in clock.tries] == [pytest.approx(0.1, abs=0.01), 1.0]
 
 
@@ -157,7 +157,7 @@ def test_what_failed_is_refused_at_once(
     monkeypatch.setattr(grammars, "_new_process", noted)
     params = SamplingParams(json_schema=schema)
     with pytest.raises(UserError, match=problem) as first:
-        grammars.prepare(params).result(timeout=60)
+        grammars.prepare(params).result(timeout=600)
     count = len(started)
     again = grammars.prepare(SamplingParams(json_schema=json.dumps(schema)))
     assert again.done() and str(again.exception()) == str(first.value)
@@ -166,7 +166,7 @@ def test_what_failed_is_refused_at_once(
     assert len(started) == count
     monkeypatch.setattr(constraints, "_FORGIVEN", 0.0)
     with pytest.raises(UserError, match=problem):
-        grammars.prepare(params).result(timeout=60)
+        grammars.prepare(params).result(timeout=600)
     assert len(started) > count
 
 
@@ -192,9 +192,9 @@ def test_new_grammars_do_not_wait_for_those_that_take_long(grammars: Grammars) -
     go_on = gate(grammars._slow, constraints._COMPILED)
     try:
         slow = [grammars.prepare(SamplingParams(json_schema=SLOW | {"description": str(number)})) for number in range(2)]
-        assert grammars.prepare(SamplingParams(regex="[a-d]{7}")).result(timeout=60) is None
+        assert grammars.prepare(SamplingParams(regex="[a-d]{7}")).result(timeout=600) is None
         with pytest.raises(UserError, match="unclosed"):
-            grammars.prepare(SamplingParams(regex="[a-")).result(timeout=60)
+            grammars.prepare(SamplingParams(regex="[a-")).result(timeout=600)
         assert not any(one.done() for one in slow)
         assert slow[1].cancel()
     finally:

@@ -9,14 +9,18 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+from yoco_u.device import cxx_compiler
 from yoco_u.inference.kernels import cpu
 from yoco_u.inference.kernels.cpu import compiled
+
+pytestmark = pytest.mark.skipif(cxx_compiler() is None, reason="needs a C++ compiler")
 
 
 @pytest.fixture
 def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The names of the extensions that are built, in a folder of the test's own and without a compiler's work."""
     found: list[str] = []
+    monkeypatch.delenv("YOCO_U_KERNELS", raising=False)
     monkeypatch.setattr(cpp_extension, "_get_build_directory", lambda name, verbose: str(_made(tmp_path / name)))
     monkeypatch.setattr(cpp_extension, "load", lambda name, *_, **__: found.append(name))
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
@@ -31,7 +35,7 @@ def _made(folder: Path) -> Path:
 def test_the_lock_of_a_killed_process_holds_nobody_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, builds: list[str]
 ) -> None:
-    (left_behind := _made(tmp_path / cpu._name("c++")) / "lock").touch()
+    (left_behind := _made(tmp_path / cpu._name(str(cxx_compiler()))) / "lock").touch()
 
     def load(*_: Any, **__: Any) -> None:
         assert not left_behind.exists()

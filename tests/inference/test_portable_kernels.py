@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from torch.utils import cpp_extension
 
 from yoco_u.inference import kernels
@@ -28,7 +29,10 @@ here, flag = sys.argv[1:]
 folder = Path(cpu.__file__).parent
 sources = [str(path) for path in folder.glob("*.cpp") if path.name != "operators.cpp"] + [f"{here}/portable_operators.cpp"]
 name, flags = "yoco_u_portable" + flag.replace("-", "_"), [*cpu._FLAGS, "-O1", flag]  # -O1 compiles in half the time
-cpp_extension.load(name, sources, extra_cflags=flags, extra_include_paths=[str(folder)], is_python_module=False)
+built = Path(cpp_extension._get_build_directory(name, verbose=False))
+with FileLock(built.with_suffix(".lock")):
+    (built / "lock").unlink(missing_ok=True)  # of a process that was killed, for which torch would wait
+    cpp_extension.load(name, sources, extra_cflags=flags, extra_include_paths=[str(folder)], is_python_module=False)
 kernels.compiled = cpu.compiled = lambda: True
 files = [f"{here}/{file}.py" for file in ("test_prepacked_linear", "test_chunk_attention", "test_kernels")]
 options = ["-k", "not turned_off and not without"]

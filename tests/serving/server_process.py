@@ -38,7 +38,7 @@ class Process:
         self.url = self._find_url()
 
     def _find_url(self) -> str:
-        for _ in range(600):
+        for _ in range(6000):
             if found := re.search(r"at (https?://\S+:\d+)", self.log.read_text()):
                 return found[1]
             assert self.process.poll() is None, self.log.read_text()
@@ -50,7 +50,7 @@ class Process:
         return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
 
     def wait_for(self, name: str, value: float) -> None:
-        for _ in range(1000):
+        for _ in range(30_000):
             if self.metric(name) == value:
                 return
             time.sleep(0.01)

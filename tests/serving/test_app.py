@@ -127,8 +127,8 @@ async def test_time_runs_out(model: YocoUForCausalLM, tokenizer: PreTrainedToken
         status, error = await server.error("completions", **body)
         assert status == 503 and "longer than 0.1 seconds" in error["message"]
         response = await server.post("completions", stream=True, **body)
-        assert response.status_code == 200 and "longer than 0.1 seconds" in response.text
-        assert "[DONE]" not in response.text
+        assert response.status_code in (200, 503)  # the latter where time ran out before the first event
+        assert "longer than 0.1 seconds" in response.text and "[DONE]" not in response.text
 
 
 async def test_health(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from yoco_u.serving import connections
 from yoco_u.serving.connections import Acceptor, Connection, most_connections
 
 pytestmark = pytest.mark.anyio
@@ -117,7 +118,7 @@ HALVES = {
 
 @pytest.mark.parametrize("after_an_answer", [False, True])
 async def test_half_a_request_is_given_up(after_an_answer: bool) -> None:
-    async with serving(longest=0.2) as servant:
+    async with serving(longest=2.0) as servant:
         clients = [await servant.connect() for _ in HALVES]
         for client, half in zip(clients, HALVES.values(), strict=True):
             if after_an_answer:
@@ -125,7 +126,7 @@ async def test_half_a_request_is_given_up(after_an_answer: bool) -> None:
                 await answer(client)
             client[1].write(half)
         for client in clients:
-            assert error_of(await rest(client)) == (408, "the request did not come within 0.2 seconds")
+            assert error_of(await rest(client)) == (408, "the request did not come within 2 seconds")
         await servant.until(lambda: not servant.connections)
 
 
@@ -195,7 +196,8 @@ async def test_what_is_no_http_is_answered(sent: bytes, status: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 100_000, LARGE])
-async def test_an_answer_before_the_end_of_the_request_is_not_lost(size: int) -> None:
+async def test_an_answer_before_the_end_of_the_request_is_not_lost(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_LINGER", 60.0)
     async with serving() as servant:
         _, writer = client = await servant.connect()
         writer.write(f"POST /early HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {size}\r\n\r\n".encode())

@@ -22,15 +22,21 @@ expect.set_options(timeout=60_000)  # milliseconds: busy machines are slow, not 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, timeout=300_000, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+def new_page(browser: Browser, **settings: Any) -> Page:
+    page = browser.new_page(**settings)
+    page.set_default_timeout(300_000)
+    return page
 
 
 @pytest.fixture
 def page(browser: Browser, process: Process) -> Iterator[Page]:
     """The page of a server; nothing may have gone wrong on it in the end."""
-    page = browser.new_page(viewport={"width": 1200, "height": 850})
+    page = new_page(browser, viewport={"width": 1200, "height": 850})
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -80,7 +86,7 @@ def test_tokens_that_leave_the_loop_are_as_dark_as_they_ran_loops(browser: Brows
     loops = AutoConfig.from_pretrained(folder).architecture.num_loops
     (tmp_path / "model" / FILE).write_text(json.dumps({"num_loops": loops, "score": "angular", "threshold": 0.35}))
     with serving(tmp_path / "model", log=tmp_path / "log") as process:
-        page = browser.new_page()
+        page = new_page(browser)
         page.goto(process.url)
         expect(page.locator("#model-facts")).to_contain_text("parameters")
         page.locator("#max-tokens").fill("24")
@@ -134,7 +140,7 @@ def test_what_a_model_writes_is_never_markup(page: Page) -> None:
 
 
 def test_an_error_of_the_server_is_said(browser: Browser, process: Process) -> None:
-    page = browser.new_page()  # not the fixture's: the browser itself tells the console of a 400
+    page = new_page(browser)  # not the fixture's: the browser itself tells the console of a 400
     page.route("**/v1/**", lambda route: route.fulfill(status=400, json={"error": {"message": "no such thing"}}))
     page.goto(process.url)
     expect(page.locator("#model-facts")).to_contain_text("parameters")
@@ -145,7 +151,7 @@ def test_an_error_of_the_server_is_said(browser: Browser, process: Process) -> N
 
 
 def test_what_is_sent_before_the_model_is_known_waits_for_it(browser: Browser, process: Process) -> None:
-    page = browser.new_page()
+    page = new_page(browser)
     held: list[Route] = []
     page.route("**/model", lambda route: held.append(route))
     with page.expect_request("**/model"):
@@ -160,7 +166,7 @@ def test_what_is_sent_before_the_model_is_known_waits_for_it(browser: Browser, p
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone(browser: Browser, process: Process, scheme: str) -> None:
-    page = browser.new_page(viewport={"width": 360, "height": 700}, color_scheme=scheme)  # type: ignore[arg-type]
+    page = new_page(browser, viewport={"width": 360, "height": 700}, color_scheme=scheme)  # type: ignore[arg-type]
     page.goto(process.url)
     expect(page.locator("#model-facts")).to_contain_text("parameters")
     page.locator("#settings summary").click()
