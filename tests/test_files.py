@@ -199,29 +199,6 @@ def test_an_interrupted_removal_is_known_as_ours(tmp_path: Path) -> None:
         assert not folder.exists()
 
 
-def test_the_new_folder_is_there_before_the_old_one_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removing a large folder takes long, in which a process may be killed."""
-    path = tmp_path / "out"
-    for content in ("old", "new"):
-        made = fresh_folder(path)
-        (made / "inside").mkdir()
-        (made / "content").write_text(content)
-        if content == "new":
-            monkeypatch.setattr("shutil.rmtree", stopped)
-            with pytest.raises(KeyboardInterrupt):
-                publish(path)
-            monkeypatch.undo()
-        else:
-            publish(path)
-    assert (path / "content").read_text() == "new"
-    make_part(path)
-    assert [one.name for one in tmp_path.iterdir()] == ["out"]
-
-
-def stopped(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 class Shape(BaseModel):
     name: str
     numbers: list[float]

@@ -97,7 +97,7 @@ def fresh_folder(path: Path) -> Path:
 
 
 def publish(path: Path) -> None:
-    """Rename the folder beside `path` to `path`, after its contents have reached the disk. An older one is removed then.
+    """Rename the folder beside `path` to `path`, after its contents have reached the disk. An older one is removed first.
 
     Raises:
         UserError: if there is something else at `path`.
@@ -106,19 +106,13 @@ def publish(path: Path) -> None:
     for file in [new, *new.rglob("*")]:
         if not file.is_symlink():
             sync(file)
-    discard(_old(path))
-    if not _is_ours(path) or (former := lock(_mark(path, _PART)) if marked(path) else None) is None:
-        discard(path)
-    else:
-        path.replace(_old(path))
-        unlock(former)
+    discard(path)
     if os.path.lexists(path):
         raise _in_the_way(path)
     held = lock(_mark(new, _PART))
     new.replace(path)
     unlock(held)
     sync(path.parent)
-    discard(_old(path))
 
 
 def discard(folder: Path) -> None:
@@ -135,7 +129,8 @@ def discard(folder: Path) -> None:
         with suppress(OSError):  # something has come into it
             folder.rmdir()
         return
-    if (held := lock(_mark(folder, _PART))) is None:
+    held = lock(_mark(folder, _PART))
+    if held is None:
         return
     try:
         if folder.suffix != PARTIAL:
@@ -180,7 +175,7 @@ def check_claim(folder: Path, kind: str, known: Callable[[Path], bool] = lambda 
     """
     _nearest_folder(folder / "inside")
     # The mark is the first file in a folder, so it is looked for last: another process may be making the same folder.
-    if folder.is_dir() and any(folder.iterdir()) and not marked(folder, kind) and not known(folder):
+    if folder.is_dir() and not _is_empty(folder) and not marked(folder, kind) and not known(folder):
         raise UserError(
             f"{folder}: holds other files than those of a yoco-u {kind}; name a new or an empty folder, or move them elsewhere"
         )
@@ -386,9 +381,13 @@ def _nearest_folder(path: Path) -> Path:
 
 def _is_ours(path: Path) -> bool:
     try:
-        return path.is_dir() and not path.is_symlink() and (marked(path) or not any(path.iterdir()))
+        return path.is_dir() and not path.is_symlink() and (marked(path) or _is_empty(path))
     except FileNotFoundError:  # another process has removed it meanwhile
         return False
+
+
+def _is_empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
 
 
 def _in_the_way(path: Path) -> UserError:
