@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from yoco_u.plotting import PALETTE, dashes
-from yoco_u.report.comparison import Comparison, names_of
+from yoco_u.report.comparison import Comparison
 from yoco_u.report.page import render_page, write_page
 from yoco_u.report.plots import loss_plot, step_plot
 from yoco_u.training.run_folder import Run
@@ -24,7 +24,7 @@ def write_report(runs: list[Run], comparison: Comparison, target: Path, title: s
     Raises:
         UserError: if the file cannot be written.
     """
-    write_page(target, render(runs, comparison, title or ", ".join(names_of(runs))))
+    write_page(target, render(runs, comparison, title or ", ".join(run.name for run in comparison.runs)))
 
 
 def render(runs: list[Run], comparison: Comparison, title: str) -> str:
@@ -45,16 +45,17 @@ def render(runs: list[Run], comparison: Comparison, title: str) -> str:
             ("Gradient norm", step_plot(runs, "gradient_norm", "norm before clipping", smooth=True, log=True)),
             ("Throughput", step_plot(runs, "tokens_per_second", "tokens/s", smooth=True)),
         ],
-        samples=_samples(runs),
-        settings=[(name, _yaml(run.config.model_dump(mode="json"))) for run, name in zip(runs, names_of(runs), strict=True)],
+        samples=_samples(runs, [run.name for run in comparison.runs]),
+        settings=[
+            (own.name, _yaml(run.config.model_dump(mode="json"))) for own, run in zip(comparison.runs, runs, strict=True)
+        ],
         environment=_environment(runs),
     )
 
 
-def _samples(runs: list[Run]) -> list[tuple[str, list[tuple[int, str, str]]]]:
+def _samples(runs: list[Run], names: list[str]) -> list[tuple[str, list[tuple[int, str, str]]]]:
     """For each prompt, the number and name of every run that continued it, with its text."""
     prompts = dict.fromkeys(sample["prompt"] for run in runs for sample in run.samples)
-    names = names_of(runs)
     return [
         (
             prompt,

@@ -239,12 +239,12 @@ class RunConfig(Config):
             for name, value in (("stage", "layers"), ("trains", "cross")):
                 if getattr(self.distillation, name) == value:
                     raise ValueError(f"distillation.{name} {value} trains cross blocks, but the architecture has none; drop it")
-        if self.distillation and self.distillation.stage != "logits" and self.training.compile == "on":
-            raise ValueError(
-                f"training.compile on cannot be had with distillation.stage {self.distillation.stage}, which keeps what each "
-                "block gets and gives; set it to auto or off"
-            )
         if self.distillation and self.distillation.stage == "layers":
+            if self.training.compile == "on":
+                raise ValueError(
+                    "training.compile on cannot be had with distillation.stage layers, which keeps what each block gets and "
+                    "gives; set it to auto or off"
+                )
             for stage in self.training.checkpoint_stages:
                 if self.architecture.stages[stage].attention == "cross":
                     raise ValueError(
