@@ -38,7 +38,7 @@ WRITERS = {
     "yoco_u/checksums.py": PART,
     "yoco_u/config/yaml_text.py": CLAIMED,
     "yoco_u/confined/nursery.py": PROC,
-    "yoco_u/conversion/gguf_file.py": CHECKED,
+    "yoco_u/conversion/gguf_writer.py": CHECKED,
     "yoco_u/data/index.py": PART,
     "yoco_u/data/prepare.py": PART,
     "yoco_u/data/shards.py": PART,

@@ -44,7 +44,7 @@ _RESULT = re.compile(
     rb'|\A\{\s*"title": "(?:[^"\\]|\\.)*",\s*"version": "[^"]*",\s*"experiment": \{\s*"title": '
     rb'|\A\{\s*"about": \{\s*"text": "(?:[^"\\]|\\.)*",\s*"tokens": \d+,\s*"sequence_length": '
     rb"|\A\x89PNG.{0,999}Software\0yoco-u "  # `yoco_u.plotting.save_png`
-    rb"|\AGGUF.{0,999}yoco_u\.generator.{12}yoco-u "  # `yoco_u.conversion.gguf_file.write_gguf`
+    rb"|\AGGUF.{0,999}yoco_u\.generator.{12}yoco-u "  # `yoco_u.conversion.gguf_writer.write_gguf`
     rb'|\A\s*<!doctype html>.*<footer class="quiet">Written [^<]* by yoco-u [^<]*</footer>\s*</body>\s*</html>\s*\Z',
     re.DOTALL,
 )

@@ -298,5 +298,5 @@ def test_a_loop_count_of_the_config_alone_is_not_lost(tmp_path: Path, capsys: py
     whole = read_source(str(tmp_path / "source"))
     whole.model.config.num_loops = 2
     for write_it in (write_back, write_gguf):
-        with pytest.raises(UserError, match="num_loops of its config is 2, which the format cannot say"):
+        with pytest.raises(UserError, match="num_loops of its config is 2, but its stages have 1"):
             write_it(whole, tmp_path / "back")

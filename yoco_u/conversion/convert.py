@@ -15,12 +15,13 @@ from yoco_u.architecture import Architecture
 from yoco_u.checksums import check_changes
 from yoco_u.conversion.families import config_of, tensor_names
 from yoco_u.conversion.global_kv import Method, Moments, blocks, collect, write_global_kvs
-from yoco_u.conversion.source import Source, check_one_loop, in_dtype
+from yoco_u.conversion.source import Source, in_dtype
 from yoco_u.data import Corpus, DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.files import check_part, mark, marked
 from yoco_u.inference.exits import FILE as EXITS
 from yoco_u.inference.exits import Exits, find_exits
+from yoco_u.loading import check_loops
 from yoco_u.model import YocoUConfig, YocoUForCausalLM, save_model
 from yoco_u.model.blocks import LoopedStack
 from yoco_u.model.remote_code import AUTO_MAP
@@ -164,7 +165,7 @@ def write_back(source: Source, folder: Path) -> str:
         UserError: if the model is none of these, or something else is in the folder.
     """
     config, a = source.model.config, source.model.model.architecture
-    check_one_loop(source)
+    check_loops(source.name, a, config.num_loops)
     kept = {name: getattr(config, name) for name in _KEPT}
     theirs = AutoConfig.for_model(**config_of(a, **{name: value for name, value in kept.items() if value is not None}))
     with torch.device("meta"):

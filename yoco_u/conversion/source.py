@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from yoco_u.checksums import SUMS, verify_checksums
 from yoco_u.conversion.families import architecture_of, tensor_names
-from yoco_u.conversion.gguf_file import check_gguf, unread_settings
+from yoco_u.conversion.gguf_reader import check_gguf, unread_settings
 from yoco_u.conversion.gguf_tokenizer import restored
 from yoco_u.data import begin_with, begin_with_end_of_text, load_tokenizer, vocabulary_size
 from yoco_u.errors import UserError, first_line
@@ -177,17 +177,6 @@ def _assemble(
     model.tie_weights()
     dtype = weights["model.embed_tokens.weight"].dtype
     return Source(name, model.eval(), tokenizer, dtype if dtype in DTYPES.values() else torch.float32, generation)
-
-
-def check_one_loop(source: Source) -> None:
-    """Refuse a Transformer that loops by `num_loops` of its config alone, for a format that has no loops.
-
-    Raises:
-        UserError: if it does.
-    """
-    model = source.model.model
-    if model.architecture.num_loops == 1 and (loops := model.at_loops().num_loops) > 1:
-        raise UserError(f"{source.name}: num_loops of its config is {loops}, which the format cannot say; set it to 1 or null")
 
 
 def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,40 +3,30 @@
 llama.cpp has code for these families, and none for stages that loop or share keys and values, so nothing else can be written.
 """
 
-import importlib.util
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from yoco_u.architecture import Architecture, RotaryScaling
+from yoco_u.architecture import Architecture
 from yoco_u.conversion.families import config_of, tensor_names
+from yoco_u.conversion.gguf_reader import FACTORS, rope_factors, yarn_attention
 from yoco_u.conversion.gguf_tokenizer import write_tokenizer
+from yoco_u.conversion.source import Source, in_dtype
 from yoco_u.errors import UserError
 from yoco_u.files import GENERATOR, check_result, replacing
-from yoco_u.model.rope import frequency_scale, rotary_frequencies
+from yoco_u.loading import check_loops
 
 if TYPE_CHECKING:
     import gguf
 
-    from yoco_u.conversion.source import Source
-
 GENERATOR_KEY = "yoco_u.generator"
 _CONTEXT = 4096  # tokens that llama.cpp allots at first, where nothing says how many the model was made for
-_FACTORS = "rope_freqs.weight"
 _YARN = (1.0, 32.0, True)  # low_turns, high_turns and truncate: what llama.cpp takes for granted
 
 
-def check_gguf(path: Path) -> None:
-    """Raise a UserError unless the packages are installed that read and write such files."""
-    for name in ("gguf", "accelerate"):
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"{path}: GGUF files need the {name} package: pip install 'yoco-u[conversion]'")
-
-
-def write_gguf(source: "Source", path: Path) -> str:
+def write_gguf(source: Source, path: Path) -> str:
     """Write a Transformer of ours as a GGUF file, with its tokenizer and chat template; it appears whole or not at all.
 
     Matrices are written in the source's dtype, and vectors in float32, as llama.cpp wants them.
@@ -49,10 +39,8 @@ def write_gguf(source: "Source", path: Path) -> str:
     """
     import gguf
 
-    from yoco_u.conversion.source import check_one_loop
-
     a = source.model.model.architecture
-    check_one_loop(source)
+    check_loops(source.name, a, source.model.config.num_loops)
     family = _family(a, source.name)
     check_result(path)
     with replacing(path) as file:
@@ -71,67 +59,12 @@ def write_gguf(source: "Source", path: Path) -> str:
                 tensor = _interleaved(tensor, a.num_key_value_heads)
             _add(writer, name, tensor, source.dtype)
         if a.rotary_scaling is not None and a.rotary_scaling.type == "llama3":
-            _add(writer, _FACTORS, _factors(a.head_dim, a.rope_theta, a.rotary_scaling), torch.float32)
+            _add(writer, FACTORS, rope_factors(a.head_dim, a.rope_theta, a.rotary_scaling), torch.float32)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
     return family
-
-
-class Unread(NamedTuple):
-    """What a GGUF file says and transformers does not read, see `unread_settings`.
-
-    Attributes:
-        config: fields of a config: the scaling of RoPE, and the size of heads.
-        pre: `tokenizer.ggml.pre`.
-        begins: whether texts begin with the bos token, which transformers reads from 5.23 on; None if the file does not say.
-        tokens: how many tokens the vocabulary has.
-        tensors: how many tensors the file has.
-    """
-
-    config: dict[str, Any]
-    pre: str | None
-    begins: bool | None
-    tokens: int
-    tensors: int
-
-
-def unread_settings(path: Path) -> Unread:
-    """Read what transformers leaves unread in a GGUF file.
-
-    Raises:
-        UserError: if RoPE is scaled in a way that cannot be known from the file.
-    """
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-
-    def value(key: str) -> Any:
-        return None if (field := reader.get_field(key)) is None else field.contents()
-
-    family = value("general.architecture")
-    found: dict[str, Any] = {}
-    if (head_dim := value(f"{family}.attention.key_length")) is not None:
-        found["head_dim"] = head_dim
-    settings = {
-        name: value(f"{family}.rope.{key}")
-        for name, key in {
-            "rope_theta": "freq_base", "rope_type": "scaling.type", "factor": "scaling.factor",
-            "original_max_position_embeddings": "scaling.original_context_length",
-        }.items()
-    }  # fmt: skip
-    rope = {name: one for name, one in settings.items() if one is not None}
-    factors = next((tensor.data for tensor in reader.tensors if tensor.name == _FACTORS), None)
-    if factors is not None:
-        rope |= _llama3_of(torch.tensor(factors), rope, path)
-    elif rope.get("rope_type") == "yarn":
-        rope["attention_factor"] = _yarn_attention(rope["factor"]) * (value(f"{family}.rope.scaling.attn_factor") or 1.0)
-    if rope.get("rope_type") not in (None, "none"):
-        found["rope_parameters"] = rope
-    tokens = reader.get_field("tokenizer.ggml.tokens")
-    count = 0 if tokens is None else len(tokens.data)
-    return Unread(found, value("tokenizer.ggml.pre"), value("tokenizer.ggml.add_bos_token"), count, len(reader.tensors))
 
 
 def _family(a: Architecture, name: str) -> str:
@@ -156,7 +89,7 @@ def _family(a: Architecture, name: str) -> str:
     return kind
 
 
-def _write_settings(writer: "gguf.GGUFWriter", a: Architecture, source: "Source") -> None:
+def _write_settings(writer: "gguf.GGUFWriter", a: Architecture, source: Source) -> None:
     import gguf
 
     writer.add_name(Path(source.name).stem)
@@ -183,12 +116,7 @@ def _write_settings(writer: "gguf.GGUFWriter", a: Architecture, source: "Source"
     writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.type))
     writer.add_rope_scaling_factor(scaling.factor)
     if scaling.type == "yarn":
-        writer.add_rope_scaling_attn_factors(scaling.attention_factor / _yarn_attention(scaling.factor))
-
-
-def _yarn_attention(factor: float) -> float:
-    """What llama.cpp scales attention by for YaRN (arXiv 2309.00071, equation 22); a file holds what comes on top."""
-    return 0.1 * math.log(factor) + 1
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor / yarn_attention(scaling.factor))
 
 
 _KINDS = {torch.float32: ("F32", "ALL_F32"), torch.float16: ("F16", "MOSTLY_F16"), torch.bfloat16: ("BF16", "MOSTLY_BF16")}
@@ -198,8 +126,6 @@ _KINDS = {torch.float32: ("F32", "ALL_F32"), torch.float16: ("F16", "MOSTLY_F16"
 def _add(writer: "gguf.GGUFWriter", name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     import gguf
 
-    from yoco_u.conversion.source import in_dtype
-
     in_dtype(name, tensor, dtype)
     kind = gguf.GGMLQuantizationType[_KINDS[dtype if tensor.ndim > 1 else torch.float32][0]]
     writer.add_tensor(name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
@@ -208,23 +134,3 @@ def _add(writer: "gguf.GGUFWriter", name: str, tensor: Tensor, dtype: torch.dtyp
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
     """The rows of each head in the order in which llama.cpp's Llama rotates: pairs beside each other, not half a head apart."""
     return weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _factors(head_dim: int, theta: float, scaling: RotaryScaling) -> Tensor:
-    """What llama.cpp divides the frequencies by, (head_dim / 2,)."""
-    return 1 / frequency_scale(rotary_frequencies(head_dim, theta), theta, scaling)
-
-
-def _llama3_of(factors: Tensor, rope: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The settings of Llama 3's scaling that give these factors, of which the file says no more."""
-    original = rope.get("original_max_position_embeddings", 8192)
-    scaling = RotaryScaling(type="llama3", factor=float(factors.max()), original_length=original)
-    expected = _factors(2 * len(factors), rope.get("rope_theta", 10000.0), scaling)
-    if not torch.allclose(factors.float(), expected, rtol=1e-4):
-        raise UserError(
-            f"{path}: RoPE is scaled by factors that are not Llama 3's; convert the folder with safetensors instead"
-        )
-    return {
-        "rope_type": "llama3", "factor": scaling.factor, "original_max_position_embeddings": original,
-        "low_freq_factor": scaling.low_turns, "high_freq_factor": scaling.high_turns,
-    }  # fmt: skip
