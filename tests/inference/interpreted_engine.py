@@ -17,7 +17,7 @@ from yoco_u.inference.gpu_layers import fuse_layers
 NEW = 3
 
 
-@pytest.mark.parametrize("variant", ["yoco_u", "yoco_retention", "parscale", "experts"])
+@pytest.mark.parametrize("variant", ["yoco_u", "yoco_retention", "parscale", "experts", "two global KVs"])
 def test_the_engine_decodes_greedily(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in chunks beside decodes, then decodes alone, with fused layers, of two loop counts."""
     monkeypatch.setattr(kernels, "_on_gpu", lambda x: True)

@@ -25,6 +25,7 @@ from torch import Tensor
 from yoco_u.inference import Engine, EngineSettings, SamplingParams, kernels, prepacking
 from yoco_u.inference import engine as engine_module
 from yoco_u.inference.prepacking import FusedDecodeBlock, PrepackedEmbedding, PrepackedLinear, can_prepack, prepack
+from yoco_u.model.layers import RMSNorm
 
 COARSE = {"experts", "one key-value head, tied"}  # choices of experts flip; logits of a tied head are large
 OTHER_BLOCKS = {"as converted", "experts", "parscale", "streams with qk norm"}  # that are several calls
@@ -95,6 +96,28 @@ def test_packed_weights_and_kernels_are_as_near_to_float32_as_plain_bfloat16(var
         found = scores(subject)
         assert mean_distance(found, plain) < near
         assert mean_distance(found, truth) < near
+
+
+@needs_prepacking
+@pytest.mark.parametrize("variant", ["yoco_u", "two global KVs"])
+def test_norms_are_those_that_they_replace(variant: str) -> None:
+    """With weights far from one, which the scores of a whole model hardly show."""
+    name, settings = VARIANTS[variant]
+    model = build(architecture(name, **settings)).bfloat16()
+    places = [
+        (parent, name) for parent in model.modules() for name, child in parent.named_children() if isinstance(child, RMSNorm)
+    ]
+    given, expected = [], []
+    for parent, name in places:
+        norm = getattr(parent, name)
+        torch.nn.init.uniform_(norm.weight, 0.1, 4.0)
+        groups = len(norm.weight) // norm.normalized_shape[0]
+        given.append(torch.randn(1, 3, groups, 2, *norm.normalized_shape).bfloat16())
+        scaled = torch.nn.functional.rms_norm(given[-1].float(), norm.normalized_shape, eps=norm.eps)
+        expected.append(scaled * norm.weight.float().view(groups, 1, -1))
+    prepack(model)
+    for (parent, name), x, right in zip(places, given, expected, strict=True):
+        torch.testing.assert_close(getattr(parent, name)(x).float(), right, rtol=0.02, atol=0.01)
 
 
 LOADS = [(variant, "bfloat16") for variant in VARIANTS]

@@ -65,7 +65,7 @@ def fuse_layers(model: YocoUForCausalLM) -> None:
                     setattr(module, name, joint)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, RMSNorm):
+            if type(child) is RMSNorm:  # not one of several groups
                 setattr(parent, name, FusedRMSNorm(child))
             elif isinstance(child, SwiGLU) and isinstance(child.gate_proj, JoinedLinear):
                 setattr(parent, name, FusedSwiGLU(child))

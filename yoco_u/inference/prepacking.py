@@ -139,7 +139,7 @@ class FusedDecodeBlock(nn.Module):
 
 
 def runs_in_kernels(a: Architecture, device: torch.device) -> bool:
-    """Whether the kernels run all large products of a model, bfloat16 on any CPU. Experts are torch's."""
+    """Whether the kernels run all large products of a model, bfloat16 on any CPU they are built for. Experts are torch's."""
     return device.type == "cpu" and a.experts is None and compiled()
 
 
@@ -164,7 +164,7 @@ def prepack(model: YocoUForCausalLM) -> None:
         model.model.register_module("embed_tokens", PrepackedEmbedding(head, embedding.embedding_dim))
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, RMSNorm):
+            if type(child) is RMSNorm:  # not one of several groups
                 setattr(parent, name, OnePassRMSNorm(child))
             elif isinstance(child, SwiGLU):
                 setattr(parent, name, OnePassSwiGLU(child))

@@ -33,12 +33,9 @@ class GroupedRMSNorm(RMSNorm):
     def __init__(self, groups: int, head_dim: int, eps: float) -> None:
         super().__init__(head_dim, eps)
         self.groups = groups
-        if groups > 1:
-            self.weight = nn.Parameter(torch.empty(groups * head_dim))
+        self.weight = nn.Parameter(torch.empty(groups * head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.groups == 1:
-            return super().forward(x)
         dtype = autocast_dtype(x.device)
         out = F.rms_norm(x if dtype is None else x.float(), self.normalized_shape, eps=self.eps)
         return (out * self.weight.view(self.groups, 1, -1)).to(dtype or x.dtype)

@@ -15,6 +15,7 @@ at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double ep
   const at::Tensor x = input.contiguous();
   at::Tensor out = x.new_empty(x.sizes());
   const int64_t size = x.size(-1), rows = size ? x.numel() / size : 0;
+  TORCH_CHECK(weight.numel() == size);
   with_type(x, [&](auto element) {
     using T = decltype(element);
     const T *from = x.const_data_ptr<T>(), *scale = weight.const_data_ptr<T>();

@@ -62,6 +62,7 @@ def _swiglu(gate_up, out, row_stride, size, BLOCK: tl.constexpr):
 
 def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, total: Tensor | None) -> None:
     """RMSNorm of x, or of x + residual, into `out`; the sum into `total`."""
+    assert weight.shape == x.shape[-1:]
     size, rows = x.shape[-1], x.numel() // max(1, x.shape[-1])
     if rows == 0:
         return
