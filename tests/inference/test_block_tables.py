@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from engine_runs import engine, greedy, prompt, run
+from engine_runs import engine, generated, greedy, prompt, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,7 +39,20 @@ def test_an_engine_on_a_cpu_notes_nothing_for_a_device() -> None:
     assert not subject.runner.tables._new
 
 
-def _request(number: int, seat: int) -> Request:
-    found = Request(str(number), [1], SamplingParams(), 1)
-    found.seat = seat
+def test_an_id_that_is_used_again_is_another_request() -> None:
+    """In the same seat; what the first one left in the prefix cache stays what it was."""
+    prompts = [prompt(30, seed=1), prompt(30, seed=2), prompt(30, seed=1)]
+    for prefix_caching in (True, False):
+        subject = engine(prefix_caching=prefix_caching, block_size=8)
+        for ids in prompts:
+            request = subject.add(ids, greedy(), request_id="again")
+            while subject.unfinished:
+                subject.step()
+            assert request.outputs[0].token_ids == generated("yoco_u", ids)
+
+
+def _request(allocation: int, seat: int) -> Request:
+    """One of an id that others have too."""
+    found = Request("1", [1], SamplingParams(), 1)
+    found.allocation, found.seat = allocation, seat
     return found

@@ -134,6 +134,32 @@ def test_names_that_are_taken() -> None:
     assert subject.add(prompt(9), greedy(), request_id="1").id == "1"
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])
+def test_caches_that_cannot_be_allocated_leave_nothing_behind(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = engine()
+    first = subject.add(prompt(9), greedy())
+
+    def fail(_: int) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subject.cache, "grow", fail)
+        with pytest.raises((UserError, KeyboardInterrupt)) as found:
+            subject.add(prompt(9), greedy(num_loops=7, n=2), request_id="more")
+    if isinstance(error, RuntimeError):
+        assert "caches of 7 loops cannot be allocated (CUDA out of memory); lower num_loops" in str(found.value)
+    again = subject.add(prompt(9), greedy(), request_id="more")
+    while subject.unfinished:
+        subject.step()
+    assert first.outputs[0].token_ids == again.outputs[0].token_ids == generated("yoco_u", prompt(9))
+
+
+@pytest.mark.parametrize("settings", [{"max_num_seqs": 2**20, "max_batched_tokens": 2**20, "cache_tokens": 2**21}])
+def test_block_tables_that_do_not_fit_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"need \d+ MiB, .* MiB are free; lower cache_tokens, max_num_seqs"):
+        engine("transformer", **settings)
+
+
 @pytest.mark.parametrize("variant", ["yoco_u", "rins", "yoco_retention"])
 def test_a_step_that_raises_ends_its_own_requests(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that wait go on, and find caches that nothing half-computed is reused from."""

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.data import DocumentEncoder
-from yoco_u.errors import UserError, said_of
+from yoco_u.errors import UserError, first_line, said_of
 from yoco_u.inference.constraints import Grammars
 from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.inference.exits import FILE, Exits, check_exits
@@ -177,7 +177,7 @@ class Engine:
             parent.prompt_logprobs = [None] * first.request.unscored
         try:
             self._make_room(loops)
-        except UserError:
+        except BaseException:
             self.scheduler.abort(first.request.id)
             raise
         for output in outputs:
@@ -379,5 +379,12 @@ class Engine:
         Raises:
             UserError: if the machine has not the memory for it.
         """
-        check_memory(self.architecture, self.cache.shape, loops, self.cache.nbytes, self.cache.device)
-        self.cache.grow(loops)
+        allocated = self.cache.nbytes + self.runner.tables.nbytes
+        check_memory(self.architecture, self.cache.shape, loops, allocated, self.cache.device)
+        try:
+            self.cache.grow(loops)
+        except RuntimeError as error:  # of an allocation, in the words of torch
+            raise UserError(
+                f"caches of {loops} loops cannot be allocated ({first_line(error)}); lower num_loops, or cache_tokens",
+                "num_loops",
+            ) from error

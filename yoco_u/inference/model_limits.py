@@ -7,16 +7,22 @@ from yoco_u.budget import bytes_per_kv_element, cache_bytes
 from yoco_u.data import DocumentEncoder
 from yoco_u.device import free_memory_bytes
 from yoco_u.errors import UserError
+from yoco_u.inference.block_tables import table_bytes
 from yoco_u.inference.kv_cache import CacheShape
 from yoco_u.model import YocoUForCausalLM
 
 
 def check_memory(a: Architecture, shape: CacheShape, loops: int, allocated: int, device: torch.device) -> None:
-    """Refuse caches that the machine has not the memory for."""
+    """Refuse caches, with their block tables, that the machine has not the memory for.
+
+    Args:
+        allocated: bytes of these that are there already.
+    """
     tokens, looped = shape.num_blocks * shape.block_size, a.with_loops(loops)
 
     def bytes_of(tokens: int) -> int:
-        return cache_bytes(looped, tokens, shape.max_num_seqs, shape.window or 0, bytes_per_kv_element(looped, shape.kind))
+        caches = cache_bytes(looped, tokens, shape.max_num_seqs, shape.window or 0, bytes_per_kv_element(looped, shape.kind))
+        return caches + table_bytes(shape.max_num_seqs, tokens // shape.block_size, device)
 
     needed = bytes_of(tokens)
     missing = needed - allocated

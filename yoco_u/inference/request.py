@@ -30,7 +30,8 @@ class Request:
         blocks: the block table: block i holds the tokens from i * block_size on.
         written: keys and values before this position lie in shared blocks already, and must not be written again.
         seat: its place in the window rings and retention states while it runs.
-        reallocations: how often its block table began anew, or lost blocks at its end. Between two of these it only grows.
+        allocation: a number that no other request ever has, anew whenever its block table began anew or lost blocks at its
+            end. While it stays, the table only grows.
         hashes: chain hashes of the leading full blocks, as far as they were needed.
         snapshot_at: positions in the prompt at which the window state is kept as a snapshot.
         decode_snapshot: key of the snapshot at the output's last block boundary, which the next boundary's replaces.
@@ -47,7 +48,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     written: int = 0
     seat: int | None = None
-    reallocations: int = 0
+    allocation: int = -1
     hashes: list[bytes] = field(default_factory=list)
     snapshot_at: tuple[int, ...] = ()
     decode_snapshot: bytes | None = None

@@ -7,6 +7,7 @@ is preempted, so the oldest request always goes on.
 """
 
 import heapq
+import itertools
 from collections import deque
 from dataclasses import dataclass
 from operator import itemgetter
@@ -81,6 +82,7 @@ class Scheduler:
         self._seats = list(range(max_num_seqs))  # the free ones, a heap
         self._requests: dict[str, Request] = {}  # waiting and running
         self._no_room: tuple[Request, int] | None = None  # who found no room, at which state of the pool
+        self._allocations = itertools.count()
         self._prefix_hit_tokens = 0
         self._preemptions = 0
 
@@ -254,7 +256,7 @@ class Scheduler:
             if spare := request.blocks[self._num_blocks(request.num_tokens + 1) :]:
                 self.pool.release(spare)
                 request.blocks = request.blocks[: -len(spare)]
-                request.reallocations += 1
+                request.allocation = next(self._allocations)
 
     def _count(self, request: Request, end: int) -> None:
         """Count the tokens before `end` as computed."""
@@ -305,7 +307,7 @@ class Scheduler:
             request.computed = computed * self.block_size
             request.written = len(shared) * self.block_size
             request.status = Status.RUNNING
-            request.reallocations += 1
+            request.allocation = next(self._allocations)
             self.running.append(request)
             self._prefix_hit_tokens += request.computed
             if self._takes_snapshots:
