@@ -185,6 +185,10 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "self-attention after cross": ({"stages": [SLIDING, CROSS, SLIDING]}, "only cross stages can follow a cross stage"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "heads 4 is not a multiple of num_key_value_heads 3"),
     "odd head_dim": ({"head_dim": 7}, "head_dim is 7; rotary embedding needs an even number"),
+    "yarn at a base of 1": (
+        {"rope_theta": 1.0, "rotary_scaling": {"type": "yarn", "factor": 2.0, "original_length": 64}},
+        "rope_theta is 1, but yarn needs frequencies that fall",
+    ),
     "no window": ({"window": None}, "a stage is sliding but window is not set"),
     "window 0": ({"window": 0}, "window: Input should be greater than 0, got 0"),
     "a window without use": ({"stages": [SLIDING | {"attention": "full"}]}, "window is 8 but no stage is sliding"),

@@ -212,6 +212,18 @@ def test_a_cache_with_padding_needs_its_mask(variant: str, path: str) -> None:
     torch.testing.assert_close(out[1:], expected, rtol=tolerance(model), atol=tolerance(model))
 
 
+@pytest.mark.parametrize("variant", ONE_OF_EACH_KIND)
+def test_padding_in_a_later_call_needs_its_mask(variant: str) -> None:
+    model, ids = make(variant), tokens(1, 6)
+    cache = model(ids[:, :2], use_cache=True).past_key_values
+    model(ids[:, 2:4], attention_mask=torch.tensor([[1, 1, 1, 0]]), past_key_values=cache)
+    with pytest.raises(UserError, match="attention_mask is missing"):
+        model(ids[:, 4:5], past_key_values=cache)
+    cache = model(ids[:, :2], use_cache=True).past_key_values
+    model(ids[:, 2:4], attention_mask=torch.ones(1, 4), past_key_values=cache)
+    model(ids[:, 4:5], past_key_values=cache)
+
+
 # Holes in the mask
 
 

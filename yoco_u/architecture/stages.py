@@ -329,6 +329,8 @@ def _problems(a: Architecture) -> list[str]:
         )
     if a.head_dim % 2:
         found.append(f"head_dim is {a.head_dim}; rotary embedding needs an even number")
+    if a.rope_theta <= 1 and a.rotary_scaling is not None and a.rotary_scaling.type == "yarn":
+        found.append(f"rope_theta is {a.rope_theta:g}, but yarn needs frequencies that fall; give more than 1")
     if "sliding" in kinds and a.window is None:
         found.append("a stage is sliding but window is not set; give the number of keys that a token sees")
     if "sliding" not in kinds and a.window is not None:

@@ -110,6 +110,11 @@ class YocoUCache(Cache):
         self.loops = tuple(stage.loops for stage in architecture.stages)
         self.padded = self.packed = False
 
+    def note_rows(self, padded: bool, packed: bool) -> None:
+        """Note what rows hold whose tokens are to be appended."""
+        filled = self.get_seq_length() > 0
+        self.padded, self.packed = padded or (filled and self.padded), packed or (filled and self.packed)
+
     def append(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values of new tokens, and return all that the new tokens may see.
 

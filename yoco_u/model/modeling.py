@@ -176,8 +176,8 @@ class YocoUModel(YocoUPreTrainedModel):
             architecture, batch, layout.positions, layout.segments, kept, last, past_key_values,
             autocast_dtype(x.device) or x.dtype, layout.cu_seqlens, self.cross_rotation,
         )  # fmt: skip
-        if past_key_values is not None and not past:
-            past_key_values.padded, past_key_values.packed = layout.padded, layout.packed
+        if past_key_values is not None:
+            past_key_values.note_rows(layout.padded, layout.packed)
 
         exits = {} if exit_loop is None else {exit_loop: x}
         x, losses = self.run_stages(x, backend, architecture, exits=exits)

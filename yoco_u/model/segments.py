@@ -145,6 +145,8 @@ def _check_shapes(
     shape: tuple[int, int], past: int, attention_mask: Tensor | None, position_ids: Tensor | None, ids: Mapping[str, Tensor]
 ) -> None:
     batch, tokens = shape
+    if not (batch and tokens):
+        raise UserError(f"the rows have shape {shape}; expected at least one row of at least one token")
     for name, tensor in {"attention_mask": attention_mask, "position_ids": position_ids, **ids}.items():
         if tensor is not None and not isinstance(tensor, Tensor):
             raise UserError(f"{name} is a {type(tensor).__name__}; expected a tensor")
@@ -155,7 +157,7 @@ def _check_shapes(
         )
     if position_ids is not None and position_ids.shape not in ((batch, tokens), (1, tokens)):
         raise UserError(f"position_ids has shape {tuple(position_ids.shape)}; expected {shape}, one position per token")
-    if position_ids is not None and position_ids.is_floating_point():
+    if position_ids is not None and (position_ids.is_floating_point() or position_ids.dtype == torch.bool):
         raise UserError(f"position_ids has dtype {position_ids.dtype}; expected integers")
     for name, tensor in ids.items():
         if tensor.shape != shape:
@@ -273,9 +275,11 @@ def kept_positions(logits_to_keep: int | Tensor, tokens: int, device: torch.devi
             )
         if torch.compiler.is_compiling() or (logits_to_keep.device == device and host_waits(device)):
             return logits_to_keep.to(device), None
+        if wrong := [index for index in logits_to_keep.tolist() if not -tokens <= index < tokens]:
+            raise UserError(f"logits_to_keep has the index {wrong[0]}; expected {-tokens} .. {tokens - 1}, for {tokens} tokens")
         only_last = logits_to_keep.numel() == 1 and int(logits_to_keep) in (-1, tokens - 1)
         return upload(logits_to_keep, device), 1 if only_last else None
-    if isinstance(logits_to_keep, bool) or logits_to_keep < 0:
+    if isinstance(logits_to_keep, bool) or not hasattr(logits_to_keep, "__index__") or logits_to_keep < 0:
         raise UserError(
             f"logits_to_keep is {logits_to_keep!r}; expected a number of last positions, 0 for all, or their indices"
         )
