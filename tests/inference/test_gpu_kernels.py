@@ -88,9 +88,8 @@ def test_merge_attention(seed: int, seen: int, others: int, dtype: torch.dtype) 
     torch.testing.assert_close(found.float(), scores.softmax(-1) @ values.float(), rtol=0, atol=tolerance)
 
 
-def test_shapes_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_without_a_device() -> None:
     """On the meta device every kernel gives its shapes, whatever is installed."""
-    monkeypatch.setenv("YOCO_U_KERNELS", "on")
     q, cache = torch.empty(3, 8, 16, device="meta", dtype=torch.bfloat16), torch.empty(2, 2, 64, 16, device="meta")
     table, lengths = torch.empty(3, 4, dtype=torch.int32, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
     joined = SplitPlan(*(torch.empty(n, dtype=torch.int32, device="meta") for n in (9, 9, 9, 4)))

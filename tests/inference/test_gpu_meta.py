@@ -21,7 +21,6 @@ READERS = ("logprobs", "sampler", "token_exits")
 )
 def test_steps_of_every_architecture(variant: str, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in chunks beside decodes, decodes alone, three loop counts, scored prompts, a prompt that is cached."""
-    monkeypatch.setenv("YOCO_U_KERNELS", "on")
     name, settings = VARIANTS[variant]
     with META:
         model = YocoUForCausalLM(YocoUConfig.from_architecture(architecture(name, **settings)))
@@ -62,7 +61,6 @@ def test_steps_of_every_architecture(variant: str, kind: str | None, monkeypatch
 @pytest.mark.parametrize("variant", ["yoco_u", "rins", "upper_loop"])
 def test_steps_whose_tokens_leave_the_loop(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scores of each loop but the last come back too, as long as tokens are in it; here they are zero, and all leave."""
-    monkeypatch.setenv("YOCO_U_KERNELS", "on")
     with META:
         model = YocoUForCausalLM(YocoUConfig.from_architecture(architecture(variant)))
     settings = {"dtype": "bfloat16", "cache_tokens": 512, "block_size": 4, "max_num_seqs": 8, "max_batched_tokens": 24}

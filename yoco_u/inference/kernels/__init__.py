@@ -2,10 +2,8 @@
 
 `cpu/` holds the C++ for CPUs, `gpu/` the Triton kernels for GPUs of NVIDIA, which the meta device stands in for in dry runs.
 `direct.py` holds the same in plain torch, for every device and for the tests; it may wait for a device. `YOCO_U_KERNELS=off`
-does without the fast ones.
+does without the C++.
 """
-
-import os
 
 import torch
 from torch import Tensor
@@ -105,4 +103,4 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _on_gpu(x: Tensor) -> bool:
-    return x.device.type in ("cuda", "meta") and os.environ.get("YOCO_U_KERNELS", "on") != "off"
+    return x.device.type in ("cuda", "meta")
