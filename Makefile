@@ -27,8 +27,13 @@ talk: .venv/installed
 test: format
 	@$(MAKE) --no-print-directory --jobs 2 mypy pytest
 
+# Compiles to byte code what the tests import, once: else each of pytest's processes would, all at the same time.
+.venv/compiled: .venv/installed-dev
+	-@$(BIN)/pytest --collect-only > /dev/null 2>&1
+	@touch $@
+
 # One process more than there are cores, since some tests wait for processes of their own.
-pytest: .venv/installed-dev
+pytest: .venv/compiled
 	$(BIN)/pytest --numprocesses $$($(PYTHON) -c 'import os; print(min(4, os.cpu_count() + 1))') --dist loadfile --no-loadscope-reorder
 
 check: format mypy

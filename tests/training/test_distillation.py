@@ -274,7 +274,7 @@ def test_flops_count_the_teacher(dataset: Path, student: Path, teacher: Path) ->
 def test_what_does_not_fit_is_refused(dataset: Path, student: Path, teacher: Path, tmp_path: Path) -> None:
     for number in range(9):
         (tmp_path / f"{number}.txt").write_text(f"def f{number}():\n    return {number}\n" * 100)
-    data = DataConfig(corpus=f"{tmp_path}/*.txt", vocab_size=280, validation_fraction=0.4)
+    data = DataConfig(corpus=f"{tmp_path}/[0-5].txt", validation_corpus=f"{tmp_path}/[6-8].txt", vocab_size=280)
     prepare(data, tmp_path / "other", progress=False)
     cases: dict[str, Any] = {
         "another tokenizer": healing(tmp_path / "other", student, teacher),
