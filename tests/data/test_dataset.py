@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from yoco_u.checksums import SUMS, write_checksums
-from yoco_u.data import BatchLoader, DataConfig, DatasetIndex, PackedDataset
+from yoco_u.data import BatchLoader, DataConfig, DatasetIndex, PackedDataset, SplitDocuments
 from yoco_u.data.index import Shard, Split
 from yoco_u.data.shards import ShardWriter
 from yoco_u.errors import UserError
@@ -73,6 +73,8 @@ def test_rows_and_batches_follow_their_definition(tmp_path, lengths, shard_token
     expected = [row for epoch in range(3) for row in slow_epoch(documents, length, seed, epoch, shuffle)]
     assert 3 * dataset.rows_per_epoch == len(expected)
     assert [dataset.row(index).tolist() for index in range(len(expected))] == expected
+    begins = np.cumsum([0, *map(len, documents)])[:-1]
+    assert dataset.documents_per_epoch == sum(begins < dataset.rows_per_epoch * length)
     loader = BatchLoader(dataset, 2)
     for step in range(len(expected) // 2):
         batch, rows = loader.batch(step), expected[2 * step : 2 * step + 2]
@@ -220,5 +222,5 @@ def test_totals_are_sums_over_shards():
 
 def test_documents_come_whole_and_in_the_order_of_the_files(tmp_path):
     documents = build(tmp_path / "data", [3, 0, 40, 7, 1, 25], shard_tokens=20)
-    found = PackedDataset(tmp_path / "data", "train", 1, shuffle=False).documents()
+    found = SplitDocuments(tmp_path / "data", "train")
     assert [document.tolist() for document in found] == documents

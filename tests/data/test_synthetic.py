@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_solvers import S3, S5, SOLVERS, answers
 
-from yoco_u.data import BatchLoader, Corpus, DataConfig, DatasetIndex, PackedDataset, load_tokenizer, prepare
+from yoco_u.data import BatchLoader, Corpus, DataConfig, DatasetIndex, PackedDataset, SplitDocuments, load_tokenizer, prepare
 from yoco_u.data.batches import in_answers
 from yoco_u.data.synthetic import TASKS, SyntheticCorpus, document_text, read_entry
 from yoco_u.data.synthetic.documents import is_held_out
@@ -164,7 +164,7 @@ def test_validation_has_the_instances_of_tests(folder: Path) -> None:
     tokenizer = load_tokenizer(index.tokenizer)
     assert index.vocab_size == 257
     for split, held_out in (("train", False), ("validation", True)):
-        documents = list(PackedDataset(folder, split, 64).documents())  # type: ignore[arg-type]
+        documents = list(SplitDocuments(folder, split))  # type: ignore[arg-type]
         assert len(documents) > 20 and {len(document) for document in documents} == {64}
         kinds = set()
         for document in documents:
@@ -235,7 +235,7 @@ def test_harder_levels_for_validation(tmp_path: Path) -> None:
     prepare(config, tmp_path / "data", progress=False)
     tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer")
     for split, levels, held_out in (("train", {2, 3}, False), ("validation", {4}, True)):
-        documents = PackedDataset(tmp_path / "data", split, 40).documents()  # type: ignore[arg-type]
+        documents = SplitDocuments(tmp_path / "data", split)  # type: ignore[arg-type]
         lines = [line for document in documents for line in tokenizer.decode(document[1:]).rstrip("\n").split("\n")]
         assert {SOLVERS["s5"](line)[1] for line in lines} == levels
         assert {is_held_out("s5", line) for line in lines} == {held_out}

@@ -12,7 +12,7 @@ from yoco_u.data import Batch, Corpus, Document, DocumentEncoder, PackedDataset,
 from yoco_u.data.synthetic import SyntheticCorpus, document_text, is_synthetic, read_entry
 from yoco_u.data.tokenizer import answer_marks
 from yoco_u.errors import UserError
-from yoco_u.evaluation.held_out import row_length, validation_split
+from yoco_u.evaluation.held_out import document_encoder, row_length, validation_split
 from yoco_u.evaluation.levels import check_bytes
 
 _TOKENS_PER_PASS = 4096
@@ -54,7 +54,7 @@ def read_text(
         UserError: if there is no text, a task does not come by itself or does not fit into the rows, or the model's tokens are
             not bytes, as those of a task are.
     """
-    encoder, task = DocumentEncoder(tokenizer), _task(files)
+    encoder, task = document_encoder(path, tokenizer), _task(files)
     length = sequence_length or (row_length(path) if task is None else task.length)
     if not files:
         dataset = validation_split(path, length)

@@ -113,17 +113,12 @@ def _same_texts(
 
 
 def _texts(model: Path, files: Sequence[str] | None, text_field: str, tokens: int, limit: int | None) -> list[list[int]]:
-    from yoco_u.data import Corpus, DocumentEncoder
     from yoco_u.evaluation.context import take_texts
-    from yoco_u.evaluation.held_out import validation_split
-    from yoco_u.loading import model_folder, read_tokenizer
+    from yoco_u.evaluation.held_out import read_documents
+    from yoco_u.loading import model_folder
 
-    if files:
-        encoder = DocumentEncoder(read_tokenizer(model))
-        documents = Corpus(files, text_field).documents()
-        return take_texts((encoder.encode([document.text])[0] for document in documents), tokens, limit)
     model_folder(model)
-    return take_texts(validation_split(model, 1, "--files").documents(), tokens, limit)
+    return take_texts(read_documents(model, files or (), text_field), tokens, limit)
 
 
 def _labels(models: Sequence[Path]) -> dict[str, str]:

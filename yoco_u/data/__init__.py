@@ -15,6 +15,7 @@ from yoco_u.data.dataset import PackedDataset
 from yoco_u.data.formats import Document
 from yoco_u.data.index import DatasetIndex, Shard, Split, check_vocabulary
 from yoco_u.data.prepare import prepare, split_of
+from yoco_u.data.split import SplitDocuments
 from yoco_u.data.tokenizer import (
     END_OF_TEXT,
     PADDING,
@@ -40,6 +41,7 @@ __all__ = [
     "PackedDataset",
     "Shard",
     "Split",
+    "SplitDocuments",
     "as_batch",
     "begin_with",
     "begin_with_end_of_text",

@@ -1,16 +1,14 @@
 """Packed rows of tokens from a prepared dataset. A row is a function of its number and the seed, so nothing has to be saved."""
 
-from collections.abc import Iterator
 from functools import lru_cache
 from os import PathLike
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from yoco_u.data.index import DatasetIndex, SplitName
-from yoco_u.data.shards import TokenFiles, shard_paths
+from yoco_u.data.index import SplitName
+from yoco_u.data.split import SplitDocuments
 from yoco_u.errors import UserError
 
 
@@ -49,8 +47,8 @@ class PackedDataset:
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
-        self.index = DatasetIndex.load(folder)
-        self.split, self._split_name = self.index.split(split), split
+        self._documents = SplitDocuments(folder, split)
+        self.index, self.split = self._documents.index, self._documents.split
         self.sequence_length, self.seed, self.shuffle = sequence_length, seed, shuffle
         if sequence_length < 1:
             raise UserError(f"sequence_length is {sequence_length}, expected at least 1")
@@ -60,13 +58,7 @@ class PackedDataset:
                 f"{sequence_length} takes {sequence_length + 1}; give more text or shorten sequence_length"
             )
         self.rows_per_epoch = (self.split.tokens - 1) // sequence_length
-        paths = [shard_paths(Path(folder), split, number) for number in range(len(self.split.shards))]
-        offsets = [self._offsets(number, *files) for number, files in enumerate(paths)]
-        self._tokens = TokenFiles([tokens for tokens, _ in paths], self._dtype)
-        self._starts = np.concatenate([offset[:-1] for offset in offsets])  # (documents,), each counted within its shard
-        self._lengths = np.concatenate([np.diff(offset) for offset in offsets])  # (documents,)
         self._check_whole()
-        self._shard_ends = np.cumsum([len(offset) - 1 for offset in offsets])  # (shards,): first document after each shard
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def row(self, index: int) -> NDArray[np.int64]:
@@ -81,24 +73,27 @@ class PackedDataset:
         position = int(np.searchsorted(epoch.ends, begin, side="right"))
         while filled < len(row):
             document = int(epoch.order[position])
-            skip = begin + filled - int(epoch.ends[position] - self._lengths[document])
-            take = min(int(self._lengths[document]) - skip, len(row) - filled)
-            start = int(self._starts[document]) + skip
-            row[filled : filled + take] = self._tokens.read(self._shard(document), start, take)
+            length = int(self._documents.lengths[document])
+            skip = begin + filled - int(epoch.ends[position]) + length
+            take = min(length - skip, len(row) - filled)
+            row[filled : filled + take] = self._documents.read(document, skip, take)
             filled += take
             position += 1
-        self._check_ids(row)
         return row
 
-    def documents(self) -> Iterator[NDArray[np.unsignedinteger]]:
-        """The tokens of each document of the split, in the order of the files, `eot_id` first."""
-        for document, (start, length) in enumerate(zip(self._starts.tolist(), self._lengths.tolist(), strict=True)):
-            tokens = self._tokens.read(self._shard(document), start, length)
-            self._check_ids(tokens)
-            yield tokens
+    @property
+    def documents_per_epoch(self) -> int:
+        """The documents that the rows of an epoch without `shuffle` reach: but for the rest that fills no row, all."""
+        inputs = self.rows_per_epoch * self.sequence_length
+        return int(np.searchsorted(np.cumsum(self._documents.lengths), inputs)) + 1
+
+    @property
+    def bytes_per_target(self) -> float:
+        """Bytes of text per target: the split's mean per token; 1 where answers alone, whose tokens are bytes, are targets."""
+        return self.split.bytes_per_token if self.index.answers is None else 1.0
 
     def _check_whole(self) -> None:
-        lengths = np.unique(self._lengths)
+        lengths = np.unique(self._documents.lengths)
         if self.index.answers is not None and (len(lengths) > 1 or self.sequence_length % lengths[0]):
             raise UserError(
                 f"{self.index.folder}: rows of {self.sequence_length} tokens would cut documents of "
@@ -106,43 +101,11 @@ class PackedDataset:
                 "and set training.sequence_length to a multiple of it"
             )
 
-    def _check_ids(self, tokens: NDArray[np.integer]) -> None:
-        largest = int(tokens.max(initial=0))
-        if largest >= self.index.vocab_size:
-            raise UserError(
-                f"{self.index.folder}: token {largest} of the {self._split_name} split is beyond the vocabulary of "
-                f"{self.index.vocab_size}; the dataset is damaged, remove it and prepare it again"
-            )
-
-    def _shard(self, document: int) -> int:
-        return int(np.searchsorted(self._shard_ends, document, side="right"))
-
     def _make_epoch(self, number: int) -> _Epoch:
-        documents, rows = len(self._lengths), self.rows_per_epoch
+        documents, rows = len(self._documents.lengths), self.rows_per_epoch
         if self.shuffle:
             generator = np.random.default_rng((self.seed, number))
             order, row_order = generator.permutation(documents), generator.permutation(rows)
         else:
             order, row_order = np.arange(documents), np.arange(rows)
-        return _Epoch(order, np.cumsum(self._lengths[order]), row_order)
-
-    @property
-    def _dtype(self) -> np.dtype[np.unsignedinteger]:
-        return np.dtype(self.index.dtype).newbyteorder("<")
-
-    def _offsets(self, number: int, tokens: Path, offsets: Path) -> NDArray[np.int64]:
-        """The offsets of a shard, after comparing both of its files with the index."""
-        shard, expected = self.split.shards[number], self.split.shards[number].tokens * self._dtype.itemsize
-        try:
-            size = tokens.stat().st_size
-            found: NDArray[np.int64] = np.load(offsets)
-        except (FileNotFoundError, ValueError, EOFError) as error:
-            raise UserError(f"{self.index.folder}: the dataset is damaged ({error}); remove it and prepare it again") from None
-        if size != expected:
-            raise UserError(
-                f"{tokens}: {size} bytes, expected {expected} for {shard.tokens} tokens; "
-                "remove the dataset and prepare it again"
-            )
-        if found.shape != (shard.documents + 1,) or found[-1] != shard.tokens:
-            raise UserError(f"{offsets}: does not fit the index; remove the dataset and prepare it again")
-        return found
+        return _Epoch(order, np.cumsum(self._documents.lengths[order]), row_order)

@@ -189,8 +189,12 @@ def read_hugging_face(name: str, dataset: str, config: str | None, split: str, f
 
 def is_saved_dataset(folder: Path) -> bool:
     """Whether `datasets` wrote this folder with `save_to_disk`."""
-    files = (folder / "dataset_dict.json", folder / "state.json")
-    return any(file.is_file() for file in files)
+    return is_single_dataset(folder) or (folder / "dataset_dict.json").is_file()
+
+
+def is_single_dataset(folder: Path) -> bool:
+    """Whether `datasets` wrote this folder with `save_to_disk` of one dataset, and not of several splits."""
+    return all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
 
 
 def document(source: str, text: object, field: str = "text") -> Document:

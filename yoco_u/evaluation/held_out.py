@@ -1,16 +1,20 @@
 """The scores of a model on held-out text: at one loop count or several, and with quantized weights beside float32."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
 from yoco_u.config import Config
-from yoco_u.data import Corpus, DocumentEncoder, PackedDataset
+from yoco_u.data import Corpus, DocumentEncoder, PackedDataset, SplitDocuments
 from yoco_u.errors import UserError
 from yoco_u.evaluation.perplexity import Score, score_documents, score_split
-from yoco_u.loading import is_run, load_model
+from yoco_u.loading import is_run, load_model, read_tokenizer
 from yoco_u.model.quantization import WeightType, quantize, require_torchao
 from yoco_u.training.distributed import distributed_session
-from yoco_u.training.run_folder import read_run_config, run_dataset
+from yoco_u.training.run_folder import read_run_config, run_data, run_dataset
 
 _DEFAULT_LENGTH = 1024
 
@@ -83,7 +87,7 @@ def score_held_out(
             if not files:
                 validation = validation_split(path, length)
                 return [score_split(model, validation, distributed, loops) for loops in counts]
-            encoder, corpus = DocumentEncoder(tokenizer), Corpus(files, text_field)
+            encoder, corpus = document_encoder(path, tokenizer), Corpus(files, text_field)
             return [score_documents(model, encoder, corpus.documents(), length, loops) for loops in counts]
 
         results = [LoopScore(num_loops=loops, **dict(score)) for loops, score in zip(counts, scores(), strict=True)]
@@ -110,17 +114,47 @@ def row_length(path: Path) -> int:
     return read_run_config(path).training.sequence_length if is_run(path) else _DEFAULT_LENGTH
 
 
-def validation_split(path: Path, sequence_length: int, files: str = "files") -> PackedDataset:
-    """The validation split of a run, in the order of its files.
+def document_encoder(path: Path, tokenizer: PreTrainedTokenizerFast) -> DocumentEncoder:
+    """Makes documents of texts as those of a run's dataset are made: with the special tokens that texts spell, or without.
+
+    A saved model does not say, and has them as ordinary text.
 
     Args:
-        files: what a user has to name instead, in the words of the command.
+        tokenizer: that of the run or the saved model.
+    """
+    return DocumentEncoder(tokenizer, special_tokens=is_run(path) and run_data(path).special_tokens)
+
+
+def read_documents(path: Path, files: Sequence[str], text_field: str = "text") -> Iterable[NDArray[np.integer]]:
+    """The documents that a command names, as tokens, with `<|endoftext|>` first.
+
+    Args:
+        path: a run folder or a saved model.
+        files: entries of a corpus, as in a config's `data.corpus`; the run's validation split where there are none.
+
+    Raises:
+        UserError: if the tokenizer or the text cannot be read, or for a saved model without files.
+    """
+    if not files:
+        documents = SplitDocuments(_validation_dataset(path, "--files"), "validation")
+        documents.index.verify("validation")
+        return documents
+    encoder = document_encoder(path, read_tokenizer(path))
+    return (encoder.encode([document.text])[0] for document in Corpus(files, text_field).documents())
+
+
+def validation_split(path: Path, sequence_length: int) -> PackedDataset:
+    """The validation split of a run, in the order of its files.
 
     Raises:
         UserError: for a saved model, which has none.
     """
-    if not is_run(path):
-        raise UserError(f"{path}: a saved model has no validation split; name {files} to take the text from")
-    dataset = PackedDataset(run_dataset(path), "validation", sequence_length, shuffle=False)
+    dataset = PackedDataset(_validation_dataset(path, "files"), "validation", sequence_length, shuffle=False)
     dataset.index.verify("validation")
     return dataset
+
+
+def _validation_dataset(path: Path, files: str) -> Path:
+    if not is_run(path):
+        raise UserError(f"{path}: a saved model has no validation split; name {files} to take the text from")
+    return run_dataset(path)

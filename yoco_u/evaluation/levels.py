@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -116,17 +117,17 @@ def _score(
 
 def _batches(corpus: SyntheticCorpus, level: int, answers: int) -> Iterator[list[tuple[str, _Spans]]]:
     """Texts of documents in groups, each with the places of the answers of its instances that no document before has."""
-    seen, count, batch, last = set[str](), 0, [], 0
-    for number in range(answers):  # every document has an answer
+    seen, found, batch, last = set[str](), 0, [], 0
+    for number in count():
         text = document_text(corpus, level, number, held_out=True)
         spans = _new_answers(text, seen)
         if spans:
             batch.append((text, spans))
-            count, last = count + len(spans), number
+            found, last = found + len(spans), number
         if len(batch) == _DOCUMENTS_PER_PASS:
             yield batch
             batch = []
-        if count >= answers or number - last >= _MOST_WITHOUT_NEW:
+        if found >= answers or number - last >= _MOST_WITHOUT_NEW:
             break
     if batch:
         yield batch

@@ -31,7 +31,7 @@ class Score(Config):
         perplexity: exp(loss).
         bits_per_byte: loss of all predicted tokens in bits, divided by the bytes of the texts.
         tokens: number of predicted tokens: those of the texts, and the end of each document.
-        documents: number of texts.
+        documents: number of texts of which tokens are predicted.
         bytes: bytes of the texts in UTF-8.
     """
 
@@ -80,7 +80,8 @@ def score_split(
 ) -> Score:
     """Score all whole rows of a split of a prepared dataset, as training evaluates them.
 
-    The bytes of the scored text are estimated: the split's mean bytes per token times the scored tokens.
+    The number of bytes is an estimate: the split's mean bytes per token times the scored tokens. Where answers
+    alone are targets, it is exact.
 
     Args:
         model: the model, on this process's device.
@@ -94,8 +95,8 @@ def score_split(
     rows = min(_rows_per_pass(model, dataset.sequence_length), dataset.rows_per_epoch)
     found = evaluate(model, dataset, None, rows, distributed, "float32", num_loops)
     check_finite(found.loss, model)
-    bytes_scored = round(found.tokens * dataset.split.bytes_per_token)
-    return Score(**asdict(found), documents=dataset.split.documents, bytes=bytes_scored)
+    bytes_scored = round(found.tokens * dataset.bytes_per_target)
+    return Score(**asdict(found), documents=dataset.documents_per_epoch, bytes=bytes_scored)
 
 
 def _score_rows(

@@ -9,10 +9,11 @@ from pydantic import BaseModel
 
 from yoco_u.analysis import AngularDistances, angular_distances, split_batches
 from yoco_u.config import Config
-from yoco_u.data import DatasetIndex, DocumentEncoder, PackedDataset, load_tokenizer, prepare
+from yoco_u.data import DatasetIndex, DocumentEncoder, load_tokenizer, prepare
 from yoco_u.data.synthetic import SyntheticCorpus, is_synthetic, read_entry
 from yoco_u.device import find_device
 from yoco_u.errors import UserError
+from yoco_u.evaluation.held_out import validation_split
 from yoco_u.evaluation.levels import LevelScore, score_levels
 from yoco_u.evaluation.needle_grid import NeedleScore, NeedleSettings, check_needles, needle_grid
 from yoco_u.evaluation.needles import NOISE_KINDS, load_haystack
@@ -22,7 +23,7 @@ from yoco_u.inference import LLM
 from yoco_u.inference.outputs import failed_output
 from yoco_u.loading import load_model
 from yoco_u.training.config import RunConfig
-from yoco_u.training.run_folder import SAMPLES, RunFolder, read_run_config, read_samples, run_dataset
+from yoco_u.training.run_folder import SAMPLES, RunFolder, read_run_config, read_samples
 
 MEASURES = "measures.json"
 
@@ -120,8 +121,7 @@ def _read(run: Path, say: Say | None = None) -> dict[str, dict[str, Any]]:
 
 def _angular(run: Path, settings: AngularMeasure) -> dict[str, Any]:
     config = read_run_config(run)
-    validation = PackedDataset(run_dataset(run), "validation", config.training.sequence_length, shuffle=False)
-    validation.index.verify("validation")
+    validation = validation_split(run, config.training.sequence_length)
     model, _ = load_model(run, find_device(config.training.device))
     return asdict(angular_distances(model, split_batches(validation, settings.tokens)))
 

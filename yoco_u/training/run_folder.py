@@ -12,7 +12,7 @@ from pydantic import BaseModel, PositiveInt
 
 from yoco_u.checksums import check_changes, verify_checksums, write_checksums
 from yoco_u.config import dump_yaml, load_yaml, parse
-from yoco_u.data import load_tokenizer
+from yoco_u.data import DataConfig, DatasetIndex, load_tokenizer
 from yoco_u.data.places import changes
 from yoco_u.errors import UserError
 from yoco_u.files import (
@@ -290,6 +290,15 @@ def read_run_config(path: str | os.PathLike[str]) -> RunConfig:
     if not file.is_file():
         raise UserError(f"{path}: no run here (config.yaml is missing); give a folder that `yoco-u train` wrote")
     return parse(RunConfig, load_yaml(file), str(file), written=True)
+
+
+def run_data(path: str | os.PathLike[str]) -> DataConfig:
+    """What the dataset of a run is made from, as the run's config says it, or else the dataset.
+
+    Raises:
+        UserError: if the folder holds no run, or the config does not say it and the dataset is not there any more.
+    """
+    return read_run_config(path).data or DatasetIndex.load(run_dataset(path)).config
 
 
 def run_dataset(path: str | os.PathLike[str]) -> Path:

@@ -282,7 +282,7 @@ class _Run:
         step = self.state.step
         so_far = {"step": step, "tokens": self.state.tokens, "flops": self.config.training_flops(step)}
         of_text = kind == "evaluation" or self.config.distillation is None
-        losses = loss_figures(loss, dataset.split.bytes_per_token) if of_text else {"loss": loss}
+        losses = loss_figures(loss, dataset.bytes_per_target) if of_text else {"loss": loss}
         record = {"kind": kind} | so_far | losses | figures
         self.metrics.write(record)
         self.reporter.show(record)

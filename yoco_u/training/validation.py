@@ -19,7 +19,7 @@ class Evaluation:
     Attributes:
         loss: nats per token, the mean over `tokens` targets.
         perplexity: exp(loss).
-        bits_per_byte: bits per byte of text, at the split's mean number of bytes per token.
+        bits_per_byte: bits per byte of the targets, see `PackedDataset.bytes_per_target`.
         tokens: number of targets that were scored: all tokens of the rows, or those of their answers.
     """
 
@@ -68,7 +68,7 @@ def evaluate(
     model.train(was_training)
     tokens = round(distributed.sum(targets))
     loss = distributed.sum(read_back(total)) / tokens
-    return Evaluation(tokens=tokens, **loss_figures(loss, dataset.split.bytes_per_token))
+    return Evaluation(tokens=tokens, **loss_figures(loss, dataset.bytes_per_target))
 
 
 @torch.no_grad()
