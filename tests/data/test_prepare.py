@@ -232,7 +232,10 @@ def test_ids_beyond_the_vocabulary_are_refused(prepared, tmp_path):
     smaller = index.model_copy(update={"vocab_size": 250})
     smaller.save(tmp_path / "d")
     dataset = PackedDataset(tmp_path / "d", "train", 64, shuffle=False)
-    for read in (lambda: list(SplitDocuments(tmp_path / "d", "train")), lambda: [dataset.row(n) for n in range(dataset.rows_per_epoch)]):
+    for read in (
+        lambda: list(SplitDocuments(tmp_path / "d", "train")),
+        lambda: [dataset.row(n) for n in range(dataset.rows_per_epoch)],
+    ):
         with pytest.raises(UserError, match=r"d: token \d+ of the train split is beyond the vocabulary of 250; the dataset is"):
             read()
     for eot in (-1, 300):

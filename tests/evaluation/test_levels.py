@@ -90,6 +90,14 @@ def test_a_level_without_further_questions_ends() -> None:
     assert few.answers == all_of_them.answers < 60
 
 
+def test_a_document_may_have_nothing_new_before_another_one_does() -> None:
+    """Documents of one question each, so that it takes more documents than answers."""
+    model, corpus = build(architecture("yoco", vocab_size=257)), read_entry("synthetic:s3:levels=1:length=8")
+    questions = {document_text(corpus, 1, number, held_out=True) for number in range(300)}
+    [score] = score_levels(model, TOKENIZER, [corpus], len(questions))
+    assert score.answers == len(questions) > 8
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("num_loops", [None, 1])
 def test_a_model_is_right_where_greedy_decoding_is(num_loops: int | None) -> None:
