@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yoco_u.data import Corpus
+from yoco_u.data import Corpus, DataConfig, prepare
 from yoco_u.errors import UserError
 
 TEXTS = ["first\r\ndocument", "zweites Dokument: ä 🦉", "  third\n\n"]
@@ -226,8 +226,68 @@ def test_the_standard_library_is_this_interpreters_own():
 
 
 def test_a_split_that_a_saved_dataset_does_not_have_is_refused(tmp_path):
-    Dataset.from_list([{"text": text} for text in TEXTS]).save_to_disk(tmp_path / "saved")
+    formats(tmp_path, "text")
     assert len(read(f"hf:{tmp_path}/saved")) == len(TEXTS)
-    for name in (f"hf:{tmp_path}/saved::test", f"hf:{tmp_path}/saved:english"):
-        with pytest.raises(UserError, match="the folder holds one dataset"):
-            read(name)
+    for name, message in [
+        ("saved::test", "the folder holds one dataset"),
+        ("splits::validation", "cannot load split 'validation'"),
+        ("saved:english", "has no configs"),
+        ("splits:english", "has no configs"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read(f"hf:{tmp_path}/{name}")
+
+
+def test_a_folder_with_one_file_of_a_saved_dataset_is_a_folder(tmp_path):
+    for name in ("state.json", "dataset_info.json"):
+        write(tmp_path / name / "a.txt", "text")
+        write(tmp_path / name / name, "{}")
+        assert [text for _, text in read(tmp_path / name)] == ["text"]
+
+
+def test_a_saved_dataset_may_have_a_colon_in_its_path(tmp_path):
+    Dataset.from_list([{"text": "text"}]).save_to_disk(tmp_path / "a:b")
+    assert read(tmp_path / "a:b") == [(f"hf:{tmp_path}/a:b:1", "text")]
+
+
+@pytest.fixture
+def spellings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Ways to name one file or dataset, by what is named."""
+    formats(tmp_path, "text")
+    Dataset.from_list([{"text": "test"}], split="test").save_to_disk(tmp_path / "of a split")
+    (tmp_path / "link").symlink_to(tmp_path)
+    site = tmp_path / "site-packages"
+    for package in ("a", "b"):  # which have equal files
+        write(site / package / "module.py", f'"""{"Prose. " * 80}"""\n')
+    write(site / "a.dist-info" / "METADATA", "Name: a\n\nA description.\n")
+    monkeypatch.setattr("sys.path", [str(site)])
+    monkeypatch.chdir(tmp_path)
+
+    def folder(name: str) -> list[str]:
+        places = [name, f"./{name}", f"{tmp_path}/{name}", f"link/{name}"]
+        return [*places, f"hf:{name}", f"hf:{tmp_path}/{name}", f"hf:{name}::train"]
+
+    return {
+        "file": ["d.jsonl", f"{tmp_path}/d.jsonl", "link/d.jsonl", "d.json[l]", "link/*.jsonl"],
+        "saved": folder("saved"),
+        "splits": folder("splits"),
+        "of a split": [*folder("of a split"), "hf:of a split::test"],
+        "hub": ["hf:hub", f"hf:{tmp_path}/hub", "hf:link/hub::train"],
+        "packages": ["packages", str(site), "link/site-packages", f"{site}/**/*.py"],
+        "a part of packages": ["packages", f"{site}/a", f"{site}/b", "link/*/b/module.py", "documentation"],
+        "a part of documentation": ["documentation", f"{site}/a.dist-info/METADATA", f"{site}/b"],
+    }
+
+
+def test_however_it_is_named_a_source_is_read_once_and_in_one_split(spellings, tmp_path):
+    for what, (one, *others) in spellings.items():
+        for other in others:
+            for first, second in ((one, other), (other, one)):
+                if not what.startswith("a part"):
+                    assert [text for _, text in read(first, second)] == [text for _, text in read(first)]
+                with pytest.raises(UserError, match="in both corpus and validation_corpus"):
+                    prepare(DataConfig(corpus=first, validation_corpus=second), tmp_path / "out", progress=False)
+
+
+def test_other_splits_and_folders_are_other_sources(spellings):
+    assert len(read("splits", "hf:splits::test", "saved", "hf:hub")) == 3 * len(TEXTS) + 1

@@ -21,6 +21,7 @@ from yoco_u.data.formats import (
     Document,
     has_documents,
     is_saved_dataset,
+    is_single_dataset,
     read_hugging_face,
     read_text,
     reader_of,
@@ -34,7 +35,8 @@ _SITES = frozenset({"site-packages", "dist-packages"})
 _CACHE = frozenset({"__pycache__"})
 
 
-Identify = Callable[[Path], str]
+Identify = Callable[[Path], tuple[str, ...]]
+_DOCSTRINGS = "docstrings:"
 
 
 def is_path(entry: str) -> bool:
@@ -48,14 +50,14 @@ class _Source(NamedTuple):
     Attributes:
         name: how errors and documents name it.
         size: bytes on disk; None if unknown.
-        identity: the same for the same file or dataset, however an entry names it; for a file of a package, the same for equal
-            contents.
+        keys: two sources are the same file or dataset if they share one, however entries name them: its place, and for a file
+            of a package also its contents.
         read: yields its documents, and reports the bytes that it has read.
     """
 
     name: str
     size: int | None
-    identity: str
+    keys: tuple[str, ...]
     read: Callable[[Advance], Iterator[Document]]
 
 
@@ -85,11 +87,14 @@ class Corpus:
         held_out: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self.text_field, self._held_out = text_field, held_out
-        self._identify = _contents if unique else os.path.realpath
+        self._identify = _place_and_contents if unique else _place
         self._left_out: Counter[str] = Counter()
-        found = [self._resolve(entry) for entry in entries]
-        sources = {source.identity: source for some in reversed(found) for source in reversed(some)}
-        self._sources = list(reversed(sources.values()))
+        self._sources, self._names = list[_Source](), dict[str, str]()
+        for source in [source for entry in entries for source in self._resolve(entry)]:
+            if self._names.keys().isdisjoint(source.keys):
+                self._sources.append(source)
+            for key in source.keys:
+                self._names.setdefault(key, source.name)
         if self._left_out:
             kinds = Counter(Path(source.name).suffix or "without a suffix" for source in self._sources)
             read, left_out = f"{len(self._sources)} read ({_listed(kinds)})", _listed(self._left_out)
@@ -105,8 +110,11 @@ class Corpus:
 
     @property
     def names(self) -> dict[str, str]:
-        """The name of every file and dataset, by a key that is the same for the same file or dataset."""
-        return {source.identity: source.name for source in self._sources}
+        """The name of every file and dataset, by keys that are the same for the same file or dataset.
+
+        Docstrings have the keys of the file that they are in.
+        """
+        return {key.removeprefix(_DOCSTRINGS): name for key, name in self._names.items()}
 
     def documents(self, advance: Advance = lambda _: None) -> Iterator[Document]:
         """Every document.
@@ -136,7 +144,10 @@ class Corpus:
         if entry in _INSTALLED:
             return _INSTALLED[entry](self._identify)
         if entry.startswith("hf:"):
-            return [self._hugging_face(entry)]
+            dataset, config, split, *rest = [*entry.removeprefix("hf:").split(":"), "", ""]
+            if not dataset or any(rest):
+                raise UserError(f"{entry}: expected hf:dataset[:config[:split]]")
+            return [self._hugging_face(entry, dataset, config, split)]
         if is_synthetic(entry):
             return [self._synthetic(entry)]
         try:
@@ -159,7 +170,7 @@ class Corpus:
 
     def _folder(self, folder: Path) -> list[_Source]:
         if is_saved_dataset(folder):
-            return [self._hugging_face(f"hf:{folder}")]
+            return [self._hugging_face(f"hf:{folder}", str(folder))]
         files = [self._file(path) for path in walk(folder) if self._is_known(path)]
         if not files:
             others = f", only {_listed(self._left_out)}" if self._left_out else ""
@@ -194,24 +205,19 @@ class Corpus:
 
     def _file(self, path: Path) -> _Source:
         name, read = path.as_posix(), reader_of(path)
-        return _Source(
-            name, path.stat().st_size, os.path.realpath(path), lambda advance: read(path, name, self.text_field, advance)
-        )
+        return _Source(name, path.stat().st_size, _place(path), lambda advance: read(path, name, self.text_field, advance))
 
-    def _hugging_face(self, entry: str) -> _Source:
-        dataset, config, split, *rest = [*entry.removeprefix("hf:").split(":"), "", ""]
-        if not dataset or any(rest):
-            raise UserError(f"{entry}: expected hf:dataset[:config[:split]]")
-        split = split or "train"
-        identity = f"hf:{dataset}:{config}:{split}"
-        return _Source(
-            entry, None, identity, lambda _: read_hugging_face(entry, dataset, config or None, split, self.text_field)
-        )
+    def _hugging_face(self, name: str, dataset: str, config: str = "", split: str = "") -> _Source:
+        folder, split = Path(dataset), split or "train"
+        key = f"hf:{os.path.realpath(folder) if folder.is_dir() else dataset}"
+        if not is_single_dataset(folder):
+            key += f":{config}:{split}"
+        return _Source(name, None, (key,), lambda _: read_hugging_face(name, dataset, config or None, split, self.text_field))
 
     def _synthetic(self, entry: str) -> _Source:
         settings = read_entry(entry)
-        size, identity = settings.documents * (settings.length - 1), f"synthetic:{settings.model_dump_json()}"
-        return _Source(entry, size, identity, lambda advance: synthetic_documents(entry, settings, self._held_out, advance))
+        size, key = settings.documents * (settings.length - 1), f"synthetic:{settings.model_dump_json()}"
+        return _Source(entry, size, (key,), lambda advance: synthetic_documents(entry, settings, self._held_out, advance))
 
 
 def _special(path: Path) -> str:
@@ -240,10 +246,10 @@ def _stdlib(identify: Identify) -> list[_Source]:
 def _packages(identify: Identify) -> list[_Source]:
     """The sources of the packages that the running interpreter has installed, named `packages/...`.
 
-    Packages copy files from each other, so the contents of a file are its identity: of equal files the first one is read.
+    Packages copy files from each other: of files with equal contents the first one is read.
     """
     sources = [
-        _python_source(path, f"{PACKAGES}/{path.relative_to(root).as_posix()}")._replace(identity=identify(path))
+        _python_source(path, f"{PACKAGES}/{path.relative_to(root).as_posix()}")._replace(keys=identify(path))
         for root in _sites()
         for path in _python_files(root, _CACHE)
     ]
@@ -261,8 +267,8 @@ def _documentation(identify: Identify) -> list[_Source]:
             sources.append(_Source(name, path.stat().st_size, identify(path), partial(read_description, path, name)))
         for path in _python_files(root, _CACHE):
             name = f"{DOCUMENTATION}/{path.relative_to(root).as_posix()}"
-            identity = f"docstrings:{identify(path)}"
-            sources.append(_Source(name, path.stat().st_size, identity, partial(read_docstrings, path, name)))
+            keys = tuple(f"{_DOCSTRINGS}{key}" for key in identify(path))
+            sources.append(_Source(name, path.stat().st_size, keys, partial(read_docstrings, path, name)))
     if not sources:
         raise UserError(f"{DOCUMENTATION}: this Python has no packages with documentation; name another corpus")
     return sources
@@ -292,11 +298,15 @@ def _python_files(root: Path, skipped: frozenset[str], leave_out: Path | None = 
 
 
 def _python_source(path: Path, name: str) -> _Source:
-    return _Source(name, path.stat().st_size, os.path.realpath(path), _lenient(path, name))
+    return _Source(name, path.stat().st_size, _place(path), _lenient(path, name))
 
 
-def _contents(path: Path) -> str:
-    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+def _place(path: Path) -> tuple[str, ...]:
+    return (os.path.realpath(path),)
+
+
+def _place_and_contents(path: Path) -> tuple[str, ...]:
+    return (*_place(path), f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}")
 
 
 def _lenient(path: Path, name: str) -> Callable[[Advance], Iterator[Document]]:

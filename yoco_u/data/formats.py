@@ -161,9 +161,11 @@ def read_hugging_face(name: str, dataset: str, config: str | None, split: str, f
     try:
         if is_saved_dataset(Path(dataset)):
             found: Any = datasets.load_from_disk(dataset)
+            if config:
+                raise ValueError("a folder of save_to_disk has no configs")
             if isinstance(found, datasets.DatasetDict):
                 found = found[split]
-            elif config or split not in ("train", str(found.split)):
+            elif split not in ("train", str(found.split)):
                 raise ValueError(f"the folder holds one dataset, of the split {found.split}")
         else:
             found = datasets.load_dataset(dataset, config, split=split, streaming=True)
