@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from yoco_u.data import DocumentEncoder, train_tokenizer
 from yoco_u.errors import UserError
-from yoco_u.evaluation.needle_grid import NeedleScore, NeedleSettings, needle_grid, recall
-from yoco_u.evaluation.needles import KINDS, generate_needle
+from yoco_u.evaluation.needle_grid import NeedleScore, NeedleSettings, check_needles, needle_grid, recall
+from yoco_u.evaluation.needles import KINDS, Kind, generate_needle
 from yoco_u.inference import LLM, Completion, RequestOutput, SamplingParams, TokenLogprobs
 from yoco_u.inference.logprobs import Logprob
 
@@ -117,6 +117,36 @@ def test_impossible_lengths_are_refused_before_anything_runs(tokenizer: PreTrain
     with pytest.raises(UserError, match="a length of 6000 tokens is more than the 5000"):
         grid(reader, lengths=(6000,))
     assert not reader.calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_refused_beforehand_can_be_made(tokenizer: PreTrainedTokenizerFast, kind: Kind) -> None:
+    """The shortest length that is not refused is that of the needle which needs most, and is enough at every depth."""
+    encoder = DocumentEncoder(tokenizer)
+
+    def least(number: int) -> int:
+        with pytest.raises(UserError) as caught:
+            generate_needle(kind, encoder, 60, 0, number, TEXT)
+        return int(re.findall(r"take (\d+)", str(caught.value))[0])
+
+    seeds = range(15, 20)
+    length = max(map(least, seeds))
+    settings = NeedleSettings(kinds=(kind,), lengths=(2000, length), depths=2, samples=5, seed=3)
+    check_needles(settings, encoder, TEXT)
+    for number in seeds:
+        for depth in settings.depth_shares:
+            generate_needle(kind, encoder, length, depth, number, TEXT)
+    with pytest.raises(UserError, match=f"{length - 1} tokens are too few"):
+        check_needles(settings.model_copy(update={"lengths": (length - 1, 2000)}), encoder, TEXT)
+
+
+def test_a_haystack_that_holds_all_values_is_refused_beforehand(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A short piece of it lacks most of them."""
+    haystack = "".join(f"{number} {'words ' * 40}\n" for number in range(10, 100))
+    settings = NeedleSettings(kinds=("single_2",), lengths=(500,), samples=3, digits=2)
+    check_needles(settings, DocumentEncoder(tokenizer), haystack)
+    with pytest.raises(UserError, match="the haystack holds nearly every value"):
+        check_needles(settings.model_copy(update={"lengths": (500, 9000)}), DocumentEncoder(tokenizer), haystack)
 
 
 @pytest.mark.parametrize("num_loops", [None, 3])

@@ -14,7 +14,7 @@ from yoco_u.config import Config, Count, EachOnce, Seed, at_most
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import check_finite
-from yoco_u.evaluation.needles import KINDS, Kind, Needle, Values, generate_needle
+from yoco_u.evaluation.needles import KINDS, Kind, Needle, Values, draft_needle, generate_needle
 from yoco_u.inference import LLM, RequestOutput, SamplingParams
 from yoco_u.inference.outputs import failed_output
 
@@ -50,6 +50,11 @@ class NeedleSettings(Config):
     def depth_shares(self) -> tuple[float, ...]:
         """The depths as shares of the haystack, from 0 to 1."""
         return (0.5,) if self.depths == 1 else tuple(i / (self.depths - 1) for i in range(self.depths))
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of the needles of each kind, length and depth."""
+        return range(self.seed * self.samples, (self.seed + 1) * self.samples)
 
     @property
     def count(self) -> int:
@@ -136,10 +141,13 @@ def check_needles(settings: NeedleSettings, encoder: DocumentEncoder, haystack: 
     """Refuse settings for which needles cannot be made.
 
     Raises:
-        UserError: if a length is too short for a kind, or a kind needs a haystack and there is none.
+        UserError: if a length is too short for a needle, or a kind needs a haystack and there is none that will do.
     """
+    depth = settings.depth_shares[0]  # at another one the same facts lie elsewhere
     for kind in settings.kinds:
-        generate_needle(kind, encoder, min(settings.lengths), 0, 0, haystack, settings.digits, settings.values)
+        for length in sorted({min(settings.lengths), max(settings.lengths)}):
+            for seed in settings.seeds:
+                draft_needle(kind, encoder, length, depth, seed, haystack, settings.digits, settings.values)
 
 
 def recall(answers: Sequence[str], output: str) -> float:
@@ -151,8 +159,7 @@ def _needles(
     kind: Kind, encoder: DocumentEncoder, length: int, settings: NeedleSettings, haystack: str | None
 ) -> Iterator[Needle]:
     for depth in settings.depth_shares:
-        for sample in range(settings.samples):
-            seed = settings.seed * settings.samples + sample
+        for seed in settings.seeds:
             yield generate_needle(kind, encoder, length, depth, seed, haystack, settings.digits, settings.values)
 
 

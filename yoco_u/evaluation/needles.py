@@ -88,6 +88,34 @@ class _Task:
     question: str
     answers: tuple[str, ...]
 
+    def around(self, hay: str) -> str:
+        """The prompt with a haystack."""
+        return self.head + _hide(hay, self.facts) + self.question
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A needle whose haystack is not cut yet.
+
+    Attributes:
+        text: the haystack, at least as long as is needed.
+        ends: position in `text`, in characters, at which each of its tokens ends.
+        answer, answer_ids: as of `Needle`.
+        least: tokens of the prompt with the least haystack.
+    """
+
+    text: str
+    ends: list[int]
+    task: _Task
+    answer: str
+    answer_ids: list[int]
+    least: int
+
+    @property
+    def room(self) -> int:
+        """Number of tokens to leave for the output."""
+        return len(self.answer_ids) + SLACK
+
 
 def generate_needle(
     kind: Kind,
@@ -125,6 +153,26 @@ def generate_needle(
         UserError: for an unknown kind of needle or of values, a missing haystack, numbers out of range, or a length that is too
             short.
     """
+    draft = draft_needle(kind, encoder, length, depth, seed, haystack, digits, values)
+    prompt, prompt_ids = _fit(draft, encoder, length)
+    task = draft.task
+    return Needle(
+        kind, length, depth, seed, prompt, prompt_ids, tuple(fact for _, fact in task.facts), task.answers, draft.answer,
+        draft.answer_ids, draft.room,
+    )  # fmt: skip
+
+
+def draft_needle(
+    kind: Kind,
+    encoder: DocumentEncoder,
+    length: int,
+    depth: float,
+    seed: int,
+    haystack: str | None = None,
+    digits: int = 7,
+    values: Values = "numbers",
+) -> Draft:
+    """Draw what `generate_needle` hides, and see that it fits into the length; arguments and errors as there."""
     haystack = _haystack_of(kind, haystack)
     if not 0 <= depth <= 1:
         raise UserError(f"the depth is {depth}; expected a share from 0 to 1")
@@ -138,16 +186,13 @@ def generate_needle(
     task = _task(kind, drawn, depth, digits, values, text)
     answer = " " + ", ".join(task.answers)
     answer_ids = _continuation(encoder, task.question, answer)
-    room = len(answer_ids) + SLACK
-
-    def around(hay: str) -> str:
-        return task.head + _hide(hay, task.facts) + task.question
-
-    prompt, prompt_ids = _fit(encoder, around, text, ends, length, room, kind)
-    return Needle(
-        kind, length, depth, seed, prompt, prompt_ids, tuple(fact for _, fact in task.facts), task.answers, answer, answer_ids,
-        room,
-    )  # fmt: skip
+    draft = Draft(text, ends, task, answer, answer_ids, len(encoder.encode([task.around("")])[0]) + _LEAST_HAYSTACK)
+    if length < draft.least + draft.room:
+        raise UserError(
+            f"{length} tokens are too few for a needle of kind {kind}: its question, facts and answer take "
+            f"{draft.least + draft.room} with the least haystack; ask for a longer one"
+        )
+    return draft
 
 
 def load_haystack(entries: Sequence[str], text_field: str = "text") -> str:
@@ -304,34 +349,20 @@ def _place(text: str, depth: float) -> int:
     return wanted
 
 
-def _fit(
-    encoder: DocumentEncoder, around: Callable[[str], str], text: str, ends: Sequence[int], length: int, room: int, kind: Kind
-) -> tuple[str, list[int]]:
-    """Cut the haystack so that the prompt has exactly `length - room` tokens.
+def _fit(draft: Draft, encoder: DocumentEncoder, length: int) -> tuple[str, list[int]]:
+    """Cut the haystack so that the prompt has exactly `length - draft.room` tokens.
 
     The number of tokens of the prompt is not the sum of those of its parts, because text merges into other tokens where parts
     meet. So the prompt is made with a first guess of the cut and counted, and the cut moves by the number of tokens that are
     missing, until none is. If the cut comes back to a place that was tried before, this would never end; then a filler of a few
     short words at the cut changes the count.
-
-    Args:
-        around: makes a prompt of a haystack.
-        text: the haystack, at least as long as is needed.
-        ends: position in `text`, in characters, at which each of its tokens ends.
-        room: number of tokens to leave for the output.
     """
-    target = length - room
-    least = len(encoder.encode([around("")])[0]) + _LEAST_HAYSTACK
-    if target < least:
-        raise UserError(
-            f"{length} tokens are too few for a needle of kind {kind}: its question, facts and answer take {least + room} with "
-            "the least haystack; ask for a longer one"
-        )
+    target = length - draft.room
     for filler in _FILLERS:
-        taken, tried = target - least + _LEAST_HAYSTACK, set[int]()
-        while taken not in tried and 0 < taken <= len(ends):
+        taken, tried = target - draft.least + _LEAST_HAYSTACK, set[int]()
+        while taken not in tried and 0 < taken <= len(draft.ends):
             tried.add(taken)
-            prompt = around(text[: ends[taken - 1]] + filler)
+            prompt = draft.task.around(draft.text[: draft.ends[taken - 1]] + filler)
             ids = encoder.encode([prompt])[0].tolist()
             if len(ids) == target:
                 return prompt, ids
