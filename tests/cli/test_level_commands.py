@@ -50,6 +50,8 @@ def test_evaluate(run: Any, trained: Path) -> None:
     [split] = run("evaluate", trained, "--json").json["results"]  # the validation split: answers alone
     summary = json.loads((trained / "summary.json").read_text())
     assert split["loss"] == pytest.approx(summary["validation"]["loss"], abs=1e-5)
+    assert split["bits_per_byte"] == pytest.approx(summary["validation"]["bits_per_byte"], abs=1e-5)
+    assert run("context", trained, "--prefixes", "8,16", "--last", 8, "--texts", 1).status == 0
 
 
 def test_exits_of_a_task(run: Any, trained: Path) -> None:

@@ -4,6 +4,7 @@ The YOCO-U paper scores its thinking model on eleven sets. Which sets they are w
 here are assumed, from those that the evaluation of Qwen2.5-Math made usual.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ MATH_SETS = (
 
 _PROMPT = "{{problem}}\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
 _NEW_TOKENS = 1024
+_BOX, _BRACE = re.compile(r"\\boxed\s*\{"), re.compile(r"[{}]")
+_MARKUP = re.compile(r"\s|\$|\\[()\[\]]|\\text\{|\}")
+_JOINED = re.compile(r"(?:,|;|,?and|,?or)(?:[A-Za-z]\w*=)?")
 
 
 def is_math(name: str) -> bool:
@@ -66,12 +70,37 @@ def math_group() -> dict[str, Any]:
 def same_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Whether a text's answer equals the true one in value, as math-verify reads both.
 
-    The text's answer is what it puts into `\\boxed{}`, or what it says the answer is.
+    The text's answer is what it puts into its last `\\boxed{}` (or its last ones, joined as in "1 and 2"), or what it says the
+    answer is.
     """
     from math_verify import parse, verify
 
     truth = parse(f"\\boxed{{{doc['answer']}}}")
-    return {"exact_match": float(verify(truth, parse(results[0])))}
+    return {"exact_match": float(verify(truth, parse(_with_last_boxes(results[0]))))}
+
+
+def _with_last_boxes(text: str) -> str:
+    """The text without the boxes around what it boxes before its last answer, which math-verify may read as a part of that."""
+    boxes = _boxes(text)
+    first = len(boxes) - 1
+    while first > 0 and _JOINED.fullmatch(_MARKUP.sub("", text[boxes[first - 1][1] : boxes[first][0]])):
+        first -= 1
+    for start, end in reversed(boxes[: max(first, 0)]):
+        text = text[:start] + text[text.index("{", start) + 1 : end - 1] + text[end:]
+    return text
+
+
+def _boxes(text: str) -> list[tuple[int, int]]:
+    """Where boxes stand that are in no other one: the first character, and the one behind the closing brace."""
+    found, at = list[tuple[int, int]](), 0
+    while box := _BOX.search(text, at):
+        at, depth = box.end(), 1
+        while depth and (brace := _BRACE.search(text, at)):
+            at, depth = brace.end(), depth + (1 if brace[0] == "{" else -1)
+        if depth:
+            break  # the text ends in it
+        found.append((box.start(), at))
+    return found
 
 
 def _configuration(name: str, rows: list[dict[str, str]]) -> dict[str, Any]:
