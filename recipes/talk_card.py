@@ -3,10 +3,13 @@
     python recipes/talk_card.py runs/talk/healed-15 runs/talk/healed-5 runs/talk/healed-1
 
 The text of the perplexities was read by neither the fit nor the healing; the answers are greedy. `README.md`, `card.json` and
-`healing.png` go to the folder `card` of the last run.
+`healing.png` go to the folder `card` of the last run. What was measured is kept there in `measured.json`: a call that is killed
+is continued by the same one.
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,11 +24,11 @@ from yoco_u.errors import UserError, in_one_line, script_parser
 from yoco_u.evaluation.held_out import score_held_out
 from yoco_u.evaluation.needle_grid import NeedleSettings, needle_grid
 from yoco_u.evaluation.needles import load_haystack
-from yoco_u.files import check_claim, check_result, claim, write_result, write_text
+from yoco_u.files import check_claim, check_result, claim, read_json, write_result, write_text
 from yoco_u.formatting import duration, short_bytes, short_count
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_tokens
-from yoco_u.loading import load_model
+from yoco_u.loading import load_model, weights_digest
 from yoco_u.plotting import colour, save_png
 from yoco_u.training import read_metrics
 from yoco_u.training.run_folder import RunFolder, read_run, read_run_config
@@ -47,16 +50,17 @@ def main() -> None:
         raise UserError(f"{last}: is no run of talk.py, since it has no teacher")
     out, texts = last / "card", last.parent
     check_claim(out, "card")
-    for name in ("card.json", "healing.png"):
+    for name in ("card.json", "healing.png", "measured.json"):
         check_result(out / name)
     if (out / "README.md").exists():  # in which people may have written since
         raise UserError(f"{out / 'README.md'}: is there already; move it elsewhere")
     if missing := [str(file) for entry in CORPORA | CHATS if not (file := texts / HELD_OUT.format(entry)).exists()]:
         raise UserError(f"{', '.join(missing)} not found; give runs in the folder of talk.py")
     claim(out, "card")
+    kept = Measured(out / "measured.json")
     found: dict[str, Any] = {
-        "source": measure(RunFolder(last).paths.find(config.distillation.teacher), texts),
-        "healed": [healing(run) | measure(str(run), texts) for run in runs],
+        "source": measure(RunFolder(last).paths.find(config.distillation.teacher), texts, kept),
+        "healed": [healing(run) | measure(str(run), texts, kept) for run in runs],
         "stages": [stage.model_dump() for stage in config.architecture.stages],
         "window": config.architecture.window,
         "environment": read[-1].environment,
@@ -79,28 +83,60 @@ def healing(run: Path) -> dict[str, Any]:
     }
 
 
-def measure(path: str, texts: Path) -> dict[str, Any]:
+class Measured:
+    """What has been measured so far, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.values = path, read_json(path, dict[str, Any], {})
+
+    def get(self, name: str, measured: Callable[[], Any]) -> Any:
+        """A value by its name, measured if it is not there yet."""
+        if name not in self.values:
+            print(f"measuring {name}", flush=True)
+            self.values[name] = measured()
+            write_result(self.path, self.values)
+        return self.values[name]
+
+
+def measure(path: str, texts: Path, kept: Measured) -> dict[str, Any]:
     """Perplexities, needles, greedy answers, and bytes of the cache of one model."""
-    print(f"measuring {path}", flush=True)
     architecture = load_model(path, torch.device("cpu"))[0].model.architecture
-    perplexity = {}
-    for entry, kind in (CORPORA | CHATS).items():
-        for length in CONTEXTS if entry in CORPORA else CONTEXTS[:1]:
-            scores = score_held_out(Path(path), [str(texts / HELD_OUT.format(entry))], sequence_length=length)
-            perplexity[f"{kind}, {length} tokens"] = scores.results[0].perplexity
-    llm = LLM(path, max_model_len=CACHE, cache_tokens=2 * CACHE, max_num_seqs=4)
-    needles = needle_grid(llm, NEEDLES, load_haystack([str(texts / HELD_OUT.format("documentation"))]))
-    tokenizer = llm.engine.tokenizer
-    assert tokenizer is not None
-    prompts = [chat_tokens(tokenizer, [{"role": "user", "content": prompt}]) for prompt in PROMPTS]
-    answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=80))
+    model = f"{path} ({weights_digest(path)[:16]})"
+
+    def perplexity(entry: str, length: int) -> float:
+        scores = score_held_out(Path(path), [str(texts / HELD_OUT.format(entry))], sequence_length=length)
+        return scores.results[0].perplexity
+
     return {
         "parameters": parameters(architecture).total,
         "cache_bytes": kv_bytes(architecture, CACHE),
-        "perplexity": perplexity,
-        "needles": {str(length): mean(one.recall for one in needles if one.length == length) for length in NEEDLES.lengths},
-        "answers": [answer.outputs[0].text for answer in answers],
+        "perplexity": {
+            what: kept.get(f"{model}: perplexity, {what}", partial(perplexity, entry, length))
+            for entry, kind in (CORPORA | CHATS).items()
+            for length in (CONTEXTS if entry in CORPORA else CONTEXTS[:1])
+            for what in [f"{kind}, {length} tokens"]
+        },
+        "needles": kept.get(f"{model}: needles", lambda: needles(engine(path), texts)),
+        "answers": kept.get(f"{model}: answers", lambda: answers(engine(path))),
     }
+
+
+def engine(path: str) -> LLM:
+    return LLM(path, max_model_len=CACHE, cache_tokens=2 * CACHE, max_num_seqs=4)
+
+
+def needles(llm: LLM, texts: Path) -> dict[str, float]:
+    """The share of the facts that the answers have, by length."""
+    found = needle_grid(llm, NEEDLES, load_haystack([str(texts / HELD_OUT.format("documentation"))]))
+    return {str(length): mean(one.recall for one in found if one.length == length) for length in NEEDLES.lengths}
+
+
+def answers(llm: LLM) -> list[str]:
+    """Greedy answers to `PROMPTS`."""
+    tokenizer = llm.engine.tokenizer
+    assert tokenizer is not None
+    prompts = [chat_tokens(tokenizer, [{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+    return [answer.outputs[0].text for answer in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=80))]
 
 
 def plot(healed: list[dict[str, Any]], path: Path) -> None:
