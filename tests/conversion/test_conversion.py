@@ -167,8 +167,29 @@ def test_a_model_of_ours_keeps_its_stages_and_gates(tmp_path: Path) -> None:
     whole = convert(again, target(again), "mean").model
     with torch.no_grad():
         torch.testing.assert_close(whole(ids()).logits, first.model(ids()).logits)
-    more = convert(again, target(again, global_kvs=4, loops=5), "mean").model
-    assert more.model.architecture.stages[0].loops == 5
+    for loops in (2, 5):
+        other = convert(again, target(again, global_kvs=4, loops=loops), "mean").model
+        assert other.model.architecture.stages[0].loops == loops
+        with torch.no_grad():
+            torch.testing.assert_close(other(ids()).logits, first.model(ids(), num_loops=loops).logits)
+
+
+@pytest.mark.parametrize("loop_gate", [None, 0.4])
+@pytest.mark.parametrize("preset", ["yoco_u", "universal_transformer", "rins", "upper_loop"])
+def test_loops_of_ours_stay_what_they_are(preset: str, loop_gate: float | None) -> None:
+    """At any T, with the preset named or not; gates that the source lacks are closed."""
+    window = {"window": 700} if preset in ("yoco_u", "upper_loop") else {}
+    model = build(architecture(preset, loops=3, **({} if loop_gate is None else {"loop_gate": loop_gate}), **window))
+    read, text = Source("ours", model, tokenizer(), torch.float32, None), ids(20) % 96
+    for settings in ({}, {"loops": 5}, {"loops": 2}, {"preset": preset}, {"preset": preset, "loops": 4}):
+        made = convert(read, target(read, **settings), "mean").model
+        loops = settings.get("loops", 3)
+        assert made.model.architecture == model.model.architecture.with_loops(loops)
+        with torch.no_grad():
+            torch.testing.assert_close(made(text).logits, model(text, num_loops=loops).logits)
+    if preset == "rins":
+        whole = target(read, preset="universal_transformer")
+        assert (whole.num_loops, whole.stages[0].loop_gate) == (3, 0.0)
 
 
 def test_loops_begin_harmless(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import tokenizer
 from models import EXPERTS, PRESETS, architecture, build
 from models import tokens as any_tokens
 from torch import Tensor
@@ -164,6 +165,25 @@ def test_assisted_decoding_changes_nothing(variant: str) -> None:
         else:
             out = model.generate(prompt, max_new_tokens=NEW, do_sample=False, **call)
             assert torch.equal(out[:, 24:], greedy(model, prompt)), call
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_stop_strings(beams: int) -> None:
+    """Generation ends with the first token that completes one; here every token is a character."""
+    model, prompt, text = build(architecture(vocab_size=300), pad_token_id=0), tokens(1, 15), tokenizer()
+    call = {"max_new_tokens": NEW, "do_sample": False, "num_beams": beams, "suppress_tokens": [0, 1, *range(96, 300)]}
+    free = model.generate(prompt, **call)[0, 15:].tolist()
+    out = model.generate(prompt, stop_strings=[text.decode(free[2:3])], tokenizer=text, **call)[0, 15:].tolist()
+    assert free[2] not in out[:-1]
+    if beams == 1:
+        assert out == free[: free.index(free[2]) + 1]
+
+
+def test_a_loop_count_of_none_is_none_given() -> None:
+    model, prompt = make("yoco_u"), tokens(1, 15)
+    model.generation_config.num_loops = 1
+    given = [model.generate(prompt, max_new_tokens=NEW, do_sample=False, num_loops=loops) for loops in (None, 1)]
+    assert torch.equal(*given)
 
 
 def test_a_cache_of_another_loop_count_is_refused() -> None:

@@ -6,6 +6,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from models import EXPERTS, architecture, build, tokens
@@ -16,6 +17,7 @@ from yoco_u import YocoUConfig, YocoUForCausalLM, YocoUModel
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, EngineSettings
 from yoco_u.model import YocoUCache, keywords
+from yoco_u.model.loss import EarlyExit, SoftTargets
 
 N = 12
 GATED = architecture("yoco_u", loop_gate=0.3)
@@ -175,6 +177,15 @@ def test_misspelt_settings_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="did you mean"):
             YocoUConfig(**wrong)
     assert YocoUConfig(num_labels=3, torch_dtype="float32", transformers_version="4.0", note="mine").note == "mine"
+
+
+def test_losses_that_read_the_heads_weight_are_refused_where_it_is_wrapped() -> None:
+    wrapped = peft.get_peft_model(build(architecture()), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    ids = tokens(2, N)
+    targets = SoftTargets(ids[..., None], torch.zeros(2, N, 1), 1.0)
+    for call in ({"soft_targets": targets, "return_logits": False}, {"early_exit": EarlyExit(1, 1.0), "use_cache": False}):
+        with pytest.raises(UserError, match="soft_targets and early_exit read the weight of lm_head alone"):
+            wrapped(ids, labels=ids, **call)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from yoco_u.checksums import check_changes
 from yoco_u.conversion.families import config_of, tensor_names
 from yoco_u.conversion.global_kv import Method, Moments, blocks, collect, write_global_kvs
 from yoco_u.conversion.source import Source, in_dtype
+from yoco_u.conversion.target import spans
 from yoco_u.data import Corpus, DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.files import check_part, mark, marked
@@ -193,17 +194,28 @@ def _copy_blocks(source: YocoUForCausalLM, target: YocoUForCausalLM) -> None:
         for ours, source_layer in back.items():
             if name.startswith(f"model.{ours}"):
                 theirs = name.replace(ours, source_layer, 1)
-        if theirs in weights and weights[theirs].shape == empty.shape:
+        if "loop_gates" not in name and theirs in weights and weights[theirs].shape == empty.shape:
             found[name] = weights[theirs].clone()
         else:
             found[name] = torch.zeros(empty.shape)
     target.load_state_dict(found, assign=True)
     target.tie_weights()
-    for name, stack in target.named_modules():
-        if isinstance(stack, LoopedStack) and stack.loop_gates is not None and stack.gate_init is not None:
-            kept = weights.get(f"{name}.loop_gates")
-            if kept is None or kept.shape != stack.loop_gates.shape:
-                torch.nn.init.constant_(stack.loop_gates, stack.gate_init)
+    before = spans(source.config.architecture.stages)
+    for span, number in spans(target.config.architecture.stages).items():
+        gates = _gates(target, number)
+        if gates is None:
+            continue
+        kept = _gates(source, before[span]) if span in before else None
+        if kept is None:
+            torch.nn.init.constant_(gates, target.config.architecture.stages[number].loop_gate or 0.0)
+        else:  # further loops have the last gate, as where the source runs them
+            gates.data.copy_(kept[torch.arange(len(gates)).clamp(max=len(kept) - 1)])
+
+
+def _gates(model: YocoUForCausalLM, stage: int) -> Tensor | None:
+    stack = model.model.stages[stage]
+    assert isinstance(stack, LoopedStack)
+    return stack.loop_gates
 
 
 def calibration_rows(source: Source, calibration: Calibration) -> Tensor:

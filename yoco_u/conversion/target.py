@@ -1,5 +1,6 @@
 """The architecture that a source becomes, from the settings that users give."""
 
+from itertools import accumulate
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,9 +20,10 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
     Args:
         source: the architecture of the source.
         settings: `preset`, `layers`, `loops` and `loop_gate` as of `yoco_u.architecture.preset`, and any field of
-            `Architecture` that does not change the shape of the source's layers. A source with cross stages keeps its stages
-            and the number of its global KVs unless they are given; another becomes a `yoco_u` with one. The window is 512
-            unless given or known, T is 1, and loops beyond the first have closed gates.
+            `Architecture` that does not change the shape of the source's layers. A source that is no family's Transformer
+            keeps its stages, window and number of global KVs unless they are given; another becomes a `yoco_u` with one global
+            KV and a window of at most 512. T is the source's unless given. Layers that loop as they do in the source keep
+            what gates their loops, or that nothing does; other loops have closed gates.
 
     Raises:
         UserError: for an unknown setting, or one that the source's weights do not fit.
@@ -30,13 +32,10 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
     for key in ("preset", "layers", "loops", "loop_gate"):
         if "stages" in settings and key in settings:
             raise UserError(f"{key} has no effect beside stages, which say everything; drop one of the two")
-    if "loop_gate" in settings and not _gated(source, settings):
-        raise UserError(
-            "loop_gate is for loops that the source has not, but loops adds none; set loops above 1, or drop loop_gate"
-        )
-    if source.has_global_kv and not {"preset", "layers", "stages"} & settings.keys():
-        settings["stages"] = [stage.model_dump() for stage in _with_loops(source, settings)]
-        settings = {"window": source.window} | settings
+    ours = source.has_global_kv or source.num_loops > 1 or len(source.stages) > 1
+    if ours and not {"preset", "layers", "stages"} & settings.keys():
+        made = source.with_loops(_loops(settings["loops"])).stages if "loops" in settings else source.stages
+        settings["stages"] = [stage.model_dump() for stage in _with_gates(source, made, settings)]
     name = settings.pop("preset", "yoco_u")
     if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f"unknown preset {shown(name)}: {did_you_mean(str(name), PRESETS)}")
@@ -49,7 +48,7 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
         if not isinstance(layers, int) or not 2 <= layers < 2**31:
             raise UserError(f"layers is {shown(layers)}; expected a whole number of at least 2")
         stays = name == "transformer" and layers == sum(stage.layers for stage in source.stages) and _slides_alone(source)
-        made = source.stages if stays else _stages(name, layers, settings)
+        made = source.stages if stays else _with_gates(source, _stages(source, name, layers, settings), settings)
         shape["stages"] = [stage.model_dump() for stage in made]
         if stays:
             settings = {"window": source.window} | settings
@@ -59,7 +58,7 @@ def target_architecture(source: Architecture, settings: dict[str, Any]) -> Archi
     stages = shape["stages"] if isinstance(shape["stages"], (list, tuple)) else []
     slides = any(isinstance(stage, dict) and stage.get("attention") == "sliding" for stage in stages)
     if slides and "window" not in settings:
-        shape["window"] = min(WINDOW, source.window or WINDOW)
+        shape["window"] = source.window if ours and source.window else min(WINDOW, source.window or WINDOW)
     elif not slides:
         shape["window"] = settings.get("window")
     if "rope_cross" not in settings and not any(isinstance(one, dict) and one.get("attention") == "cross" for one in stages):
@@ -74,34 +73,37 @@ def _slides_alone(source: Architecture) -> bool:
     return len(source.stages) == 1 and source.stages[0].attention == "sliding"
 
 
-def _stages(name: str, layers: int, settings: dict[str, Any]) -> tuple[Stage, ...]:
+def _stages(source: Architecture, name: str, layers: int, settings: dict[str, Any]) -> tuple[Stage, ...]:
     if name not in LOOPED:
         if looping := [key for key in ("loops", "loop_gate") if key in settings]:
             raise UserError(f"{name} has no loop, so {' and '.join(looping)} cannot be set")
         return STAGES[name](layers)
-    loops = _loops(settings.get("loops", 1))
     try:
-        return STAGES[name](layers, loops=loops, **({"loop_gate": settings.get("loop_gate", 0.0)} if loops > 1 else {}))
+        return STAGES[name](layers, loops=_loops(settings.get("loops", source.num_loops)))
     except ValidationError as error:
         raise UserError(describe(Stage, error)) from None
 
 
-def _gated(source: Architecture, settings: dict[str, Any]) -> bool:
-    """Whether the settings make a loop that the source does not have, whose gates have an initial value."""
-    keeps_stages = source.has_global_kv and not {"preset", "layers"} & settings.keys()
-    return _loops(settings.get("loops", 1)) > 1 and not (keeps_stages and source.num_loops > 1)
+def _with_gates(source: Architecture, stages: tuple[Stage, ...], settings: dict[str, Any]) -> tuple[Stage, ...]:
+    """The stages with the source's gates of loops over the same layers, and closed ones for loops that it does not have."""
+    looped = {span: source.stages[number] for span, number in spans(source.stages).items() if source.stages[number].loops > 1}
+    made = list(stages)
+    new = [number for span, number in spans(stages).items() if stages[number].loops > 1 and span not in looped]
+    if "loop_gate" in settings and not new:
+        raise UserError(
+            "loop_gate is for loops that the source has not, but loops adds none; set loops above 1, or drop loop_gate"
+        )
+    for span, number in spans(stages).items():
+        if stages[number].loops > 1:
+            gate = settings.get("loop_gate", 0.0) if number in new else looped[span].loop_gate
+            made[number] = stages[number].model_copy(update={"loop_gate": gate})
+    return tuple(made)
 
 
-def _with_loops(source: Architecture, settings: dict[str, Any]) -> tuple[Stage, ...]:
-    """The source's stages; with another loop count, where one is set, and closed gates if it had none."""
-    if "loops" not in settings:
-        return source.stages
-    loops = _loops(settings["loops"])
-    stages = list(source.with_loops(loops).stages)
-    for number, stage in enumerate(stages):
-        if stage.loops > 1 and source.stages[number].loops == 1:
-            stages[number] = stage.model_copy(update={"loop_gate": settings.get("loop_gate", 0.0)})
-    return tuple(stages)
+def spans(stages: tuple[Stage, ...]) -> dict[range, int]:
+    """The number of each stage, by its layers among all layers."""
+    ends = list(accumulate(stage.layers for stage in stages))
+    return {range(end - stage.layers, end): number for number, (stage, end) in enumerate(zip(stages, ends, strict=True))}
 
 
 def _loops(value: object) -> int:

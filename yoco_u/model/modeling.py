@@ -7,11 +7,11 @@
 
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -22,8 +22,9 @@ from yoco_u.model.backend import AttentionBackend, prepare_backend
 from yoco_u.model.blocks import Block, GlobalKV, GlobalKVProjection, LoopedStack, recomputes
 from yoco_u.model.cache import YocoUCache, check_cache, check_unfilled
 from yoco_u.model.configuration import YocoUConfig
+from yoco_u.model.generation import YocoUGenerationMixin
 from yoco_u.model.initialization import initialize
-from yoco_u.model.keywords import OF_LOSS, OF_MODEL, follow, packing, refuse_impossible, refuse_unknown
+from yoco_u.model.keywords import OF_LOSS, OF_MODEL, packing, refuse_impossible, refuse_unknown
 from yoco_u.model.layers import RMSNorm, autocast_dtype
 from yoco_u.model.loss import (
     IGNORED,
@@ -257,7 +258,7 @@ class YocoUModel(YocoUPreTrainedModel):
         return self.norm(x if self.stream_mixer is None else self.stream_mixer(x))
 
 
-class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
+class YocoUForCausalLM(YocoUPreTrainedModel, YocoUGenerationMixin):
     """The language model: `YocoUModel` and an LM head.
 
     `generate()`, `save_pretrained`, `from_pretrained` and the Auto classes work as for any model of transformers. In addition,
@@ -274,31 +275,6 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         self.chunk_loss = chunk_loss
         self.generation_config._from_model_config = False  # or a saved generation config would be loaded without num_loops
         self.post_init()
-
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> tuple[GenerationConfig, dict[str, Any]]:
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        return generation_config, follow(generation_config, model_kwargs)
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise UserError("transformers' continuous batching has a cache of its own, without loops; use yoco_u.LLM")
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """No: the cache that transformers would make has one layer per block, not one per slot."""
-        return False
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Make the cache for the call's loop count before the first pass, as chunked prefill and assisted decoding require."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
-            return
-        model_kwargs["past_key_values"] = YocoUCache(self.model.at_loops(model_kwargs.get("num_loops")))
-        if generation_config.is_assistant:
-            model_kwargs["past_key_values"].activate_past_recording()
 
     @can_return_tuple
     def forward(
@@ -344,6 +320,9 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
             raise UserError("return_logits is False, and there are no labels or shift_labels; then there is nothing to return")
         if soft_targets is not None and (return_logits or not has_labels):
             raise UserError("soft_targets needs labels or shift_labels, and return_logits=False")
+        plain = _is_plain(self.lm_head)
+        if not plain and (soft_targets is not None or early_exit is not None):
+            raise UserError("soft_targets and early_exit read the weight of lm_head alone; take adapters or offloading off it")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -360,7 +339,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         logits = loss = None
-        if return_logits or not _is_plain(self.lm_head):
+        if return_logits or not plain:
             logits = self.lm_head(hidden)
         if has_labels:
             targets = targets_of(labels, shift_labels, hidden.shape[:2], outputs["segments"])
