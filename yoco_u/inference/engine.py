@@ -167,7 +167,7 @@ class Engine:
                 RunningOutput(
                     request,
                     SamplerState(params, distinct, index, self.eos_token_ids, matcher and matcher.sibling()),
-                    Detokenizer(self.tokenizer, params) if self.tokenizer is not None else None,
+                    Detokenizer(self.tokenizer, params, tokens) if self.tokenizer is not None else None,
                     completion,
                     parent,
                     self.speculation.drafter(request),
