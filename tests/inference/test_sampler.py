@@ -100,7 +100,7 @@ def test_the_distribution_is_that_of_transformers(params, vocab, seed, data):
 
 
 LARGEST = torch.finfo(torch.float32).max
-large = st.sampled_from([0.0, 1.0, -1.0, 1e34, -1e34, 3e38, -3e38])
+large = st.sampled_from([0.0, 1.0, -1.0, 3e38, -3e38])  # of which no sum depends on the rounding
 
 
 @given(
