@@ -31,6 +31,11 @@ def first_line(error: BaseException) -> str:
     return f"{first} {more[0]}" if first.endswith(":") and more else first
 
 
+def class_and_line(error: BaseException) -> str:
+    """An exception's class and the first line of its message."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def said_of(error: BaseException) -> str:
     """What to say of an exception that one request has caused, so that the request ends and others go on.
 
@@ -41,7 +46,7 @@ def said_of(error: BaseException) -> str:
     """
     if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
         raise error
-    return f"{type(error).__name__}: {first_line(error)}"
+    return class_and_line(error)
 
 
 def system_error(error: BaseException) -> OSError | None:

@@ -1,13 +1,18 @@
 """Text token by token against the text of all tokens."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from models import architecture, build
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from yoco_u.data import END_OF_TEXT, train_tokenizer
+from yoco_u.inference import Engine, EngineSettings
 from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.inference.sampling_params import SamplingParams
 
@@ -26,9 +31,11 @@ def tokenized(draw, texts=texts) -> list[int]:
     return TOKENIZER.convert_tokens_to_ids([part for token in parts for part in token])
 
 
-def run(tokens: list[int], tokenizer: PreTrainedTokenizerFast = TOKENIZER, **settings) -> tuple[str, str | None, int]:
+def run(
+    tokens: list[int], tokenizer: PreTrainedTokenizerFast = TOKENIZER, prompt: Sequence[int] = (), **settings: Any
+) -> tuple[str, str | None, int]:
     """The text, the stop string, and the tokens taken; checks that the pieces add up."""
-    detokenizer = Detokenizer(tokenizer, SamplingParams(max_tokens=1000, **settings))
+    detokenizer = Detokenizer(tokenizer, SamplingParams(max_tokens=1000, **settings), prompt)
     shown, taken = "", 0
     for token in tokens:
         new = detokenizer.append(token)
@@ -184,6 +191,40 @@ def test_long_runs_of_any_tokens_give_the_text_of_the_whole(tokenizer, data):
     tokens = [token for part, times in parts for token in part * times]
     skip = data.draw(st.booleans())
     assert run(tokens, tokenizer, skip_special_tokens=skip)[0] == tokenizer.decode(tokens, skip_special_tokens=skip)
+
+
+@given(st.sampled_from([TOKENIZER, added_tokens(), word_pieces(), metaspace()]), st.booleans(), st.data())
+def test_the_text_goes_on_behind_the_prompt(tokenizer, skip, data):
+    """Behind any tokens, of which the last ends a character."""
+    tokens = st.lists(st.integers(0, len(tokenizer) + 3), max_size=15)
+    ends = [token for token in range(len(tokenizer)) if tokenizer.decode([token]).isascii()]
+    prompt = [*data.draw(tokens) * data.draw(st.sampled_from([1, 5])), data.draw(st.sampled_from(ends))]
+    output = data.draw(tokens)
+    given, whole = (tokenizer.decode(some, skip_special_tokens=skip) for some in (prompt, prompt + output))
+    assert given + run(output, tokenizer, prompt, skip_special_tokens=skip)[0] == whole
+
+
+@given(st.lists(st.sampled_from(["▁b", "b", "é", "数", "🦉"]), max_size=12), st.integers(0, 12))
+def test_the_text_of_sentencepiece_goes_on_behind_the_prompt(pieces, begin):
+    """Prompts of many bytes are not cut within a character to look at their end."""
+    tokenizer = sentencepiece_like()
+    parts = [[piece] if "b" in piece else [f"<0x{byte:02X}>" for byte in piece.encode()] for piece in pieces]
+    prompt, output = (
+        tokenizer.convert_tokens_to_ids([part for own in some for part in own]) for some in (parts[:begin], parts[begin:])
+    )
+    assert tokenizer.decode(prompt) + run(output, tokenizer, prompt)[0] == tokenizer.decode(prompt + output)
+
+
+def test_an_engine_goes_on_behind_its_prompt():
+    """Whether the prompt is a text or tokens; a prompt without a text begins one."""
+    tokenizer = sentencepiece_like()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    engine = Engine(build(architecture("yoco_u", vocab_size=len(tokenizer))), tokenizer, EngineSettings(cache_tokens=64))
+    word = SamplingParams(temperature=0, max_tokens=2, logit_bias={256: 1e6}, logprobs=0)
+    requests = [engine.add(prompt, word) for prompt in ("b", [257], [tokenizer.eos_token_id])]
+    while engine.unfinished:
+        engine.step()
+    assert [request.outputs[0].text for request in requests] == [" b b", " b b", "b b"]
 
 
 byte_runs = st.lists(

@@ -1,5 +1,6 @@
 """Aborts, full pools, requests that are not possible, and numbers that are none: each stays with the request it belongs to."""
 
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -160,21 +161,43 @@ def test_block_tables_that_do_not_fit_are_refused(settings: dict[str, Any]) -> N
         engine("transformer", **settings)
 
 
-@pytest.mark.parametrize("variant", ["yoco_u", "rins", "yoco_retention"])
-def test_a_step_that_raises_ends_its_own_requests(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that wait go on, and find caches that nothing half-computed is reused from."""
+# What a step calls that is of no single request, in the order in which it does.
+STEP: list[Callable[[Engine], tuple[Any, str]]] = [
+    lambda subject: (subject.runner, "begin"),
+    lambda subject: (subject.speculation, "draft"),
+    lambda subject: (subject.runner.model.lm_head, "forward"),
+    lambda subject: (subject.runner, "window_state"),
+    lambda subject: (subject.scheduler, "advance"),
+    lambda subject: (subject.speculation, "accept"),
+    lambda subject: (subject.speculation, "settle"),
+]
+
+
+@pytest.mark.parametrize(("variant", "place"), covering(["yoco_u", "rins", "yoco_retention"], STEP))
+def test_a_step_that_raises_ends_its_own_requests(variant: str, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it does. Those that wait go on, and find caches that nothing half-computed is reused from."""
     subject = engine(variant, max_num_seqs=2)
+    owner, name = place(subject)
+    if name == "window_state" and not subject.cache.has_window_state:
+        pytest.skip("it keeps none")
     requests = [subject.add(prompt(20), greedy()) for _ in range(3)]
-    subject.step()
+    told = subject.step()
 
     def fail(*_: Any) -> None:
         raise RuntimeError("broken")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
-        patch.setattr(subject.runner.model.lm_head, "forward", fail)
-        while True:
-            subject.step()
-    assert [request.outputs[0].finish_reason for request in requests] == ["error", "error", None]
+        patch.setattr(owner, name, fail)
+        for _ in range(20):
+            told += subject.step()
+    told += subject.failed
+    for request in requests[:2]:
+        [completion] = request.outputs
+        assert (completion.finish_reason, completion.error) == ("error", "RuntimeError: broken")
+        own = [update for update in told if update.request is request]
+        assert [update.finish_reason for update in own] == [None] * (len(own) - 1) + ["error"]
+        assert [token for update in own for token in update.token_ids] == completion.token_ids
+    assert requests[2].outputs[0].finish_reason is None
     while subject.unfinished:
         subject.step()
     assert output(requests[2]) == generated(variant, prompt(20))

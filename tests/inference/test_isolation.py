@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from models import architecture, build
 
 from yoco_u.data import train_tokenizer
-from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
+from yoco_u.inference import LLM, Engine, EngineSettings, RequestOutput, SamplingParams
 from yoco_u.inference.constraints import Matcher
 from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.inference.running_output import RunningOutput
@@ -158,6 +159,27 @@ def test_what_ends_the_program_still_does(stop: type[BaseException], monkeypatch
         drain()
     ENGINE.abort(running)
     assert_all_free(ENGINE)
+
+
+def test_others_are_told_when_a_step_of_an_llm_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller whose step it was gets the exception, and streams an update that says why they end."""
+    build(ENGINE.architecture).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    llm, params = LLM(tmp_path, dtype="float32", cache_tokens=512), SamplingParams(seed=1)
+    streams = [llm.stream("one", params) for _ in range(2)]
+    first = next(streams[0])
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
+        patch.setattr(llm.engine.runner.model.lm_head, "forward", fail)
+        llm.generate("two", params)
+    for stream, known in zip(streams, ([first], []), strict=True):
+        updates = [*known, *stream]
+        assert updates[-1].finish_reason == "error" and updates[-1].output.error == "RuntimeError: broken"
+        assert [token for update in updates for token in update.token_ids] == updates[-1].output.token_ids
+    assert_all_free(llm.engine)
 
 
 def test_what_a_failed_request_computed_is_shared_unless_the_model_failed() -> None:

@@ -1,10 +1,12 @@
 """Log probabilities of a prompt from some position on, against one pass over all of it; and prompts without an output."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from engine_runs import (
     assert_all_free,
     assert_greedy,
@@ -22,6 +24,8 @@ from models import PRESETS
 
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, RequestOutput, SamplingParams
+from yoco_u.inference.outputs import BROKEN_LOGITS
+from yoco_u.inference.step import Chunk, Step
 
 BLOCK = 4
 
@@ -138,6 +142,53 @@ def test_a_prompt_is_only_computed() -> None:
     found = run(subject, [[*base[:24], *prompt(6, seed=i)] for i in range(3)], greedy())
     assert [request.cached_tokens for request in found] == [24] * 3
     assert [output(request) for request in found] == [generated("yoco_u", one.prompt_token_ids) for one in found]
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+@pytest.mark.parametrize("new", [0, 1])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_are_no_scores(wrong: float, new: int, chunk: int) -> None:
+    """One logit behind one token is enough, whichever it is of, and nothing of that chunk is reported."""
+    subject = engine(max_batched_tokens=chunk, max_num_seqs=2)
+    bad = 17
+    ids, good = [5, 6, 7, 8, 9, bad, 11], [5, 6, 7, 8, 9, 10, 11]
+    computed = subject.runner.run
+
+    @torch.inference_mode()
+    def broken(step: Step) -> list[tuple[Chunk, torch.Tensor]]:
+        found = computed(step)
+        for one, logits in found:
+            for row, token in enumerate(one.request.prompt[one.end - len(logits) : one.end]):
+                if token == bad:
+                    logits[row, 30] = wrong
+        return found
+
+    subject.runner.run = broken  # type: ignore[method-assign,assignment]
+    for _ in range(2):  # the second time among what the first has left in the cache
+        failed, right = run(subject, [ids, good], scored(0, max_tokens=new))
+        assert (failed.outputs[0].finish_reason, failed.outputs[0].error) == ("error", BROKEN_LOGITS)
+        assert len(failed.prompt_logprobs or []) < len(ids) and not any(math.isnan(one.chosen.logprob) for one in failed.scored)
+        assert failed.cached_tokens == 0
+        check(right, "yoco_u", 0)
+        assert right.outputs[0].finish_reason == "length"
+
+
+def test_what_the_model_rules_out_has_a_score() -> None:
+    """Minus infinity, in a logit of a token or of all others, is a probability of 0 or 1."""
+    subject = engine()
+    computed = subject.runner.run
+
+    @torch.inference_mode()
+    def certain(step: Step) -> list[tuple[Chunk, torch.Tensor]]:
+        found = computed(step)
+        for _, logits in found:
+            logits.fill_(-torch.inf)[:, 7] = 0.0
+        return found
+
+    subject.runner.run = certain  # type: ignore[method-assign,assignment]
+    [request] = run(subject, [[5, 7, 6]], scored(0))
+    assert [one.chosen.logprob for one in request.scored] == [0.0, -math.inf]
+    assert request.outputs[0].finish_reason == "length"
 
 
 def test_updates_say_that_it_ended() -> None:

@@ -99,6 +99,40 @@ def test_the_distribution_is_that_of_transformers(params, vocab, seed, data):
         torch.testing.assert_close(ours[row], theirs)
 
 
+LARGEST = torch.finfo(torch.float32).max
+large = st.sampled_from([0.0, 1.0, -1.0, 3e38, -3e38])  # of which no sum depends on the rounding
+
+
+@given(
+    logits=st.lists(large, min_size=4, max_size=4),
+    temperature=st.sampled_from([1.1e-5, 0.5, 1.0, 1e30]),
+    repetition=st.sampled_from([1.0, 1e-38, 3e38]),
+    presence=large,
+    frequency=large,
+    bias=st.dictionaries(st.integers(0, 3), large),
+    output=st.lists(st.integers(0, 3), max_size=4),
+)
+def test_the_distribution_holds_where_float32_overflows(logits, temperature, repetition, presence, frequency, bias, output):
+    """Against float64, in which nothing does; what lies beyond float32's largest number counts as that number."""
+    scores = np.array(logits)
+    for token in range(4):
+        if token in [*output, 1, 2]:
+            scores[token] *= repetition if scores[token] < 0 else 1 / repetition
+        count = output.count(token)
+        scores[token] -= np.clip(presence * (count > 0) + frequency * count, -LARGEST, LARGEST)
+    scores = np.clip(scores, -LARGEST, LARGEST)
+    for token, value in bias.items():
+        scores[token] = np.clip(scores[token] + value, -LARGEST, LARGEST)
+    expected = torch.tensor((scores - scores.max()) / temperature).softmax(-1)
+    penalties = {"repetition_penalty": repetition, "presence_penalty": presence, "frequency_penalty": frequency}
+    one = state(SamplingParams(temperature=temperature, logit_bias=bias, seed=1, **penalties), output=output)
+    raw = torch.tensor([logits])
+    torch.testing.assert_close(distribution(raw, [one])[0].double(), expected, rtol=0, atol=1e-5)
+    assert expected[sample(raw, [one])[0].token] > 0
+    greedy = state(SamplingParams(temperature=0, logit_bias=bias, **penalties), output=output)
+    assert sample(raw, [greedy])[0].token == scores.astype(np.float32).argmax()
+
+
 def test_a_large_vocabulary_and_a_nucleus_wider_than_the_candidates():
     logits = random_logits(0, 2, 100_000) * torch.tensor([[0.1], [1.0]])
     params = [SamplingParams(top_p=0.9)] * 2

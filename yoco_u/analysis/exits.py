@@ -17,7 +17,7 @@ from yoco_u.analysis.trace import last_states, log_probabilities, one_looped_sta
 from yoco_u.data import Batch
 from yoco_u.data.batches import in_answers
 from yoco_u.errors import UserError
-from yoco_u.evaluation.finite import check_finite
+from yoco_u.evaluation.finite import check_finite, scored_tokens
 from yoco_u.inference import Engine, EngineSettings, SamplingParams
 from yoco_u.inference.exits import ExitRule, Exits, Score, head_inputs, loop_problem
 from yoco_u.inference.shared_prefixes import run_shared
@@ -296,14 +296,13 @@ class _Losses:
         runner = self._engine.runner
         loops, tokens = runner.loops_run, runner.tokens_run
         requests = run_shared(self._engine, self._texts, [params] * len(self._texts))
-        scored = [[one.chosen for one in request.scored] for request in requests]
+        scored = scored_tokens(requests, runner.model)
         accuracy = None
         if self._answers is not None:  # of each text, `scored` begins with its second token
             scored = [own[a - 1 : b - 1] for own, spans in zip(scored, self._answers, strict=True) for a, b in spans]
             accuracy = sum(all(one.rank == 1 for one in answer) for answer in scored) / len(scored)
         nats = [-one.logprob for own in scored for one in own]
         loss = sum(nats) / len(nats)
-        check_finite(loss, runner.model)
         self._advance()
         return _Measured((runner.loops_run - loops) / (runner.tokens_run - tokens), loss, accuracy)
 

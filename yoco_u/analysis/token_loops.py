@@ -9,7 +9,7 @@ from torch import Tensor
 from yoco_u.analysis.classes import Group, TokenClasses, by_class, by_loss
 from yoco_u.analysis.exits import documents, scoring_engine
 from yoco_u.data import Batch
-from yoco_u.evaluation.finite import check_finite
+from yoco_u.evaluation.finite import scored_tokens
 from yoco_u.inference import SamplingParams
 from yoco_u.inference.exits import Exits, Score
 from yoco_u.model import YocoUForCausalLM
@@ -84,9 +84,8 @@ def exit_loops(
         engine.step()
         for own, ran in engine.runner.last_loops.items():
             loops[own.id] += ran
-    scored = [one.chosen.logprob for request in requests for one in request.scored]
+    scored = [one.logprob for own in scored_tokens(requests, model) for one in own]
     every, losses = torch.tensor([ran for own in loops.values() for ran in own]), -torch.tensor(scored, dtype=torch.float64)
-    check_finite(losses.numpy(), model)
 
     def shares(name: str, chosen: Tensor) -> LoopShares:
         own = every[chosen]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from yoco_u.config import Config
 from yoco_u.errors import UserError
-from yoco_u.evaluation.finite import check_finite
+from yoco_u.evaluation.finite import scored_tokens
 from yoco_u.inference import LLM, SamplingParams
 
 
@@ -88,9 +88,8 @@ def text_losses(
     losses = []
     for text in texts:
         requests = llm.generate([list(text[len(text) - last - prefix :]) for prefix in prefixes], params)
-        found = [[one.chosen.logprob for one in request.scored] for request in requests]
+        found = [[one.logprob for one in own] for own in scored_tokens(requests, llm.engine.runner.model)]
         losses.append(-np.array(found).mean(axis=1))
-        check_finite(losses[-1], llm.engine.runner.model)
         advance()
     return np.array(losses)
 

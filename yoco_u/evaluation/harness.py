@@ -23,7 +23,7 @@ from yoco_u.data import end_of_text_id
 from yoco_u.errors import UserError
 from yoco_u.inference import LLM, RequestOutput, SamplingParams
 from yoco_u.inference.chat_template import chat_text
-from yoco_u.inference.outputs import BROKEN_LOGITS, failed_output
+from yoco_u.inference.outputs import failed_output
 from yoco_u.inference.shared_prefixes import run_shared
 
 MAX_LENGTH = 2048
@@ -135,10 +135,7 @@ class EngineLM(TemplateLM):
         texts = [""] * len(requests)
 
         def finish(index: int, request: RequestOutput) -> None:
-            [output] = request.outputs
-            if output.error is not None:
-                raise failed_output(output.error)
-            text = self.tokenizer.decode(output.token_ids, skip_special_tokens=True)
+            text = self.tokenizer.decode(request.outputs[0].token_ids, skip_special_tokens=True)
             texts[index] = postprocess_generated_text(text, stops[index], None)
             self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
 
@@ -193,8 +190,6 @@ class EngineLM(TemplateLM):
         def finish(index: int, request: RequestOutput) -> None:
             scored = request.scored
             total = math.fsum(one.chosen.logprob for one in scored)
-            if math.isnan(total):
-                raise failed_output(BROKEN_LOGITS)
             answers[index] = total, all(one.top[0].token_id == one.chosen.token_id for one in scored)
             if requests[index][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
@@ -212,6 +207,9 @@ class EngineLM(TemplateLM):
         with tqdm(total=len(prompts), desc=work, disable=None) as bar:
 
             def finished(index: int, request: RequestOutput) -> None:
+                [output] = request.outputs
+                if output.error is not None:
+                    raise failed_output(output.error)
                 finish(index, request)
                 bar.update()
 

@@ -13,9 +13,10 @@ from pydantic import Field
 from yoco_u.config import Config, Count, EachOnce, Seed, at_most
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
-from yoco_u.evaluation.finite import check_finite
+from yoco_u.evaluation.finite import scored_tokens
 from yoco_u.evaluation.needles import KINDS, Kind, Needle, Values, draft_needle, generate_needle
 from yoco_u.inference import LLM, RequestOutput, SamplingParams
+from yoco_u.inference.logprobs import Logprob
 from yoco_u.inference.outputs import failed_output
 
 
@@ -119,7 +120,6 @@ def needle_grid(
             needles = _needles(kind, encoder, length, settings, haystack)
             while batch := list(islice(needles, llm.engine.settings.max_num_seqs)):
                 answered += _ask(llm, batch, num_loops)
-                check_finite(answered[-len(batch) :], llm.engine.runner.model)
                 advance(len(batch))
             means = np.array(answered).reshape(settings.depths, settings.samples, 3).mean(axis=1)
             for depth, (found, accuracy, loss) in zip(settings.depth_shares, means.tolist(), strict=True):
@@ -179,9 +179,10 @@ def _ask(llm: LLM, needles: Sequence[Needle], num_loops: int | None) -> list[tup
             for ids in prompts
         ],
     )
+    answers = scored_tokens(answered, llm.engine.runner.model)
     return [
-        (recall(needle.answers, _text(output)), *_likelihood(scored, len(needle.prompt_ids)))
-        for needle, output, scored in zip(needles, outputs, answered, strict=True)
+        (recall(needle.answers, _text(output)), *_likelihood(scored))
+        for needle, output, scored in zip(needles, outputs, answers, strict=True)
     ]
 
 
@@ -192,8 +193,6 @@ def _text(request: RequestOutput) -> str:
     return output.text
 
 
-def _likelihood(request: RequestOutput, start: int) -> tuple[float, float]:
-    """Token accuracy and loss of the tokens of a prompt from `start` on."""
-    assert request.prompt_logprobs is not None
-    tokens = [one.chosen for one in request.prompt_logprobs[start:] if one is not None]
+def _likelihood(tokens: list[Logprob]) -> tuple[float, float]:
+    """Token accuracy and loss."""
     return float(np.mean([token.rank == 1 for token in tokens])), -float(np.mean([token.logprob for token in tokens]))

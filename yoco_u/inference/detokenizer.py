@@ -1,5 +1,7 @@
 """Text from tokens as they come: only whole characters, up to the first stop string, however tokens cut it."""
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.inference.sampling_params import SamplingParams
@@ -7,28 +9,35 @@ from yoco_u.inference.tool_calls import CLOSE, OPEN
 
 _INCOMPLETE = 3  # U+FFFD at the end of a text that may yet become one character: its first three bytes of four
 _WINDOW = 32  # tokens that are decoded together at most
+_CONTEXT = 8  # tokens of a prompt that the text behind it is decoded with, and some more if they begin within a character
 
 
 class Detokenizer:
     """The text of one output.
 
+    The texts of prompt and output, one behind the other, are the text of all their tokens: a first blank, which sentencepiece
+    leaves out at the beginning of a text, is part of an output's first word.
+
     A token that ends an output (the end token, one of `stop_token_ids`) is not part of the text: do not append it.
+
+    Args:
+        prompt: the tokens before the output; none if it is to be a text of its own.
 
     Attributes:
         stopped: the stop string that ended the text, None while there was none. The one that is complete first counts, of
             several complete at once the longest. One complete within the first `min_tokens` tokens does not count.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, params: SamplingParams, prompt: Sequence[int] = ()) -> None:
         self.stopped: str | None = None
         self._tokenizer = tokenizer.backend_tokenizer
         shown = (OPEN, CLOSE) if params.tools is not None else ()
         self._hidden = _special_tokens(tokenizer).difference(shown) if params.skip_special_tokens else frozenset()
         self._stops = [_StopString(stop) for stop in params.stop]
         self._unstoppable = params.min_tokens  # tokens still to come before a stop string counts
-        self._window: list[int] = []  # the last tokens: those whose text is given out, then those whose text is not certain
-        self._given = 0  # tokens of the window whose text is given out as a whole
-        self._known = ""  # what is given out of the window's text
+        self._window = self._end_of(prompt)  # the last tokens: those whose text is given out, then those of uncertain text
+        self._given = len(self._window)  # tokens of the window whose text is given out as a whole
+        self._known = self._text_of(self._window)  # what is given out of the window's text
         self._held = ""  # text that may be the beginning of a stop string
         self._shown: list[str] = []
 
@@ -96,6 +105,12 @@ class Detokenizer:
         start = next((start for start, rest in texts.items() if text.endswith(rest)), half)
         self._window, self._given = self._window[start:], max(0, self._given - start)
         self._known = texts[start][: max(0, len(texts[start]) - held)]
+
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt that have a text, from the beginning of a character on if it has one there."""
+        tokens = [token for token in prompt[-_WINDOW:] if not self._has_no_text(token)][-_CONTEXT - _INCOMPLETE :]
+        ends = (tokens[start:] for start in range(min(_INCOMPLETE + 1, len(tokens))))
+        return next((end for end in ends if not self._text_of(end).startswith("\ufffd")), tokens)
 
     def _has_no_text(self, token: int) -> bool:
         piece = self._tokenizer.id_to_token(token)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.data import DocumentEncoder
-from yoco_u.errors import UserError, first_line, said_of
+from yoco_u.errors import UserError, class_and_line, first_line, said_of
 from yoco_u.inference.constraints import Grammars
 from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.inference.exits import FILE, Exits, check_exits
@@ -54,6 +54,7 @@ class Engine:
         scheduler: who runs and who waits.
         cache: the memory of all sequences.
         speculation: drafts tokens and says which of them are right.
+        failed: the updates of the last step that raised, those of the outputs that it ended included.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Engine:
         self._grammars = (
             Grammars(tokenizer, self.architecture.vocab_size, self.eos_token_ids) if tokenizer is not None else None
         )
+        self.failed: list[Update] = []
         self._outputs: dict[str, RunningOutput] = {}
         self._siblings: dict[str, list[RunningOutput]] = {}  # outputs that wait until the first one has computed their prompt
         self._undecided: dict[RunningOutput, torch.Tensor] = {}  # outputs that wait for their grammar, with (vocab,) logits
@@ -165,7 +167,7 @@ class Engine:
                 RunningOutput(
                     request,
                     SamplerState(params, distinct, index, self.eos_token_ids, matcher and matcher.sibling()),
-                    Detokenizer(self.tokenizer, params) if self.tokenizer is not None else None,
+                    Detokenizer(self.tokenizer, params, tokens) if self.tokenizer is not None else None,
                     completion,
                     parent,
                     self.speculation.drafter(request),
@@ -223,15 +225,29 @@ class Engine:
             with an error if an exception came up in its own sampling, grammar, text or scores, and the others go on.
 
         Raises:
-            Exception: whatever the model raised. The requests of this step have then ended with an error, the others go on.
+            Exception: whatever the model raised. The requests of this step have then ended with an error, which `failed` tells,
+                and the others go on.
         """
         step = self.scheduler.schedule()
+        updates: list[Update] = []
+        try:
+            self._advance(step, updates)
+        except BaseException as error:
+            for output in (self._outputs.get(chunk.request.id) for chunk in step.chunks):
+                if output is not None:  # what its caches hold is not known any more
+                    output.completion.error = class_and_line(error)
+                    updates.append(self._end(output, "error", wrong=True))
+            self.failed = joined(updates)
+            raise
+        return joined(updates)
+
+    def _advance(self, step: Step, updates: list[Update]) -> None:
+        """Compute a step, and add what comes of it to the updates."""
         for request in step.preempted:  # what it waited with is computed again
             self._undecided.pop(self._outputs[request.id], None)
         for chunk in step.chunks:
             self._outputs[chunk.request.id].start(chunk.start)
         computed = self._run(step) if step.chunks else []
-        updates = []
         rows = dict(self._undecided)  # logits of the outputs whose next token is to be chosen
         for chunk, logits in computed:
             output = self._outputs[chunk.request.id]
@@ -250,18 +266,12 @@ class Engine:
         ending = (self._outputs.get(chunk.request.id) for chunk in step.chunks if chunk.completes)
         updates += [self._end(output, "length") for output in ending if output is not None]
         self._release_siblings()
-        return joined(updates)
 
     def _run(self, step: Step) -> list[tuple[Chunk, torch.Tensor]]:
         """Compute a step; its chunks that logits are asked of, with them."""
-        try:
-            self.runner.begin(step)
-            self.speculation.draft(step, self._outputs)
-            computed = self.runner.run(step)
-        except BaseException:
-            for chunk in step.chunks:  # what their caches hold is not known any more
-                self._end(self._outputs[chunk.request.id], "error")
-            raise
+        self.runner.begin(step)
+        self.speculation.draft(step, self._outputs)
+        computed = self.runner.run(step)
         for request, key in step.snapshots:
             self.scheduler.keep_snapshot(key, *self.runner.window_state(request))
         self.scheduler.advance(step)
@@ -305,10 +315,9 @@ class Engine:
     def _score(self, output: RunningOutput, chunk: Chunk, logits: torch.Tensor) -> Update | None:
         """Score the prompt tokens of a chunk; the output's last update if that failed."""
         try:
-            output.score(chunk.end, logits)
+            return None if output.score(chunk.end, logits) else self._fail(output, BROKEN_LOGITS)
         except BaseException as error:
             return self._fail(output, error)
-        return None
 
     def _fail(self, output: RunningOutput, reason: str | BaseException) -> Update:
         """End an output with an error that concerns it alone."""
@@ -317,17 +326,18 @@ class Engine:
             log.warning("request %s failed", output.request.id, exc_info=reason)
         else:
             output.completion.error = reason
-        return self._end(output, "error")
+        return self._end(output, "error", wrong=reason == BROKEN_LOGITS)
 
-    def _end(self, output: RunningOutput, reason: str, tokens: list[int] | None = None, text: str = "") -> Update:
+    def _end(
+        self, output: RunningOutput, reason: str, tokens: list[int] | None = None, text: str = "", *, wrong: bool = False
+    ) -> Update:
+        """End an output; what was computed for it may be shared unless it is `wrong`."""
         try:
             text += output.flush()
         except BaseException as error:
             output.completion.error, reason = output.completion.error or said_of(error), "error"
         if not any(output in others for others in self._siblings.values()):
-            # What was computed for an output that failed by itself is right, and may be shared.
-            wrong = reason == "error" and output.completion.error in (None, BROKEN_LOGITS)
-            self.scheduler.finish(output.request, "abort" if reason == "error" and not wrong else reason)
+            self.scheduler.finish(output.request, "error" if wrong else "abort" if reason == "error" else reason)
         del self._outputs[output.request.id]
         self._undecided.pop(output, None)
         self._release_siblings()

@@ -92,9 +92,15 @@ class LLM:
         with self._turn():
             if all(request.finished for request in requests):
                 return False
-            for update in self.engine.step():
-                if (unread := self._unread.get(id(update.request))) is not None:
-                    unread.append(update)
+            try:
+                updates = self.engine.step()
+            except BaseException:
+                updates = self.engine.failed  # others' requests, too, have ended by it
+                raise
+            finally:
+                for update in updates:
+                    if (unread := self._unread.get(id(update.request))) is not None:
+                        unread.append(update)
             return True
 
     def _add(self, prompts: Prompts, params: Params, unread: deque[Update] | None = None) -> list[RequestOutput]:

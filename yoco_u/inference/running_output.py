@@ -1,5 +1,6 @@
 """One output while it runs: everything that its tokens go through between the model and whoever reads it."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,19 +46,24 @@ class RunningOutput:
         if self.sampler.matcher is not None:
             self.sampler.matcher.ask()
 
-    def score(self, end: int, logits: Tensor) -> None:
+    def score(self, end: int, logits: Tensor) -> bool:
         """Take in the log-probabilities of prompt tokens.
 
         Args:
             end: the position behind the last one.
             logits: of the last positions before it, (positions, vocab).
+
+        Returns:
+            Whether they are numbers; nothing is taken in if the logits hold NaN or plus infinity, or minus infinity alone.
         """
         found, top = self.parent.prompt_logprobs, self.request.params.prompt_logprobs
         assert found is not None and top is not None
         targets = self.request.prompt[end - len(logits) + 1 : end + 1]
-        if targets:
-            scored = score(logits[: len(targets)], upload(targets, logits.device), top)
-            found += [TokenLogprobs(*one) for one in scored]
+        scored = score(logits[: len(targets)], upload(targets, logits.device), top) if targets else []
+        if any(math.isnan(chosen.logprob) for chosen, _ in scored):
+            return False
+        found += [TokenLogprobs(*one) for one in scored]
+        return True
 
     def take(self, sampled: Sampled) -> tuple[str, str | None]:
         """Take in the next token.

@@ -17,6 +17,7 @@ from yoco_u.inference.sampler_state import SamplerState
 from yoco_u.inference.sampling_params import SamplingParams
 
 FORBIDDEN = -math.inf
+_LARGEST = torch.finfo(torch.float32).max
 _CANDIDATES = 1024  # top-p first looks at so many likeliest tokens, and further only where they do not suffice
 
 Tensors = Mapping[str, Tensor]
@@ -36,7 +37,7 @@ def penalty_arrays(states: Sequence[SamplerState]) -> Arrays:
         "penalized_rows": rows.astype(np.int64),
         "penalized_ids": ids,
         "penalty_factors": repetition,
-        "penalty_terms": frequency * counts + presence * (counts > 0),
+        "penalty_terms": np.clip(frequency * counts + presence * (counts > 0), -_LARGEST, _LARGEST),
     }
 
 
@@ -47,7 +48,8 @@ def penalized(logits: Tensor, given: Tensors) -> Tensor:
     where = (given["penalized_rows"], given["penalized_ids"])
     factors, terms = given["penalty_factors"].to(logits.dtype), given["penalty_terms"].to(logits.dtype)
     values = logits[where]
-    return logits.index_put(where, torch.where(values < 0, values * factors, values / factors) - terms)
+    changed = torch.where(values < 0, values * factors, values / factors) - terms
+    return logits.index_put(where, _bounded(changed, values))
 
 
 def bias_arrays(states: Sequence[SamplerState]) -> Arrays:
@@ -67,7 +69,13 @@ def biased(logits: Tensor, given: Tensors) -> Tensor:
     if "biased_ids" not in given:
         return logits
     where = (given["biased_rows"], given["biased_ids"])
-    return logits.index_put(where, logits[where] + given["biases"].to(logits.dtype))
+    values = logits[where]
+    return logits.index_put(where, _bounded(values + given["biases"].to(logits.dtype), values))
+
+
+def _bounded(changed: Tensor, values: Tensor) -> Tensor:
+    """Changed logits as finite numbers, however large penalties and biases are; what the model rules out stays ruled out."""
+    return torch.where(values == FORBIDDEN, values, changed.clamp(-_LARGEST, _LARGEST))
 
 
 def forbidden_arrays(states: Sequence[SamplerState], vocab: int) -> Arrays:
@@ -126,9 +134,10 @@ def filtered(scores: Tensor, arrays: Arrays, given: Tensors) -> Tensor:
     Returns:
         (rows, vocab) float32, in proportion to the probabilities; 0 for tokens that were left out.
     """
-    scores = scores / given["temperatures"].to(scores.dtype)[:, None]
-    probabilities = scores.softmax(dim=-1)
-    least = torch.full_like(scores[:, :1], FORBIDDEN)  # (rows, 1)
+    temperatures = given["temperatures"].to(scores.dtype)[:, None]
+    best = scores.amax(dim=-1, keepdim=True)
+    probabilities = ((scores - best) / temperatures).softmax(dim=-1)  # the quotients of large scores alone would be infinite
+    least = torch.full_like(best, FORBIDDEN)  # (rows, 1)
     if "top_k" in given:
         largest = scores.topk(int(arrays["top_k"].max())).values  # (rows, largest top_k), falling
         limits = given["top_k"][:, None]
@@ -140,7 +149,7 @@ def filtered(scores: Tensor, arrays: Arrays, given: Tensors) -> Tensor:
         least = torch.where(shares > 0, torch.maximum(least, border), least)
     if "min_p_gaps" in given:
         gaps = given["min_p_gaps"].to(scores.dtype)[:, None]
-        least = torch.maximum(least, scores.amax(dim=-1, keepdim=True) + gaps)
+        least = torch.maximum(least, best + gaps * temperatures)
     return probabilities.masked_fill(scores < least, 0)
 
 
