@@ -273,7 +273,7 @@ class RunConfig(Config):
                 raise ValueError("training.early_exit_weight needs a loop before the last, but all draws are 1; drop it")
             if distillation:
                 raise ValueError("training.early_exit_weight has no place beside a distillation; drop one of the two")
-            if len(looped) > 1 or self.architecture.stages[looped[0]].attention == "cross" or self.architecture.parallel:
+            if not self.architecture.can_exit_early:
                 raise ValueError(
                     "training.early_exit_weight needs one looped stage, before the cross-decoder and without parallel streams; "
                     "drop it"
