@@ -300,6 +300,15 @@ class RunConfig(Config):
             return planned
         return draw.at(self.training.seed, step, planned or self.architecture.num_loops)
 
+    def loop_counts(self) -> set[int | None]:
+        """What `loops_at` gives for the steps of the run; of a draw the largest that it may give."""
+        if self.training.loop_draw is not None:
+            return {self.training.loop_draw.most}
+        phases = self.training.loop_schedule
+        ends = pairwise((0, *map(self._end, phases), self.training.steps))
+        planned = (*(phase.loops for phase in phases), None)
+        return {loops for loops, (begin, end) in zip(planned, ends, strict=True) if begin < end}
+
     def exit_at(self, step: int) -> int | None:
         """The loop, counted from 1, after which training step `step` has its earlier exit; None without one."""
         loops = self.loops_at(step) or self.architecture.num_loops
