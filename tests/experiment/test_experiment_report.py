@@ -54,14 +54,19 @@ def test_losses_at_several_loop_counts(tmp_path: Path) -> None:
     assert "Loss over loops" not in (tmp_path / "plain" / "report.html").read_text()
     base = experiment.base | {"training": experiment.base["training"] | {"evaluate_loops": [1, 2]}}
     experiment = experiment.model_copy(update={"base": base})
-    summary = report_on(experiment, write_grid(experiment, tmp_path, finals(LOSSES)), tmp_path)
+    runs = write_grid(experiment, tmp_path, finals(LOSSES))
+    metrics = tmp_path / runs[-1].name / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"loss_at_1"', '"left out, as it is not finite"'))
+    summary = report_on(experiment, runs, tmp_path)
     assert "Loss over loops" in (tmp_path / "report.html").read_text()
     looped = next(series for series in summary.results.series if series.name == "yoco-u")
     assert looped.evaluated_at == {1, 2, 3}
     assert looped.at_loops(3) == looped.final
+    assert looped.at_loops(1).keys() == {0, 1}
     assert looped.at_loops(2) == {seed: pytest.approx(loss + 0.2) for seed, loss in looped.final.items()}
     data = json.loads((tmp_path / "report.json").read_text())
     assert data["cells"][0]["loss_at_loops"].keys() == {"1", "2"}
+    assert data["cells"][-1]["loss_at_loops"]["1"] is None
 
 
 def test_budgets_are_fitted(tmp_path: Path) -> None:

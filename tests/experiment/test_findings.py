@@ -214,53 +214,6 @@ def test_of_several_tunings_the_best_stands_for_the_architecture(tmp_path: Path)
     assert found.numbers["difference"].mean == pytest.approx(0.05, abs=0.004)
 
 
-def with_losses(results: Results, losses: dict[str, dict[int, float]]) -> Results:
-    """The results, as if models had been evaluated at other loop counts in the end: by series, noisy from seed to seed."""
-    series = []
-    for one in results.series:
-        curves = {}
-        for seed, curve in one.curves.items():
-            off = {t: loss + 0.05 * seed + 0.0002 * ((seed * t) % 3) for t, loss in losses.get(one.name, {}).items()}
-            curves[seed] = (*curve[:-1], replace(curve[-1], at_loops=off))
-        series.append(replace(one, curves=curves))
-    return replace(results, series=tuple(series))
-
-
-DIAL = {1: 2.51, 2: 2.45, 5: 2.40, 8: 2.41}
-EVERY_T = {f"yoco-u_loops-{t}": loss for t, loss in ((1, 2.5), (2, 2.44), (3, 2.4), (5, 2.39))}
-
-
-@pytest.mark.parametrize(
-    ("at_loops", "own", "spread", "one_model", "beyond"),
-    [
-        (DIAL, 2.41, 0.001, "confirmed", "confirmed"),
-        (DIAL | {1: 2.6}, 2.41, 0.001, "not confirmed", "confirmed"),
-        (DIAL | {8: 2.9}, 2.41, 0.001, "confirmed", "not confirmed"),
-        (DIAL, 2.39, 0.04, OPEN, OPEN),
-    ],
-)
-def test_one_model_for_every_loop_count(
-    tmp_path: Path, at_loops: dict[int, float], own: float, spread: float, one_model: str, beyond: str
-) -> None:
-    drawn = {"training": {"loop_draw": {"most": 5}}}
-    models = {
-        "yoco-u": preset("yoco_u", vary={"architecture.loops": [1, 2, 3, 5]}),
-        "drawn": {"settings": preset("yoco_u")["settings"] | drawn, "role": "drawn_loops"},
-        "worse": {"settings": preset("yoco_u")["settings"] | drawn, "role": "drawn_loops"},
-    }
-    plain = results_of(grid(models), tmp_path, finals(EVERY_T | {"drawn": own, "worse": 2.7}, spread))
-    assert outcome(plain, "drawn-loops").text.startswith("Drawn was not evaluated at T = 1, 2, 5, 8")
-    results = with_losses(plain, {"drawn": at_loops, "worse": at_loops, "yoco-u_loops-3": {1: 4.0, 2: 3.0, 5: 2.8, 8: 3.4}})
-    found, after = outcome(results, "drawn-loops"), outcome(results, "beyond-three")
-    assert (found.verdict, after.verdict) == (one_model, beyond)
-    assert found.numbers["drawn"]["T=1"].mean == pytest.approx(at_loops[1] - 2.5, abs=2 * spread)
-    assert found.numbers["worse"]["T=3"].mean == pytest.approx(0.3, abs=2 * spread)
-    assert "T=8" not in found.numbers["drawn"]  # no model was trained at 8 alone
-    assert after.numbers["drawn"]["T=8"].mean == pytest.approx(at_loops[8] - own, abs=2 * spread)
-    assert after.numbers["yoco-u, loops 3"]["T=8"].mean == pytest.approx(1.0, abs=2 * spread)
-    assert "drawn, minus its own T=3" in after.text
-
-
 def with_measures(results: Results, taken: dict[str, dict[str, Any]]) -> Results:
     """The results, as if models had been measured: by series, shifted a little by each seed."""
 

@@ -98,6 +98,21 @@ def test_drafts_that_fail_cost_little_and_those_that_are_right_gain(name: str) -
     assert machine.speed(500, lengths, acceptances, draw) > 0.95
 
 
+@pytest.mark.parametrize("found", [0.0, 0.1, 1.0])
+def test_trials_take_their_share_of_the_time_however_long_nothing_was_found(found: float) -> None:
+    """Steps in which nothing can be drafted, as where prompt lookup finds nothing, save no time for trials to come."""
+    lengths, draw = DraftLengths(), random.Random(3)
+    for _ in range(5000):
+        chosen = lengths.choose(1, [Candidate(False, 0.02, LONGEST if draw.random() < found else 0)])
+        lengths.take(StepTime(1, 0, sum(chosen), 0.0, 1.0 + 0.3 * sum(chosen)))
+    spent, trials = 0.0, 0
+    for _ in range(2000):
+        chosen = lengths.choose(1, [Candidate(False, 0.02, LONGEST)])
+        spent, trials = spent + 0.3 * sum(chosen), trials + any(chosen)
+        lengths.take(StepTime(1, 0, sum(chosen), 0.0, 1.0 + 0.3 * sum(chosen)))
+    assert trials > 30 and spent < 0.025 * 2000
+
+
 def test_times_are_those_of_the_batch() -> None:
     """Where a token more costs as much as a step, as in a large batch, nothing is drafted; a request alone goes on drafting."""
     lengths = DraftLengths()

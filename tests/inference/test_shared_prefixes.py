@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from engine_runs import assert_all_free, assert_greedy, assert_ranked, engine, full_logprobs, greedy, prompt
+from engine_runs import assert_all_free, assert_greedy, assert_ranked, engine, full_logprobs, greedy, model, prompt
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yoco_u.errors import UserError
-from yoco_u.inference import Engine, RequestOutput, SamplingParams
+from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
+from yoco_u.inference.exits import Exits
 from yoco_u.inference.shared_prefixes import run_shared
 
 BLOCK = 4
@@ -92,6 +93,22 @@ def test_any_tree(parts: list[list[tuple[int, int]]], starts: list[int], caching
             assert_greedy("yoco_u", request, own.num_loops, 3)
         else:
             check(request, own.prompt_logprobs_start, loops=own.num_loops)
+
+
+@pytest.mark.parametrize("default", ["auto", 3])
+def test_prompts_share_with_those_of_the_same_loops_alone(default: Literal["auto"] | int) -> None:
+    """However these are named, by the request or by the engine: their caches are the same, or never shared."""
+    exits = Exits(num_loops=3, score="angular", threshold=0.2)
+    settings = {"dtype": "float32", "cache_tokens": 1024, "block_size": BLOCK, "max_num_seqs": 4, "max_batched_tokens": 64}
+    subject = Engine(model("yoco_u"), None, EngineSettings(**settings, num_loops=default), exits)
+    auto = {"num_loops": "auto"}
+    ways: list[dict[str, Any]] = [{}, {"num_loops": 3}, auto, auto | {"exit_threshold": 0.2}, auto | {"exit_threshold": 0.3}]
+    ways = [*ways, {"num_loops": 2}] * 2
+    prompts = [[*prompt(68), own] for own in range(len(ways))]
+    with computed_tokens(subject) as seen:
+        run_shared(subject, prompts, [greedy(max_tokens=1, **own) for own in ways])
+    assert_all_free(subject)
+    assert sum(seen) == 4 * 68 + len(ways)  # the beginning once for each rule
 
 
 def test_nothing_to_run() -> None:

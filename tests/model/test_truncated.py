@@ -9,9 +9,10 @@ import torch
 from models import architecture, assert_same_gradients, build, gradients, tokens
 from torch import Tensor
 
-from yoco_u import YocoUForCausalLM
+from yoco_u import Stage, YocoUForCausalLM
 from yoco_u.errors import UserError
 from yoco_u.model.blocks import LoopedStack
+from yoco_u.model.cache import YocoUCache
 from yoco_u.model.loss import EarlyExit
 from yoco_u.training.parallelize import checkpoint_stages, truncate_backpropagation
 
@@ -123,13 +124,37 @@ def test_an_exit_that_is_not_before_the_last_loop_is_refused(loop: int) -> None:
         build(architecture())(**inputs(), early_exit=EarlyExit(loop, 1.0))
 
 
-def test_an_exit_before_the_last_loops_trains_what_follows_the_loop() -> None:
+@pytest.mark.parametrize(("name", "stages", "found"), [
+    ("upper_loop", {"sliding": 1, "cross": 3}, "1 sliding, 1 cross x3"),
+    ("yoco_u", {"sliding": 2, "full": 3, "cross": 1}, "1 sliding x2, 1 full x3, 1 cross"),
+    ("parscale", {"full": 3}, "1 full x3 on parallel streams"),
+])  # fmt: skip
+def test_an_exit_needs_one_loop_before_the_cross_decoder(name: str, stages: dict[Any, int], found: str) -> None:
+    looped = tuple(Stage(attention=attention, layers=1, loops=loops) for attention, loops in stages.items())
+    with pytest.raises(UserError, match=f"exit_loop needs one looped stage.*; found {found}$"):
+        build(architecture(name, stages=looped)).model(tokens(1, 4), exit_loop=1, logits_to_keep=1)
+
+
+@pytest.mark.parametrize("name", ["yoco_u", "rins"])
+def test_a_call_with_an_exit_has_no_cache(name: str) -> None:
+    """It would remember the keys and values of both exits."""
+    model, exits = build(architecture(name)).eval(), {"early_exit": EarlyExit(1, 0.5)}
+    call = inputs() | {"document_ids": None, "use_cache": None}
+    found = model(**call, **exits)
+    assert found.past_key_values is None
+    assert float(found.loss) == float(model(**call | {"use_cache": False}, **exits).loss)
+    for cache in ({"use_cache": True}, {"past_key_values": YocoUCache(model.model.architecture)}):
+        with pytest.raises(UserError, match="exit_loop is 1, which goes with no cache"):
+            model(**call | cache, **exits)
+
+
+@pytest.mark.parametrize(("loops", "last", "exit_loop"), [(4, 1, 2), (4, 1, 3), (3, 2, 1), (2, 1, 1), (4, 2, 3)])
+def test_an_exit_before_the_last_loops_trains_what_follows_the_loop(loops: int, last: int, exit_loop: int) -> None:
     model = build(architecture()).double().train()
-    plain = model(**inputs(), num_loops=4)
-    truncate_backpropagation(model, 1)
-    both = gradients(model, model(**inputs(), num_loops=4, early_exit=EarlyExit(2, 1.0)).loss)
-    without = gradients(model, model(**inputs(), num_loops=4).loss)
-    assert plain.loss > 0
-    changed = {name for name in both if not torch.equal(both[name], without[name])}
-    assert not any(name.startswith("model.stages.0.") for name in changed)
-    assert any(name.startswith("model.stages.1.") for name in changed)
+    truncate_backpropagation(model, last)
+    both = gradients(model, model(**inputs(), num_loops=loops, early_exit=EarlyExit(exit_loop, 1.0)).loss)
+    without = gradients(model, model(**inputs(), num_loops=loops).loss)
+    changed = {name.removeprefix("model.") for name in both if not torch.equal(both[name], without[name])}
+    behind = {name for name in changed if name.startswith(("stages.1.", "global_kv.", "norm.", "lm_head."))}
+    assert any(name.startswith("stages.1.") for name in behind)
+    assert (changed == behind) == (exit_loop <= loops - last)

@@ -7,16 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from examples import examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_resume import assert_same_run, unfinished_copy
 from training_runs import run_config, train_on_ranks
 
 from yoco_u.budget import forward_flops
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
-from yoco_u.training import read_metrics, train
+from yoco_u.training import parallelize, read_metrics, train
+from yoco_u.training.config import LoopPhase
+from yoco_u.training.distributed import Distributed
 
 GROWING = [{"until": 0.25, "loops": 1}, {"until": 0.5, "loops": 2}]
 GATED = {"loop_gate": 0.5}
+ALONE = Distributed(0, 1, 0, torch.device("cpu"))
 
 
 def test_each_step_runs_its_loops_and_evaluation_the_models_own(
@@ -77,6 +83,30 @@ def test_two_processes_agree_with_one(dataset: Path, tmp_path: Path, parallel: s
     together = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert together["validation"]["loss"] == pytest.approx(alone["validation"]["loss"], rel=1e-4)
     assert together["flops"] == alone["flops"]
+
+
+@settings(max_examples=examples(30))
+@given(ends=st.sets(st.floats(0.01, 0.99), max_size=4), loops=st.lists(st.integers(1, 5), min_size=4), steps=st.integers(1, 12))
+def test_loop_counts_are_those_of_the_steps(ends: set[float], loops: list[int], steps: int) -> None:
+    """Phases that are rounded to no step, and an architecture's own count that no step is left for, do not count."""
+    schedule = tuple(LoopPhase(until=until, loops=count) for until, count in zip(sorted(ends), loops, strict=False))
+    plain = run_config(Path("data"))
+    training = plain.training.model_copy(update={"steps": steps, "loop_schedule": schedule})
+    config = plain.model_copy(update={"training": training})
+    assert config.loop_counts() == {config.loops_at(step) for step in range(steps)}
+
+
+@pytest.mark.parametrize(("changes", "blocks"), [
+    ({}, 8), ({"loop_schedule": [{"until": 0.9, "loops": 200}]}, 402), ({"loop_schedule": GROWING}, 8),
+    ({"loop_schedule": [{"until": 0.9, "loops": 200}], "backward_loops": 5}, 12), ({"loop_draw": {"most": 7}}, 16),
+])  # fmt: skip
+def test_memory_is_that_of_the_step_with_most_loops(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], blocks: int
+) -> None:
+    monkeypatch.setattr(parallelize, "memory_bytes", lambda device: 2**30)
+    config = run_config(Path("data"), sequence_length=10**6, **changes)
+    with pytest.raises(UserError, match=f"through {blocks} blocks keeps at least"):
+        parallelize.check_memory(config, ALONE)
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,11 @@ class Architecture(Config):
         return self.looped_stages or (0,)
 
     @property
+    def can_exit_early(self) -> bool:
+        """Whether what follows the loop can follow an earlier one: one stage loops, which is not cross, on one stream."""
+        return len(self.looped_stages) == 1 and self.stages[self.looped_stages[0]].attention != "cross" and not self.parallel
+
+    @property
     def num_loops(self) -> int:
         """T, the loop count of the model: the largest loop count of any stage."""
         return max(stage.loops for stage in self.stages)

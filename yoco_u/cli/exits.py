@@ -71,7 +71,7 @@ def exits(
     from yoco_u.device import environment
     from yoco_u.files import check_result, write_result
     from yoco_u.inference.exits import FILE
-    from yoco_u.loading import load_model, model_folder
+    from yoco_u.loading import load_model, model_folder, weights_digest
 
     check_can_be_written(plot=plot)
     check_loops([num_loops])
@@ -88,7 +88,7 @@ def exits(
     mean_loops = middle(most) if mean_loops is None else mean_loops
     with progress_bar("calibrating", steps(most, mean_loops)) as advance:
         found = calibrate(network, text.batches, mean_loops, num_loops, lambda: advance(1), text.answers)
-    write_result(path, found.exits.model_dump(mode="json"))
+    write_result(path, found.exits.model_copy(update={"model": weights_digest(model)}).model_dump(mode="json"))
     results, measured_on = found.results, {}
     if plot is not None:
         from yoco_u.analysis.scaling import rate_steps, with_rates, write_scaling_plot

@@ -80,6 +80,8 @@ def generate(
         check_unused(why, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
 
     from yoco_u.inference import LLM, SamplingParams
+    from yoco_u.inference.exits import FILE
+    from yoco_u.loading import model_folder
 
     chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampling = {"temperature": 0 if greedy else 0.8, "seed": 0} | {k: v for k, v in chosen.items() if v is not None}
@@ -88,7 +90,8 @@ def generate(
         stop=tuple(stop or ()), num_loops=loops, regex=regex,
         json_schema=_read(json_schema), drafts=drafts, exit_threshold=exit_threshold,
     )  # fmt: skip
-    own = None if exit_threshold is not None else loops  # auto alone takes threshold and T of exits.json
+    # auto takes T from exits.json, which a model need not have where the threshold is given
+    own = loops if exit_threshold is None or (model_folder(model) / FILE).is_file() else None
     llm = LLM(model, device=device, dtype=dtype, weights=weights, num_loops=own)
     if not json and len(prompts) == n == 1:
         _stream(llm, prompts[0], params)

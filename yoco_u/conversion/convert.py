@@ -131,7 +131,7 @@ def write(converted: Converted, source: Source, folder: Path, remote_code: bool 
         if name not in exact:
             in_dtype(name, tensor, source.dtype)
     model.to(source.dtype).load_state_dict(exact, strict=False, assign=True)
-    results = {EXITS: exits.model_dump(mode="json")} if isinstance(exits, Exits) else {}
+    results = {EXITS: exits.model_dump(mode="json", exclude={"model"})} if isinstance(exits, Exits) else {}
     save_model(model, source.tokenizer, folder, results)
     mark(folder, _FOLDER)
     return exits if isinstance(exits, str) else None

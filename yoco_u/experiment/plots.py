@@ -183,12 +183,12 @@ def _at_several_loops(found: Sequence[Series]) -> bool:
 
 
 def _draw_loops(axes: Axes, found: Sequence[Series]) -> None:
-    """A line for each model evaluated at several loop counts, and a larger point at its own."""
+    """A line for each model over the loop counts at which no seed's loss is infinite, and a larger point at its own."""
     numbers, shown = styles(found), list[float]()
     for series in found:
-        counts, own = sorted(series.evaluated_at), colour(numbers[series.model])
-        means = {loops: float(np.mean([*series.at_loops(loops).values()])) for loops in counts}
-        axes.plot(counts, [*means.values()], color=own, linestyle=dashes(numbers[series.model]), marker=".", linewidth=1.2)
+        losses, own = {loops: series.at_loops(loops) for loops in sorted(series.evaluated_at)}, colour(numbers[series.model])
+        means = {loops: float(np.mean([*by.values()])) for loops, by in losses.items() if by.keys() == series.curves.keys()}
+        axes.plot([*means], [*means.values()], color=own, linestyle=dashes(numbers[series.model]), marker=".", linewidth=1.2)
         axes.plot([series.loops], [means[series.loops]], color=own, marker="o", markersize=6)
         shown += means.values()
     low, high = min(shown), max(shown)

@@ -29,13 +29,13 @@ class Point:
     Attributes:
         tokens, flops: training tokens, and model FLOPs of training, up to this evaluation.
         loss: nats per token.
-        at_loops: the loss at the loop counts T that `training.evaluate_loops` names, where it is finite.
+        at_loops: the loss at the loop counts T that `training.evaluate_loops` names; None where it is not finite.
     """
 
     tokens: int
     flops: float
     loss: float
-    at_loops: dict[int, float] = field(default_factory=dict)
+    at_loops: dict[int, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ class Series:
         return set.intersection(*({self.loops, *curve[-1].at_loops} for curve in self.curves.values()))
 
     def at_loops(self, loops: int) -> dict[int, float]:
-        """The last validation loss at a loop count, by seed, of the runs that were evaluated at it."""
+        """The last validation loss at a loop count, by seed, of the runs that were evaluated at it, where it is finite."""
         if loops == self.loops:
             return self.final
-        last = {seed: curve[-1].at_loops for seed, curve in self.curves.items()}
-        return {seed: losses[loops] for seed, losses in last.items() if loops in losses}
+        last = {seed: curve[-1].at_loops.get(loops) for seed, curve in self.curves.items()}
+        return {seed: loss for seed, loss in last.items() if loss is not None}
 
     @property
     def task_scores(self) -> dict[int, list[dict[str, Any]]]:
@@ -229,7 +229,7 @@ def _read_result(run: GridRun, folder: Path) -> RunResult:
     recorded = read_run(folder)
     keys = {loops_key(loops): loops for loops in run.config.training.evaluate_loops}
     curve = tuple(
-        Point(record["tokens"], record["flops"], record["loss"], {t: record[key] for key, t in keys.items() if key in record})
+        Point(record["tokens"], record["flops"], record["loss"], {t: record.get(key) for key, t in keys.items()})
         for record in recorded.kind("evaluation")
     )
     state: State = "unfinished"

@@ -28,7 +28,7 @@ _PASS, _TOKEN = 0.5, 0.1  # of the time of a plain step, that a pass of drafting
 _LEAST = 0.02  # of that time, that a token more takes at least, as differences of times that vary may be nothing
 _WORTH = 1.03  # times the speed of plain decoding that drafts must promise
 _TIMES = 7  # times of which the median counts
-_TRIALS = 0.02  # share of the time in which drafts are tried that do not seem worth it
+_TRIALS = 0.02  # share of the time, where drafts do not seem worth it, in which they are tried
 _TRIAL = 2  # tokens of such a draft
 _DEAREST = 8  # plain steps that a trial counts for at most, however long the machine was held up
 _SPELL = 64  # steps with drafts, after which a plain one is timed again
@@ -163,13 +163,14 @@ class DraftLengths:
         self._times: dict[tuple[str, int, int], deque[float]] = {}  # by kind, number of decodes and of drafted tokens
         self._medians: dict[tuple[str, int], dict[int, float]] = {}  # of these, by the number of drafted tokens
         self._spare = 0.0  # seconds that may be spent on trials
-        self._asked = False  # whether somebody would draft in the step that runs
-        self._on_trial = False
+        self._on_trial = False  # whether the step that runs is a trial,
+        self._too_dear = False  # or would be one if there were the seconds for it
         self._spell = 0  # steps with drafts since the last plain one
 
     def choose(self, decodes: int, candidates: Sequence[Candidate]) -> list[int]:
         """The length of each candidate's draft, 0 for none, in a step of so many decodes."""
-        plain, self._asked = self._time("plain", decodes), True
+        plain = self._time("plain", decodes)
+        self._on_trial = self._too_dear = False
         if plain is None or self._spell >= _SPELL:
             return [0] * len(candidates)
         kind = "loops" if any(one.by_loops for one in candidates) else "prompt"
@@ -189,15 +190,16 @@ class DraftLengths:
             if tokens / seconds(lengths) > speed:
                 best, speed = lengths, tokens / seconds(lengths)
         trial = [min(_TRIAL, one.most) for one in candidates]
-        self._on_trial = not any(best) and any(trial) and seconds(trial) - plain <= self._spare
+        if not any(best) and any(trial):
+            self._on_trial = seconds(trial) - plain <= self._spare
+            self._too_dear = not self._on_trial
         return trial if self._on_trial else best
 
     def take(self, time: StepTime) -> None:
         """Take in what a step took."""
-        asked, self._asked = self._asked, False
         if not time.tokens:
             self._add("plain", time.decodes, 0, time.seconds)
-            self._spare += _TRIALS * time.seconds if asked else 0.0
+            self._spare += _TRIALS * time.seconds if self._too_dear else 0.0
             self._spell = 0
             return
         self._spell += 1

@@ -90,7 +90,7 @@ class Engine:
             prepack(model)
         self.runner = Runner(model, shape, exits=usable)
         self.cache = self.runner.cache
-        self._loops(SamplingParams())
+        self.loops_of(SamplingParams())
         self._make_room(self.num_loops)
         self.max_model_len = min(settings.max_model_len or 2**62, shape.num_blocks * shape.block_size)
         self.scheduler = Scheduler(
@@ -149,7 +149,7 @@ class Engine:
         self._check_params(params)
         tokens = prompt_tokens(prompt, self._encoder, self.architecture.vocab_size)
         self.speculation.check(params.drafts)
-        loops, threshold = self._loops(params)
+        loops, threshold = self.loops_of(params)
         name = next(str(n) for n in self._numbers if str(n) not in self._outputs) if request_id is None else request_id
         names = [name, *(f"{name}.{index}" for index in range(1, params.n))]
         for taken in (own for own in names if own in self._outputs):
@@ -363,12 +363,16 @@ class Engine:
     def auto_loops(self) -> bool:
         """Whether a request may say `num_loops="auto"` without an `exit_threshold`."""
         try:
-            return self._loops(SamplingParams(num_loops="auto"))[1] is not None
+            return self.loops_of(SamplingParams(num_loops="auto"))[1] is not None
         except UserError:
             return False
 
-    def _loops(self, params: SamplingParams) -> tuple[int, float | None]:
-        """T of a request, and the score below which its tokens leave the loop, None if they do not."""
+    def loops_of(self, params: SamplingParams) -> tuple[int, float | None]:
+        """T of a request, and the score below which its tokens leave the loop, None if they do not.
+
+        Raises:
+            UserError: if they are to leave it and cannot.
+        """
         asked = params.num_loops or self.settings.num_loops
         if asked != "auto":
             return asked or self.num_loops, None

@@ -22,6 +22,7 @@ from yoco_u.architecture import Architecture
 from yoco_u.config import Config, Float32, Loops, NonNegativeFloat32, parse
 from yoco_u.errors import UserError
 from yoco_u.files import DAMAGED, read_json
+from yoco_u.loading import weights_digest
 
 FILE = "exits.json"
 
@@ -38,6 +39,8 @@ class Exits(Config):
         num_loops: T, the most loops that a token runs.
         score: see above.
         threshold: of requests that name none.
+        model: what tells the model that heads and threshold are fitted to from others, as of `weights_digest`; empty where
+            that is not known.
         heads: of each loop but the last, so many weights as the hidden states are wide, and a constant; empty where the score
             is `angular`. They are applied to states that are divided by their root mean square, and give the logarithm of the
             divergence, or the gain, which counts as 0 where it is below.
@@ -46,6 +49,7 @@ class Exits(Config):
     num_loops: Loops
     score: Score
     threshold: NonNegativeFloat32
+    model: str = ""
     heads: tuple[tuple[Float32, ...], ...] = ()
 
     @model_validator(mode="after")
@@ -71,7 +75,7 @@ def load_exits(folder: Path, a: Architecture) -> Exits:
     """The `exits.json` of a model's folder.
 
     Raises:
-        UserError: if it cannot be read, is damaged, or that of another model.
+        UserError: if it cannot be read, is damaged, or that of another model, as far as both have checksums.
     """
     path = folder / FILE
     try:
@@ -80,6 +84,8 @@ def load_exits(folder: Path, a: Architecture) -> Exits:
         exits = parse(Exits, data, str(path))
     except UserError as error:
         raise UserError(f"{str(error).removesuffix(f'; {DAMAGED}')}; {_ANEW}") from None
+    if exits.model and weights_digest(folder) not in ("", exits.model):
+        raise UserError(f"{path}: is fitted to another model, or to this one before it changed; {_ANEW}")
     for head in exits.heads:
         if len(head) != a.hidden_size + 1:
             expected = f"expected {a.hidden_size + 1} for hidden states of {a.hidden_size}"

@@ -82,12 +82,11 @@ def _plan(engine: Engine, prompts: Sequence[list[int]], params: Sequence[Samplin
     if not engine.settings.prefix_caching:
         return nodes
     block = engine.settings.block_size
-    members: dict[tuple[object, float | None], list[_Member]] = {}  # by loops: caches of different ones are never shared
+    members: dict[tuple[int, float | None], list[_Member]] = {}  # by loops: caches of different ones are never shared
     for node in nodes:
         last = max(1, node.params.prompt_logprobs_start) if node.params.prompt_logprobs is not None else len(node.prompt)
         shareable = node.prompt[: max(0, last - 1) // block * block]
-        loops = node.params.num_loops or engine.num_loops, node.params.exit_threshold
-        members.setdefault(loops, []).append((shareable, node))
+        members.setdefault(engine.loops_of(node.params), []).append((shareable, node))
     return [node for group in members.values() for node in _split(sorted(group, key=lambda one: one[0]), 0, 0, block)]
 
 

@@ -256,10 +256,10 @@ class LoopedStack(nn.Module):
             x, gone = backend.end_loop(loop, x, after) if loops > 1 else (after, None)
             if gone is not None:
                 self._remember(x if gone[0] is None else x[:, gone[0]], gone[1], loop, first_slot)
-            if loop == cut - 1:
-                x = x + (begin - begin.detach())  # along the residual stream, what lies before is trained too
             if exits and loop + 1 in exits:
                 exits[loop + 1] = x
+            if loop == cut - 1:
+                x = x + (begin - begin.detach())  # along the residual stream, what lies before is trained too
         if self.training and loops == 1 and self.loop_gates is not None:
             x = x + 0 * self.loop_gates.sum()  # unused gates need a gradient, of zero: DDP waits for every parameter's
         return x, losses

@@ -143,6 +143,29 @@ def check_unfilled(cache: YocoUCache | None) -> None:
         )
 
 
+def check_exit(loop: int | None, architecture: Architecture, cached: bool) -> None:
+    """Refuse an exit behind a loop, whose second pass through what follows the loop a cache would remember like new tokens.
+
+    Args:
+        loop: counted from 1; None for no exit.
+        architecture: at the loop count of the call.
+        cached: whether the call asks for a cache.
+
+    Raises:
+        UserError: if the exit is not possible; the message says why.
+    """
+    if loop is None:
+        return
+    if not 1 <= loop < architecture.num_loops:
+        raise UserError(f"exit_loop is {loop}; expected a loop before the last, which is {architecture.num_loops}")
+    if not architecture.can_exit_early:
+        found = ", ".join(stage.in_words for stage in architecture.stages)
+        found += " on parallel streams" if architecture.parallel else ""
+        raise UserError(f"exit_loop needs one looped stage, which is not cross, without parallel streams; found {found}")
+    if cached:
+        raise UserError(f"exit_loop is {loop}, which goes with no cache; leave out past_key_values and use_cache")
+
+
 def check_cache(
     cache: YocoUCache | None, loops: tuple[int, ...], packing_arguments: list[str], attention_mask: Tensor | None
 ) -> None:

@@ -20,7 +20,7 @@ from yoco_u.architecture import Architecture, ParallelStreams
 from yoco_u.errors import UserError
 from yoco_u.model.backend import AttentionBackend, prepare_backend
 from yoco_u.model.blocks import Block, GlobalKV, GlobalKVProjection, LoopedStack, recomputes
-from yoco_u.model.cache import YocoUCache, check_cache, check_unfilled
+from yoco_u.model.cache import YocoUCache, check_cache, check_exit, check_unfilled
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.generation import YocoUGenerationMixin
 from yoco_u.model.initialization import initialize
@@ -140,7 +140,7 @@ class YocoUModel(YocoUPreTrainedModel):
             logits_to_keep: the positions to return: the last n for an int n, all for 0, or those in a 1-D tensor of indices.
                 The cross-decoder runs on these alone.
             exit_loop: a loop before the last, counted from 1. The output then has `exit_hidden_state` too: the hidden states if
-                the looped stage, the one before the cross-decoder, ended with this loop. Without a cache.
+                the one looped stage, which is not cross, ended with this loop. There is no cache then, nor ParScale.
             kwargs: those of transformers that say where documents begin (`seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k` with
                 `max_length_q` and `max_length_k`), and `output_hidden_states`.
 
@@ -157,9 +157,8 @@ class YocoUModel(YocoUPreTrainedModel):
             found = x.ndim - (inputs_embeds is None)
             raise UserError(f"{given} has {found} dimensions; expected rows of tokens, (batch, tokens)")
         architecture = self.at_loops(num_loops)
-        if exit_loop is not None and not 1 <= exit_loop < architecture.num_loops:
-            raise UserError(f"exit_loop is {exit_loop}; expected a loop before the last, which is {architecture.num_loops}")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        check_exit(exit_loop, architecture, past_key_values is not None or bool(use_cache))
+        use_cache = self.config.use_cache and exit_loop is None if use_cache is None else use_cache
         if recomputes(self):
             check_unfilled(past_key_values)
             use_cache, past_key_values = False, None
@@ -304,7 +303,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, YocoUGenerationMixin):
             return_logits: if false, the loss is computed in chunks of tokens, whose logits are not kept; see
                 `yoco_u.model.loss`.
             soft_targets: of a teacher for each token, (batch, tokens, k); the loss is then that of distillation, in chunks.
-            early_exit: adds the loss of an earlier loop, see `EarlyExit`.
+            early_exit: adds the loss of an earlier loop, see `EarlyExit`; its conditions are those of `exit_loop`.
 
         Returns:
             logits (batch, positions, vocab), or None without `return_logits`; loss in nats per token, to which training adds

@@ -273,7 +273,7 @@ class RunConfig(Config):
                 raise ValueError("training.early_exit_weight needs a loop before the last, but all draws are 1; drop it")
             if distillation:
                 raise ValueError("training.early_exit_weight has no place beside a distillation; drop one of the two")
-            if len(looped) > 1 or self.architecture.stages[looped[0]].attention == "cross" or self.architecture.parallel:
+            if not self.architecture.can_exit_early:
                 raise ValueError(
                     "training.early_exit_weight needs one looped stage, before the cross-decoder and without parallel streams; "
                     "drop it"
@@ -299,6 +299,15 @@ class RunConfig(Config):
         if draw is None:
             return planned
         return draw.at(self.training.seed, step, planned or self.architecture.num_loops)
+
+    def loop_counts(self) -> set[int | None]:
+        """What `loops_at` gives for the steps of the run; of a draw the largest that it may give."""
+        if self.training.loop_draw is not None:
+            return {self.training.loop_draw.most}
+        phases = self.training.loop_schedule
+        ends = pairwise((0, *map(self._end, phases), self.training.steps))
+        planned = (*(phase.loops for phase in phases), None)
+        return {loops for loops, (begin, end) in zip(planned, ends, strict=True) if begin < end}
 
     def exit_at(self, step: int) -> int | None:
         """The loop, counted from 1, after which training step `step` has its earlier exit; None without one."""

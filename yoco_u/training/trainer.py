@@ -77,7 +77,7 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
             config = config.with_dtype(fast_dtype(distributed.device))
         if run_folder.read_summary() is None:
             check_start(config)
-            check_memory(config.architecture, config.training, distributed)
+            check_memory(config, distributed)
         with run_folder.claim(config, distributed):
             summary = distributed.on_main(lambda: run_folder.read_summary(damaged.append))
             if summary is None:
