@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from yoco_u import YocoUForCausalLM
 from yoco_u.data import DocumentEncoder
 from yoco_u.inference import RequestOutput, SamplingParams
-from yoco_u.serving import answers, completions
+from yoco_u.serving import completions
 
 pytestmark = pytest.mark.anyio
 
@@ -154,8 +154,7 @@ async def test_large_answers_come_in_pieces(server: Server, monkeypatch: pytest.
     body = {"prompt": ["täglich 数🦉 ist kein Name", "def "], "echo": True, "logprobs": 2, "n": 2, "seed": 1, "max_tokens": 5}
     whole = (await server.json("completions", **body))["choices"]
     for size in (1, 2, 3):
-        for module in (answers, completions):
-            monkeypatch.setattr(module, "PIECE", size)
+        monkeypatch.setattr(completions, "PIECE", size)
         assert (await server.json("completions", **body))["choices"] == whole
         parts = [chunk["choices"][0] for chunk in await server.stream("completions", **body)]
         assert all(len(part["logprobs"]["tokens"]) <= size for part in parts if part["logprobs"])

@@ -1,15 +1,16 @@
 """`/v1/completions`: what clients get for it. Its route is in `app.py`, its request in `requests.py`."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from yoco_u.inference import SamplingParams, TokenLogprobs
 from yoco_u.inference.detokenizer import Detokenizer
-from yoco_u.serving.answers import PIECE, Answer
+from yoco_u.serving.answers import Answer
 from yoco_u.serving.jobs import Event, Job
 from yoco_u.serving.requests import CompletionRequest
 from yoco_u.serving.responses import CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
 from yoco_u.serving.token_texts import TokenTexts
+
+PIECE = 512  # tokens that are written in one call, in a few milliseconds
 
 
 class CompletionAnswer(Answer[CompletionChoice]):
@@ -18,6 +19,7 @@ class CompletionAnswer(Answer[CompletionChoice]):
     def __init__(self, body: CompletionRequest, job: Job, model_name: str, texts: TokenTexts) -> None:
         super().__init__(body, job, model_name, "cmpl")
         self._prompts, self._echo, self._tokenizer = body.prompts, bool(body.echo), texts.tokenizer
+        self.lists = tuple(CompletionLogprobs.model_fields) if body.logprobs is not None else ()
         self._writers = (
             [_LogprobWriter(texts, job.params) for _ in range(job.num_outputs)] if body.logprobs is not None else None
         )
@@ -49,19 +51,14 @@ class CompletionAnswer(Answer[CompletionChoice]):
     def whole(self, usage: Usage) -> CompletionResponse:
         return self.chunk([], usage)
 
-    def joined(self, index: int, parts: list[CompletionChoice]) -> tuple[CompletionChoice, dict[str, list[Any]] | None]:
+    def joined(self, index: int, parts: list[CompletionChoice]) -> CompletionChoice:
         text = "".join(part.text for part in parts)
-        choice = CompletionChoice(index=index, text=text, finish_reason=parts[-1].finish_reason)
-        if self._writers is None:
-            return choice, None
-        found = [part.logprobs for part in parts if part.logprobs is not None]
-        return choice, {
-            name: [one for part in found for one in getattr(part, name)] for name in CompletionLogprobs.model_fields
-        }
+        return CompletionChoice(index=index, text=text, finish_reason=parts[-1].finish_reason)
 
     def _echoed(self, prompt: int, tokens: list[int]) -> str:
+        """A prompt as text: as it was given, or as its tokens are, where their places are told with their log probabilities."""
         given = self._prompts[prompt]
-        if isinstance(given, str):
+        if isinstance(given, str) and self._writers is None:
             return given
         skip = self.job.params.skip_special_tokens
         return str(self._tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=skip))
