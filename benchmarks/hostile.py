@@ -34,6 +34,8 @@ from yoco_u.loading import load_model
 from yoco_u.serving.settings import ServerSettings
 
 _LOOK = 0.005  # seconds between two looks whether the clients run
+_STAY = 0.15  # seconds after which a client leaves that has sent its request
+_LEAVE_AT_ONCE = 10  # times as many clients that leave as those that wait for their answers
 
 SIZE = ServerSettings(model_name="x").max_body_bytes - 100
 
@@ -84,10 +86,22 @@ BODIES: dict[str, str] = {
         {"$ref": "#/$defs/0", "$defs": keys(1000, lambda one: {"$ref": f"#/$defs/{one + 1}"} if one < 999 else {})}
     ),
     "a schema of many patterns": schema({"allOf": [{"type": "string", "pattern": f".*X.{{{one}}}"} for one in range(24)]}),
+    "echoed tokens with log probabilities": json.dumps(
+        {"prompt": [[5] * 2000] * 100, "max_tokens": 0, "echo": True, "logprobs": 20}
+    ),
+    "long outputs with log probabilities": json.dumps({"n": 16, "logprobs": 20, "max_tokens": 4096, "ignore_eos": True}),
+    "lines": json.dumps({"prompt": "".join(f"line {one:x}\n" for one in range(SIZE // 14)), "max_tokens": 1}),
     "an expression": json.dumps({"prompt": "x", "regex": "(a{1000}){1000}"}),
     "a long expression": json.dumps({"prompt": "x", "regex": "a" * 2**20}),
 }
 """Bodies by name; those of chats have messages."""
+LEAVING = [
+    "words", "lines", "tokens", "a long message", "echoed tokens with log probabilities", "a schema of many patterns"
+]  # fmt: skip
+KINDS = {name: (body, False) for name, body in BODIES.items()} | {
+    f"{name}, then gone": (BODIES[name], True) for name in LEAVING
+}
+"""Bodies by name, and whether clients leave soon after they have sent it."""
 
 
 @dataclass
@@ -138,8 +152,8 @@ async def innocent(server: Server, prompts: list[list[int]], draw: random.Random
                 await asyncio.sleep(0.2)
 
 
-async def hostile(server: Server, body: str) -> str:
-    """Send one body, and return the status of the answer."""
+async def hostile(server: Server, body: str, leaves: bool) -> str:
+    """Send one body, and return the status of the answer, unless the client leaves before it comes."""
     address = urlsplit(server.url)
     path = "/v1/chat/completions" if '"messages"' in body[:20] else "/v1/completions"
     content = body.encode()
@@ -147,6 +161,11 @@ async def hostile(server: Server, body: str) -> str:
     try:
         reader, writer = await asyncio.open_connection(address.hostname, address.port)
         writer.write(f"{head}Connection: close\r\n\r\n".encode() + content)
+        if leaves:
+            await writer.drain()
+            await asyncio.sleep(_STAY)
+            writer.transport.abort()
+            return "left"
         answer = await asyncio.wait_for(reader.read(), 120)
         writer.close()
     except (TimeoutError, OSError) as error:
@@ -167,9 +186,9 @@ async def attack(server: Server, chosen: Namespace, prompts: list[list[int]], se
     if chosen.minutes:
         rows.append(await mixed(server, chosen, seen))
     else:
-        for name, body in BODIES.items():
-            begun = time.monotonic()
-            statuses = Counter(await asyncio.gather(*(hostile(server, body) for _ in range(chosen.at_once))))
+        for name, (body, leaves) in KINDS.items():
+            begun, clients_at_once = time.monotonic(), chosen.at_once * (_LEAVE_AT_ONCE if leaves else 1)
+            statuses = Counter(await asyncio.gather(*(hostile(server, body, leaves) for _ in range(clients_at_once))))
             await asyncio.sleep(0.5)
             rows.append(row(name, seen, server, statuses, begun))
             print(rows[-1], flush=True)
@@ -182,13 +201,13 @@ async def attack(server: Server, chosen: Namespace, prompts: list[list[int]], se
 async def mixed(server: Server, chosen: Namespace, seen: Innocents) -> dict[str, Any]:
     """All kinds, drawn at random, by several clients at once."""
     begun, statuses = time.monotonic(), Counter[str]()
-    draw, names = random.Random(0), list(BODIES)
+    draw, names = random.Random(0), list(KINDS)
 
     async def one() -> None:
         while time.monotonic() < begun + 60 * chosen.minutes:
             name = draw.choice(names)
             seen.hostile.append(name)
-            statuses[await hostile(server, BODIES[name])] += 1
+            statuses[await hostile(server, *KINDS[name])] += 1
             seen.hostile.remove(name)
             await asyncio.sleep(draw.uniform(0, 1))
 

@@ -36,7 +36,7 @@ class Clock(Grammars):
 
     def __init__(self) -> None:
         super().__init__(TOKENIZER, len(TOKENIZER), [EOS])
-        self._quick, self._slow = Turns("quick", 1), Turns("slow", 1)
+        self._quick, self._slow = Turns("quick", 1, "are"), Turns("slow", 1, "are")
         self.gates = [gate(self._quick, 1), gate(self._slow, 1)]
         self.tries: list[tuple[str, float]] = []  # what ran, and for how long
 
@@ -126,7 +126,7 @@ def test_many_who_want_one_grammar_compile_it_once(clock: Clock) -> None:
 
 
 def test_the_shortest_comes_first() -> None:
-    turns, ran, done = Turns("some", 1), [], threading.Event()
+    turns, ran, done = Turns("some", 1, "are"), [], threading.Event()
     go_on = gate(turns, 1)
     for seconds in (2.0, 0.5, 1.0, 0.5):
         turns.take(seconds, lambda: True, lambda seconds=seconds: ran.append(seconds))  # type: ignore[misc]

@@ -1,6 +1,8 @@
 """Log probabilities of a prompt from some position on, against one pass over all of it; and prompts without an output."""
 
 import math
+import pickle
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,10 +22,12 @@ from engine_runs import (
     run,
 )
 from examples import covering
+from hypothesis import given
+from hypothesis import strategies as st
 from models import PRESETS
 
 from yoco_u.errors import UserError
-from yoco_u.inference import Engine, RequestOutput, SamplingParams
+from yoco_u.inference import Engine, Logprob, RequestOutput, SamplingParams, TokenLogprobs
 from yoco_u.inference.outputs import BROKEN_LOGITS
 from yoco_u.inference.step import Chunk, Step
 
@@ -213,3 +217,17 @@ def test_what_cannot_be_scored(length: int, settings: dict[str, Any], message: s
     with pytest.raises(UserError, match=message):
         subject.add(prompt(length), greedy(**settings))
     assert_all_free(subject)
+
+
+LOGPROBS = st.builds(Logprob, st.integers(0, 2**31 - 1), st.floats(max_value=-1e-9), st.integers(1, 2**31 - 1))
+
+
+@given(LOGPROBS, st.lists(LOGPROBS, max_size=20).map(tuple))
+def test_many_log_probabilities_take_little_memory(chosen: Logprob, top: tuple[Logprob, ...]) -> None:
+    """And are what they were."""
+    one = TokenLogprobs(chosen, top)
+    assert (one.chosen, one.top) == (chosen, top)
+    same = TokenLogprobs(chosen, top)
+    assert one == same == pickle.loads(pickle.dumps(one)) and hash(one) == hash(same)
+    assert one != TokenLogprobs(chosen, (*top, chosen)) and str(chosen) in repr(one)
+    assert sum(sys.getsizeof(getattr(one, name)) for name in one.__slots__) < 64 + 16 * (1 + len(top))

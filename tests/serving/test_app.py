@@ -196,20 +196,21 @@ async def test_metrics(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFa
             for loops in (2, 2)
         ]
         await server.stream("completions", prompt="x", n=2, max_tokens=3, ignore_eos=True)
+        await server.json("completions", prompt="x", max_tokens=0)
         found = await samples(server)
-        assert found["yoco_u_outputs_total[length]"] == 4
+        assert found["yoco_u_outputs_total[length]"] == 5
         assert found["yoco_u_generated_tokens_total"] == 7 + 7 + 3 + 3
-        assert found["yoco_u_prompt_tokens_total"] == 2 * usages[0]["prompt_tokens"] + 2
+        assert found["yoco_u_prompt_tokens_total"] == 2 * usages[0]["prompt_tokens"] + 2 + 2
         cached = usages[1]["prompt_tokens_details"]["cached_tokens"]
         assert found["yoco_u_cached_prompt_tokens_total"] == cached > 0
         assert found["yoco_u_prefix_hit_tokens_total"] >= cached
         computed = 2 * usages[0]["prompt_tokens"] - cached + 6 + 6
-        several = 2 * (2 + 2)  # tokens of the two outputs, whose prompt is too short to be shared
+        several = 2 * (2 + 2) + 1  # of the two outputs, whose prompt is too short to be shared, and of one without an output
         assert found["yoco_u_loops_total"] == 2 * computed + 3 * several
         assert found["yoco_u_looped_tokens_total"] == computed + several
         assert found["yoco_u_time_to_first_token_seconds_count"] == 4
         assert found["yoco_u_inter_token_seconds_count"] == 6 + 6 + 2 + 2
-        assert found["yoco_u_job_seconds_count"] == 3
+        assert found["yoco_u_job_seconds_count"] == 4
         assert found["yoco_u_step_seconds_count"] > 6
         assert found["yoco_u_requests[running]"] == found["yoco_u_requests[waiting]"] == 0
         blocks = {state: found[f"yoco_u_kv_blocks[{state}]"] for state in ("free", "cached", "held")}

@@ -5,13 +5,13 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from asgi_server import ENGINE, Server, engine_of
+from asgi_server import ENGINE, Server, engine_of, running
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u import YocoUForCausalLM
 from yoco_u.data import DocumentEncoder
 from yoco_u.inference import RequestOutput, SamplingParams
-from yoco_u.serving import answers, completions
+from yoco_u.serving import completions
 
 pytestmark = pytest.mark.anyio
 
@@ -154,8 +154,7 @@ async def test_large_answers_come_in_pieces(server: Server, monkeypatch: pytest.
     body = {"prompt": ["täglich 数🦉 ist kein Name", "def "], "echo": True, "logprobs": 2, "n": 2, "seed": 1, "max_tokens": 5}
     whole = (await server.json("completions", **body))["choices"]
     for size in (1, 2, 3):
-        for module in (answers, completions):
-            monkeypatch.setattr(module, "PIECE", size)
+        monkeypatch.setattr(completions, "PIECE", size)
         assert (await server.json("completions", **body))["choices"] == whole
         parts = [chunk["choices"][0] for chunk in await server.stream("completions", **body)]
         assert all(len(part["logprobs"]["tokens"]) <= size for part in parts if part["logprobs"])
@@ -232,6 +231,27 @@ async def test_echo_with_log_probabilities(
             check_tokens(choice["text"], choice["logprobs"], ids + new, tokenizer)
 
 
+@pytest.mark.parametrize("extra", [{}, {"skip_special_tokens": False}])
+@pytest.mark.parametrize("prompt", ["ab", "täglich", "x<|endoftext|>y"])
+async def test_offsets_are_of_the_text_that_is_echoed(server: Server, prompt: str, extra: dict[str, Any]) -> None:
+    body = {"prompt": prompt, "echo": True, "logprobs": 0, "logit_bias": {"70": 100}} | GREEDY | extra
+    [choice] = (await server.json("completions", **body))["choices"]
+    text, found = choice["text"], choice["logprobs"]
+    shown = [(name, at) for name, at in zip(found["tokens"], found["text_offset"], strict=True) if name != "<|endoftext|>"]
+    assert all(text[at : at + len(name)] == name for name, at in shown if not name.startswith("bytes:"))
+    assert text.startswith("<|endoftext|>") == bool(extra) and prompt in text
+
+
+async def test_no_longer_answers_than_are_served(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Where the server's limit is below OpenAI's default; and a longer one is refused before the prompt is looked at."""
+    async with running(Server(engine_of(model, tokenizer), max_output_tokens=8)) as server:
+        found = await server.json("completions", prompt="x", ignore_eos=True)
+        assert found["usage"]["completion_tokens"] == 8
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(DocumentEncoder, "encode")
+            assert (await server.error("completions", prompt="x", max_tokens=9))[1]["param"] == "max_tokens"
+
+
 async def test_echo_alone(server: Server, alone: Any) -> None:
     [choice] = (await server.json("completions", prompt="def ", echo=True, **GREEDY))["choices"]
     assert choice["text"] == "def " + alone("def ", **GREEDY).outputs[0].text and choice["logprobs"] is None
@@ -279,6 +299,7 @@ async def test_cached_tokens_are_counted(model: YocoUForCausalLM, server: Server
         ({"prompt": "x", "best_of": 2}, 400, "best_of", "best_of 2 is not supported"),
         ({"prompt": "x", "suffix": "y"}, 400, "suffix", "suffix is not supported"),
         ({"prompt": "x", "logit_bias": {"x": 5}}, 400, "logit_bias", "'x' is no token id"),
+        ({"prompt": "x", "logit_bias": {"01": 1, "1": 2}}, 400, "logit_bias", "'01' is no token id"),
         ({"prompt": "x", "logit_bias": {"1": 101}}, 400, "logit_bias", "expected a number from -100 to 100"),
         ({"prompt": "x", "logit_bias": {"99999": 1}}, 400, "logit_bias", "token 99999 of logit_bias is not in the vocabulary"),
         ({"prompt": "x", "logprobs": 21}, 400, "logprobs", "less than or equal to 20"),

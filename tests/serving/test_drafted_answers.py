@@ -41,5 +41,8 @@ async def test_drafts(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFas
         counted = await samples(server)
         assert counted["yoco_u_drafted_tokens_total[accepted]"] == accepted
         assert counted["yoco_u_drafted_tokens_total[rejected]"] == rejected
+        answers = counted["yoco_u_time_to_first_token_seconds_count"]
+        assert answers == 5
+        assert counted["yoco_u_inter_token_seconds_count"] == counted["yoco_u_generated_tokens_total"] - answers
         refused = await server.post("completions", drafts="loop", **body)
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "drafts"

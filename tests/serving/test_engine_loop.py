@@ -15,7 +15,7 @@ from yoco_u import YocoUForCausalLM
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, SamplingParams
 from yoco_u.serving.engine_loop import EngineLoop
-from yoco_u.serving.jobs import Busy, Job, NotServing, RequestFailed, TimeExceeded
+from yoco_u.serving.jobs import Admitted, Busy, Job, NotServing, RequestFailed, TimeExceeded
 
 pytestmark = pytest.mark.anyio
 
@@ -37,6 +37,13 @@ async def started(engine: Engine, **settings: Any) -> AsyncIterator[EngineLoop]:
     assert loop.failure is not None or not engine.unfinished
     assert loop._outstanding == 0 and not loop._jobs
     assert not loop._running or loop.failure is not None
+
+
+async def submit(loop: EngineLoop, prompts: list[list[int]], params: SamplingParams) -> Job:
+    async def admit() -> Admitted:
+        return prompts, params
+
+    return await loop.submit(len(prompts), params.n, admit)
 
 
 async def tokens(job: Job) -> list[int]:
@@ -65,9 +72,9 @@ async def test_many_at_once_are_what_each_is_alone(engine: Engine, model: YocoUF
             engine.step()
         expected.append(request.outputs[0].token_ids)
     async with started(engine) as loop:
-        jobs = [await loop.submit([prompt], SHORT) for prompt in prompts]
+        jobs = [await submit(loop, [prompt], SHORT) for prompt in prompts]
         assert await asyncio.gather(*map(tokens, jobs)) == expected
-        both = await loop.submit(prompts[:2], SHORT)
+        both = await submit(loop, prompts[:2], SHORT)
         events = [event async for event in both]
         assert {event.prompt for event in events} == {0, 1}
         assert [request.outputs[0].token_ids for request in both.requests] == expected[:2]
@@ -77,34 +84,34 @@ async def test_many_at_once_are_what_each_is_alone(engine: Engine, model: YocoUF
 async def test_impossible_requests_are_refused_whole(engine: Engine) -> None:
     async with started(engine) as loop:
         with pytest.raises(UserError, match="max_model_len"):
-            await loop.submit([[1, 2], [3] * 600], SHORT)
+            await submit(loop, [[1, 2], [3] * 600], SHORT)
         assert all_free(engine)
         with pytest.raises(UserError, match="more than the 12 of a full queue"):
-            await loop.submit([[1]] * 13, SHORT)
-        assert len(await tokens(await loop.submit([[1, 2]], SHORT))) == 5
+            await submit(loop, [[1]] * 13, SHORT)
+        assert len(await tokens(await submit(loop, [[1, 2]], SHORT))) == 5
 
 
 async def test_a_full_queue_refuses(engine: Engine) -> None:
     async with started(engine, max_waiting=1) as loop:
-        jobs = [await loop.submit([[1, 2]], LONG) for _ in range(5)]
+        jobs = [await submit(loop, [[1, 2]], LONG) for _ in range(5)]
         with pytest.raises(Busy) as busy:
-            await loop.submit([[3]], SHORT)
+            await submit(loop, [[3]], SHORT)
         assert 1 <= busy.value.retry_after <= 60
         jobs[0].close()
         await until(lambda: jobs[0].done)
-        assert len(await tokens(await loop.submit([[3]], SHORT))) == 5
+        assert len(await tokens(await submit(loop, [[3]], SHORT))) == 5
         for job in jobs:
             job.close()
 
 
 async def test_whoever_leaves_frees_what_he_held(engine: Engine) -> None:
     async with started(engine) as loop:
-        job = await loop.submit([[1, 2], [3, 4]], LONG.model_copy(update={"n": 2}))
+        job = await submit(loop, [[1, 2], [3, 4]], LONG.model_copy(update={"n": 2}))
         await anext(job)
         job.close()
         await until(lambda: all_free(engine))
         job.close()
-        task = asyncio.create_task(loop.submit([[5]], LONG))
+        task = asyncio.create_task(submit(loop, [[5]], LONG))
         await asyncio.sleep(0)
         task.cancel()
         await until(lambda: not loop._jobs)
@@ -114,7 +121,7 @@ async def test_whoever_leaves_frees_what_he_held(engine: Engine) -> None:
 async def test_time_runs_out(engine: Engine) -> None:
     async with started(engine, time_limit=0.05) as loop:
         with pytest.raises(TimeExceeded, match=r"longer than 0\.05 seconds"):  # where it is slow, before the job is taken
-            job = await loop.submit([[1, 2]], SamplingParams(max_tokens=500, ignore_eos=True, regex=None))
+            job = await submit(loop, [[1, 2]], SamplingParams(max_tokens=500, ignore_eos=True, regex=None))
             async for _ in job:
                 await asyncio.sleep(0.01)
         await until(lambda: all_free(engine))
@@ -133,7 +140,7 @@ async def test_a_job_that_ends_waits_no_longer_for_its_grammar(
 
     monkeypatch.setattr(engine, "prepare", prepare)
     async with started(engine, time_limit=time_limit) as loop:
-        task = asyncio.create_task(loop.submit([[1, 2]], SHORT))
+        task = asyncio.create_task(submit(loop, [[1, 2]], SHORT))
         await until(lambda: waiting)
         if error is NotServing:
             loop.close_all()
@@ -144,16 +151,16 @@ async def test_a_job_that_ends_waits_no_longer_for_its_grammar(
 
 async def test_draining_lets_what_runs_end(engine: Engine) -> None:
     async with started(engine) as loop:
-        job = await loop.submit([[1, 2]], SHORT)
+        job = await submit(loop, [[1, 2]], SHORT)
         loop.drain(30)
         with pytest.raises(NotServing, match="shutting down"):
-            await loop.submit([[1, 2]], SHORT)
+            await submit(loop, [[1, 2]], SHORT)
         assert len(await tokens(job)) == 5
 
 
 async def test_draining_does_not_wait_for_ever(engine: Engine) -> None:
     async with started(engine) as loop:
-        job = await loop.submit([[1, 2]], LONG)
+        job = await submit(loop, [[1, 2]], LONG)
         loop.drain(0.01)
         with pytest.raises(NotServing, match="shutting down"):
             await tokens(job)
@@ -161,7 +168,7 @@ async def test_draining_does_not_wait_for_ever(engine: Engine) -> None:
 
 async def test_stopping_ends_everything(engine: Engine) -> None:
     async with started(engine) as loop:
-        job = await loop.submit([[1, 2]], LONG)
+        job = await submit(loop, [[1, 2]], LONG)
     with pytest.raises(NotServing):
         await tokens(job)
 
@@ -179,9 +186,9 @@ async def test_a_failed_step_fails_its_requests_and_no_others(engine: Engine, mo
             broken = True
             monkeypatch.setattr(engine.runner, "run", breaks)
             with pytest.raises(RequestFailed, match="failed while it computed"):
-                await tokens(await loop.submit([[1, 2]], SHORT))
+                await tokens(await submit(loop, [[1, 2]], SHORT))
             broken = False
-            assert len(await tokens(await loop.submit([[1, 2]], SHORT))) == 5
+            assert len(await tokens(await submit(loop, [[1, 2]], SHORT))) == 5
         assert loop.failure is None and all_free(engine)
 
 
@@ -194,13 +201,13 @@ async def test_an_engine_that_keeps_failing_is_given_up(engine: Engine, monkeypa
     async with started(engine, died=died.set) as loop:
         for _ in range(2):
             with pytest.raises(RequestFailed):
-                await tokens(await loop.submit([[1, 2]], SHORT))
+                await tokens(await submit(loop, [[1, 2]], SHORT))
         with pytest.raises((RequestFailed, NotServing)):
-            await tokens(await loop.submit([[1, 2]], SHORT))
+            await tokens(await submit(loop, [[1, 2]], SHORT))
         await asyncio.wait_for(died.wait(), 30)
         assert "3 steps in a row" in str(loop.failure)
         with pytest.raises(NotServing, match="the engine has failed"):
-            await loop.submit([[1, 2]], SHORT)
+            await submit(loop, [[1, 2]], SHORT)
 
 
 @pytest.mark.parametrize("where", ["step", "add"])
@@ -214,12 +221,12 @@ async def test_an_engine_that_is_stuck_is_given_up(engine: Engine, monkeypatch: 
         return []
 
     async with started(engine, died=died.set) as loop:
-        running = await loop.submit([[1, 2]], LONG)
+        running = await submit(loop, [[1, 2]], LONG)
         await anext(running)
         monkeypatch.setattr(engine, where, hangs)
 
         async def ask() -> list[int]:
-            return await tokens(await loop.submit([[3]], SHORT))
+            return await tokens(await submit(loop, [[3]], SHORT))
 
         asking = asyncio.create_task(ask())
         await until(stuck.is_set)
@@ -229,7 +236,7 @@ async def test_an_engine_that_is_stuck_is_given_up(engine: Engine, monkeypatch: 
                 await job
         assert died.is_set()
         with pytest.raises(NotServing, match="one step"):
-            await loop.submit([[1, 2]], SHORT)
+            await submit(loop, [[1, 2]], SHORT)
         assert loop.refusal
     assert loop._thread.is_alive()
     free.set()
@@ -246,9 +253,9 @@ async def test_a_request_that_cannot_be_added_fails_alone(engine: Engine, monkey
 
     monkeypatch.setattr(engine, "add", breaks)
     async with started(engine) as loop:
-        job = await loop.submit([[1, 2]], SHORT)
+        job = await submit(loop, [[1, 2]], SHORT)
         with pytest.raises(RequestFailed, match="could not take"):
-            await loop.submit([[5], [7]], SHORT)
+            await submit(loop, [[5], [7]], SHORT)
         assert len(await tokens(job)) == 5
     assert all_free(engine)
 
@@ -263,7 +270,7 @@ async def test_what_is_not_a_number_fails_its_own_job(
 
     monkeypatch.setattr(engine.runner, "run", breaks)
     async with started(engine) as loop:
-        good, bad = await loop.submit([[1, 2]], SHORT), await loop.submit([[5], [7]], SHORT)
+        good, bad = await submit(loop, [[1, 2]], SHORT), await submit(loop, [[5], [7]], SHORT)
         with pytest.raises(RequestFailed, match="NaN or infinity"):
             await tokens(bad)
         assert len(await tokens(good)) == 5

@@ -1,5 +1,6 @@
 """The edges of OpenAI's API: what asks for nothing changes nothing, as at OpenAI and in vLLM, and the rest is refused."""
 
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -232,3 +233,4 @@ async def test_a_refusal_of_several_together_names_the_one_to_change(
 ) -> None:
     status, error = await chat_server.error(path, **body)
     assert (status, error["param"]) == (400, param), error
+    assert not re.match(r"SamplingParams|request \d|json_schema", error["message"]), error

@@ -122,7 +122,8 @@ class Grammars:
         self._failed: OrderedDict[bytes, tuple[float, str]] = OrderedDict()  # and of others: when they failed, and why
         self._underway: dict[bytes, list[Future[None]]] = {}  # by the grammar's hash: who waits until it is compiled
         self._newest: tuple[SamplingParams, bytes] | None = None  # of `matcher`: many prompts may come with one schema
-        self._quick, self._slow = Turns("grammar", _TRIED), Turns("slow-grammar", _COMPILED)
+        crowd = "new regex, response_format or tools are being compiled"
+        self._quick, self._slow = Turns("grammar", _TRIED, crowd), Turns("slow-grammar", _COMPILED, crowd)
 
     def prepare(self, params: SamplingParams) -> "Future[None]":
         """Compile the grammar of a request, without waiting for it. Any thread may call this.

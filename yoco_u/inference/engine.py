@@ -9,14 +9,14 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.data import DocumentEncoder
-from yoco_u.errors import UserError, class_and_line, first_line, said_of
+from yoco_u.errors import UserError, class_and_line, said_of
 from yoco_u.inference.constraints import Grammars
 from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.inference.exits import FILE, Exits, check_exits
 from yoco_u.inference.gpu_layers import fuse_layers
 from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.inference.kernels.gpu import require_triton
-from yoco_u.inference.model_limits import check_memory, check_one_loop_count, end_tokens
+from yoco_u.inference.model_limits import check_memory, check_one_loop_count, end_tokens, make_room
 from yoco_u.inference.outputs import BROKEN_LOGITS, Completion, RequestOutput, Update, joined
 from yoco_u.inference.prepacking import can_prepack, prepack
 from yoco_u.inference.prompts import prompt_tokens
@@ -91,7 +91,7 @@ class Engine:
         self.runner = Runner(model, shape, exits=usable)
         self.cache = self.runner.cache
         self.loops_of(SamplingParams())
-        self._make_room(self.num_loops)
+        make_room(self.runner, self.num_loops)
         self.max_model_len = min(settings.max_model_len or 2**62, shape.num_blocks * shape.block_size)
         self.scheduler = Scheduler(
             num_blocks=shape.num_blocks,
@@ -178,7 +178,7 @@ class Engine:
         if params.prompt_logprobs is not None:
             parent.prompt_logprobs = [None] * first.request.unscored
         try:
-            self._make_room(loops)
+            make_room(self.runner, loops)
         except BaseException:
             self.scheduler.abort(first.request.id)
             raise
@@ -386,19 +386,3 @@ class Engine:
             problem = f"num_loops is auto, but the model has no {FILE}; run yoco-u exits, or set exit_threshold in requests"
             raise UserError(problem, "exit_threshold")
         return self.num_loops, exits.threshold
-
-    def _make_room(self, loops: int) -> None:
-        """Allocate the caches that requests of `loops` loops need, unless they are there.
-
-        Raises:
-            UserError: if the machine has not the memory for it.
-        """
-        allocated = self.cache.nbytes + self.runner.tables.nbytes
-        check_memory(self.architecture, self.cache.shape, loops, allocated, self.cache.device)
-        try:
-            self.cache.grow(loops)
-        except RuntimeError as error:  # of an allocation, in the words of torch
-            raise UserError(
-                f"caches of {loops} loops cannot be allocated ({first_line(error)}); lower num_loops, or cache_tokens",
-                "num_loops",
-            ) from error

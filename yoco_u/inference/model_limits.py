@@ -6,9 +6,10 @@ from yoco_u.architecture import Architecture
 from yoco_u.budget import bytes_per_kv_element, cache_bytes
 from yoco_u.data import DocumentEncoder
 from yoco_u.device import free_memory_bytes
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, first_line
 from yoco_u.inference.block_tables import table_bytes
 from yoco_u.inference.kv_cache import CacheShape
+from yoco_u.inference.runner import Runner
 from yoco_u.model import YocoUForCausalLM
 
 
@@ -38,6 +39,21 @@ def check_memory(a: Architecture, shape: CacheShape, loops: int, allocated: int,
             f"num_loops ({max(fit, 0)} tokens would fit)",
             "num_loops",
         )
+
+
+def make_room(runner: Runner, loops: int) -> None:
+    """Allocate the caches that requests of `loops` loops need, unless they are there.
+
+    Raises:
+        UserError: if the machine has not the memory for it.
+    """
+    cache = runner.cache
+    check_memory(runner.architecture, cache.shape, loops, cache.nbytes + runner.tables.nbytes, cache.device)
+    try:
+        cache.grow(loops)
+    except RuntimeError as error:  # of an allocation, in the words of torch
+        problem = f"caches of {loops} loops cannot be allocated ({first_line(error)}); lower num_loops, or cache_tokens"
+        raise UserError(problem, "num_loops") from error
 
 
 def check_one_loop_count(a: Architecture) -> None:

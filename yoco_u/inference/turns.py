@@ -17,10 +17,8 @@ class Crowded(Exception):  # noqa: N818
         seconds: after which another try may succeed.
     """
 
-    def __init__(self, seconds: int) -> None:
-        super().__init__(
-            f"too many new regex, response_format or tools are being compiled; try again in {seconds} s, or with a simpler one"
-        )
+    def __init__(self, seconds: int, what: str) -> None:
+        super().__init__(f"too many {what}; try again in {seconds} s, or with a simpler one")
         self.seconds = seconds
 
 
@@ -32,9 +30,11 @@ class Turns:
     Args:
         name: of the threads.
         at_once: tasks that run at the same time.
+        what: the tasks, for whom there are too many: "... are being compiled".
     """
 
-    def __init__(self, name: str, at_once: int) -> None:
+    def __init__(self, name: str, at_once: int, what: str) -> None:
+        self._what = what
         self._threads = ThreadPoolExecutor(at_once, name)
         self._lock = threading.Lock()
         self._numbers = itertools.count()
@@ -53,7 +53,7 @@ class Turns:
         with self._lock:
             ahead = sum(others for others, _, counts, _ in self._waiting if others <= seconds and counts())
             if ahead > _LONGEST_WAIT:
-                raise Crowded(math.ceil(_LONGEST_WAIT))
+                raise Crowded(math.ceil(_LONGEST_WAIT), self._what)
             heapq.heappush(self._waiting, (seconds, next(self._numbers), wanted, task))
         self._threads.submit(self._run_next)
 

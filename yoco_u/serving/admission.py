@@ -1,15 +1,17 @@
 """Admission: everything between a valid request body and the engine.
 
-A request is refused if it asks for what this server does not offer or this model cannot do; any other is turned into token ids
-and sampling parameters. Whether there is room for it now is decided afterwards, by `EngineLoop.submit`.
+A request is refused if it asks for what this server does not offer or this model cannot do; any other becomes a job, for which
+it is turned into token ids and sampling parameters. Whether there is room for it now is decided before that, by
+`EngineLoop.submit`.
 """
 
 import asyncio
 import contextlib
 import ctypes
+import functools
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerFast
@@ -18,8 +20,10 @@ from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, SamplingParams
 from yoco_u.inference.chat_template import chat_text, text_tokens
+from yoco_u.inference.turns import Turns
 from yoco_u.serving.engine_loop import EngineLoop
 from yoco_u.serving.errors import ApiError
+from yoco_u.serving.jobs import Admitted, Job
 from yoco_u.serving.requests import ChatRequest, CompletionRequest, Message, SampledRequest
 from yoco_u.serving.settings import ServerSettings
 from yoco_u.serving.tools import template_writes_calls, written_out
@@ -27,6 +31,7 @@ from yoco_u.serving.tools import template_writes_calls, written_out
 _DEFAULT_MAX_TOKENS = 16  # of a completion, as in OpenAI's API
 _SHORT = 10_000  # characters that are tokenized on the event loop, in a few milliseconds; longer texts go to a thread
 _LONG_TEXTS = 2  # requests whose long texts are tokenized at the same time; that takes 100 bytes of memory a character
+_PER_CHARACTER = 1e-6  # seconds that this takes
 _CHATS = 8  # short chats that are tokenized at the same time
 _ROLES = {"developer": "system"}  # OpenAI's newer name, which templates do not know
 _SAMPLING = (
@@ -37,12 +42,10 @@ _SAMPLING = (
 """Parameters that requests and `SamplingParams` have under the same name, with the same meaning."""
 
 T = TypeVar("T")
-Admitted = tuple[list[list[int]], SamplingParams]
-"""Token ids of each prompt, and the sampling parameters of all: what `EngineLoop.submit` takes."""
 
 
 class Admission:
-    """Refuses requests, or turns them into what the engine takes.
+    """Refuses requests, or turns them into jobs.
 
     Args:
         no_chats: why chats are refused, None if they are not.
@@ -59,46 +62,59 @@ class Admission:
         self._engine, self._tokenizer, self._loop, self._settings = engine, tokenizer, loop, settings
         self._encoder = DocumentEncoder(tokenizer)
         self._most_characters = _most_characters(tokenizer, engine.max_model_len)
-        self._tokenizing = asyncio.Semaphore(_LONG_TEXTS)
-        # Not asyncio's own threads, which write answers: a chat template may take long.
+        # None of these are asyncio's own threads, for which the end of an event loop waits.
+        self._texts = Turns("texts", _LONG_TEXTS, "long texts are being tokenized")
         self._chats = ThreadPoolExecutor(_CHATS, "chat")
         self._no_chats = no_chats
         self._template_writes_calls = no_chats is None and template_writes_calls(tokenizer)
 
-    async def completion(self, body: CompletionRequest) -> Admitted:
+    async def completion(self, body: CompletionRequest) -> Job:
         """Admit a request for completions.
+
+        Returns:
+            The job, which the engine has accepted; whoever asked closes it.
 
         Raises:
             ApiError, UserError: if it is refused.
-            Busy, NotServing: if there is no room for it.
+            Exception: as of `EngineLoop.submit`.
         """
-        self._check_offer(body, len(body.prompts))
-        max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        most = self._settings.max_output_tokens
+        max_tokens = min(_DEFAULT_MAX_TOKENS, most) if body.max_tokens is None else body.max_tokens
+        self._check_offer(body, "max_tokens", max_tokens)
+        admit = functools.partial(self._admit_completion, body, max_tokens)
+        return await self._loop.submit(len(body.prompts), body.num_outputs, admit)
+
+    async def chat(self, body: ChatRequest) -> Job:
+        """Admit a chat, which is one prompt; without a number of tokens, the answer may fill the context.
+
+        Returns and raises what `completion` does.
+        """
+        name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
+        max_tokens: int | None = getattr(body, name)
+        self._check_offer(body, name, max_tokens)
+        return await self._loop.submit(1, body.num_outputs, functools.partial(self._admit_chat, body, name, max_tokens))
+
+    async def _admit_completion(self, body: CompletionRequest, max_tokens: int) -> Admitted:
         prompts = await self._encode(body.prompts)
         for prompt in prompts:
             self._check_length("prompt", len(prompt), "max_tokens", max_tokens)
         prompt_logprobs = body.logprobs if body.echo else None
         return prompts, _sampling_params(body, max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
 
-    async def chat(self, body: ChatRequest) -> Admitted:
-        """Admit a chat, which is one prompt; without a number of tokens, the answer may fill the context.
-
-        Raises:
-            ApiError, UserError: if it is refused.
-            Busy, NotServing: if there is no room for it.
-        """
-        self._check_offer(body, 1)
+    async def _admit_chat(self, body: ChatRequest, name: str, max_tokens: int | None) -> Admitted:
         prompt = await self._encode_chat(body)
-        name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
-        max_tokens: int | None = getattr(body, name)
         if max_tokens is None:
             max_tokens = max(1, min(self._settings.max_output_tokens, self._engine.max_model_len - len(prompt)))
         self._check_length("messages", len(prompt), name, max_tokens)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return [prompt], _sampling_params(body, max_tokens, logprobs=logprobs, tools=body.calls)
 
-    def _check_offer(self, body: SampledRequest, num_prompts: int) -> None:
-        """Refuse another model, more outputs or loops than this server offers, and what there is no room for."""
+    def _check_offer(self, body: SampledRequest, limit: str, max_tokens: int | None) -> None:
+        """Refuse another model, and more or longer outputs, or more loops, than this server offers.
+
+        Args:
+            limit: what the request calls the most tokens of its output.
+        """
         name, settings = self._settings.model_name, self._settings
         if body.model not in (None, name):
             raise ApiError(404, f"no model {body.model!r} here; there is {name!r}", param="model", code="model_not_found")
@@ -108,17 +124,16 @@ class Admission:
             raise ApiError(
                 400, f"num_loops is {body.num_loops}, but at most {settings.max_num_loops} are served", param="num_loops"
             )
-        self._loop.check_room(num_prompts, body.num_outputs)
+        if max_tokens is not None and max_tokens > (most := settings.max_output_tokens):
+            raise ApiError(400, f"{limit} is {max_tokens}, but at most {most} are served", param=limit)
 
     def _check_length(self, prompt: str, prompt_tokens: int, limit: str, max_tokens: int) -> None:
-        """Refuse outputs that are longer than this server offers, and sequences that are longer than the model's context.
+        """Refuse sequences that are longer than the model's context.
 
         Args:
             prompt, limit: what the request calls its prompt, and the most tokens of its output.
         """
-        longest, most = self._engine.max_model_len, self._settings.max_output_tokens
-        if max_tokens > most:
-            raise ApiError(400, f"{limit} is {max_tokens}, but at most {most} are served", param=limit)
+        longest = self._engine.max_model_len
         if prompt_tokens + max_tokens > longest:
             raise ApiError(
                 400,
@@ -150,25 +165,33 @@ class Admission:
             else:
                 found.append(prompt)
         self._check_characters("prompt", max(map(len, texts), default=0))
-        if sum(map(len, texts)) <= _SHORT:
+        if (characters := sum(map(len, texts))) <= _SHORT:
             return found + self._encode_texts(texts)
-        return found + await self._aside(self._encode_texts, texts)
+        return found + await self._aside(characters, self._encode_texts, texts)
 
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:
         return [tokens.tolist() for tokens in self._encoder.encode(texts)]
 
-    async def _aside(self, encode: Callable[..., T], *arguments: Any) -> T:
-        """Tokenize long texts in a thread, of few at the same time, and give back the memory that this took."""
+    async def _aside(self, characters: int, encode: Callable[..., T], *arguments: Any) -> T:
+        """Tokenize long texts in a thread, of few at the same time, and give back the memory that this took.
 
-        def run() -> T:
+        Raises:
+            Crowded: if they would have to wait for too many others.
+        """
+        done: Future[T] = Future()
+
+        def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
             try:
-                return encode(*arguments)
-            finally:
-                with contextlib.suppress(OSError, TypeError, AttributeError):
-                    ctypes.CDLL(None).malloc_trim(0)  # glibc's; it keeps freed memory of threads otherwise
+                done.set_result(encode(*arguments))
+            except BaseException as error:
+                done.set_exception(error)
+            with contextlib.suppress(OSError, TypeError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)  # glibc's; it keeps freed memory of threads otherwise
 
-        async with self._tokenizing:
-            return await asyncio.to_thread(run)
+        self._texts.take(characters * _PER_CHARACTER, lambda: not done.cancelled(), run)
+        return await asyncio.wrap_future(done)
 
     async def _encode_chat(self, body: ChatRequest) -> list[int]:
         """Messages and tools as tokens, by the chat template; refused if it cannot be used, or refuses them."""
@@ -179,16 +202,16 @@ class Admission:
         tools = [tool.for_template() for tool in body.offered]
         try:
             # All of it, as the template may show more than contents: names, and the arguments of calls.
-            is_short = len(json.dumps([messages, tools], ensure_ascii=False)) <= _SHORT
+            characters = len(json.dumps([messages, tools], ensure_ascii=False))
             if writes_out:
                 messages, tools = written_out(messages, tools), []
         except RecursionError:
             param = "tools" if tools else "messages"
             raise ApiError(400, f"{param}: a part is nested too deeply", param=param) from None
         try:
-            if is_short:
+            if characters <= _SHORT:
                 return await asyncio.get_running_loop().run_in_executor(self._chats, self._chat_tokens, messages, tools)
-            return await self._aside(self._chat_tokens, messages, tools)
+            return await self._aside(characters, self._chat_tokens, messages, tools)
         except UserError as error:
             raise ApiError(400, str(error), param="messages") from None
 

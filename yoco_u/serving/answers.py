@@ -7,10 +7,10 @@ import asyncio
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from pydantic_core import to_json
@@ -23,13 +23,10 @@ from yoco_u.serving.responses import CachedTokens, ChatChunkChoice, CompletionCh
 
 ChunkChoice = TypeVar("ChunkChoice", CompletionChoice, ChatChunkChoice)
 
-CLIENT_GONE = 499
-PIECE = 512  # tokens that are written in one call, in a few milliseconds
 
-
-async def respond(answer: "Answer[Any]", request: Request) -> Response:
-    """Send an answer in the form that its request asks for."""
-    return EventStream(answer) if answer.streams else await _in_one_piece(answer, request)
+async def respond(answer: "Answer[Any]") -> Response:
+    """An answer in the form that its request asks for; its job is closed when it is over."""
+    return EventStream(answer) if answer.streams else await _in_one_piece(answer)
 
 
 class Answer(ABC, Generic[ChunkChoice]):
@@ -44,6 +41,7 @@ class Answer(ABC, Generic[ChunkChoice]):
     Attributes:
         job: the job that the engine runs for the request.
         streams: whether the client asked for a stream.
+        lists: names of the lists that hold log probabilities in a choice; none if they are not asked for.
         head: the fields with which the whole response and every chunk begin.
     """
 
@@ -52,6 +50,7 @@ class Answer(ABC, Generic[ChunkChoice]):
         self.head: dict[str, Any] = {
             "id": f"{id_prefix}-{secrets.token_hex(16)}", "created": int(time.time()), "model": model_name
         }  # fmt: skip
+        self.lists: tuple[str, ...] = ()
         self._usage_at_end, self._usage_always = body.usage_in_stream
         self._begun: set[int] = set()  # outputs that have had an event
         self._new_tokens = self._loops = 0
@@ -65,8 +64,8 @@ class Answer(ABC, Generic[ChunkChoice]):
         """One chunk of a stream."""
 
     @abstractmethod
-    def joined(self, index: int, parts: list[ChunkChoice]) -> tuple[BaseModel, dict[str, list[Any]] | None]:
-        """The whole response's choice of an output without its log probabilities, and these as lists by name."""
+    def joined(self, index: int, parts: list[ChunkChoice]) -> BaseModel:
+        """The whole response's choice of an output, without its log probabilities."""
 
     @abstractmethod
     def whole(self, usage: Usage) -> BaseModel:
@@ -83,21 +82,28 @@ class Answer(ABC, Generic[ChunkChoice]):
         if self._usage_at_end:
             yield self.chunk([], self._usage()).model_dump_json()
 
-    async def response(self) -> str:
+    async def response(self) -> bytes:
         """The response in one piece, as JSON."""
         return await asyncio.to_thread(self._write, [event async for event in self.job])
 
-    def _write(self, events: list[Event]) -> str:
+    def _write(self, events: list[Event]) -> bytes:
+        """The response; nothing if its job is closed meanwhile, because nobody waits for it any more."""
         outputs: list[list[ChunkChoice]] = [[] for _ in range(self.job.num_outputs)]
+        logprobs = [_Lists(self.lists) for _ in outputs]
         for event in events:
             for choice in self._take(event):
+                if self.job.closed:
+                    return b""
+                logprobs[choice.index].add(choice.logprobs)
+                choice.logprobs = None
                 outputs[choice.index].append(choice)
-        choices = []
-        for index, parts in enumerate(outputs):
-            joined, logprobs = self.joined(index, parts)
-            written = joined.model_dump_json()
-            choices.append(written if logprobs is None else _filled(written, '"logprobs":', "null", _lists(logprobs)))
-        return _filled(self.whole(self._usage()).model_dump_json(), '"choices":', "[]", f"[{','.join(choices)}]")
+        choices: list[bytes] = []
+        for index, (parts, lists) in enumerate(zip(outputs, logprobs, strict=True)):
+            without = self.joined(index, parts).model_dump_json().encode()
+            choices.append(b"," if index else b"")
+            choices.extend(_filled(without, b'"logprobs":', b"null", lists.parts()))
+        whole = self.whole(self._usage()).model_dump_json().encode()
+        return b"".join(_filled(whole, b'"choices":', b"[]", [b"[", *choices, b"]"]))
 
     def _take(self, event: Event) -> Iterator[ChunkChoice]:
         index = event.prompt * self.job.params.n + event.output
@@ -124,20 +130,27 @@ class Answer(ABC, Generic[ChunkChoice]):
         )
 
 
-def _lists(lists: dict[str, list[Any]]) -> str:
-    """A JSON object of lists, written in many short calls."""
-    return "{" + ",".join(f'"{name}":[{",".join(_slices(values))}]' for name, values in lists.items()) + "}"
+class _Lists:
+    """A JSON object of lists, whose items are written when they are added: as JSON they take the least memory."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._lists: dict[str, list[bytes]] = {name: [] for name in names}
+
+    def add(self, lists: BaseModel | None) -> None:
+        for name, values in lists or ():
+            self._lists[name].append(to_json(values)[1:-1])
+
+    def parts(self) -> list[bytes]:
+        if not self._lists:
+            return [b"null"]
+        lists = [f'"{name}":['.encode() + b",".join(filter(None, parts)) + b"]" for name, parts in self._lists.items()]
+        return [b"{", b",".join(lists), b"}"]
 
 
-def _slices(values: list[Any]) -> Iterator[str]:
-    for begin in range(0, len(values), PIECE):
-        yield to_json(values[begin : begin + PIECE])[1:-1].decode()
-
-
-def _filled(json: str, key: str, empty: str, value: str) -> str:
+def _filled(json: bytes, key: bytes, empty: bytes, value: list[bytes]) -> list[bytes]:
     """JSON with the value of a key put in. The key with its quotes cannot be in a string, where quotes are escaped."""
     before, after = json.split(key + empty, 1)
-    return before + key + value + after
+    return [before, key, *value, after]
 
 
 class EventStream(StreamingResponse):
@@ -165,21 +178,8 @@ async def _events(answer: Answer[Any]) -> AsyncIterator[str]:
         yield "data: [DONE]\n\n"
 
 
-async def _in_one_piece(answer: Answer[Any], request: Request) -> Response:
-    """Wait for the whole answer, or until the client goes away; the job is closed in either case."""
-    gone = asyncio.ensure_future(_disconnected(request))
-    found = asyncio.ensure_future(answer.response())
+async def _in_one_piece(answer: Answer[Any]) -> Response:
     try:
-        await asyncio.wait({gone, found}, return_when=asyncio.FIRST_COMPLETED)
-        if not found.done():
-            return Response(status_code=CLIENT_GONE)
-        return Response(found.result(), media_type="application/json")
+        return Response(await answer.response(), media_type="application/json")
     finally:
-        gone.cancel()
-        found.cancel()
         answer.job.close()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -4,7 +4,6 @@ A request for text goes one way: its route here, `Admission`, `EngineLoop.submit
 module, which get what they need from the application, because FastAPI keeps every route for as long as the process lives.
 """
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -28,7 +27,7 @@ from yoco_u.serving.completions import CompletionAnswer
 from yoco_u.serving.engine_loop import EngineLoop
 from yoco_u.serving.errors import RESPONSES, ApiError
 from yoco_u.serving.jobs import NotServing
-from yoco_u.serving.limits import BodyLimit, OneBodyAtATime
+from yoco_u.serving.limits import BodyLimit, BodyRoute, Parsing
 from yoco_u.serving.metrics import Metrics
 from yoco_u.serving.model_card import ModelCard
 from yoco_u.serving.requests import ChatRequest, CompletionRequest
@@ -70,7 +69,7 @@ async def _parts(request: Request) -> _Parts:
 
 Parts = Annotated[_Parts, Depends(_parts)]
 
-routes = APIRouter(route_class=OneBodyAtATime)
+routes = APIRouter(route_class=BodyRoute)
 
 
 def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None] = lambda: None) -> FastAPI:
@@ -108,7 +107,7 @@ def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None
     app = FastAPI(
         title="yoco-u", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=RESPONSES
     )  # without FastAPI's pages for documentation, which load scripts from other sites
-    app.state.loop, app.state.parsing = loop, asyncio.Lock()
+    app.state.loop, app.state.parsing = loop, Parsing()
     app.state.parts = _Parts(admission, loop, card, metrics, settings.model_name, TokenTexts(engine.tokenizer))
     app.include_router(routes)
     errors.install(app)
@@ -137,19 +136,17 @@ async def one_model(name: str, parts: Parts) -> Model:
 
 
 @routes.post("/v1/completions", response_model=CompletionResponse)
-async def completions(body: CompletionRequest, request: Request, parts: Parts) -> Response:
+async def completions(body: CompletionRequest, parts: Parts) -> Response:
     """Continue prompts; with `stream`, as server-sent events of the same shape."""
-    prompts, params = await parts.admission.completion(body)
-    job = await parts.loop.submit(prompts, params)
-    return await respond(CompletionAnswer(body, job, parts.model_name, parts.texts), request)
+    job = await parts.admission.completion(body)
+    return await respond(CompletionAnswer(body, job, parts.model_name, parts.texts))
 
 
 @routes.post("/v1/chat/completions", response_model=ChatResponse)
-async def chat_completions(body: ChatRequest, request: Request, parts: Parts) -> Response:
+async def chat_completions(body: ChatRequest, parts: Parts) -> Response:
     """Answer a chat; with `stream`, as server-sent events (`chat.completion.chunk`)."""
-    prompts, params = await parts.admission.chat(body)
-    job = await parts.loop.submit(prompts, params)
-    return await respond(ChatAnswer(body, job, parts.model_name, parts.texts), request)
+    job = await parts.admission.chat(body)
+    return await respond(ChatAnswer(body, job, parts.model_name, parts.texts))
 
 
 @routes.get("/health")

@@ -36,6 +36,7 @@ class ChatAnswer(Answer[ChatChunkChoice]):
     def __init__(self, body: ChatRequest, job: Job, model_name: str, texts: TokenTexts) -> None:
         super().__init__(body, job, model_name, "chatcmpl")
         self._texts, self._wants_logprobs = texts, bool(body.logprobs)
+        self.lists = ("content",) if self._wants_logprobs else ()
         tools = job.params.tools
         self._readers = (
             []
@@ -63,13 +64,11 @@ class ChatAnswer(Answer[ChatChunkChoice]):
     def whole(self, usage: Usage) -> ChatResponse:
         return ChatResponse(**self.head, choices=[], usage=usage)
 
-    def joined(self, index: int, parts: list[ChatChunkChoice]) -> tuple[ChatChoice, dict[str, list[Any]] | None]:
+    def joined(self, index: int, parts: list[ChatChunkChoice]) -> ChatChoice:
         content = "".join(str(part.delta.get("content", "")) for part in parts)
         calls = _joined([one for part in parts for one in part.delta.get("tool_calls", [])])
         message = ChatMessage(content=None if calls and not content else content, tool_calls=calls)
-        choice = ChatChoice(index=index, message=message, finish_reason=parts[-1].finish_reason or "stop")
-        logprobs = [one for part in parts if part.logprobs for one in part.logprobs.content]
-        return choice, {"content": logprobs} if self._wants_logprobs else None
+        return ChatChoice(index=index, message=message, finish_reason=parts[-1].finish_reason or "stop")
 
     def _logprobs(self, logprobs: list[TokenLogprobs]) -> ChatLogprobs:
         return ChatLogprobs(

@@ -1,15 +1,16 @@
 """`/v1/completions`: what clients get for it. Its route is in `app.py`, its request in `requests.py`."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from yoco_u.inference import SamplingParams, TokenLogprobs
 from yoco_u.inference.detokenizer import Detokenizer
-from yoco_u.serving.answers import PIECE, Answer
+from yoco_u.serving.answers import Answer
 from yoco_u.serving.jobs import Event, Job
 from yoco_u.serving.requests import CompletionRequest
 from yoco_u.serving.responses import CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
 from yoco_u.serving.token_texts import TokenTexts
+
+PIECE = 512  # tokens that are written in one call, in a few milliseconds
 
 
 class CompletionAnswer(Answer[CompletionChoice]):
@@ -18,9 +19,8 @@ class CompletionAnswer(Answer[CompletionChoice]):
     def __init__(self, body: CompletionRequest, job: Job, model_name: str, texts: TokenTexts) -> None:
         super().__init__(body, job, model_name, "cmpl")
         self._prompts, self._echo, self._tokenizer = body.prompts, bool(body.echo), texts.tokenizer
-        self._writers = (
-            [_LogprobWriter(texts, job.params) for _ in range(job.num_outputs)] if body.logprobs is not None else None
-        )
+        self.lists = tuple(CompletionLogprobs.model_fields) if body.logprobs is not None else ()
+        self._texts, self._writers = texts, dict[int, _LogprobWriter]()
 
     def choices(self, index: int, event: Event, first: bool) -> Iterator[CompletionChoice]:
         text, tokens = event.text, event.token_ids
@@ -30,10 +30,13 @@ class CompletionAnswer(Answer[CompletionChoice]):
             text = self._echoed(event.prompt, request.prompt_token_ids) + text
             tokens = request.prompt_token_ids + tokens
             logprobs = (request.prompt_logprobs or []) + logprobs
-        if self._writers is None or not tokens:
+        if not (self.lists and tokens):
             if text or event.finish_reason is not None:
                 yield CompletionChoice(index=index, text=text, finish_reason=event.finish_reason)
             return
+        if index not in self._writers:
+            before = [] if self._echo else self.job.requests[event.prompt].prompt_token_ids
+            self._writers[index] = _LogprobWriter(self._texts, self.job.params, before)
         for begin in range(0, len(tokens), PIECE):
             end = begin + PIECE
             yield CompletionChoice(
@@ -49,30 +52,29 @@ class CompletionAnswer(Answer[CompletionChoice]):
     def whole(self, usage: Usage) -> CompletionResponse:
         return self.chunk([], usage)
 
-    def joined(self, index: int, parts: list[CompletionChoice]) -> tuple[CompletionChoice, dict[str, list[Any]] | None]:
+    def joined(self, index: int, parts: list[CompletionChoice]) -> CompletionChoice:
         text = "".join(part.text for part in parts)
-        choice = CompletionChoice(index=index, text=text, finish_reason=parts[-1].finish_reason)
-        if self._writers is None:
-            return choice, None
-        found = [part.logprobs for part in parts if part.logprobs is not None]
-        return choice, {
-            name: [one for part in found for one in getattr(part, name)] for name in CompletionLogprobs.model_fields
-        }
+        return CompletionChoice(index=index, text=text, finish_reason=parts[-1].finish_reason)
 
     def _echoed(self, prompt: int, tokens: list[int]) -> str:
+        """A prompt as text: as it was given, or as its tokens are, where their places are told with their log probabilities."""
         given = self._prompts[prompt]
-        if isinstance(given, str):
+        if isinstance(given, str) and not self.lists:
             return given
         skip = self.job.params.skip_special_tokens
         return str(self._tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=skip))
 
 
 class _LogprobWriter:
-    """Log probabilities of one output in OpenAI's shape; it keeps count of where in the text each token begins."""
+    """Log probabilities of one output in OpenAI's shape; it keeps count of where in the text each token begins.
 
-    def __init__(self, texts: TokenTexts, params: SamplingParams) -> None:
-        self._texts = texts
-        self._detokenizer = Detokenizer(texts.tokenizer, SamplingParams(skip_special_tokens=params.skip_special_tokens))
+    Args:
+        before: the tokens in front of the first one that is written.
+    """
+
+    def __init__(self, texts: TokenTexts, params: SamplingParams, before: list[int]) -> None:
+        self._texts, shown = texts, SamplingParams(skip_special_tokens=params.skip_special_tokens)
+        self._detokenizer = Detokenizer(texts.tokenizer, shown, before)
         self._offset = 0
 
     def write(self, tokens: list[int], logprobs: list[TokenLogprobs | None]) -> CompletionLogprobs:

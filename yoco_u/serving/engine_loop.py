@@ -12,20 +12,25 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import cast
 
 from yoco_u.errors import UserError
-from yoco_u.inference import Engine, SamplingParams, Update
+from yoco_u.inference import Engine, Update
 from yoco_u.inference.outputs import NO_TOKEN
 from yoco_u.inference.turns import Crowded
-from yoco_u.serving.jobs import Busy, Event, FinishReason, Job, NotServing, RequestFailed
+from yoco_u.serving.jobs import Admitted, Busy, Event, FinishReason, Job, NotServing, RequestFailed, TimeExceeded
 
 log = logging.getLogger("yoco_u.serving")
 
 _MOST_FAILED_STEPS = 3  # after this many in a row the engine counts as broken
 _LOOK = 1.0  # seconds between two looks at the engine's thread
 _FAREWELL = 2.0  # seconds that the thread has to end
+MOST_LOGPROBS = 2**22  # that all answers together may have
+_NOT_TAKEN: dict[type[BaseException], str] = {
+    Crowded: "queue full", Busy: "queue full", NotServing: "not serving", TimeExceeded: "time limit",
+    asyncio.CancelledError: "client gone",
+}  # fmt: skip
 
 
 class Stuck(Exception):  # noqa: N818
@@ -77,7 +82,8 @@ class EngineLoop:
         self.failure: BaseException | None = None
         self.busy_since: float | None = None
         self._observer, self._died = observer or Observer(), died
-        self._outstanding = 0  # outputs that are running or waiting
+        self._outstanding = 0  # outputs that are running or waiting, or whose requests are still prepared
+        self._logprobs = 0  # that answers keep
         self._jobs: set[Job] = set()
         self._seconds = 1.0  # that a job takes, as a moving average
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends the thread
@@ -119,62 +125,83 @@ class EngineLoop:
         for job in list(self._jobs):
             job.close(NotServing("the server is shutting down"))
 
-    def check_room(self, num_prompts: int, num_outputs: int) -> None:
-        """Refuse a job of so many prompts, with so many outputs each, if it could not be taken now.
-
-        Raises:
-            UserError: if it is never possible.
-            Busy: if the queue is full.
-            NotServing: while shutting down, or after the engine has failed.
-        """
+    def _check_room(self, num_prompts: int, num_outputs: int) -> None:
         if refusal := self.refusal:
-            self._observer.rejected("not serving")
-            raise NotServing(refusal)
+            raise self._not_taken(NotServing(refusal))
         count = num_prompts * num_outputs
         if count > self.capacity:
             raise UserError(
                 f"{num_prompts} prompts with {num_outputs} outputs each are more than the {self.capacity} of a full queue"
             )
         if self._outstanding + count > self.capacity:
-            self._observer.rejected("queue full")
-            raise Busy(min(60, math.ceil(self._seconds)))
+            raise self._not_taken(self._busy())
 
-    async def submit(self, prompts: list[list[int]], params: SamplingParams) -> Job:
-        """Hand prompts to the engine.
+    def _busy(self) -> Busy:
+        return Busy(min(60, math.ceil(self._seconds)))
+
+    async def submit(self, num_prompts: int, num_outputs: int, admit: Callable[[], Awaitable[Admitted]]) -> Job:
+        """Take a job if there is room for it, prepare it, and hand it to the engine.
+
+        It has its place in the queue, and its time runs, from the beginning. Cancelling this call ends it.
+
+        Args:
+            num_outputs: of each prompt.
+            admit: finds out the prompts and sampling parameters, or raises an exception.
 
         Returns:
             The job, which the engine has accepted.
 
         Raises:
             UserError: if one of the requests is not possible; none runs then.
-            Busy: if the queue is full, or that of grammars to compile.
+            Busy: if the queue is full, or that of texts to tokenize or of grammars to compile.
+            TimeExceeded: if its time ends before.
             NotServing: while shutting down, or after the engine has failed.
+            Exception: whatever `admit` raised.
         """
-        self.check_room(len(prompts), params.n)
-        count = len(prompts) * params.n
-        job = Job(prompts, params, self.time_limit, self._abort)
-        self._outstanding += count
+        self._check_room(num_prompts, num_outputs)
+        job = Job(num_prompts * num_outputs, self.time_limit, self._closed)
+        self._outstanding += job.num_outputs
         self._jobs.add(job)
-        prepared = asyncio.wrap_future(self.engine.prepare(params))
         try:
-            await asyncio.wait({prepared, job.accepted}, return_when=asyncio.FIRST_COMPLETED)
-            if not job.accepted.done():  # it may end while its grammar waits to be compiled
-                prepared.result()
-                self._inbox.put(lambda: self._add(job))
+            job.prompts, job.params = await job.prepared(admit())
+            self._keep_logprobs(job)
+            await job.prepared(asyncio.wrap_future(self.engine.prepare(job.params)))
+            job.queued = True
+            self._inbox.put(lambda: self._add(job))
             await job.accepted
-        except Crowded as crowded:
+        except BaseException as error:
+            if not job.queued:
+                self._not_taken(error)
             job.close()
-            self._observer.rejected("queue full")
-            raise Busy(crowded.seconds, str(crowded)) from None
-        except BaseException:
-            job.close()
+            if isinstance(error, Crowded):
+                raise Busy(error.seconds, str(error)) from None
             raise
-        finally:
-            prepared.cancel()
         return job
 
-    def _abort(self, job: Job) -> None:
-        self._inbox.put(lambda: self._end(job))
+    def _not_taken(self, error: BaseException) -> BaseException:
+        if reason := _NOT_TAKEN.get(type(error)):
+            self._observer.rejected(reason)
+        return error
+
+    def _keep_logprobs(self, job: Job) -> None:
+        """Refuse a job whose log probabilities would take too much memory, by itself or beside those of others."""
+        if (count := job.num_logprobs) > MOST_LOGPROBS:
+            raise UserError(
+                f"{count} log probabilities may be asked for here, but at most {MOST_LOGPROBS} are served; ask for fewer "
+                "tokens, outputs, or likeliest tokens",
+                "logprobs",
+            )
+        if self._logprobs + count > MOST_LOGPROBS:
+            raise self._busy()
+        job.kept_logprobs = count
+        self._logprobs += count
+
+    def _closed(self, job: Job) -> None:
+        self._logprobs -= job.kept_logprobs
+        if job.queued:
+            self._inbox.put(lambda: self._end(job))
+        else:
+            self._ended(job)
 
     # The methods from here on run on the engine's thread.
 
@@ -310,7 +337,8 @@ class EngineLoop:
         job.end()
         self._jobs.discard(job)
         self._outstanding -= job.num_outputs
-        self._observer.ended(job)
+        if job.queued:
+            self._observer.ended(job)
 
 
 def _event(prompt: int, update: Update) -> Event:

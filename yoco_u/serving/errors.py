@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -21,6 +22,7 @@ log = logging.getLogger("yoco_u.serving")
 
 _INTERNAL = "internal error; the server's log says more"
 _NAMES = {"json_schema": "response_format"}  # of the engine's settings in requests, where they differ
+_INNER = re.compile(r"^(SamplingParams|request [\w.]+): ")  # what the engine calls what a client sent
 _LONGEST = 500  # characters of a message; messages quote what clients sent, which may be long
 
 
@@ -81,7 +83,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def _user(_: Request, error: UserError) -> Response:
-        return error_response(400, str(error), error.setting)
+        return error_response(400, _outer(str(error)), error.setting)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
@@ -114,6 +116,14 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _internal(_: Request, __: Exception) -> Response:
         return error_response(500, _INTERNAL)
+
+
+def _outer(message: str) -> str:
+    """A message of the engine in the words of requests; what it quotes stays as it is."""
+    own, *quoted = re.split(r"(['\"])", _INNER.sub("", message), maxsplit=1)
+    for inner, outer in _NAMES.items():
+        own = re.sub(rf"\b{inner}\b", outer, own)
+    return "".join([own, *quoted])
 
 
 def _invalid_request(cls: type[Config], error: RequestValidationError) -> Response:

@@ -104,8 +104,8 @@ def _biases(value: object) -> object:
         raise ValueError(f"{len(value)} tokens are too many; expected at most {_MOST_BIASES}")
     found: dict[int, float] = {}
     for key, bias in value.items():
-        if not (isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10):
-            raise ValueError(f"{brief(key)} is no token id; expected whole numbers as text")
+        if not (isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10 and key == str(int(key))):
+            raise ValueError(f"{brief(key)} is no token id; expected whole numbers as text, without leading zeros")
         if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
             raise ValueError(f"the bias of {key} is {brief(bias)}; expected a number from -100 to 100")
         found[int(key)] = float(bias)

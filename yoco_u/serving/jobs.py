@@ -2,17 +2,20 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from yoco_u.inference import RequestOutput, SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length"]
+T = TypeVar("T")
+Admitted = tuple[list[list[int]], SamplingParams]
+"""Token ids of each prompt of a job, and the sampling parameters of all."""
 
 
 class Busy(Exception):  # noqa: N818
-    """The queue is full, or that of grammars to compile.
+    """The queue is full, or that of grammars to compile or of texts to tokenize.
 
     Attributes:
         retry_after: seconds after which another try may succeed.
@@ -77,11 +80,19 @@ class Job:
 
     Iterating over a job yields the events of all its outputs as they come, and stops when all outputs have ended.
 
+    A job begins when its request has been read, before its prompts are tokenized. Whoever gets it from the engine loop closes
+    it when the answer is over.
+
     Args:
+        num_outputs: outputs of all prompts together.
         time_limit: seconds after which the job is closed.
-        abort: asks the engine loop to end a job.
+        on_close: tells the engine loop that the job has been closed.
 
     Attributes:
+        prompts, params: what the engine computes, known once the request is admitted.
+        kept_logprobs: log probabilities for which the engine loop has kept room.
+        queued: whether the engine's thread has been told of the job.
+        closed: whether nobody needs more of the answer.
         requests: the engine's request of each prompt. What it says of the prompt is final with the prompt's first event; what
             it says of the outputs is final when iteration stops.
         cached_tokens: for each prompt by its index, the tokens that its first output found in the prefix cache.
@@ -93,24 +104,43 @@ class Job:
         RequestFailed, TimeExceeded, NotServing: while iterating; all outputs have been ended then.
     """
 
-    def __init__(
-        self, prompts: list[list[int]], params: SamplingParams, time_limit: float, abort: Callable[["Job"], None]
-    ) -> None:
-        self.prompts, self.params = prompts, params
+    def __init__(self, num_outputs: int, time_limit: float, on_close: Callable[["Job"], None]) -> None:
+        self.num_outputs, self.kept_logprobs = num_outputs, 0
+        self.prompts: list[list[int]] = []
+        self.params = SamplingParams()
+        self.queued = self.closed = False
         self.requests: list[RequestOutput] = []
         self.cached_tokens: dict[int, int] = {}
         self.drafts: dict[tuple[int, int], tuple[int, int]] = {}
         self.begun = time.monotonic()
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done = False
-        self._abort, self._time_limit = abort, time_limit
+        self._on_close, self._time_limit = on_close, time_limit
         self._events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         self._timer = asyncio.get_running_loop().call_later(time_limit, self._expire)
 
     @property
-    def num_outputs(self) -> int:
-        """Outputs of all prompts together."""
-        return len(self.prompts) * self.params.n
+    def num_logprobs(self) -> int:
+        """Log probabilities that the answer has at most: of each token in it, and of the likeliest ones beside it."""
+        echoed, own = self.params.prompt_logprobs, self.params.logprobs
+        of_prompts = 0 if echoed is None else self.params.n * sum(map(len, self.prompts)) * (1 + echoed)
+        return of_prompts + (0 if own is None else self.num_outputs * self.params.max_tokens * (1 + own))
+
+    async def prepared(self, work: Awaitable[T]) -> T:
+        """Wait for what has to be done before the engine takes the job. It is given up if the job ends before.
+
+        Raises:
+            TimeExceeded, NotServing: if the job ends.
+        """
+        task = asyncio.ensure_future(work)
+        either: set[asyncio.Future[Any]] = {task, self.accepted}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if self.accepted.done():
+                self.accepted.result()
+            return task.result()
+        finally:
+            task.cancel()
 
     def __aiter__(self) -> "Job":
         return self
@@ -124,14 +154,17 @@ class Job:
         return event
 
     def close(self, reason: Exception | None = None) -> None:
-        """End the outputs that are unfinished; their memory is free after the step that runs now.
+        """End the outputs that are unfinished; their memory is free after the step that runs now. Closing twice does nothing.
 
         Args:
             reason: raised in whoever iterates over the job; None ends the iteration.
         """
+        if self.closed:
+            return
+        self.closed = True
         if not self.done:
-            self._abort(self)
             self.put(reason)
+        self._on_close(self)
 
     def put(self, event: Event | Exception | None) -> None:
         """For the engine loop: add the next event, the failure that ends the job, or None as its regular end."""

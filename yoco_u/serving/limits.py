@@ -1,4 +1,4 @@
-"""How large the body of a request may be, and how bodies are read without holding up other requests."""
+"""How large the body of a request may be, how bodies are read without holding up others, and that clients may leave."""
 
 import asyncio
 import gc
@@ -10,13 +10,14 @@ from typing import Any
 from fastapi.exceptions import HTTPException
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yoco_u.errors import first_line
 from yoco_u.serving.errors import error_response
 
+CLIENT_GONE = 499
 _LARGE = 2**15  # bytes of a body, which take a millisecond or two
 
 
@@ -55,26 +56,58 @@ class BodyLimit:
         return f"the body is larger than {self._max_bytes} bytes, the limit of this server"
 
 
-class OneBodyAtATime(APIRoute):
-    """A route whose bodies are parsed one after another, so that everybody else comes to work in between.
+class Parsing:
+    """Whose body is parsed now. Large bodies wait for large ones, and small ones for small ones."""
 
-    A large body takes 20 to 60 ms a MiB, during which no Python code can run; several that come at once would take the sum.
+    def __init__(self) -> None:
+        self._large, self._small = asyncio.Lock(), asyncio.Lock()
+
+    def turn(self, body: bytes) -> asyncio.Lock:
+        return self._large if len(body) > _LARGE else self._small
+
+
+class BodyRoute(APIRoute):
+    """A route whose bodies are parsed in turns, and which does nothing more for a client that has gone.
+
+    A large body takes 20 to 60 ms a MiB, during which no Python code can run; several that come at once would take the sum. So
+    they are parsed one after another, and everybody else comes to work in between.
+
+    uvicorn goes on with a request whose client has gone. Here, all that is done for it is cancelled: parsing, admission and
+    waiting for the answer; a stream looks after itself.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
 
-        async def handle_in_turn(request: Request) -> Response:
-            return await handle(_RequestInTurn(request.scope, request.receive))
+        async def handle_unless_gone(request: Request) -> Response:
+            request = _RequestInTurn(request.scope, request.receive)
+            try:
+                await request.body()
+            except ClientDisconnect:
+                return Response(status_code=CLIENT_GONE)
+            found, gone = asyncio.ensure_future(handle(request)), asyncio.ensure_future(_disconnected(request))
+            try:
+                await asyncio.wait({found, gone}, return_when=asyncio.FIRST_COMPLETED)
+                return found.result() if found.done() else Response(status_code=CLIENT_GONE)
+            finally:
+                gone.cancel()
+                found.cancel()
 
-        return handle_in_turn
+        return handle_unless_gone
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class _RequestInTurn(Request):
     async def json(self) -> Any:
         body = await self.body()
-        turn: asyncio.Lock = self.app.state.parsing
-        async with turn:
+        parsing: Parsing = self.app.state.parsing
+        async with parsing.turn(body):
             begun = time.perf_counter()
             found = _parsed(body)
             # The engine's thread, which gives way to this one at each operation, needs as much time as the body has taken.

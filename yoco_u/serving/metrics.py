@@ -20,10 +20,12 @@ class _Progress:
     """Progress of one job.
 
     Attributes:
-        last: time of the newest token, by (prompt, output).
+        begun: outputs that have had an event, by (prompt, output).
+        last: time of the newest token, likewise.
         ended: number of outputs that have ended regularly.
     """
 
+    begun: set[tuple[int, int]] = field(default_factory=set)
     last: dict[tuple[int, int], float] = field(default_factory=dict)
     ended: int = 0
 
@@ -47,7 +49,7 @@ class Metrics(Observer):
         self._cached_tokens = counter("cached_prompt_tokens", "Tokens of prompts that the prefix cache had.")
         self._new_tokens = counter("generated_tokens", "Tokens of outputs.")
         self._first = histogram("time_to_first_token", "From a job's arrival to each output's first token.")
-        self._next = histogram("inter_token", "Between two tokens of an output.")
+        self._next = histogram("inter_token", "Between two tokens of an output, on average where several came at once.")
         self._whole = histogram("job", "From a job's arrival to its end.")
         self._step = histogram("step", "One step of the engine.")
         self._registry.register(_EngineState(engine))
@@ -63,17 +65,21 @@ class Metrics(Observer):
     def event(self, job: Job, event: Event) -> None:
         progress = self._jobs.setdefault(job, _Progress())
         request, key, now = job.requests[event.prompt], (event.prompt, event.output), time.monotonic()
-        if key in progress.last:
-            self._next.observe(now - progress.last[key])
-        else:
-            self._first.observe(now - job.begun)
-            if event.output == 0:
-                prompt, cached = len(request.prompt_token_ids), event.cached_tokens
-                self._prompt_tokens.inc(prompt)
-                self._cached_tokens.inc(cached)
-        progress.last[key] = now
+        if key not in progress.begun and event.output == 0:
+            self._prompt_tokens.inc(len(request.prompt_token_ids))
+            self._cached_tokens.inc(event.cached_tokens)
+        progress.begun.add(key)
+        if new := len(event.token_ids):
+            if key in progress.last:
+                gaps = [(now - progress.last[key]) / new] * new
+            else:
+                self._first.observe(now - job.begun)
+                gaps = [0.0] * (new - 1)  # they came together with the first
+            for gap in gaps:
+                self._next.observe(gap)
+            progress.last[key] = now
         progress.ended += event.finish_reason is not None
-        self._new_tokens.inc(len(event.token_ids))
+        self._new_tokens.inc(new)
         if event.finish_reason is not None:
             self._outputs.labels(event.finish_reason).inc()
 
