@@ -293,6 +293,16 @@ def test_angular_distances(tmp_path: Path, layers: list[float], verdict: str) ->
     assert found.numbers["loop 2 minus loop 1"].mean == pytest.approx(sum(layers[3:6]) / 3 - sum(layers[:3]) / 3)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("distance", [0.0, 0.1, 0.3])
+def test_a_loop_of_equal_distances_has_no_pattern(tmp_path: Path, distance: float) -> None:
+    plain = results_of(grid({"yoco-u": preset("yoco_u", layers=6)}), tmp_path, finals({"yoco-u": 2.5}))
+    layers = [0.30, 0.20, 0.25, *3 * [distance], 0.01, 0.02, 0.01, 0.35, 0.20, 0.10]
+    found = outcome(with_measures(plain, {"yoco-u": {"angular": {"layers": layers}}}), "angular")
+    assert (found.verdict, found.numbers) == (OPEN, {})
+    assert found.text.startswith("The angular distances within a loop are all equal")
+
+
 @pytest.mark.parametrize(
     ("recalls", "verdict"),
     [
