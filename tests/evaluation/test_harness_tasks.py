@@ -61,13 +61,33 @@ def test_scores_are_those_of_the_path_through_transformers(folder: Path) -> None
 def test_scores_are_those_of_simple_evaluate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)  # which is slow
     settings: dict[str, Any] = {"num_fewshot": 1, "gen_kwargs": {"max_gen_toks": 20}, "bootstrap_iters": 1000}
-    settings["task_manager"] = TaskManager(include_defaults=False)
+    settings |= {"task_manager": TaskManager(include_defaults=False), "log_samples": True}
     tasks = load_tasks(["yoco_u_stdlib"])
     expected = simple_evaluate(ours(folder), tasks=list(tasks["tasks"].values()), limit=5, **settings)
-    found = run_tasks(ours(folder), load_tasks(["yoco_u_stdlib"]), HowToAsk(limit=5, fewshot=1, max_tokens=20))
-    assert expected is not None and figures(found) == figures(expected)
+    how = HowToAsk(limit=5, fewshot=1, max_tokens=20)
+    found = run_tasks(ours(folder), load_tasks(["yoco_u_stdlib"]), how, log_samples=True)
+    assert expected is not None and figures(found) == figures(expected) and questions(found) == questions(expected)
     for key in ("n-shot", "n-samples", "versions", "higher_is_better"):
         assert found[key] == expected[key]
+
+
+def questions(results: dict[str, Any]) -> dict[str, list[Any]]:
+    """What the model was asked, with all examples."""
+    return {name: [sample["arguments"] for sample in samples] for name, samples in results["samples"].items()}
+
+
+def test_every_loop_count_gets_the_same_questions(folder: Path, tmp_path: Path) -> None:
+    """Of a task that draws examples, and draws its questions anew whenever they are read."""
+    (tmp_path / "drawn.yaml").write_text(
+        f"include: {TASKS}/stdlib_choice.yaml\ntask: drawn\ntag: null\nprocess_docs: !function drawn.drawn\n"
+    )
+    (tmp_path / "drawn.py").write_text(
+        "import random, numpy\ndef drawn(docs):\n"
+        "    return docs.select([5 * i + random.randrange(3) + numpy.random.randint(3) for i in range(9)])\n"
+    )
+    tasks, lm = load_tasks(["drawn"], include_path=tmp_path), ours(folder, num_loops=1)
+    once, again = (questions(run_tasks(lm, tasks, HowToAsk(limit=3, fewshot=1), log_samples=True)) for _ in range(2))
+    assert once == again and len(once["drawn"]) == 3
 
 
 def test_questions_are_right() -> None:

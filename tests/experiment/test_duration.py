@@ -9,13 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up_grids import grid, preset
+from models import architecture, build
 
 from yoco_u.budget import forward_flops
 from yoco_u.cli import main
-from yoco_u.config import dump_yaml
+from yoco_u.config import dump_yaml, merged, parse
+from yoco_u.data import PackedDataset, prepare, train_tokenizer
+from yoco_u.data.index import check_vocabulary
 from yoco_u.experiment.duration import measured_rate, predict
 from yoco_u.experiment.grid import expand
+from yoco_u.loading import with_architectures
 from yoco_u.training.config import RunConfig
+from yoco_u.training.starting import check_tokenizers
 
 MODELS = {
     "yoco-u": preset("yoco_u", vocab_size=300),
@@ -46,6 +51,50 @@ def test_each_model_is_tried_once_on_this_machine() -> None:
     assert len(set(rates.values())) == len(tried) == 2
     assert all(0 < value < 1e15 for value in rates.values())
     assert [time.seconds for time in predict(runs, rate)] == [time.flops / rates[time.run.name] for time in predict(runs, rate)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two models, whose tokenizers have 290 tokens; the teacher's has a further one."""
+    found, tokenizer = {}, train_tokenizer(["the rain in Spain stays mainly in the plain " * 9], 290)
+    for name in ("start_from", "teacher"):
+        folder = tmp_path_factory.mktemp("saved") / name
+        build(architecture("yoco_u", vocab_size=300)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        tokenizer.add_tokens(["<further>"])
+        found[name] = str(folder)
+    return found
+
+
+@pytest.mark.parametrize("length", [32, 8192])
+@pytest.mark.parametrize("models", [(), ("start_from",), ("teacher",), ("start_from", "teacher")])
+def test_the_made_up_text_fits_every_grid(
+    length: int, models: tuple[str, ...], saved: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tokenized as the models that a run begins with or learns from need it, and fills a row of any length."""
+    settings: dict[str, Any] = {"training": {"sequence_length": length}}
+    if "start_from" in models:
+        settings["start_from"] = saved["start_from"]
+    if "teacher" in models:
+        settings["distillation"] = {"teacher": saved["teacher"]}
+    checked = []
+
+    def train(config: RunConfig, folder: Path, progress: bool) -> dict[str, Any]:
+        """What training checks before its first step."""
+        assert config.data is not None
+        index = prepare(config.data, config.dataset, progress=False)
+        check_vocabulary(index, config.architecture.vocab_size)
+        check_tokenizers(config, index)
+        checked.extend(PackedDataset(config.dataset, split, length).row(0) for split in ("train", "validation"))
+        return {"model_flops_per_second": 1e9}
+
+    monkeypatch.setattr("yoco_u.training.trainer.train", train)
+    monkeypatch.setattr("yoco_u.experiment.duration._WORDS", 100)
+    experiment = grid({"yoco-u": preset("yoco_u", vocab_size=300)}, seeds=[0])
+    config = expand(experiment, Path("x"))[0].config.model_dump() | {"initializer_range": None}
+    config = parse(RunConfig, merged(config, with_architectures(settings) | {"architecture": config["architecture"]}), "run")
+    assert measured_rate()(config) == 1e9
+    assert [len(row) for row in checked] == 2 * [length + 1]
 
 
 @pytest.fixture

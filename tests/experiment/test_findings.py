@@ -1,10 +1,14 @@
 """Every finding on made-up curves that confirm it, contradict it, or leave it open."""
 
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from made_up_grids import finals, grid, noise, preset, results_of
 
 from yoco_u.experiment.findings.claims import FINDINGS, judge
@@ -184,6 +188,40 @@ def test_early_lag(tmp_path: Path, lag: float, gain: float, verdict: str, plain:
         assert "95% of the early lag removed" in found.text.replace("94%", "95%").replace("96%", "95%")
 
 
+@given(kept=st.lists(st.sets(st.integers(0, 14)), min_size=3, max_size=3))
+def test_early_means_measured_early(kept: list[set[int]], without_training: Results) -> None:
+    """The losses are straight over log tokens, so that those after a quarter are known wherever evaluations lie around it."""
+    lost = {"yoco": 0.1, "plain": 0.5, "tamed": 0.2}
+    series = []
+    for one, places in zip(without_training.series, kept, strict=True):
+        curves = {
+            seed: tuple(
+                replace(curve[i], loss=2 + 0.001 * seed * (one.name == "yoco") - lost[one.name] * math.log2((i + 1) / 16))
+                for i in (*sorted(places), 15)
+            )
+            for seed, curve in one.curves.items()
+        }
+        series.append(replace(one, curves=curves))
+    found = outcome(replace(without_training, series=tuple(series)), "early-lag")
+    if all(min(places, default=15) <= 3 for places in kept):
+        assert found.numbers["plain minus YOCO"]["early"].mean == pytest.approx(2 * 0.4 - 0.001)
+        assert found.numbers["tamed"]["early, minus plain"].mean == pytest.approx(-2 * 0.3)
+        assert found.verdict == "confirmed" and "after 51.2K tokens" in found.text and "75% of the early lag" in found.text
+    else:
+        assert (found.verdict, found.numbers) == (OPEN, {})
+        assert re.search("(Yoco|Plain|Tamed) was first evaluated after [0-9]+% of its tokens, which is too late", found.text)
+
+
+@pytest.fixture(scope="module")
+def without_training(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    models = {
+        "yoco": preset("yoco"),
+        "plain": preset("yoco_u", role="plain_loop"),
+        "tamed": preset("yoco_u", role="tamed_loop"),
+    }
+    return results_of(grid(models), tmp_path_factory.mktemp("grid"), finals(dict.fromkeys(models, 2.0)))
+
+
 def test_a_yoco_u_with_gates_is_no_plain_loop(tmp_path: Path) -> None:
     models = {
         "yoco": preset("yoco"),
@@ -244,6 +282,16 @@ def test_angular_distances(tmp_path: Path, layers: list[float], verdict: str) ->
     found = outcome(with_measures(plain, {"yoco-u": {"angular": {"layers": layers}}}), "angular")
     assert found.verdict == verdict
     assert found.numbers["loop 2 minus loop 1"].mean == pytest.approx(sum(layers[3:6]) / 3 - sum(layers[:3]) / 3)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("distance", [0.0, 0.1, 0.3])
+def test_a_loop_of_equal_distances_has_no_pattern(tmp_path: Path, distance: float) -> None:
+    plain = results_of(grid({"yoco-u": preset("yoco_u", layers=6)}), tmp_path, finals({"yoco-u": 2.5}))
+    layers = [0.30, 0.20, 0.25, *3 * [distance], 0.01, 0.02, 0.01, 0.35, 0.20, 0.10]
+    found = outcome(with_measures(plain, {"yoco-u": {"angular": {"layers": layers}}}), "angular")
+    assert (found.verdict, found.numbers) == (OPEN, {})
+    assert found.text.startswith("The angular distances within a loop are all equal")
 
 
 @pytest.mark.parametrize(

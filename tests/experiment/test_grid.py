@@ -200,6 +200,8 @@ def test_choosing_runs() -> None:
     assert [run.seed for run in shards[1]] == [1, 4]
     assert choose(runs, run="a_seed-4") == choose(runs, run="4") == [runs[4]]
     assert choose(runs) == runs
+    numbers = list(runs_of({name: model("yoco", label=f"m{name}") for name in ("1", "3", "0")}).values())
+    assert [[one.name for one in choose(numbers, run=run)] for run in "0123"] == [["1"], ["3"], ["0"], ["3"]]
     for wrong in ("0/3", "4/3", "1/0", "x", "1/2/3", "-1/2"):
         with pytest.raises(UserError, match="expected SHARD/COUNT"):
             choose(runs, only=wrong)

@@ -51,6 +51,15 @@ def test_one_seed_has_no_interval_and_none_no_mean() -> None:
         interval([])
 
 
+@given(st.lists(st.floats(-5, 5), max_size=4), st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0, 4))
+def test_a_value_that_is_not_finite_decides_nothing(values: list[float], bad: float, place: int) -> None:
+    values.insert(place, bad)
+    with pytest.raises(NotDecidable, match="no finite value"):
+        interval(values)
+    with pytest.raises(NotDecidable, match="no finite value"):
+        difference(dict(enumerate(values)), dict.fromkeys(range(len(values)), 1.0))
+
+
 def test_differences_are_paired_by_seed() -> None:
     a, b = {0: 1.0, 1: 2.0, 2: 3.0}, {1: 2.5, 2: 3.4, 9: 100.0}
     found = difference(a, b)
@@ -135,6 +144,20 @@ def test_a_gap_that_closes_crosses_where_its_line_does() -> None:
     assert trend.crossing.mean == pytest.approx(16e6)
     assert trend.crossing.low is not None
     assert trend.crossing.low < 16e6 < (trend.crossing.high or 0)
+
+
+@given(gaps=st.lists(st.lists(st.floats(-0.5, 0.5), min_size=4, max_size=4), min_size=2, max_size=4), falls=st.floats(0, 1))
+def test_a_crossing_lies_beyond_the_last_point(gaps: list[list[float]], falls: float) -> None:
+    x = [1e6, 2e6, 4e6, 8e6]
+    crossing = gap_trend(x, [[3 * falls - falls * i + off for i, off in enumerate(gap)] for gap in gaps]).crossing
+    if crossing is not None:
+        assert crossing.low is not None and crossing.high is not None
+        assert x[-1] <= crossing.low <= crossing.mean <= crossing.high
+
+
+def test_an_interval_that_begins_before_the_last_point_is_cut_there() -> None:
+    crossing = gap_trend([1, 2, 4], [[-0.3, -0.2, -0.1], [-0.31, -0.2, -0.12]]).crossing
+    assert crossing is not None and crossing.low == 4 < crossing.mean
 
 
 @pytest.mark.parametrize("rates", [(0.1, 0.1), (-0.01, 0.02), (-0.1, -0.2), (-0.1,)])

@@ -101,6 +101,28 @@ def test_a_level_of_few_questions_does_not_count(tmp_path: Path) -> None:
     assert list(judged["p-hop-equal-parameters"].numbers["right_by_level"]) == ["1", "2", "4"]
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "levels"), [((1, 2), (1, 4), ["1"]), ((1, 2, 4), (1, 2), ["1", "2"]), ((1, 2), (3, 4), None)]
+)
+def test_only_levels_that_both_were_asked_are_compared(
+    tmp_path: Path, ours: tuple[int, ...], theirs: tuple[int, ...], levels: list[str] | None
+) -> None:
+    """One seed of YOCO was asked every level, which changes nothing."""
+    runs = asked(tmp_path, falling({}), {name: MODELS[name] for name in ("yoco-u", "yoco")})
+    for run in runs:
+        own = ours if run.model == "yoco-u" else (1, 2, 3, 4) if run.seed == 0 else theirs
+        found = scores(lambda level, run=run: (1.0 if run.model == "yoco-u" else 0.95) / level + noise(run) / 8, levels=own)
+        write_json(tmp_path / run.name / "measures.json", {"tasks": {"settings": {}, "result": found}})
+    outcome = next(one.outcome for one in judge(read_results(runs, tmp_path)) if one.finding.id == "p-hop-equal-parameters")
+    if levels is None:
+        assert (outcome.verdict, outcome.numbers) == (OPEN, {})
+        assert outcome.text.startswith("YOCO-U and YOCO were asked no level of p-hop in common")
+    else:
+        assert list(outcome.numbers["right_by_level"]) == levels
+        expected = sum(0.05 / int(level) for level in levels) / len(levels)
+        assert outcome.numbers["difference"].mean == pytest.approx(expected, abs=0.001)
+
+
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     found = outcomes(tmp_path, falling({"yoco-u": 0.8}), seeds=(0,))
     assert found["p-hop-equal-flops"].verdict == OPEN

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,24 @@ def test_the_headline_says_what_came_out(tmp_path: Path, looped: float, word: st
     assert comparison.headline.startswith("At equal steps")
     assert word in comparison.headline
     assert compare(runs[::-1]).gaps == comparison.gaps
+
+
+@pytest.mark.parametrize("texts", list(product([None, "a", "b"], repeat=3)))
+def test_only_losses_on_the_same_text_are_compared(tmp_path: Path, texts: tuple[str | None, ...]) -> None:
+    """A run whose folder does not say its text is compared with all; the newest start counts."""
+    runs = []
+    for place, (text, resumed) in enumerate(zip(texts, [False, True, False], strict=True)):
+        run = made_up(tmp_path / str(place), f"r{place}", 1, 20, 4 + place / 8)
+        own = {} if text is None else {"validation": text}
+        environment = {"torch": "2.x", "resumed": [{"step": 3} | own]} if resumed else own
+        (run.folder / "environment.json").write_text(json.dumps(environment))
+        runs.append(read_run(run.folder))
+    comparison = compare(runs)
+    pairs = [(a, b) for a, b in combinations(range(3), 2) if texts[a] == texts[b] or None in (texts[a], texts[b])]
+    assert {frozenset((gap.run, gap.other)) for gap in comparison.gaps} == {frozenset((f"r{a}", f"r{b}")) for a, b in pairs}
+    apart = {"a", "b"} <= set(texts)
+    assert ("evaluated on different tokens" in comparison.headline) == apart
+    assert "lowest loss" not in comparison.headline or not apart
 
 
 def test_gaps_at_equal_flops_and_none_between_unequal_runs(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """The metrics of a run: their values, and where they are written."""
 
+import hashlib
 import importlib.util
 import json
 import math
 import re
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +25,7 @@ from yoco_u.errors import UserError
 from yoco_u.training import evaluate, read_metrics, train, trainer
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.metrics import MetricsWriter
+from yoco_u.training.validation import text_digest
 
 SPEED = {"gradient_norm": 1.0, "learning_rate": 0.01, "tokens_per_second": 100.0, "mfu": 0.5, "seconds": 1.0}
 ALONE = Distributed(0, 1, 0, torch.device("cpu"))
@@ -34,6 +37,17 @@ def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {"initializer_range": 0.02}  # with small weights all logits are nearly equal at first
     train(run_config(dataset).model_copy(update=small), folder, progress=False)
     return folder
+
+
+def test_a_run_notes_what_it_is_evaluated_on(run: Path, dataset: Path) -> None:
+    """The tokens of the rows, however long these are; by one token more or less it is another text."""
+    length, asked = DatasetIndex.load(dataset).split("validation").tokens, run_config(dataset).training.evaluation_tokens
+    stream = PackedDataset(dataset, "validation", length - 1, shuffle=False).row(0).astype("<u4")
+    noted = json.loads((run / "environment.json").read_text())["validation"]
+    assert noted == hashlib.sha256(stream[:asked].tobytes()).hexdigest()
+    for row, most in product((8, 24), (1, 24, 25, 100, length, 10**9)):
+        found = text_digest(PackedDataset(dataset, "validation", row, shuffle=False), most)
+        assert found == hashlib.sha256(stream[: max(row, most)].tobytes()).hexdigest()
 
 
 def test_the_records_of_a_run(run: Path, dataset: Path) -> None:

@@ -5,7 +5,7 @@ import io
 import logging
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,11 @@ def run_tasks(lm: LM, tasks: dict[str, Any], how: HowToAsk, log_samples: bool = 
         if getattr(task, "UNSAFE_CODE", False) and not how.run_generated_code:
             raise UserError(f"{name} runs programs that the model writes; add --run-generated-code to agree to that")
         _ask(task, how)
-    for name, task in tasks["tasks"].items():
-        _check(lm, name, task, how)
-    with contextlib.redirect_stdout(sys.stderr):  # the harness prints progress to stdout, which is for results
+    with _draws(tasks["tasks"].values()):
+        for name, task in tasks["tasks"].items():
+            _check(lm, name, task, how)
+    # The harness prints progress to stdout, which is for results.
+    with _draws(tasks["tasks"].values()), contextlib.redirect_stdout(sys.stderr):
         results: dict[str, Any] = evaluate(
             lm,
             tasks,
@@ -138,9 +140,21 @@ def _ask(task: Any, how: HowToAsk) -> None:
     """Change a task's own settings to those of `how`."""
     own = task.get_config("num_fewshot")
     task.set_config("num_fewshot", own or 0 if how.fewshot is None or own == 0 else how.fewshot)
-    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     if how.max_tokens is not None and task.get_config("output_type") == "generate_until":
         task.set_config("generation_kwargs", {"max_gen_toks": how.max_tokens}, update=True)
+
+
+@contextlib.contextmanager
+def _draws(tasks: Iterable[Any]) -> Iterator[None]:
+    """Let tasks draw the same whenever this is entered: examples as in `lm_eval.simple_evaluate`, the rest as in any call."""
+    for task in tasks:
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    states = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _check(lm: LM, name: str, task: Any, how: HowToAsk) -> None:

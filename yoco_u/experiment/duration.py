@@ -11,6 +11,7 @@ from typing import Any
 from yoco_u.budget import forward_flops
 from yoco_u.data.config import MINIMUM_VOCABULARY, DataConfig
 from yoco_u.experiment.grid import GridRun
+from yoco_u.loading import tokenizer_folder
 from yoco_u.planning.hardware import find_hardware
 from yoco_u.training.config import RunConfig
 
@@ -21,7 +22,7 @@ Rate = Callable[[RunConfig], float]
 """Model FLOPs per second that the training of a run reaches."""
 
 _TRIED_STEPS = 5
-_WORDS = 20_000  # of the made-up text that is trained on when a rate is measured
+_WORDS = 20_000  # of the made-up text that is trained on when a rate is measured, beside one for each token of a row
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,16 @@ def _try(trial: RunConfig) -> float:
     from yoco_u.training.trainer import train
 
     torch.compiler.reset()  # each model compiles its own blocks; those of all together would exceed torch's limit
+    model = trial.start_from or (trial.distillation and trial.distillation.teacher)
+    tokens: Any = {"tokenizer": str(tokenizer_folder(model))} if model else {"vocab_size": MINIMUM_VOCABULARY}
+    words = _WORDS + trial.training.sequence_length
     with TemporaryDirectory() as name:
         folder, texts = Path(name), random.Random(0)
         for split in ("train", "validation"):
-            words = " ".join("".join(texts.choices("etaoin", k=texts.randint(1, 9))) for _ in range(_WORDS))
-            (folder / f"{split}.jsonl").write_text(json.dumps({"text": words}) + "\n", encoding="utf-8")
+            text = " ".join("".join(texts.choices("etaoin", k=texts.randint(1, 9))) for _ in range(words))
+            (folder / f"{split}.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
         data = DataConfig(
-            corpus=(str(folder / "train.jsonl"),),
-            validation_corpus=(str(folder / "validation.jsonl"),),
-            vocab_size=MINIMUM_VOCABULARY,
+            corpus=(str(folder / "train.jsonl"),), validation_corpus=(str(folder / "validation.jsonl"),), **tokens
         )
         config = trial.model_copy(update={"data": data, "dataset": str(folder / "data")})
         return float(train(config, folder / "run", progress=False)["model_flops_per_second"])

@@ -115,20 +115,20 @@ def _expand(experiment: Experiment, folder: Path, overrides: Sequence[str]) -> l
 
 
 def choose(runs: Sequence[GridRun], run: str | None = None, only: str | None = None) -> list[GridRun]:
-    """Choose runs by name or number, or an even share of them; without either, all.
+    """Choose one run by name or number, or an even share of them; without either, all.
 
     Args:
-        run: name of a run, or its number in the list, counted from 0.
+        run: name of a run, or its number in the list, counted from 0; what is both is taken as a number.
         only: `SHARD/COUNT`: every COUNT-th run from the SHARD-th on, SHARD = 1 .. COUNT.
 
     Raises:
         UserError: if there is no such run, or `only` does not have that form.
     """
     if run is not None:
-        found = [one for number, one in enumerate(runs) if run in (one.name, str(number))]
-        if not found:
+        known = {one.name: one for one in runs} | {str(number): one for number, one in enumerate(runs)}
+        if run not in known:
             raise UserError(f"--run {run}: no such run; give a number from 0 to {len(runs) - 1} or a name, see --list")
-        return found
+        return [known[run]]
     if only is not None:
         parts = re.fullmatch(r"(\d+)/(\d+)", only)
         shard, count = map(int, parts.groups()) if parts else (0, 0)

@@ -46,11 +46,13 @@ def interval(values: Sequence[float]) -> Interval:
     """The mean of independent values, one for each seed, with its interval.
 
     Raises:
-        NotDecidable: if there is no value.
+        NotDecidable: if there is no value, or one is not finite.
     """
     count = len(values)
     if count == 0:
         raise NotDecidable("no seed has a value")
+    if not all(map(math.isfinite, values)):
+        raise NotDecidable("what is compared has no finite value for a seed")
     mean = math.fsum(values) / count
     if count == 1:
         return Interval(mean, None, None, 1)
@@ -192,8 +194,8 @@ class Trend:
 
     Attributes:
         per_doubling: change of the gap when x doubles, in nats.
-        crossing: x beyond the last one at which the line reaches zero. None unless the gap of every seed comes nearer to zero,
-            and the interval of the change excludes zero.
+        crossing: x beyond the last one at which the line reaches zero, with the part of its interval that lies there. None
+            unless the gap of every seed comes nearer to zero, and the interval of the change excludes zero.
     """
 
     per_doubling: Interval
@@ -218,6 +220,5 @@ def gap_trend(x: Sequence[float], gaps: Sequence[Sequence[float]]) -> Trend:
     closing = all(end * line[0] < 0 for end, line in zip(ends, lines, strict=True))
     if not closing or slope.low is None or slope.high is None or slope.low <= 0 <= slope.high:
         return Trend(slope, None)
-    furthest = logs[-1] + _DOUBLINGS
-    crossing = interval([float(-line[1] / line[0]) for line in lines])
-    return Trend(slope, crossing.map(lambda log: float(2 ** min(log, furthest))))
+    doublings = interval([float(-line[1] / line[0] - logs[-1]) for line in lines])
+    return Trend(slope, doublings.map(lambda beyond: float(x[-1] * 2 ** np.clip(beyond, 0, _DOUBLINGS))))

@@ -1,15 +1,18 @@
 """The results of a grid: the validation curve of every run, and series of runs that differ in nothing but their seeds."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from yoco_u.budget import parameters
 from yoco_u.errors import UserError
 from yoco_u.experiment.config import Role
 from yoco_u.experiment.grid import GridRun
-from yoco_u.experiment.intervals import Interval, interval
+from yoco_u.experiment.intervals import Interval, NotDecidable, interval
 from yoco_u.experiment.measure import read_measures
 from yoco_u.experiment.run import has_diverged, is_finished
 from yoco_u.report.comparison import equal_cost
@@ -137,9 +140,22 @@ class Series:
         }
         return {seed: by_level for seed, by_level in found.items() if by_level}
 
-    def at(self, tokens: float) -> dict[int, float]:
-        """The loss of the evaluation that is nearest to this number of tokens, by seed."""
-        return {seed: min(curve, key=lambda point: abs(point.tokens - tokens)).loss for seed, curve in self.curves.items()}
+    def at(self, cost: Cost, xs: Sequence[float]) -> dict[int, list[float]]:
+        """The losses at `xs` tokens or FLOPs by seed, straight between evaluations over the logarithm; the last one holds on.
+
+        Raises:
+            NotDecidable: if a run was first evaluated later than at the first of `xs`.
+        """
+        first = max(getattr(curve[0], cost) for curve in self.curves.values())
+        if first > min(xs) and not equal_cost(first, min(xs)):
+            raise NotDecidable(
+                f"{self.label} was first evaluated after {first / getattr(self, cost):.0%} of its {cost}, which is too late; "
+                "lower training.evaluate_every"
+            )
+        return {
+            seed: np.interp(np.log(xs), [math.log(getattr(p, cost)) for p in curve], [p.loss for p in curve]).tolist()
+            for seed, curve in self.curves.items()
+        }
 
 
 @dataclass(frozen=True)

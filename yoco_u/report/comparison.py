@@ -1,6 +1,7 @@
 """Compares runs: the numbers of each, the loss gaps between runs that spent equally much, and a sentence on what came out."""
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -33,6 +34,7 @@ class RunNumbers:
         tokens_per_second, mfu: medians over the steps; MFU is the share of the machine's measured matrix product rate.
         seconds: time of training so far.
         kv_bytes: bytes of the keys and values of a sequence of KV_CONTEXT tokens.
+        validation: what tells the tokens that the losses are of from others; None if unknown, as in runs of earlier versions.
     """
 
     name: str
@@ -54,6 +56,7 @@ class RunNumbers:
     mfu: float
     seconds: float
     kv_bytes: int
+    validation: str | None
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ def run_numbers(run: Run) -> RunNumbers:
         mfu=statistics.median(step["mfu"] for step in steps),
         seconds=steps[-1]["seconds"],
         kv_bytes=kv_bytes(a, KV_CONTEXT),
+        validation=run.validation,
     )
 
 
@@ -171,11 +175,11 @@ def equal_cost(value: float, other: float) -> bool:
 
 
 def find_gaps(runs: list[RunNumbers]) -> list[Gap]:
-    """The gaps of all pairs of runs whose losses were measured after equal tokens or equal FLOPs."""
+    """The gaps of all pairs of runs whose losses were measured on the same text, after equal tokens or equal FLOPs."""
     gaps = []
     for pair in combinations(runs, 2):
         other, run = sorted(pair, key=lambda r: r.flops_per_token)
-        if run.loss is None or other.loss is None:
+        if run.loss is None or other.loss is None or _texts([run, other]) > 1:
             continue
         equal = []
         if equal_cost(run.evaluated_tokens, other.evaluated_tokens):
@@ -197,6 +201,11 @@ def find_gaps(runs: list[RunNumbers]) -> list[Gap]:
     return gaps
 
 
+def _texts(runs: Iterable[RunNumbers]) -> int:
+    """How many texts runs were evaluated on, as far as it is known."""
+    return len({run.validation for run in runs} - {None})
+
+
 def headline(runs: list[RunNumbers], gaps: list[Gap]) -> str:
     """What came out, in sentences: a sentence for each gap, or the lowest loss where there is no gap."""
     unfinished = [run.name for run in runs if run.steps < run.planned_steps]
@@ -204,8 +213,15 @@ def headline(runs: list[RunNumbers], gaps: list[Gap]) -> str:
     scored = [run for run in runs if run.loss is not None]
     if not scored:
         return before + "No run has been evaluated yet."
+    if _texts(scored) > 1:
+        before += (
+            "The runs were evaluated on different tokens (another tokenizer, validation split or training.evaluation_tokens); "
+            "only losses on the same ones are compared. "
+        )
     if gaps:
         return before + " ".join(_sentence(gap) for gap in gaps)
+    if _texts(scored) > 1:
+        return before.rstrip()
     best = min(scored, key=lambda run: run.loss or 0)
     loss = f"{best.loss:.4f} nats per token on the validation split after {short_count(best.evaluated_tokens)} tokens"
     if len(runs) == 1:

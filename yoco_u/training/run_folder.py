@@ -239,6 +239,12 @@ class Run:
     environment: dict[str, Any]
     samples: list[dict[str, Any]]
 
+    @property
+    def validation(self) -> str | None:
+        """What tells the text that the run is evaluated on from others; None if its newest start does not say it."""
+        newest: dict[str, Any] = [self.environment, *self.environment.get("resumed", [])][-1]
+        return newest.get("validation")
+
     def kind(self, kind: str) -> list[dict[str, Any]]:
         """The records of one kind: `train` or `evaluation`."""
         return [record for record in self.records if record["kind"] == kind]

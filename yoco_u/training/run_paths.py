@@ -42,9 +42,14 @@ class StartPaths(BaseModel):
 
 
 class Start(BaseModel, extra="allow"):
-    """What a run ran on, as `yoco_u.device.environment` tells it; starts of earlier versions have no paths."""
+    """What a run ran on, as `yoco_u.device.environment` tells it; starts of earlier versions have no paths.
+
+    Attributes:
+        validation: what tells the text that the run is evaluated on from others, see `yoco_u.training.validation.text_digest`.
+    """
 
     paths: StartPaths | None = None
+    validation: str | None = None
 
 
 class Environment(Start):

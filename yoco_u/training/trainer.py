@@ -38,7 +38,7 @@ from yoco_u.training.rounding import rounded_weights
 from yoco_u.training.run_folder import RunFolder
 from yoco_u.training.starting import check_start, check_tokenizers, first_model
 from yoco_u.training.step import StepResult, TrainingStep, scheduled
-from yoco_u.training.validation import evaluate
+from yoco_u.training.validation import evaluate, text_digest
 
 
 class TrainingDiverged(UserError):  # noqa: N818
@@ -166,7 +166,12 @@ class _Run:
             "world_size": self.distributed.world_size, "dtype": training.dtype, "gemm_flops_per_second": self.gemm_rate,
         } | self._teacher()  # fmt: skip
         dataset = self.config.dataset
-        self.distributed.on_main(lambda: self.folder.note_start(self.state.step, found, dataset, self.damaged.append))
+
+        def note() -> None:
+            text = {"validation": text_digest(self.validation, training.evaluation_tokens)}
+            self.folder.note_start(self.state.step, found | text, dataset, self.damaged.append)
+
+        self.distributed.on_main(note)
 
     @contextmanager
     def _writing_metrics(self) -> Iterator[None]:

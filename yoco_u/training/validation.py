@@ -1,11 +1,12 @@
 """The loss on held-out rows: the same rows at every evaluation of a run, whatever the number of processes."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from yoco_u.data import Batch, BatchLoader, PackedDataset
+from yoco_u.data import Batch, BatchLoader, PackedDataset, SplitDocuments
 from yoco_u.device import read_back
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.forward import batch_loss
@@ -69,6 +70,22 @@ def evaluate(
     tokens = round(distributed.sum(targets))
     loss = distributed.sum(read_back(total)) / tokens
     return Evaluation(tokens=tokens, **loss_figures(loss, dataset.bytes_per_target))
+
+
+def text_digest(dataset: PackedDataset, max_tokens: int) -> str:
+    """The SHA-256 of the tokens that evaluations score, but for where the last row ends.
+
+    Args:
+        dataset: the validation split.
+        max_tokens: as of `evaluate`.
+    """
+    digest, left = hashlib.sha256(), max(max_tokens, dataset.sequence_length)
+    for document in SplitDocuments(dataset.index.folder, "validation"):
+        digest.update(document[:left].astype("<u4").tobytes())
+        left -= len(document)
+        if left <= 0:
+            break
+    return digest.hexdigest()
 
 
 @torch.no_grad()

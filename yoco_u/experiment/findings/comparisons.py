@@ -1,6 +1,5 @@
 """Tests of the findings that compare YOCO-U with other architectures: at equal steps, FLOPs or loss, and by rank."""
 
-import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -116,16 +115,9 @@ def trend_of(pairs: Sequence[tuple[Series, Series]], x: Cost) -> Trend:
     series, other = pairs[-1]
     xs = [getattr(point, x) for point in next(iter(series.curves.values()))]
     xs = [value for value in xs if value >= TREND_FROM * xs[-1]]
-    seeds = series.curves.keys() & other.curves.keys()
-    gaps = [np.subtract(_losses(series, seed, x, xs), _losses(other, seed, x, xs)).tolist() for seed in sorted(seeds)]
+    losses, others = series.at(x, xs), other.at(x, xs)
+    gaps = [np.subtract(losses[seed], others[seed]).tolist() for seed in sorted(losses.keys() & others.keys())]
     return gap_trend(xs, gaps)
-
-
-def _losses(series: Series, seed: int, x: Cost, xs: Sequence[float]) -> list[float]:
-    """The losses of one run at `xs`, straight between its evaluations over log x."""
-    curve = series.curves[seed]
-    known = [math.log(getattr(point, x)) for point in curve]
-    return np.interp(np.log(xs), known, [point.loss for point in curve]).tolist()
 
 
 def tokens_to_equal_loss(results: Results) -> Outcome:

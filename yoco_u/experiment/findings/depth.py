@@ -62,17 +62,20 @@ def measured_tasks(results: Results) -> list[str]:
 
 
 def more_right(results: Results, task: str, equal: Equal) -> Outcome:
-    """The mean share of right answers over the levels of a task, YOCO-U's against YOCO's.
+    """The mean share of right answers over the levels of a task that both were asked in all seeds, YOCO-U's against YOCO's.
 
     Raises:
-        NotDecidable: if a model that this needs is not finished, or was not asked.
+        NotDecidable: if a model that this needs is not finished, or was not asked, or if there is no such level.
     """
     looped, plain = _pair(results, _COMPARISONS[equal])
     ours, theirs = (_counted(series, task) for series in (looped, plain))
     if not ours or not theirs:
         raise NotDecidable(f"{(plain if ours else looped).label} was not asked {task}")
-    found = difference(_means(ours), _means(theirs))
     levels = sorted(set.intersection(*(set(by_level) for by_level in [*ours.values(), *theirs.values()])))
+    if not levels:
+        raise NotDecidable(f"{looped.label} and {plain.label} were asked no level of {task} in common")
+    ours, theirs = ({seed: {n: of[n] for n in levels} for seed, of in right.items()} for right in (ours, theirs))
+    found = difference(_means(ours), _means(theirs))
     shares = {level: tuple(_at(right, level) for right in (ours, theirs)) for level in levels}
     by_level = ", ".join(f"{level}: {one:.0%} and {other:.0%}" for level, (one, other) in shares.items())
     text = (

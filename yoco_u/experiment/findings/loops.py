@@ -67,23 +67,30 @@ def early_lag(results: Results) -> Outcome:
     """The plain loop's lag behind YOCO early in training, and how much of it each remedy removes.
 
     Remedies are the tamed loops, and a YOCO-U of the same loop count beside a plain loop.
+
+    Raises:
+        NotDecidable: if a model that this needs is not finished, or was not evaluated early.
     """
     plain, yoco = _plain_loop_and_yoco(results)
     tamed = [*results.of_role("tamed_loop"), *results.of_role("yoco_u", plain.loops)]
     remedies = [series for series in tamed if equal_cost(series.tokens, plain.tokens) and series is not plain]
     if not remedies:
         raise NotDecidable("no loop with a remedy is finished at the tokens of the plain one")
-    early = EARLY * plain.tokens
-    lag, end = difference(plain.at(early), yoco.at(early)), difference(plain.final, yoco.final)
+    tokens = EARLY * plain.tokens
+
+    def early(series: Series) -> dict[int, float]:
+        return {seed: loss for seed, [loss] in series.at("tokens", [tokens]).items()}
+
+    lag, end = difference(early(plain), early(yoco)), difference(plain.final, yoco.final)
     text = [
-        f"The plain loop minus YOCO: {difference_text(lag)} after {short_count(early)} tokens, {difference_text(end)} after "
+        f"The plain loop minus YOCO: {difference_text(lag)} after {short_count(tokens)} tokens, {difference_text(end)} after "
         f"{short_count(plain.tokens)}."
     ]
     numbers: dict[str, Any] = {"plain minus YOCO": {"early": lag, "end": end}}
     helped = list[Verdict]()
     for series in sorted(remedies, key=lambda series: series.loss.mean):
-        gain, final = difference(series.at(early), plain.at(early)), difference(series.final, plain.final)
-        left, left_at_end = difference(series.at(early), yoco.at(early)), difference(series.final, yoco.final)
+        gain, final = difference(early(series), early(plain)), difference(series.final, plain.final)
+        left, left_at_end = difference(early(series), early(yoco)), difference(series.final, yoco.final)
         helped.append(of_sign(gain))
         numbers[series.label] = {
             "early, minus plain": gain,
