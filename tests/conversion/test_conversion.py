@@ -1,5 +1,6 @@
 """The blocks of a source in the stages of another architecture, and the keys and values of their cross-decoder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,19 @@ def test_modelling_files_of_a_converted_model(tmp_path: Path) -> None:
     model, _ = load_model(tmp_path / "hub", torch.device("cpu"))
     assert model.model.architecture.has_global_kv and len(list((tmp_path / "hub").glob("*.py"))) == len(modelling_files())
     assert load_file(tmp_path / "hub" / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+def test_settings_that_generate_refuses_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "source", "llama")
+    settings = {"temperature": 0.6, "do_sample": True, "chat_format": "chatml", "cache_implementation": "static"}
+    (tmp_path / "source" / "generation_config.json").write_text(json.dumps(settings))
+    command = ["convert", str(tmp_path / "source"), "--kv", "mean", "--out", str(tmp_path / "new")]
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert "no argument 'chat_format'" in said and "cache_implementation is 'static'" in said
+    model, _ = load_model(tmp_path / "new", torch.device("cpu"))
+    assert model.generation_config.temperature == 0.6
+    assert model.generate(ids(5), max_new_tokens=3, pad_token_id=0).shape == (1, 8)
 
 
 def test_a_loop_count_of_the_config_alone_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import string
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,6 +175,19 @@ def test_lines_that_are_no_problem_are_named(tmp_path: Path, line: str, said: st
 def letters(completion: str, answer: str) -> float:
     """How much of a completion is a small letter, of which an untrained model writes few."""
     return sum(one in string.ascii_lowercase for one in completion) / 8
+
+
+@needs_trl
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -1e39, None, "best"])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_reward_that_is_no_number_is_refused(model: Path, tmp_path: Path, reward: Any, held_out: bool) -> None:
+    """Where all others are numbers too, so that their mean would be one."""
+    problems, test = (write_problems(tmp_path / name, *PROBLEMS) for name in ("p.jsonl", "t.jsonl"))
+    given = iter([1.0, reward] if held_out else [1.0] * 9 + [reward])
+    settings = GRPOSettings(**SMALL.model_dump(exclude={"test_every"}) | {"steps": 1})
+    tests = [test] if held_out else []
+    with pytest.raises(UserError, match=r"the reward of .* is .* where .* is right; expected a number"):
+        reinforce(model, [problems], settings, tmp_path / "run", tests, reward=lambda text, answer: next(given, 1.0))
 
 
 SMALL = GRPOSettings(steps=8, problems=4, answers=8, micro_batch_rows=16, max_tokens=8, learning_rate=2e-2, test_every=4)

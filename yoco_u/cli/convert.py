@@ -149,8 +149,8 @@ def convert(
         "source": source, "model": str(out), "architecture": target.in_words, "kv": method if target.has_global_kv else None,
         "explained": converted.explained,
     }  # fmt: skip
-    if left_out is not None:
-        note(left_out)
+    for line in left_out:
+        note(line)
     if json:
         print_json(result)
         return

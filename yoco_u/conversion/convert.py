@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from yoco_u.architecture import Architecture
 from yoco_u.checksums import check_changes
@@ -25,6 +25,7 @@ from yoco_u.inference.exits import Exits, find_exits
 from yoco_u.loading import check_loops
 from yoco_u.model import YocoUConfig, YocoUForCausalLM, save_model
 from yoco_u.model.blocks import LoopedStack
+from yoco_u.model.keywords import not_followed
 from yoco_u.model.remote_code import AUTO_MAP
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
@@ -108,22 +109,31 @@ def check_target(folder: Path) -> None:
     check_changes(folder)
 
 
-def write(converted: Converted, source: Source, folder: Path, remote_code: bool = False) -> str | None:
+def write(converted: Converted, source: Source, folder: Path, remote_code: bool = False) -> list[str]:
     """Save a converted model with its source's tokenizer, chat template and generation config, in the source's dtype.
 
-    The source's `exits.json`, whose heads and threshold are fitted to its weights, comes along where these stay as they are.
+    The source's `exits.json`, whose heads and threshold are fitted to its weights, comes along where these stay as they are;
+    of the generation config, what our models follow.
 
     Args:
         remote_code: whether to write the modelling files too, see `yoco_u.model.remote_code`.
 
     Returns:
-        Why the source's `exits.json` does not come along; None if it does, or if there is none.
+        What does not come along and why, in lines.
 
     Raises:
         UserError: if something else is in the folder.
     """
     model, exits = converted.model, _exits(converted, source)
-    model.generation_config = source.generation or model.generation_config
+    left_out = [exits] if isinstance(exits, str) else []
+    if source.generation is not None:
+        model.generation_config = GenerationConfig.from_dict(source.generation.to_dict())
+        for name, problem in not_followed(model.generation_config).items():
+            left_out.append(f"left out of the generation config: {problem}")
+            if hasattr(plain := GenerationConfig(), name):
+                setattr(model.generation_config, name, getattr(plain, name))
+            else:
+                delattr(model.generation_config, name)
     if remote_code:
         model.config.auto_map = dict(AUTO_MAP)
     exact = {name: tensor for name, tensor in model.state_dict().items() if "choice_bias" in name}  # float32 in every model
@@ -134,7 +144,7 @@ def write(converted: Converted, source: Source, folder: Path, remote_code: bool 
     results = {EXITS: exits.model_dump(mode="json", exclude={"model"})} if isinstance(exits, Exits) else {}
     save_model(model, source.tokenizer, folder, results)
     mark(folder, _FOLDER)
-    return exits if isinstance(exits, str) else None
+    return left_out
 
 
 def _exits(converted: Converted, source: Source) -> Exits | str | None:

@@ -48,6 +48,25 @@ def refuse_impossible(given: Mapping[str, Any]) -> None:
             raise UserError(f"{name} is {given[name]!r}, but {reason}")
 
 
+def not_followed(generation_config: GenerationConfig) -> dict[str, str]:
+    """The settings that no config knows, or that ask for what our models do not do, each with what to say of it."""
+    known = sorted({*vars(GenerationConfig()), "num_loops"})
+    found = {
+        name: f"the generation config has no argument {name!r}; {did_you_mean(name, known)}"
+        for name in vars(generation_config)
+        if not name.startswith("_") and name not in known
+    }
+    if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
+        found["cache_implementation"] = (
+            f"cache_implementation is {kind!r}, but these models have a cache of their own; leave it out"
+        )
+    if generation_config.assistant_early_exit is not None:
+        found["assistant_early_exit"] = (
+            "assistant_early_exit cuts a model by its layers; let the first loop draft in yoco_u.LLM instead"
+        )
+    return found
+
+
 def follow(generation_config: GenerationConfig, call: dict[str, Any]) -> dict[str, Any]:
     """Take `num_loops` from a generation config, where the call does not say.
 
@@ -60,12 +79,8 @@ def follow(generation_config: GenerationConfig, call: dict[str, Any]) -> dict[st
     Raises:
         UserError: if the generation config has a setting that no config knows, or asks for what our models do not do.
     """
-    public = [name for name in vars(generation_config) if not name.startswith("_")]
-    refuse_unknown("the generation config", public, {*vars(GenerationConfig()), "num_loops"})
-    if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
-        raise UserError(f"cache_implementation is {kind!r}, but these models have a cache of their own; leave it out")
-    if generation_config.assistant_early_exit is not None:
-        raise UserError("assistant_early_exit cuts a model by its layers; let the first loop draft in yoco_u.LLM instead")
+    for problem in not_followed(generation_config).values():
+        raise UserError(problem)
     loops = call.get("num_loops", getattr(generation_config, "num_loops", None))
     if loops is not None and generation_config.guidance_scale not in (None, 1):
         raise UserError(

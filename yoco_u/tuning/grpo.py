@@ -1,12 +1,15 @@
 """Reinforcement learning with verifiable rewards: TRL's GRPO on our model, with answers that our engine samples."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
+from yoco_u.config import shown
 from yoco_u.device import environment, find_device
 from yoco_u.errors import UserError
 from yoco_u.files import check_claim, write_json
@@ -49,7 +52,7 @@ def reinforce(
     """
     trl, lora = runs.needed("trl"), runs.lora(settings)
     check_claim(folder, runs.FOLDER)
-    rewarded = reward or Matches(settings.pattern)
+    rewarded = _checked(reward or Matches(settings.pattern))
     rows, micro = settings.problems * settings.answers, settings.micro_batch_rows
     train, held_out = list(read_problems(files)), list(read_problems(test))
     if not test and settings.test_every != GRPOSettings.model_fields["test_every"].default:
@@ -104,6 +107,22 @@ def reinforce(
         }
         write_json(folder / "summary.json", summary)
         return summary
+
+
+def _checked(reward: Reward) -> Reward:
+    """A reward that refuses what is no finite number of float32, which a mean would hide."""
+
+    def checked(text: str, answer: str) -> float:
+        found: Any = reward(text, answer)
+        try:
+            number = float(found)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not abs(number) <= torch.finfo(torch.float32).max:
+            raise UserError(f"the reward of {shown(text)} is {shown(found)} where {shown(answer)} is right; expected a number")
+        return number
+
+    return checked
 
 
 _TEST = "held_out_reward"
