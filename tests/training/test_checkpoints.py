@@ -21,7 +21,7 @@ from training_runs import run_config
 
 from yoco_u.checksums import SUMS, write_checksums
 from yoco_u.errors import UserError
-from yoco_u.files import is_mark
+from yoco_u.folders import is_mark
 from yoco_u.training import RunConfig, train
 from yoco_u.training.checkpoint import Checkpoints, step_name
 from yoco_u.training.distributed import Distributed

@@ -19,7 +19,7 @@ from yoco_u.conversion.source import Source, in_dtype
 from yoco_u.conversion.target import spans
 from yoco_u.data import Corpus, DocumentEncoder
 from yoco_u.errors import UserError
-from yoco_u.files import check_part, mark, marked
+from yoco_u.folders import check_part, mark, marked
 from yoco_u.inference.exits import FILE as EXITS
 from yoco_u.inference.exits import Exits, find_exits
 from yoco_u.loading import check_loops

@@ -15,7 +15,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from yoco_u.architecture import Architecture
 from yoco_u.checksums import keep_changes, write_checksums
 from yoco_u.errors import UserError
-from yoco_u.files import read_json, replacing_folder, write_result
+from yoco_u.files import read_json, write_result
+from yoco_u.folders import replacing_folder
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.modeling import YocoUForCausalLM
 

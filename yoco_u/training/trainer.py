@@ -19,8 +19,8 @@ from rich.console import Console
 from yoco_u import budget
 from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
 from yoco_u.device import check_bfloat16, environment, fast_dtype, gemm_rate, multiplies_bfloat16, peak_memory_bytes
-from yoco_u.errors import UserError
-from yoco_u.files import naming, write_json
+from yoco_u.errors import UserError, naming
+from yoco_u.files import write_json
 from yoco_u.loading import tokenizer_folder, weights_digest
 from yoco_u.model.loss import EarlyExit
 from yoco_u.training.checkpoint import Checkpoints, TrainerState, step_name
