@@ -7,6 +7,7 @@ renames it when all are done. All ranks must see the same folder, so that a run 
 Training goes on while a checkpoint is written: `save` copies the state, and threads write the copy.
 """
 
+import os
 import re
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +34,7 @@ from yoco_u.checksums import added_or_changed, verify_checksums, write_checksums
 from yoco_u.config import Config, differences
 from yoco_u.errors import UserError, first_line, naming
 from yoco_u.files import DamagedFile, read_json, write_json
-from yoco_u.folders import PARTIAL, NewFolder, discard, free_name
+from yoco_u.folders import PARTIAL, NewFolder, discard, free_name, marked, numbered
 from yoco_u.training.checkpoint_reader import load_shards
 from yoco_u.training.distributed import Distributed
 
@@ -146,6 +147,15 @@ class Checkpoints:
         assert isinstance(written, Future)
         self._writing = self._finisher.submit(self._finish, written, target, state, keep)
         return target
+
+    def spare_name(self, name: str) -> str:
+        """`name` for `save`, with a number if what has that name is to stay: a user has added to it, or it is not ours."""
+
+        def find() -> str:
+            places = numbered(self.folder / name)
+            return next(it.name for it in places if not os.path.lexists(it) or (marked(it) and not added_or_changed(it)))
+
+        return self.distributed.on_main(find)
 
     @property
     def writing(self) -> bool:

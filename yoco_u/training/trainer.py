@@ -313,7 +313,7 @@ class _Run:
     def _stop_diverged(self, what: str) -> NoReturn:
         """Save the state before the update, under a name that no run resumes from, and raise."""
         self.optimizer.zero_grad(set_to_none=True)
-        self._begin_checkpoint(f"non-finite-{step_name(self.state.step)}")
+        self._begin_checkpoint(self.checkpoints.spare_name(f"non-finite-{step_name(self.state.step)}"))
         self.checkpoints.wait()
         raise TrainingDiverged(
             f"{what}; the weights and optimizer state before that are in {self.saved}. Look at gradient_norm in metrics.jsonl: "
