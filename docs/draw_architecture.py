@@ -21,7 +21,7 @@ PACKAGE = ROOT / "yoco_u"
 
 FLOORS = (
     ("errors", "version", "paper"),
-    ("locks", "files", "checksums", "formatting", "device", "free_cores", "config", "plotting", "confined"),
+    ("locks", "folders", "files", "checksums", "formatting", "device", "free_cores", "config", "plotting", "confined"),
     ("architecture", "budget"),
     ("data", "model"),
     ("loading", "training"),
@@ -35,8 +35,8 @@ FLOORS = (
 ROOMS = tuple(room for floor in FLOORS for room in floor)
 
 SAYS = {
-    "errors": "one-line errors", "version": "", "paper": "the paper's figures", "locks": "", "files": "whole or not at all",
-    "checksums": "damage is noticed",
+    "errors": "one-line errors", "version": "", "paper": "the paper's figures", "locks": "",
+    "folders": "whole or not at all", "files": "JSON", "checksums": "damage is noticed",
     "formatting": "numbers in words", "device": "what runs here", "free_cores": "beside others",
     "config": "YAML, overrides", "plotting": "one palette",
     "confined": "under limits",

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from yoco_u.cli import main as yoco_u
 from yoco_u.errors import in_one_line, script_parser
-from yoco_u.files import check_result, claim, write_result, write_text
+from yoco_u.files import check_result, write_result, write_text
+from yoco_u.folders import claim
 from yoco_u.plotting import colour, save_png
 
 BELOW = 100

@@ -21,7 +21,8 @@ from talk_card import style
 
 from yoco_u.cli.settings import load_run_config
 from yoco_u.errors import UserError, in_one_line, script_parser
-from yoco_u.files import check_claim, check_result, claim, write_result, write_text
+from yoco_u.files import check_result, write_result, write_text
+from yoco_u.folders import check_claim, claim
 from yoco_u.plotting import colour, save_png
 from yoco_u.training import read_metrics
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from talk import convert, texts_of, train, write_config
 
 from yoco_u.errors import UserError, in_one_line, script_parser
-from yoco_u.files import check_claim, claim
+from yoco_u.folders import check_claim, claim
 
 FEWER = (5, 1)
 METHODS = ("fit", "best", "mean")

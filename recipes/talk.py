@@ -24,7 +24,8 @@ from yoco_u.cli.settings import load_run_config
 from yoco_u.data import Corpus, load_tokenizer
 from yoco_u.device import fast_dtype, find_device, gemm_rate
 from yoco_u.errors import UserError, in_one_line, script_parser
-from yoco_u.files import claim, read_json, replacing, write_json, write_text
+from yoco_u.files import read_json, replacing, write_json, write_text
+from yoco_u.folders import claim
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_text, chat_tokens
 from yoco_u.training.forward import DTYPES

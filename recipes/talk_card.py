@@ -24,7 +24,8 @@ from yoco_u.errors import UserError, in_one_line, script_parser
 from yoco_u.evaluation.held_out import score_held_out
 from yoco_u.evaluation.needle_grid import NeedleSettings, needle_grid
 from yoco_u.evaluation.needles import load_haystack
-from yoco_u.files import check_claim, check_result, claim, read_json, write_result, write_text
+from yoco_u.files import check_result, read_json, write_result, write_text
+from yoco_u.folders import check_claim, claim
 from yoco_u.formatting import duration, short_bytes, short_count
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_tokens

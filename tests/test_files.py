@@ -17,23 +17,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from yoco_u.errors import UserError, describe_system_error, system_error
-from yoco_u.files import (
-    beside,
-    check_claim,
-    check_part,
-    check_place,
-    check_result,
-    claim,
-    discard,
-    fresh_folder,
-    publish,
-    read_json,
-    replacing,
-    replacing_folder,
-    write_json,
-    write_result,
-    write_text,
-)
+from yoco_u.files import check_result, read_json, replacing, write_json, write_result, write_text
+from yoco_u.folders import NewFolder, beside, check_claim, check_part, check_place, claim, discard, mark, replacing_folder
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -73,8 +58,8 @@ USERS: dict[str, Callable[[Path], None]] = {
 
 
 def make_part(path: Path) -> None:
-    (fresh_folder(path) / "ours").write_text("1")
-    publish(path)
+    with replacing_folder(path) as folder:
+        (folder / "ours").write_text("1")
 
 
 def write_part(path: Path) -> None:
@@ -97,7 +82,7 @@ WAYS = {"part": write_part, "claimed": write_claimed, "named": write_named}
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["out", "out.partial", "out.old.partial"])
+@pytest.mark.parametrize("name", ["out", "out.partial", "out.old.partial", "out.yoco-u-former"])
 @pytest.mark.parametrize("user", USERS)
 def test_what_a_user_put_there_stays(tmp_path: Path, user: str, name: str, way: str) -> None:
     USERS[user](tmp_path / name)
@@ -189,7 +174,9 @@ def test_on_a_failing_disk_there_is_the_old_or_the_new_and_the_next_try_succeeds
 def test_an_interrupted_removal_is_known_as_ours(tmp_path: Path) -> None:
     """At whichever file it stops, the rest is removed the next time."""
     for k in range(1, 9):
-        folder = fresh_folder(tmp_path / f"{k}")
+        folder = tmp_path / f"{k}.partial"
+        folder.mkdir()
+        mark(folder)
         for name in "abcd":
             (folder / name).mkdir()
             (folder / name / "file").touch()
@@ -358,7 +345,7 @@ def test_folders_that_cannot_be_synced_are_written_to(tmp_path: Path, monkeypatc
 def test_places_without_a_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "there")
-    for way in (check_part, check_place, fresh_folder):
+    for way in (check_part, check_place, NewFolder):
         with pytest.raises(UserError, match="has no name of its own"):
             way(Path(name))
     assert contents(tmp_path) == {"there": "folder"}

@@ -14,6 +14,7 @@ from models import architecture, build
 from yoco_u.checksums import SUMS, added_or_changed, check_changes, verify_checksums, write_checksums
 from yoco_u.cli import main
 from yoco_u.errors import UserError
+from yoco_u.folders import NewFolder
 from yoco_u.loading import load_model
 from yoco_u.model import save_model
 
@@ -155,3 +156,22 @@ def test_a_dataset_and_a_checkpoint_are_no_place_for_a_model(tmp_path: Path, cap
     before = tree(tmp_path)
     assert main(["convert", str(tmp_path / "source"), "--kv", "mean", "--out", str(tmp_path / "part")]) == 2
     assert "holds something else" in capsys.readouterr().err and tree(tmp_path) == before
+
+
+def test_a_conversion_that_was_interrupted_once_it_was_there_may_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def publish(self: NewFolder) -> None:
+        published(self)
+        raise KeyboardInterrupt
+
+    save(tmp_path / "source", "llama")
+    command, published = (
+        ["convert", str(tmp_path / "source"), "--kv", "mean", "--out", str(tmp_path / "out")],
+        NewFolder.publish,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(NewFolder, "publish", publish)
+        assert main(command) == 130
+    assert (tmp_path / "out" / "config.json").exists()
+    assert main(command) == 0

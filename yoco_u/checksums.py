@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from yoco_u.errors import UserError
-from yoco_u.files import DamagedFile, is_mark, write_text
+from yoco_u.files import DamagedFile, write_text
+from yoco_u.folders import is_mark
 
 SUMS = "SHA256SUMS"
 

@@ -4,7 +4,9 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -70,6 +72,20 @@ def system_error(error: BaseException) -> OSError | None:
         wrapped = getattr(one, "failures", None)  # of torch's CheckpointException, by rank
         chain += [one.__cause__, *(failure for failure, _ in (wrapped or {}).values())]
     return None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn what libraries raise when the disk is full, or cannot be written to, into an OSError that names a file: `path`."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        found = system_error(error)
+        if found is None or (found is error and error.filename is not None):
+            raise
+        raise OSError(found.errno, found.strerror, found.filename or str(path)) from error
 
 
 def describe_system_error(error: OSError) -> str:

@@ -11,7 +11,8 @@ from rich.table import Table
 from gpu_phases import targets
 from gpu_phases.conductor import PHASES, Conductor
 from gpu_phases.record import Figure, Record
-from yoco_u.files import GENERATOR, check_result, claim, write_result, write_text
+from yoco_u.files import GENERATOR, check_result, write_result, write_text
+from yoco_u.folders import claim
 from yoco_u.formatting import context_label, number
 
 Figures = dict[str, Figure]

@@ -16,7 +16,7 @@ from yoco_u.analysis.study import COMPARED, MEASURES, Study, StudySettings, Subj
 from yoco_u.analysis.tables import tables
 from yoco_u.analysis.trace import unroll
 from yoco_u.errors import UserError
-from yoco_u.files import is_mark
+from yoco_u.folders import is_mark
 from yoco_u.inference.exits import Exits
 
 TOKENIZER = PreTrainedTokenizerFast(

@@ -21,7 +21,7 @@ from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.experiment import jobs
 from yoco_u.experiment.config import Measures
 from yoco_u.experiment.measure import measure, read_measures
-from yoco_u.files import claim
+from yoco_u.folders import claim
 from yoco_u.training import TrainingDiverged
 from yoco_u.training.run_folder import read_run
 

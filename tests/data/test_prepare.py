@@ -26,7 +26,7 @@ from yoco_u.data import (
     split_of,
 )
 from yoco_u.errors import UserError
-from yoco_u.files import fresh_folder
+from yoco_u.folders import beside, mark
 
 module = sys.modules["yoco_u.data.prepare"]
 
@@ -136,7 +136,9 @@ def test_a_failed_run_leaves_nothing(config, tmp_path, monkeypatch, place, error
 
 
 def test_what_a_killed_run_left_is_cleared_away(prepared, config, tmp_path):
-    partial = fresh_folder(tmp_path / "out")
+    partial = beside(tmp_path / "out")
+    partial.mkdir()
+    mark(partial)
     (partial / "train-00009.bin").write_bytes(b"half")
     prepare(config, tmp_path / "out", progress=False)
     assert not partial.exists()

@@ -9,11 +9,13 @@ import shutil
 import sys
 import types
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models import architecture
 from test_checksums import DAMAGES, damage
 from test_resume import assert_same_run, unfinished_copy
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -21,9 +23,9 @@ from training_runs import run_config
 
 from yoco_u.checksums import SUMS, write_checksums
 from yoco_u.errors import UserError
-from yoco_u.files import is_mark
+from yoco_u.folders import is_mark
 from yoco_u.training import RunConfig, train
-from yoco_u.training.checkpoint import Checkpoints, step_name
+from yoco_u.training.checkpoint import Checkpoints, TrainerState, read_state, step_name
 from yoco_u.training.distributed import Distributed
 
 ALONE = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -264,3 +266,25 @@ def test_no_file_beyond_the_checkpoint_is_read(finished: tuple[Path, RunConfig],
     write_checksums(checkpoint)
     with pytest.raises(UserError, match="points out of the checkpoint"):
         train(finished[1], folder, progress=False)
+
+
+def test_a_second_one_of_a_name_leaves_what_a_user_added_to_the_first(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    state = TrainerState(step=3, seed=0, world_size=1, architecture=architecture())
+    checkpoints = Checkpoints(tmp_path, ALONE)
+
+    def save() -> set[str]:
+        name = checkpoints.spare_name("non-finite-step-00000003")
+        checkpoints.save(name, model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), state, keep=1)
+        checkpoints.wait()
+        return {path.name.removeprefix("non-finite-step-00000003") for path in tmp_path.iterdir()}
+
+    with closing(checkpoints):
+        assert save() == save() == {""}
+        (tmp_path / "non-finite-step-00000003" / "notes.txt").write_text("years of work")
+        (tmp_path / "non-finite-step-00000003-2").mkdir()
+        (tmp_path / "non-finite-step-00000003-2" / "notes.txt").write_text("years of work")
+        assert save() == save() == {"", "-2", "-3"}
+    for name in ("", "-2"):
+        assert (tmp_path / f"non-finite-step-00000003{name}" / "notes.txt").read_text() == "years of work"
+    assert read_state(tmp_path / "non-finite-step-00000003-3") == state

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from training_runs import STEPS, deterministic, losses, run_config, train_on_ranks
 
-from yoco_u.files import mark
+from yoco_u.folders import mark
 from yoco_u.training import RunConfig, train
 
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16}

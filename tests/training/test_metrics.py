@@ -1,5 +1,6 @@
 """The metrics of a run: their values, and where they are written."""
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -7,6 +8,7 @@ import math
 import re
 import shutil
 import sys
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from failing_disk import failing_disk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import STEPS, run_config
 
@@ -242,3 +245,33 @@ def test_a_figure_under_another_name_is_damage(run: Path, tmp_path: Path, name: 
         read_metrics(tmp_path)
     MetricsWriter(tmp_path, STEPS).close()
     assert len(read_metrics(tmp_path)) < len(read_metrics(run)) and (tmp_path / "metrics.damaged.jsonl").exists()
+
+
+def test_mending_loses_nothing_on_a_full_disk(tmp_path: Path) -> None:
+    """Whichever write fails: lines that are whole are there, and lines that are not are in a file of their own."""
+    record = {"kind": "train", "step": 1, "tokens": 1, "flops": 1, "loss": 1.0, **SPEED}
+    whole = "".join(json.dumps(record | {"step": step}) + "\n" for step in range(1, 4))
+
+    def damaged(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.jsonl").write_text(f"{whole}{name}\n")
+        return folder
+
+    with failing_disk(tmp_path) as disk:
+        MetricsWriter(damaged("counted"), 3).close()
+    assert disk.writes > 10
+    for at in range(1, disk.writes + 1):
+        folder = damaged(str(at))
+        with suppress(OSError), failing_disk(folder, at, errno.ENOSPC, lasting=True):
+            MetricsWriter(folder, 3).close()
+        assert (folder / "metrics.jsonl").read_text().startswith(whole)
+        MetricsWriter(folder, 3).close()
+        assert (folder / "metrics.jsonl").read_text() == whole
+        (copy,) = folder.glob("metrics.damaged*")
+        assert copy.name == "metrics.damaged.jsonl" and copy.read_text() == f"{whole}{at}\n"
+    again = folder / "metrics.jsonl"
+    again.write_text(f"{whole}again\n")
+    MetricsWriter(folder, 3).close()
+    assert (folder / "metrics.damaged-2.jsonl").read_text() == f"{whole}again\n"
+    assert copy.read_text() == f"{whole}{at}\n"

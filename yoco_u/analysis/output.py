@@ -7,7 +7,8 @@ from pathlib import Path
 from yoco_u.analysis.pictures import FILES, pictures, write_png
 from yoco_u.analysis.study import Study
 from yoco_u.analysis.tables import tables
-from yoco_u.files import check_claim, check_place, check_result, claim, is_result, write_result
+from yoco_u.files import check_result, is_result, write_result
+from yoco_u.folders import check_claim, check_place, claim
 from yoco_u.plotting import svg
 from yoco_u.report.page import render_page, write_page
 

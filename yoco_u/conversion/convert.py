@@ -19,7 +19,7 @@ from yoco_u.conversion.source import Source, in_dtype
 from yoco_u.conversion.target import spans
 from yoco_u.data import Corpus, DocumentEncoder
 from yoco_u.errors import UserError
-from yoco_u.files import check_part, mark, marked
+from yoco_u.folders import check_part, marked
 from yoco_u.inference.exits import FILE as EXITS
 from yoco_u.inference.exits import Exits, find_exits
 from yoco_u.loading import check_loops
@@ -142,8 +142,7 @@ def write(converted: Converted, source: Source, folder: Path, remote_code: bool 
             in_dtype(name, tensor, source.dtype)
     model.to(source.dtype).load_state_dict(exact, strict=False, assign=True)
     results = {EXITS: exits.model_dump(mode="json", exclude={"model"})} if isinstance(exits, Exits) else {}
-    save_model(model, source.tokenizer, folder, results)
-    mark(folder, _FOLDER)
+    save_model(model, source.tokenizer, folder, results, _FOLDER)
     return left_out
 
 
@@ -186,8 +185,7 @@ def write_back(source: Source, folder: Path) -> str:
     model.load_state_dict(given, strict=False, assign=True)
     model.tie_weights()
     model.generation_config = source.generation or model.generation_config
-    save_model(model, source.tokenizer, folder)
-    mark(folder, _FOLDER)
+    save_model(model, source.tokenizer, folder, kind=_FOLDER)
     return str(theirs.model_type)
 
 

@@ -36,7 +36,7 @@ from yoco_u.data.tokenizer import (
     vocabulary_size,
 )
 from yoco_u.errors import UserError
-from yoco_u.files import check_place, replacing_folder
+from yoco_u.folders import check_place, replacing_folder
 
 SAMPLE_CHARACTERS = 20_000_000
 """The most text that a tokenizer is trained on; more takes time and memory and hardly changes the tokenizer."""

@@ -40,17 +40,25 @@ def run_jobs(
         Whether all processes came to their end before the time was over.
 
     Raises:
-        UserError: if a process failed, with the last line that it printed.
+        UserError: if a process failed, with the last line that it printed, or if something else is in the place of a log.
+        KeyboardInterrupt: if this process is asked to stop, once all others have.
     """
     claim_experiment(folder)
     logs = [folder / f"job-{number}.log" for number in range(1, jobs + 1)]
+    for log in logs:
+        if os.path.lexists(log) and not log.is_file():
+            raise UserError(f"{log}: is no regular file; move it elsewhere")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    with _terminated_as_interrupted():
-        processes = [_start(arguments, jobs, log) for log in logs]
+    processes: list[subprocess.Popen[bytes]] = []
+    with _noting_signals() as noted:
         try:
-            in_time = _wait(processes, deadline, watch)
+            for log in logs:
+                processes.append(_start(arguments, jobs, log))
+            in_time = _wait(processes, deadline, watch, noted)
         finally:
             _stop(processes)
+    if noted:
+        raise KeyboardInterrupt
     asked_to_stop = set() if in_time else {_INTERRUPTED, -signal.SIGTERM, -signal.SIGKILL}
     for process, log in zip(processes, logs, strict=True):
         if process.returncode not in {0} | asked_to_stop:
@@ -73,10 +81,12 @@ def _start(arguments: Sequence[str], jobs: int, log: Path) -> subprocess.Popen[b
         )
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], deadline: float | None, watch: Callable[[], None]) -> bool:
-    """Whether all processes ended before the deadline."""
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], deadline: float | None, watch: Callable[[], None], noted: Sequence[int]
+) -> bool:
+    """Whether all processes ended before the deadline, and before a signal."""
     while any(process.poll() is None for process in processes):
-        if deadline is not None and time.monotonic() >= deadline:
+        if noted or (deadline is not None and time.monotonic() >= deadline):
             return False
         watch()
         time.sleep(_POLL_SECONDS)
@@ -99,14 +109,13 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Raise KeyboardInterrupt at SIGTERM as at SIGINT, so that no process is left behind."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+def _noting_signals() -> Iterator[list[int]]:
+    """Note SIGINT and SIGTERM in a list, instead of ending anything: an exception may come between a process and its name."""
+    noted = list[int]()
+    heeded = [one for one in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in heeded}
     try:
-        yield
+        yield noted
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -11,7 +11,8 @@ from yoco_u.config import dump_yaml
 from yoco_u.experiment.config import Experiment
 from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.measure import check_measures, measure, write_samples
-from yoco_u.files import Say, check_result, claim
+from yoco_u.files import Say, check_result
+from yoco_u.folders import claim
 from yoco_u.training import RunFolderTaken, TrainingDiverged, train
 from yoco_u.training.distributed import distributed_session
 from yoco_u.training.run_folder import RunFolder

@@ -15,7 +15,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from yoco_u.architecture import Architecture
 from yoco_u.checksums import keep_changes, write_checksums
 from yoco_u.errors import UserError
-from yoco_u.files import read_json, replacing_folder, write_result
+from yoco_u.files import read_json, write_result
+from yoco_u.folders import mark, replacing_folder
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.modeling import YocoUForCausalLM
 
@@ -25,6 +26,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     results: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    kind: str | None = None,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` read, with checksums. It appears whole or not at all.
 
@@ -33,6 +35,7 @@ def save_model(
 
     Args:
         results: JSON files beside the weights, by their names.
+        kind: a mark that the folder bears besides, see `yoco_u.folders`.
 
     Raises:
         UserError: if something that is not ours is there, or weights that were changed on purpose.
@@ -46,6 +49,8 @@ def save_model(
         weights_and_code = [file for kind in ("*.safetensors", "*.py") for file in beside.glob(kind)]
         write_checksums(beside, [*weights_and_code, beside / "config.json", beside / "tokenizer.json"])
         keep_changes(folder, beside)
+        if kind is not None:
+            mark(beside, kind)
 
 
 class _Index(BaseModel):

@@ -7,6 +7,7 @@ renames it when all are done. All ranks must see the same folder, so that a run 
 Training goes on while a checkpoint is written: `save` copies the state, and threads write the copy.
 """
 
+import os
 import re
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,8 +32,9 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from yoco_u.architecture import Architecture
 from yoco_u.checksums import added_or_changed, verify_checksums, write_checksums
 from yoco_u.config import Config, differences
-from yoco_u.errors import UserError, first_line
-from yoco_u.files import PARTIAL, DamagedFile, beside, discard, fresh_folder, naming, publish, read_json, write_json
+from yoco_u.errors import UserError, first_line, naming
+from yoco_u.files import DamagedFile, read_json, write_json
+from yoco_u.folders import PARTIAL, NewFolder, discard, free_name, marked, numbered
 from yoco_u.training.checkpoint_reader import load_shards
 from yoco_u.training.distributed import Distributed
 
@@ -86,6 +88,7 @@ class Checkpoints:
         self._stager = _new_stager()
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._new: NewFolder | None = None  # of rank 0, while it is filled
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The checkpoint of the most steps that is not damaged, None if there is none; and what is wrong with later ones.
@@ -128,18 +131,31 @@ class Checkpoints:
         if not _STAGERS_LAST:
             self._stager = _new_stager()
         target = self.folder / name
-        partial = self.distributed.on_main(lambda: fresh_folder(target))
-        torch.save(_rng_state(), partial / _rng_file(self.distributed.rank))
-        written = async_save(
-            _tensors(model, optimizer),
-            storage_writer=FileSystemWriter(partial),
-            async_stager=self._stager,
-            process_group=self._group,
-            no_dist=self.distributed.world_size == 1,
-        )
+        partial = self.distributed.on_main(lambda: self._open(target))
+        try:
+            torch.save(_rng_state(), partial / _rng_file(self.distributed.rank))
+            written = async_save(
+                _tensors(model, optimizer),
+                storage_writer=FileSystemWriter(partial),
+                async_stager=self._stager,
+                process_group=self._group,
+                no_dist=self.distributed.world_size == 1,
+            )
+        except BaseException:
+            self._close()
+            raise
         assert isinstance(written, Future)
         self._writing = self._finisher.submit(self._finish, written, target, state, keep)
         return target
+
+    def spare_name(self, name: str) -> str:
+        """`name` for `save`, with a number if what has that name is to stay: a user has added to it, or it is not ours."""
+
+        def find() -> str:
+            places = numbered(self.folder / name)
+            return next(it.name for it in places if not os.path.lexists(it) or (marked(it) and not added_or_changed(it)))
+
+        return self.distributed.on_main(find)
 
     @property
     def writing(self) -> bool:
@@ -204,16 +220,28 @@ class Checkpoints:
 
     def _finish(self, written: Future[Any], target: Path, state: TrainerState, keep: int) -> None:
         """On a thread: wait until all ranks have written their shards, then complete the checkpoint on rank 0."""
-        with naming(target):
-            written.result()
-            if not self.distributed.is_main:
-                return
-            write_json(beside(target) / TRAINER, state.model_dump(mode="json"))
-            write_checksums(beside(target))
-            publish(target)
+        try:
+            with naming(target):
+                written.result()
+                if self._new is None:
+                    return
+                write_json(self._new.folder / TRAINER, state.model_dump(mode="json"))
+                write_checksums(self._new.folder)
+                self._new.publish()
+        finally:
+            self._close()
         for old in self._all()[:-keep]:
             if not added_or_changed(old):
                 discard(old)
+
+    def _open(self, target: Path) -> Path:
+        self._new = NewFolder(target)
+        return self._new.folder
+
+    def _close(self) -> None:
+        new, self._new = self._new, None
+        if new is not None:
+            new.close()
 
     def _all(self) -> list[Path]:
         """The checkpoints that runs resume from, oldest first."""
@@ -233,8 +261,7 @@ def _reason(error: BaseException | None) -> str:
 
 
 def _set_aside(path: Path) -> None:
-    free = (path.with_name(f"{path.name}{DAMAGED}{number or ''}") for number in range(10**6))
-    path.rename(next(name for name in free if not name.exists()))
+    path.rename(free_name(path.with_name(path.name + DAMAGED)))
 
 
 def step_name(step: int) -> str:

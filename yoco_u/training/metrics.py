@@ -13,11 +13,13 @@ Records of kind `train` also have
 Records of kind `evaluation` also have `loss_at_T`, the loss at each loop count T that `evaluate_loops` names, if it is finite.
 """
 
+import filecmp
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Sequence
 from itertools import pairwise
@@ -28,7 +30,8 @@ from pydantic import BaseModel, FiniteFloat, PositiveInt, model_validator
 from torch.utils.tensorboard import SummaryWriter
 
 from yoco_u.errors import UserError
-from yoco_u.files import parse_json, write_text
+from yoco_u.files import parse_json, replacing, write_text
+from yoco_u.folders import beside, discard, numbered
 
 METRICS, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
 Record = dict[str, Any]
@@ -110,7 +113,7 @@ class MetricsWriter:
 
     Args:
         step: the step after which the run continues; records of later steps are cut from the file. If the file is damaged,
-            its whole records stay, and the file as it was becomes `metrics.damaged.jsonl`.
+            its whole records stay, and a copy of the file as it was is `metrics.damaged.jsonl`, or `-2` and so on behind that.
 
     Attributes:
         missing: the steps up to `step` that have no record, in words; None if all have one.
@@ -124,7 +127,7 @@ class MetricsWriter:
         path = folder / METRICS
         records, damage = _read(path)
         if damage:
-            path.replace(path.with_name(DAMAGED))
+            _keep_damaged(path)
         kept = [record for record in records if record["step"] <= step]
         self.missing = missing_steps(kept, step)
         write_text(path, "".join(map(_line, kept)))
@@ -152,6 +155,18 @@ class MetricsWriter:
         self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _keep_damaged(path: Path) -> None:
+    """Copy the file as it is, unless that was done before a process died that was to mend it."""
+    for place in numbered(path.with_name(DAMAGED)):
+        if not os.path.lexists(place):
+            with replacing(place) as copy:
+                shutil.copyfile(path, copy)
+            return
+        if place.is_file() and filecmp.cmp(path, place, shallow=False):
+            discard(beside(place))
+            return
 
 
 def _line(record: Record) -> str:

@@ -15,21 +15,8 @@ from yoco_u.config import dump_yaml, load_yaml, parse
 from yoco_u.data import DataConfig, DatasetIndex, load_tokenizer
 from yoco_u.data.places import changes
 from yoco_u.errors import UserError
-from yoco_u.files import (
-    Say,
-    beside,
-    check_claim,
-    check_part,
-    check_place,
-    claim,
-    discard,
-    is_mark,
-    mark,
-    marked,
-    read_json,
-    replacing_folder,
-    write_json,
-)
+from yoco_u.files import Say, read_json, write_json
+from yoco_u.folders import beside, check_claim, check_part, check_place, claim, discard, is_mark, mark, marked, replacing_folder
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.metrics import METRICS, read_metrics

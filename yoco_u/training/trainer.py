@@ -19,8 +19,8 @@ from rich.console import Console
 from yoco_u import budget
 from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
 from yoco_u.device import check_bfloat16, environment, fast_dtype, gemm_rate, multiplies_bfloat16, peak_memory_bytes
-from yoco_u.errors import UserError
-from yoco_u.files import naming, write_json
+from yoco_u.errors import UserError, naming
+from yoco_u.files import write_json
 from yoco_u.loading import tokenizer_folder, weights_digest
 from yoco_u.model.loss import EarlyExit
 from yoco_u.training.checkpoint import Checkpoints, TrainerState, step_name
@@ -313,7 +313,7 @@ class _Run:
     def _stop_diverged(self, what: str) -> NoReturn:
         """Save the state before the update, under a name that no run resumes from, and raise."""
         self.optimizer.zero_grad(set_to_none=True)
-        self._begin_checkpoint(f"non-finite-{step_name(self.state.step)}")
+        self._begin_checkpoint(self.checkpoints.spare_name(f"non-finite-{step_name(self.state.step)}"))
         self.checkpoints.wait()
         raise TrainingDiverged(
             f"{what}; the weights and optimizer state before that are in {self.saved}. Look at gradient_norm in metrics.jsonl: "

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from yoco_u.config import shown
 from yoco_u.device import environment, find_device
 from yoco_u.errors import UserError
-from yoco_u.files import check_claim, write_json
+from yoco_u.files import write_json
+from yoco_u.folders import check_claim
 from yoco_u.inference import SamplingParams
 from yoco_u.inference.chat_template import chat_tokens
 from yoco_u.tuning import runs

@@ -19,9 +19,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from yoco_u.checksums import check_changes, verify_checksums, write_checksums
 from yoco_u.data.places import absolute, same_place, seen_from
-from yoco_u.errors import UserError, first_line
+from yoco_u.errors import UserError, first_line, naming
 from yoco_u.evaluation.finite import non_finite_weight
-from yoco_u.files import DamagedFile, check_part, check_place, claim, naming, read_json, write_json
+from yoco_u.files import DamagedFile, read_json, write_json
+from yoco_u.folders import check_part, check_place, claim
 from yoco_u.loading import load_model, model_folder, weights_digest
 from yoco_u.model import YocoUForCausalLM, save_model
 from yoco_u.model.balancing import BalanceExperts

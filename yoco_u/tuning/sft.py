@@ -8,7 +8,8 @@ from datasets import Dataset
 
 from yoco_u.device import environment, find_device
 from yoco_u.errors import UserError
-from yoco_u.files import check_claim, write_json
+from yoco_u.files import write_json
+from yoco_u.folders import check_claim
 from yoco_u.model.loss import IGNORED
 from yoco_u.tuning import runs
 from yoco_u.tuning.chats import Example, examples, read_chats
