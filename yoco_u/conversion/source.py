@@ -18,7 +18,7 @@ from yoco_u.conversion.gguf_tokenizer import restored
 from yoco_u.data import begin_with, begin_with_end_of_text, load_tokenizer, vocabulary_size
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
-from yoco_u.loading import check_adapters, load_model, model_folder
+from yoco_u.loading import check_adapters, is_run, load_model, model_folder
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 from yoco_u.model.saving import check_depth, weight_files
 
@@ -80,6 +80,8 @@ def _is_ours(place: Path) -> bool:
     try:
         return read_json(model_folder(place) / "config.json", dict[str, Any]).get("model_type") == "yoco_u"
     except UserError:
+        if is_run(place):
+            raise
         return False
 
 
