@@ -335,3 +335,12 @@ def test_a_loop_count_of_the_config_alone_is_not_lost(tmp_path: Path, capsys: py
     for write_it in (write_back, write_gguf):
         with pytest.raises(UserError, match="num_loops of its config is 2, but its stages have 1"):
             write_it(whole, tmp_path / "back")
+
+
+@pytest.mark.parametrize("options", [[], ["--back"], ["--gguf"]])
+def test_an_unfinished_run_is_called_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: x\n")
+    assert main(["convert", str(tmp_path / "run"), *options, "--out", str(tmp_path / "new")]) == 2
+    assert "run: the run is not finished (model/ is missing); run `yoco-u train` again" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

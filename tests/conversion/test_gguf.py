@@ -126,9 +126,10 @@ def test_matrices_have_the_dtype_of_the_source(tmp_path: Path, dtype: torch.dtyp
     expected = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     assert {kind for name, kind in kinds.items() if "norm" not in name} == {expected}
     assert {kind for name, kind in kinds.items() if "norm" in name} == {"F32"}
-    again = read_source(str(tmp_path / "model.gguf")).model.state_dict()
+    again = read_source(str(tmp_path / "model.gguf"))
+    assert again.dtype == dtype
     stored = load_file(tmp_path / "source" / "model.safetensors")
-    assert torch.equal(again["model.embed_tokens.weight"], stored["model.embed_tokens.weight"].float())
+    assert torch.equal(again.model.state_dict()["model.embed_tokens.weight"], stored["model.embed_tokens.weight"].float())
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,12 @@ def tensor_names(a: Architecture) -> Iterator[tuple[str, str]]:
         yield "lm_head.weight", "lm_head.weight"
 
 
+def check_family(config: PreTrainedConfig, name: str) -> None:
+    """Raise a UserError, which begins with `name`, unless the config is of a family that can be read."""
+    if (kind := config.model_type) not in FAMILIES:
+        raise UserError(f"{name}: the model_type is {kind!r}: {did_you_mean(str(kind), FAMILIES)}")
+
+
 def architecture_of(config: PreTrainedConfig, name: str) -> Architecture:
     """The architecture of a checkpoint: one stage, full or, for a Mistral with a window, sliding.
 
@@ -48,9 +54,8 @@ def architecture_of(config: PreTrainedConfig, name: str) -> Architecture:
     Raises:
         UserError: if the family is unknown, or the config has what our blocks lack; it is named.
     """
+    check_family(config, name)
     kind = config.model_type
-    if kind not in FAMILIES:
-        raise UserError(f"{name}: the model_type is {kind!r}: {did_you_mean(str(kind), FAMILIES)}")
     for lacking in _lacking(config):
         raise UserError(f"{name}: the config has {lacking}, which this project's blocks lack")
     window = _window(config, name)

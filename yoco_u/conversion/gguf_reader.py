@@ -1,4 +1,4 @@
-"""What a GGUF file says and transformers does not read: how RoPE is scaled, the size of heads, how texts begin."""
+"""What a GGUF file says and transformers does not read: which tensors it has, how RoPE is scaled, how texts begin, and more."""
 
 import importlib.util
 import math
@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from yoco_u.architecture import RotaryScaling
+from yoco_u.architecture import Architecture, RotaryScaling
+from yoco_u.conversion.families import tensor_names
 from yoco_u.errors import UserError
 from yoco_u.model.rope import frequency_scale, rotary_frequencies
 
 FACTORS = "rope_freqs.weight"
 """The tensor of a GGUF file that holds `rope_factors`."""
+
+_INSTEAD = "convert the folder with safetensors instead"
 
 
 def check_gguf(path: Path) -> None:
@@ -28,24 +31,30 @@ class Unread(NamedTuple):
 
     Attributes:
         config: fields of a config: the scaling of RoPE, and the size of heads.
+        tokenizer: `tokenizer.ggml.model`.
         pre: `tokenizer.ggml.pre`.
         begins: whether texts begin with the bos token, which transformers reads from 5.23 on; None if the file does not say.
         tokens: how many tokens the vocabulary has.
-        tensors: how many tensors the file has.
+        templates: chat templates besides the default one, by their names.
+        tensors: names of the tensors in the file.
+        dtype: of all matrices; float32 if they are quantized, or not all of one dtype.
     """
 
     config: dict[str, Any]
+    tokenizer: str | None
     pre: str | None
     begins: bool | None
     tokens: int
-    tensors: int
+    templates: dict[str, str]
+    tensors: frozenset[str]
+    dtype: torch.dtype
 
 
 def unread_settings(path: Path) -> Unread:
     """Read what transformers leaves unread in a GGUF file.
 
     Raises:
-        UserError: if RoPE is scaled in a way that cannot be known from the file.
+        UserError: if RoPE is scaled in a way that cannot be known from the file, or that our blocks lack.
     """
     import gguf
 
@@ -55,27 +64,102 @@ def unread_settings(path: Path) -> Unread:
         return None if (field := reader.get_field(key)) is None else field.contents()
 
     family = value("general.architecture")
-    found: dict[str, Any] = {}
-    if (head_dim := value(f"{family}.attention.key_length")) is not None:
-        found["head_dim"] = head_dim
-    settings = {
-        name: value(f"{family}.rope.{key}")
-        for name, key in {
-            "rope_theta": "freq_base", "rope_type": "scaling.type", "factor": "scaling.factor",
-            "original_max_position_embeddings": "scaling.original_context_length",
-        }.items()
-    }  # fmt: skip
-    rope = {name: one for name, one in settings.items() if one is not None}
-    factors = next((tensor.data for tensor in reader.tensors if tensor.name == FACTORS), None)
+    head_dim = value(f"{family}.attention.key_length")
+    head_dim = head_dim or value(f"{family}.embedding_length") // value(f"{family}.attention.head_count")
+    prefix = f"{family}.rope."
+    settings = {key.removeprefix(prefix): value(key) for key in reader.fields if key.startswith(prefix)}
+    factors = next((torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name == FACTORS), None)
+    rope = _rope(settings, head_dim, value(f"{family}.context_length"), factors, f"{path}: {prefix}")
+    tokens = reader.get_field(gguf.Keys.Tokenizer.LIST)
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
+    return Unread(
+        config={"head_dim": head_dim} | ({"rope_parameters": rope} if rope else {}),
+        tokenizer=value(gguf.Keys.Tokenizer.MODEL),
+        pre=value(gguf.Keys.Tokenizer.PRE),
+        begins=value(gguf.Keys.Tokenizer.ADD_BOS),
+        tokens=0 if tokens is None else len(tokens.data),
+        templates={
+            name: value(gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name))
+            for name in value(gguf.Keys.Tokenizer.CHAT_TEMPLATES) or ()
+        },
+        tensors=frozenset(tensor.name for tensor in reader.tensors),
+        dtype={("F16",): torch.float16, ("BF16",): torch.bfloat16}.get(tuple(kinds), torch.float32),
+    )
+
+
+def gguf_names(a: Architecture, family: str) -> dict[str, str]:
+    """The name in a GGUF file of each of a family's tensors, by the name in its checkpoints (see `tensor_names`).
+
+    Args:
+        family: its `model_type`; llama.cpp has a Mistral as a Llama.
+    """
+    import gguf
+
+    kind = gguf.MODEL_ARCH["LLAMA" if family == "mistral" else family.upper()]
+    names = gguf.get_tensor_name_map(kind, a.stages[0].layers)
+    return {theirs: names.get_name(theirs, try_suffixes=(".weight", ".bias")) for theirs, _ in tensor_names(a)}
+
+
+def check_tensors(a: Architecture, family: str, found: frozenset[str], path: Path) -> None:
+    """Refuse a file that lacks a tensor, in whose place transformers puts random numbers, or has one that would be lost.
+
+    Raises:
+        UserError: if there is one; it names the tensor.
+    """
+    expected = set(gguf_names(a, family).values())
+    for name in sorted(expected - found):
+        raise UserError(f"{path}: the tensor {name} is missing; the file is incomplete, a part of a model or of another family")
+    if lost := sorted(found - expected - {FACTORS}):
+        raise UserError(f"{path}: the tensor {lost[0]} is none of its family; {len(lost)} tensors would be lost")
+
+
+_KNOWN = frozenset({
+    "freq_base", "scale_linear",
+    *(f"scaling.{name}" for name in ("type", "factor", "original_context_length", "attn_factor", "finetuned")),
+    "scaling.yarn_beta_fast", "scaling.yarn_beta_slow",
+})  # fmt: skip
+"""Settings of RoPE that are read, or say nothing about what is computed."""
+
+
+def _rope(settings: dict[str, Any], head_dim: int, context: int, factors: Tensor | None, place: str) -> dict[str, Any]:
+    """The `rope_parameters` of a config, if RoPE is scaled.
+
+    llama.cpp itself reads no `yarn_` setting of these families; its converter writes them as the model's makers gave them.
+    `yarn_attn_factor` is an exception, since it writes two settings under this name: what attention is scaled by, and what
+    comes on top of YaRN's own scale.
+
+    Args:
+        settings: of the file, by their names after `rope.`.
+        context: tokens that the model was made for.
+        factors: `rope_factors`, if the file has them.
+        place: what errors begin with.
+    """
+    factor = settings.get("scaling.factor", settings.get("scale_linear")) or 1.0
+    kind = settings.get("scaling.type") or ("none" if factor == 1 else "linear")
+    only: dict[str, float] = {"dimension_count": head_dim, "scaling.yarn_ext_factor": 1.0}
+    if kind == "yarn":
+        only["scaling.yarn_attn_factor"] = yarn_attention(factor)
+    else:
+        only["scaling.attn_factor"] = 1.0
     if factors is not None:
-        rope |= _llama3_of(torch.tensor(factors), rope, path)
-    elif rope.get("rope_type") == "yarn":
-        rope["attention_factor"] = yarn_attention(rope["factor"]) * (value(f"{family}.rope.scaling.attn_factor") or 1.0)
-    if rope.get("rope_type") not in (None, "none"):
-        found["rope_parameters"] = rope
-    tokens = reader.get_field("tokenizer.ggml.tokens")
-    count = 0 if tokens is None else len(tokens.data)
-    return Unread(found, value("tokenizer.ggml.pre"), value("tokenizer.ggml.add_bos_token"), count, len(reader.tensors))
+        only["scaling.factor"] = only["scale_linear"] = 1.0
+    for name, found in settings.items():
+        if name in only and not math.isclose(found, only[name], rel_tol=1e-6):
+            raise UserError(f"{place}{name} is {found:g}, but only {only[name]:g} can be read; {_INSTEAD}")
+        if name not in only and name not in _KNOWN:
+            raise UserError(f"{place}{name} is {found}, a setting that is not known; {_INSTEAD}")
+    rope = {"rope_theta": settings["freq_base"]} if "freq_base" in settings else {}
+    original = settings.get("scaling.original_context_length")
+    if factors is not None:
+        return rope | _llama3_of(factors, head_dim, rope.get("rope_theta", 10000.0), original or 8192, place)
+    if kind == "none":
+        return {}
+    rope |= {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        turns = {f"beta_{name}": settings.get(f"scaling.yarn_beta_{name}") for name in ("fast", "slow")}
+        attention = yarn_attention(factor) * settings.get("scaling.attn_factor", 1.0)
+        rope |= {"original_max_position_embeddings": original or context, "attention_factor": attention} | turns
+    return rope
 
 
 def rope_factors(head_dim: int, theta: float, scaling: RotaryScaling) -> Tensor:
@@ -88,15 +172,12 @@ def yarn_attention(factor: float) -> float:
     return 0.1 * math.log(factor) + 1
 
 
-def _llama3_of(factors: Tensor, rope: dict[str, Any], path: Path) -> dict[str, Any]:
+def _llama3_of(factors: Tensor, head_dim: int, theta: float, original: int, place: str) -> dict[str, Any]:
     """The settings of Llama 3's scaling that give these factors, of which the file says no more."""
-    original = rope.get("original_max_position_embeddings", 8192)
     scaling = RotaryScaling(type="llama3", factor=float(factors.max()), original_length=original)
-    expected = rope_factors(2 * len(factors), rope.get("rope_theta", 10000.0), scaling)
-    if not torch.allclose(factors.float(), expected, rtol=1e-4):
-        raise UserError(
-            f"{path}: RoPE is scaled by factors that are not Llama 3's; convert the folder with safetensors instead"
-        )
+    expected = rope_factors(head_dim, theta, scaling)
+    if factors.shape != expected.shape or not torch.allclose(factors.float(), expected, rtol=1e-4):
+        raise UserError(f"{place}RoPE is scaled by factors that are not Llama 3's; {_INSTEAD}")
     return {
         "rope_type": "llama3", "factor": scaling.factor, "original_max_position_embeddings": original,
         "low_freq_factor": scaling.low_turns, "high_freq_factor": scaling.high_turns,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from yoco_u.conversion.gguf_reader import Unread
 from yoco_u.data import end_of_text_id
 from yoco_u.errors import UserError
 
@@ -43,14 +44,15 @@ _TEKKEN = (
 )
 
 _WORDS = {
-    "gpt-2": _Words(),
-    "smollm": _Words(digits=True),
-    "llama-bpe": _Words(_LLAMA3, whole=True),
-    "dbrx": _Words(_LLAMA3),
+    **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo"), _Words()),
+    **dict.fromkeys(("smollm", "starcoder", "refact"), _Words(digits=True)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"), _Words(_LLAMA3, whole=True)),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), _Words(_LLAMA3)),
     "qwen2": _Words(_QWEN2, nfc=True),
+    **dict.fromkeys(("deepseek-r1-qwen", "megrez"), _Words(_QWEN2)),
     "tekken": _Words(_TEKKEN, whole=True),
 }
-"""By llama.cpp's name."""
+"""By llama.cpp's names; of several that mean the same, the first is written."""
 
 
 def write_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerFast, vocab_size: int, name: str) -> None:
@@ -63,7 +65,7 @@ def write_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerFas
     Raises:
         UserError: if llama.cpp could not give the same tokens; it says why.
     """
-    from gguf import TokenType
+    from gguf import Keys, TokenType
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for problem in _problems(state):
@@ -93,24 +95,38 @@ def write_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerFas
         if isinstance(number := getattr(tokenizer, f"{kind}_token_id"), int):
             add(number)
     writer.add_add_bos_token(end_of_text_id(tokenizer) == tokenizer.bos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    templates = tokenizer.chat_template or {}
+    templates = {"default": templates} if isinstance(templates, str) else templates
+    if "default" in templates:
+        writer.add_chat_template(templates["default"])
+    if named := [one for one in templates if one != "default"]:
+        writer.add_array(Keys.Tokenizer.CHAT_TEMPLATES, named)
+        for one in named:
+            writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=one), templates[one])
 
 
-def restored(tokenizer: PreTrainedTokenizerFast, pre: str | None, tokens: int) -> PreTrainedTokenizerFast:
+def restored(tokenizer: PreTrainedTokenizerFast, unread: Unread, name: str) -> PreTrainedTokenizerFast:
     """A tokenizer that transformers has read from a GGUF file, with what it has not read.
 
     transformers cuts texts by GPT-2's words where it does not know a name, and gives each byte-level tokenizer GPT-2's
     `<|endoftext|>`, for which the model need not have a row.
 
     Args:
-        pre: `tokenizer.ggml.pre`; names that are not known here change nothing.
-        tokens: how many tokens the file has.
+        unread: what the file says.
+        name: what the error calls the file.
+
+    Raises:
+        UserError: if how texts are cut into words has no known name.
     """
+    words = _WORDS.get(unread.pre or "")
+    if words is None and unread.tokenizer == "gpt2":
+        raise UserError(
+            f"{name}: tokenizer.ggml.pre is {unread.pre!r}, by which it is not known how texts are cut into words; known are "
+            f"{', '.join(_WORDS)}; convert the folder with safetensors instead"
+        )
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < tokens]
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < unread.tokens]
     backend = Tokenizer.from_str(json.dumps(state))
-    words = _WORDS.get(pre or "")
     if words is not None:
         steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if words.digits else []
         if words.pattern is not None:
@@ -120,7 +136,10 @@ def restored(tokenizer: PreTrainedTokenizerFast, pre: str | None, tokens: int) -
         backend.model.ignore_merges = words.whole
         backend.normalizer = normalizers.NFC() if words.nfc else None
     kept = {name: value for name, value in tokenizer.init_kwargs.items() if name not in _OF_READING and value is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **kept)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, **kept)
+    if unread.templates:
+        made.chat_template = ({"default": made.chat_template} if made.chat_template else {}) | unread.templates
+    return made
 
 
 _OF_READING = frozenset({

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from yoco_u.architecture import Architecture
 from yoco_u.conversion.families import config_of, tensor_names
-from yoco_u.conversion.gguf_reader import FACTORS, rope_factors, yarn_attention
+from yoco_u.conversion.gguf_reader import FACTORS, gguf_names, rope_factors, yarn_attention
 from yoco_u.conversion.gguf_tokenizer import write_tokenizer
 from yoco_u.conversion.source import Source, in_dtype
 from yoco_u.errors import UserError
@@ -48,11 +48,10 @@ def write_gguf(source: Source, path: Path) -> str:
         writer.add_string(GENERATOR_KEY, GENERATOR)
         _write_settings(writer, a, source)
         write_tokenizer(writer, source.tokenizer, a.vocab_size, source.name)
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], a.stages[0].layers)
+        names = gguf_names(a, family)
         weights = source.model.state_dict()
         for theirs, ours in tensor_names(a):
-            name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
-            tensor = weights[ours]
+            name, tensor = names[theirs], weights[ours]
             if family == "llama" and ".attn_q." in name:
                 tensor = _interleaved(tensor, a.num_attention_heads)
             elif family == "llama" and ".attn_k." in name:

@@ -1,6 +1,6 @@
 """Reading a checkpoint of another family, as a model of ours that computes the same: our Transformer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +9,18 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from yoco_u.checksums import SUMS, verify_checksums
-from yoco_u.conversion.families import architecture_of, tensor_names
-from yoco_u.conversion.gguf_reader import check_gguf, unread_settings
+from yoco_u.conversion.families import architecture_of, check_family, tensor_names
+from yoco_u.conversion.gguf_reader import check_gguf, check_tensors, unread_settings
 from yoco_u.conversion.gguf_tokenizer import restored
 from yoco_u.data import begin_with, begin_with_end_of_text, load_tokenizer, vocabulary_size
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
-from yoco_u.loading import check_adapters, load_model, model_folder
+from yoco_u.loading import check_adapters, is_run, load_model, model_folder
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
-from yoco_u.model.saving import check_depth, weight_files
+from yoco_u.model.saving import check_depth, quiet_transformers, weight_files
 
-_CHECKED = ("model_type",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What weights are written in, by the names in config.json."""
 
@@ -80,6 +78,8 @@ def _is_ours(place: Path) -> bool:
     try:
         return read_json(model_folder(place) / "config.json", dict[str, Any]).get("model_type") == "yoco_u"
     except UserError:
+        if is_run(place):
+            raise
         return False
 
 
@@ -118,26 +118,34 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
 def _read_gguf(file: Path) -> Source:
     check_gguf(file)
     check_adapters(file.parent)
-    logging.disable_progress_bar()
     try:
         arguments = {"gguf_file": file.name, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(file.parent, **arguments)
+        check_family(config, str(file))
         unread = unread_settings(file)
         for name, value in unread.config.items():
             setattr(config, name, value)
-        check_depth(architecture_of(config, str(file)), unread.tensors, file)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, config=config, dtype=torch.float32, **arguments)
+        architecture = architecture_of(config, str(file))
+        check_depth(architecture, len(unread.tensors), file)
+        check_tensors(architecture, config.model_type, unread.tensors, file)
         tokenizer = load_tokenizer(file.parent, keep_start=True, gguf_file=file.name)
         if unread.begins and tokenizer.bos_token is not None:
             begin_with(tokenizer, tokenizer.bos_token)
-        tokenizer = restored(tokenizer, unread.pre, unread.tokens)
+        tokenizer = restored(tokenizer, unread, str(file))
+        arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused here
+        with quiet_transformers():
+            model, loaded = AutoModelForCausalLM.from_pretrained(file.parent, config=config, dtype=torch.float32, **arguments)
+        for name, *shapes in loaded["mismatched_keys"]:
+            raise _of_another_shape(str(file), name, *shapes)
     except UserError:
         raise
     except Exception as error:  # the parsers raise nearly anything on a damaged file
         raise UserError(
             f"{file}: cannot be read as GGUF ({first_line(error)}); it is damaged, or of a family unknown to transformers"
         ) from None
-    return _assemble(str(file), config, model.state_dict(), tokenizer, model.generation_config)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in loaded["missing_keys"]}
+    source = _assemble(str(file), config, weights, tokenizer, model.generation_config)
+    return replace(source, dtype=unread.dtype)
 
 
 def _assemble(
@@ -166,7 +174,7 @@ def _assemble(
             raise UserError(f"{name}: the tensor {theirs} is missing; the checkpoint is incomplete or of another family")
         tensor, shape = weights[theirs].float(), expected[mine].shape
         if tensor.shape != shape:
-            raise UserError(f"{name}: the tensor {theirs} has shape {tuple(tensor.shape)}; the config says {tuple(shape)}")
+            raise _of_another_shape(name, theirs, tensor.shape, shape)
         if not tensor.isfinite().all():
             raise UserError(f"{name}: the tensor {theirs} has values that are not finite; the checkpoint is damaged")
         found[mine] = tensor
@@ -177,6 +185,10 @@ def _assemble(
     model.tie_weights()
     dtype = weights["model.embed_tokens.weight"].dtype
     return Source(name, model.eval(), tokenizer, dtype if dtype in DTYPES.values() else torch.float32, generation)
+
+
+def _of_another_shape(name: str, tensor: str, found: torch.Size, expected: torch.Size) -> UserError:
+    return UserError(f"{name}: the tensor {tensor} has shape {tuple(found)}; the config says {tuple(expected)}")
 
 
 def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
