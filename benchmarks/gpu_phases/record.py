@@ -19,7 +19,8 @@ LEFT_OUT = "left out"
 class Record:
     """The figures of one phase, by name.
 
-    A figure that an earlier process has measured is not measured again.
+    A figure that an earlier process has measured is not measured again, unless it is to be repeated: then it stays as it is
+    until the new one is there, so that a failure is not forgotten if the phase is killed before.
 
     Args:
         path: of the JSON file.
@@ -31,6 +32,7 @@ class Record:
         found = read_json(path, dict[str, Any], {})
         self.figures: dict[str, Figure] = found.get("figures", {})
         self.complete: bool = found.get("complete", False)  # whether the phase ran to its end, even if figures failed
+        self._again: set[str] = set()  # figures of an earlier process that are to be repeated
 
     @property
     def remaining(self) -> float:
@@ -43,9 +45,11 @@ class Record:
         Args:
             least: seconds that it takes at the least; it is left out if fewer remain.
         """
-        if name not in self.figures:
+        if self.is_due(name):
             if self.remaining < least:
-                self.keep(name, {"failure": f"{LEFT_OUT}: {self.remaining:.0f} s remained of the phase"})
+                if name not in self.figures:
+                    self.keep(name, {"failure": f"{LEFT_OUT}: {self.remaining:.0f} s remained of the phase"})
+                self._again.discard(name)
                 return self.figures[name]
             begin = time.monotonic()
             try:
@@ -59,6 +63,7 @@ class Record:
     def keep(self, name: str, figure: Figure) -> None:
         """Keep a figure that has been measured, and show it. Numbers that are not finite become None."""
         self.figures[name] = as_json_numbers(figure)
+        self._again.discard(name)
         self._write()
         shown = ", ".join(f"{key} {_short(value)}" for key, value in figure.items() if not isinstance(value, dict | list))
         print(f"  {name}: {shown}", flush=True)
@@ -68,12 +73,22 @@ class Record:
         """Whether there is nothing to measure any more."""
         return self.complete and not any(map(_to_repeat, self.figures.values()))
 
+    def is_due(self, name: str) -> bool:
+        """Whether a figure is still to be measured."""
+        return name not in self.figures or name in self._again
+
     def retry_failures(self) -> None:
         """Let `measure` try again what has failed or was found wrong."""
-        self.figures = {name: figure for name, figure in self.figures.items() if not _to_repeat(figure)}
+        self.repeat(*(name for name, figure in self.figures.items() if _to_repeat(figure)))
+
+    def repeat(self, *names: str) -> None:
+        """Let `measure` measure figures again, where they are known."""
+        self._again |= self.figures.keys() & set(names)
+        self.complete = False
 
     def finish(self) -> None:
-        """Note that the phase has measured all that it was to measure."""
+        """Note that the phase has measured all that it was to measure. What was to be repeated and was not asked for goes."""
+        self.figures = {name: figure for name, figure in self.figures.items() if name not in self._again}
         self.complete = True
         self._write()
 

@@ -31,7 +31,7 @@ def settings_of(scale: Scale) -> BenchSettings:
 
 def measure(record: Record, settings: BenchSettings, engine: BenchEngine, cases: Sequence[Case]) -> None:
     """Measure an engine's cases that have no figure yet, in their order; each figure is kept as soon as its rounds are over."""
-    left = [case for case in cases if name_of(engine, case) not in record.figures]
+    left = [case for case in cases if record.is_due(name_of(engine, case))]
     if not left:
         return
     if record.remaining < _SECONDS_TO_MEASURE:
@@ -55,8 +55,9 @@ def _keep(record: Record, benchmark: Benchmark, final: bool) -> None:
     """Keep each case after its first round, and once more, with the median of all rounds, in the end."""
     for result in benchmark.measurement.results.values():
         name = name_of(result.engine, result.case)
-        known = record.figures.get(name)
-        if (result.seconds or result.failure) and (known is None or (final and known.get("seconds") != result.seconds)):
+        if not (result.seconds or result.failure):
+            continue
+        if record.is_due(name) or (final and record.figures[name].get("seconds") != result.seconds):
             record.keep(name, _figure(result))
 
 

@@ -26,8 +26,7 @@ def run(record: Record, scale: Scale) -> None:
     if scale.device == "cpu":
         record.measure("runs", lambda: _call(folder, ["--list"]))
         return
-    for name in ("runs", "report"):  # of an earlier call, whose runs may not have been finished
-        record.figures.pop(name, None)
+    record.repeat("runs", "report")  # of an earlier call, whose runs may not have been finished
     minutes = max(0.0, record.remaining - _TO_REPORT) / 60
     record.measure("runs", lambda: _call(folder, ["--jobs", str(JOBS), "--minutes", f"{minutes:.2f}"]))
     if (folder / "report.json").exists():

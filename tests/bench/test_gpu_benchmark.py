@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from functools import partial
@@ -20,6 +21,8 @@ from gpu_phases.check import verdict
 from gpu_phases.conductor import Conductor, Phase
 from gpu_phases.record import Record
 from gpu_phases.targets import DECODE
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from packaging.requirements import Requirement
 from rich.console import Console
 
@@ -102,7 +105,7 @@ def test_a_record_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFix
     again = Record(tmp_path / "a" / "phase.json")
     assert again.complete and not again.is_done
     again.retry_failures()
-    assert list(again.figures) == ["one"]
+    assert [name for name in again.figures if again.is_due(name)] == ["two", "three"]
     assert again.measure("one", fails)["value"] == 1
     again.measure("two", dict)
     again.measure("three", dict)
@@ -120,7 +123,48 @@ def test_what_is_not_finite_is_kept_as_wrong_and_checked_again(tmp_path: Path) -
     again = Record(tmp_path / "phase.json")
     assert again.figures["one"]["error"] is None and not again.is_done
     again.retry_failures()
-    assert list(again.figures) == ["four"]
+    assert [name for name in again.figures if not again.is_due(name)] == ["four"]
+
+
+OUTCOMES = st.sampled_from(["right", "wrong", "failed", "no time"])
+CALLS = st.tuples(st.lists(OUTCOMES, min_size=3, max_size=3), st.sampled_from([0, 1, 2, None]))
+
+
+@settings(max_examples=30)
+@given(st.lists(CALLS, min_size=1, max_size=3))
+def test_no_failure_is_forgotten_until_it_is_measured_again(calls: list[tuple[list[str], int | None]]) -> None:
+    """Over calls that go on where the last one stopped; a call with a number is killed behind so many figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        conductor, known, complete = Conductor(Path(folder), 60, dry=True), dict[str, str](), False
+        for outcomes, killed_behind in calls:
+            record = Record(Path(folder) / "correctness.json", time.time() + 1000)
+            record.retry_failures()
+            due = [(name, outcome) for name, outcome in zip("abc", outcomes, strict=True) if known.get(name) != "right"]
+            for name, outcome in due[:killed_behind]:
+                record.measure(name, partial(a_check, outcome), least=9999 if outcome == "no time" else 0)
+                if name not in known or outcome != "no time":
+                    known[name], complete = outcome, False
+            if killed_behind is None:
+                record.finish()
+                complete = True
+            found = conductor.record("correctness")
+            assert (found.complete, found.is_done) == (complete, complete and set(known.values()) == {"right"})
+            told = {line.partition(":")[0] for line in session._wrong(conductor, "done") if known}
+            assert told == {name for name, outcome in known.items() if outcome in ("wrong", "failed")}
+
+
+def a_check(outcome: str) -> dict[str, Any]:
+    if outcome == "failed":
+        raise RuntimeError("out of luck")
+    return verdict(9.0 if outcome == "wrong" else 0.0, 1.0)
+
+
+def test_figures_that_are_not_asked_for_any_more_go(tmp_path: Path) -> None:
+    record = checked(tmp_path, renamed={"failure": "too hot"}, kept={"value": 1}).record("correctness")
+    record.retry_failures()
+    record.measure("new", dict)
+    record.finish()
+    assert list(Record(record.path).figures) == ["kept", "new"]
 
 
 def checked(folder: Path, **figures: dict[str, Any]) -> Conductor:
