@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_phases.check import BFLOAT16_FACTOR, verdict
-from gpu_phases.check_models import build
+from gpu_phases.check import bfloat16_factor, verdict
+from gpu_phases.check_models import architectures, build
 from gpu_phases.record import Figure, Record
 from gpu_phases.scale import Scale
-from yoco_u.architecture import LOOPED, Architecture, preset
+from yoco_u.architecture import Architecture
 from yoco_u.architecture.presets import DEPTH_FACTOR
 from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
 from yoco_u.inference.exits import loop_problem
@@ -38,10 +38,10 @@ NEVER_AND_ALWAYS = 0.0, 2.0
 
 def check_engine(record: Record, scale: Scale, size: str) -> None:
     """At the smallest size everything, at larger ones what depends on the size."""
-    for name in scale.check_presets:
+    for name, architecture in architectures(scale, size).items():
         if name in DEPTH_FACTOR:  # those are yoco with more layers
             continue
-        subject = _Subject(preset(name, size), scale.device)
+        subject = _Subject(architecture, scale.device)
         checks: dict[str, Callable[[], Figure]] = {
             "float32 tokens": partial(subject.against_the_model, "float32"),
             "bfloat16 tokens": partial(subject.against_the_model, "bfloat16"),
@@ -49,10 +49,11 @@ def check_engine(record: Record, scale: Scale, size: str) -> None:
         if torch.device(scale.device).type == "cuda":
             checks["bfloat16 tokens without CUDA graphs"] = subject.against_no_graphs
         if size == scale.check_sizes[0]:
-            checks["int8 cache"] = partial(subject.against_the_model, "float32", limit=INT8_NATS, kv_dtype="int8")
-            if name in LOOPED:
+            if architecture.experts is None:  # int8 moves the states by enough to choose other experts
+                checks["int8 cache"] = partial(subject.against_the_model, "float32", limit=INT8_NATS, kv_dtype="int8")
+            if architecture.looped_stages:
                 checks["loop counts of one batch"] = partial(subject.against_the_model, "float32", (1, 2, None, 4))
-            if not loop_problem(subject.model.config.architecture):
+            if not loop_problem(architecture):
                 checks["tokens that leave the loop"] = partial(subject.against_the_model, "float32", (1, None), leave=True)
         for what, check in checks.items():
             record.measure(f"{name} {size}, engine, {what}", check)
@@ -93,7 +94,8 @@ class _Subject:
             [_of_tokens(one, _logprobs(coarse, one, own))[1] for one, own in zip(requests, counts, strict=True)]
         )
         ours, cpu = (float(x.square().mean().sqrt()) for x in (told - true, rounded - true))
-        return verdict(ours / max(cpu, 2e-3), BFLOAT16_FACTOR, agreement=agreement, gpu_nats=ours, cpu_nats=cpu)
+        factor = bfloat16_factor(self.model.config.architecture)
+        return verdict(ours / max(cpu, 2e-3), factor, agreement=agreement, gpu_nats=ours, cpu_nats=cpu)
 
     def against_no_graphs(self) -> Figure:
         """Replayed graphs do what the same kernels do when they are launched one by one."""

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_phases.check import BFLOAT16_FACTOR, FLOAT32, largest_error, typical_error, verdict, worst
+from gpu_phases.check import FLOAT32, bfloat16_factor, largest_error, typical_error, verdict, worst
 from gpu_phases.record import Figure, Record
 from gpu_phases.scale import Scale
-from yoco_u.architecture import preset
+from yoco_u.architecture import Architecture, preset
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.training.forward import batch_loss
 from yoco_u.training.parallelize import compile_model
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
-from models import build  # models whose every weight is random, so that each shows in the results
+from models import EXPERTS, build  # models whose every weight is random, so that each shows in the results
 
 __all__ = ["build"]
 
@@ -26,9 +26,14 @@ GRADIENTS = 10  # times the error of logits that gradients may have, as they hav
 Results = dict[str, Tensor]
 
 
+def architectures(scale: Scale, size: str) -> dict[str, Architecture]:
+    """Those that are checked, by name: presets, and one with a mixture of experts."""
+    return {name: preset(name, size) for name in scale.check_presets} | {"experts": preset("yoco_u", size, experts=EXPERTS)}
+
+
 def check_models(record: Record, scale: Scale, size: str) -> None:
-    for name in scale.check_presets:
-        model = build(preset(name, size))
+    for name, architecture in architectures(scale, size).items():
+        model = build(architecture)
         for kind, inputs in rows(model, LENGTHS[size]).items():
             truth: Results = {}
             for dtype in ("float32", "bfloat16"):
@@ -66,7 +71,8 @@ class _Check:
         found = {name: typical_error(tensor, truth[name]) for name, tensor in self._on_device(part).items()}
         ratios = {name: error / max(cpu[name], 2e-3) for name, error in found.items()}
         name = max(ratios, key=lambda name: ratios[name])
-        return verdict(ratios[name], BFLOAT16_FACTOR, where=name, gpu_error=found[name], cpu_error=cpu[name])
+        limit = bfloat16_factor(self.model.config.architecture)
+        return verdict(ratios[name], limit, where=name, gpu_error=found[name], cpu_error=cpu[name])
 
     def _kept(self, dtype: str, part: Callable[..., Results]) -> Results:
         prefix = f"{dtype} {self.part} "

@@ -70,7 +70,8 @@ def test_correctness(tmp_path: Path) -> None:
         assert found[f"yoco_u test, {kind} rows, float32 gradients"]["error"] == 0
         assert found[f"yoco_u test, {kind} rows, bfloat16 logits"]["cpu_error"] > 1e-3
     assert found["yoco_u test, engine, float32 tokens"]["agreement"] == 1
-    assert "yoco_u test, engine, loop counts of one batch" in found
+    for subject in ("yoco_u", "experts"):
+        assert f"{subject} test, engine, loop counts of one batch" in found
     assert any(name.startswith("decode attention") for name in found)
 
 
@@ -89,7 +90,7 @@ def test_a_device_that_errs_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(check_models._Check, "_on_device", shifted)
     record = Record(tmp_path / "phase.json")
     check_models.check_models(record, SMALL, "test")
-    assert len(record.figures) == 3 * 4
+    assert len(record.figures) == 2 * 3 * 4  # of the preset, and of a mixture of experts
     assert all(figure["wrong"] for figure in record.figures.values())
 
 

@@ -23,7 +23,7 @@ from test_engine_properties import Arrival, arrivals, engines, serve
 from torch import Tensor
 
 from yoco_u.budget import bytes_per_kv_element, cache_bytes
-from yoco_u.inference import Engine, EngineSettings, gpu_backend, runner
+from yoco_u.inference import Engine, EngineSettings, decode_graphs, gpu_backend, runner
 from yoco_u.inference.decode_graphs import buckets
 from yoco_u.inference.kernels import direct
 
@@ -151,3 +151,25 @@ def test_every_batch_has_a_bucket(largest: int) -> None:
     sizes = buckets(largest)
     assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == largest
     assert all(next(size for size in sizes if size >= n) < 2 * n + 16 for n in range(1, largest + 1))
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "dtypes"),
+    [((8, 0), None, []), ((8, 9), None, []), ((9, 0), None, ["bfloat16"]), ((10, 3), None, ["bfloat16"]), ((12, 0), None, []),
+     ((9, 4), "6.4", [])],
+    ids=str,
+)  # fmt: skip
+def test_what_waits_for_the_gpu_is_not_recorded(
+    capability: tuple[int, int], hip: str | None, dtypes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch multiplies all groups of a mixture of experts in one kernel, as its sources have it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(decode_graphs, "cuda_graphs", lambda device: GraphRecorder())
+    for variant in ("yoco_u", "experts"):
+        name, changes = VARIANTS[variant]
+        for dtype in (torch.float32, torch.bfloat16):
+            is_recorded = variant == "yoco_u" or str(dtype).removeprefix("torch.") in dtypes
+            capture = decode_graphs.capture_on(torch.device("cuda"), architecture(name, **changes), dtype)
+            assert (capture is not None) == is_recorded
+            assert decode_graphs.capture_on(torch.device("cpu"), architecture(name, **changes), dtype) is None

@@ -28,6 +28,7 @@ from yoco_u.inference.kv_cache import KVCache
 from yoco_u.inference.packed_upload import StaticArrays
 from yoco_u.inference.sequence_slice import SequenceSlice
 from yoco_u.model import YocoUForCausalLM
+from yoco_u.model.feed_forward import experts_wait
 from yoco_u.model.rope import rotary_angles
 
 Slots: TypeAlias = tuple[Slot, ...]
@@ -47,6 +48,13 @@ def cuda_graphs(device: torch.device) -> Capture:
         return graph.replay
 
     return capture
+
+
+def capture_on(device: torch.device, architecture: Architecture, dtype: torch.dtype) -> Capture | None:
+    """How segments are recorded on a device: as CUDA graphs where there is CUDA, unless the model has operations that wait."""
+    if device.type != "cuda" or (architecture.experts is not None and experts_wait(device, dtype)):
+        return None
+    return cuda_graphs(device)
 
 
 def buckets(largest: int) -> list[int]:

@@ -11,7 +11,7 @@ from yoco_u.architecture import Architecture
 from yoco_u.device import upload
 from yoco_u.free_cores import FreeCores
 from yoco_u.inference.block_tables import BlockTables
-from yoco_u.inference.decode_graphs import Capture, DecodeGraphs, Slots, cuda_graphs
+from yoco_u.inference.decode_graphs import Capture, DecodeGraphs, Slots, capture_on
 from yoco_u.inference.exits import ExitRule, Exits
 from yoco_u.inference.gpu_backend import GpuBackend
 from yoco_u.inference.gpu_plan import StepPlan
@@ -30,7 +30,7 @@ class Runner:
 
     Args:
         on_gpu: whether to run as on a GPU, see `gpu_backend.py`; by default on every device but a CPU.
-        capture: how decode steps are recorded there; by default as CUDA graphs where there is CUDA, and not at all elsewhere.
+        capture: how decode steps are recorded there; by default see `capture_on`.
         exits: how tokens leave the loop, of requests that let them; by their angular distances if None.
 
     Attributes:
@@ -60,8 +60,7 @@ class Runner:
         self._free_cores = FreeCores() if self.device.type == "cpu" else None
         self.decode_graphs: DecodeGraphs | None = None
         if self.device.type != "cpu" if on_gpu is None else on_gpu:
-            if capture is None and self.device.type == "cuda":
-                capture = cuda_graphs(self.device)
+            capture = capture or capture_on(self.device, self.architecture, model.dtype)
             self.decode_graphs = DecodeGraphs(model, self.cache, self.tables, capture)
 
     def begin(self, step: Step) -> None:

@@ -123,6 +123,18 @@ def _grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, weights, offs=ends)
 
 
+def experts_wait(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether experts make the host wait for a GPU, as no CUDA graph can.
+
+    torch multiplies groups in one kernel in bfloat16 on compute capabilities 9 and 10 alone (`_grouped_mm_cuda` in its
+    `aten/src/ATen/native/cuda/GroupedBlas.cpp`); elsewhere it reads where the groups end, and multiplies one after the other.
+    """
+    if device.type != "cuda":
+        return False
+    in_one_kernel = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return not (in_one_kernel and dtype == torch.bfloat16)
+
+
 @torch.library.custom_op("yoco_u::grouped_product", mutates_args=())
 def traced_grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """`_grouped_product` for torch.compile and torch.export: torch 2.13 runs the product in float32 but does not trace it."""
