@@ -46,6 +46,7 @@ def write(conductor: Conductor, results: Path) -> Path:
     found: dict[str, Any] = {
         "environment": environment,
         "complete": {name: record.complete for name, record in phases.items()},
+        "rates": targets.measured_rates(figures["machine"])._asdict(),
         "targets": [dict(zip(_HEADINGS, row, strict=True)) for row in rows(figures)],
         "phases": figures,
     }
@@ -64,8 +65,9 @@ _HEADINGS = ("what", "measured", "goal", "ceiling", "paper")
 def rows(phases: dict[str, Figures]) -> list[Row]:
     """Each target with what was measured, None if it was not."""
     table, training = phases.get("tables", {}), phases.get("training", {})
+    rates = targets.measured_rates(phases.get("machine", {}))
     found: list[Row] = []
-    for kind, wanted in (("prefill", targets.prefill_targets()), ("decode", targets.decode_targets())):
+    for kind, wanted in (("prefill", targets.prefill_targets(rates)), ("decode", targets.decode_targets(rates))):
         for target in wanted:
             measured = _tokens_per_second(table, "yoco_u", kind, target.context)
             what = f"{kind} at {context_label(target.context)}, tokens/s"
@@ -81,7 +83,9 @@ def rows(phases: dict[str, Figures]) -> list[Row]:
 
 def show(phases: dict[str, Figures], console: Console) -> None:
     """Print the targets, then the paper's tables for all engines, as far as they were measured."""
-    table = _table("YOCO-U beside the targets", *_HEADINGS[:3], "of goal", *_HEADINGS[3:])
+    card, gemm, memory = targets.measured_rates(phases.get("machine", {}))
+    title = f"YOCO-U beside the targets for {card}: {gemm / 1e12:,.3g} TFLOP/s, {memory / 1e12:,.3g} TB/s"
+    table = _table(title, *_HEADINGS[:3], "of goal", "ceiling", "paper (H100)")
     for what, measured, goal, ceiling, paper in rows(phases):
         of_goal = f"{measured / goal:.0%}" if measured and goal else "-"
         table.add_row(what, number(measured), number(goal), of_goal, number(ceiling), number(paper))

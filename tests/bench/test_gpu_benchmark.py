@@ -229,12 +229,32 @@ def figure(engine: str, kind: str, context: int, rate: float, batch: int = 32) -
     return {"engine": engine, "kind": kind, "context": context, "tokens_per_second": rate, "batch": batch}
 
 
-def test_the_result_and_its_tables(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("memory", "rates", "shown"),
+    [
+        (
+            {"copy_bytes_per_second": 6e12},
+            ("NVIDIA H200", 800e12, 6e12),
+            ["NVIDIA H200: 800 TFLOP/s, 6 TB/s", "150,000 141,772 106% 239,309 75,637", "225 900 25% 1,082 303"],
+        ),
+        (
+            {"failure": "OutOfMemoryError"},
+            ("an H100", 790e12, 3e12),
+            ["an H100: 790 TFLOP/s, 3 TB/s", "150,000 140,000 107% 236,317 75,637", "225 450 50% 541 303"],
+        ),
+    ],
+    ids=["measured", "not measured"],
+)
+def test_the_result_and_its_tables(
+    memory: dict[str, Any], rates: tuple[str, float, float], shown: list[str], tmp_path: Path
+) -> None:
+    """Beside targets by the rates of the card, or by an H100's where they were not measured; the title says which."""
     subject = Conductor(tmp_path, 100, dry=True)
     for phase, figures in {
         "machine": {
-            "environment": {"device_name": "NVIDIA H100 80GB HBM3"},
+            "environment": {"device_name": "NVIDIA H200"},
             "matrix products": {"mean_flops_per_second": 800e12},
+            "memory": memory,
         },
         "tables": {
             "a": figure("yoco_u", "prefill", 8192, 150_000.0, 1),
@@ -254,10 +274,11 @@ def test_the_result_and_its_tables(tmp_path: Path) -> None:
             record.keep(name, one)
     (tmp_path / "profile.txt").write_text("kernels")
     path = report.write(subject, tmp_path / "results")
-    assert path.name == "gpu-nvidia-h100-80gb-hbm3.json"
-    assert path.with_name("gpu-nvidia-h100-80gb-hbm3-profile.txt").read_text().endswith(".\n\nkernels")
+    assert path.name == "gpu-nvidia-h200.json"
+    assert path.with_name("gpu-nvidia-h200-profile.txt").read_text().endswith(".\n\nkernels")
     found = json.loads(path.read_text())
     measured = {row["what"]: row["measured"] for row in found["targets"]}
+    assert tuple(found["rates"].values()) == rates
     assert len(measured) == 2 * len(DECODE) + 2
     assert measured["prefill at 8K, tokens/s"] == 150_000
     assert measured["decode at 256K, tokens/s"] == 225
@@ -267,7 +288,10 @@ def test_the_result_and_its_tables(tmp_path: Path) -> None:
     text = io.StringIO()
     report.show(found["phases"], Console(file=text, width=150))
     lines = [" ".join(line.split()) for line in text.getvalue().splitlines()]
-    assert "prefill at 8K, tokens/s 150,000 140,000 107% 236,317 75,637" in lines
+    for line, figures_of_it in zip(
+        ("YOCO-U beside the targets for", "prefill at 8K, tokens/s", "decode at 256K, tokens/s"), shown, strict=True
+    ):
+        assert f"{line} {figures_of_it}" in lines
     assert "decode at 256K 225 90 (6)" in lines
 
 

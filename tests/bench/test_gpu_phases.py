@@ -239,6 +239,10 @@ def test_targets_follow_from_the_arithmetic() -> None:
         read = 4.71e9 + 32 * 30 * 512 * 2048 + 10 * 32 * target.context * 2048
         assert target.ceiling == pytest.approx(32 * 3.0e12 / read, rel=0.002)
         assert target.paper == DECODE_TOKENS_PER_SECOND[target.context]["yoco_u"] < target.goal < target.ceiling
+    twice, thrice = targets.H100.gemm * 2, targets.H100.memory * 3
+    for per_card, factor in ((targets.prefill_targets, 2), (targets.decode_targets, 3)):
+        for other, known in zip(per_card(targets.Rates("another", twice, thrice)), per_card(), strict=True):
+            assert other == pytest.approx((known.context, known.ceiling * factor, known.goal * factor, known.paper))
     assert [targets.kv_mebibytes("yoco_u", c) for c in (16384, 65536, 262144)] == [62, 158, 542]
 
 
