@@ -89,7 +89,9 @@ def counts(text: str) -> list[int]:
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows as a table; all have the keys of the first, which are the headings."""
+    """Print rows as a table, unless there are none; all have the keys of the first, which are the headings."""
+    if not rows:
+        return
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else f"{value}" for value in row.values()))

@@ -51,7 +51,16 @@ class Gaps:
         gap, of_server, pause = (max(some, default=0.0) for some in times)
         return gap, of_server, pause
 
+    def percentiles(self) -> dict[str, int | None]:
+        """Milliseconds under which 50, 99 and 99.9% of the gaps are, and of the server's parts; None if there are no gaps."""
+        times = {"gaps under": [gap.seconds for gap in self.found], "the server": list(map(self.of_server, self.found))}
+        return {
+            f"{percent:g}% of {what}, ms": None if (most := under(some, percent)) is None else round(1e3 * most)
+            for percent in (50, 99, 99.9)
+            for what, some in times.items()
+        }
 
-def under(seconds: Sequence[float], percent: float) -> float:
-    """The time under which so many percent of some times are, counted from the longest."""
-    return sorted(seconds, reverse=True)[round(len(seconds) * (1 - percent / 100))]
+
+def under(seconds: Sequence[float], percent: float) -> float | None:
+    """The time under which so many percent of some times are, counted from the longest; None if there are no times."""
+    return sorted(seconds, reverse=True)[round(len(seconds) * (1 - percent / 100))] if seconds else None

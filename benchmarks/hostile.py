@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import openai
 import torch
 from common import count, parser, show, standard_library_prompts, write
-from gaps import Gap, Gaps, under
+from gaps import Gap, Gaps
 from serving import Server, answers_alone, serving
 
 from yoco_u.errors import in_one_line
@@ -249,14 +249,13 @@ def main() -> None:
         rows = asyncio.run(attack(server, chosen, prompts, seen))
     alone = answers_alone(chosen, prompts)
     wrong = sum(alone[number][-1] != text for number, text in seen.answers)
-    show("Hostile requests beside innocent streams", rows)
-    gaps = seen.gaps
     figures = {"innocent answers": len(seen.answers), "unlike alone": wrong, "innocent errors": len(seen.errors)}
-    times = {"gaps under": [gap.seconds for gap in gaps.found], "the server": list(map(gaps.of_server, gaps.found))}
-    for percent in (50, 99, 99.9):
-        figures |= {f"{percent:g}% of {what}, ms": round(1e3 * under(some, percent)) for what, some in times.items()}
+    figures |= seen.gaps.percentiles()
+    write(chosen.out, {"hostile": rows, **figures, "errors": seen.errors[:20]})
+    show("Hostile requests beside innocent streams", rows)
     show("Innocent clients", [figures])
     if chosen.minutes:
+        gaps = seen.gaps
         longest = sorted(gaps.found, key=gaps.of_server, reverse=True)[:10]
         show(
             "The longest gaps of the server",
@@ -265,7 +264,6 @@ def main() -> None:
                 for gap in longest
             ],
         )
-    write(chosen.out, {"hostile": rows, **figures, "errors": seen.errors[:20]})
 
 
 if __name__ == "__main__":

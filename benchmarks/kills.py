@@ -58,8 +58,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     show(f"{chosen.kills} kills, in runs of {duration:.1f} s", [counts])
-    if rows:
-        show("What followed damage", rows)
+    show("What followed damage", rows)
     settings = {"kills": chosen.kills, "damage": chosen.damage, "seed": chosen.seed}
     write(chosen.out, {"settings": settings, **counts, "damage": rows})
     sys.exit(1 if counts["failed"] or counts["refused without a reason"] or counts["ended otherwise"] else 0)

@@ -10,6 +10,7 @@ round runs all models in turn and measures the GEMM rate, so that noise of the m
 """
 
 import statistics
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
 
@@ -34,12 +35,19 @@ def main() -> None:
     arguments = parser(__doc__, "training")
     arguments.add_argument("--rounds", type=count, default=4)
     arguments.add_argument("--sizes", nargs="+", choices=[*SIZES], default=["100m", "8m"])
-    arguments.add_argument("--tokens", type=count, default=4096, help="per step")
+    arguments.add_argument("--tokens", type=whole_rows, default=2 * LENGTH, help=f"per step, a multiple of {LENGTH}")
     chosen = arguments.parse_args()
 
     rows = [row for size in chosen.sizes for row in measure(size, chosen.rounds, chosen.tokens // LENGTH)]
     show(f"training at length {LENGTH}, {DTYPE}, {chosen.tokens} tokens per step", rows)
     write(chosen.out, {"length": LENGTH, "dtype": str(DTYPE), "tokens_per_step": chosen.tokens, "rows": rows})
+
+
+def whole_rows(text: str) -> int:
+    """An option that is the tokens of a step."""
+    if (tokens := count(text)) % LENGTH:
+        raise ArgumentTypeError(f"is {tokens}; expected a multiple of {LENGTH}, the tokens of a row")
+    return tokens
 
 
 def measure(size: str, rounds: int, batch_rows: int) -> list[dict[str, Any]]:

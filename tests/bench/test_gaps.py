@@ -1,5 +1,10 @@
-"""What of a gap in a stream is the server's: against a clock of milliseconds that is counted tick by tick."""
+"""Benchmarks' own arithmetic: what of a gap in a stream is the server's, against a clock counted tick by tick; and options."""
 
+import runpy
+from pathlib import Path
+
+import common
+import pytest
 from gaps import Gap, Gaps, under
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,3 +43,28 @@ def test_a_longer_gap_may_be_less_of_the_server() -> None:
 
 def test_percentiles() -> None:
     assert [under([float(n) for n in range(1, 101)], percent) for percent in (50, 99)] == [50.0, 99.0]
+    assert under([], 50) is None
+
+
+def test_streams_without_a_second_token_have_no_gaps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Gaps([Gap(0.0, 0.4)], [(0.1, 0.3)]).percentiles() == {
+        f"{percent}% of {what}, ms": most
+        for percent in ("50", "99", "99.9")
+        for what, most in (("gaps under", 400), ("the server", 200))
+    }
+    assert set(Gaps().percentiles().values()) == {None}
+    common.show("The longest gaps", [])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("tokens", ["2000", "5000"])
+def test_training_is_asked_for_whole_rows(
+    tokens: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The benchmark would report tokens that it has not run."""
+    monkeypatch.setattr("sys.argv", ["training.py", "--tokens", tokens])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(Path(common.__file__).with_name("training.py")), run_name="__main__")
+    assert ended.value.code == 2
+    error = f"error: argument --tokens: is {tokens}; expected a multiple of 2048, the tokens of a row\n"
+    assert capsys.readouterr().err == error
