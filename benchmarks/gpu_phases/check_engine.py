@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_phases.check import bfloat16_factor, verdict
+from gpu_phases.check import BFLOAT16_FACTOR, verdict
 from gpu_phases.check_models import architectures, build
 from gpu_phases.record import Figure, Record
 from gpu_phases.scale import Scale
@@ -94,8 +94,7 @@ class _Subject:
             [_of_tokens(one, _logprobs(coarse, one, own))[1] for one, own in zip(requests, counts, strict=True)]
         )
         ours, cpu = (float(x.square().mean().sqrt()) for x in (told - true, rounded - true))
-        factor = bfloat16_factor(self.model.config.architecture)
-        return verdict(ours / max(cpu, 2e-3), factor, agreement=agreement, gpu_nats=ours, cpu_nats=cpu)
+        return verdict(ours / max(cpu, 2e-3), BFLOAT16_FACTOR, agreement=agreement, gpu_nats=ours, cpu_nats=cpu)
 
     def against_no_graphs(self) -> Figure:
         """Replayed graphs do what the same kernels do when they are launched one by one."""

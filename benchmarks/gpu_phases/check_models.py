@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_phases.check import FLOAT32, bfloat16_factor, largest_error, typical_error, verdict, worst
+from gpu_phases.check import BFLOAT16_FACTOR, FLOAT32, largest_error, typical_error, verdict, worst
 from gpu_phases.record import Figure, Record
 from gpu_phases.scale import Scale
 from yoco_u.architecture import Architecture, preset
@@ -71,8 +71,7 @@ class _Check:
         found = {name: typical_error(tensor, truth[name]) for name, tensor in self._on_device(part).items()}
         ratios = {name: error / max(cpu[name], 2e-3) for name, error in found.items()}
         name = max(ratios, key=lambda name: ratios[name])
-        limit = bfloat16_factor(self.model.config.architecture)
-        return verdict(ratios[name], limit, where=name, gpu_error=found[name], cpu_error=cpu[name])
+        return verdict(ratios[name], BFLOAT16_FACTOR, where=name, gpu_error=found[name], cpu_error=cpu[name])
 
     def _kept(self, dtype: str, part: Callable[..., Results]) -> Results:
         prefix = f"{dtype} {self.part} "

@@ -38,6 +38,7 @@ from yoco_u.bench import process
 from yoco_u.bench import run as run_module
 from yoco_u.bench.cases import Decode, Prefill
 from yoco_u.bench.ceilings import Ceilings
+from yoco_u.bench.engines import our_engines
 from yoco_u.errors import UserError
 from yoco_u.inference.runner import Runner
 from yoco_u.model import gpu_attention
@@ -160,7 +161,7 @@ def test_peers(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         assert list(measured) == ["llama in transformers"]
         return
     cases = measured["llama in transformers"]
-    assert [case.batch for case in cases if isinstance(case, Decode)] == [32, 32, 15, 4]
+    assert [case.batch for case in cases if isinstance(case, Decode)] == [32, 32, 15, 3]
     assert cases[-1] == Prefill(262144)
     assert measured["llama in transformers, compiled"] == [Decode(16384, 32, 32)]
 
@@ -171,6 +172,18 @@ def test_cases_that_are_measured_load_no_engine(tmp_path: Path, monkeypatch: pyt
         record.keep(name, {"tokens_per_second": 1.0})
     monkeypatch.setattr(tables, "Benchmark", None)
     tables.run(record, SMALL)
+
+
+def test_a_failure_behind_the_first_round_is_kept_beside_the_figure(tmp_path: Path) -> None:
+    """And the case is measured again by the next call."""
+    record, [engine] = Record(tmp_path / "phase.json"), our_engines(tables.settings_of(SMALL))
+    result = run_module.CaseResult(engine, Prefill(2048), 0, [0.5], "failed in round 2: out of luck")
+    benchmark: Any = SimpleNamespace(measurement=SimpleNamespace(results={"one": result}))
+    tables._keep(record, benchmark, final=True)
+    [figure] = Record(record.path).figures.values()
+    assert (figure["tokens_per_second"], figure["failure"]) == (4096, result.failure)
+    record.retry_failures()
+    assert record.is_due("yoco_u, prefill 2048")
 
 
 def test_without_time_cases_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
