@@ -57,14 +57,19 @@ def _keep(record: Record, benchmark: Benchmark, final: bool) -> None:
         name = name_of(result.engine, result.case)
         if not (result.seconds or result.failure):
             continue
-        if record.is_due(name) or (final and record.figures[name].get("seconds") != result.seconds):
+        known = record.figures.get(name, {})
+        changed = (known.get("seconds"), known.get("failure")) != (result.seconds or None, result.failure)
+        if record.is_due(name) or (final and changed):
             record.keep(name, _figure(result))
 
 
 def _figure(result: CaseResult) -> Figure:
-    case, found = result.case, {"kv_bytes": result.kv_bytes, "batch": result.case.batch, "context": result.case.context}
+    case = result.case
+    found: Figure = {"kv_bytes": result.kv_bytes, "batch": case.batch, "context": case.context}
+    if result.failure:
+        found["failure"] = result.failure
     if not result.seconds:
-        return {"failure": result.failure, **found}
+        return found
     tokens = case.batch * case.steps if isinstance(case, Decode) else case.tokens
     return {
         "engine": result.engine.name,

@@ -3,6 +3,8 @@
 import io
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from yoco_u.architecture import preset
@@ -19,7 +21,7 @@ from yoco_u.bench.paper_tables import (
     whole_prefill_seconds,
 )
 from yoco_u.bench.run import CaseResult, Measurement
-from yoco_u.budget import kv_bytes, prefill_flops
+from yoco_u.budget import kv_bytes, parameters, prefill_flops
 from yoco_u.paper import KV_MEBIBYTES
 
 
@@ -43,6 +45,22 @@ def test_a_prompt_from_its_chunks(name: str, context: int) -> None:
 
     found = whole_prefill_seconds(context, CHUNK, depths, [seconds(depth) for depth in depths])
     assert found == pytest.approx(prefill_flops(a, context), rel=0.02)
+
+
+@given(st.sets(st.integers(1, 9 * CHUNK), min_size=1, max_size=3), st.floats(0, 1e-3))
+def test_of_chunks_whose_time_grows_with_their_depth_every_context_is_exact(contexts: set[int], slope: float) -> None:
+    """Whether or not the contexts are multiples of a chunk; the chunks of a prompt are summed one by one here."""
+    settings = BenchSettings(architectures=("transformer",), size="test", contexts=tuple(contexts), batches=(1,))
+    [engine] = our_engines(settings)
+    results = {}
+    for case in paper_cases(engine.architecture, settings, memory=0):
+        seconds = [1 + slope * case.depth] if isinstance(case, Prefill) else [1.0]
+        results[engine.name, case] = CaseResult(engine, case, 0, seconds)
+    prefill, _, _ = our_figures(Measurement(settings, results, [Ceilings(1e12, 1e10)]))
+    for context in contexts:
+        begins = range(0, context, CHUNK)
+        exact = sum((1 + slope * begin) * min(CHUNK, context - begin) / CHUNK for begin in begins)
+        assert prefill[context][engine.name] == pytest.approx(context / exact)
 
 
 def test_cases_cover_every_context() -> None:
@@ -78,13 +96,14 @@ def test_tables() -> None:
 @pytest.mark.parametrize(
     ("gibibytes", "batches"),
     [
-        (79, {"yoco_u": (32, 32, 32, 32), "yoco": (32, 32, 32, 32), "transformer": (32, 32, 26, 6), "rins": (32, 32, 13, 3)}),
+        (24, {"yoco_u": (32, 32, 32, 32), "yoco": (32, 32, 32, 32), "transformer": (32, 28, 7, 1), "rins": (27, 14, 3, 1)}),
+        (79, {"yoco_u": (32, 32, 32, 32), "yoco": (32, 32, 32, 32), "transformer": (32, 32, 25, 6), "rins": (32, 32, 12, 3)}),
         (140, {"yoco_u": (32, 32, 32, 32), "yoco": (32, 32, 32, 32), "transformer": (32, 32, 32, 11), "rins": (32, 32, 23, 5)}),
     ],
-    ids=["H100", "H200"],
+    ids=["24 GB", "H100", "H200"],
 )
 def test_on_a_gpu_batches_are_the_papers_where_they_fit(gibibytes: int, batches: dict[str, tuple[int, ...]]) -> None:
-    """Of 79 GiB keys and values may take 67: 26 sequences of 2.5 GiB, or 6 of 10."""
+    """Of 79 GiB the weights take 2.5, and keys and values may take 65: 25 sequences of 2.5 GiB, or 6 of 10."""
     settings = BenchSettings(**PAPER_ON_GPU, device="cuda")
     for engine in our_engines(settings):
         cases = paper_cases(engine.architecture, settings, gibibytes * 2**30)
@@ -92,6 +111,10 @@ def test_on_a_gpu_batches_are_the_papers_where_they_fit(gibibytes: int, batches:
         decodes = [case for case in cases if isinstance(case, Decode)]
         assert [(case.context, case.steps) for case in decodes] == [(2**power, 128) for power in (13, 14, 16, 18)]
         assert tuple(case.batch for case in decodes) == batches[engine.name]
+        weights = 2 * parameters(engine.architecture).total
+        for case in decodes:
+            taken = weights + case.batch * kv_bytes(engine.architecture, case.context + case.steps + 2 * settings.block_size)
+            assert case.batch == 1 or taken < 0.9 * gibibytes * 2**30  # activations need the rest
 
 
 def test_tables_of_a_gpu() -> None:

@@ -1,9 +1,12 @@
 """The order of a benchmark, its figures, what it leaves out, and what becomes of engines that fail."""
 
+import io
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from rich.console import Console
 from scripted_engines import scripted_engine
 
 from yoco_u.architecture import preset
@@ -11,8 +14,9 @@ from yoco_u.bench import run as run_module
 from yoco_u.bench.cases import BenchSettings, Case, Decode, Prefill, cases_of
 from yoco_u.bench.ceilings import Ceilings
 from yoco_u.bench.engines import BenchEngine
-from yoco_u.bench.results import Row, rows_of
+from yoco_u.bench.results import Row, as_json, rows_of
 from yoco_u.bench.run import Benchmark, Measurement
+from yoco_u.bench.table import print_tables
 from yoco_u.budget import decode_bytes, kv_bytes, parameters, prefill_flops
 from yoco_u.device import memory_read_rate
 
@@ -130,6 +134,59 @@ def test_a_prefill_that_would_take_too_long_is_left_out(tmp_path: Path) -> None:
     assert f"about {expected:,.0f} s by its rate at 64 tokens" in (row_of(measurement, "slow", "prefill", 256).failure or "")
 
 
+def test_the_nearest_of_the_shorter_prompts_says_how_long_the_next_takes(tmp_path: Path) -> None:
+    """The time of a short prompt is not that of its FLOPs."""
+    settings = SETTINGS.model_copy(update={"contexts": (1, 16, 64, 256, 1024, 65536)})
+    engine = scripted_engine(tmp_path, "a", run="seconds = 1 + case.get('tokens', 1) / 400")
+    measurement = measured([engine], settings)
+    assert row_of(measurement, "a", "prefill", 1024).seconds == [3.56, 3.56]
+    expected = 3.56 * prefill_flops(engine.architecture, 65536) / prefill_flops(engine.architecture, 1024)
+    failure = row_of(measurement, "a", "prefill", 65536).failure
+    assert failure == f"too long: about {expected:,.0f} s by its rate at 1,024 tokens, the limit is 30"
+
+
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [
+        ("assert run.calls < 2, 'no more'", "failed in round 2: AssertionError: no more"),
+        ("os._exit(3) if run.calls == 2 else None", "failed in round 2: ended with status 3: chatter on stdout"),
+    ],
+    ids=["error", "end"],
+)
+def test_a_failure_behind_the_first_round_is_told_beside_the_figure(tmp_path: Path, second: str, told: str) -> None:
+    engine = scripted_engine(tmp_path, "a", run=f"run.calls = getattr(run, 'calls', 0) + 1; {second}")
+    settings = SETTINGS.model_copy(update={"rounds": 3})
+    measurement = Benchmark(settings, [engine], {"a": [Prefill(64)]}).run(lambda engine, case: None)
+    [row] = rows_of(measurement)
+    assert (row.seconds, row.tokens_per_second, row.failure) == ([0.5], 128, told)
+    assert as_json(measurement)["rows"][0]["failure"] == told
+    text = io.StringIO()
+    print_tables(Console(file=text, width=200), measurement)
+    shown = [" ".join(line.split()) for line in text.getvalue().splitlines()]
+    assert f"a: {told} (prefill 64)" in shown
+    assert any(line.startswith("a 128 ") for line in shown)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_ceilings_are_measured_while_no_engine_holds_the_gpu(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU before each turn of an engine."""
+    monkeypatch.setattr(run_module, "memory_bytes", lambda device: 2**40)
+    settings = SETTINGS.model_copy(update={"device": device})
+    engines = [scripted_engine(tmp_path, name) for name in ("a", "b")]
+    benchmark = Benchmark(settings, engines, {engine.name: [Prefill(64)] for engine in engines})
+    loaded: list[list[str]] = []
+
+    def measure(dtype: str, device: torch.device) -> Ceilings:
+        loaded.append(list(benchmark._workers))
+        return Ceilings(1e12, 1e10)
+
+    monkeypatch.setattr(run_module, "measure_ceilings", measure)
+    benchmark.run(lambda engine, case: None)
+    assert loaded == ([[], []] if device == "cuda:0" else [[], ["a"], ["a", "b"], ["b"]])
+
+
 def test_dear_cases_are_not_repeated(tmp_path: Path) -> None:
     measurement = measured([scripted_engine(tmp_path, "a", run="seconds = 25 if case['kind'] == 'decode' else 1")])
     assert row_of(measurement, "a", "prefill", 64).seconds == [1, 1]
@@ -154,7 +211,8 @@ def test_each_engine_has_cases_of_its_own(tmp_path: Path) -> None:
 
 def test_on_a_gpu_memory_and_peaks_are_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = preset("transformer", "test")
-    monkeypatch.setattr(run_module, "memory_bytes", lambda device: int(kv_bytes(a, 256) * 1.5))
+    weights = 2 * parameters(a).total
+    monkeypatch.setattr(run_module, "memory_bytes", lambda device: weights + int(kv_bytes(a, 256) * 1.5))
     settings = SETTINGS.model_copy(update={"device": "cuda:0"})
     log: list[tuple[str, Case | None]] = []
     engines = [scripted_engine(tmp_path, name, answer="{'gpu_peak_bytes': 77}") for name in ("a", "b")]

@@ -20,7 +20,7 @@ from rich.table import Table
 from yoco_u import paper
 from yoco_u.architecture import Architecture
 from yoco_u.bench.cases import BenchSettings, Case, Decode, Prefill
-from yoco_u.bench.run import SHARE_OF_MEMORY, Measurement
+from yoco_u.bench.run import Measurement, kv_room
 from yoco_u.budget import kv_bytes
 from yoco_u.formatting import context_label, number
 
@@ -49,17 +49,18 @@ PAPER_ON_GPU: dict[str, Any] = {
 def paper_cases(a: Architecture, settings: BenchSettings, memory: int) -> list[Case]:
     """The cases of an architecture: its prefills, then a decode behind each context.
 
-    On a CPU the prefills are the first chunk of a prompt, and the last chunk of a prompt of each context length. On a GPU they
-    are whole prompts, and a batch is smaller than the settings' if its keys and values would not fit into memory.
+    On a CPU the prefills are the first chunk of a prompt, and one where the last chunk of each context begins. On a GPU they
+    are whole prompts, and a batch is smaller than the settings' if its keys and values would not fit into memory beside the
+    weights.
 
     Args:
         memory: bytes of the device.
     """
     contexts, batch, steps = sorted(settings.contexts), settings.batches[0], settings.steps
     if settings.device.startswith("cpu"):
-        depths = sorted({0, *(max(0, context - CHUNK) for context in contexts)})
+        depths = sorted({0, *((context - 1) // CHUNK * CHUNK for context in contexts)})
         return [*(Prefill(CHUNK, depth) for depth in depths), *(Decode(context, batch, steps) for context in contexts)]
-    room = SHARE_OF_MEMORY["cuda"] * memory
+    room = kv_room(a, settings, memory)
     spare = steps + 2 * settings.block_size  # tokens of a sequence besides its context
     fitting = {c: int(room // kv_bytes(a, c + spare, settings.bytes_per_element)) for c in contexts}
     decodes = [Decode(context, max(1, min(batch, fitting[context])), steps) for context in contexts]

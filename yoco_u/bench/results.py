@@ -22,7 +22,7 @@ class Row:
         kind: prefill or decode.
         context: tokens of the prompt, those before it included; or the context behind which tokens were decoded.
         depth: tokens before the prompt that were not computed; 0 for a decode.
-        failure: why there are no figures, as `word: explanation`.
+        failure: why there are no figures, or none of a round and those behind it, as `word: explanation`.
         seconds: the time of each round.
         tokens_per_second: prompt tokens, or new tokens of all sequences together, by the median of the rounds.
         rate: model FLOP/s of a prefill; for a decode the bytes that its steps must read, per second.
@@ -75,7 +75,7 @@ def _row(measurement: Measurement, result: CaseResult, reference: CaseResult | N
         context=case.context,
         depth=case.depth if isinstance(case, Prefill) else 0,
         batch=case.batch,
-        failure=None if seconds is not None else result.failure,
+        failure=result.failure,
         seconds=result.seconds,
         tokens_per_second=None if seconds is None else _new_tokens(case) / seconds,
         rate=rate,

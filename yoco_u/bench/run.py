@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from yoco_u.architecture import Architecture
 from yoco_u.bench.cases import BenchSettings, Case, Prefill, case_as_json
 from yoco_u.bench.ceilings import Ceilings, measure_ceilings
 from yoco_u.bench.engines import BenchEngine
@@ -25,7 +26,17 @@ START_SECONDS = 600.0
 """Seconds that an engine may take to load and compile; the settings' time limit is for a case."""
 
 SHARE_OF_MEMORY = {"cpu": 0.7, "cuda": 0.85}
-"""By the device's type: a case whose keys and values take a larger share of its memory is not tried."""
+"""By the device's type: a case whose keys and values take a larger share of what the weights leave is not tried."""
+
+
+def kv_room(a: Architecture, settings: BenchSettings, memory: int) -> float:
+    """Bytes that the keys and values of a case may take, so that weights and everything else have room beside them.
+
+    Args:
+        memory: bytes of the device.
+    """
+    weights = parameters(a).total * settings.bytes_per_element
+    return SHARE_OF_MEMORY[torch.device(settings.device).type] * (memory - weights)
 
 
 @dataclass
@@ -35,7 +46,8 @@ class CaseResult:
     Attributes:
         kv_bytes: bytes of keys and values of all sequences together, by arithmetic.
         seconds: the time that the case took, one for each round that measured it.
-        failure: why it was not measured, in one line; the table shows what stands before the colon.
+        failure: why it was not measured, or not in the round that it names, in one line; the table shows what stands before
+            the colon where there is no figure.
         peak_bytes: the most resident memory that the engine's processes held during the case.
         details: what else the worker answered.
     """
@@ -55,7 +67,7 @@ class Measurement:
 
     Attributes:
         results: by the engine's name and the case; there is one for each case of each engine from the beginning.
-        ceilings: the machine's ceilings before each turn of an engine.
+        ceilings: the machine's ceilings before each turn of an engine; on a GPU, before it is loaded.
         about: by the engine's name, what its worker told of it.
     """
 
@@ -106,7 +118,8 @@ class Benchmark:
         """Measure everything. The failure of an engine becomes part of its results and the others go on."""
         try:
             for number, engine in self._turns():
-                self.measurement.ceilings.append(measure_ceilings(self.settings.dtype, self.device))
+                if self.device.type == "cpu" or engine.name not in self._workers:  # which may have filled the GPU's memory
+                    self.measurement.ceilings.append(measure_ceilings(self.settings.dtype, self.device))
                 for case in self.cases[engine.name]:
                     progress(engine, case)
                     self._measure(engine, case, progress)
@@ -149,8 +162,8 @@ class Benchmark:
         result = self.measurement.results[engine.name, case]
         if result.failure or (result.seconds and min(result.seconds) > CHEAP_SECONDS[self.device.type]):
             return
-        result.failure = self._broken.get(engine.name) or self._hopeless(result)
-        if result.failure:
+        if failure := self._broken.get(engine.name) or self._hopeless(result):
+            _fail(result, failure)
             return
         try:
             worker = self._workers.get(engine.name) or self._load(engine, progress)
@@ -158,10 +171,10 @@ class Benchmark:
         except WorkerFailed as failure:
             self._workers.pop(engine.name, None)
             word = "timed out" if isinstance(failure, WorkerTimedOut) else "failed"
-            result.failure = self._broken.get(engine.name) or f"{word}: {failure}"
+            _fail(result, self._broken.get(engine.name) or f"{word}: {failure}")
             return
         if "error" in answer:
-            result.failure = f"failed: {answer['error']}"
+            _fail(result, f"failed: {answer['error']}")
             return
         result.seconds.append(answer.pop("seconds"))
         result.peak_bytes = max(answer.pop("peak_bytes") or 0, result.peak_bytes or 0) or None
@@ -189,23 +202,37 @@ class Benchmark:
         """Why a case need not be tried, in one line; None if it should be tried."""
         if not self._fits(result):
             where = "machine" if self.device.type == "cpu" else "GPU"
-            return f"no memory: the KV takes {result.kv_bytes / 2**30:.1f} GiB, the {where} has {self._memory / 2**30:.1f}"
+            weights = parameters(result.engine.architecture).total * self.settings.bytes_per_element
+            return (
+                f"no memory: the KV takes {result.kv_bytes / 2**30:.1f} GiB and the weights {weights / 2**30:.1f}, "
+                f"the {where} has {self._memory / 2**30:.1f}"
+            )
         case, engine, limit = result.case, result.engine, self.settings.time_limit
-        if not isinstance(case, Prefill) or case.depth:
+        if not isinstance(case, Prefill) or case.depth or result.seconds:
             return None
-        for other in self.cases[engine.name]:
-            if not isinstance(other, Prefill) or other.depth or other.tokens >= case.tokens:
-                continue
-            smaller = self.measurement.results[engine.name, other]
-            if smaller.failure and smaller.failure.startswith("timed out"):
-                return f"too long: {other.tokens:,} tokens took over {limit:g} s"
-            if smaller.seconds:
-                more = prefill_flops(engine.architecture, case.tokens) / prefill_flops(engine.architecture, other.tokens)
-                expected = min(smaller.seconds) * more
-                if expected > limit:
-                    return f"too long: about {expected:,.0f} s by its rate at {other.tokens:,} tokens, the limit is {limit:g}"
+        shorter = [
+            self.measurement.results[engine.name, other]
+            for other in self.cases[engine.name]
+            if isinstance(other, Prefill) and not other.depth and other.tokens < case.tokens
+        ]
+        for one in shorter:
+            if one.failure and one.failure.startswith("timed out"):
+                return f"too long: {one.case.context:,} tokens took over {limit:g} s"
+        nearest = max((one for one in shorter if one.seconds), key=lambda one: one.case.context, default=None)
+        if nearest is None:
+            return None
+        tokens = nearest.case.context  # of far shorter prompts the time is not their FLOPs'
+        more = prefill_flops(engine.architecture, case.tokens) / prefill_flops(engine.architecture, tokens)
+        if (expected := min(nearest.seconds) * more) > limit:
+            return f"too long: about {expected:,.0f} s by its rate at {tokens:,} tokens, the limit is {limit:g}"
         return None
 
     def _fits(self, result: CaseResult) -> bool:
         """Whether the keys and values of a case leave enough memory for the weights and everything else."""
-        return result.kv_bytes < SHARE_OF_MEMORY[self.device.type] * self._memory
+        return result.kv_bytes < kv_room(result.engine.architecture, self.settings, self._memory)
+
+
+def _fail(result: CaseResult, failure: str) -> None:
+    """Note why a case was not measured; where earlier rounds have measured it, with the number of the round."""
+    word, _, reason = failure.partition(":")
+    result.failure = f"{word} in round {len(result.seconds) + 1}:{reason}" if result.seconds else failure

@@ -45,7 +45,7 @@ def _table(rows: Sequence[Row], rate: str, share: str) -> Table:
         rate, share: headings of the columns of `Row.rate` and `Row.of_ceiling`.
     """
     columns: list[tuple[str, Callable[[Row], str]]] = [
-        ("tokens/s", lambda row: number(row.tokens_per_second) if row.failure is None else row.failure.partition(":")[0]),
+        ("tokens/s", _tokens_per_second),
         (rate, lambda row: _number(row.rate, lambda value: f"{value / 1e9:,.1f}")),
         (share, lambda row: _number(row.of_ceiling, lambda value: f"{value:.0%}")),
         ("ratio", lambda row: _number(row.reference_ratio, lambda value: f"{value:.2f}x")),
@@ -70,8 +70,14 @@ def _table(rows: Sequence[Row], rate: str, share: str) -> Table:
     return table
 
 
+def _tokens_per_second(row: Row) -> str:
+    if row.tokens_per_second is None and row.failure is not None:
+        return row.failure.partition(":")[0]
+    return number(row.tokens_per_second)
+
+
 def print_failures(console: Console, measurement: Measurement) -> None:
-    """Print a warning if the machine had other work, and one line for each reason why an engine's cases have no figures."""
+    """Print a warning if the machine had other work, and one line for each reason why an engine's cases were not measured."""
     busiest = max(ceilings.busy for ceilings in measurement.ceilings)
     if busiest > _BUSY_CPUS:
         console.print(
