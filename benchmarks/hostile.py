@@ -249,8 +249,8 @@ def main() -> None:
         rows = asyncio.run(attack(server, chosen, prompts, seen))
     alone = answers_alone(chosen, prompts)
     wrong = sum(alone[number][-1] != text for number, text in seen.answers)
-    figures = {"innocent answers": len(seen.answers), "unlike alone": wrong, "innocent errors": len(seen.errors)}
-    figures |= seen.gaps.percentiles()
+    clients = {"innocent answers": len(seen.answers), "unlike alone": wrong, "innocent errors": len(seen.errors)}
+    figures = clients | seen.gaps.percentiles()
     write(chosen.out, {"hostile": rows, **figures, "errors": seen.errors[:20]})
     show("Hostile requests beside innocent streams", rows)
     show("Innocent clients", [figures])
