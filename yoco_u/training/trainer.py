@@ -46,7 +46,7 @@ class TrainingDiverged(UserError):  # noqa: N818
 
 
 class TrainingInterrupted(UserError):  # noqa: N818
-    """A signal asked the run to stop, and it stopped; the same command continues it."""
+    """A signal asked to stop, and the run stopped or ended; the same command goes on."""
 
 
 def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
             the model does not fit into memory.
         OSError: if the disk is full, or the folder cannot be written to. The same call goes on from the newest checkpoint then.
         TrainingDiverged: if the loss or the gradient is not finite.
-        TrainingInterrupted: if SIGINT or SIGTERM stopped the run.
+        TrainingInterrupted: if SIGINT or SIGTERM stopped the run, or came in its last step, after which it is finished.
     """
     run_folder, damaged = RunFolder(Path(folder)), list[str]()
     config = run_folder.located(config)
@@ -108,11 +108,27 @@ class _Run:
         self._resume()
         self._measure_machine()
         device, follow = self.distributed.device, self.config.training.follow_free_cores
-        with closing(self.checkpoints), self._writing_metrics(), self._reporting(), _stop_on_signal() as stop:
-            with minding_others(device, follow, self.reporter.say) as mind_others:
-                self._loop(stop, mind_others)
-            self.checkpoints.wait()
-        return self._finish()
+        stop = _Stop()
+        try:
+            with closing(self.checkpoints), self._writing_metrics(), self._reporting(), _noting_signals(stop):
+                with minding_others(device, follow, self.reporter.say) as mind_others:
+                    self._loop(stop, mind_others)
+                self.checkpoints.wait()
+        except TrainingDiverged as problem:
+            if self._asked_to_stop(stop):
+                raise TrainingInterrupted(str(problem)) from None
+            raise
+        summary = self._finish()
+        if self._asked_to_stop(stop):
+            raise TrainingInterrupted(
+                f"{self.folder.path}: the run was asked to stop in its last step, and is finished; run the same command again "
+                "for what follows"
+            )
+        return summary
+
+    def _asked_to_stop(self, stop: "_Stop") -> bool:
+        """Whether a signal came to any process."""
+        return self.distributed.any(stop.signal is not None)
 
     def _open_dataset(self) -> None:
         config, training = self.config, self.config.training
@@ -358,9 +374,8 @@ class _Stop:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
+def _noting_signals(stop: _Stop) -> Iterator[None]:
     """Note the first SIGINT or SIGTERM, so that the run can stop between two steps; a second one acts at once."""
-    stop = _Stop()
     before: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: object) -> None:
@@ -371,7 +386,7 @@ def _stop_on_signal() -> Iterator[_Stop]:
     if threading.current_thread() is threading.main_thread():
         before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
