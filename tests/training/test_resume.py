@@ -215,7 +215,7 @@ def test_one_run_at_a_time_in_a_folder(dataset: Path, tmp_path: Path, monkeypatc
     config, seen = run_config(dataset, steps=2, optimizer_warmup_steps=0), []
 
     def second(*_: object) -> float:
-        with pytest.raises(UserError, match="another process is training there"):
+        with pytest.raises(UserError, match="another process is training or measuring there"):
             train(config, tmp_path, progress=False)
         seen.append(True)
         return 1e9

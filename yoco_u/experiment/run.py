@@ -1,5 +1,6 @@
 """Trains the runs of a grid one after another. Several processes may share a grid: no run is trained by two of them."""
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ def train_runs(
 ) -> list[GridRun]:
     """Train every run that is not finished, each in `folder`/name; then let its model write the samples, and measure it.
 
-    A run that another process is training, or whose loss became non-finite, is passed over.
+    A run that another process is training or measuring, or whose loss became non-finite, is passed over.
 
     Args:
         say: called with a line of text before each run, and where one is passed over.
@@ -61,12 +62,11 @@ def train_runs(
         torch.compiler.reset()  # each run compiles its own blocks; those of all runs together would exceed torch's limit
         try:
             train(run.config, target, progress=progress)
+            with distributed_session(run.config.training.device) as distributed:
+                distributed.on_main(partial(_sample_and_measure, target, experiment, say))
         except (RunFolderTaken, TrainingDiverged) as problem:
             say(f"{problem}; going on with the next run")
             unfinished.append(run)
-            continue
-        with distributed_session(run.config.training.device) as distributed:
-            distributed.on_main(partial(_sample_and_measure, target, experiment, say))
     return [run for run in unfinished if not is_finished(folder / run.name)]  # another process may have finished some by now
 
 
@@ -91,10 +91,12 @@ def check_report(folder: Path, sizes: Iterable[str] = ()) -> None:
 
 
 def _sample_and_measure(folder: Path, experiment: Experiment, say: Say) -> None:
-    if experiment.samples is not None:
-        write_samples(folder, experiment.samples, say)
-    if experiment.measures is not None:
-        measure(folder, experiment.measures, say)
+    """As one process at a time does, so that no measure is taken twice, or lost where another one is written."""
+    with RunFolder(folder).hold():
+        if experiment.samples is not None:
+            write_samples(folder, experiment.samples, say)
+        if experiment.measures is not None:
+            measure(folder, experiment.measures, say)
 
 
 def is_finished(folder: Path) -> bool:
@@ -103,5 +105,13 @@ def is_finished(folder: Path) -> bool:
 
 
 def has_diverged(folder: Path) -> bool:
-    """Whether the run in this folder stopped because a loss or a gradient was not finite."""
-    return any((folder / "checkpoints").glob("non-finite-step-*"))
+    """Whether the run in this folder stopped because a loss or a gradient was not finite, and has not gone beyond since."""
+    checkpoints = folder / "checkpoints"
+    diverged, saved = _last_step(checkpoints, "non-finite-"), _last_step(checkpoints)
+    return diverged is not None and diverged >= (saved or 0) and not is_finished(folder)
+
+
+def _last_step(checkpoints: Path, kind: str = "") -> int | None:
+    """The last step of which there is a checkpoint of a kind; None if there is none."""
+    names = (path.name.removeprefix(f"{kind}step-") for path in checkpoints.glob(f"{kind}step-[0-9]*"))
+    return max((int(re.split(r"\D", name)[0]) for name in names), default=None)

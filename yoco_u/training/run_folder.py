@@ -40,7 +40,7 @@ class _Summary(BaseModel, extra="allow"):
 
 
 class RunFolderTaken(UserError):  # noqa: N818
-    """Another process trains in this folder."""
+    """Another process trains in this folder, or measures the model in it."""
 
 
 class RunFolder:
@@ -70,12 +70,7 @@ class RunFolder:
             check_claim(self.path, RUN, _was_run)
             self._mark_parts()
             claim(self.path, RUN, _was_run)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise RunFolderTaken(
-                    f"{self.path}: another process is training there; wait for it, or choose another folder"
-                ) from None
+            self._acquire(lock)
             if self.read_summary() is None:
                 check_part(self.model)
                 check_changes(self.model, kept=True)
@@ -95,6 +90,20 @@ class RunFolder:
             if missing and lock.is_locked:
                 self._leave(missing)
             raise
+        finally:
+            lock.release()
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Lock the folder of a run while its model is measured.
+
+        Raises:
+            RunFolderTaken: if another process has the lock.
+        """
+        lock = FileLock(self.lock)
+        self._acquire(lock)
+        try:
+            yield
         finally:
             lock.release()
 
@@ -179,6 +188,14 @@ class RunFolder:
         nothing, can_finish = _Summary(name="", steps=1), any(self.checkpoints.glob("step-*"))
         found = read_json(self.summary, _Summary, nothing, say if can_finish else None)
         return None if found is nothing else found.model_dump()
+
+    def _acquire(self, lock: FileLock) -> None:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunFolderTaken(
+                f"{self.path}: another process is training or measuring there; wait for it, or choose another folder"
+            ) from None
 
     def _mark_parts(self) -> None:
         """Mark what the run's folder holds, if it was made before there were marks."""
