@@ -77,6 +77,16 @@ def verify_checksums(folder: Path, mend: str, wanted: Callable[[str], bool] = la
     return True
 
 
+def checksums_digest(folder: Path, wanted: Callable[[str], bool]) -> str | None:
+    """What tells files of a folder from others: a digest of their checksums; None if the folder has none.
+
+    Args:
+        wanted: which files, by their names within the folder.
+    """
+    sums = sorted(name + digest for name, digest in _read_sums(folder / SUMS).items() if wanted(name))
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest() if sums else None
+
+
 def added_or_changed(folder: Path) -> list[Path]:
     """What users have added to a folder since `write_checksums`, and what they have changed in it: files and links.
 

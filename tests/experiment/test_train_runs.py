@@ -1,6 +1,7 @@
 """Training the runs of a grid: when none is begun any more, which are passed over, and what one process at a time does."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 from made_up_grids import grid, preset
 
+from yoco_u.errors import UserError
+from yoco_u.evaluation.held_out import validation_split
 from yoco_u.experiment import run as runs_module
 from yoco_u.experiment.config import AngularMeasure, Experiment, Measures
 from yoco_u.experiment.grid import GridRun, expand
 from yoco_u.experiment.measure import MEASURES, measure
+from yoco_u.experiment.results import read_results
 from yoco_u.experiment.run import has_diverged, train_runs
-from yoco_u.training import TrainingInterrupted, evaluate, trainer
+from yoco_u.training import TrainingInterrupted, evaluate, train, trainer
 from yoco_u.training.step import StepResult, TrainingStep
 
 Grid = tuple[Experiment, list[GridRun], Path]
@@ -107,3 +111,24 @@ def test_one_process_at_a_time_measures_a_run(two: Grid, monkeypatch: pytest.Mon
     assert measured == ["a"]
     assert "a: another process is training or measuring there" in said[-1] and "going on with the next run" in said[-1]
     assert json.loads((folder / "a" / MEASURES).read_text())["angular"]["settings"] == {"tokens": 16}
+
+
+def test_a_dataset_that_was_prepared_anew_is_refused(two: Grid) -> None:
+    """Before another run is trained on it, and where runs on both would be compared."""
+    experiment, runs, folder = two
+    train_runs(experiment, runs[:1], folder, progress=False)
+    shutil.rmtree(folder / "data")
+    write_texts(folder.parent, "right * left")
+    train(runs[1].config, folder / "b", progress=False)
+    with pytest.raises(UserError, match="the dataset was another one for each"):
+        read_results(runs, folder)
+    shutil.rmtree(folder / "b")
+    with pytest.raises(UserError, match=f"{folder}/a and {folder}/data: the dataset was another one for each"):
+        train_runs(experiment, runs[1:], folder, progress=False)
+    assert not (folder / "b").exists()
+    with pytest.raises(UserError, match="a: was begun with another dataset in the same place"):
+        validation_split(folder / "a", 16)
+    shutil.rmtree(folder / "data")
+    write_texts(folder.parent, "left + right")
+    assert train_runs(experiment, runs, folder, progress=False) == []
+    assert [series.name for series in read_results(runs, folder).series] == ["a", "b"]

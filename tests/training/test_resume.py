@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from training_runs import STEPS, deterministic, run_config, start
 
 from yoco_u.checksums import SUMS
+from yoco_u.data import DatasetIndex, prepare
 from yoco_u.errors import UserError
 from yoco_u.training import RunConfig, TrainingInterrupted, train
 from yoco_u.training.metrics import METRICS, MetricsWriter
@@ -160,6 +161,31 @@ def test_another_dataset_is_refused_but_not_another_path_to_it(
     assert train(run_config(Path(dataset.name)), folder, progress=False)["steps"] == config.training.steps
     with pytest.raises(UserError, match=r"holds a run with dataset = '.*', now 'elsewhere'"):
         train(run_config(Path("elsewhere")), folder, progress=False)
+
+
+def test_another_dataset_in_the_same_place_is_refused(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether there is a checkpoint yet or not; the same texts prepared again from elsewhere are the same dataset."""
+    config, place, texts = DatasetIndex.load(dataset).config, tmp_path / "dataset", dataset.parent / "functions.jsonl"
+    shutil.copytree(dataset, place)
+    settings = run_config(place, save_every=2)
+    train(settings, tmp_path / "whole", progress=False)
+    folder = unfinished_copy(tmp_path / "whole", tmp_path / "run", step=2)
+    shutil.rmtree(place)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / texts.name).write_text(texts.read_text().replace("left", "leg"))
+    for here, alike in ((tmp_path / "other", False), (dataset.parent, True)):
+        monkeypatch.chdir(here)
+        prepare(config, place, progress=False)
+        if not alike:
+            with pytest.raises(UserError, match="was begun with another dataset in the same place; bring it back"):
+                train(settings, folder, progress=False)
+            shutil.copytree(folder, begun := tmp_path / "begun")
+            shutil.rmtree(begun / "checkpoints")
+            with pytest.raises(UserError, match="was begun with another dataset"):
+                train(settings, begun, progress=False)
+            shutil.rmtree(place)
+    train(settings, folder, progress=False)
+    assert_same_run(folder, tmp_path / "whole")
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(

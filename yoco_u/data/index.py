@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from yoco_u.checksums import verify_checksums
+from yoco_u.checksums import checksums_digest, verify_checksums
 from yoco_u.config import Config, parse
 from yoco_u.data.config import DataConfig
 from yoco_u.errors import UserError
@@ -91,6 +91,14 @@ class DatasetIndex(Config):
                 "prepare with validation_fraction or validation_corpus"
             )
         return self.splits[name]
+
+    @property
+    def digest(self) -> str | None:
+        """What tells the tokens of the dataset from others; None for a dataset of an earlier version, without checksums.
+
+        The same texts, prepared again by the same config from another folder, have the same.
+        """
+        return checksums_digest(self.folder, lambda name: name.startswith(tuple(f"{split}-" for split in self.splits)))
 
     def verify(self, split: SplitName | None = None) -> None:
         """Compare the files with the checksums that `prepare` wrote; a dataset of an earlier version has none.

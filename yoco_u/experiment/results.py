@@ -14,7 +14,7 @@ from yoco_u.experiment.config import Role
 from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.intervals import Interval, NotDecidable, interval
 from yoco_u.experiment.measure import read_measures
-from yoco_u.experiment.run import has_diverged, is_finished
+from yoco_u.experiment.run import check_one_dataset, has_diverged, is_finished
 from yoco_u.report.comparison import equal_cost
 from yoco_u.training.metrics import METRICS, loops_key
 from yoco_u.training.run_folder import RunFolder, read_run
@@ -235,6 +235,7 @@ def read_results(runs: Sequence[GridRun], folder: Path) -> Results:
             groups.setdefault(result.run.series, []).append(result)
     if not groups:
         raise UserError(f"{folder}: none of the {len(runs)} runs is finished yet; train them without --report first")
+    check_one_dataset(folder / result.run.name for group in groups.values() for result in group)
     return Results(results, tuple(_series(group) for group in groups.values()))
 
 

@@ -9,6 +9,8 @@ import torch
 from filelock import FileLock
 
 from yoco_u.config import dump_yaml
+from yoco_u.data.index import INDEX, DatasetIndex
+from yoco_u.errors import UserError
 from yoco_u.experiment.config import Experiment
 from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.measure import check_measures, measure, write_samples
@@ -42,7 +44,8 @@ def train_runs(
         The runs that are still not finished.
 
     Raises:
-        UserError: as `train` does; also if a folder holds a run of other settings, or the measures cannot be taken.
+        UserError: as `train` does; also if a folder holds a run of other settings, runs were trained on another dataset than
+            there is now, or the measures cannot be taken.
     """
     claim_experiment(folder, experiment.sizes)
     with FileLock(folder / _LOCK):
@@ -58,6 +61,8 @@ def train_runs(
             say(f"{run.name}: the loss was not finite; passed over (remove {target} to try again)")
             unfinished.append(run)
             continue
+        with distributed_session(run.config.training.device) as distributed:
+            distributed.on_main(partial(_check_dataset, run, folder))
         say(f"run {number} of {len(runs)}: {run.name} ({steps:,} steps)")
         torch.compiler.reset()  # each run compiles its own blocks; those of all runs together would exceed torch's limit
         try:
@@ -97,6 +102,36 @@ def _sample_and_measure(folder: Path, experiment: Experiment, say: Say) -> None:
             write_samples(folder, experiment.samples, say)
         if experiment.measures is not None:
             measure(folder, experiment.measures, say)
+
+
+def _check_dataset(run: GridRun, folder: Path) -> None:
+    """Refuse, before a run is trained, a dataset that is not that of the others, as one that was prepared anew may be."""
+    if is_finished(folder / run.name):
+        return
+    others = [file.parent for where in ("*", "*/*") for file in sorted(folder.glob(f"{where}/environment.json"))]
+    dataset = Path(run.config.dataset)
+    check_one_dataset(others, dataset if (dataset / INDEX).exists() else None)
+
+
+def check_one_dataset(runs: Iterable[Path], dataset: Path | None = None) -> None:
+    """Check that the runs of a grid were trained on one dataset, as far as they have noted it.
+
+    Args:
+        runs: their folders.
+        dataset: the dataset that it has to be; None for any.
+
+    Raises:
+        UserError: if two differ.
+    """
+    found = {} if dataset is None else {DatasetIndex.load(dataset).digest: dataset}
+    for run in runs:
+        found.setdefault(RunFolder(run).noted("dataset"), run)
+    found.pop(None, None)
+    if len(found) > 1:
+        one, other = sorted(found.values())[:2]
+        raise UserError(
+            f"{one} and {other}: the dataset was another one for each; bring it back, or begin the grid in a new folder"
+        )
 
 
 def is_finished(folder: Path) -> bool:

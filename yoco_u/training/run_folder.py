@@ -149,18 +149,27 @@ class RunFolder:
             load_tokenizer(source).save_pretrained(folder)
             write_checksums(folder)
 
-    def check_teacher(self, teacher: dict[str, str]) -> None:
-        """Raise a UserError if the run that goes on was begun with another teacher in the same place.
+    def check_contents(self, contents: dict[str, str | None]) -> None:
+        """Check that what lies in the places of a run's dataset and teacher is what it was begun with.
 
         Args:
-            teacher: as `note_start` noted it; earlier versions did not.
+            contents: digests by what they are of, `dataset` or `teacher`; None for what cannot be told from others.
+
+        Raises:
+            UserError: if it is not. Earlier versions noted no digests, and whatever is there is taken.
         """
-        first = read_json(self.environment, Environment, Environment(), lambda _: None).model_dump()
-        for key, now in teacher.items():
-            if first.get(key, now) != now:
+        for key, now in contents.items():
+            if now is not None and self.noted(key) not in (None, now):
                 raise UserError(
                     f"{self.path}: was begun with another {key} in the same place; bring it back, or begin a new run"
                 )
+
+    def noted(self, key: str) -> str | None:
+        """The digest of the `dataset` or `teacher` that a run was begun with; None if it has not begun, or did not note it."""
+        if not self._has_begun():
+            return None
+        found = read_json(self.environment, Environment, Environment(), lambda _: None).model_dump()
+        return next((start[key] for start in (found, *found["resumed"]) if isinstance(start.get(key), str)), None)
 
     def note_start(self, step: int, environment: dict[str, Any], dataset: str, say: Say) -> None:
         """Write down what the run runs on, and from where. What goes on from `step` goes into the list `resumed` of the first.
@@ -315,6 +324,9 @@ def run_dataset(path: str | os.PathLike[str]) -> Path:
     """The folder of the dataset that a run is trained on, from whatever folder this is called.
 
     Raises:
-        UserError: if the folder holds no run, or the dataset is not there any more.
+        UserError: if the folder holds no run, or the dataset is not there any more, or another one is in its place.
     """
-    return RunFolder(Path(path)).paths.dataset(read_run_config(path).dataset)
+    run = RunFolder(Path(path))
+    found = run.paths.dataset(read_run_config(path).dataset)
+    run.check_contents({"dataset": DatasetIndex.load(found).digest})
+    return found

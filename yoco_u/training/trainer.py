@@ -138,6 +138,7 @@ class _Run:
             self.distributed.on_main(lambda: prepare(data, path, progress=self.progress))
         self.index = DatasetIndex.load(path)
         self.distributed.on_main(self.index.verify)
+        self.distributed.on_main(lambda: self.folder.check_contents(self._contents()))
         check_vocabulary(self.index, config.architecture.vocab_size)
         self.distributed.on_main(lambda: check_tokenizers(config, self.index))
         self.dataset = PackedDataset(path, "train", training.sequence_length, training.seed)
@@ -162,17 +163,17 @@ class _Run:
     def _resume(self) -> None:
         self.saved, self.lost = self.checkpoints.newest()
         if self.saved is not None:
-            self.distributed.on_main(lambda: self.folder.check_teacher(self._teacher()))
             self.state = self.checkpoints.load(self.saved, self.model, self.optimizer, self.config.architecture)
             return
         self.state = TrainerState(
             seed=self.config.training.seed, world_size=self.distributed.world_size, architecture=self.config.architecture
         )
 
-    def _teacher(self) -> dict[str, str]:
-        """What tells the teacher of the run from others, if it has one."""
+    def _contents(self) -> dict[str, str | None]:
+        """What tells the run's dataset from others, and its teacher, if it has one."""
         teaching = self.config.distillation
-        return {} if teaching is None else {"teacher": weights_digest(teaching.teacher)}
+        teacher = {} if teaching is None else {"teacher": weights_digest(teaching.teacher)}
+        return {"dataset": self.index.digest} | teacher
 
     def _measure_machine(self) -> None:
         training, device = self.config.training, self.distributed.device
@@ -180,7 +181,7 @@ class _Run:
         self.gemm_rate = self.distributed.sum(gemm_rate(device, DTYPES[training.dtype]))
         found = environment(device) | {
             "world_size": self.distributed.world_size, "dtype": training.dtype, "gemm_flops_per_second": self.gemm_rate,
-        } | self._teacher()  # fmt: skip
+        } | self._contents()  # fmt: skip
         dataset = self.config.dataset
 
         def note() -> None:
