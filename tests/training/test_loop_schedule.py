@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from test_resume import assert_same_run, unfinished_copy
 from training_runs import run_config, train_on_ranks
 
 from yoco_u.budget import forward_flops
+from yoco_u.config import parse
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
-from yoco_u.training import parallelize, read_metrics, train
-from yoco_u.training.config import LoopPhase
+from yoco_u.training import RunConfig, read_metrics, train
 from yoco_u.training.distributed import Distributed
+from yoco_u.training.phases import LoopPhase
 
 GROWING = [{"until": 0.25, "loops": 1}, {"until": 0.5, "loops": 2}]
 GATED = {"loop_gate": 0.5}
@@ -96,19 +98,6 @@ def test_loop_counts_are_those_of_the_steps(ends: set[float], loops: list[int], 
     assert config.loop_counts() == {config.loops_at(step) for step in range(steps)}
 
 
-@pytest.mark.parametrize(("changes", "blocks"), [
-    ({}, 8), ({"loop_schedule": [{"until": 0.9, "loops": 200}]}, 402), ({"loop_schedule": GROWING}, 8),
-    ({"loop_schedule": [{"until": 0.9, "loops": 200}], "backward_loops": 5}, 12), ({"loop_draw": {"most": 7}}, 16),
-])  # fmt: skip
-def test_memory_is_that_of_the_step_with_most_loops(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], blocks: int
-) -> None:
-    monkeypatch.setattr(parallelize, "memory_bytes", lambda device: 2**30)
-    config = run_config(Path("data"), sequence_length=10**6, **changes)
-    with pytest.raises(UserError, match=f"through {blocks} blocks keeps at least"):
-        parallelize.check_memory(config, ALONE)
-
-
 @pytest.mark.parametrize(
     ("schedule", "architecture", "message"),
     [
@@ -116,8 +105,41 @@ def test_memory_is_that_of_the_step_with_most_loops(
         ([{"until": 1.0, "loops": 1}], "yoco_u", "until"),
         ([{"until": 0.5, "loops": 0}], "yoco_u", "loops"),
         ([{"until": 0.5, "loops": 2}], "yoco", "the architecture has no loop"),
+        ([{"until": 0.1 * n, "loops": 1} for n in range(1, 8)], "yoco_u", "loop_schedule has 7 phases, but there are 6 steps"),
     ],
 )
 def test_impossible_schedules(dataset: Path, schedule: list[dict[str, Any]], architecture: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_config(dataset, architecture, loop_schedule=schedule)
+
+
+@settings(max_examples=examples(30))
+@given(ends=st.sets(st.floats(0.001, 0.99), max_size=4), steps=st.integers(1, 12), share=st.floats(0.001, 1))
+def test_what_is_asked_for_has_a_step_however_few_there_are(ends: set[float], steps: int, share: float) -> None:
+    """Each phase that there is a step for, and a fade; as many as its share asks for where none would be left out."""
+    schedule = [{"until": until, "loops": number + 4} for number, until in enumerate(sorted(ends))]
+    windows = [{"until": phase["until"], "window": phase["loops"]} for phase in schedule]
+    fits = len(ends) <= steps
+    asked = {"loop_schedule": schedule, "window_schedule": windows, "rope_cross_fades": share, "steps": steps}
+    asked |= {"optimizer_warmup_steps": 0}
+    with nullcontext() if fits else pytest.raises(UserError, match="phases, but there are"):
+        config = run_config(Path("data"), architecture={"rope_cross": False}, **asked)
+        found = [config.loops_at(step) for step in range(steps)]
+        assert set(found) - {None} == {phase["loops"] for phase in schedule}
+        assert [config.window_at(step) for step in range(steps) if found[step]] == [loops for loops in found if loops]
+        assert config.cross_rotation_at(0) == 1 and config.cross_rotation_at(steps) == 0
+        exact = [round(until * steps) for until in sorted(ends)]
+        if sorted({0, *exact}) == [0, *exact]:
+            assert found == [next((n + 4 for n, end in enumerate(exact) if step < end), None) for step in range(steps)]
+
+
+@pytest.mark.parametrize(("changes", "most"), [
+    ({}, 3), ({"loop_schedule": [{"until": 0.5, "loops": 5}]}, 5), ({"loop_draw": {"most": 4}}, 4),
+])  # fmt: skip
+def test_gradients_that_are_cut_nowhere_are_refused(changes: dict[str, Any], most: int) -> None:
+    config = run_config(Path("data"), **changes, backward_loops=most - 1)
+    for loops in (most, most + 4):
+        with pytest.raises(UserError, match=f"backward_loops {loops} cuts nothing, since no step has more than {most} loops"):
+            run_config(Path("data"), **changes, backward_loops=loops)
+    written = config.model_dump() | {"training": config.training.model_dump() | {"backward_loops": most}}
+    assert parse(RunConfig, written, "a run", written=True).training.backward_loops is None

@@ -4,13 +4,15 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, model_validator
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import forward_flops, head_flops, self_decoder_flops, training_flops
 from yoco_u.config import Config, Count, EachOnce, Loops, Needs, NonNegativeFloat32, PositiveFloat32, Seed
+from yoco_u.config.base import WRITTEN
 from yoco_u.data.config import DataConfig
 from yoco_u.training.loop_draw import LoopDraw, uniform
+from yoco_u.training.phases import LoopPhase, WindowPhase, phase_at, phase_ends
 
 _Text = Annotated[str, Field(min_length=1)]
 
@@ -48,19 +50,6 @@ class OptimizerConfig(Config):
         return max(1, steps - self.warmup_steps if self.schedule == "cosine" else round(self.decay_fraction * steps))
 
 
-class LoopPhase(Config):
-    """A part of training with its own loop count.
-
-    Attributes:
-        until: share of the steps at which the phase ends. The first phase begins at 0, each further one where the phase before
-            it ends.
-        loops: loop count T of the phase.
-    """
-
-    until: float = Field(gt=0, lt=1)
-    loops: Loops
-
-
 class DistillationConfig(Config):
     """A teacher that a model learns from.
 
@@ -81,18 +70,6 @@ class DistillationConfig(Config):
     architecture: Architecture
     share: Annotated[float, Field(ge=0, le=1), Needs("stage", "logits")] = 0.9
     top_k: Annotated[Count, Needs("stage", "logits")] = 64
-
-
-class WindowPhase(Config):
-    """A part of training with its own window.
-
-    Attributes:
-        until: share of the steps at which the phase ends, as of `LoopPhase`.
-        window: keys that a token sees in a sliding layer.
-    """
-
-    until: float = Field(gt=0, lt=1)
-    window: Count
 
 
 TrainingDType = Literal["auto", "bfloat16", "float32"]
@@ -166,11 +143,15 @@ class TrainingConfig(Config):
     wandb_project: _Text | None = None
 
     @model_validator(mode="after")
-    def _phases_follow(self) -> "TrainingConfig":
+    def _phases_follow(self, info: ValidationInfo) -> "TrainingConfig":
         for name, phases in (("loop_schedule", self.loop_schedule), ("window_schedule", self.window_schedule)):
             ends = [phase.until for phase in phases]
             if any(later <= earlier for earlier, later in pairwise(ends)):
                 raise ValueError(f"{name} ends its phases at {', '.join(map(str, ends))}; each must end after the one before")
+            if len(phases) > self.steps and info.context != WRITTEN:
+                raise ValueError(
+                    f"{name} has {len(phases)} phases, but there are {self.steps} steps; train longer, or drop some"
+                )
         return self
 
     @model_validator(mode="after")
@@ -281,6 +262,20 @@ class RunConfig(Config):
         if training.backward_loops and distillation and (distillation.stage, distillation.trains) != ("logits", "all"):
             raise ValueError("training.backward_loops cuts gradients that this distillation does not have; drop it")
 
+    @model_validator(mode="after")
+    def _backward_loops_cut(self, info: ValidationInfo) -> "RunConfig":
+        training, draw = self.training, self.training.loop_draw
+        counts = [*(stage.loops for stage in self.architecture.stages), *(phase.loops for phase in training.loop_schedule)]
+        most = max(counts) if draw is None else draw.most
+        if training.backward_loops is None or training.backward_loops < most:
+            return self
+        if info.context == WRITTEN:
+            return self.model_copy(update={"training": training.model_copy(update={"backward_loops": None})})
+        raise ValueError(
+            f"training.backward_loops {training.backward_loops} cuts nothing, since no step has more than {most} loops; lower "
+            "or drop it"
+        )
+
     @property
     def tokens_per_step(self) -> int:
         return self.training.batch_rows * self.training.sequence_length
@@ -304,10 +299,8 @@ class RunConfig(Config):
         """What `loops_at` gives for the steps of the run; of a draw the largest that it may give."""
         if self.training.loop_draw is not None:
             return {self.training.loop_draw.most}
-        phases = self.training.loop_schedule
-        ends = pairwise((0, *map(self._end, phases), self.training.steps))
-        planned = (*(phase.loops for phase in phases), None)
-        return {loops for loops, (begin, end) in zip(planned, ends, strict=True) if begin < end}
+        begins = (0, *phase_ends(self.training.loop_schedule, self.training.steps))
+        return {self._planned_loops(begin) for begin in begins if begin < self.training.steps}
 
     def exit_at(self, step: int) -> int | None:
         """The loop, counted from 1, after which training step `step` has its earlier exit; None without one."""
@@ -317,17 +310,18 @@ class RunConfig(Config):
         return 1 + int((loops - 1) * uniform("exit", self.training.seed, step))
 
     def _planned_loops(self, step: int) -> int | None:
-        phases = self.training.loop_schedule
-        return next((phase.loops for phase in phases if step < self._end(phase)), None)
+        phase = phase_at(self.training.loop_schedule, self.training.steps, step)
+        return None if phase is None else phase.loops
 
     def window_at(self, step: int) -> int | None:
         """The window of training step `step` = 0 .. steps - 1; None where the architecture has none."""
-        phases = self.training.window_schedule
-        return next((phase.window for phase in phases if step < self._end(phase)), self.architecture.window)
+        phase = phase_at(self.training.window_schedule, self.training.steps, step)
+        return self.architecture.window if phase is None else phase.window
 
     def cross_rotation_at(self, step: int) -> float:
         """What the rotary angles of the cross-decoder are multiplied by in training step `step` = 0 .. steps - 1."""
-        last = round(self.training.rope_cross_fades * self.training.steps)
+        share = self.training.rope_cross_fades
+        last = max(1, round(share * self.training.steps)) if share else 0
         return 1 - step / last if step < last else float(self.architecture.rope_cross)
 
     def training_flops(self, steps: int | None = None) -> float:
@@ -339,8 +333,9 @@ class RunConfig(Config):
         if self.training.loop_draw is not None and steps is not None:
             return self._drawn_flops(steps)
         steps = self.training.steps if steps is None else steps
-        phases: tuple[LoopPhase | WindowPhase, ...] = (*self.training.loop_schedule, *self.training.window_schedule)
-        ends = sorted({0, steps, *(min(steps, self._end(phase)) for phase in phases)})
+        schedules = self.training.loop_schedule, self.training.window_schedule
+        changes = (end for phases in schedules for end in phase_ends(phases, self.training.steps))
+        ends = sorted({0, steps, *(min(steps, end) for end in changes)})
         return sum(self._expected_flops(begin) * ((end - begin) * self.tokens_per_step) for begin, end in pairwise(ends))
 
     def _drawn_flops(self, steps: int) -> float:
@@ -381,9 +376,6 @@ class RunConfig(Config):
         if distillation.stage == "logits":
             return whole - 2 * self_decoder_flops(own, length) - head_flops(own) + teacher
         return 3 * forward_flops(own, length) - 2 * self_decoder_flops(own, length) + teacher - 4 * head_flops(own)
-
-    def _end(self, phase: LoopPhase | WindowPhase) -> int:
-        return round(phase.until * self.training.steps)
 
 
 @lru_cache(maxsize=4)
