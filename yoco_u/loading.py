@@ -5,7 +5,8 @@ Torch and transformers are imported when a model is loaded, so that commands whi
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-    from yoco_u.model import YocoUForCausalLM
+    from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
@@ -120,24 +121,14 @@ def load_model(
     import torch
 
     from yoco_u.data import load_tokenizer, vocabulary_size
-    from yoco_u.model import YocoUConfig, YocoUForCausalLM
-    from yoco_u.model.saving import check_weights, quiet_transformers
+    from yoco_u.model import YocoUForCausalLM
 
     folder = model_folder(path)
-    check_adapters(folder)
-    verify_checksums(folder, f"copy it again, or train again; if you changed it on purpose, remove {SUMS}")
-    read_config(folder)
-    try:
-        with quiet_transformers():
-            config = YocoUConfig.from_pretrained(folder)
-            check_weights(folder, config)
-            dtype = torch.float32 if dtype_of is None else dtype_of(config.architecture)
-            kwargs = {"config": config, "dtype": dtype, "trust_remote_code": False}
-            model = YocoUForCausalLM.from_pretrained(folder, **kwargs)
-    except UserError:
-        raise
-    except Exception as error:  # safetensors, json and transformers raise nearly anything on damaged files
-        raise UserError(f"{folder}: cannot load the model ({first_line(error)}); the folder is damaged") from None
+    config = check_model(folder)
+    with _telling_damage(folder):
+        dtype = torch.float32 if dtype_of is None else dtype_of(config.architecture)
+        kwargs = {"config": config, "dtype": dtype, "trust_remote_code": False}
+        model = YocoUForCausalLM.from_pretrained(folder, **kwargs)
     if config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
         raise UserError(
             f"{folder}: the config ties the LM head to the embedding, but it is another; set tie_word_embeddings to false"
@@ -149,6 +140,41 @@ def load_model(
             "give the model the tokenizer that it was trained with"
         )
     return model.eval().to(device), tokenizer
+
+
+def check_model(path: str | os.PathLike[str]) -> "YocoUConfig":
+    """Check the model of a run folder or a saved model, without loading it: its checksums, and that its tensors fit its config.
+
+    Returns:
+        Its config.
+
+    Raises:
+        UserError: as of `load_model`.
+    """
+    from yoco_u.model import YocoUConfig
+    from yoco_u.model.saving import check_weights
+
+    folder = model_folder(path)
+    check_adapters(folder)
+    verify_checksums(folder, f"copy it again, or train again; if you changed it on purpose, remove {SUMS}")
+    read_config(folder)
+    with _telling_damage(folder):
+        config = YocoUConfig.from_pretrained(folder)
+        check_weights(folder, config)
+    return config
+
+
+@contextmanager
+def _telling_damage(folder: Path) -> Iterator[None]:
+    from yoco_u.model.saving import quiet_transformers
+
+    try:
+        with quiet_transformers():
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # safetensors, json and transformers raise nearly anything on damaged files
+        raise UserError(f"{folder}: cannot load the model ({first_line(error)}); the folder is damaged") from None
 
 
 def check_adapters(folder: Path) -> None:

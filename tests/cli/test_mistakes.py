@@ -287,5 +287,28 @@ def test_a_run_that_cannot_begin_leaves_no_folder(run: Any, workspace: Path, tmp
         for what in ("architecture.loops=1000000000", "training.sequence_length=60000", f"dataset={tmp_path / 'nowhere'}"):
             assert run("train", workspace / "config.yaml", what, "data=null", "--out", tmp_path / out).error
     (tmp_path / "mine" / "empty").rmdir()
+    assert "too long" in run("train", workspace / "config.yaml", f"dataset={'a' * 260}", "--out", tmp_path / "new" / "d").error
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("what", ["wandb", "start", "teacher", "late"])
+def test_what_can_be_known_is_told_before_the_dataset_is_prepared(
+    what: str, run: Any, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what turns up later, such as an empty corpus, leaves no folder either."""
+    model = damaged(workspace, tmp_path)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    settings, part = {
+        "wandb": ("training.wandb_project=a", "wandb is not installed"),
+        "start": (f"start_from={model}", "the file is damaged"),
+        "teacher": (f"distillation={{teacher: {model}}}", "the file is damaged"),
+        "late": ("architecture.vocab_size=280", "the tokenizer has 300 tokens"),
+    }[what]
+    dataset = tmp_path / "dataset"
+    where = [f"dataset={workspace / 'data'}", "data=null"] if what == "late" else [f"dataset={dataset}"]
+    line = ("train", workspace / "config.yaml", settings, *where, "--out", tmp_path / "new" / "run")
+    assert part in run(*line).error
+    assert not (tmp_path / "new").exists() and not dataset.exists()

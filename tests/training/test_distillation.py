@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,17 @@ from yoco_u.loading import load_model, with_architectures
 from yoco_u.model import YocoUConfig, YocoUForCausalLM, save_model
 from yoco_u.training import RunConfig, read_metrics, train
 from yoco_u.training.distillation import LayerLoss, LogitLoss, freeze
+from yoco_u.training.distributed import Distributed
+from yoco_u.training.starting import check_start
 
 CPU = torch.device("cpu")
+
+
+class AllHere(Distributed):
+    """One of several processes, whose first one is this process too."""
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        return function()
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +214,22 @@ def test_a_teacher_of_other_tokens_is_refused(dataset: Path, student: Path, teac
         plain |= {"start_from": None, "architecture": plain["architecture"]}
     with pytest.raises(UserError, match=f"was prepared with another tokenizer than that of {place}"):
         train(parse(RunConfig, plain, "x"), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(("architecture", "stage", "processes", "message"), [
+    ({"vocab_size": 301}, "logits", 1, "its vocab_size is 300, that of the run's model 301"),
+    ({"hidden_size": 16}, "layers", 1, "its hidden_size is 32, that of the run's model 16; a teacher .* layers"),
+    ({"layers": 6}, "layers", 1, "its number of layers is 4, that of the run's model 6"),
+    ({}, "layers", 2, "runs in one process"),
+    ({}, "logits", 3, "batch_rows 4 does not divide among 3 processes"),
+])  # fmt: skip
+def test_a_teacher_that_does_not_fit_is_refused_beforehand(
+    architecture: dict[str, Any], stage: str, processes: int, message: str, teacher: Path
+) -> None:
+    plain = run_config(Path("nowhere"), architecture=architecture).model_dump()
+    config = parse(RunConfig, with_architectures(plain | {"distillation": {"teacher": str(teacher), "stage": stage}}), "test")
+    with pytest.raises(UserError, match=message):
+        check_start(config, AllHere(0, processes, 0, CPU))
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

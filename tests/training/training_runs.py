@@ -107,6 +107,7 @@ def _child(
     try:
         train(RunConfig.model_validate_json(config), folder, progress=False)
     except UserError as error:
+        folder.mkdir(exist_ok=True)
         (folder / f"error-{rank}.txt").write_text(str(error), encoding="utf-8")
         raise SystemExit(2) from None
 

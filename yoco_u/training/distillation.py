@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from yoco_u.errors import UserError
-from yoco_u.loading import load_model
+from yoco_u.loading import check_model, load_model
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import Block
 from yoco_u.model.loss import LOGITS, EarlyExit, SoftTargets
@@ -31,30 +31,43 @@ def objective(model: nn.Module, config: RunConfig, distributed: Distributed) -> 
 
     Args:
         model: a causal LM on the device, or one that `parallelize` wrapped.
-
-    Raises:
-        UserError: if the teacher does not fit the model.
+        config: one that `check_teacher` has checked.
     """
     device, dtype = distributed.device, config.training.dtype
     if config.distillation is None:
         return lambda part, num_loops, early_exit: batch_loss(model, part, device, dtype, num_loops, early_exit=early_exit)
     teacher = load_teacher(config, device)
     if config.distillation.stage == "layers":
-        if distributed.world_size > 1:
-            raise UserError("distillation.stage layers runs in one process; start it without torchrun")
         return LayerLoss(unwrap(model), teacher, dtype)
     return LogitLoss(model, teacher, config.distillation, device, dtype)
+
+
+def check_teacher(config: RunConfig, teaching: DistillationConfig, distributed: Distributed) -> None:
+    """Check that the teacher of a run is there and fits the model, before anything is made.
+
+    Raises:
+        UserError: if it is missing or damaged, or does not fit.
+    """
+    path, model = teaching.teacher, config.architecture
+    teacher = distributed.on_main(lambda: check_model(path)).architecture
+    alike = {"vocab_size": (teacher.vocab_size, model.vocab_size)}
+    if teaching.stage == "layers":
+        if distributed.world_size > 1:
+            raise UserError("distillation.stage layers runs in one process; start it without torchrun")
+        alike["hidden_size"] = teacher.hidden_size, model.hidden_size
+        alike["number of layers"] = sum(stage.layers for stage in teacher.stages), sum(stage.layers for stage in model.stages)
+    for name, (theirs, ours) in alike.items():
+        if theirs != ours:
+            raise UserError(
+                f"{path}: its {name} is {theirs}, that of the run's model {ours}; a teacher needs the same"
+                + (" with distillation.stage layers" if name != "vocab_size" else "")
+            )
 
 
 def load_teacher(config: RunConfig, device: torch.device) -> YocoUForCausalLM:
     """The teacher, in evaluation mode and without gradients."""
     assert config.distillation is not None
     teacher, _ = load_model(config.distillation.teacher, device)
-    if teacher.config.vocab_size != config.architecture.vocab_size:
-        raise UserError(
-            f"{config.distillation.teacher}: the vocabulary has {teacher.config.vocab_size} tokens, the run's model "
-            f"{config.architecture.vocab_size}; a teacher needs the same"
-        )
     compile_model(teacher, compilation(config).compile)
     return teacher.requires_grad_(False)
 
@@ -124,8 +137,6 @@ class LayerLoss:
         self.theirs = list(_blocks(teacher))[-model.model.architecture.cross_layers :]
         self.ours = list(_cross_blocks(model))
         self.teacher = teacher
-        if len(list(_blocks(teacher))) != len(list(_blocks(model))):
-            raise UserError("the teacher has another number of layers than the model; distillation by layers needs the same")
 
     def __call__(self, part: Mapping[str, Any], num_loops: int | None, early_exit: EarlyExit | None = None) -> Tensor:
         inputs = on_device(part, self.model.device)

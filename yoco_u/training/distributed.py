@@ -25,12 +25,14 @@ class Distributed:
         world_size: number of processes, over all machines.
         local_rank: number of this process among those of its machine.
         device: where this process's model lies.
+        local_world_size: number of processes on its machine.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    local_world_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -90,7 +92,7 @@ def distributed_session(device: str) -> Iterator[Distributed]:
         torch.cuda.set_device(chosen)
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
-    distributed = Distributed(rank, world_size, local_rank, chosen)
+    distributed = Distributed(rank, world_size, local_rank, chosen, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
         yield distributed
         distributed.barrier()  # no process leaves while another still reads what it sent

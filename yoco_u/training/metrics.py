@@ -15,6 +15,7 @@ Records of kind `evaluation` also have `loss_at_T`, the loss at each loop count 
 
 import filecmp
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -173,13 +174,24 @@ def _line(record: Record) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def _start_wandb(folder: Path, project: str, run_config: Record | None) -> Any:
+def check_wandb(project: str) -> None:
+    """Check that `wandb` can be imported.
+
+    Raises:
+        UserError: if it is not installed.
+    """
     try:
-        import wandb
+        importlib.import_module("wandb")
     except ImportError:
         raise UserError(
             f"training.wandb_project is {project!r} but wandb is not installed; pip install 'yoco-u[wandb]' or drop the setting"
         ) from None
+
+
+def _start_wandb(folder: Path, project: str, run_config: Record | None) -> Any:
+    check_wandb(project)
+    import wandb
+
     settings = {"id": _wandb_id(folder), "resume": "allow", "dir": str(folder), "config": run_config}
     run = wandb.init(project=project, name=folder.name, **settings)
     # Figures are drawn over a step of ours. W&B's own only rises, and figures of a lower one are dropped: those of steps that

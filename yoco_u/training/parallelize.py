@@ -16,47 +16,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from yoco_u.budget import optimizer_bytes, parameters
-from yoco_u.device import cxx_compiler, memory_bytes
-from yoco_u.errors import UserError
-from yoco_u.formatting import short_bytes, short_count
+from yoco_u.device import cxx_compiler
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import Block, LoopedStack
-from yoco_u.training.config import RunConfig, TrainingConfig
+from yoco_u.training.config import TrainingConfig
 from yoco_u.training.distributed import Distributed
-from yoco_u.training.forward import DTYPES
-
-
-def check_memory(run: RunConfig, distributed: Distributed) -> None:
-    """Check that a device could hold what training keeps of a model, before anything is made.
-
-    Raises:
-        UserError: if weights, gradients and AdamW's state alone are more than its memory, or one number for each token, block
-            and element of the hidden states, of which every block keeps more for the backward pass.
-    """
-    architecture, config = run.architecture, run.training
-    there, count = memory_bytes(distributed.device), parameters(architecture).total
-    needed = optimizer_bytes(architecture) // (distributed.world_size if config.parallel == "fsdp" else 1)
-    if needed > there:
-        raise UserError(
-            f"training a model of {short_count(count)} parameters takes {short_bytes(needed)} for weights, gradients and "
-            f"optimizer, but there are {short_bytes(there)}; choose a smaller one, or more processes with parallel fsdp"
-        )
-    tokens = config.micro_batch_rows * config.sequence_length
-    blocks = max(_blocks_with_gradients(run, loops) for loops in run.loop_counts())
-    kept = tokens * blocks * architecture.hidden_size * DTYPES[config.dtype].itemsize
-    if kept > there:
-        raise UserError(
-            f"training on micro-batches of {config.micro_batch_rows} x {config.sequence_length} tokens through "
-            f"{blocks} blocks keeps at least {short_bytes(kept)}, but there are {short_bytes(there)}; "
-            "lower micro_batch_rows, sequence_length or loops"
-        )
-
-
-def _blocks_with_gradients(run: RunConfig, loops: int | None) -> int:
-    """Blocks that a token passes through with gradients in a step, of which `loops_at` says the loop count."""
-    architecture, most = run.architecture if loops is None else run.architecture.with_loops(loops), run.training.backward_loops
-    return sum(stage.layers * (stage.loops if most is None else min(stage.loops, most)) for stage in architecture.stages)
 
 
 def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Distributed) -> nn.Module:

@@ -86,7 +86,7 @@ class RunFolder:
         try:
             distributed.on_main(enter)
             yield
-        except UserError:
+        except (UserError, OSError):
             if missing and lock.is_locked:
                 self._leave(missing)
             raise
@@ -221,10 +221,11 @@ class RunFolder:
             made: the folders that were made for the run, the innermost first.
         """
         there = list(self.path.iterdir())
-        mine = [*filter(is_mark, there), self.config, self.lock]
-        if set(there) <= set(mine):
+        files = [*filter(is_mark, there), self.config, self.environment, self.lock]
+        if set(there) <= {*files, self.tokenizer}:
             with suppress(OSError):  # another process has come to the folder, and keeps it
-                for path in mine:
+                discard(self.tokenizer)
+                for path in files:
                     path.unlink(missing_ok=True)
                 for folder in made:
                     folder.rmdir()

@@ -5,11 +5,16 @@ import torch
 from yoco_u.architecture import Architecture
 from yoco_u.config import parse
 from yoco_u.data import DatasetIndex, load_tokenizer
+from yoco_u.device import check_bfloat16
 from yoco_u.errors import UserError
-from yoco_u.loading import load_model, model_folder, read_tokenizer, saved_architecture
+from yoco_u.loading import check_model, load_model, model_folder, read_tokenizer, saved_architecture
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 from yoco_u.model.quantization import require_torchao
 from yoco_u.training.config import RunConfig
+from yoco_u.training.distillation import check_teacher
+from yoco_u.training.distributed import Distributed
+from yoco_u.training.metrics import check_wandb
+from yoco_u.training.step import micro_batch_rows
 
 
 def first_model(config: RunConfig, index: DatasetIndex) -> YocoUForCausalLM:
@@ -54,37 +59,48 @@ def check_tokenizers(config: RunConfig, index: DatasetIndex) -> None:
             )
 
 
-def check_start(config: RunConfig) -> None:
-    """Check that what a run starts from, its teacher, and what rounds its weights are there and fit, before anything is made.
+def check_start(config: RunConfig, distributed: Distributed) -> None:
+    """Check, before anything is made, that a run can begin: its processes and libraries, what it starts from, and its teacher.
 
     Raises:
-        UserError: if a folder is missing or damaged, weights do not fit the run's architecture, or torchao is not installed.
+        UserError: if rows do not divide among the processes, the device has no bfloat16, a library is not installed, a folder
+            is missing or damaged, or weights do not fit the run's architecture.
     """
+    micro_batch_rows(config, distributed.world_size)
+    if config.training.dtype == "bfloat16":
+        check_bfloat16(distributed.device)
     if config.training.weights is not None:
         require_torchao()
+    if (project := config.training.wandb_project) is not None:
+        distributed.on_main(lambda: check_wandb(project))
+    if config.start_from is not None:
+        read_tokenizer(config.start_from)
+        _check_weights(config, config.start_from, distributed)
     if config.distillation is not None:
         read_tokenizer(config.distillation.teacher)
-    if config.start_from is None:
-        return
-    read_tokenizer(config.start_from)
-    saved = parse(Architecture, saved_architecture(config.start_from), config.start_from)
+        check_teacher(config, config.distillation, distributed)
+
+
+def _check_weights(config: RunConfig, start: str, distributed: Distributed) -> None:
+    distributed.on_main(lambda: check_model(start))
+    saved = parse(Architecture, saved_architecture(start), start)
     if config.architecture.tie_word_embeddings and not saved.tie_word_embeddings:
         raise UserError(
-            f"{config.start_from}: has an LM head that is not its embedding, so that tying would lose one of them; set "
+            f"{start}: has an LM head that is not its embedding, so that tying would lose one of them; set "
             "architecture.tie_word_embeddings to false"
         )
     found = _shapes(saved)
     expected = _shapes(config.architecture)
     for name, shape in expected.items():
         if name not in found and not name.endswith("loop_gates"):
-            raise UserError(f"{config.start_from}: has no {name}, which the run's architecture needs; convert it first")
+            raise UserError(f"{start}: has no {name}, which the run's architecture needs; convert it first")
         if name in found and found[name] != shape:
             raise UserError(
-                f"{config.start_from}: {name} has shape {tuple(found[name])}, but the run's architecture needs {tuple(shape)}; "
+                f"{start}: {name} has shape {tuple(found[name])}, but the run's architecture needs {tuple(shape)}; "
                 "convert it first, or leave architecture out"
             )
     if unknown := found.keys() - expected.keys():
-        raise UserError(f"{config.start_from}: {min(unknown)} has no place in the run's architecture; convert it first")
+        raise UserError(f"{start}: {min(unknown)} has no place in the run's architecture; convert it first")
 
 
 def _shapes(architecture: Architecture) -> dict[str, torch.Size]:

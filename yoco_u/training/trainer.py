@@ -18,7 +18,7 @@ from rich.console import Console
 
 from yoco_u import budget
 from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
-from yoco_u.device import check_bfloat16, environment, fast_dtype, gemm_rate, multiplies_bfloat16, peak_memory_bytes
+from yoco_u.device import environment, fast_dtype, gemm_rate, multiplies_bfloat16, peak_memory_bytes
 from yoco_u.errors import UserError, naming
 from yoco_u.files import write_json
 from yoco_u.loading import tokenizer_folder, weights_digest
@@ -29,10 +29,11 @@ from yoco_u.training.distillation import compilation, freeze
 from yoco_u.training.distributed import Distributed, distributed_session
 from yoco_u.training.export import export_model
 from yoco_u.training.forward import DTYPES
+from yoco_u.training.memory import check_memory
 from yoco_u.training.metrics import METRICS, MetricsWriter, Record, loops_key, loss_figures, read_metrics
 from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.other_programs import minding_others
-from yoco_u.training.parallelize import check_memory, parallelize, unwrap
+from yoco_u.training.parallelize import parallelize, unwrap
 from yoco_u.training.progress import progress_report
 from yoco_u.training.rounding import rounded_weights
 from yoco_u.training.run_folder import RunFolder
@@ -76,7 +77,7 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
         if config.training.dtype == "auto":
             config = config.with_dtype(fast_dtype(distributed.device))
         if run_folder.read_summary() is None:
-            check_start(config)
+            check_start(config, distributed)
             check_memory(config, distributed)
         with run_folder.claim(config, distributed):
             summary = distributed.on_main(lambda: run_folder.read_summary(damaged.append))
@@ -149,8 +150,6 @@ class _Run:
 
     def _build(self) -> None:
         config, training = self.config, self.config.training
-        if training.dtype == "bfloat16":
-            check_bfloat16(self.distributed.device)
         torch.manual_seed(training.seed)
         model = first_model(config, self.index)
         self.model_config = model.config
