@@ -91,6 +91,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"position_ids": torch.ones(2, N, dtype=torch.bool)}, "position_ids has dtype torch.bool"),
     ({"input_ids": tokens(2, N)[:, :0]}, r"rows have shape \(2, 0\)"),
     ({"input_ids": tokens(2, N)[:0]}, rf"rows have shape \(0, {N}\)"),
+    ({"early_exit": EarlyExit(1, 1.0), "use_cache": False}, "early_exit adds to a loss"),
     ({"labels": tokens(N, 2)}, "labels has shape"),
     ({"labels": tokens(1, N)}, "labels has shape"),
     ({"shift_labels": tokens(2, N - 1)}, "shift_labels has shape"),

@@ -319,6 +319,8 @@ class YocoUForCausalLM(YocoUPreTrainedModel, YocoUGenerationMixin):
             raise UserError("return_logits is False, and there are no labels or shift_labels; then there is nothing to return")
         if soft_targets is not None and (return_logits or not has_labels):
             raise UserError("soft_targets needs labels or shift_labels, and return_logits=False")
+        if early_exit is not None and not has_labels:
+            raise UserError("early_exit adds to a loss, but there are no labels or shift_labels; give them, or leave it out")
         plain = _is_plain(self.lm_head)
         if not plain and (soft_targets is not None or early_exit is not None):
             raise UserError("soft_targets and early_exit read the weight of lm_head alone; take adapters or offloading off it")
