@@ -64,7 +64,7 @@ def main() -> None:
         "healed": [healing(run) | measure(str(run), texts, kept) for run in runs],
         "stages": [stage.model_dump() for stage in config.architecture.stages],
         "window": config.architecture.window,
-        "environment": read[-1].environment,
+        "environment": {name: value for name, value in read[-1].environment.items() if name != "paths"},
     }
     write_result(out / "card.json", found)
     plot(found["healed"], out / "healing.png")
