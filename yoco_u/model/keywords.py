@@ -31,10 +31,14 @@ def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> Non
     Raises:
         UserError: if there is one; the message names the known one that is spelt most like it.
     """
+    for problem in unknown(what, given, known).values():
+        raise UserError(problem)
+
+
+def unknown(what: str, given: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """The keywords that are not known, each with what to say of it."""
     names = sorted(known)
-    for name in given:
-        if name not in names:
-            raise UserError(f"{what} has no argument {name!r}; {did_you_mean(name, names)}")
+    return {name: f"{what} has no argument {name!r}; {did_you_mean(name, names)}" for name in given if name not in names}
 
 
 def refuse_impossible(given: Mapping[str, Any]) -> None:
@@ -50,12 +54,8 @@ def refuse_impossible(given: Mapping[str, Any]) -> None:
 
 def not_followed(generation_config: GenerationConfig) -> dict[str, str]:
     """The settings that no config knows, or that ask for what our models do not do, each with what to say of it."""
-    known = sorted({*vars(GenerationConfig()), "num_loops"})
-    found = {
-        name: f"the generation config has no argument {name!r}; {did_you_mean(name, known)}"
-        for name in vars(generation_config)
-        if not name.startswith("_") and name not in known
-    }
+    public = [name for name in vars(generation_config) if not name.startswith("_")]
+    found = unknown("the generation config", public, {*vars(GenerationConfig()), "num_loops"})
     if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
         found["cache_implementation"] = (
             f"cache_implementation is {kind!r}, but these models have a cache of their own; leave it out"
