@@ -71,6 +71,11 @@ class DistillationConfig(Config):
     share: Annotated[float, Field(ge=0, le=1), Needs("stage", "logits")] = 0.9
     top_k: Annotated[Count, Needs("stage", "logits")] = 64
 
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights are trained, and not the cross-decoder alone or a part of it."""
+        return self.stage == "logits" and self.trains == "all"
+
 
 TrainingDType = Literal["auto", "bfloat16", "float32"]
 
@@ -259,7 +264,7 @@ class RunConfig(Config):
                     "training.early_exit_weight needs one looped stage, before the cross-decoder and without parallel streams; "
                     "drop it"
                 )
-        if training.backward_loops and distillation and (distillation.stage, distillation.trains) != ("logits", "all"):
+        if training.backward_loops and distillation and not distillation.trains_all:
             raise ValueError("training.backward_loops cuts gradients that this distillation does not have; drop it")
 
     @model_validator(mode="after")
@@ -371,7 +376,7 @@ class RunConfig(Config):
         if distillation is None:
             return whole
         teacher = forward_flops(distillation.architecture, length)
-        if distillation.stage == "logits" and distillation.trains == "all":
+        if distillation.trains_all:
             return whole + teacher
         if distillation.stage == "logits":
             return whole - 2 * self_decoder_flops(own, length) - head_flops(own) + teacher

@@ -74,7 +74,7 @@ def load_teacher(config: RunConfig, device: torch.device) -> YocoUForCausalLM:
 
 def freeze(model: YocoUForCausalLM, config: DistillationConfig | None) -> None:
     """Leave only those parameters to training that the stage of a distillation trains."""
-    if config is None or (config.stage == "logits" and config.trains == "all"):
+    if config is None or config.trains_all:
         return
     assert model.model.global_kv is not None
     model.requires_grad_(False)

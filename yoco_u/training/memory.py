@@ -72,5 +72,4 @@ def _blocks_with_gradients(config: RunConfig, loops: int | None) -> int:
 
 
 def _is_frozen_in_part(config: RunConfig) -> bool:
-    """Whether a distillation trains the cross-decoder alone, or a part of it."""
-    return config.distillation is not None and (config.distillation.stage, config.distillation.trains) != ("logits", "all")
+    return config.distillation is not None and not config.distillation.trains_all
