@@ -86,18 +86,17 @@ def _stages(source: Architecture, name: str, layers: int, settings: dict[str, An
 
 def _with_gates(source: Architecture, stages: tuple[Stage, ...], settings: dict[str, Any]) -> tuple[Stage, ...]:
     """The stages with the source's gates of loops over the same layers, and closed ones for loops that it does not have."""
-    looped = {span: source.stages[number] for span, number in spans(source.stages).items() if source.stages[number].loops > 1}
-    made = list(stages)
-    new = [number for span, number in spans(stages).items() if stages[number].loops > 1 and span not in looped]
-    if "loop_gate" in settings and not new:
+    known = {span: one.loop_gate for span, number in spans(source.stages).items() if (one := source.stages[number]).loops > 1}
+    looped = {number: span for span, number in spans(stages).items() if stages[number].loops > 1}
+    if "loop_gate" in settings and known.keys() >= set(looped.values()):
         raise UserError(
             "loop_gate is for loops that the source has not, but loops adds none; set loops above 1, or drop loop_gate"
         )
-    for span, number in spans(stages).items():
-        if stages[number].loops > 1:
-            gate = settings.get("loop_gate", 0.0) if number in new else looped[span].loop_gate
-            made[number] = stages[number].model_copy(update={"loop_gate": gate})
-    return tuple(made)
+    gates = {number: known.get(span, settings.get("loop_gate", 0.0)) for number, span in looped.items()}
+    return tuple(
+        stage.model_copy(update={"loop_gate": gates[number]}) if number in gates else stage
+        for number, stage in enumerate(stages)
+    )
 
 
 def spans(stages: tuple[Stage, ...]) -> dict[range, int]:
