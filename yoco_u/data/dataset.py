@@ -34,6 +34,9 @@ class PackedDataset:
     With `shuffle` a generator seeded by (seed, epoch) permutes the documents in the stream and then the rows; without, both
     keep the order of the files. Memory is O(documents + rows); no shard is ever loaded whole.
 
+    Attributes:
+        documents: those of the split, in the order of the files.
+
     Raises:
         UserError: if the split is missing or damaged, or too short for one row, or if rows would cut generated documents, whose
             answers would then lack their questions; when rows are read, if a token is not in the vocabulary.
@@ -47,8 +50,8 @@ class PackedDataset:
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
-        self._documents = SplitDocuments(folder, split)
-        self.index, self.split = self._documents.index, self._documents.split
+        self.documents = SplitDocuments(folder, split)
+        self.index, self.split = self.documents.index, self.documents.split
         self.sequence_length, self.seed, self.shuffle = sequence_length, seed, shuffle
         if sequence_length < 1:
             raise UserError(f"sequence_length is {sequence_length}, expected at least 1")
@@ -73,10 +76,10 @@ class PackedDataset:
         position = int(np.searchsorted(epoch.ends, begin, side="right"))
         while filled < len(row):
             document = int(epoch.order[position])
-            length = int(self._documents.lengths[document])
+            length = int(self.documents.lengths[document])
             skip = begin + filled - int(epoch.ends[position]) + length
             take = min(length - skip, len(row) - filled)
-            row[filled : filled + take] = self._documents.read(document, skip, take)
+            row[filled : filled + take] = self.documents.read(document, skip, take)
             filled += take
             position += 1
         return row
@@ -85,7 +88,7 @@ class PackedDataset:
     def documents_per_epoch(self) -> int:
         """The documents that the rows of an epoch without `shuffle` reach: but for the rest that fills no row, all."""
         inputs = self.rows_per_epoch * self.sequence_length
-        return int(np.searchsorted(np.cumsum(self._documents.lengths), inputs)) + 1
+        return int(np.searchsorted(np.cumsum(self.documents.lengths), inputs)) + 1
 
     @property
     def bytes_per_target(self) -> float:
@@ -93,7 +96,7 @@ class PackedDataset:
         return self.split.bytes_per_token if self.index.answers is None else 1.0
 
     def _check_whole(self) -> None:
-        lengths = np.unique(self._documents.lengths)
+        lengths = np.unique(self.documents.lengths)
         if self.index.answers is not None and (len(lengths) > 1 or self.sequence_length % lengths[0]):
             raise UserError(
                 f"{self.index.folder}: rows of {self.sequence_length} tokens would cut documents of "
@@ -102,10 +105,10 @@ class PackedDataset:
             )
 
     def _make_epoch(self, number: int) -> _Epoch:
-        documents, rows = len(self._documents.lengths), self.rows_per_epoch
+        documents, rows = len(self.documents.lengths), self.rows_per_epoch
         if self.shuffle:
             generator = np.random.default_rng((self.seed, number))
             order, row_order = generator.permutation(documents), generator.permutation(rows)
         else:
             order, row_order = np.arange(documents), np.arange(rows)
-        return _Epoch(order, np.cumsum(self._documents.lengths[order]), row_order)
+        return _Epoch(order, np.cumsum(self.documents.lengths[order]), row_order)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from yoco_u.data import Batch, BatchLoader, PackedDataset, SplitDocuments
+from yoco_u.data import Batch, BatchLoader, PackedDataset
 from yoco_u.device import read_back
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.forward import batch_loss
@@ -80,7 +80,7 @@ def text_digest(dataset: PackedDataset, max_tokens: int) -> str:
         max_tokens: as of `evaluate`.
     """
     digest, left = hashlib.sha256(), max(max_tokens, dataset.sequence_length)
-    for document in SplitDocuments(dataset.index.folder, "validation"):
+    for document in dataset.documents:
         digest.update(document[:left].astype("<u4").tobytes())
         left -= len(document)
         if left <= 0:
