@@ -9,17 +9,18 @@ is continued by the same one.
 
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from talk import CORPORA, HELD_OUT
 
+from yoco_u.architecture import Architecture
 from yoco_u.budget import kv_bytes, parameters
+from yoco_u.config import parse
 from yoco_u.errors import UserError, in_one_line, script_parser
 from yoco_u.evaluation.held_out import score_held_out
 from yoco_u.evaluation.needle_grid import NeedleSettings, needle_grid
@@ -29,7 +30,7 @@ from yoco_u.folders import check_claim, claim
 from yoco_u.formatting import duration, short_bytes, short_count
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_tokens
-from yoco_u.loading import load_model, weights_digest
+from yoco_u.loading import saved_architecture, weights_digest
 from yoco_u.plotting import colour, save_png
 from yoco_u.training import read_metrics
 from yoco_u.training.run_folder import RunFolder, read_run, read_run_config
@@ -101,7 +102,7 @@ class Measured:
 
 def measure(path: str, texts: Path, kept: Measured) -> dict[str, Any]:
     """Perplexities, needles, greedy answers, and bytes of the cache of one model."""
-    architecture = load_model(path, torch.device("cpu"))[0].model.architecture
+    architecture, llm = parse(Architecture, saved_architecture(path), path), cache(partial(engine, path))
     model = f"{path} ({weights_digest(path)[:16]})"
 
     def perplexity(entry: str, length: int) -> float:
@@ -117,8 +118,8 @@ def measure(path: str, texts: Path, kept: Measured) -> dict[str, Any]:
             for length in (CONTEXTS if entry in CORPORA else CONTEXTS[:1])
             for what in [f"{kind}, {length} tokens"]
         },
-        "needles": kept.get(f"{model}: needles", lambda: needles(engine(path), texts)),
-        "answers": kept.get(f"{model}: answers", lambda: answers(engine(path))),
+        "needles": kept.get(f"{model}: needles", lambda: needles(llm(), texts)),
+        "answers": kept.get(f"{model}: answers", lambda: answers(llm())),
     }
 
 

@@ -132,11 +132,9 @@ class GlobalKVProjection(Biased):
         self.v_proj = nn.Linear(a.hidden_size, a.global_kvs * a.num_key_value_heads * a.head_dim, bias=False)
         if a.attention_bias:
             self.make_biases(k=self.k_proj, v=self.v_proj)
-        self.k_norm: RMSNorm | None = None
-        if a.qk_norm and a.global_kvs == 1:
-            self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
-        elif a.qk_norm:
-            self.k_norm = GroupedRMSNorm(a.global_kvs, a.head_dim, a.rms_norm_eps)
+        size, eps = a.head_dim, a.rms_norm_eps
+        norm = RMSNorm(size, eps) if a.global_kvs == 1 else GroupedRMSNorm(a.global_kvs, size, eps)
+        self.k_norm = norm if a.qk_norm else None
 
     def forward(self, x: Tensor, backend: AttentionBackend) -> tuple[GlobalKV, ...]:
         x = self.norm(x)
