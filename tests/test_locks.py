@@ -4,13 +4,14 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from yoco_u.files import read_json, write_json
-from yoco_u.folders import beside, discard, replacing_folder
+from yoco_u.folders import beside, check_place, discard, replacing_folder
 from yoco_u.locks import lock, unlock
 
 WRITER = """
@@ -58,6 +59,16 @@ def test_what_several_processes_write_is_whole(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "report.json"]
 
 
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Threads that take turns in the midst of everything."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("eager_threads")
 def test_what_several_threads_write_is_whole_at_every_moment(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"x": [0] * 1000})
@@ -71,6 +82,7 @@ def test_what_several_threads_write_is_whole_at_every_moment(tmp_path: Path) -> 
         while not all(writer.done() for writer in writers):
             found = read_json(path, dict[str, list[int]])["x"]
             assert len(found) == 1000 and len(set(found)) == 1
+            check_place(path)  # what another writer makes there is not in the way
         assert [writer.result() for writer in writers] == [None] * 3
     assert [it.name for it in tmp_path.iterdir()] == ["a.json"]
 

@@ -83,7 +83,7 @@ class NewFolder:
                 self.folder.mkdir(parents=True)
                 mark(self.folder)
             except FileExistsError:
-                if os.path.lexists(self.folder) and not _is_ours(self.folder):
+                if _is_foreign(self.folder):
                     break
                 continue
             except FileNotFoundError:  # another writer took it for what one left that died
@@ -135,14 +135,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 def settle(path: Path) -> None:
     """Bring to its end what a writer of `path` had begun that died: put back what it had only set aside, or remove it."""
     old, former = _old(path), _former(path)
-    while _is_ours(former) and marked(former):
+    while marked(former) and not _is_foreign(former):
         held = lock(_mark(former), wait=True)
         if held is None:
             continue
         try:
             if not os.path.lexists(path):
                 former.replace(path)
-            elif _is_ours(path):
+            elif not _is_foreign(path):
                 _remove(old, wait=True)
                 with suppress(OSError):  # `old` could not be removed
                     former.replace(old)
@@ -161,7 +161,7 @@ def discard(folder: Path) -> None:
         _remove(folder)
         return
     settle(folder)
-    if marked(folder) and _is_ours(folder):
+    if marked(folder) and not _is_foreign(folder):
         held = lock(_mark(folder))
         if held is None:
             return
@@ -223,7 +223,7 @@ def check_place(path: Path) -> None:
         OSError: if the folder that it is in cannot be written to.
     """
     new, there = beside(path), _nearest_folder(path)
-    if os.path.lexists(new) and not _is_ours(new):
+    if _is_foreign(new):
         raise _in_the_way(new)
     try:
         os.rmdir(tempfile.mkdtemp(prefix=f"{new.name}.", dir=there))
@@ -236,7 +236,7 @@ def check_part(path: Path) -> None:
     check_place(path)
     settle(path)
     for folder in (path, _former(path), _old(path)):
-        if os.path.lexists(folder) and not _is_ours(folder):
+        if _is_foreign(folder):
             raise _in_the_way(folder)
 
 
@@ -261,7 +261,7 @@ def sync(path: Path) -> None:
 
 def _set_aside(path: Path) -> int | None:
     """Call what is at `path` by its former name, if it is ours. Returns the lock of it; None if there is none to be kept."""
-    while marked(path) and _is_ours(path):
+    while marked(path) and not _is_foreign(path):
         held = lock(_mark(path), wait=True)
         if held is None:
             continue
@@ -283,7 +283,7 @@ def _remove(folder: Path, wait: bool = False) -> None:
 
     Its mark goes last, so that what is left of it when the process dies is still known to be ours.
     """
-    if not _is_ours(folder):
+    if _is_foreign(folder):
         return
     if not marked(folder):
         with suppress(OSError):  # something has come into it
@@ -326,12 +326,21 @@ def _nearest_folder(path: Path) -> Path:
     return there
 
 
-def _is_ours(path: Path) -> bool:
+def _is_foreign(path: Path) -> bool:
+    """Whether something is there that is neither ours nor an empty folder.
+
+    Told from one list of names, since other writers make and remove folders of this name meanwhile. In any moment one of ours
+    is empty or holds its mark, which comes first and goes last.
+    """
+    if path.is_symlink():
+        return True
     try:
-        # A mark that comes while this looks makes the folder neither empty nor, at first, marked.
-        return path.is_dir() and not path.is_symlink() and (marked(path) or _is_empty(path) or marked(path))
-    except FileNotFoundError:  # another process has removed it meanwhile
+        names = os.listdir(path)
+    except FileNotFoundError:
         return False
+    except NotADirectoryError:
+        return True
+    return bool(names) and _mark(path).name not in names
 
 
 def _is_empty(folder: Path) -> bool:
