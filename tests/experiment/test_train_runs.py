@@ -103,28 +103,30 @@ def test_one_process_at_a_time_measures_a_run(two: Grid, monkeypatch: pytest.Mon
         """Another process comes while this one measures."""
         measured.append(run.name)
         if len(measured) == 1:
-            assert train_runs(experiment, runs[:1], folder, progress=False, say=said.append) == []
+            assert train_runs(experiment, runs, folder, runs[:1], progress=False, say=said.append) == []
         measure(run, *arguments)
 
     monkeypatch.setattr(runs_module, "measure", second)
-    assert train_runs(experiment, runs[:1], folder, progress=False) == []
+    assert train_runs(experiment, runs, folder, runs[:1], progress=False) == []
     assert measured == ["a"]
     assert "a: another process is training or measuring there" in said[-1] and "going on with the next run" in said[-1]
     assert json.loads((folder / "a" / MEASURES).read_text())["angular"]["settings"] == {"tokens": 16}
 
 
-def test_a_dataset_that_was_prepared_anew_is_refused(two: Grid) -> None:
-    """Before another run is trained on it, and where runs on both would be compared."""
+@pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "removed"])
+def test_a_dataset_that_was_prepared_anew_is_refused(prepared: bool, two: Grid) -> None:
+    """Before another run is trained on it, or where it would be prepared then, and where runs on both would be compared."""
     experiment, runs, folder = two
-    train_runs(experiment, runs[:1], folder, progress=False)
+    train_runs(experiment, runs, folder, runs[:1], progress=False)
     shutil.rmtree(folder / "data")
     write_texts(folder.parent, "right * left")
-    train(runs[1].config, folder / "b", progress=False)
-    with pytest.raises(UserError, match="the dataset was another one for each"):
-        read_results(runs, folder)
-    shutil.rmtree(folder / "b")
+    if prepared:
+        train(runs[1].config, folder / "b", progress=False)
+        with pytest.raises(UserError, match="the dataset was another one for each"):
+            read_results(runs, folder)
+        shutil.rmtree(folder / "b")
     with pytest.raises(UserError, match=f"{folder}/a and {folder}/data: the dataset was another one for each"):
-        train_runs(experiment, runs[1:], folder, progress=False)
+        train_runs(experiment, runs, folder, runs[1:], progress=False)
     assert not (folder / "b").exists()
     with pytest.raises(UserError, match="a: was begun with another dataset in the same place"):
         validation_split(folder / "a", 16)
@@ -132,3 +134,12 @@ def test_a_dataset_that_was_prepared_anew_is_refused(two: Grid) -> None:
     write_texts(folder.parent, "left + right")
     assert train_runs(experiment, runs, folder, progress=False) == []
     assert [series.name for series in read_results(runs, folder).series] == ["a", "b"]
+
+
+def test_a_run_beside_the_grid_may_have_another_dataset(two: Grid) -> None:
+    experiment, runs, folder = two
+    train_runs(experiment, runs, folder, runs[:1], progress=False)
+    (folder / "a").rename(folder / "earlier")
+    shutil.rmtree(folder / "data")
+    write_texts(folder.parent, "right * left")
+    assert train_runs(experiment, runs, folder, runs[1:], progress=False) == []

@@ -79,7 +79,7 @@ def experiment(
         _train_in_processes(command, runs, folder, jobs or 1, minutes)
     elif not report:
         with stops_cleanly():
-            unfinished = train_runs(grid, choose(runs, run, only), folder, say=note)
+            unfinished = train_runs(grid, runs, folder, choose(runs, run, only), say=note)
         for left in unfinished:
             note(f"not finished: {left.name}")
         if run is not None or only is not None or not is_first_process():

@@ -9,6 +9,7 @@ import torch
 from filelock import FileLock
 
 from yoco_u.config import dump_yaml
+from yoco_u.data import prepare
 from yoco_u.data.index import INDEX, DatasetIndex
 from yoco_u.errors import UserError
 from yoco_u.experiment.config import Experiment
@@ -30,6 +31,7 @@ def train_runs(
     experiment: Experiment,
     runs: Sequence[GridRun],
     folder: Path,
+    chosen: Sequence[GridRun] | None = None,
     progress: bool = True,
     say: Say = lambda _: None,
 ) -> list[GridRun]:
@@ -38,6 +40,8 @@ def train_runs(
     A run that another process is training or measuring, or whose loss became non-finite, is passed over.
 
     Args:
+        runs: all runs of the grid, which have to be trained on one dataset.
+        chosen: those to train; all by default.
         say: called with a line of text before each run, and where one is passed over.
 
     Returns:
@@ -47,23 +51,24 @@ def train_runs(
         UserError: as `train` does; also if a folder holds a run of other settings, runs were trained on another dataset than
             there is now, or the measures cannot be taken.
     """
+    chosen = runs if chosen is None else chosen
     claim_experiment(folder, experiment.sizes)
     with FileLock(folder / _LOCK):
         dump_yaml(experiment, folder / _CONFIG)
-    first = next((run for run in runs if not is_finished(folder / run.name)), None)
+    first = next((run for run in chosen if not is_finished(folder / run.name)), None)
     if experiment.measures is not None and first is not None:
         with distributed_session(first.config.training.device) as distributed:
             distributed.on_main(partial(check_measures, experiment.measures, first.config, progress))
     unfinished = []
-    for number, run in enumerate(runs, start=1):
+    for number, run in enumerate(chosen, start=1):
         target, steps = folder / run.name, run.config.training.steps
         if has_diverged(target):
             say(f"{run.name}: the loss was not finite; passed over (remove {target} to try again)")
             unfinished.append(run)
             continue
         with distributed_session(run.config.training.device) as distributed:
-            distributed.on_main(partial(_check_dataset, run, folder))
-        say(f"run {number} of {len(runs)}: {run.name} ({steps:,} steps)")
+            distributed.on_main(partial(_check_dataset, run, runs, folder, progress))
+        say(f"run {number} of {len(chosen)}: {run.name} ({steps:,} steps)")
         torch.compiler.reset()  # each run compiles its own blocks; those of all runs together would exceed torch's limit
         try:
             train(run.config, target, progress=progress)
@@ -104,12 +109,15 @@ def _sample_and_measure(folder: Path, experiment: Experiment, say: Say) -> None:
             measure(folder, experiment.measures, say)
 
 
-def _check_dataset(run: GridRun, folder: Path) -> None:
-    """Refuse, before a run is trained, a dataset that is not that of the others, as one that was prepared anew may be."""
-    if is_finished(folder / run.name):
+def _check_dataset(run: GridRun, runs: Iterable[GridRun], folder: Path, progress: bool) -> None:
+    """Refuse, before a run is trained, a dataset that is not that of the others, as one that is prepared anew may be."""
+    target, others = folder / run.name, [folder / other.name for other in runs]
+    if is_finished(target) or not any(RunFolder(other).noted("dataset") for other in others):
         return
-    others = [file.parent for where in ("*", "*/*") for file in sorted(folder.glob(f"{where}/environment.json"))]
-    dataset = Path(run.config.dataset)
+    config = RunFolder(target).located(run.config)
+    dataset = Path(config.dataset)
+    if config.data is not None and not (dataset / INDEX).exists():
+        prepare(config.data, dataset, progress)
     check_one_dataset(others, dataset if (dataset / INDEX).exists() else None)
 
 
