@@ -9,10 +9,11 @@ from models import architecture, build
 
 from yoco_u.analysis.text import read_text
 from yoco_u.config import dump_yaml
-from yoco_u.data import DataConfig, DatasetIndex, load_tokenizer, prepare, train_tokenizer
+from yoco_u.data import DataConfig, DatasetIndex, DocumentEncoder, load_tokenizer, prepare, train_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.evaluation.held_out import document_encoder, read_documents, score_held_out
 from yoco_u.training.config import RunConfig
+from yoco_u.training.run_folder import read_run_config
 
 CHATS = [f"<|user|>What is {i}?<|end|>\n<|assistant|>It is {i}.<|end|>\n" for i in range(12)]
 TASK = "synthetic:s3:levels=2:documents=60:length=32"
@@ -68,6 +69,26 @@ def test_a_saved_model_reads_special_tokens_as_text(run: Path, tmp_path: Path) -
     assert not set(ids[1:].tolist()) & set(tokenizer.all_special_ids)
     with pytest.raises(UserError, match="a saved model has no validation split; name --files"):
         read_documents(run / "model", ())
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_texts_are_read_where_the_dataset_is_gone(run: Path, tmp_path: Path, noted: bool) -> None:
+    """As they were before, unless nothing says it any more: then as text, as all were before there was such a setting."""
+    tokenizer, held = load_tokenizer(tmp_path / "tokenizer"), [str(tmp_path / "held.jsonl")]
+    before = [ids.tolist() for ids in read_documents(run, held)]
+    config = read_run_config(run)
+    if noted:
+        known = DatasetIndex.load(tmp_path / "data").config.special_tokens
+        (run / "environment.json").write_text(json.dumps({"special_tokens": known}))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    plain = [ids.tolist() for ids in DocumentEncoder(tokenizer).encode(CHATS[4:])]
+    found = [ids.tolist() for ids in read_documents(run, held)]
+    assert found == (before if noted or config.data else plain)
+    [batch] = read_text(run, held, "text", 4096, 4096, tokenizer).batches
+    assert batch["input_ids"][0].tolist() == np.concatenate(found).tolist()
+    for score in (score_held_out, read_documents):
+        with pytest.raises(UserError, match="its dataset is not in"):
+            score(run, ())
 
 
 def test_answers_count_as_their_bytes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from training_runs import run_config
 from yoco_u.config import parse
 from yoco_u.data import DataConfig, prepare
 from yoco_u.errors import UserError
-from yoco_u.evaluation.held_out import validation_split
+from yoco_u.evaluation.held_out import score_held_out, validation_split
 from yoco_u.training import RunConfig, train
 from yoco_u.training.run_folder import RunFolder, run_dataset
 
@@ -54,6 +54,19 @@ def test_from_any_folder(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert run_dataset(run) == work / "data" / "d"
     monkeypatch.chdir(work / "runs")
     assert train(run_config(Path("../data/d"), steps=1, optimizer_warmup_steps=0), "a", progress=False)["steps"] == 1
+
+
+def test_texts_are_scored_without_the_dataset(work: Path) -> None:
+    """Where it is gone, and where another one is in its place; the run has noted how its texts become tokens."""
+    assert json.loads((work / "runs" / "a" / "environment.json").read_text())["special_tokens"] is False
+    Path("text.txt").write_text("def one(x):\n    return x\n")
+    [before] = score_held_out(Path("runs/a"), ["text.txt"]).results
+    sums = Path("data/d/SHA256SUMS")
+    for change in (lambda: sums.write_text(sums.read_text().replace("0", "1")), lambda: shutil.rmtree("data")):
+        change()
+        assert [before] == [*score_held_out(Path("runs/a"), ["text.txt"]).results]
+        with pytest.raises(UserError, match=r"another dataset in the same place|its dataset is not in"):
+            score_held_out(Path("runs/a"))
 
 
 def test_moved(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from yoco_u.evaluation.perplexity import Score, score_documents, score_split
 from yoco_u.loading import is_run, load_model, read_tokenizer
 from yoco_u.model.quantization import WeightType, quantize, require_torchao
 from yoco_u.training.distributed import distributed_session
-from yoco_u.training.run_folder import read_run_config, run_data, run_dataset
+from yoco_u.training.run_folder import has_special_tokens, read_run_config, run_dataset
 
 _DEFAULT_LENGTH = 1024
 
@@ -122,7 +122,7 @@ def document_encoder(path: Path, tokenizer: PreTrainedTokenizerFast) -> Document
     Args:
         tokenizer: that of the run or the saved model.
     """
-    return DocumentEncoder(tokenizer, special_tokens=is_run(path) and run_data(path).special_tokens)
+    return DocumentEncoder(tokenizer, special_tokens=is_run(path) and has_special_tokens(path))
 
 
 def read_documents(path: Path, files: Sequence[str], text_field: str = "text") -> Iterable[NDArray[np.integer]]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, PositiveInt
 
 from yoco_u.checksums import check_changes, verify_checksums, write_checksums
 from yoco_u.config import dump_yaml, load_yaml, parse
-from yoco_u.data import DataConfig, DatasetIndex, load_tokenizer
+from yoco_u.data import DatasetIndex, load_tokenizer
 from yoco_u.data.places import changes
 from yoco_u.errors import UserError
 from yoco_u.files import Say, read_json, write_json
@@ -312,13 +312,25 @@ def read_run_config(path: str | os.PathLike[str]) -> RunConfig:
     return parse(RunConfig, load_yaml(file), str(file), written=True)
 
 
-def run_data(path: str | os.PathLike[str]) -> DataConfig:
-    """What the dataset of a run is made from, as the run's config says it, or else the dataset.
+def has_special_tokens(path: str | os.PathLike[str]) -> bool:
+    """Whether texts that spell special tokens have them as such in the dataset of a run.
+
+    The run's config says it, or the run has noted it. For a run of an earlier version the dataset says it, if it is there.
 
     Raises:
-        UserError: if the folder holds no run, or the config does not say it and the dataset is not there any more.
+        UserError: if the folder holds no run.
     """
-    return read_run_config(path).data or DatasetIndex.load(run_dataset(path)).config
+    run, config = RunFolder(Path(path)), read_run_config(path)
+    if config.data is not None:
+        return config.data.special_tokens
+    starts = read_json(run.environment, Environment, Environment(), lambda _: None).starts
+    noted = next((start.special_tokens for start in starts if start.special_tokens is not None), None)
+    if noted is not None:
+        return noted
+    try:
+        return DatasetIndex.load(run.paths.dataset(config.dataset)).config.special_tokens
+    except UserError:
+        return False
 
 
 def run_dataset(path: str | os.PathLike[str]) -> Path:

@@ -45,10 +45,12 @@ class Start(BaseModel, extra="allow"):
     """What a run ran on, as `yoco_u.device.environment` tells it; starts of earlier versions have no paths.
 
     Attributes:
+        special_tokens: whether texts of the dataset have the special tokens that they spell.
         validation: what tells the text that the run is evaluated on from others, see `yoco_u.training.validation.text_digest`.
     """
 
     paths: StartPaths | None = None
+    special_tokens: bool | None = None
     validation: str | None = None
 
 
@@ -58,9 +60,14 @@ class Environment(Start):
     resumed: list[Start] = []
 
     @property
+    def starts(self) -> list[Start]:
+        """The oldest first."""
+        return [self, *self.resumed]
+
+    @property
     def start_paths(self) -> list[StartPaths]:
         """Those of all starts, the newest first."""
-        return [start.paths for start in reversed([self, *self.resumed]) if start.paths is not None]
+        return [start.paths for start in reversed(self.starts) if start.paths is not None]
 
 
 class RunPaths:

@@ -180,6 +180,7 @@ class _Run:
         self.gemm_rate = self.distributed.sum(gemm_rate(device, DTYPES[training.dtype]))
         found = environment(device) | {
             "world_size": self.distributed.world_size, "dtype": training.dtype, "gemm_flops_per_second": self.gemm_rate,
+            "special_tokens": self.index.config.special_tokens,
         } | self._contents()  # fmt: skip
         dataset = self.config.dataset
 
