@@ -153,9 +153,10 @@ class TrainingConfig(Config):
             ends = [phase.until for phase in phases]
             if any(later <= earlier for earlier, later in pairwise(ends)):
                 raise ValueError(f"{name} ends its phases at {', '.join(map(str, ends))}; each must end after the one before")
-            if len(phases) > self.steps and info.context != WRITTEN:
+            if len(phases) >= self.steps and phases and info.context != WRITTEN:
                 raise ValueError(
-                    f"{name} has {len(phases)} phases, but there are {self.steps} steps; train longer, or drop some"
+                    f"{name} takes {len(phases) + 1} steps at least, one for each phase and one after them, but there are "
+                    f"{self.steps}; train longer, or drop some phases"
                 )
         return self
 

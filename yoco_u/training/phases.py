@@ -13,7 +13,7 @@ class LoopPhase(Config):
 
     Attributes:
         until: share of the steps at which the phase ends. The first phase begins at 0, each further one where the phase before
-            it ends; each takes one step at least.
+            it ends; each takes one step at least, and so does what follows the last.
         loops: loop count T of the phase.
     """
 
@@ -37,10 +37,13 @@ P = TypeVar("P", LoopPhase, WindowPhase)
 
 
 def phase_ends(phases: Sequence[LoopPhase | WindowPhase], steps: int) -> list[int]:
-    """The step of a run of `steps` at which each phase ends. Each takes one step at least, however few there are in all."""
+    """The step of a run of `steps` at which each phase ends.
+
+    Each takes one step at least, and leaves one to each phase after it and to what follows the last.
+    """
     ends = [0]
-    for phase in phases:
-        ends.append(max(round(phase.until * steps), ends[-1] + 1))
+    for latest, phase in enumerate(phases, start=steps - len(phases)):
+        ends.append(max(min(round(phase.until * steps), latest), ends[-1] + 1))
     return ends[1:]
 
 
