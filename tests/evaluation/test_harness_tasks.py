@@ -150,6 +150,9 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+LEADING_ON = ("and hence b =", "and so b =", "so b=", "and then", "or rather", "and b + 1 =", "android =  2 or so,")
+
+
 @pytest.mark.parametrize(
     ("text", "answer", "right"),
     [
@@ -165,6 +168,9 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("\\boxed{5}\n\nTherefore, the final answer is:\n\n\\boxed{7}", "7", True),
         (r"\boxed{3}, \boxed{4}, but \boxed{5} and \boxed{7}.", "5, 7", True),
         (r"$\boxed{5}\text{ or }\boxed{7}$", "5, 7", True),
+        (r"$x=\boxed{5}$, $y = \boxed{7}$", "5, 7", True),
+        ("$x=\\boxed{5}$ and\n$y = \\boxed{7}$", "7", False),
+        *((rf"We get $a=\boxed{{5}}$, {words} \boxed{{7}}.", "7", True) for words in LEADING_ON),
         (r"\boxed{\boxed{7}}, and \boxed{8", "7", True),
         (r"$\boxed{7}$, no: $\boxed{50}$\%", "0.5", True),
         (r"$\boxed{(1, 2)}$", "(1,2)", True),

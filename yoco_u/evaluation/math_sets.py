@@ -23,8 +23,8 @@ MATH_SETS = (
 _PROMPT = "{{problem}}\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
 _NEW_TOKENS = 1024
 _BOX, _BRACE = re.compile(r"\\boxed\s*\{"), re.compile(r"[{}]")
-_MARKUP = re.compile(r"\s|\$|\\[()\[\]]|\\text\{|\}")
-_JOINED = re.compile(r"(?:,|;|,?and|,?or)(?:[A-Za-z]\w*=)?")
+_MARKUP = re.compile(r"\$|\\[()\[\]]|\\text\{|\}")
+_JOINED = re.compile(r"\s*(?:[,;]|,?\s*\b(?:and|or)\b)\s*(?:[A-Za-z]\w*\s*=\s*)?")
 
 
 def is_math(name: str) -> bool:
