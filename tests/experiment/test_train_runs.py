@@ -82,6 +82,9 @@ def test_a_signal_in_the_last_step_begins_no_other_run(moment: str, two: Grid, m
     (("step-00000005", "non-finite-step-00000005-2"), False, True),
     (("step-00000008", "non-finite-step-00000005", "non-finite-step-00000006"), False, False),
     (("step-123456789", "non-finite-step-99999999"), False, False),
+    (("step-00000004", "step-00000008.damaged", "step-00000009-2.damaged", "non-finite-step-00000005"), False, True),
+    (("step-00000004", "step-00000008.partial", "non-finite-step-00000005"), False, True),
+    (("step-00000004", "non-finite-step-00000009.partial"), False, False),
     (("non-finite-step-00000005",), True, False),
 ])  # fmt: skip
 def test_a_run_that_went_beyond_has_not_diverged(

@@ -150,11 +150,11 @@ def is_finished(folder: Path) -> bool:
 def has_diverged(folder: Path) -> bool:
     """Whether the run in this folder stopped because a loss or a gradient was not finite, and has not gone beyond since."""
     checkpoints = folder / "checkpoints"
-    diverged, saved = _last_step(checkpoints, "non-finite-"), _last_step(checkpoints)
+    diverged, saved = _last_step(checkpoints, r"non-finite-step-(\d+)(?:-\d+)?"), _last_step(checkpoints, r"step-(\d+)")
     return diverged is not None and diverged >= (saved or 0) and not is_finished(folder)
 
 
-def _last_step(checkpoints: Path, kind: str = "") -> int | None:
-    """The last step of which there is a checkpoint of a kind; None if there is none."""
-    names = (path.name.removeprefix(f"{kind}step-") for path in checkpoints.glob(f"{kind}step-[0-9]*"))
-    return max((int(re.split(r"\D", name)[0]) for name in names), default=None)
+def _last_step(checkpoints: Path, names: str) -> int | None:
+    """The last step of which there is a checkpoint, by the pattern of the names of complete ones; None if there is none."""
+    found = (re.fullmatch(names, path.name) for path in checkpoints.glob("*"))
+    return max((int(name[1]) for name in found if name), default=None)
