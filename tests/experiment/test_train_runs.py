@@ -20,6 +20,8 @@ from yoco_u.experiment.measure import MEASURES, measure
 from yoco_u.experiment.results import read_results
 from yoco_u.experiment.run import has_diverged, train_runs
 from yoco_u.training import TrainingInterrupted, evaluate, train, trainer
+from yoco_u.training.distributed import Distributed
+from yoco_u.training.run_folder import RunFolder
 from yoco_u.training.step import StepResult, TrainingStep
 
 Grid = tuple[Experiment, list[GridRun], Path]
@@ -114,6 +116,33 @@ def test_one_process_at_a_time_measures_a_run(two: Grid, monkeypatch: pytest.Mon
     assert measured == ["a"]
     assert "a: another process is training or measuring there" in said[-1] and "going on with the next run" in said[-1]
     assert json.loads((folder / "a" / MEASURES).read_text())["angular"]["settings"] == {"tokens": 16}
+
+
+def test_rank_0_alone_looks_what_there_is_to_do(two: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank may see a file earlier or later; if it chose by itself, ranks would wait for each other for ever."""
+    experiment, runs, folder = two
+    experiment = experiment.model_copy(update={"measures": Measures(angular=AngularMeasure(tokens=16))})
+    on_main, asked, call = list[Any](), list[str](), Distributed.on_main
+
+    def noted(self: Distributed, function: Callable[[], Any]) -> Any:
+        on_main.append(function)
+        found = call(self, function)
+        on_main.pop()
+        return found
+
+    def only_on_main(function: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*arguments: Any) -> Any:
+            assert on_main
+            asked.append(function.__name__)
+            return function(*arguments)
+
+        return look
+
+    monkeypatch.setattr(Distributed, "on_main", noted)
+    monkeypatch.setattr(RunFolder, "read_summary", only_on_main(RunFolder.read_summary))
+    monkeypatch.setattr(runs_module, "has_diverged", only_on_main(has_diverged))
+    assert train_runs(experiment, runs, folder, runs[:1], progress=False) == []
+    assert set(asked) == {"read_summary", "has_diverged"}
 
 
 @pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "removed"])

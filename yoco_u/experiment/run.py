@@ -12,7 +12,7 @@ from yoco_u.config import dump_yaml
 from yoco_u.data import prepare
 from yoco_u.data.index import INDEX, DatasetIndex
 from yoco_u.errors import UserError
-from yoco_u.experiment.config import Experiment
+from yoco_u.experiment.config import Experiment, Measures
 from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.measure import check_measures, measure, write_samples
 from yoco_u.files import Say, check_result
@@ -55,19 +55,20 @@ def train_runs(
     claim_experiment(folder, experiment.sizes)
     with FileLock(folder / _LOCK):
         dump_yaml(experiment, folder / _CONFIG)
-    first = next((run for run in chosen if not is_finished(folder / run.name)), None)
-    if experiment.measures is not None and first is not None:
-        with distributed_session(first.config.training.device) as distributed:
-            distributed.on_main(partial(check_measures, experiment.measures, first.config, progress))
+    if experiment.measures is not None and chosen:
+        with distributed_session(chosen[0].config.training.device) as distributed:
+            distributed.on_main(partial(_check_measures, experiment.measures, chosen, folder, progress))
     unfinished = []
     for number, run in enumerate(chosen, start=1):
         target, steps = folder / run.name, run.config.training.steps
-        if has_diverged(target):
+        with distributed_session(run.config.training.device) as distributed:
+            passed_over = distributed.on_main(partial(has_diverged, target))
+            if not passed_over:
+                distributed.on_main(partial(_check_dataset, run, runs, folder, progress))
+        if passed_over:
             say(f"{run.name}: the loss was not finite; passed over (remove {target} to try again)")
             unfinished.append(run)
             continue
-        with distributed_session(run.config.training.device) as distributed:
-            distributed.on_main(partial(_check_dataset, run, runs, folder, progress))
         say(f"run {number} of {len(chosen)}: {run.name} ({steps:,} steps)")
         torch.compiler.reset()  # each run compiles its own blocks; those of all runs together would exceed torch's limit
         try:
@@ -107,6 +108,13 @@ def _sample_and_measure(folder: Path, experiment: Experiment, say: Say) -> None:
             write_samples(folder, experiment.samples, say)
         if experiment.measures is not None:
             measure(folder, experiment.measures, say)
+
+
+def _check_measures(measures: Measures, runs: Iterable[GridRun], folder: Path, progress: bool) -> None:
+    """As `check_measures` does, by the first run that is not finished, if there is one."""
+    first = next((run for run in runs if not is_finished(folder / run.name)), None)
+    if first is not None:
+        check_measures(measures, first.config, progress)
 
 
 def _check_dataset(run: GridRun, runs: Iterable[GridRun], folder: Path, progress: bool) -> None:

@@ -76,7 +76,7 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
     with distributed_session(config.training.device) as distributed:
         if config.training.dtype == "auto":
             config = config.with_dtype(fast_dtype(distributed.device))
-        if run_folder.read_summary() is None:
+        if distributed.on_main(run_folder.read_summary) is None:
             check_start(config, distributed)
             check_memory(config, distributed)
         with run_folder.claim(config, distributed):
