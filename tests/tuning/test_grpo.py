@@ -178,7 +178,9 @@ def letters(completion: str, answer: str) -> float:
     return sum(one in string.ascii_lowercase for one in completion) / 8
 
 
-@pytest.mark.parametrize("reward", [math.nan, math.inf, -1e39, None, "best"])
+@pytest.mark.parametrize(
+    "reward", [math.nan, math.inf, -1e39, None, "best", 10**400, pytest.param(-(10**5000), id="long"), torch.ones(2)]
+)
 def test_a_reward_that_is_no_number_is_refused(reward: Any) -> None:
     with pytest.raises(UserError, match=r"the reward of 'text' is .* where 'right' is right; expected a number"):
         _checked(lambda text, answer: reward)("text", "right")

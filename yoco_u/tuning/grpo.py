@@ -117,7 +117,7 @@ def _checked(reward: Reward) -> Reward:
         found: Any = reward(text, answer)
         try:
             number = float(found)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             number = math.nan
         if not abs(number) <= torch.finfo(torch.float32).max:
             raise UserError(f"the reward of {shown(text)} is {shown(found)} where {shown(answer)} is right; expected a number")
