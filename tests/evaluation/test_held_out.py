@@ -1,6 +1,7 @@
 """Held-out texts are read for a run as those of its dataset were: by evaluate, context, analyze and exits."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ from models import architecture, build
 from yoco_u.analysis.text import read_text
 from yoco_u.config import dump_yaml
 from yoco_u.data import DataConfig, DatasetIndex, DocumentEncoder, load_tokenizer, prepare, train_tokenizer
+from yoco_u.data.tokenizer import END_OF_TEXT
 from yoco_u.errors import UserError
 from yoco_u.evaluation.held_out import document_encoder, read_documents, score_held_out
 from yoco_u.training.config import RunConfig
-from yoco_u.training.run_folder import read_run_config
+from yoco_u.training.run_folder import has_special_tokens, read_run_config
 
 CHATS = [f"<|user|>What is {i}?<|end|>\n<|assistant|>It is {i}.<|end|>\n" for i in range(12)]
 TASK = "synthetic:s3:levels=2:documents=60:length=32"
@@ -69,6 +71,21 @@ def test_a_saved_model_reads_special_tokens_as_text(run: Path, tmp_path: Path) -
     assert not set(ids[1:].tolist()) & set(tokenizer.all_special_ids)
     with pytest.raises(UserError, match="a saved model has no validation split; name --files"):
         read_documents(run / "model", ())
+
+
+def test_a_text_that_spells_the_separator_is_refused_where_it_would_part_it(run: Path, tmp_path: Path) -> None:
+    """As `prepare` refuses it; as ordinary characters it stays whole."""
+    tokenizer, file = load_tokenizer(tmp_path / "tokenizer"), tmp_path / "spells.jsonl"
+    file.write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"text": f"two {END_OF_TEXT} three"}) + "\n")
+    special = has_special_tokens(run)
+    for read in (
+        lambda: score_held_out(run, [str(file)]),
+        lambda: list(read_documents(run, [str(file)])),
+        lambda: read_text(run, [str(file)], "text", LENGTH, 4096, tokenizer),
+    ):
+        message = r"spells.jsonl:2: the text spells the token that separates documents, which special_tokens encodes"
+        with pytest.raises(UserError, match=message) if special else nullcontext():
+            read()
 
 
 @pytest.mark.parametrize("noted", [True, False])

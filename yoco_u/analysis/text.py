@@ -99,11 +99,11 @@ def document_batches(encoder: DocumentEncoder, documents: Iterable[Document], se
         tokens: the most targets to take; documents beyond them are not read.
 
     Raises:
-        UserError: if there is no text.
+        UserError: if there is no text, or one spells the token that separates documents.
     """
     parts: list[NDArray[np.uint32]] = []
     for document in documents:
-        parts += encoder.encode([document.text])
+        parts += encoder.encode_documents([document])
         if sum(map(len, parts)) > tokens:
             break
     if not parts:

@@ -125,13 +125,6 @@ def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> No
         writers = {name: stack.enter_context(ShardWriter(folder, name, dtype, config.shard_tokens)) for name in names}
         advance = stack.enter_context(_bar(bars, "encoding", items.size))
         for split, document, tokens in _encode(encoder, items.read(advance), workers):
-            if (tokens[1:] == encoder.eot_id).any():
-                why = "which special_tokens encodes as such; mend the text"
-                if not config.special_tokens:
-                    why = (
-                        f"which this tokenizer ({config.tokenizer}) does not treat as special; mend the text or choose another"
-                    )
-                raise UserError(f"{document.source}: the text spells the token that separates documents, {why}")
             writers[split].add(tokens, len(document.text.encode()))
         splits = {name: writer.finish() for name, writer in writers.items()}
     _check_splits(config, {name: split.documents for name, split in splits.items()})
@@ -247,7 +240,7 @@ def _encode(encoder: DocumentEncoder, items: Iterator[_Item], workers: int) -> I
     """Encode batches of documents on several threads (tokenizers releases the interpreter lock), in the order of the items."""
 
     def encode(batch: list[_Item]) -> list[_Encoded]:
-        tokens = encoder.encode([document.text for _, document in batch])
+        tokens = encoder.encode_documents([document for _, document in batch])
         return [(split, document, ids) for (split, document), ids in zip(batch, tokens, strict=True)]
 
     pending: deque[Future[list[_Encoded]]] = deque()

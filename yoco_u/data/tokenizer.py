@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from yoco_u.data.formats import Document
 from yoco_u.data.synthetic.tasks import BEGIN, END
 from yoco_u.errors import UserError, first_line
 
@@ -216,6 +217,21 @@ class DocumentEncoder:
             np.array([self.eot_id, *itertools.chain.from_iterable(next(encodings).ids for _ in parts)], dtype=np.uint32)
             for parts in pieces
         ]
+
+    def encode_documents(self, documents: Sequence[Document]) -> list[NDArray[np.uint32]]:
+        """As `encode`, of documents that may not hold `eot_id` anywhere else, where it would divide them.
+
+        Raises:
+            UserError: if a text spells it, and that is not encoded as ordinary characters.
+        """
+        encoded = self.encode([document.text for document in documents])
+        for document, tokens in zip(documents, encoded, strict=True):
+            if (tokens[1:] == self.eot_id).any():
+                why = "special_tokens encodes as such; mend the text"
+                if self._backend.encode_special_tokens:
+                    why = "this tokenizer does not treat as special; mend the text, or choose another tokenizer"
+                raise UserError(f"{document.source}: the text spells the token that separates documents, which {why}")
+        return encoded
 
     def token_ends(self, text: str) -> list[int]:
         """The position in the text, in characters, at which each of its tokens ends (exclusive). `eot_id` has no entry."""

@@ -140,7 +140,7 @@ def read_documents(path: Path, files: Sequence[str], text_field: str = "text") -
         documents.index.verify("validation")
         return documents
     encoder = document_encoder(path, read_tokenizer(path))
-    return (encoder.encode([document.text])[0] for document in Corpus(files, text_field).documents())
+    return (encoder.encode_documents([document])[0] for document in Corpus(files, text_field).documents())
 
 
 def validation_split(path: Path, sequence_length: int) -> PackedDataset:

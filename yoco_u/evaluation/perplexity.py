@@ -63,7 +63,7 @@ def score_documents(
         num_loops: loop count T; the model's own by default.
 
     Raises:
-        UserError: if there is no text, or the loss is not finite.
+        UserError: if there is no text, one spells the token that separates documents, or the loss is not finite.
     """
     counts = _Counts()
     rows = _rows(_stream(encoder, documents, counts), sequence_length)
@@ -128,15 +128,15 @@ class _Counts:
 
 def _stream(encoder: DocumentEncoder, documents: Iterable[Document], counts: _Counts) -> Iterator[NDArray[np.uint32]]:
     """The tokens of each document, and at the end one more `<|endoftext|>`, the last document's end."""
-    batch: list[str] = []
+    batch: list[Document] = []
     for document in documents:
         counts.documents += 1
         counts.bytes += len(document.text.encode())
-        batch.append(document.text)
+        batch.append(document)
         if len(batch) == _DOCUMENTS_PER_BATCH:
-            yield from encoder.encode(batch)
+            yield from encoder.encode_documents(batch)
             batch = []
-    yield from encoder.encode(batch)
+    yield from encoder.encode_documents(batch)
     if counts.documents:
         yield np.array([encoder.eot_id], dtype=np.uint32)
 
