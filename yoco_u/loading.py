@@ -42,6 +42,8 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{folder}: no such folder; give a run folder or a saved model")
     if is_run(folder):
         raise UserError(f"{folder}: the run is not finished (model/ is missing); run `yoco-u train` again to finish it")
+    if runs := sorted(path.name for path in folder.glob("*/") if is_run(path)):
+        raise UserError(f"{folder}: holds several runs; give one of them: {', '.join(runs[:8])}{', ...' * (len(runs) > 8)}")
     raise UserError(f"{folder}: neither a run folder (with model/config.json) nor a saved model (with config.json)")
 
 

@@ -43,15 +43,15 @@ def test_the_text_grows_with_what_both_write(talk: Any, workspace: Path) -> None
     outcome = talk("one", "/loops 3", "two", "/reset", "/tokens 2", "three")
     assert outcome.status == 0
     assert outcome.out == f"{first}\n{second}\n{third}\n\n"
-    assert "no chat template" in outcome.err
+    assert "no chat template" in outcome.err and "loops: 3" in outcome.err and "forgotten" in outcome.err
 
 
 @pytest.mark.parametrize(
     ("line", "part"),
     [
         ("/help", "/loops VALUE"),
-        ("/abacus 3", "/loops VALUE"),
-        ("/loops", "/loops VALUE"),
+        ("/abacus 3", "unknown: /abacus\n/loops VALUE"),
+        ("/loops", "/loops needs a value\n/loops VALUE"),
         ("/loops 0", "num_loops"),
         ("/tokens x", "max_tokens"),
     ],

@@ -17,6 +17,8 @@ def test_unknown_key_names_the_nearest(run: Any, workspace: Path) -> None:
     error = run("train", workspace / "config.yaml", "training.stepz=3").error
     assert "training.stepz" in error
     assert "did you mean steps" in error
+    error = run("train", workspace / "config.yaml", "learning_rate=1").error
+    assert "unknown key learning_rate: did you mean optimizer.learning_rate?" in error
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,11 @@ def test_wrong_settings(run: Any, workspace: Path, tmp_path: Path, overrides: li
 def test_missing_and_broken_configs(run: Any, tmp_path: Path) -> None:
     assert "packaged are" in run("train", tmp_path / "none.yaml").error
     assert "did you mean" in run("train", "1.3bb").error
+    assert "did you mean 8m?" in run("train", "8M").error
+    (tmp_path / "grid" / "a").mkdir(parents=True)
+    (tmp_path / "grid" / "a" / "config.yaml").touch()
+    assert "is a run, and no config" in run("train", tmp_path / "grid" / "a").error
+    assert "holds several runs; give one of them: a" in run("generate", tmp_path / "grid", "--prompt", "x").error
     (tmp_path / "broken.yaml").write_text("name: [1, 2")
     assert "not valid YAML" in run("train", tmp_path / "broken.yaml").error
     (tmp_path / "list.yaml").write_text("- 1")
@@ -57,6 +64,44 @@ def test_prepare(run: Any, tmp_path: Path) -> None:
     error = run("prepare", "--corpus", "stdlib", "--out", tmp_path / "data", "data.vocab=300").error
     assert "did you mean vocab_size" in error
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["plan", "--context", "-5"], "--context: Input should be greater than 0, got -5"),
+        (["plan", "--batch", "0"], "--batch: "),
+        (["plan", "--kv-dtype", "fp16"], "--kv-dtype: "),
+        (["needles", "model", "--digits", "1"], "--digits: "),
+        (["chat", "model", "--temperature", "-1"], "--temperature: "),
+        (["bench", "--rounds", "0"], "--rounds"),
+    ],
+)
+def test_the_wrong_option_is_named(run: Any, workspace: Path, arguments: list[str], part: str) -> None:
+    assert part in run(*(workspace / "a" if one == "model" else one for one in arguments)).error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "none"], ["tasks", "none", "x"], ["context", "none"], ["needles", "none"], ["chat", "none"],
+        ["generate", "none", "--prompt", "x"], ["serve", "none"], ["analyze", "none"], ["exits", "none"], ["sft", "none", "x"],
+        ["grpo", "none", "x"], ["train", "none"], ["prepare", "none"], ["experiment", "none"],
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_told_before_torch_is_loaded(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "yoco_u.training",
+        "yoco_u.experiment.config",
+        "yoco_u.inference",
+        "yoco_u.evaluation.held_out",
+        "yoco_u.data",
+    ):
+        monkeypatch.setitem(sys.modules, name, None)  # which makes its import fail
+    assert "none" in run(*arguments).error
 
 
 def test_usage(run: Any, workspace: Path) -> None:

@@ -95,7 +95,7 @@ def test_an_equal_config_finds_the_dataset_and_another_is_refused(prepared, conf
     folder = shutil.copytree(prepared, tmp_path / "dataset")
     before = contents(folder)
     assert prepare(config, folder).splits == DatasetIndex.load(prepared).splits
-    assert "prepared before from this config" in " ".join(capsys.readouterr().err.split())
+    assert "remove it to read the corpus anew" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(UserError, match=r"another config \(vocab_size 300, now 310; seed 0, now 5\)"):
         prepare(config.model_copy(update={"vocab_size": 310, "seed": 5}), folder, progress=False)
     assert contents(folder) == before

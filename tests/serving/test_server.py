@@ -153,5 +153,5 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     shown = error("--api-key", "secret with spaces")
     assert "has spaces" in shown and "secret" not in shown
     assert "--api-key is empty; give at least one character" in error("--api-key", "")
-    assert "port: " in error("--port", 99999)
-    assert "time_limit: " in error("--time-limit", 0)
+    assert "--port: " in error("--port", 99999)
+    assert "--time-limit: " in error("--time-limit", 0)

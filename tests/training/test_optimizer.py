@@ -56,7 +56,7 @@ def test_a_warm_up_longer_than_the_run_is_refused() -> None:
         "name": "n", "architecture": {"preset": "yoco_u", "size": "test"}, "dataset": "d",
         "optimizer": {"warmup_steps": 10}, "training": {"steps": 10},
     }  # fmt: skip
-    with pytest.raises(UserError, match=r"warmup_steps 10 and 1 steps of decay do not fit into training.steps 10"):
+    with pytest.raises(UserError, match=r"warmup_steps is 10, but at most 9 fit into training.steps 10 beside 1 step of decay"):
         parse(RunConfig, data, "run.yaml")
     data |= {"optimizer": {"warmup_steps": 0}, "training": {"steps": 10, "checkpoint_stages": [2]}}
     with pytest.raises(UserError, match="checkpoint_stages names stage 2; the model's are 0 to 1"):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yoco_u.cli.arguments import MOST_ROW_TOKENS, check_at_most, check_loops, check_row_length, check_unused
+from yoco_u.cli.arguments import MOST_ROW_TOKENS, ModelPath, check_at_most, check_loops, check_row_length, check_unused
 from yoco_u.cli.output import progress_bar
 from yoco_u.errors import UserError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def analyze(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
+    model: ModelPath,
     files: Annotated[
         list[str] | None,
         typer.Argument(metavar="FILES", help="Text, in any form that prepare reads. \\[default: the run's validation split]"),
@@ -31,7 +31,8 @@ def analyze(
     measures: Annotated[
         str | None,
         typer.Option(
-            "--measures", help="Some of angular,lens,loss,convergence,attention,exits,drafts. \\[default: all that make sense]"
+            "--measures",
+            help="Some of angular, lens, loss, convergence, attention, exits, drafts. \\[default: all that make sense]",
         ),
     ] = None,
     compare: Annotated[

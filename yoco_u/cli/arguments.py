@@ -5,13 +5,19 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
-from yoco_u.config import shown, too_many_loops
+import typer
+from pydantic import ValidationError
+
+from yoco_u.config import Config, describe, shown, too_many_loops
 from yoco_u.errors import UserError
 from yoco_u.files import check_result
+from yoco_u.loading import model_folder
 
 _LARGEST = 2**64 - 1
+
+C = TypeVar("C", bound=Config)
 
 
 def check_texts(arguments: Sequence[str]) -> None:
@@ -47,6 +53,53 @@ def with_checked_numbers(command: Callable[..., None]) -> Callable[..., None]:
         command(**given)
 
     return checked
+
+
+def parse_options(cls: type[C], given: dict[str, Any], **spelt: str) -> C:
+    """Build `cls` from options.
+
+    Args:
+        given: values by the name of the setting; None for an option that was not given.
+        spelt: the names of options that are not called as their setting.
+
+    Raises:
+        UserError: if something does not fit; it names the option.
+    """
+    try:
+        return cls.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        setting, colon, problem = describe(cls, error).removeprefix(f"{cls.__name__}: ").partition(": ")
+        name = setting.partition(".")[0]
+        if not colon or name not in cls.model_fields:
+            raise UserError(f"options: {setting}{colon}{problem}") from None
+        raise UserError(f"--{spelt.get(name, name).replace('_', '-')}: {problem}") from None
+
+
+def existing_model(path: Path) -> Path:
+    """A run folder or a saved model, which is looked for before anything is loaded.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    model_folder(path)
+    return path
+
+
+def existing_models(paths: list[Path]) -> list[Path]:
+    """Like `existing_model`, of several."""
+    return [existing_model(path) for path in paths]
+
+
+ModelPath = Annotated[
+    Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.", callback=existing_model)
+]
+"""The argument that names a model."""
+
+DType = Annotated[
+    Literal["auto", "bfloat16", "float32"],
+    typer.Option("--dtype", metavar="DTYPE", help="To compute in: auto, bfloat16 or float32."),
+]
+"""The option that says what the engine computes in."""
 
 
 def standard_input() -> str:

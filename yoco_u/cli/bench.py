@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yoco_u.cli.arguments import check_can_be_written, check_unused, names, whole_numbers
+from yoco_u.cli.arguments import check_can_be_written, check_unused, names, parse_options, whole_numbers
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,7 +72,6 @@ def bench(
     from yoco_u.bench.engines import find_peers, our_engines, peer_engines
     from yoco_u.bench.paper_tables import PAPER, PAPER_ON_GPU, paper_cases
     from yoco_u.bench.run import Benchmark
-    from yoco_u.config import parse
     from yoco_u.device import find_device, memory_bytes
 
     if model is not None and (architectures or size or paper):
@@ -99,7 +98,7 @@ def bench(
     on_gpu = where.type == "cuda"
     tables = PAPER_ON_GPU if on_gpu else PAPER
     defaults = {"device": str(where)} | (QUICK if quick else {}) | (tables if paper else {})
-    settings = parse(BenchSettings, defaults | {k: v for k, v in given.items() if v is not None}, "options")
+    settings = parse_options(BenchSettings, defaults | {k: v for k, v in given.items() if v is not None})
     engines, absent = our_engines(settings), list[str]()
     if num_loops is not None and num_loops > 1 and not any(engine.architecture.looped_stages for engine in engines):
         raise UserError(f"--num-loops {num_loops}: none of {', '.join(engine.name for engine in engines)} loops; drop it")

@@ -2,12 +2,11 @@
 
 import sys
 from contextlib import closing, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import check_unused, is_unicode, loops_or_auto
+from yoco_u.cli.arguments import DType, ModelPath, check_unused, is_unicode, loops_or_auto, parse_options
 from yoco_u.cli.output import check_outputs, note
 from yoco_u.errors import UserError
 
@@ -20,13 +19,11 @@ _SETTINGS = {
     "loops": "num_loops", "temperature": "temperature", "tokens": "max_tokens", "top-p": "top_p", "seed": "seed",
     "drafts": "drafts",
 }  # fmt: skip
-_HELP = (
-    f"{', '.join(f'/{name} VALUE' for name in _SETTINGS)} for the answers to come; /reset forgets what was said; Ctrl-D ends"
-)
+_HELP = f"{', '.join(f'/{name} VALUE' for name in _SETTINGS)}\nfor the answers to come; /reset forgets what was said"
 
 
 def chat(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
+    model: ModelPath,
     num_loops: Annotated[
         str | None, typer.Option("--num-loops", help="Loop count T, or auto. \\[default: the model's own]")
     ] = None,
@@ -37,7 +34,7 @@ def chat(
         Literal["none", "loops", "prompt"], typer.Option("--drafts", help="Draft tokens to verify several in a step.")
     ] = "none",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="Type to compute in.")] = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Talk to a model in the terminal.
 
@@ -56,7 +53,6 @@ def chat(
     with suppress(ImportError):
         import readline  # noqa: F401  (gives input() its line editing)
 
-    from yoco_u.config import parse
     from yoco_u.inference import LLM, SamplingParams
     from yoco_u.inference.chat_template import template_file, why_no_chats
 
@@ -64,14 +60,15 @@ def chat(
         "num_loops": loops_or_auto(num_loops), "temperature": temperature, "max_tokens": max_tokens, "seed": seed,
         "drafts": drafts,
     }  # fmt: skip
-    params = parse(SamplingParams, chosen, "options")
+    params = parse_options(SamplingParams, chosen)
     llm = LLM(model, device=device, dtype=dtype, num_loops=params.num_loops)
     tokenizer = llm.engine.tokenizer
     assert tokenizer is not None
     if tokenizer.chat_template and (problem := why_no_chats(tokenizer)):
         raise UserError(f"{template_file(tokenizer)}: {problem}")
     said = Conversation(tokenizer)
-    note(f"{'chat' if said.has_template else 'no chat template: what you write is continued'}; {_HELP}")
+    kind = "chat" if said.has_template else "no chat template: what you write is continued"
+    note(f"{kind}; /help names the settings; Ctrl-D ends")
     while (line := _read()) is not None:
         try:
             if line.startswith("/"):
@@ -112,7 +109,7 @@ def _read() -> str | None:
     if sys.stdin is None:
         return None
     try:
-        line = input("> ")
+        line = input("> " if sys.stdin.isatty() else "")
     except EOFError:
         print()
         return None
@@ -131,10 +128,16 @@ def _command(line: str, params: "SamplingParams", said: Conversation) -> "Sampli
     name, _, value = line[1:].partition(" ")
     if name == "reset":
         said.forget()
+        note("forgotten")
     elif name in _SETTINGS and value:
-        return parse(SamplingParams, apply_overrides(params.model_dump(), [f"{_SETTINGS[name]}={value}"]), line)
-    else:
+        setting = _SETTINGS[name]
+        params = parse(SamplingParams, apply_overrides(params.model_dump(), [f"{setting}={value}"]), line)
+        note(f"{name}: {getattr(params, setting)}")
+    elif name == "help":
         note(_HELP)
+    else:
+        problem = f"/{name} needs a value" if name in _SETTINGS else f"unknown: /{name}"
+        note(f"{problem}\n{_HELP}")
     return params
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yoco_u.cli.arguments import check_can_be_written, check_loops, check_unused, whole_numbers
+from yoco_u.cli.arguments import check_can_be_written, check_loops, check_unused, existing_models, whole_numbers
 from yoco_u.cli.output import note, progress_bar
 from yoco_u.errors import UserError
 
@@ -19,7 +19,10 @@ _CHUNK = 2048  # the most tokens that the engine computes in one step
 
 
 def context(
-    models: Annotated[list[Path], typer.Argument(metavar="RUN_OR_MODEL", help="Run folders or saved models to compare.")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_OR_MODEL", help="Run folders or saved models to compare.", callback=existing_models),
+    ],
     files: Annotated[
         list[str] | None,
         typer.Option(

@@ -156,5 +156,8 @@ def convert(
         return
     print(f"{target.in_words}, in {out}")
     if converted.explained:
-        shares = ", ".join(f"{one:.0%}" for one in converted.explained)
-        print(f"of the replaced layers' keys and values, the global KVs explain {shares}")
+        mean = sum(converted.explained) / len(converted.explained)
+        worst = min(converted.explained)
+        layers = sum(stage.layers for stage in read.model.model.architecture.stages)
+        layer = layers - len(converted.explained) + converted.explained.index(worst)
+        print(f"the global KVs explain {mean:.0%} of the replaced keys and values; in layer {layer}, the least, {worst:.0%}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from yoco_u.cli.arguments import check_at_most, check_loops, check_row_length, check_unused
+from yoco_u.cli.arguments import ModelPath, check_at_most, check_loops, check_row_length, check_unused
 from yoco_u.cli.output import note, print_json, progress_bar
 from yoco_u.errors import UserError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
+    model: ModelPath,
     files: Annotated[
         list[str] | None,
         typer.Argument(

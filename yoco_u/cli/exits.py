@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yoco_u.cli.arguments import check_can_be_written, check_loops, check_row_length, check_unused
+from yoco_u.cli.arguments import ModelPath, check_can_be_written, check_loops, check_row_length, check_unused
 from yoco_u.cli.output import note, print_json, progress_bar
 from yoco_u.errors import UserError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def exits(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
+    model: ModelPath,
     files: Annotated[
         list[str] | None,
         typer.Argument(

@@ -59,6 +59,8 @@ def experiment(
       yoco-u experiment grid.yaml --out runs/grid --report
     """
     from yoco_u.config import apply_overrides, load_yaml, parse
+
+    settings = apply_overrides(load_yaml(config), overrides or [])
     from yoco_u.experiment.config import Experiment
     from yoco_u.experiment.grid import choose, expand
     from yoco_u.experiment.run import claim_experiment, train_runs
@@ -66,7 +68,7 @@ def experiment(
     several = jobs is not None or minutes is not None
     if (run is not None) + (only is not None) + list_ + report + several > 1:
         raise UserError("--run, --only, --list, --report, and --jobs with --minutes exclude each other; give one of them")
-    grid = parse(Experiment, apply_overrides(load_yaml(config), overrides or []), str(config))
+    grid = parse(Experiment, settings, str(config))
     folder = out or Path("runs") / config.stem
     runs = expand(grid, folder)
     check_at_most(len(runs), "the runs of the grid: no more than one process trains each", jobs=jobs)

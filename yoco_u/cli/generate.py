@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import check_unused, loops_or_auto, standard_input
+from yoco_u.cli.arguments import DType, ModelPath, check_unused, loops_or_auto, standard_input
 from yoco_u.cli.output import check_outputs, print_json
 from yoco_u.errors import UserError
 
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
-    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; - reads standard input. Can be repeated.")],
+    model: ModelPath,
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", help="Text to continue; - reads standard input. Can be given again.")
+    ],
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Stop after this many tokens.")] = 200,
     n: Annotated[int, typer.Option("-n", help="Outputs of each prompt.")] = 1,
     temperature: Annotated[
@@ -35,7 +37,7 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token every time.")] = False,
     repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="Over 1 makes repetition rarer.")] = 1.0,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text. \\[default: 0]")] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output. Can be repeated.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output. Can be given again.")] = None,
     num_loops: Annotated[
         str | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own; auto: see --exit-threshold.")
     ] = None,
@@ -50,7 +52,7 @@ def generate(
         Path | None, typer.Option("--json-schema", help="File with a schema that the text must fit.")
     ] = None,
     regex: Annotated[str | None, typer.Option("--regex", help="Expression that the text must match.")] = None,
-    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="Type to compute in.")] = "auto",
+    dtype: DType = "auto",
     weights: Annotated[Literal["int8"] | None, typer.Option("--weights", help="Keep weights in 8 bits.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print prompts, texts and settings as JSON when done.")] = False,

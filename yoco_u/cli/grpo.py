@@ -5,16 +5,19 @@ from typing import Annotated
 
 import typer
 
+from yoco_u.cli.arguments import existing_model
 from yoco_u.cli.output import print_json
 from yoco_u.config import apply_overrides, parse
 
 
 def grpo(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run or a saved model.")],
+    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run or a saved model.", callback=existing_model)],
     data: Annotated[
         list[str], typer.Argument(metavar="FILE... [KEY=VALUE...]", help="JSON lines with problems; then settings to change.")
     ],
-    test: Annotated[list[Path] | None, typer.Option("--test", help="JSON lines with held-out problems; repeatable.")] = None,
+    test: Annotated[
+        list[Path] | None, typer.Option("--test", help="JSON lines with held-out problems; can be given again.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of the trained model.")] = Path("runs/grpo"),
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import check_can_be_written, check_loops, check_unused, names, whole_numbers
+from yoco_u.cli.arguments import (
+    DType,
+    ModelPath,
+    check_can_be_written,
+    check_loops,
+    check_unused,
+    names,
+    parse_options,
+    whole_numbers,
+)
 from yoco_u.cli.output import progress_bar
 
 if TYPE_CHECKING:
@@ -14,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def needles(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
+    model: ModelPath,
     kinds: Annotated[
         str | None,
         typer.Option(
@@ -46,7 +55,7 @@ def needles(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Another one gives other needles. \\[default: 0]")] = None,
     num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own.")] = None,
-    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="Type to compute in.")] = "auto",
+    dtype: DType = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw heat maps as PNG.")] = None,
@@ -63,7 +72,6 @@ def needles(
 
       yoco-u needles runs/8m --kinds single_1,multi_key --lengths 512,2048,8192 --samples 50 --num-loops 5 --json needles.json
     """
-    from yoco_u.config import parse
     from yoco_u.evaluation.needle_grid import NeedleSettings, needle_grid
     from yoco_u.evaluation.needles import NOISE_KINDS, load_haystack
     from yoco_u.files import write_result
@@ -74,7 +82,7 @@ def needles(
         "kinds": names(kinds), "lengths": whole_numbers(lengths, "--lengths"), "depths": depths, "samples": samples,
         "digits": digits, "values": values, "seed": seed,
     }  # fmt: skip
-    settings = parse(NeedleSettings, {name: value for name, value in given.items() if value is not None}, "options")
+    settings = parse_options(NeedleSettings, given)
     check_loops([num_loops])
     in_text = set(settings.kinds) - set(NOISE_KINDS)
     if not in_text:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from yoco_u.cli.arguments import check_can_be_written, check_unused, whole_numbers
+from yoco_u.cli.arguments import check_can_be_written, check_unused, parse_options, whole_numbers
 from yoco_u.cli.output import note, stops_cleanly
 
 _DEFAULT = ("yoco_u", "yoco", "transformer", "rins")
@@ -59,7 +59,6 @@ def plan(
     """
     from rich.console import Console
 
-    from yoco_u.config import parse
     from yoco_u.files import write_result
     from yoco_u.planning.candidates import find_architecture, takes_size
     from yoco_u.planning.hardware import THIS, find_hardware
@@ -75,7 +74,7 @@ def plan(
     given: dict[str, Any] = {
         "contexts": whole_numbers(context, "--context"), "batch": batch, "dtype": dtype, "kv_dtype": kv_dtype
     }  # fmt: skip
-    settings = parse(PlanSettings, {key: value for key, value in given.items() if value is not None}, "options")
+    settings = parse_options(PlanSettings, given, contexts="context")
     if not any(takes_size(name) for name in architectures or _DEFAULT):
         check_unused("no ARCHITECTURE is a preset without a size of its own", size=size)
     candidates = {name: find_architecture(name, size or "1.3b") for name in architectures or _DEFAULT}

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from yoco_u.cli.output import print_json
-from yoco_u.cli.settings import load_run_config
+from yoco_u.cli.settings import find_config, load_run_config
 from yoco_u.config import Config, apply_overrides, parse, shown
 from yoco_u.errors import UserError
 
@@ -48,12 +48,6 @@ def prepare(
 
       yoco-u prepare 8m
     """
-    from yoco_u.data import DataConfig
-    from yoco_u.data import prepare as prepare_dataset
-
-    class DataOnly(Config):
-        data: DataConfig
-
     changes = list(overrides or [])
     if config is not None and "=" in config and not Path(config).is_file():
         changes.insert(0, config)
@@ -66,6 +60,14 @@ def prepare(
     if corpus and any(change.startswith("data.corpus=") for change in changes):
         raise UserError("data.corpus has no effect here: --corpus says what to read; give one of the two")
     changes += [f"data.corpus={dumps(corpus)}"] if corpus else []
+    if config is not None:
+        find_config(config)  # before what takes seconds
+    from yoco_u.data import DataConfig
+    from yoco_u.data import prepare as prepare_dataset
+
+    class DataOnly(Config):
+        data: DataConfig
+
     if config is not None:
         run = load_run_config(config, changes)
         if run.data is None:

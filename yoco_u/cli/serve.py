@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import loops_or_auto
+from yoco_u.cli.arguments import DType, ModelPath, loops_or_auto, parse_options
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ KEY_VARIABLE = "YOCO_U_API_KEY"
 
 
 def serve(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
+    model: ModelPath,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 for any free one.")] = 8000,
     name: Annotated[
@@ -25,7 +25,7 @@ def serve(
     ] = None,
     api_key: Annotated[
         list[str] | None,
-        typer.Option("--api-key", help=f"Key that clients must send. Can be repeated; ${KEY_VARIABLE} is another."),
+        typer.Option("--api-key", help=f"Key that clients must send. Can be given again; ${KEY_VARIABLE} is another."),
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="File of keys, one a line.")] = None,
     num_loops: Annotated[
@@ -38,11 +38,11 @@ def serve(
         Literal["none", "loops", "prompt"] | None,
         typer.Option("--drafts", help="How requests draft tokens that do not say. \\[default: none]"),
     ] = None,
-    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option("--dtype", help="Type to compute in.")] = "auto",
+    dtype: DType = "auto",
     weights: Annotated[Literal["int8"] | None, typer.Option("--weights", help="Keep weights in 8 bits.")] = None,
     kv_dtype: Annotated[
         Literal["bfloat16", "float32", "int8"] | None,
-        typer.Option("--kv-dtype", help="Dtype of the caches. \\[default: as --dtype]"),
+        typer.Option("--kv-dtype", metavar="DTYPE", help="Of the caches: bfloat16, float32 or int8. \\[default: as --dtype]"),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     cache_tokens: Annotated[
@@ -87,7 +87,8 @@ def serve(
         typer.Option("--drain-seconds", help="Seconds that running requests have to end after SIGTERM. \\[default: 30]"),
     ] = None,
     cors_origin: Annotated[
-        list[str] | None, typer.Option("--cors-origin", help="Site whose pages may call the API; * for all. Can be repeated.")
+        list[str] | None,
+        typer.Option("--cors-origin", help="Site whose pages may call the API; * for all. Can be given again."),
     ] = None,
     certificate: Annotated[Path | None, typer.Option("--certificate", help="PEM file with a certificate: serve TLS.")] = None,
     key: Annotated[Path | None, typer.Option("--key", help="PEM file with its private key.")] = None,
@@ -108,9 +109,8 @@ def serve(
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if find_spec(package) is None:
             raise UserError(f"serving needs {package}: pip install 'yoco-u[serve]'")
-    from yoco_u.config import parse
     from yoco_u.loading import model_name
-    from yoco_u.serving.server import serve_process
+    from yoco_u.serving.server import check_address, serve_process
     from yoco_u.serving.settings import Listen, ServerSettings
 
     loops = loops_or_auto(num_loops)
@@ -123,8 +123,9 @@ def serve(
         "max_output_tokens": max_output_tokens, "max_connections": max_connections, "client_seconds": client_seconds,
         "time_limit": time_limit, "step_seconds": step_seconds, "drain_seconds": drain_seconds,
     }  # fmt: skip
-    settings = parse(ServerSettings, {name: value for name, value in given.items() if value is not None}, "options")
-    listen = parse(Listen, {"host": host, "port": port, "certificate": certificate, "key": key}, "options")
+    settings = parse_options(ServerSettings, given, model_name="name", api_keys="api-key", cors_origins="cors-origin")
+    listen = parse_options(Listen, {"host": host, "port": port, "certificate": certificate, "key": key})
+    check_address(listen)  # before the model is loaded
     engine = _engine(
         model, device, dtype=dtype, weights=weights, kv_dtype=kv_dtype, num_loops=loops, cache_tokens=cache_tokens,
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,

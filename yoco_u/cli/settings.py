@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from yoco_u.config import apply_overrides, did_you_mean, load_yaml, parse
 from yoco_u.errors import UserError
-from yoco_u.loading import with_architectures
+from yoco_u.loading import is_run, with_architectures
 
 if TYPE_CHECKING:
     from yoco_u.training.config import RunConfig
@@ -30,6 +30,8 @@ def find_config(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
+    if is_run(path):
+        raise UserError(f"{name}: is a run, and no config; to go on with it, give its config and --out {name}")
     known = packaged_configs()
     if name in known:
         return PACKAGED / f"{name}.yaml"
@@ -48,6 +50,7 @@ def load_run_config(name: str, overrides: Sequence[str]) -> "RunConfig":
     Raises:
         UserError: for a missing file, an unknown key or a value that does not fit.
     """
-    from yoco_u.training.config import RunConfig
+    settings = with_architectures(load_settings(name, overrides))
+    from yoco_u.training.config import RunConfig  # which takes seconds
 
-    return parse(RunConfig, with_architectures(load_settings(name, overrides)), name)
+    return parse(RunConfig, settings, name)

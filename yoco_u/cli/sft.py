@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
+from yoco_u.cli.arguments import existing_model
 from yoco_u.cli.output import print_json
 from yoco_u.config import apply_overrides, parse
 
 
 def sft(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run or saved model with a chat template.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run or saved model with a chat template.", callback=existing_model)
+    ],
     data: Annotated[
         list[str], typer.Argument(metavar="FILE... [KEY=VALUE...]", help="JSON lines with messages; then settings to change.")
     ],

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import check_at_most, check_loops, check_unused, names
+from yoco_u.cli.arguments import ModelPath, check_at_most, check_loops, check_unused, names
 from yoco_u.cli.output import print_json
 from yoco_u.errors import UserError
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def tasks(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.")],
+    model: ModelPath,
     tasks: Annotated[
         list[str], typer.Argument(metavar="TASKS", help="Names of tasks, groups or tags, or YAML files; commas will do too.")
     ],
@@ -42,7 +42,8 @@ def tasks(
     ] = None,
     weights: Annotated[Literal["int8"] | None, typer.Option("--weights", help="int8: compute with int8 weights.")] = None,
     dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"] | None, typer.Option("--dtype", help="Type to compute in. \\[default: float32]")
+        Literal["auto", "bfloat16", "float32"] | None,
+        typer.Option("--dtype", metavar="DTYPE", help="To compute in: auto, bfloat16 or float32. \\[default: float32]"),
     ] = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask through the tokenizer's chat template.")] = False,
     run_generated_code: Annotated[

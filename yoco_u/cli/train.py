@@ -31,9 +31,9 @@ def train(
 
       torchrun --nproc-per-node 8 -m yoco_u.cli train 1.3b --out runs/1.3b
     """
+    run = load_run_config(config, overrides or [])
     from yoco_u.training import train as train_run
 
-    run = load_run_config(config, overrides or [])
     folder = out or Path("runs") / run.name
     with stops_cleanly():
         summary = train_run(run, folder, progress=not json)

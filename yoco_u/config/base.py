@@ -118,9 +118,10 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None, 
         most: how many names to suggest at most.
     """
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=most)
+    spelt = {one.lower(): one for one in names}
+    near = difflib.get_close_matches(name.lower(), spelt, n=most)
     if near:
-        return f"did you mean {' or '.join(near)}?"
+        return f"did you mean {' or '.join(spelt[one] for one in near)}?"
     return f"known are {', '.join(names)}" if otherwise is None else otherwise
 
 
@@ -138,8 +139,10 @@ def describe_problems(cls: type[BaseModel], problems: Sequence[Mapping[str, Any]
     problem = _first(problems)
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = sorted(_known_keys(cls, problem["loc"][:-1]))
-        return f"unknown key {path}: {did_you_mean(str(problem['loc'][-1]), known)}"
+        models, key = _models_at(cls, problem["loc"][:-1]), str(problem["loc"][-1])
+        inside = ".".join([*path.split(".")[:-1], below, key]) if (below := _section_with(models, key)) else None
+        known = sorted({name for model in models for name in model.model_fields})
+        return f"unknown key {path}: {did_you_mean(key, known) if inside is None else f'did you mean {inside}?'}"
     if problem["type"] == "missing":
         return f"{path} is missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -187,8 +190,19 @@ def _check_numbers(given: object, found: object) -> None:
             raise ValueError(f"{shown(found)} is too large to compute with; expected a smaller number")
 
 
-def _known_keys(cls: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
-    """The field names of the models that may stand at `location`, a path of keys and list indices from `cls`."""
+def _section_with(models: Sequence[type[BaseModel]], key: str) -> str | None:
+    """The setting of one of the models that is itself a model with this key, if there is exactly one."""
+    found = {
+        name
+        for model in models
+        for name, field in model.model_fields.items()
+        if any(key in below.model_fields for below in _models_in(field.annotation))
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def _models_at(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[type[BaseModel]]:
+    """The models that may stand at `location`, a path of keys and list indices from `cls`."""
     models = [cls]
     for part in location:
         if isinstance(part, int):
@@ -196,7 +210,7 @@ def _known_keys(cls: type[BaseModel], location: tuple[int | str, ...]) -> set[st
         below = [model.model_fields[part].annotation for model in models if part in model.model_fields]
         found = [model for annotation in below for model in _models_in(annotation)]
         models = found or models
-    return {name for model in models for name in model.model_fields}
+    return models
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

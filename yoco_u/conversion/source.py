@@ -1,6 +1,8 @@
 """Reading a checkpoint of another family, as a model of ours that computes the same: our Transformer."""
 
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +135,7 @@ def _read_gguf(file: Path) -> Source:
             begin_with(tokenizer, tokenizer.bos_token)
         tokenizer = restored(tokenizer, unread, str(file))
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused here
-        with quiet_transformers():
+        with quiet_transformers(), redirect_stderr(StringIO()):  # where a bar would be drawn
             model, loaded = AutoModelForCausalLM.from_pretrained(file.parent, config=config, dtype=torch.float32, **arguments)
         for name, *shapes in loaded["mismatched_keys"]:
             raise _of_another_shape(str(file), name, *shapes)

@@ -90,7 +90,8 @@ def _existing(config: DataConfig, out: Path, console: Console) -> DatasetIndex |
     if found := list(changes(index.config, config, lambda path: [absolute(path, begin)])):
         differ = "; ".join(f"{key} {old!r}, now {new!r}" for key, old, new in found)
         raise UserError(f"{out}: holds a dataset of another config ({differ}); choose another folder or remove it")
-    reused = f"Using the dataset in {out}, prepared before from this config; remove it to read the corpus anew."
+    near = os.path.relpath(out) if out.is_relative_to(Path.cwd()) else out
+    reused = f"Using the dataset in {near}; remove it to read the corpus anew."
     console.print(reused, soft_wrap=True)
     return index
 

@@ -137,12 +137,17 @@ class _Server(uvicorn.Server):
         self._event_loop.call_soon_threadsafe(lambda: self._event_loop.call_later(drain_seconds + _LAST_WORDS, abort))
 
 
+def check_address(listen: Listen) -> None:
+    """Check that an address can be listened on, without taking connections yet; errors as of `serve_process`."""
+    _socket(listen).close()
+
+
 def _socket(listen: Listen) -> socket.socket:
     family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
     try:
         return socket.create_server((listen.host, listen.port), family=family)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = (error.strerror or str(error)).partition(" (while ")[0]
         raise UserError(
             f"cannot listen on {listen.host} port {listen.port} ({reason}); choose another --host or --port"
         ) from None

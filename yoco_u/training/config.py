@@ -202,8 +202,8 @@ class RunConfig(Config):
         decay = optimizer.decay_steps(steps)
         if optimizer.warmup_steps + decay > steps:
             raise ValueError(
-                f"optimizer.warmup_steps {optimizer.warmup_steps} and {decay} steps of decay do not fit into training.steps "
-                f"{steps}; train longer or shorten them"
+                f"optimizer.warmup_steps is {optimizer.warmup_steps}, but at most {steps - decay} fit into training.steps "
+                f"{steps} beside {decay} step{'s' * (decay != 1)} of decay; set fewer, or train longer"
             )
         stages = len(self.architecture.stages)
         for stage in self.training.checkpoint_stages:
