@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from yoco_u.serving import connections
+from yoco_u.serving.answers import _JobResponse, _parts
 from yoco_u.serving.connections import Acceptor, Connection, most_connections
 
 pytestmark = pytest.mark.anyio
@@ -50,6 +52,11 @@ class Servant:
         if scope["path"] == "/later":
             await self.release.wait()
         body = BODIES[scope["path"]]
+        if scope["path"] == "/answer":
+            job: Any = SimpleNamespace(close=lambda: None)
+            response = _JobResponse(job, _parts(body), media_type="x/y", headers={"Content-Length": str(len(body))})
+            await response(scope, receive, send)
+            return
         headers = [(b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -72,7 +79,7 @@ class Servant:
         await asyncio.wait_for(wait(), PATIENCE)
 
 
-BODIES = {"/": b"here", "/later": b"here", "/early": b"here", "/large": bytes(LARGE)}
+BODIES = {"/": b"here", "/later": b"here", "/early": b"here", "/large": bytes(LARGE), "/answer": bytes(2**22)}
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -157,6 +164,26 @@ async def test_a_client_that_does_not_read_is_given_up() -> None:
         await servant.until(lambda: servant.connections)
         await servant.until(lambda: not servant.connections)
         client[1].transport.abort()
+
+
+async def test_a_client_that_reads_slowly_gets_the_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ten times as long as it may take for each part."""
+    now = 0.0
+    monkeypatch.setattr(connections, "time", SimpleNamespace(monotonic=lambda: now))
+    async with serving() as servant:
+        slow = socket.socket()
+        for one, option in ((slow, socket.SO_RCVBUF), (servant._socket, socket.SO_SNDBUF)):
+            one.setsockopt(socket.SOL_SOCKET, option, 2**14)
+        await asyncio.get_running_loop().sock_connect(slow, ("127.0.0.1", servant.port))
+        reader, writer = await asyncio.open_connection(sock=slow)
+        writer.write(GET.replace(b"/ ", b"/answer "))
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+        [connection] = servant.connections
+        for _ in range(16):
+            assert not any(await asyncio.wait_for(reader.readexactly(2**18), PATIENCE))
+            now += 0.6
+            connection.check(1.0)
+        writer.close()
 
 
 async def test_a_handshake_that_does_not_come_is_given_up() -> None:

@@ -124,7 +124,7 @@ class EngineLoop:
     def close_all(self) -> None:
         """End all jobs with `NotServing`."""
         for job in list(self._jobs):
-            job.close(NotServing("the server is shutting down"))
+            job.give_up(NotServing("the server is shutting down"))
 
     def _check_room(self, num_prompts: int, num_outputs: int) -> None:
         if refusal := self.refusal:
@@ -160,7 +160,7 @@ class EngineLoop:
             Exception: whatever `admit` raised.
         """
         self._check_room(num_prompts, num_outputs)
-        job = Job(num_prompts * num_outputs, self.time_limit, self._closed)
+        job = Job(num_prompts * num_outputs, self.time_limit, self._given_up, self._closed)
         self._outstanding += job.num_outputs
         self._jobs.add(job)
         try:
@@ -199,6 +199,9 @@ class EngineLoop:
 
     def _closed(self, job: Job) -> None:
         self._logprobs -= job.kept_logprobs
+        job.kept_logprobs = 0
+
+    def _given_up(self, job: Job) -> None:
         if job.queued:
             self._inbox.put(lambda: self._end(job))
         else:
