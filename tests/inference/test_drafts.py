@@ -98,12 +98,17 @@ def test_drafts_that_fail_cost_little_and_those_that_are_right_gain(name: str) -
     assert machine.speed(500, lengths, acceptances, draw) > 0.95
 
 
-@pytest.mark.parametrize("found", [0.0, 0.1, 1.0])
-def test_trials_take_their_share_of_the_time_however_long_nothing_was_found(found: float) -> None:
-    """Steps in which nothing can be drafted, as where prompt lookup finds nothing, save no time for trials to come."""
+@pytest.mark.parametrize(("found", "asked"), [(0.0, 1.0), (0.1, 1.0), (1.0, 1.0), (1.0, 0.0), (1.0, 0.05)])
+def test_trials_take_their_share_of_the_time_however_long_nothing_was_found(found: float, asked: float) -> None:
+    """Steps in which nothing can be drafted, as where prompt lookup finds nothing, save no time for trials to come.
+
+    Nor do those in which no request drafts, so that nothing is asked.
+    """
     lengths, draw = DraftLengths(), random.Random(3)
-    for _ in range(5000):
-        chosen = lengths.choose(1, [Candidate(False, 0.02, LONGEST if draw.random() < found else 0)])
+    for step in range(5000):
+        chosen = [0]
+        if step < 3 or draw.random() < asked:
+            chosen = lengths.choose(1, [Candidate(False, 0.02, LONGEST if draw.random() < found else 0)])
         lengths.take(StepTime(1, 0, sum(chosen), 0.0, 1.0 + 0.3 * sum(chosen)))
     spent, trials = 0.0, 0
     for _ in range(2000):

@@ -136,23 +136,35 @@ def test_names_that_are_taken() -> None:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])
-def test_caches_that_cannot_be_allocated_leave_nothing_behind(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = engine()
+@pytest.mark.parametrize(
+    ("variant", "allocation"), [("yoco_u", 0), ("yoco_u", 3), ("universal_transformer", 2), ("four kinds", 1)]
+)
+def test_caches_that_cannot_be_allocated_leave_nothing_behind(
+    variant: str, allocation: int, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever allocation fails of several."""
+    subject = engine(variant)
     first = subject.add(prompt(9), greedy())
+    left, storage, allocated = allocation, subject.cache._storage, subject.cache.nbytes
 
-    def fail(_: int) -> None:
-        raise error
+    def fail(*shape: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise error
+        return storage(*shape)
 
     with monkeypatch.context() as patch:
-        patch.setattr(subject.cache, "grow", fail)
+        patch.setattr(subject.cache, "_storage", fail)
         with pytest.raises((UserError, KeyboardInterrupt)) as found:
             subject.add(prompt(9), greedy(num_loops=7, n=2), request_id="more")
+    assert left == -1 and subject.cache.nbytes == allocated
     if isinstance(error, RuntimeError):
         assert "caches of 7 loops cannot be allocated (CUDA out of memory); lower num_loops" in str(found.value)
     again = subject.add(prompt(9), greedy(), request_id="more")
     while subject.unfinished:
         subject.step()
-    assert first.outputs[0].token_ids == again.outputs[0].token_ids == generated("yoco_u", prompt(9))
+    assert first.outputs[0].token_ids == again.outputs[0].token_ids == generated(variant, prompt(9))
 
 
 @pytest.mark.parametrize("settings", [{"max_num_seqs": 2**20, "max_batched_tokens": 2**20, "cache_tokens": 2**21}])

@@ -226,6 +226,40 @@ def test_outputs_wait_for_a_late_mask_alone(kinds: list[int], late: int, abort: 
     assert abort or said(waiting) == wanted[0]
 
 
+@pytest.mark.parametrize("place", ["yoco_u.inference.engine.sample", "torch.stack", "wait", "settle"])
+def test_a_step_that_raises_loses_no_output_that_waited_for_its_mask(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with the step that was to choose its token; with its logits, or the token, it goes on."""
+    expected = alone(4, 9)[0]
+    waiting = ENGINE.add(*request(4, 9))
+    matcher = list(ENGINE._outputs.values())[-1].sampler.matcher
+    let_go = never_decided(ENGINE)
+    while not ENGINE._undecided:
+        ENGINE.step()
+    let_go()
+    assert matcher is not None and ENGINE._grammars is not None
+    ENGINE._grammars.wait([matcher], 60)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    owners = {"wait": ENGINE._grammars, "settle": ENGINE.speculation}
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
+        if place in owners:
+            patch.setattr(owners[place], place, fail)
+        else:
+            patch.setattr(place, fail)
+        ENGINE.step()
+    told = [token for update in ENGINE.failed for token in update.token_ids]
+    assert told == waiting.outputs[0].token_ids
+    if place in owners:
+        drain()
+        assert said(waiting) == expected
+    else:
+        assert said(waiting) == [([], "", "error")] and waiting.outputs[0].error == "RuntimeError: broken"
+        assert_all_free(ENGINE)
+    assert ENGINE.step() == ENGINE.failed == []
+
+
 @settings(max_examples=examples(10))
 @given(kinds=st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=5), chance=st.randoms(use_true_random=False))
 def test_masks_that_come_late_at_any_token(kinds: list[int], chance: random.Random) -> None:

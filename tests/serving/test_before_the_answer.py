@@ -27,11 +27,13 @@ SHORT: dict[str, Any] = {"prompt": "def", "max_tokens": 1}
 
 
 class Client:
-    """A client that may leave."""
+    """A client that may leave, and that may take no more than the beginning of its answer."""
 
     def __init__(self, server: Server, body: dict[str, Any]) -> None:
         self._parts = [{"type": "http.request", "body": json.dumps(body).encode()}]
         self._left, self._sent = asyncio.Event(), list[Any]()
+        self.takes = asyncio.Event()
+        self.takes.set()
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         headers = [(b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b"", "http_version": "1.1"}
@@ -45,6 +47,8 @@ class Client:
 
     async def _send(self, message: Any) -> None:
         self._sent.append(message)
+        if message["type"] == "http.response.body":
+            await self.takes.wait()
 
     def leave(self) -> None:
         self._left.set()
@@ -140,7 +144,7 @@ async def test_time_and_shutdown_end_it(
     client = await begun(held, where(held))
     assert (await held.server.error("completions", **SHORT))[0] == 429
     [job] = held.server.loop._jobs
-    job.close(end)
+    job.give_up(end)
     status, body = await client.answer()
     assert status == 503 and said in body
 
@@ -179,3 +183,18 @@ async def test_log_probabilities_are_counted(model: YocoUForCausalLM, tokenizer:
             await server.stream("completions", **SHORT)
             held.go_on.set()
             assert (await client.answer())[0] == 200 and server.loop._logprobs == 0
+
+
+@pytest.mark.parametrize(("stream", "given_up"), [(False, False), (True, False), (True, True)])
+async def test_log_probabilities_count_until_the_answer_has_left(small: Server, stream: bool, given_up: bool) -> None:
+    client = Client(small, {"prompt": [1] * 8, "max_tokens": 40, "logprobs": 2, "stream": stream})
+    client.takes.clear()
+    while len(client._sent) < 2:
+        await asyncio.sleep(0.002)
+    if given_up:  # because time has run out, or the server ends
+        small.loop.close_all()
+    while small.loop._jobs:
+        await asyncio.sleep(0.002)
+    assert small.loop._logprobs == 40 * 3
+    client.takes.set()
+    assert (await client.answer())[0] == 200 and small.loop._logprobs == 0

@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from yoco_u.serving import connections
+from yoco_u.serving.answers import _JobResponse, _parts
 from yoco_u.serving.connections import Acceptor, Connection, most_connections
 
 pytestmark = pytest.mark.anyio
@@ -50,6 +52,11 @@ class Servant:
         if scope["path"] == "/later":
             await self.release.wait()
         body = BODIES[scope["path"]]
+        if scope["path"] == "/answer":
+            job: Any = SimpleNamespace(close=lambda: None)
+            response = _JobResponse(job, _parts(body), media_type="x/y", headers={"Content-Length": str(len(body))})
+            await response(scope, receive, send)
+            return
         headers = [(b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -72,7 +79,7 @@ class Servant:
         await asyncio.wait_for(wait(), PATIENCE)
 
 
-BODIES = {"/": b"here", "/later": b"here", "/early": b"here", "/large": bytes(LARGE)}
+BODIES = {"/": b"here", "/later": b"here", "/early": b"here", "/large": bytes(LARGE), "/answer": bytes(2**22)}
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -159,6 +166,26 @@ async def test_a_client_that_does_not_read_is_given_up() -> None:
         client[1].transport.abort()
 
 
+async def test_a_client_that_reads_slowly_gets_the_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ten times as long as it may take for each part."""
+    now = 0.0
+    monkeypatch.setattr(connections, "time", SimpleNamespace(monotonic=lambda: now))
+    async with serving() as servant:
+        slow = socket.socket()
+        for one, option in ((slow, socket.SO_RCVBUF), (servant._socket, socket.SO_SNDBUF)):
+            one.setsockopt(socket.SOL_SOCKET, option, 2**14)
+        await asyncio.get_running_loop().sock_connect(slow, ("127.0.0.1", servant.port))
+        reader, writer = await asyncio.open_connection(sock=slow)
+        writer.write(GET.replace(b"/ ", b"/answer "))
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+        [connection] = servant.connections
+        for _ in range(16):
+            assert not any(await asyncio.wait_for(reader.readexactly(2**18), PATIENCE))
+            now += 0.6
+            connection.check(1.0)
+        writer.close()
+
+
 async def test_a_handshake_that_does_not_come_is_given_up() -> None:
     async with serving(longest=0.2, tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)) as servant:
         assert await rest(await servant.connect()) == b""
@@ -207,6 +234,36 @@ async def test_an_answer_before_the_end_of_the_request_is_not_lost(size: int, mo
         head, body = (await rest(client)).split(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200") and body == b"here"
         await servant.until(lambda: not servant.connections)
+
+
+@pytest.mark.parametrize("behind", [b"G", GET, GET * 3 + b"GET /", bytes(60_000)])
+async def test_who_leaves_is_noticed_whatever_came_behind_the_request(behind: bytes) -> None:
+    async with serving() as servant:
+        client = await servant.connect()
+        client[1].write(GET.replace(b"/ ", b"/later "))
+        await servant.until(lambda: servant.state.tasks)
+        [connection] = servant.connections
+        for part in (behind[:1], behind[1:]):
+            client[1].write(part)
+        await servant.until(lambda: len(connection.conn.trailing_data[0]) == len(behind))
+        client[1].close()
+        await servant.until(lambda: not servant.connections)
+        servant.release.set()
+
+
+async def test_what_comes_behind_a_request_is_answered_in_order_and_not_kept_without_end() -> None:
+    async with serving() as servant:
+        reader, writer = await servant.connect()
+        writer.write(GET.replace(b"/ ", b"/later "))
+        await servant.until(lambda: servant.state.tasks)
+        [connection] = servant.connections
+        writer.write(GET * 20_000)
+        await servant.until(lambda: connection.flow.read_paused)
+        assert len(connection.conn.trailing_data[0]) < 2**20
+        servant.release.set()
+        for _ in range(100):
+            await answer((reader, writer))
+        writer.transport.abort()
 
 
 async def test_idle_connections_make_room() -> None:

@@ -192,6 +192,44 @@ async def test_a_failed_step_fails_its_requests_and_no_others(engine: Engine, mo
         assert loop.failure is None and all_free(engine)
 
 
+@pytest.mark.parametrize("last", range(1, 7))
+@pytest.mark.parametrize("place", ["accept", "settle"])
+async def test_a_failed_step_tells_everybody_what_the_engine_says(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, place: str, last: int
+) -> None:
+    """Outputs that ended in it, by themselves or by the fault, and those that wait for a seat; nobody loses a token."""
+    lengths = range(1, 7)
+    expected = engine.add([1, 2], LONG.model_copy(update={"max_tokens": max(lengths)})).outputs[0]
+    while engine.unfinished:
+        engine.step()
+    jobs: list[Job] = []
+    original = getattr(engine.speculation, place)
+
+    def breaks() -> Any:
+        if len(jobs) == len(lengths) and jobs[last - 1].requests[0].finished:
+            monkeypatch.setattr(engine.speculation, place, original)
+            raise RuntimeError("no memory")
+        return original()
+
+    monkeypatch.setattr(engine.speculation, place, breaks)
+    async with started(engine) as loop:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "step", list)  # until all are there
+            for length in lengths:
+                jobs.append(await submit(loop, [[1, 2]], LONG.model_copy(update={"max_tokens": length})))
+        for length, job in zip(lengths, jobs, strict=True):
+            told = []
+            try:
+                async for event in job:
+                    told += event.token_ids
+            except RequestFailed as error:
+                assert job.requests[0].outputs[0].finish_reason == "error" and "failed while it computed" in str(error)
+            else:
+                assert told == expected.token_ids[:length]
+    assert jobs[last - 1].requests[0].outputs[0].finish_reason == "length"
+    assert all_free(engine)
+
+
 async def test_an_engine_that_keeps_failing_is_given_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks() -> Any:
         raise RuntimeError("broken for good")

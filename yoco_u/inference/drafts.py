@@ -197,9 +197,11 @@ class DraftLengths:
 
     def take(self, time: StepTime) -> None:
         """Take in what a step took."""
+        on_trial, too_dear = self._on_trial, self._too_dear
+        self._on_trial = self._too_dear = False  # nothing need be chosen in the next step
         if not time.tokens:
             self._add("plain", time.decodes, 0, time.seconds)
-            self._spare += _TRIALS * time.seconds if self._too_dear else 0.0
+            self._spare += _TRIALS * time.seconds if too_dear else 0.0
             self._spell = 0
             return
         self._spell += 1
@@ -209,7 +211,7 @@ class DraftLengths:
         if plain is not None:
             more = time.seconds - time.drafting - plain
             self._add("loops" if time.passes else "prompt", time.decodes, time.tokens, more)
-            if self._on_trial:
+            if on_trial:
                 self._spare -= min(time.seconds - plain, _DEAREST * plain)
 
     def _more(self, kind: str, decodes: int, tokens: int) -> float:

@@ -54,7 +54,7 @@ class Engine:
         scheduler: who runs and who waits.
         cache: the memory of all sequences.
         speculation: drafts tokens and says which of them are right.
-        failed: the updates of the last step that raised, those of the outputs that it ended included.
+        failed: the updates of the last step if it raised, those of the outputs that it ended included; else empty.
     """
 
     def __init__(
@@ -228,13 +228,15 @@ class Engine:
             Exception: whatever the model raised. The requests of this step have then ended with an error, which `failed` tells,
                 and the others go on.
         """
+        self.failed = []
         step = self.scheduler.schedule()
         updates: list[Update] = []
         try:
             self._advance(step, updates)
         except BaseException as error:
-            for output in (self._outputs.get(chunk.request.id) for chunk in step.chunks):
-                if output is not None:  # what its caches hold is not known any more
+            broken = {chunk.request.id for chunk in step.chunks}  # what their caches hold is not known any more
+            for output in list(self._outputs.values()):
+                if output.request.id in broken or self._is_lost(output):
                     output.completion.error = class_and_line(error)
                     updates.append(self._end(output, "error", wrong=True))
             self.failed = joined(updates)
@@ -266,6 +268,10 @@ class Engine:
         ending = (self._outputs.get(chunk.request.id) for chunk in step.chunks if chunk.completes)
         updates += [self._end(output, "length") for output in ending if output is not None]
         self._release_siblings()
+
+    def _is_lost(self, output: RunningOutput) -> bool:
+        """Whether an output has nothing to compute and no logits to choose from: a step failed that was to choose its token."""
+        return output.request.computed == output.request.num_tokens and output not in self._undecided
 
     def _run(self, step: Step) -> list[tuple[Chunk, torch.Tensor]]:
         """Compute a step; its chunks that logits are asked of, with them."""

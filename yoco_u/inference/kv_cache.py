@@ -117,19 +117,27 @@ class KVCache:
         self.states: dict[Slot, Tensor] = {}
 
     def grow(self, num_loops: int) -> None:
-        """Make storage for the slots of so many loops; what is there stays as it is."""
+        """Make storage for the slots of so many loops; what is there stays as it is, also where that fails."""
         a = self.architecture.with_loops(num_loops)
+        global_kvs: list[KVStorage] = []
+        pages: dict[Slot, KVStorage] = {}
+        rings: dict[Slot, KVStorage] = {}
+        states: dict[Slot, Tensor] = {}
         if a.has_global_kv and not self.global_kvs:
-            self.global_kvs = [self._pages() for _ in range(a.global_kvs)]
+            global_kvs = [self._pages() for _ in range(a.global_kvs)]
         for slot in a.slots():
             if slot.attention == "full" and slot not in self.pages:
-                self.pages[slot] = self._pages()
+                pages[slot] = self._pages()
             elif slot.attention == "sliding" and slot not in self.rings:
                 assert self.shape.window is not None
-                self.rings[slot] = self._storage(self.shape.max_num_seqs, self.shape.window)
+                rings[slot] = self._storage(self.shape.max_num_seqs, self.shape.window)
             elif slot.attention == "retention" and slot not in self.states:
                 size = (self.shape.max_num_seqs, a.num_attention_heads, a.head_dim, a.head_dim)
-                self.states[slot] = torch.zeros(size, device=self.device)
+                states[slot] = torch.zeros(size, device=self.device)
+        self.global_kvs += global_kvs
+        self.pages |= pages
+        self.rings |= rings
+        self.states |= states
 
     def window_state(self, seat: int, num_loops: int) -> list[Tensor]:
         """A copy of all that a sequence of so many loops keeps in its seat: the rows of its rings, and its retention states."""

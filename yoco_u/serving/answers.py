@@ -21,12 +21,21 @@ from yoco_u.serving.jobs import Event, Job
 from yoco_u.serving.requests import SampledRequest
 from yoco_u.serving.responses import CachedTokens, ChatChunkChoice, CompletionChoice, CompletionDetails, Usage
 
+_PART = 2**16  # bytes of a whole answer that are sent at once, each of which the client has `client_seconds` to read
 ChunkChoice = TypeVar("ChunkChoice", CompletionChoice, ChatChunkChoice)
 
 
 async def respond(answer: "Answer[Any]") -> Response:
     """An answer in the form that its request asks for; its job is closed when it is over."""
-    return EventStream(answer) if answer.streams else await _in_one_piece(answer)
+    if answer.streams:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return _JobResponse(answer.job, _events(answer), media_type="text/event-stream", headers=headers)
+    try:
+        body = await answer.response()
+    except BaseException:
+        answer.job.close()
+        raise
+    return _JobResponse(answer.job, _parts(body), media_type="application/json", headers={"Content-Length": str(len(body))})
 
 
 class Answer(ABC, Generic[ChunkChoice]):
@@ -87,12 +96,12 @@ class Answer(ABC, Generic[ChunkChoice]):
         return await asyncio.to_thread(self._write, [event async for event in self.job])
 
     def _write(self, events: list[Event]) -> bytes:
-        """The response; nothing if its job is closed meanwhile, because nobody waits for it any more."""
+        """The response; nothing if its job is given up meanwhile, because nobody waits for it any more."""
         outputs: list[list[ChunkChoice]] = [[] for _ in range(self.job.num_outputs)]
         logprobs = [_Lists(self.lists) for _ in outputs]
         for event in events:
             for choice in self._take(event):
-                if self.job.closed:
+                if self.job.given_up:
                     return b""
                 logprobs[choice.index].add(choice.logprobs)
                 choice.logprobs = None
@@ -153,13 +162,12 @@ def _filled(json: bytes, key: bytes, empty: bytes, value: list[bytes]) -> list[b
     return [before, key, *value, after]
 
 
-class EventStream(StreamingResponse):
-    """An answer as server-sent events. Its job is closed at the end, and also when the client goes away before."""
+class _JobResponse(StreamingResponse):
+    """Leaves as fast as the client reads. Its job is closed at the end, and also when the client goes away before."""
 
-    def __init__(self, answer: Answer[Any]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_events(answer), media_type="text/event-stream", headers=headers)
-        self._job = answer.job
+    def __init__(self, job: Job, content: AsyncIterator[str | bytes], *, media_type: str, headers: dict[str, str]) -> None:
+        super().__init__(content, media_type=media_type, headers=headers)
+        self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -178,8 +186,6 @@ async def _events(answer: Answer[Any]) -> AsyncIterator[str]:
         yield "data: [DONE]\n\n"
 
 
-async def _in_one_piece(answer: Answer[Any]) -> Response:
-    try:
-        return Response(await answer.response(), media_type="application/json")
-    finally:
-        answer.job.close()
+async def _parts(body: bytes) -> AsyncIterator[bytes]:
+    for begin in range(0, len(body), _PART):
+        yield body[begin : begin + _PART]

@@ -15,6 +15,7 @@ from typing import Any
 
 import h11
 import psutil
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from yoco_u.serving.errors import error_response
@@ -77,6 +78,12 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if not self.refused:
             super().data_received(data)
+
+    def handle_events(self) -> None:
+        """uvicorn stops reading when something comes behind a request, and with it would not notice that the client leaves."""
+        super().handle_events()
+        if self.flow.read_paused and not self.waits and len(self.conn.trailing_data[0]) <= HIGH_WATER_LIMIT:
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         self.since = time.monotonic()

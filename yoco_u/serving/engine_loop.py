@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import cast
 
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, class_and_line
 from yoco_u.inference import Engine, Update
 from yoco_u.inference.outputs import NO_TOKEN
 from yoco_u.inference.turns import Crowded
@@ -24,6 +24,7 @@ from yoco_u.serving.jobs import Admitted, Busy, Event, FinishReason, Job, NotSer
 log = logging.getLogger("yoco_u.serving")
 
 _MOST_FAILED_STEPS = 3  # after this many in a row the engine counts as broken
+_STEP_FAILED = "the engine failed while it computed the request"
 _LOOK = 1.0  # seconds between two looks at the engine's thread
 _FAREWELL = 2.0  # seconds that the thread has to end
 MOST_LOGPROBS = 2**22  # that all answers together may have
@@ -123,7 +124,7 @@ class EngineLoop:
     def close_all(self) -> None:
         """End all jobs with `NotServing`."""
         for job in list(self._jobs):
-            job.close(NotServing("the server is shutting down"))
+            job.give_up(NotServing("the server is shutting down"))
 
     def _check_room(self, num_prompts: int, num_outputs: int) -> None:
         if refusal := self.refusal:
@@ -159,7 +160,7 @@ class EngineLoop:
             Exception: whatever `admit` raised.
         """
         self._check_room(num_prompts, num_outputs)
-        job = Job(num_prompts * num_outputs, self.time_limit, self._closed)
+        job = Job(num_prompts * num_outputs, self.time_limit, self._given_up, self._closed)
         self._outstanding += job.num_outputs
         self._jobs.add(job)
         try:
@@ -198,6 +199,9 @@ class EngineLoop:
 
     def _closed(self, job: Job) -> None:
         self._logprobs -= job.kept_logprobs
+        job.kept_logprobs = 0
+
+    def _given_up(self, job: Job) -> None:
         if job.queued:
             self._inbox.put(lambda: self._end(job))
         else:
@@ -264,12 +268,35 @@ class EngineLoop:
         begin = time.perf_counter()
         try:
             updates = self.engine.step()
-        except Exception:
+        except Exception as error:
             log.exception("a step of the engine failed")
-            self._fail_step()
+            self._fail_step(class_and_line(error))
             return
         self._failed_steps = 0
         self._observer.step(time.perf_counter() - begin)
+        self._hand_out(updates)
+
+    def _fail_step(self, said: str) -> None:
+        """Hand out what the engine says of a failed step; end all jobs if it says nothing.
+
+        Args:
+            said: of the exception.
+        """
+        if self.engine.failed:
+            self._hand_out(self.engine.failed, said)
+        else:
+            for job in {job for job, _ in self._running.values()}:
+                self._end(job, RequestFailed(_STEP_FAILED))
+        self._failed_steps += 1
+        if self._failed_steps == _MOST_FAILED_STEPS:
+            raise RuntimeError(f"{_MOST_FAILED_STEPS} steps in a row have failed")
+
+    def _hand_out(self, updates: list[Update], hidden: str | None = None) -> None:
+        """Tell the event loop what a step added to which outputs, and end the jobs of outputs that failed.
+
+        Args:
+            hidden: an output's error that its client is not told in these words.
+        """
         news = [(*self._running[update.request.id], update) for update in updates if update.request.id in self._running]
         failed = {job: update.output.error for job, _, update in news if update.finish_reason == "error"}
         events = [(job, _event(index, update)) for job, index, update in news if job not in failed]
@@ -279,20 +306,8 @@ class EngineLoop:
         ended = {job for job, _ in events if all(request.finished for request in job.requests)}
         self._tell(lambda: self._deliver(events, ended))
         for job, error in failed.items():
-            reason = error or "the engine could not compute the request"
+            reason = _STEP_FAILED if error == hidden else error or "the engine could not compute the request"
             self._end(job, RequestFailed(reason, is_refusal=reason.startswith(NO_TOKEN), setting=job.params.grammar))
-
-    def _fail_step(self) -> None:
-        """End the jobs of a failed step: those whose requests the engine has marked as failed, or all if it has marked none."""
-        jobs = {job for job, _ in self._running.values()}
-        broken = {
-            job for job in jobs if any(one.finish_reason == "error" for request in job.requests for one in request.outputs)
-        }
-        for job in broken or jobs:
-            self._end(job, RequestFailed("the engine failed while it computed the request"))
-        self._failed_steps += 1
-        if self._failed_steps == _MOST_FAILED_STEPS:
-            raise RuntimeError(f"{_MOST_FAILED_STEPS} steps in a row have failed")
 
     def _tell(self, message: Callable[[], object]) -> None:
         """Have the event loop call a function."""

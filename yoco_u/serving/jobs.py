@@ -81,18 +81,19 @@ class Job:
     Iterating over a job yields the events of all its outputs as they come, and stops when all outputs have ended.
 
     A job begins when its request has been read, before its prompts are tokenized. Whoever gets it from the engine loop closes
-    it when the answer is over.
+    it when the answer has left, also if the job was given up before.
 
     Args:
         num_outputs: outputs of all prompts together.
-        time_limit: seconds after which the job is closed.
-        on_close: tells the engine loop that the job has been closed.
+        time_limit: seconds after which the job is given up.
+        on_give_up: tells the engine loop that the job's outputs shall end.
+        on_close: tells the engine loop that nobody reads the job any more.
 
     Attributes:
         prompts, params: what the engine computes, known once the request is admitted.
         kept_logprobs: log probabilities for which the engine loop has kept room.
         queued: whether the engine's thread has been told of the job.
-        closed: whether nobody needs more of the answer.
+        given_up: whether nobody needs more of the answer.
         requests: the engine's request of each prompt. What it says of the prompt is final with the prompt's first event; what
             it says of the outputs is final when iteration stops.
         cached_tokens: for each prompt by its index, the tokens that its first output found in the prefix cache.
@@ -104,18 +105,20 @@ class Job:
         RequestFailed, TimeExceeded, NotServing: while iterating; all outputs have been ended then.
     """
 
-    def __init__(self, num_outputs: int, time_limit: float, on_close: Callable[["Job"], None]) -> None:
+    def __init__(
+        self, num_outputs: int, time_limit: float, on_give_up: Callable[["Job"], None], on_close: Callable[["Job"], None]
+    ) -> None:
         self.num_outputs, self.kept_logprobs = num_outputs, 0
         self.prompts: list[list[int]] = []
         self.params = SamplingParams()
-        self.queued = self.closed = False
+        self.queued = self.given_up = False
         self.requests: list[RequestOutput] = []
         self.cached_tokens: dict[int, int] = {}
         self.drafts: dict[tuple[int, int], tuple[int, int]] = {}
         self.begun = time.monotonic()
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done = False
-        self._on_close, self._time_limit = on_close, time_limit
+        self._on_give_up, self._on_close, self._time_limit = on_give_up, on_close, time_limit
         self._events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         self._timer = asyncio.get_running_loop().call_later(time_limit, self._expire)
 
@@ -153,17 +156,22 @@ class Job:
             raise event
         return event
 
-    def close(self, reason: Exception | None = None) -> None:
-        """End the outputs that are unfinished; their memory is free after the step that runs now. Closing twice does nothing.
+    def give_up(self, reason: Exception | None = None) -> None:
+        """End the outputs that are unfinished; their memory is free after the step that runs now. A second time does nothing.
 
         Args:
             reason: raised in whoever iterates over the job; None ends the iteration.
         """
-        if self.closed:
+        if self.given_up:
             return
-        self.closed = True
+        self.given_up = True
         if not self.done:
             self.put(reason)
+        self._on_give_up(self)
+
+    def close(self) -> None:
+        """Give the job up, and what is kept of its answer, which nobody reads any more. Closing twice does nothing."""
+        self.give_up()
         self._on_close(self)
 
     def put(self, event: Event | Exception | None) -> None:
@@ -186,4 +194,4 @@ class Job:
         self._timer.cancel()
 
     def _expire(self) -> None:
-        self.close(TimeExceeded(f"the request took longer than {self._time_limit:g} seconds, the limit of this server"))
+        self.give_up(TimeExceeded(f"the request took longer than {self._time_limit:g} seconds, the limit of this server"))
