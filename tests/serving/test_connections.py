@@ -233,6 +233,7 @@ async def test_an_answer_before_the_end_of_the_request_is_not_lost(size: int, mo
             await writer.drain()
         head, body = (await rest(client)).split(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200") and body == b"here"
+        writer.close()
         await servant.until(lambda: not servant.connections)
 
 
