@@ -9,11 +9,10 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -35,8 +34,9 @@ from yoco_u.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
-from yoco_u.errors import UserError
-from yoco_u.folders import check_place, replacing_folder
+from yoco_u.errors import UserError, naming
+from yoco_u.folders import NewFolder, check_place
+from yoco_u.formatting import short_bytes
 
 SAMPLE_CHARACTERS = 20_000_000
 """The most text that a tokenizer is trained on; more takes time and memory and hardly changes the tokenizer."""
@@ -65,14 +65,14 @@ def prepare(config: DataConfig, out: str | os.PathLike[str], progress: bool = Tr
     found = _existing(config, out, console)
     if found:
         return found
-    out.parent.mkdir(parents=True, exist_ok=True)
     check_place(out)
-    lock = out.parent / f".{out.name}.yoco-u.lock"
-    with FileLock(lock):
-        found = _existing(config, out, console) or _build_aside(config, out, console, workers or os.cpu_count() or 1)
-        with suppress(OSError):
-            lock.unlink()  # a process that still waits for the lock then finds the dataset
-    return found
+    with naming(out), closing(NewFolder(out)) as new:
+        if found := _existing(config, out, console):  # this one has waited for another process that prepared it
+            return found
+        with _bars(console) as bars:
+            _build(config, new.folder, bars, workers or os.cpu_count() or 1)
+        new.publish()
+    return DatasetIndex.load(out)
 
 
 def split_of(source: str, fraction: float, seed: int) -> SplitName:
@@ -94,13 +94,6 @@ def _existing(config: DataConfig, out: Path, console: Console) -> DatasetIndex |
     reused = f"Using the dataset in {near}; remove it to read the corpus anew."
     console.print(reused, soft_wrap=True)
     return index
-
-
-def _build_aside(config: DataConfig, out: Path, console: Console, workers: int) -> DatasetIndex:
-    """Build the dataset in a folder beside `out`, and rename that to `out` when it is complete."""
-    with replacing_folder(out) as folder, _bars(console) as bars:
-        _build(config, folder, bars, workers)
-    return DatasetIndex.load(out)
 
 
 def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> None:
@@ -294,17 +287,22 @@ def _hash(source: str, purpose: str) -> float:
 
 def _bars(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=console.quiet)
+    return Progress(*columns, console=console, disable=console.quiet or not console.is_terminal)
 
 
 @contextmanager
 def _bar(bars: Progress, description: str, total: int | None) -> Iterator[Advance]:
-    """A bar that counts bytes; if the total is unknown, it only shows that something is going on."""
+    """A bar that counts bytes, or a line where there is no terminal.
+
+    Without a total it only shows that something is going on.
+    """
     task = bars.add_task(description, total=total, done="")
+    if not bars.console.is_terminal:
+        bars.console.print(description)
 
     def advance(amount: int) -> None:
         bars.advance(task, amount)
-        bars.update(task, done=f"{bars.tasks[task].completed / 1e6:.1f} MB")
+        bars.update(task, done=short_bytes(bars.tasks[task].completed))
 
     yield advance
     bars.update(task, total=1, completed=1)
