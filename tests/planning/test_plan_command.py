@@ -192,8 +192,8 @@ def test_many_architectures_stand_below_each_other(capsys: pytest.CaptureFixture
 
 
 def test_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for contexts in ("8192,65536,262144", "4096"):
-        shown(capsys, "--context", contexts, "--plot", tmp_path / "plan.png")
+    for contexts, hardware in (("8192,65536,262144", "h100"), ("4096", r"name=$\x$,memory=24GiB,gemm=900e9,bandwidth=46e9")):
+        shown(capsys, "--context", contexts, "--hardware", hardware, "--plot", tmp_path / "plan.png")
         assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["plan.png"]
 

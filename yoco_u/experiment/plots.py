@@ -112,7 +112,7 @@ def write_png(summary: Summary, path: Path) -> None:
         grid = parts[2 + loops].subplots(rows, _MAPS_IN_A_ROW, squeeze=False).ravel()
         for axes, needles in zip(grid, maps, strict=False):
             _draw_needles(axes, needles)
-            axes.set_title(fill(needles.title, 28), fontsize=9)
+            axes.set_title(plain(fill(needles.title, 28)), fontsize=9)
         for axes in grid[len(maps) :]:
             axes.remove()
     save_png(figure, path)
