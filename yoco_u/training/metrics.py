@@ -25,9 +25,9 @@ import uuid
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, FiniteFloat, PositiveInt, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, model_validator
 from torch.utils.tensorboard import SummaryWriter
 
 from yoco_u.errors import UserError
@@ -63,7 +63,7 @@ class _Record(BaseModel, extra="allow"):
     kind: Literal["train", "evaluation"]
     step: PositiveInt
     tokens: PositiveInt
-    flops: int | FiniteFloat
+    flops: Annotated[int | FiniteFloat, Field(gt=0)]
     loss: FiniteFloat
     __pydantic_extra__: dict[str, int | FiniteFloat]
 
