@@ -29,11 +29,14 @@ from yoco_u.training.config import RunConfig
 from yoco_u.training.run_folder import Run, read_run
 
 
-def made_up(folder: Path, name: str, loops: int, steps: int, loss: float | None, planned: int | None = None) -> Run:
+def made_up(
+    folder: Path, name: str, loops: int, steps: int, loss: float | None, planned: int | None = None, **settings: Any
+) -> Run:
     """A run folder whose last validation loss is `loss`; None: never evaluated."""
     architecture = {"preset": "yoco_u", "size": "test", "loops": loops}
     training = {"steps": planned or steps, "sequence_length": 32, "batch_rows": 4, "micro_batch_rows": 4}
-    settings = {
+    training |= settings.pop("training", {})
+    settings |= {
         "name": name,
         "architecture": architecture,
         "dataset": "d",
@@ -70,7 +73,7 @@ def test_numbers_are_those_of_the_records_and_the_budget(tmp_path: Path) -> None
     architecture = preset("yoco_u", "test", loops=3)
     assert (found.steps, found.tokens, found.loss, found.perplexity) == (20, 2560, 4.25, 77.125)
     assert found.parameters == parameters(architecture).total
-    assert found.flops == 2560 * training_flops(architecture, 32) == found.flops_per_token * 2560
+    assert found.flops == 2560 * training_flops(architecture, 32) == pytest.approx(found.flops_per_token * 2560)
     assert found.kv_bytes == kv_bytes(architecture, 16384)
     assert found.tokens_per_second == 1010.5
 
@@ -104,6 +107,32 @@ def test_only_losses_on_the_same_text_are_compared(tmp_path: Path, texts: tuple[
     apart = {"a", "b"} <= set(texts)
     assert ("evaluated on different tokens" in comparison.headline) == apart
     assert "lowest loss" not in comparison.headline or not apart
+
+
+TEACHER = {"teacher": "t", "architecture": preset("transformer", "test").model_dump()}
+
+
+def test_the_flops_of_a_token_are_those_of_the_plan(tmp_path: Path) -> None:
+    """Those of a teacher count, and those of loops by schedule, as in the run's records."""
+    changed: dict[str, dict[str, Any]] = {
+        "taught": {"distillation": TEACHER},
+        "early": {"training": {"loop_schedule": [{"until": 0.5, "loops": 1}]}},
+        "cut": {"training": {"backward_loops": 1}},
+    }
+    for name, settings in changed.items():
+        run = made_up(tmp_path / name, name, 3, 20, 4.25, **settings)
+        [found] = compare([run]).runs
+        assert found.flops_per_token * 2560 == pytest.approx(run.config.training_flops())
+        assert found.flops_per_token != pytest.approx(training_flops(run.config.architecture, 32), rel=0.01)
+
+
+def test_of_many_runs_the_headline_says_the_lowest_loss(tmp_path: Path) -> None:
+    runs = [made_up(tmp_path / f"{i}", f"r{i}", 1, 20, 4 + (i - 3) ** 2) for i in range(9)]
+    few, many = compare(runs[:4]), compare(runs)
+    assert few.headline.count("At equal") == len(few.gaps) == 6
+    assert (len(many.gaps), many.headline.count("At equal")) == (36, 0)
+    assert many.headline.startswith("The lowest loss is that of r3: 4.0000")
+    assert many.headline.endswith(". 36 pairs of runs spent equal tokens or equal FLOPs.")
 
 
 def test_gaps_at_equal_flops_and_none_between_unequal_runs(tmp_path: Path) -> None:
