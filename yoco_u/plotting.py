@@ -109,6 +109,14 @@ def has_positive(axes: Axes) -> bool:
     return any(0 < value < math.inf for line in axes.lines for value in np.asarray(line.get_ydata()))
 
 
+def with_room(low: float, high: float) -> tuple[float, float]:
+    """Limits of an axis on which values from `low` to `high` stand, further apart than matplotlib needs."""
+    room = 0.05 * (high - low)
+    if room <= 1e-8 * abs(high):
+        room = max(0.1, 0.01 * abs(high))
+    return low - room, high + room
+
+
 def _finish(axes: Axes, contexts: Sequence[int], logarithmic: bool) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts)

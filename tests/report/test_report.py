@@ -1,7 +1,9 @@
 """Comparison, gaps and the page, from run folders with made-up metrics."""
 
 import json
+import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
@@ -9,7 +11,10 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from yoco_u.architecture import preset
 from yoco_u.budget import kv_bytes, parameters, training_flops
@@ -22,9 +27,10 @@ from yoco_u.formatting import (
     short_count,
 )
 from yoco_u.plotting import PALETTE
+from yoco_u.report import plots
 from yoco_u.report.comparison import compare
 from yoco_u.report.plots import smoothed
-from yoco_u.report.run_report import write_report
+from yoco_u.report.run_report import render, write_report
 from yoco_u.training.config import RunConfig
 from yoco_u.training.run_folder import Run, read_run
 
@@ -133,6 +139,37 @@ def test_of_many_runs_the_headline_says_the_lowest_loss(tmp_path: Path) -> None:
     assert (len(many.gaps), many.headline.count("At equal")) == (36, 0)
     assert many.headline.startswith("The lowest loss is that of r3: 4.0000")
     assert many.headline.endswith(". 36 pairs of runs spent equal tokens or equal FLOPs.")
+
+
+@pytest.mark.parametrize("settings", [{"distillation": TEACHER}, {"training": {"early_exit_weight": 0.5}}])
+def test_only_losses_of_text_share_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
+    plain, other = made_up(tmp_path / "a", "A", 3, 20, 4.5), made_up(tmp_path / "b", "B", 3, 20, 4.0, **settings)
+    other = replace(other, records=[r | {"loss": 300.0} if r["kind"] == "train" else r for r in other.records])
+    drawn: list[Axes] = []
+
+    def svg(draw: Callable[[Axes], None]) -> str:
+        drawn.append(Figure().subplots())
+        draw(drawn[-1])
+        return ""
+
+    monkeypatch.setattr(plots, "svg", svg)
+    for runs in ([plain, other], [other], [replace(other, records=other.kind("train"))]):
+        plots.loss_plot(runs, "tokens", "tokens")
+        shown = (y for line in drawn[-1].lines for y in np.asarray(line.get_ydata()))
+        assert max((*drawn[-1].get_ylim(), *shown)) < 6
+    assert "No lines for B:" in render([plain, other], compare([plain, other]), "x")
+    assert "No lines" not in render([plain], compare([plain]), "x")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("loss", [0.0, 4.0, 1e200])
+def test_plots_of_values_that_are_all_but_equal(tmp_path: Path, loss: float) -> None:
+    run = made_up(tmp_path / "a", "A", 1, 2, None)
+    records = [record | {"loss": loss, "gradient_norm": 0.0} for record in run.records]
+    records[1]["loss"] = math.nextafter(loss, math.inf)
+    run = replace(run, records=records)
+    plots.loss_plot([run], "flops", "FLOPs")
+    plots.step_plot([run], "gradient_norm", "norm", log=True)
 
 
 def test_gaps_at_equal_flops_and_none_between_unequal_runs(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Every record has a `kind`, `train` (one for each step) or `evaluation`, and
 - `step`, `tokens`, `flops`: optimizer steps, tokens and model FLOPs (forward and backward) of the run so far,
-- `loss` (nats per token), `perplexity`, `bits_per_byte`. With a teacher, records of kind `train` have its loss alone.
+- `loss` (nats per token), `perplexity`, `bits_per_byte`. Records of kind `train` have the loss alone
+  where it is not that of text alone: with a teacher, and with the loss of an earlier exit.
 
 Records of kind `train` also have
 - `gradient_norm` (before clipping) and `learning_rate` of the step,
