@@ -1,5 +1,6 @@
 """Lines stay apart when there are more of them than colours."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,14 @@ def test_any_label_is_shown_as_it_is(tmp_path: Path, label: str) -> None:
     plot.write(tmp_path / "plot.png", [1024, 4096])
     [shown] = plot.axes[0].get_legend_handles_labels()[1]
     assert shown.replace("\\$", "$") == (label.lstrip("_") or "-")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_panel_is_drawn_whatever_values_it_lacks(tmp_path: Path) -> None:
+    """Over a logarithmic axis if it has a value that can stand there."""
+    panels: list[list[float | None]] = [[2.0, 1.0], [3.0, None], [None, 0.0], [math.inf, math.nan], [-1.0, None]]
+    plot = ContextPlot(["", *map(str, panels)])
+    for panel, values in enumerate(panels, start=1):
+        plot.line(panel, 0, list(zip((1024, 4096), values, strict=True)))
+    plot.write(tmp_path / "plot.png", [1024, 4096])
+    assert [axes.get_yscale() for axes in plot.axes] == ["linear", "log", "log", "linear", "linear", "linear"]

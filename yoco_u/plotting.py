@@ -1,12 +1,14 @@
 """What all plots share: one palette, curves over the context length as a PNG, and plots as SVG for our HTML pages."""
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -102,12 +104,25 @@ def plain(label: str) -> str:
     return label.replace("$", r"\$").lstrip("_") or "-"
 
 
+def has_positive(axes: Axes) -> bool:
+    """Whether one value at least can be drawn over a logarithmic axis of values, which matplotlib does not draw otherwise."""
+    return any(0 < value < math.inf for line in axes.lines for value in np.asarray(line.get_ydata()))
+
+
+def with_room(low: float, high: float) -> tuple[float, float]:
+    """Limits of an axis on which values from `low` to `high` stand, further apart than matplotlib needs."""
+    room = 0.05 * (high - low)
+    if room <= 1e-8 * abs(high):
+        room = max(0.1, 0.01 * abs(high))
+    return low - room, high + room
+
+
 def _finish(axes: Axes, contexts: Sequence[int], logarithmic: bool) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: context_label(round(value))))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    if logarithmic:
+    if logarithmic and has_positive(axes):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())

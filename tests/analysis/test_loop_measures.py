@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from loop_models import LOOPED, VARIANTS, batch, make, packed, tolerance
+from models import architecture
 from recorded_reference import recorded
 from torch import Tensor
 
@@ -167,6 +168,14 @@ def test_loss_against_loops(variant: str) -> None:
         assert row.loops == loops
         assert row.loss == pytest.approx(np.mean(nats), rel=1e-5)
         assert row.perplexity == pytest.approx(math.exp(row.loss))
+
+
+@pytest.mark.parametrize("loops", [1, 3, 126, 127, 128, 256])
+def test_no_more_loops_are_tried_than_a_model_runs(loops: int) -> None:
+    own = architecture("yoco_u", loops=loops)
+    counts = counts_around(own)
+    assert counts[0] == 1 and counts[-1] == min(2 * loops + 2, 256) >= loops
+    assert own.with_loops(counts[-1]).num_loops == counts[-1]
 
 
 @pytest.mark.parametrize("alive", [96, 500])

@@ -11,12 +11,12 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from yoco_u.analysis.output import JSON, PAGE, About, write_study
-from yoco_u.analysis.pictures import side_by_side
+from yoco_u.analysis.pictures import FILES, side_by_side
 from yoco_u.analysis.study import COMPARED, MEASURES, Study, StudySettings, Subject, study, why_not
 from yoco_u.analysis.tables import tables
 from yoco_u.analysis.trace import unroll
 from yoco_u.errors import UserError
-from yoco_u.folders import is_mark
+from yoco_u.folders import is_mark, mark
 from yoco_u.inference.exits import Exits
 
 TOKENIZER = PreTrainedTokenizerFast(
@@ -141,6 +141,15 @@ def test_tables_hold_the_figures() -> None:
     for measure in MEASURES:
         for table in shown[measure]:
             assert {len(row) for row in table.rows} == {len(table.head)}
+
+
+def test_pictures_of_an_earlier_analysis_do_not_stay(tmp_path: Path) -> None:
+    mark(tmp_path, "analysis")
+    (tmp_path / FILES["attention"]).write_bytes(b"\x89PNG...Software\0yoco-u 0.1.0")
+    (tmp_path / FILES["lens"]).write_bytes(b"the user's own")
+    paths = write_study([studied("yoco", chosen=("angular",))], about(), tmp_path)
+    assert {path.name for path in paths} == {PAGE, JSON, FILES["angular"]}
+    assert {path for path in tmp_path.iterdir() if not is_mark(path)} == {*paths, tmp_path / FILES["lens"]}
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

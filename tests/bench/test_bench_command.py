@@ -10,8 +10,11 @@ from forked import SUBPROCESS
 from yoco_u.architecture import preset
 from yoco_u.bench import engines, paper_tables, process
 from yoco_u.bench import run as run_module
+from yoco_u.bench.cases import BenchSettings
 from yoco_u.bench.ceilings import Ceilings
+from yoco_u.bench.run import Benchmark
 from yoco_u.cli import main
+from yoco_u.cli.bench import _report
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 
 TINY = ("--size", "test", "--contexts", "32,64", "--batches", "1,2", "--rounds", "1")
@@ -71,6 +74,27 @@ def test_paper(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: 
         assert part in shown
     tables = json.loads((tmp_path / "bench.json").read_text())["paper"]
     assert set(tables["prefill_tokens_per_second"]["ours"]["4096"]) == {"transformer", "yoco", "rins", "yoco_u"}
+
+
+OUTPUTS = ("yoco_u.bench.table.print_tables", "yoco_u.files.write_result", "yoco_u.bench.plot.write_plot")
+
+
+@pytest.mark.parametrize("failing", OUTPUTS)
+def test_where_one_output_fails_the_others_are_there(failing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done = []
+
+    def output(name: str) -> None:
+        if name == failing:
+            raise OSError("no space left on the device")
+        done.append(name)
+
+    for name in OUTPUTS:
+        monkeypatch.setattr(name, lambda *_, name=name: output(name))
+    benchmark = Benchmark(BenchSettings(), [], {})
+    benchmark.measurement.ceilings.append(Ceilings(1e12, 1e10))
+    with pytest.raises(OSError, match="no space"):
+        _report(benchmark, [], False, tmp_path / "bench.json", tmp_path / "bench.png")
+    assert done == [name for name in OUTPUTS if name != failing]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The order of a benchmark, its figures, what it leaves out, and what becomes of engines that fail."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from yoco_u.bench.cases import BenchSettings, Case, Decode, Prefill, cases_of
 from yoco_u.bench.ceilings import Ceilings
 from yoco_u.bench.engines import BenchEngine
 from yoco_u.bench.results import Row, as_json, rows_of
-from yoco_u.bench.run import Benchmark, Measurement
+from yoco_u.bench.run import Benchmark, CaseResult, Measurement
 from yoco_u.bench.table import print_tables
 from yoco_u.budget import decode_bytes, kv_bytes, parameters, prefill_flops
 from yoco_u.device import memory_read_rate
@@ -224,3 +225,15 @@ def test_on_a_gpu_memory_and_peaks_are_the_gpus(tmp_path: Path, monkeypatch: pyt
 
 def test_memory_read_rate_is_plausible() -> None:
     assert 1e8 < memory_read_rate(2**22, 2) < 1e14
+
+
+def test_engines_are_called_by_their_folders_in_tables_too(tmp_path: Path) -> None:
+    """Whatever brackets these have, which rich reads as markup elsewhere."""
+    engine = scripted_engine(tmp_path, "a")
+    for name in ("run [/bold]", "[red]", "[/]", "a\\"):
+        results = {(name, case): CaseResult(replace(engine, name=name), case, 0, [1.0]) for case in cases_of(SETTINGS)}
+        measurement = Measurement(SETTINGS, results, [Ceilings(1e12, 1e10)], {name: {}})
+        text = io.StringIO()
+        print_tables(Console(file=text, width=200), measurement)
+        assert f"how many times as fast {name} is" in text.getvalue()
+        assert sum(line.startswith(f"  {name}") for line in text.getvalue().splitlines()) == len(results)

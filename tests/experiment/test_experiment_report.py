@@ -13,7 +13,7 @@ from yoco_u.experiment.grid import expand
 from yoco_u.experiment.results import read_results
 from yoco_u.files import write_json
 
-MODELS = {"yoco": preset("yoco", label="YOCO & <b>"), "yoco-u": preset("yoco_u", label="YOCO-U")}
+MODELS = {"yoco": preset("yoco", label=r"YOCO & <b> $\x$"), "yoco-u": preset("yoco_u", label="YOCO-U")}
 LOSSES = {"yoco": 2.5, "yoco-u": 2.4}
 
 

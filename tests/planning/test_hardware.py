@@ -49,6 +49,7 @@ def test_lines(line: str, memory: float) -> None:
         ("memory=0,gemm=900e9,bandwidth=46e9", "expected 1 to 1e30"),
         ("memory=nan,gemm=900e9,bandwidth=46e9", "expected 1 to 1e30"),
         ("memory=24GiB,gemm=inf,bandwidth=46e9", "gemm: 'inf' is out of range"),
+        ("memory=24GiB,gemm=1, memory =8GiB,bandwidth=1", "memory is given 2 times; keep one of them"),
         ("memory=24GiB,gemm=,bandwidth=46e9", "gemm: '' is no amount"),
         ("memory=24 apples,gemm=1,bandwidth=1", "'24 apples' is no amount"),
     ],

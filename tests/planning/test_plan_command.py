@@ -16,6 +16,7 @@ from yoco_u.config import dump_yaml
 from yoco_u.inference.kv_cache import CacheShape, KVCache
 from yoco_u.paper import KV_MEBIBYTES
 from yoco_u.planning import this_machine
+from yoco_u.planning.candidates import find_architecture
 from yoco_u.planning.hardware import Hardware
 
 META = torch.device("meta")
@@ -159,6 +160,20 @@ def test_a_saved_models_file_says_all_of_its_architecture(plan: Any, tmp_path: P
     assert Architecture(**column["architecture"]) == a
 
 
+EXPERTS = {"intermediate_size": 16, "num_experts": 4, "experts_per_token": 2}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"loops": 5}, {"experts": EXPERTS}, {"loops": 2, "experts": EXPERTS, "window": 8}, {"experts": EXPERTS, "loops": 2}],
+)
+@pytest.mark.parametrize("between", [",", ", "])
+def test_settings_of_a_preset_are_yaml(settings: dict[str, Any], between: str) -> None:
+    told = [f"{key}={value}".replace("'", "") for key, value in settings.items()]
+    name = ":".join(["yoco_u", *([between.join(told)] if told else [])])
+    assert find_architecture(name, "test") == preset("yoco_u", "test", **settings)
+
+
 def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main(["plan", *map(str, arguments)]) == 0
     return capsys.readouterr().out
@@ -192,8 +207,8 @@ def test_many_architectures_stand_below_each_other(capsys: pytest.CaptureFixture
 
 
 def test_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for contexts in ("8192,65536,262144", "4096"):
-        shown(capsys, "--context", contexts, "--plot", tmp_path / "plan.png")
+    for contexts, hardware in (("8192,65536,262144", "h100"), ("4096", r"name=$\x$,memory=24GiB,gemm=900e9,bandwidth=46e9")):
+        shown(capsys, "--context", contexts, "--hardware", hardware, "--plot", tmp_path / "plan.png")
         assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["plan.png"]
 
@@ -219,6 +234,8 @@ def test_this_machine(plan: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (("no/such/file.yaml",), "unknown architecture 'no/such/file.yaml'"),
         (("yoco_u:loop=3",), "did you mean loops?"),
         (("yoco_u:loops=0",), "loops"),
+        (("yoco_u:loops=2,window=8,loops=3",), "loops is given 2 times; keep one of them"),
+        (("yoco_u:loops=2,window",), "loops: Input should be a valid integer"),
         (("yoco:loops=2",), "yoco has no loop"),
         (("yoco_u:loops",), "unknown architecture 'yoco_u:loops'"),
         (("--size", "9b"), "unknown size '9b'"),

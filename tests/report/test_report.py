@@ -1,7 +1,9 @@
 """Comparison, gaps and the page, from run folders with made-up metrics."""
 
 import json
+import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
@@ -9,7 +11,10 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from yoco_u.architecture import preset
 from yoco_u.budget import kv_bytes, parameters, training_flops
@@ -22,18 +27,22 @@ from yoco_u.formatting import (
     short_count,
 )
 from yoco_u.plotting import PALETTE
+from yoco_u.report import plots
 from yoco_u.report.comparison import compare
 from yoco_u.report.plots import smoothed
-from yoco_u.report.run_report import write_report
+from yoco_u.report.run_report import render, write_report
 from yoco_u.training.config import RunConfig
 from yoco_u.training.run_folder import Run, read_run
 
 
-def made_up(folder: Path, name: str, loops: int, steps: int, loss: float | None, planned: int | None = None) -> Run:
+def made_up(
+    folder: Path, name: str, loops: int, steps: int, loss: float | None, planned: int | None = None, **settings: Any
+) -> Run:
     """A run folder whose last validation loss is `loss`; None: never evaluated."""
     architecture = {"preset": "yoco_u", "size": "test", "loops": loops}
     training = {"steps": planned or steps, "sequence_length": 32, "batch_rows": 4, "micro_batch_rows": 4}
-    settings = {
+    training |= settings.pop("training", {})
+    settings |= {
         "name": name,
         "architecture": architecture,
         "dataset": "d",
@@ -70,7 +79,7 @@ def test_numbers_are_those_of_the_records_and_the_budget(tmp_path: Path) -> None
     architecture = preset("yoco_u", "test", loops=3)
     assert (found.steps, found.tokens, found.loss, found.perplexity) == (20, 2560, 4.25, 77.125)
     assert found.parameters == parameters(architecture).total
-    assert found.flops == 2560 * training_flops(architecture, 32) == found.flops_per_token * 2560
+    assert found.flops == 2560 * training_flops(architecture, 32) == pytest.approx(found.flops_per_token * 2560)
     assert found.kv_bytes == kv_bytes(architecture, 16384)
     assert found.tokens_per_second == 1010.5
 
@@ -104,6 +113,63 @@ def test_only_losses_on_the_same_text_are_compared(tmp_path: Path, texts: tuple[
     apart = {"a", "b"} <= set(texts)
     assert ("evaluated on different tokens" in comparison.headline) == apart
     assert "lowest loss" not in comparison.headline or not apart
+
+
+TEACHER = {"teacher": "t", "architecture": preset("transformer", "test").model_dump()}
+
+
+def test_the_flops_of_a_token_are_those_of_the_plan(tmp_path: Path) -> None:
+    """Those of a teacher count, and those of loops by schedule, as in the run's records."""
+    changed: dict[str, dict[str, Any]] = {
+        "taught": {"distillation": TEACHER},
+        "early": {"training": {"loop_schedule": [{"until": 0.5, "loops": 1}]}},
+        "cut": {"training": {"backward_loops": 1}},
+    }
+    for name, settings in changed.items():
+        run = made_up(tmp_path / name, name, 3, 20, 4.25, **settings)
+        [found] = compare([run]).runs
+        assert found.flops_per_token * 2560 == pytest.approx(run.config.training_flops())
+        assert found.flops_per_token != pytest.approx(training_flops(run.config.architecture, 32), rel=0.01)
+
+
+def test_of_many_runs_the_headline_says_the_lowest_loss(tmp_path: Path) -> None:
+    runs = [made_up(tmp_path / f"{i}", f"r{i}", 1, 20, 4 + (i - 3) ** 2) for i in range(9)]
+    few, many = compare(runs[:4]), compare(runs)
+    assert few.headline.count("At equal") == len(few.gaps) == 6
+    assert (len(many.gaps), many.headline.count("At equal")) == (36, 0)
+    assert many.headline.startswith("The lowest loss is that of r3: 4.0000")
+    assert many.headline.endswith(". 36 pairs of runs spent equal tokens or equal FLOPs.")
+
+
+@pytest.mark.parametrize("settings", [{"distillation": TEACHER}, {"training": {"early_exit_weight": 0.5}}])
+def test_only_losses_of_text_share_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
+    plain, other = made_up(tmp_path / "a", "A", 3, 20, 4.5), made_up(tmp_path / "b", "B", 3, 20, 4.0, **settings)
+    other = replace(other, records=[r | {"loss": 300.0} if r["kind"] == "train" else r for r in other.records])
+    drawn: list[Axes] = []
+
+    def svg(draw: Callable[[Axes], None]) -> str:
+        drawn.append(Figure().subplots())
+        draw(drawn[-1])
+        return ""
+
+    monkeypatch.setattr(plots, "svg", svg)
+    for runs in ([plain, other], [other], [replace(other, records=other.kind("train"))]):
+        plots.loss_plot(runs, "tokens", "tokens")
+        shown = (y for line in drawn[-1].lines for y in np.asarray(line.get_ydata()))
+        assert max((*drawn[-1].get_ylim(), *shown)) < 6
+    assert "No lines for B:" in render([plain, other], compare([plain, other]), "x")
+    assert "No lines" not in render([plain], compare([plain]), "x")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("loss", [0.0, 4.0, 1e200])
+def test_plots_of_values_that_are_all_but_equal(tmp_path: Path, loss: float) -> None:
+    run = made_up(tmp_path / "a", "A", 1, 2, None)
+    records = [record | {"loss": loss, "gradient_norm": 0.0} for record in run.records]
+    records[1]["loss"] = math.nextafter(loss, math.inf)
+    run = replace(run, records=records)
+    plots.loss_plot([run], "flops", "FLOPs")
+    plots.step_plot([run], "gradient_norm", "norm", log=True)
 
 
 def test_gaps_at_equal_flops_and_none_between_unequal_runs(tmp_path: Path) -> None:

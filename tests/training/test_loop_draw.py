@@ -127,6 +127,7 @@ def test_each_step_runs_and_counts_what_it_drew(dataset: Path, tmp_path: Path, m
     assert seen == [(t, None if at is None else EarlyExit(at, 0.5)) for t, at in zip(loops, exits, strict=True)]
     assert len(set(loops)) > 2
     records = read_metrics(tmp_path / "run")
+    assert all(("perplexity" in record) == (record["kind"] == "evaluation") for record in records)
     steps = [record for record in records if record["kind"] == "train"]
     assert [record["loops"] for record in steps] == loops
     each = [direct_flops(config, t) for t in loops]

@@ -247,6 +247,16 @@ def test_a_figure_under_another_name_is_damage(run: Path, tmp_path: Path, name: 
     assert len(read_metrics(tmp_path)) < len(read_metrics(run)) and (tmp_path / "metrics.damaged.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["step", "tokens", "flops"])
+@pytest.mark.parametrize("value", ["0", "0.0", "-1"])
+def test_a_record_that_counts_nothing_is_damage(tmp_path: Path, name: str, value: str) -> None:
+    """Reports divide by these."""
+    record = {"kind": "train", "step": 1, "tokens": 1, "flops": 1, "loss": 1.0, **SPEED}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record | {name: json.loads(value)}) + "\n")
+    with pytest.raises(UserError, match=rf"metrics\.jsonl, line 2: {name}: Input should be greater than 0"):
+        read_metrics(tmp_path)
+
+
 def test_mending_loses_nothing_on_a_full_disk(tmp_path: Path) -> None:
     """Whichever write fails: lines that are whole are there, and lines that are not are in a file of their own."""
     record = {"kind": "train", "step": 1, "tokens": 1, "flops": 1, "loss": 1.0, **SPEED}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from yoco_u.analysis.trace import last_states, log_probabilities, pieces
 from yoco_u.architecture import Architecture
+from yoco_u.config import MOST_LOOPS
 from yoco_u.data import Batch
 from yoco_u.model import YocoUForCausalLM
 
@@ -23,8 +24,8 @@ class LoopLoss:
 
 
 def counts_around(architecture: Architecture) -> list[int]:
-    """The loop counts to try for a model with loop count T: 1 .. 2T + 2."""
-    return list(range(1, 2 * architecture.num_loops + 3))
+    """The loop counts to try for a model with loop count T: 1 .. 2T + 2, or up to the most that a model runs."""
+    return list(range(1, min(2 * architecture.num_loops + 2, MOST_LOOPS) + 1))
 
 
 def loss_against_loops(model: YocoUForCausalLM, batches: Iterable[Batch], counts: Sequence[int]) -> list[LoopLoss]:

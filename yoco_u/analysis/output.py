@@ -33,7 +33,7 @@ class About:
 
 
 def write_study(studies: Sequence[Study], about: About, folder: Path) -> list[Path]:
-    """Write all files, each whole or not at all.
+    """Write all files, each whole or not at all, and remove the pictures of an earlier analysis that this one has not.
 
     Args:
         studies: the study that is shown whole, then those that it is compared with.
@@ -54,6 +54,9 @@ def write_study(studies: Sequence[Study], about: About, folder: Path) -> list[Pa
     for picture in drawn.values():
         write_png(picture, folder / picture.file)
     write_page(folder / PAGE, page)
+    for measure, name in FILES.items():
+        if measure not in drawn and (folder / name).is_file() and is_result(folder / name):
+            (folder / name).unlink()
     return [folder / name for name in (JSON, PAGE, *(picture.file for picture in drawn.values()))]
 
 

@@ -102,9 +102,11 @@ def document_batches(encoder: DocumentEncoder, documents: Iterable[Document], se
         UserError: if there is no text, or one spells the token that separates documents.
     """
     parts: list[NDArray[np.uint32]] = []
+    read = 0
     for document in documents:
         parts += encoder.encode_documents([document])
-        if sum(map(len, parts)) > tokens:
+        read += len(parts[-1])
+        if read > tokens:
             break
     if not parts:
         raise UserError("there is no text in the files; give files that hold some")

@@ -5,7 +5,8 @@ On a GPU whole prompts are timed, and decodes of as many sequences as the paper'
 On a CPU a Transformer's prefill of 256K tokens takes hours. Therefore only one chunk of a prompt is timed there, at several
 depths, behind a cache that is filled without computing; the time of a whole prompt is the sum over its chunks, whose times are
 interpolated between these depths. Interpolation is exact as far as the time of a chunk grows linearly with its depth, as it
-does with full attention; with sliding attention it does not grow at all.
+does with full attention; with sliding attention it does not grow at all. The sum is a little longer than a whole prompt takes:
+each chunk that is timed ends in a first new token, so the cross-decoder and the LM head run for one position of each of them.
 """
 
 from collections.abc import Sequence

@@ -32,7 +32,8 @@ def print_tables(console: Console, measurement: Measurement, absent: Sequence[st
     if decodes:
         title = f"Decode behind a context, {dtype}; the machine's memory: {memory / 1e9:,.1f} GB/s"
         console.print(f"\n[bold]{title}[/bold]", _table(decodes, "GB/s", "of memory"), highlight=False)
-    console.print(f"ratio: how many times as fast {rows[0].engine} is; peers run a Llama of equal parameters", highlight=False)
+    ratio = f"ratio: how many times as fast {rows[0].engine} is; peers run a Llama of equal parameters"
+    console.print(ratio, highlight=False, markup=False)
     print_failures(console, measurement)
     if absent:
         console.print(f"not installed: {', '.join(absent)}", highlight=False)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,7 +123,10 @@ def _run_with_progress(benchmark: "Benchmark") -> None:
 
     from yoco_u.formatting import context_label
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("ceilings", total=len(benchmark.measurement.results) * benchmark.settings.rounds)
         seen = -1
@@ -140,7 +144,7 @@ def _run_with_progress(benchmark: "Benchmark") -> None:
 
 
 def _report(benchmark: "Benchmark", absent: list[str], paper: bool, json: Path | None, plot: Path | None) -> None:
-    """Print and write what was measured, which after an interrupt is a part.
+    """Print and write what was measured, which after an interrupt is a part. Where one of these fails, the others are done.
 
     Args:
         absent: names of the peers that are not installed.
@@ -156,17 +160,19 @@ def _report(benchmark: "Benchmark", absent: list[str], paper: bool, json: Path |
     measurement, console = benchmark.measurement, Console()
     if not measurement.ceilings:
         return
-    if paper:
-        print_paper_tables(console, measurement)
-        print_failures(console, measurement)
-    else:
-        print_tables(console, measurement, absent)
-    if json is not None:
-        write_result(json, as_json(measurement) | ({"paper": paper_json(measurement)} if paper else {}))
-    if plot is not None:
-        from yoco_u.bench.plot import write_plot
+    with ExitStack() as last_one_first:
+        if plot is not None:
+            from yoco_u.bench.plot import write_plot
 
-        write_plot(rows_of(measurement), plot)
+            last_one_first.callback(write_plot, rows_of(measurement), plot)
+        if json is not None:
+            told = as_json(measurement) | ({"paper": paper_json(measurement)} if paper else {})
+            last_one_first.callback(write_result, json, told)
+        if paper:
+            print_paper_tables(console, measurement)
+            print_failures(console, measurement)
+        else:
+            print_tables(console, measurement, absent)
 
 
 def _pythons(given: list[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from yoco_u.config.numbers import (
     at_most,
     too_many_loops,
 )
-from yoco_u.config.overrides import apply_overrides, merged, with_value
+from yoco_u.config.overrides import apply_overrides, merged, split_settings, with_value
 from yoco_u.config.yaml_text import dump_yaml, load_yaml
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "merged",
     "parse",
     "shown",
+    "split_settings",
     "too_many_loops",
     "with_value",
     "wrong_setting",

@@ -1,5 +1,7 @@
 """Settings that win over those of a file: dotted overrides of the command line, and mappings laid over each other."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +24,20 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
             raise UserError(f"{source}: expected key=value, such as training.steps=100")
         data = with_value(data, dotted, load_text(text, source), source)
     return data
+
+
+def split_settings(text: str) -> list[str]:
+    """`loops=5,experts={a: 1, b: 2}` -> loops=5 and experts={a: 1, b: 2}: a comma parts settings only before a key and its =.
+
+    Raises:
+        UserError: if a key is there twice.
+    """
+    parts = [part.strip() for part in re.split(r",(?=[^,={}\[\]]*=)", text)]
+    counted = Counter(part.partition("=")[0].strip() for part in parts)
+    for key, count in counted.items():
+        if count > 1:
+            raise UserError(f"{shown(text)}: {key} is given {count} times; keep one of them")
+    return parts
 
 
 def with_value(data: dict[str, Any], dotted: str, value: Any, source: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from yoco_u.experiment.needle_maps import NeedleMap, needle_maps
 from yoco_u.experiment.results import Cost, Series
 from yoco_u.experiment.summary import Fit, Row, Summary
 from yoco_u.experiment.task_curves import TaskCurves, task_curves
-from yoco_u.plotting import budget_formatter, colour, dashes, plain, save_png, svg
+from yoco_u.plotting import budget_formatter, colour, dashes, plain, save_png, svg, with_room
 
 AXES: tuple[tuple[Cost, str], ...] = (("tokens", "training tokens"), ("flops", "training FLOPs"))
 """What losses are drawn over, with the label of that axis."""
@@ -112,7 +112,7 @@ def write_png(summary: Summary, path: Path) -> None:
         grid = parts[2 + loops].subplots(rows, _MAPS_IN_A_ROW, squeeze=False).ravel()
         for axes, needles in zip(grid, maps, strict=False):
             _draw_needles(axes, needles)
-            axes.set_title(fill(needles.title, 28), fontsize=9)
+            axes.set_title(plain(fill(needles.title, 28)), fontsize=9)
         for axes in grid[len(maps) :]:
             axes.remove()
     save_png(figure, path)
@@ -171,8 +171,7 @@ def _draw_curves(axes: Axes, found: Sequence[Series], x: Cost, label: str) -> No
         axes.plot(points, mean, color=colour(number), linestyle=dashes(number), linewidth=1.3, label=legend)
         top.append(float(mean[len(mean) // 8]))  # the first eighth falls too steeply to be shown on one scale with the rest
         bottom.append(float(losses.min()))
-    room = 0.05 * (max(top) - min(bottom)) or 0.1
-    axes.set_ylim(min(bottom) - room, max(top) + room)
+    axes.set_ylim(*with_room(min(bottom), max(top)))
     axes.xaxis.set_major_formatter(budget_formatter(x))
     axes.set_xlabel(label)
     axes.set_ylabel("validation loss, nats per token")
@@ -191,9 +190,8 @@ def _draw_loops(axes: Axes, found: Sequence[Series]) -> None:
         axes.plot([*means], [*means.values()], color=own, linestyle=dashes(numbers[series.model]), marker=".", linewidth=1.2)
         axes.plot([series.loops], [means[series.loops]], color=own, marker="o", markersize=6)
         shown += means.values()
-    low, high = min(shown), max(shown)
-    room = 0.05 * (high - low) or 0.1
-    axes.set_ylim(low - room, min(high + room, low + _SHOWN_ABOVE))
+    low, high = with_room(min(shown), max(shown))
+    axes.set_ylim(low, min(high, min(shown) + _SHOWN_ABOVE))
     axes.set_xlabel("loops run")
     axes.set_ylabel("final loss, nats per token")
 

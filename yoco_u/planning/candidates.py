@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from yoco_u.architecture import STAGES, Architecture, preset
-from yoco_u.config import apply_overrides, did_you_mean, load_yaml, parse
+from yoco_u.config import apply_overrides, did_you_mean, load_yaml, parse, split_settings
 from yoco_u.errors import UserError
 from yoco_u.files import read_json
 from yoco_u.loading import is_run, model_folder
@@ -40,8 +40,10 @@ def takes_size(text: str) -> bool:
 
 def _split(text: str) -> tuple[str, dict[str, Any]]:
     """`yoco_u:loops=5` -> yoco_u, {loops: 5}; a colon without a setting behind it belongs to the name, as in a path."""
-    name, _, settings = text.rpartition(":")
-    return (name, apply_overrides({}, settings.split(","))) if name and "=" in settings else (text, {})
+    name, _, settings = text.partition(":")
+    if name not in STAGES:
+        name, _, settings = text.rpartition(":")
+    return (name, apply_overrides({}, split_settings(settings))) if name and "=" in settings else (text, {})
 
 
 def _read(name: str) -> Architecture:

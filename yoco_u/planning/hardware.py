@@ -4,7 +4,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, ByteSize, TypeAdapter, ValidationError
 
-from yoco_u.config import Config, did_you_mean, parse, shown
+from yoco_u.config import Config, did_you_mean, parse, shown, split_settings
 from yoco_u.errors import UserError
 
 DType = Literal["bfloat16", "float32"]
@@ -96,7 +96,7 @@ def find_hardware(text: str, dtype: DType | Literal["auto"]) -> Hardware:
         UserError: if the name is unknown, with the nearest known one, or if the line lacks one of the three figures.
     """
     if "=" in text:
-        pairs = [part.partition("=") for part in text.split(",")]
+        pairs = [part.partition("=") for part in split_settings(text)]
         given = {key.strip(): value.strip() for key, _, value in pairs}
         return parse(Hardware, {"name": text} | given, f"hardware {text!r}")
     gpu = GPUS.get(text.lower())

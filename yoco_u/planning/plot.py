@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from yoco_u.planning.plan import Plan, figures_at
-from yoco_u.plotting import ContextPlot
+from yoco_u.plotting import ContextPlot, plain
 
 _POINTS = 65
 
@@ -15,7 +15,7 @@ def write_plot(plan: Plan, path: Path) -> None:
     """
     contexts = sorted(set(plan.settings.contexts))
     plot = ContextPlot(["prefill, tokens/s", f"decode, tokens/s, batch {plan.settings.batch}", "KV, MiB per sequence"])
-    plot.figure.suptitle(f"{plan.hardware.name}, roofline", fontsize=10)
+    plot.figure.suptitle(f"{plain(plan.hardware.name)}, roofline", fontsize=10)
     for index, column in enumerate(plan.columns):
         for dots in (False, True):
             grid = contexts if dots else _between(contexts[0], contexts[-1])

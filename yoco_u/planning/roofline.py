@@ -2,10 +2,11 @@
 
 The roofline model (Williams, Waterman and Patterson 2009) bounds the time of a piece of work from below by the longer of two
 times: its FLOPs at the machine's best rate of matrix products, and its bytes at the best rate of the memory. Real kernels
-reach a part of that.
+reach a part of that. Weights and global KVs count as bytes of the memory each time they are applied, which takes for granted
+that they do not stay in the processor's caches from one loop or layer to the next. Those of small models may, and such a
+model can be faster than these rates.
 """
 
-from bisect import bisect_right
 from typing import Literal, NamedTuple
 
 from yoco_u.architecture import Architecture
@@ -68,7 +69,16 @@ def largest_context(a: Architecture, batch: int, room: float, element: float) ->
     """
     if not any(stage.attention in ("full", "cross") for stage in a.stages):
         return None if batch * kv_bytes(a, a.window or 1, element) <= room else 0
-    return bisect_right(range(1, 2**50), room, key=lambda tokens: batch * kv_bytes(a, tokens, element))
+    fitting, exceeding = 0, 1
+    while batch * kv_bytes(a, exceeding, element) <= room:
+        fitting, exceeding = exceeding, 2 * exceeding
+    while exceeding - fitting > 1:
+        middle = (fitting + exceeding) // 2
+        if batch * kv_bytes(a, middle, element) <= room:
+            fitting = middle
+        else:
+            exceeding = middle
+    return fitting
 
 
 def _rate(hardware: Hardware, tokens: int, flops: float, bytes_: float) -> Rate:

@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from yoco_u.budget import forward_flops, kv_bytes, parameters
+from yoco_u.budget import kv_bytes, parameters
 from yoco_u.errors import UserError
 from yoco_u.formatting import duration, scientific, short_bytes, short_count
 from yoco_u.training.run_folder import Run
+
+_MOST_SENTENCES = 6  # of a headline, one for each gap: of four runs that spent equally much
 
 KV_CONTEXT = 16_384
 """Context length, in tokens, at which the report compares the bytes that a sequence's keys and values take (bfloat16)."""
@@ -29,7 +31,7 @@ class RunNumbers:
         tokens: training tokens so far.
         flops: model FLOPs of training so far, forward and backward.
         evaluated_steps, evaluated_tokens, evaluated_flops: the same at the last evaluation; 0 before the first one.
-        flops_per_token: model FLOPs of training for each token, at the architecture's own loop count.
+        flops_per_token: model FLOPs of training for each token, those of a teacher included, over all steps of the config.
         learning_rate: peak of the learning rate.
         tokens_per_second, mfu: medians over the steps; MFU is the share of the machine's measured matrix product rate.
         seconds: time of training so far.
@@ -156,7 +158,7 @@ def run_numbers(run: Run) -> RunNumbers:
         evaluated_steps=evaluation.get("step", 0),
         evaluated_tokens=evaluation.get("tokens", 0),
         evaluated_flops=evaluation.get("flops", 0),
-        flops_per_token=3 * forward_flops(a, training.sequence_length),
+        flops_per_token=run.config.training_flops() / run.config.tokens,
         loss=evaluation.get("loss"),
         perplexity=evaluation.get("perplexity"),
         bits_per_byte=evaluation.get("bits_per_byte"),
@@ -207,7 +209,7 @@ def _texts(runs: Iterable[RunNumbers]) -> int:
 
 
 def headline(runs: list[RunNumbers], gaps: list[Gap]) -> str:
-    """What came out, in sentences: a sentence for each gap, or the lowest loss where there is no gap."""
+    """What came out, in sentences: a sentence for each gap, or the lowest loss where there is none, or where there are many."""
     unfinished = [run.name for run in runs if run.steps < run.planned_steps]
     before = f"Not finished yet: {', '.join(unfinished)}. " if unfinished else ""
     scored = [run for run in runs if run.loss is not None]
@@ -218,15 +220,16 @@ def headline(runs: list[RunNumbers], gaps: list[Gap]) -> str:
             "The runs were evaluated on different tokens (another tokenizer, validation split or training.evaluation_tokens); "
             "only losses on the same ones are compared. "
         )
-    if gaps:
+    if 0 < len(gaps) <= _MOST_SENTENCES:
         return before + " ".join(_sentence(gap) for gap in gaps)
+    pairs = f"{f'{len(gaps)} pairs of' if gaps else 'No two'} runs spent equal tokens or equal FLOPs."
     if _texts(scored) > 1:
-        return before.rstrip()
+        return f"{before}{pairs if gaps else ''}".rstrip()
     best = min(scored, key=lambda run: run.loss or 0)
     loss = f"{best.loss:.4f} nats per token on the validation split after {short_count(best.evaluated_tokens)} tokens"
     if len(runs) == 1:
         return f"{before}{best.name} reaches {loss}."
-    return f"{before}The lowest loss is that of {best.name}: {loss}. No two runs spent equal tokens or equal FLOPs."
+    return f"{before}The lowest loss is that of {best.name}: {loss}. {pairs}"
 
 
 def _sentence(gap: Gap) -> str:

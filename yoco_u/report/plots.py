@@ -6,28 +6,31 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
 
-from yoco_u.plotting import budget_formatter, colour, dashes, svg
+from yoco_u.plotting import budget_formatter, colour, dashes, has_positive, svg, with_room
 from yoco_u.training.run_folder import Run
 
 _POINTS = 400  # a line is drawn through at most about this many points
 
 
 def loss_plot(runs: Sequence[Run], x: str, label: str) -> str:
-    """Smoothed training loss (lines) and validation loss (points) over `x`, a key of the records: `tokens` or `flops`."""
+    """Smoothed training loss (lines) and validation loss (points) over `x`, a key of the records: `tokens` or `flops`.
+
+    Only the points are drawn of runs whose steps have another loss than that of text.
+    """
 
     def draw(axes: Axes) -> None:
         top, bottom = [], []
         for i, run in enumerate(runs):
-            steps, evaluations = run.kind("train"), run.kind("evaluation")
+            steps, evaluations = run.kind("train") if run.config.loss_is_of_text else [], run.kind("evaluation")
             smooth = smoothed([step["loss"] for step in steps])
             _line(axes, i, [step[x] for step in steps], smooth, linewidth=1.2, alpha=0.75)
             points = [e["loss"] for e in evaluations]
             _line(axes, i, [e[x] for e in evaluations], points, marker="o", markersize=3.5, linewidth=0, zorder=3)
             # The loss of the first twelfth of the steps falls too steeply to be shown on one scale with the rest.
             top += smooth[len(smooth) // 12 : len(smooth) // 12 + 1] + points[:1]
-            bottom += [min([*smooth, *points])]
-        room = 0.06 * (max(top) - min(bottom)) or 0.1
-        axes.set_ylim(min(bottom) - room, max(top) + room)
+            bottom += [*smooth, *points]
+        if bottom:
+            axes.set_ylim(*with_room(min(bottom), max(top)))
         axes.xaxis.set_major_formatter(budget_formatter(x))
         axes.set_xlabel(label)
         axes.set_ylabel("loss, nats per token")
@@ -49,7 +52,7 @@ def step_plot(runs: Sequence[Run], key: str, label: str, smooth: bool = False, l
             steps = run.kind("train")
             values = [step[key] for step in steps]
             _line(axes, i, [step["step"] for step in steps], smoothed(values) if smooth else values, linewidth=1.2)
-        if log:
+        if log and has_positive(axes):
             axes.set_yscale("log")
             axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
             for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

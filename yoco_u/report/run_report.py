@@ -36,6 +36,7 @@ def render(runs: list[Run], comparison: Comparison, title: str) -> str:
         table=comparison.table(),
         numeric={label for label, _ in comparison.table()} - {"architecture"},
         styles=[{"colour": i % len(PALETTE), "dash": dashes(i)} for i in range(len(runs))],
+        without_lines=[own.name for own, run in zip(comparison.runs, runs, strict=True) if not run.config.loss_is_of_text],
         loss_plots=[
             ("Loss against tokens", loss_plot(runs, "tokens", "training tokens")),
             ("Loss against FLOPs", loss_plot(runs, "flops", "training FLOPs")),

@@ -291,6 +291,11 @@ class RunConfig(Config):
         """Training tokens of all steps."""
         return self.training.steps * self.tokens_per_step
 
+    @property
+    def loss_is_of_text(self) -> bool:
+        """Whether training steps have the loss of text alone: there is no teacher's, and none of an earlier exit is added."""
+        return self.distillation is None and not self.training.early_exit_weight
+
     def with_dtype(self, dtype: TrainingDType) -> "RunConfig":
         return self.model_copy(update={"training": self.training.model_copy(update={"dtype": dtype})})
 

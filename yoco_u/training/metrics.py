@@ -2,7 +2,8 @@
 
 Every record has a `kind`, `train` (one for each step) or `evaluation`, and
 - `step`, `tokens`, `flops`: optimizer steps, tokens and model FLOPs (forward and backward) of the run so far,
-- `loss` (nats per token), `perplexity`, `bits_per_byte`. With a teacher, records of kind `train` have its loss alone.
+- `loss` (nats per token), `perplexity`, `bits_per_byte`. Records of kind `train` have the loss alone
+  where it is not that of text alone: with a teacher, and with the loss of an earlier exit.
 
 Records of kind `train` also have
 - `gradient_norm` (before clipping) and `learning_rate` of the step,
@@ -25,9 +26,9 @@ import uuid
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, FiniteFloat, PositiveInt, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, model_validator
 from torch.utils.tensorboard import SummaryWriter
 
 from yoco_u.errors import UserError
@@ -63,7 +64,7 @@ class _Record(BaseModel, extra="allow"):
     kind: Literal["train", "evaluation"]
     step: PositiveInt
     tokens: PositiveInt
-    flops: int | FiniteFloat
+    flops: Annotated[int | FiniteFloat, Field(gt=0)]
     loss: FiniteFloat
     __pydantic_extra__: dict[str, int | FiniteFloat]
 

@@ -303,7 +303,7 @@ class _Run:
             return
         step = self.state.step
         so_far = {"step": step, "tokens": self.state.tokens, "flops": self.config.training_flops(step)}
-        of_text = kind == "evaluation" or self.config.distillation is None
+        of_text = kind == "evaluation" or self.config.loss_is_of_text
         losses = loss_figures(loss, dataset.bytes_per_target) if of_text else {"loss": loss}
         record = {"kind": kind} | so_far | losses | figures
         self.metrics.write(record)
