@@ -115,7 +115,7 @@ def test_where_one_output_fails_the_others_are_there(failing: str, monkeypatch: 
         (("--peer-python", "vllm"), "PEER=PYTHON"),
         (("--peer-python", "vllm=/no/such/python"), "no such program"),
         (("--json", "no/such/folder/bench.json"), "no such folder"),
-        (("--time-limit", "0"), "time_limit"),
+        (("--time-limit", "0"), "--time-limit"),
         (("--paper", "--batches", "1,16"), "--paper measures one batch"),
         (("--architectures", "transformer,yoco", "--num-loops", "5", "--peers", "none"), "none of transformer, yoco loops"),
     ],

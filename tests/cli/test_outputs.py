@@ -252,4 +252,4 @@ def test_a_dataset_with_brackets_is_told_as_it_is(run: Any, workspace: Path, tmp
     out = tmp_path / "[" / "data]"
     command = ("prepare", "--corpus", workspace / "corpus", "--out", out, "data.validation_fraction=0.3", "data.vocab_size=300")
     assert run(*command).status == 0
-    assert f"Using the dataset in {out}, prepared before" in run(*command).err
+    assert f"Using the dataset in {out}; remove it to read" in run(*command).err
