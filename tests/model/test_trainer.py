@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from forked import FORKS
 from models import EXPERTS, architecture, build, gradients, tokens
 from torch.utils.data import SequentialSampler
@@ -100,6 +101,14 @@ def test_the_flattening_collator_trains_as_single_rows_do(tmp_path: Path) -> Non
     expected = gradients(alone, loss / sum(len(row) - 1 for row in rows))
     for name, change in changes(model).items():
         torch.testing.assert_close(change, -expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_smoothed_labels_are_those_of_the_next_token(tmp_path: Path) -> None:
+    model, ids = build(architecture("yoco_u", layers=2)), tokens(2, 16)
+    args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.3, use_cpu=True, report_to=[])
+    found = Trainer(model, args).compute_loss(model, {"input_ids": ids, "labels": ids})
+    logits = model(ids).logits[:, :-1]
+    torch.testing.assert_close(found, F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.3))
 
 
 def test_the_callback_balances_after_each_step(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -369,6 +370,10 @@ class YocoUForCausalLM(YocoUPreTrainedModel, YocoUGenerationMixin):
             attentions=outputs.attentions,
         )
 
+
+# `Trainer` looks up by the name of a class whether its labels are to be shifted.
+MODEL_MAPPING_NAMES[YocoUConfig.model_type] = YocoUModel.__name__
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[YocoUConfig.model_type] = YocoUForCausalLM.__name__
 
 _MODEL_KEYWORDS = frozenset((*signature(YocoUModel.forward).parameters, *OF_MODEL)) - {"self", "kwargs"}
 _CAUSAL_LM_KEYWORDS = frozenset((*signature(YocoUForCausalLM.forward).parameters, *OF_MODEL, *OF_LOSS)) - {"self", "kwargs"}
