@@ -2,6 +2,7 @@
 
 import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,7 +127,18 @@ def test_the_callback_balances_after_each_step(tmp_path: Path) -> None:
     assert all(int(m.tokens_per_expert.sum()) == 0 for m in mixtures)
 
 
-def test_processes_that_share_their_buffers_are_refused() -> None:
-    args: Any = SimpleNamespace(world_size=2, ddp_broadcast_buffers=None)
-    with pytest.raises(UserError, match="ddp_broadcast_buffers=False"):
-        BalanceExperts().on_train_begin(args, None, None)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("settings", "weight", "message"),
+    [
+        ({"world_size": 2, "ddp_broadcast_buffers": None}, 0.0, "ddp_broadcast_buffers=False"),
+        ({"label_smoothing_factor": 0.1}, 0.3, "leaves out the experts' auxiliary one"),
+        ({"label_smoothing_factor": 0.1}, 0.0, None),
+    ],
+)
+def test_settings_that_lose_what_the_experts_learn_by_are_refused(
+    settings: dict[str, Any], weight: float, message: str | None
+) -> None:
+    model = build(architecture("yoco_u", layers=2, experts=EXPERTS | {"auxiliary_loss_weight": weight}))
+    args: Any = SimpleNamespace(**{"world_size": 1, "label_smoothing_factor": 0.0} | settings)
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        BalanceExperts().on_train_begin(args, None, None, model=model)  # type: ignore[arg-type]
