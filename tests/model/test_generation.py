@@ -186,11 +186,40 @@ def test_a_loop_count_of_none_is_none_given() -> None:
     assert torch.equal(*given)
 
 
-def test_a_cache_of_another_loop_count_is_refused() -> None:
-    model, prompt = make("yoco_u"), tokens(1, 15)
-    first = model.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, num_loops=2)
-    with pytest.raises(UserError, match="use one num_loops per cache"):
-        model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=2)
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        ("yoco_u", {"loops": 2}),
+        ("yoco_u", {"window": 16}),
+        ("yoco_u", {"layers": 6}),
+        ("yoco_u", {"num_key_value_heads": 1}),
+        ("yoco_u", {"head_dim": 4}),
+        ("yoco", {"global_kvs": 2}),
+        ("rins", {"loops": 1}),
+    ],
+)
+def test_a_cache_of_another_layout_is_refused(variant: str, change: dict[str, Any]) -> None:
+    model, prompt = build(architecture(variant), pad_token_id=0), tokens(1, 15)
+    cache = YocoUCache(architecture(variant, **change))
+    with pytest.raises(UserError, match="use one cache per model and num_loops"):
+        model(prompt, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    with pytest.raises(UserError, match="loops per stage"):
+        model.generate(prompt, past_key_values=YocoUCache(model.model.at_loops(5)), max_new_tokens=2)
+
+
+@every_variant
+@torch.no_grad()
+def test_a_cache_of_other_rows_is_refused_until_it_is_reset(variant: str) -> None:
+    model, cache = make(variant), YocoUCache(make(variant).model.architecture)
+    with torch.inference_mode():
+        model(tokens(2, 9), past_key_values=cache)
+    for rows, length in ((1, 1), (3, 1), (1, 5)):
+        with pytest.raises(UserError, match=f"a batch of 2; expected {rows}"):
+            model(tokens(rows, length), past_key_values=cache)
+    cache.reset()
+    found = [model(part, past_key_values=cache).logits for part in tokens(3, 12).split([9, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(found, 1), model(tokens(3, 12), use_cache=False).logits, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("beams", [1, 2])

@@ -48,6 +48,11 @@ class RetentionLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def reset(self) -> None:
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.is_initialized = False
+        super().reset()
+
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise UserError(
@@ -90,7 +95,7 @@ class YocoUCache(Cache):
     Only these and the layers of `full` stages grow with the number of tokens.
 
     Attributes:
-        loops: loop count of each stage, for which the cache was laid out; every call with it must use the same.
+        layout: what its layers follow from, by name; every call with it must be of a model, and a loop count, with the same.
         padded, packed: whether its rows hold padding, and more than one document, as far as is known.
     """
 
@@ -107,7 +112,7 @@ class YocoUCache(Cache):
         if architecture.has_global_kv:
             layers += [DynamicLayer() for _ in range(architecture.global_kvs)]
         super().__init__(layers=layers)
-        self.loops = tuple(stage.loops for stage in architecture.stages)
+        self.layout = _layout(architecture)
         self.padded = self.packed = False
 
     def note_rows(self, padded: bool, packed: bool) -> None:
@@ -128,6 +133,17 @@ class YocoUCache(Cache):
 
     def set_retention_state(self, slot: int, state: Tensor, tokens: int) -> None:
         self.update(state, torch.empty(state.shape[0], 0, device=state.device), slot, tokens=tokens)
+
+
+def _layout(architecture: Architecture) -> dict[str, Any]:
+    return {
+        "loops per stage": tuple(stage.loops for stage in architecture.stages),
+        "stages": tuple((stage.attention, stage.layers) for stage in architecture.stages),
+        "window": architecture.window,
+        "global_kvs": architecture.global_kvs,
+        "num_key_value_heads": architecture.num_key_value_heads,
+        "head_dim": architecture.head_dim,
+    }
 
 
 def check_unfilled(cache: YocoUCache | None) -> None:
@@ -167,12 +183,17 @@ def check_exit(loop: int | None, architecture: Architecture, cached: bool) -> No
 
 
 def check_cache(
-    cache: YocoUCache | None, loops: tuple[int, ...], packing_arguments: list[str], attention_mask: Tensor | None
+    cache: YocoUCache | None,
+    architecture: Architecture,
+    rows: int,
+    packing_arguments: list[str],
+    attention_mask: Tensor | None,
 ) -> None:
     """Refuse a cache that does not fit a call.
 
     Args:
-        loops: loop count of each stage in this call.
+        architecture: at the loop count of this call.
+        rows: number of rows of this call.
         packing_arguments: names of the arguments that say where documents begin.
 
     Raises:
@@ -182,12 +203,16 @@ def check_cache(
         return
     if not isinstance(cache, YocoUCache):
         raise UserError(f"past_key_values is a {type(cache).__name__}; expected a YocoUCache, or None to have one made")
-    if cache.loops != loops:
-        raise UserError(
-            f"the cache was written with {cache.loops} loops per stage, this call asks for {loops}; use one num_loops per cache"
-        )
+    for name, asked in _layout(architecture).items():
+        if cache.layout[name] != asked:
+            raise UserError(
+                f"the cache was made for {name} {cache.layout[name]}, this call has {asked}; "
+                "use one cache per model and num_loops"
+            )
     if cache.get_seq_length() == 0:
         return
+    if (filled := len(cache.layers[0].keys)) != rows:
+        raise UserError(f"the cache holds a batch of {filled}; expected {rows}, one row for each row of this call")
     if packing_arguments:
         raise UserError(f"{packing_arguments[0]} came with a filled cache; packed documents are for calls without one")
     if cache.packed:

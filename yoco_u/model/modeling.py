@@ -166,7 +166,7 @@ class YocoUModel(YocoUPreTrainedModel):
         if past_key_values is None and use_cache:
             past_key_values = YocoUCache(architecture)
         ids, lengths = packing(document_ids, kwargs)
-        check_cache(past_key_values, tuple(stage.loops for stage in architecture.stages), [*ids, *lengths], attention_mask)
+        check_cache(past_key_values, architecture, len(x), [*ids, *lengths], attention_mask)
 
         batch, tokens = x.shape[:2]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
