@@ -96,7 +96,8 @@ class YocoUCache(Cache):
 
     Attributes:
         layout: what its layers follow from, by name; every call with it must be of a model, and a loop count, with the same.
-        padded, packed: whether its rows hold padding, and more than one document, as far as is known.
+        mask: false where a token in it is padding, (batch, tokens); None if none is known to be.
+        packed: whether its rows hold more than one document, as far as is known.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -113,12 +114,27 @@ class YocoUCache(Cache):
             layers += [DynamicLayer() for _ in range(architecture.global_kvs)]
         super().__init__(layers=layers)
         self.layout = _layout(architecture)
-        self.padded = self.packed = False
+        self.mask: Tensor | None = None
+        self.packed = False
 
-    def note_rows(self, padded: bool, packed: bool) -> None:
-        """Note what rows hold whose tokens are to be appended."""
-        filled = self.get_seq_length() > 0
-        self.padded, self.packed = padded or (filled and self.padded), packed or (filled and self.packed)
+    def note_rows(self, mask: Tensor | None, packed: bool) -> None:
+        """Note what rows hold whose tokens are to be appended: `mask` is that of all tokens so far."""
+        self.mask, self.packed = mask, packed or (self.get_seq_length() > 0 and self.packed)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, beam_idx.to(self.mask.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.mask is not None:
+            self.mask = self.mask.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.mask is not None:
+            self.mask = self.mask[indices]
 
     def append(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values of new tokens, and return all that the new tokens may see.
@@ -182,13 +198,7 @@ def check_exit(loop: int | None, architecture: Architecture, cached: bool) -> No
         raise UserError(f"exit_loop is {loop}, which goes with no cache; leave out past_key_values and use_cache")
 
 
-def check_cache(
-    cache: YocoUCache | None,
-    architecture: Architecture,
-    rows: int,
-    packing_arguments: list[str],
-    attention_mask: Tensor | None,
-) -> None:
+def check_cache(cache: YocoUCache | None, architecture: Architecture, rows: int, packing_arguments: list[str]) -> None:
     """Refuse a cache that does not fit a call.
 
     Args:
@@ -211,11 +221,9 @@ def check_cache(
             )
     if cache.get_seq_length() == 0:
         return
-    if (filled := len(cache.layers[0].keys)) != rows:
+    if (filled := cache.layers[0].keys.shape[0]) != rows:
         raise UserError(f"the cache holds a batch of {filled}; expected {rows}, one row for each row of this call")
     if packing_arguments:
         raise UserError(f"{packing_arguments[0]} came with a filled cache; packed documents are for calls without one")
     if cache.packed:
         raise UserError("the cache holds packed documents, none of which can go on from it; run each document alone")
-    if cache.padded and attention_mask is None:
-        raise UserError("the cache holds padding, but attention_mask is missing; give one value per token so far")

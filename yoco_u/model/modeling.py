@@ -128,7 +128,7 @@ class YocoUModel(YocoUPreTrainedModel):
         Args:
             input_ids: (batch, tokens); or inputs_embeds: (batch, tokens, hidden).
             attention_mask: (batch, cached + tokens), 1 for a token and 0 for padding, which may stand before or after the
-                tokens of a document, not between them.
+                tokens of a document, not between them; by default no new token is padding.
             position_ids: positions for RoPE, (batch or 1, tokens); by default the tokens of each document are counted from 0,
                 without padding. Where they do not count up by one, a new document begins.
             past_key_values: the cache of an earlier call with the same loop count.
@@ -166,19 +166,21 @@ class YocoUModel(YocoUPreTrainedModel):
         if past_key_values is None and use_cache:
             past_key_values = YocoUCache(architecture)
         ids, lengths = packing(document_ids, kwargs)
-        check_cache(past_key_values, architecture, len(x), [*ids, *lengths], attention_mask)
+        check_cache(past_key_values, architecture, x.shape[0], [*ids, *lengths])
 
         batch, tokens = x.shape[:2]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        windowed = any(stage.attention == "sliding" for stage in architecture.stages)
-        layout = lay_out((batch, tokens), past, x.device, windowed, attention_mask, position_ids, ids, lengths, cu_seqlens)
+        past, cached_mask = (0, None) if past_key_values is None else (past_key_values.get_seq_length(), past_key_values.mask)
+        layout = lay_out(
+            (batch, tokens), past, x.device, {stage.attention for stage in architecture.stages},
+            attention_mask, position_ids, ids, lengths, cu_seqlens, cached_mask,
+        )  # fmt: skip
         kept, last = kept_positions(logits_to_keep, tokens, x.device)
         backend = prepare_backend(
             architecture, batch, layout.positions, layout.segments, kept, last, past_key_values,
             autocast_dtype(x.device) or x.dtype, layout.cu_seqlens, self.cross_rotation,
         )  # fmt: skip
         if past_key_values is not None:
-            past_key_values.note_rows(layout.padded, layout.packed)
+            past_key_values.note_rows(layout.mask, layout.packed)
 
         exits = {} if exit_loop is None else {exit_loop: x}
         x, losses = self.run_stages(x, backend, architecture, exits=exits)
