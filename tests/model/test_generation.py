@@ -208,6 +208,27 @@ def test_a_cache_of_another_layout_is_refused(variant: str, change: dict[str, An
         model.generate(prompt, past_key_values=YocoUCache(model.model.at_loops(5)), max_new_tokens=2)
 
 
+@torch.no_grad()
+def test_a_cache_is_cropped_or_says_why_not() -> None:
+    model, prompt = make("yoco_u"), tokens(1, 12)
+    assert model.config.window == 8
+    for recorded, past in ((True, 12), (False, 7), (False, 12)):
+        cache = YocoUCache(model.model.architecture)
+        cache.crop(-1)
+        if recorded:
+            cache.activate_past_recording()
+        model(prompt[:, :past], past_key_values=cache)
+        if not recorded:
+            cache.crop(0)
+            if past > 8:
+                with pytest.raises(UserError, match=r"3 tokens .* activate_past_recording\(\)"):
+                    cache.crop(-3)
+                continue
+        cache.crop(-3)
+        found = model(prompt[:, past - 3 :], past_key_values=cache).logits
+        torch.testing.assert_close(found, model(prompt, use_cache=False).logits[:, past - 3 :], rtol=2e-4, atol=2e-4)
+
+
 @every_variant
 @torch.no_grad()
 def test_a_cache_of_other_rows_is_refused_until_it_is_reset(variant: str) -> None:

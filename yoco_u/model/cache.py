@@ -54,7 +54,7 @@ class RetentionLayer(CacheLayerMixin):
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
+        if tokens_to_remove and self.is_initialized:
             raise UserError(
                 f"{abs(tokens_to_remove)} tokens were to be taken back, but a retention state cannot forget; "
                 "generate without an assistant or prompt lookup"
@@ -86,6 +86,18 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         if not self.record_past and (kept == 0 or total > 2 * self.sliding_window):
             self.keys, self.values = (x[..., total - min(kept, total) :, :].clone() for x in (keys, values))
         return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if not self.is_initialized:
+            return
+        if not self.record_past and self.cumulative_length >= self.sliding_window:
+            if tokens_to_remove:
+                raise UserError(
+                    f"{abs(tokens_to_remove)} tokens were to be taken back, but the window has let go of those before them; "
+                    "call activate_past_recording() of the cache before they are added"
+                )
+            return
+        super().crop(tokens_to_remove)
 
 
 class YocoUCache(Cache):
