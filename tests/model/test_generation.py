@@ -167,6 +167,17 @@ def test_assisted_decoding_changes_nothing(variant: str) -> None:
             assert torch.equal(out[:, 24:], greedy(model, prompt)), call
 
 
+@pytest.mark.parametrize("variant", ["yoco_u", "yoco_u, window 1"])
+def test_a_cache_of_assisted_decoding_stays_small(variant: str) -> None:
+    model, prompt = make(variant), tokens(1, 6).repeat(1, 4)
+    cache, call = YocoUCache(model.model.architecture), {"max_new_tokens": NEW, "do_sample": False}
+    out = model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=3, **call)
+    longer = model.generate(out, past_key_values=cache, max_new_tokens=30, do_sample=False)
+    assert torch.equal(longer[:, out.shape[1] :], greedy(model, out, 30))
+    window = model.config.window
+    assert {layer.keys.shape[-2] for layer in cache.layers if layer.is_sliding} == {window - 1}
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_stop_strings(beams: int) -> None:
     """Generation ends with the first token that completes one; here every token is a character."""

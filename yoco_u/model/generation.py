@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 from transformers import GenerationConfig, GenerationMixin
 
 from yoco_u.errors import UserError
-from yoco_u.model.cache import YocoUCache
+from yoco_u.model.cache import SlidingLayer, YocoUCache
 from yoco_u.model.keywords import follow
 
 
@@ -39,6 +39,14 @@ class YocoUGenerationMixin(GenerationMixin):
         model_kwargs["past_key_values"] = YocoUCache(self.model.at_loops(model_kwargs.get("num_loops")))
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """Afterwards, windows let go of tokens again: transformers leaves them recording all, in a cache that goes on."""
+        out = super()._assisted_decoding(*args, **kwargs)
+        for layer in kwargs["past_key_values"].layers:
+            if isinstance(layer, SlidingLayer):
+                layer.record_past = False
+        return out
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose arguments generate() looks at
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
