@@ -8,8 +8,9 @@ from checkpoints import tokenizer
 from models import EXPERTS, PRESETS, architecture, build
 from models import tokens as any_tokens
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from yoco_u import YocoUForCausalLM
+from yoco_u import Architecture, YocoUForCausalLM, YocoUModel
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUCache
 
@@ -165,6 +166,32 @@ def test_assisted_decoding_changes_nothing(variant: str) -> None:
         else:
             out = model.generate(prompt, max_new_tokens=NEW, do_sample=False, **call)
             assert torch.equal(out[:, 24:], greedy(model, prompt)), call
+
+
+@pytest.mark.parametrize("said_by", ["the call", "the generation config"])
+@pytest.mark.parametrize("assistant", ["of one loop", "Llama"])
+def test_an_assistant_has_its_own_loop_count(assistant: str, said_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = make("yoco_u"), tokens(1, 15)
+    shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    draft = make("yoco_u") if assistant == "of one loop" else LlamaForCausalLM(LlamaConfig(**shape, pad_token_id=0))
+    seen: set[tuple[bool, int]] = set()
+    run_stages = YocoUModel.run_stages
+
+    def watched(self: YocoUModel, x: Tensor, backend: Any, architecture: Architecture, **kwargs: Any) -> Any:
+        seen.add((self is model.model, architecture.num_loops))
+        return run_stages(self, x, backend, architecture, **kwargs)
+
+    monkeypatch.setattr(YocoUModel, "run_stages", watched)
+    call: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "assistant_model": draft}
+    if said_by == "the call":
+        call["num_loops"] = 5
+    else:
+        model.generation_config.num_loops = 5
+    if assistant == "of one loop":
+        draft.generation_config.num_loops = 1
+    out = model.generate(prompt, **call)
+    assert seen == {(True, 5), *([(False, 1)] if assistant == "of one loop" else [])}
+    assert torch.equal(out[:, 15:], greedy(model, prompt, num_loops=5))
 
 
 @pytest.mark.parametrize("variant", ["yoco_u", "yoco_u, window 1"])

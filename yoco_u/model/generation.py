@@ -1,5 +1,6 @@
 """What `generate()` of transformers does otherwise for a model that loops, and has a cache of its own."""
 
+from copy import copy
 from functools import wraps
 from typing import Any, NoReturn
 
@@ -39,6 +40,15 @@ class YocoUGenerationMixin(GenerationMixin):
         model_kwargs["past_key_values"] = YocoUCache(self.model.at_loops(model_kwargs.get("num_loops")))
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
+
+    def _get_candidate_generator(
+        self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """Without the loop count, which is that of this model: an assistant has one of its own, or none."""
+        generation_config = copy(generation_config)
+        vars(generation_config).pop("num_loops", None)
+        own = {name: value for name, value in model_kwargs.items() if name != "num_loops"}
+        return super()._get_candidate_generator(generation_config, *args, model_kwargs=own, **kwargs)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         """Afterwards, windows let go of tokens again: transformers leaves them recording all, in a cache that goes on."""
