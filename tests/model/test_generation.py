@@ -144,6 +144,14 @@ def test_inputs_embeds() -> None:
     assert torch.equal(out, model.generate(prompt, max_new_tokens=NEW, do_sample=False)[:, 9:])
 
 
+@pytest.mark.parametrize("call", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
+def test_one_row_of_positions_for_all(call: dict[str, Any]) -> None:
+    model, prompt, positions = make("yoco_u, rotated, gated"), tokens(2, 9), 7 + torch.arange(9)[None]
+    call |= {"max_new_tokens": NEW, "do_sample": False}
+    out = model.generate(prompt, position_ids=positions, **call)
+    assert torch.equal(out, model.generate(prompt, position_ids=positions.expand(2, -1), **call))
+
+
 def test_generation_stops_at_the_end_token() -> None:
     model, prompt = make("yoco_u"), tokens(2, 9)
     free = model.generate(prompt, max_new_tokens=NEW, do_sample=False)[:, 9:]

@@ -4,6 +4,7 @@ from copy import copy
 from functools import wraps
 from typing import Any, NoReturn
 
+from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from yoco_u.errors import UserError
@@ -40,6 +41,15 @@ class YocoUGenerationMixin(GenerationMixin):
         model_kwargs["past_key_values"] = YocoUCache(self.model.at_loops(model_kwargs.get("num_loops")))
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """With the positions of each row, where one row of them was given for all."""
+        positions = model_kwargs.get("position_ids")
+        if positions is not None and input_ids is not None and len(positions) == 1:
+            model_kwargs["position_ids"] = positions.expand(len(input_ids), -1)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def _get_candidate_generator(
         self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
