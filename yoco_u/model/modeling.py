@@ -59,6 +59,12 @@ class YocoUPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self.config)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        body: YocoUModel = self.base_model
+        body.architecture = body.architecture.model_copy(update={"vocab_size": self.config.vocab_size})
+        return embeddings
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """From now on, let `save_pretrained` write the modelling files too."""
