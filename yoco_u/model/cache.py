@@ -187,13 +187,14 @@ def check_unfilled(cache: YocoUCache | None) -> None:
         )
 
 
-def check_exit(loop: int | None, architecture: Architecture, cached: bool) -> None:
-    """Refuse an exit behind a loop, whose second pass through what follows the loop a cache would remember like new tokens.
+def check_exit(loop: int | None, architecture: Architecture, cached: bool, recorded: bool) -> None:
+    """Refuse an exit behind a loop where its second pass through what follows the loop would be taken for more of the first.
 
     Args:
         loop: counted from 1; None for no exit.
         architecture: at the loop count of the call.
-        cached: whether the call asks for a cache.
+        cached: whether the call asks for a cache, which would remember both passes.
+        recorded: whether it asks for the hidden states of each layer, which would be those of both.
 
     Raises:
         UserError: if the exit is not possible; the message says why.
@@ -208,6 +209,8 @@ def check_exit(loop: int | None, architecture: Architecture, cached: bool) -> No
         raise UserError(f"exit_loop needs one looped stage, which is not cross, without parallel streams; found {found}")
     if cached:
         raise UserError(f"exit_loop is {loop}, which goes with no cache; leave out past_key_values and use_cache")
+    if recorded:
+        raise UserError(f"exit_loop is {loop}, which goes without output_hidden_states; run a pass for each")
 
 
 def check_cache(cache: YocoUCache | None, architecture: Architecture, rows: int, packing_arguments: list[str]) -> None:

@@ -147,7 +147,8 @@ class YocoUModel(YocoUPreTrainedModel):
             logits_to_keep: the positions to return: the last n for an int n, all for 0, or those in a 1-D tensor of indices.
                 The cross-decoder runs on these alone.
             exit_loop: a loop before the last, counted from 1. The output then has `exit_hidden_state` too: the hidden states if
-                the one looped stage, which is not cross, ended with this loop. There is no cache then, nor ParScale.
+                the one looped stage, which is not cross, ended with this loop. There is then no cache, no ParScale and no
+                `output_hidden_states`.
             kwargs: those of transformers that say where documents begin (`seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k` with
                 `max_length_q` and `max_length_k`), and `output_hidden_states`.
 
@@ -164,7 +165,8 @@ class YocoUModel(YocoUPreTrainedModel):
             found = x.ndim - (inputs_embeds is None)
             raise UserError(f"{given} has {found} dimensions; expected rows of tokens, (batch, tokens)")
         architecture = self.at_loops(num_loops)
-        check_exit(exit_loop, architecture, past_key_values is not None or bool(use_cache))
+        recorded = bool(kwargs.get("output_hidden_states", self.config.output_hidden_states))
+        check_exit(exit_loop, architecture, past_key_values is not None or bool(use_cache), recorded)
         use_cache = self.config.use_cache and exit_loop is None if use_cache is None else use_cache
         if recomputes(self):
             check_unfilled(past_key_values)
