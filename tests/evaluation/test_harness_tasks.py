@@ -331,16 +331,41 @@ def test_names_of_math_sets() -> None:
     assert len(math_names()) == 12 and len(set(math_names())) == 12
 
 
-def test_the_harness_s_own_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    seen = []
-    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: seen.append(list(sys.argv)))
-    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--model", "yoco_u", "--tasks", "yoco_u_paper"])
-    assert launcher.main() == 0
-    assert seen == [["lm_eval", "run", "--model", "yoco_u", "--tasks", "yoco_u_paper", "--include_path", str(TASKS)]]
+@pytest.mark.parametrize(
+    ("arguments", "theirs"),
+    [
+        (["run", "--model", "yoco_u", "--tasks", "yoco_u_paper"], []),
+        (["run", "--tasks=yoco_u_paper", "--include_path={}"], ["{}"]),
+        (["run", "--config", "{}/run.yaml"], []),
+        (["validate", "--tasks=yoco_u_paper", "--include_path", "{}"], ["{}"]),
+        (["ls", "tasks"], []),
+    ],
+    ids=" ".join,
+)
+def test_the_harness_s_own_command_line(
+    arguments: list[str], theirs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.yaml").write_text("model: yoco_u\ntasks: [yoco_u_paper]\n")
+    searched = []
 
+    class Searches:
+        def __init__(self, verbosity: str | None = None, include_path: Any = None, **settings: Any) -> None:
+            searched.extend(str(path) for path in include_path)
+            raise UserError("seen")
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Searches)
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *(part.format(tmp_path) for part in arguments)])
+    assert launcher.main() == 2
+    assert searched == [str(TASKS), *(path.format(tmp_path) for path in theirs)]
+
+
+def test_an_error_of_the_harness_s_own_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail() -> None:
         raise UserError("no such folder")
 
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", TaskManager)
     monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", fail)
     assert launcher.main() == 2
     assert capsys.readouterr().err == "error: no such folder\n"

@@ -8,8 +8,9 @@ from checkpoints import tokenizer
 from models import EXPERTS, PRESETS, architecture, build
 from models import tokens as any_tokens
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from yoco_u import YocoUForCausalLM
+from yoco_u import Architecture, YocoUForCausalLM, YocoUModel
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUCache
 
@@ -143,6 +144,14 @@ def test_inputs_embeds() -> None:
     assert torch.equal(out, model.generate(prompt, max_new_tokens=NEW, do_sample=False)[:, 9:])
 
 
+@pytest.mark.parametrize("call", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
+def test_one_row_of_positions_for_all(call: dict[str, Any]) -> None:
+    model, prompt, positions = make("yoco_u, rotated, gated"), tokens(2, 9), 7 + torch.arange(9)[None]
+    call |= {"max_new_tokens": NEW, "do_sample": False}
+    out = model.generate(prompt, position_ids=positions, **call)
+    assert torch.equal(out, model.generate(prompt, position_ids=positions.expand(2, -1), **call))
+
+
 def test_generation_stops_at_the_end_token() -> None:
     model, prompt = make("yoco_u"), tokens(2, 9)
     free = model.generate(prompt, max_new_tokens=NEW, do_sample=False)[:, 9:]
@@ -167,6 +176,43 @@ def test_assisted_decoding_changes_nothing(variant: str) -> None:
             assert torch.equal(out[:, 24:], greedy(model, prompt)), call
 
 
+@pytest.mark.parametrize("said_by", ["the call", "the generation config"])
+@pytest.mark.parametrize("assistant", ["of one loop", "Llama"])
+def test_an_assistant_has_its_own_loop_count(assistant: str, said_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = make("yoco_u"), tokens(1, 15)
+    shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    draft = make("yoco_u") if assistant == "of one loop" else LlamaForCausalLM(LlamaConfig(**shape, pad_token_id=0))
+    seen: set[tuple[bool, int]] = set()
+    run_stages = YocoUModel.run_stages
+
+    def watched(self: YocoUModel, x: Tensor, backend: Any, architecture: Architecture, **kwargs: Any) -> Any:
+        seen.add((self is model.model, architecture.num_loops))
+        return run_stages(self, x, backend, architecture, **kwargs)
+
+    monkeypatch.setattr(YocoUModel, "run_stages", watched)
+    call: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "assistant_model": draft}
+    if said_by == "the call":
+        call["num_loops"] = 5
+    else:
+        model.generation_config.num_loops = 5
+    if assistant == "of one loop":
+        draft.generation_config.num_loops = 1
+    out = model.generate(prompt, **call)
+    assert seen == {(True, 5), *([(False, 1)] if assistant == "of one loop" else [])}
+    assert torch.equal(out[:, 15:], greedy(model, prompt, num_loops=5))
+
+
+@pytest.mark.parametrize("variant", ["yoco_u", "yoco_u, window 1"])
+def test_a_cache_of_assisted_decoding_stays_small(variant: str) -> None:
+    model, prompt = make(variant), tokens(1, 6).repeat(1, 4)
+    cache, call = YocoUCache(model.model.architecture), {"max_new_tokens": NEW, "do_sample": False}
+    out = model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=3, **call)
+    longer = model.generate(out, past_key_values=cache, max_new_tokens=30, do_sample=False)
+    assert torch.equal(longer[:, out.shape[1] :], greedy(model, out, 30))
+    window = model.config.window
+    assert {layer.keys.shape[-2] for layer in cache.layers if layer.is_sliding} == {window - 1}
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_stop_strings(beams: int) -> None:
     """Generation ends with the first token that completes one; here every token is a character."""
@@ -186,11 +232,61 @@ def test_a_loop_count_of_none_is_none_given() -> None:
     assert torch.equal(*given)
 
 
-def test_a_cache_of_another_loop_count_is_refused() -> None:
-    model, prompt = make("yoco_u"), tokens(1, 15)
-    first = model.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, num_loops=2)
-    with pytest.raises(UserError, match="use one num_loops per cache"):
-        model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=2)
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        ("yoco_u", {"loops": 2}),
+        ("yoco_u", {"window": 16}),
+        ("yoco_u", {"layers": 6}),
+        ("yoco_u", {"num_key_value_heads": 1}),
+        ("yoco_u", {"head_dim": 4}),
+        ("yoco", {"global_kvs": 2}),
+        ("rins", {"loops": 1}),
+    ],
+)
+def test_a_cache_of_another_layout_is_refused(variant: str, change: dict[str, Any]) -> None:
+    model, prompt = build(architecture(variant), pad_token_id=0), tokens(1, 15)
+    cache = YocoUCache(architecture(variant, **change))
+    with pytest.raises(UserError, match="use one cache per model and num_loops"):
+        model(prompt, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    with pytest.raises(UserError, match="loops per stage"):
+        model.generate(prompt, past_key_values=YocoUCache(model.model.at_loops(5)), max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_a_cache_is_cropped_or_says_why_not() -> None:
+    model, prompt = make("yoco_u"), tokens(1, 12)
+    assert model.config.window == 8
+    for recorded, past in ((True, 12), (False, 7), (False, 12)):
+        cache = YocoUCache(model.model.architecture)
+        cache.crop(-1)
+        if recorded:
+            cache.activate_past_recording()
+        model(prompt[:, :past], past_key_values=cache)
+        if not recorded:
+            cache.crop(0)
+            if past > 8:
+                with pytest.raises(UserError, match=r"3 tokens .* activate_past_recording\(\)"):
+                    cache.crop(-3)
+                continue
+        cache.crop(-3)
+        found = model(prompt[:, past - 3 :], past_key_values=cache).logits
+        torch.testing.assert_close(found, model(prompt, use_cache=False).logits[:, past - 3 :], rtol=2e-4, atol=2e-4)
+
+
+@every_variant
+@torch.no_grad()
+def test_a_cache_of_other_rows_is_refused_until_it_is_reset(variant: str) -> None:
+    model, cache = make(variant), YocoUCache(make(variant).model.architecture)
+    with torch.inference_mode():
+        model(tokens(2, 9), past_key_values=cache)
+    for rows, length in ((1, 1), (3, 1), (1, 5)):
+        with pytest.raises(UserError, match=f"a batch of 2; expected {rows}"):
+            model(tokens(rows, length), past_key_values=cache)
+    cache.reset()
+    found = [model(part, past_key_values=cache).logits for part in tokens(3, 12).split([9, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(found, 1), model(tokens(3, 12), use_cache=False).logits, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("beams", [1, 2])

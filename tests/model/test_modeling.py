@@ -365,7 +365,7 @@ def test_inputs_that_contradict_each_other() -> None:
         "attention_mask has shape": {"attention_mask": torch.ones(2, N + 1)},
         "document_ids has shape": {"document_ids": torch.ones(2, N - 1)},
         "document_ids came with a filled cache": {"document_ids": torch.ones(2, N), "past_key_values": cache},
-        "the cache was written with": {"num_loops": 2, "past_key_values": cache},
+        "the cache was made for loops per stage": {"num_loops": 2, "past_key_values": cache},
         "past_key_values is a tuple": {"past_key_values": ()},
     }
     for message, call in wrong.items():

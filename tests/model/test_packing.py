@@ -109,9 +109,8 @@ def test_documents_do_not_see_each_other(variant: str, path: str) -> None:
         with torch.set_grad_enabled(seed == 0):
             expected, expected_loss = alone(model, rows)
         for name, call in rows.forms().items():
-            labels = torch.where(rows.mask == 1, rows.ids, -100)
             with torch.set_grad_enabled(seed == 0 and name == "positions"):
-                out = model(rows.ids, labels=labels, **call)
+                out = model(rows.ids, labels=rows.ids, **call)
             for (row, place), logits in zip(rows.documents, expected, strict=True):
                 torch.testing.assert_close(out.logits[row, place], logits, **close, msg=lambda m, name=name: f"{name}: {m}")
             torch.testing.assert_close(out.loss, expected_loss, rtol=1e-5, atol=1e-5, check_dtype=False)
@@ -146,7 +145,7 @@ def test_documents_begin_where_transformers_finds_them() -> None:
             row.append(row[-1] + 1 if rng.random() < 0.7 else rng.randint(0, 9))
         positions = torch.tensor([row, list(range(5, 25))])
         expected = find_packed_sequence_indices(positions)
-        found = lay_out((2, 20), 0, CPU, True, position_ids=positions).segments
+        found = lay_out((2, 20), 0, CPU, {"sliding"}, position_ids=positions).segments
         if expected is None:
             assert found is None
         else:
@@ -201,27 +200,53 @@ def test_packed_rows_cannot_go_on_from_a_cache(path: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ONE_OF_EACH_KIND)
-def test_a_cache_with_padding_needs_its_mask(variant: str, path: str) -> None:
+def test_a_cache_keeps_its_padding(variant: str, path: str) -> None:
+    """Calls that go on from it may leave out the mask, and its rows may be cropped, chosen, repeated and reordered before."""
     model, ids, more = make(variant), tokens(2, N), tokens(2, 3, seed=5)
     mask = (torch.arange(N) >= torch.tensor([[0], [4]])).long()
+    rows = [1, 1, 0, 0]
+    expected = [model(torch.cat([ids[row : row + 1, 4 * row :], more[row : row + 1]], 1)).logits[0, -3:] for row in rows]
+
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
-    with pytest.raises(UserError, match="attention_mask is missing"):
-        model(more, past_key_values=cache)
-    out = model(more, attention_mask=F.pad(mask, (0, 3), value=1), past_key_values=cache).logits
-    expected = model(torch.cat([ids[1:, 4:], more[1:]], 1)).logits[:, -3:]
-    torch.testing.assert_close(out[1:], expected, rtol=tolerance(model), atol=tolerance(model))
+    if variant != "yoco_retention":
+        cache.activate_past_recording()
+        model(more[:, 1:], past_key_values=cache)
+        cache.crop(-2)
+    cache.batch_select_indices(torch.tensor([0, 1]))
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([2, 3, 0, 0]))
+    found = [model(part, past_key_values=cache).logits for part in more[rows].split([1, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(found, 1), torch.stack(expected), rtol=tolerance(model), atol=tolerance(model))
 
 
-@pytest.mark.parametrize("variant", ONE_OF_EACH_KIND)
-def test_padding_in_a_later_call_needs_its_mask(variant: str) -> None:
-    model, ids = make(variant), tokens(1, 6)
-    cache = model(ids[:, :2], use_cache=True).past_key_values
-    model(ids[:, 2:4], attention_mask=torch.tensor([[1, 1, 1, 0]]), past_key_values=cache)
-    with pytest.raises(UserError, match="attention_mask is missing"):
-        model(ids[:, 4:5], past_key_values=cache)
-    cache = model(ids[:, :2], use_cache=True).past_key_values
-    model(ids[:, 2:4], attention_mask=torch.ones(1, 4), past_key_values=cache)
-    model(ids[:, 4:5], past_key_values=cache)
+@pytest.mark.parametrize(
+    ("variant", "path"), [*((name, "blocks") for name in ONE_OF_EACH_KIND), ("transformer", "flash")], indirect=["path"]
+)
+def test_a_mask_that_goes_on_from_a_cache_is_right_or_refused(variant: str, path: str) -> None:
+    """Generated pairs of masks: of the tokens that filled a cache, and of these and new ones, which are all tokens."""
+    model, ids, past = make(variant), tokens(2, 12), 9
+    outcomes = set()
+    for seed in range(12):
+        rng = random.Random(seed)
+        filled, mask = torch.zeros(2, past), torch.ones(2, 12)
+        for row in range(2):
+            filled[row, rng.choice([0, 0, 3, past]) : rng.choice([past, past, 6])] = 1
+            mask[row, :past] = filled[row]
+            if rng.random() < 0.5:
+                mask[row, slice(*sorted(rng.choices([0, 3, 6, past], k=2)))] = rng.choice([0, 1])
+        same, holed = torch.equal(mask[:, :past], filled), bool((mask.diff(dim=1) == -1).any())
+        cache = model(ids[:, :past], attention_mask=filled, use_cache=True).past_key_values
+        try:
+            out = model(ids[:, past:], attention_mask=mask, past_key_values=cache).logits
+        except reasons(path) as error:
+            assert not same or (holed and model.config.window), error
+            outcomes.add("refused")
+            continue
+        outcomes.add("the same" if same else "another")
+        for row in range(2):
+            expected = model(ids[row : row + 1, mask[row] == 1]).logits[0, -3:]
+            torch.testing.assert_close(out[row], expected, rtol=tolerance(model), atol=tolerance(model))
+    assert {"refused", "the same"} <= outcomes and ("another" in outcomes or variant == "yoco_retention")
 
 
 # Holes in the mask

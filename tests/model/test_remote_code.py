@@ -39,6 +39,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 assert not any(importlib.util.find_spec(name) for name in ("yoco_u", "pydantic", "psutil", "wrapt"))
 place = Path(sys.argv[1])
@@ -68,6 +69,7 @@ for folder in sorted(place.glob("*/model")):
 folder = place / "yoco_u" / "model"
 writer = pipeline("text-generation", model=str(folder), trust_remote_code=True, dtype="float32")
 said["text"] = writer("def f", **settings)[0]["generated_text"]
+said["loss"] = sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if "Yoco" in name)
 writer.model.save_pretrained(folder.parent / "copy")
 load = {"trust_remote_code": True}
 found = {"body": AutoModel.from_pretrained(folder, **load).eval()(given["ids"]).last_hidden_state}
@@ -125,6 +127,7 @@ def test_it_is_the_same_model_without_the_package(place: Path, said: dict[str, s
 def test_pipelines_and_copies_without_the_package(place: Path, said: dict[str, str]) -> None:
     model, tokenizer = load_model(place / "yoco_u" / "model", torch.device("cpu"))
     written = model.generate(tokenizer("def f", return_tensors="pt").input_ids, max_new_tokens=4, do_sample=False)[0]
+    assert said["loss"] == ["YocoUForCausalLM"]  # whose labels `Trainer` shifts
     assert said["text"] == tokenizer.decode(written, skip_special_tokens=True)
     found, ids = load_file(place / "more.safetensors"), load_file(place / "inputs.safetensors")["ids"]
     assert torch.equal(found["body"], model.model(ids).last_hidden_state)

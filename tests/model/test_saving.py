@@ -24,6 +24,25 @@ ARCHITECTURES: dict[str, Architecture] = {
 every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=ARCHITECTURES)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_is_known_everywhere(tied: bool, tmp_path: Path) -> None:
+    model, ids = build(architecture("yoco_u", tie_word_embeddings=tied)), tokens(1, 9)
+    before = model(ids).logits
+    model.resize_token_embeddings(120)
+    assert torch.equal(model(ids).logits[..., :96], before)
+    model.save_pretrained(tmp_path)
+    for one in (model, YocoUForCausalLM.from_pretrained(tmp_path)):
+        assert (
+            one.model.architecture
+            == one.config.architecture
+            == architecture("yoco_u", tie_word_embeddings=tied, vocab_size=120)
+        )
+        assert one.model.at_loops(2).vocab_size == one(ids).logits.shape[-1] == 120
+    body = YocoUModel(YocoUConfig.from_architecture(architecture()))
+    body.resize_token_embeddings(120)
+    assert body.architecture.vocab_size == 120
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_architecture
 def test_saved_and_loaded_bit_for_bit(arch: Architecture, dtype: torch.dtype, tmp_path: Path) -> None:

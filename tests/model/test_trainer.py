@@ -2,12 +2,14 @@
 
 import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from forked import FORKS
 from models import EXPERTS, architecture, build, gradients, tokens
 from torch.utils.data import SequentialSampler
@@ -102,6 +104,14 @@ def test_the_flattening_collator_trains_as_single_rows_do(tmp_path: Path) -> Non
         torch.testing.assert_close(change, -expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_smoothed_labels_are_those_of_the_next_token(tmp_path: Path) -> None:
+    model, ids = build(architecture("yoco_u", layers=2)), tokens(2, 16)
+    args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.3, use_cpu=True, report_to=[])
+    found = Trainer(model, args).compute_loss(model, {"input_ids": ids, "labels": ids})
+    logits = model(ids).logits[:, :-1]
+    torch.testing.assert_close(found, F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.3))
+
+
 def test_the_callback_balances_after_each_step(tmp_path: Path) -> None:
     rows = tokens(8, 16).tolist()
     biases = []
@@ -117,7 +127,18 @@ def test_the_callback_balances_after_each_step(tmp_path: Path) -> None:
     assert all(int(m.tokens_per_expert.sum()) == 0 for m in mixtures)
 
 
-def test_processes_that_share_their_buffers_are_refused() -> None:
-    args: Any = SimpleNamespace(world_size=2, ddp_broadcast_buffers=None)
-    with pytest.raises(UserError, match="ddp_broadcast_buffers=False"):
-        BalanceExperts().on_train_begin(args, None, None)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("settings", "weight", "message"),
+    [
+        ({"world_size": 2, "ddp_broadcast_buffers": None}, 0.0, "ddp_broadcast_buffers=False"),
+        ({"label_smoothing_factor": 0.1}, 0.3, "leaves out the experts' auxiliary one"),
+        ({"label_smoothing_factor": 0.1}, 0.0, None),
+    ],
+)
+def test_settings_that_lose_what_the_experts_learn_by_are_refused(
+    settings: dict[str, Any], weight: float, message: str | None
+) -> None:
+    model = build(architecture("yoco_u", layers=2, experts=EXPERTS | {"auxiliary_loss_weight": weight}))
+    args: Any = SimpleNamespace(**{"world_size": 1, "label_smoothing_factor": 0.0} | settings)
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        BalanceExperts().on_train_begin(args, None, None, model=model)  # type: ignore[arg-type]

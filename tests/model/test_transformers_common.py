@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from yoco_u import YocoUConfig, YocoUForCausalLM, YocoUModel
 
@@ -27,10 +26,6 @@ if not (Path(SOURCE) / "tests" / "causal_lm_tester.py").exists():
 sys.path.insert(0, SOURCE)
 
 from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester  # noqa: E402
-
-# The common tests look up by class name which models have a loss and which have none.
-MODEL_MAPPING_NAMES["yoco_u"] = "YocoUModel"
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["yoco_u"] = "YocoUForCausalLM"
 
 STAGES: dict[str, list[dict[str, Any]]] = {
     "yoco_u": [{"attention": "sliding", "layers": 1, "loops": 2}, {"attention": "cross", "layers": 1}],

@@ -136,8 +136,8 @@ def test_an_exit_needs_one_loop_before_the_cross_decoder(name: str, stages: dict
 
 
 @pytest.mark.parametrize("name", ["yoco_u", "rins"])
-def test_a_call_with_an_exit_has_no_cache(name: str) -> None:
-    """It would remember the keys and values of both exits."""
+def test_a_call_with_an_exit_has_no_cache_and_no_hidden_states(name: str) -> None:
+    """They would be those of both exits."""
     model, exits = build(architecture(name)).eval(), {"early_exit": EarlyExit(1, 0.5)}
     call = inputs() | {"document_ids": None, "use_cache": None}
     found = model(**call, **exits)
@@ -146,6 +146,8 @@ def test_a_call_with_an_exit_has_no_cache(name: str) -> None:
     for cache in ({"use_cache": True}, {"past_key_values": YocoUCache(model.model.architecture)}):
         with pytest.raises(UserError, match="exit_loop is 1, which goes with no cache"):
             model(**call | cache, **exits)
+    with pytest.raises(UserError, match="exit_loop is 1, which goes without output_hidden_states"):
+        model(**call, **exits, output_hidden_states=True)
 
 
 @pytest.mark.parametrize(("loops", "last", "exit_loop"), [(4, 1, 2), (4, 1, 3), (3, 2, 1), (2, 1, 1), (4, 2, 3)])

@@ -17,12 +17,21 @@ class BalanceExperts(TrainerCallback):
     where it is.
     """
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
         """Check the settings.
 
         Raises:
-            UserError: if processes would take over each other's counts before they are summed.
+            UserError: if processes would take over each other's counts before they are summed, or if the loss is not the
+                model's own, of which the auxiliary loss is a part.
         """
+        weights = [module.auxiliary_loss_weight for module in model.modules() if isinstance(module, ExpertMixture)]
+        if args.label_smoothing_factor and any(weights):
+            raise UserError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}, but its loss leaves out the experts' auxiliary one; "
+                "set it to 0, or the experts' auxiliary_loss_weight"
+            )
         if args.world_size > 1 and args.ddp_broadcast_buffers is not False:
             raise UserError("the experts count their tokens in buffers of each process; set ddp_broadcast_buffers=False")
 

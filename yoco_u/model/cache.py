@@ -48,8 +48,13 @@ class RetentionLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def reset(self) -> None:
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.is_initialized = False
+        super().reset()
+
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
+        if tokens_to_remove and self.is_initialized:
             raise UserError(
                 f"{abs(tokens_to_remove)} tokens were to be taken back, but a retention state cannot forget; "
                 "generate without an assistant or prompt lookup"
@@ -82,6 +87,18 @@ class SlidingLayer(DynamicSlidingWindowLayer):
             self.keys, self.values = (x[..., total - min(kept, total) :, :].clone() for x in (keys, values))
         return keys, values
 
+    def crop(self, tokens_to_remove: int) -> None:
+        if not self.is_initialized:
+            return
+        if not self.record_past and self.cumulative_length >= self.sliding_window:
+            if tokens_to_remove:
+                raise UserError(
+                    f"{abs(tokens_to_remove)} tokens were to be taken back, but the window has let go of those before them; "
+                    "call activate_past_recording() of the cache before they are added"
+                )
+            return
+        super().crop(tokens_to_remove)
+
 
 class YocoUCache(Cache):
     """The caches of one batch of sequences.
@@ -90,8 +107,9 @@ class YocoUCache(Cache):
     Only these and the layers of `full` stages grow with the number of tokens.
 
     Attributes:
-        loops: loop count of each stage, for which the cache was laid out; every call with it must use the same.
-        padded, packed: whether its rows hold padding, and more than one document, as far as is known.
+        layout: what its layers follow from, by name; every call with it must be of a model, and a loop count, with the same.
+        mask: false where a token in it is padding, (batch, tokens); None if none is known to be.
+        packed: whether its rows hold more than one document, as far as is known.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -107,13 +125,28 @@ class YocoUCache(Cache):
         if architecture.has_global_kv:
             layers += [DynamicLayer() for _ in range(architecture.global_kvs)]
         super().__init__(layers=layers)
-        self.loops = tuple(stage.loops for stage in architecture.stages)
-        self.padded = self.packed = False
+        self.layout = _layout(architecture)
+        self.mask: Tensor | None = None
+        self.packed = False
 
-    def note_rows(self, padded: bool, packed: bool) -> None:
-        """Note what rows hold whose tokens are to be appended."""
-        filled = self.get_seq_length() > 0
-        self.padded, self.packed = padded or (filled and self.padded), packed or (filled and self.packed)
+    def note_rows(self, mask: Tensor | None, packed: bool) -> None:
+        """Note what rows hold whose tokens are to be appended: `mask` is that of all tokens so far."""
+        self.mask, self.packed = mask, packed or (self.get_seq_length() > 0 and self.packed)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, beam_idx.to(self.mask.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.mask is not None:
+            self.mask = self.mask.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.mask is not None:
+            self.mask = self.mask[indices]
 
     def append(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values of new tokens, and return all that the new tokens may see.
@@ -130,6 +163,17 @@ class YocoUCache(Cache):
         self.update(state, torch.empty(state.shape[0], 0, device=state.device), slot, tokens=tokens)
 
 
+def _layout(architecture: Architecture) -> dict[str, Any]:
+    return {
+        "loops per stage": tuple(stage.loops for stage in architecture.stages),
+        "stages": tuple((stage.attention, stage.layers) for stage in architecture.stages),
+        "window": architecture.window,
+        "global_kvs": architecture.global_kvs,
+        "num_key_value_heads": architecture.num_key_value_heads,
+        "head_dim": architecture.head_dim,
+    }
+
+
 def check_unfilled(cache: YocoUCache | None) -> None:
     """Refuse a filled cache in a pass whose blocks run again, which would remember everything twice.
 
@@ -143,13 +187,14 @@ def check_unfilled(cache: YocoUCache | None) -> None:
         )
 
 
-def check_exit(loop: int | None, architecture: Architecture, cached: bool) -> None:
-    """Refuse an exit behind a loop, whose second pass through what follows the loop a cache would remember like new tokens.
+def check_exit(loop: int | None, architecture: Architecture, cached: bool, recorded: bool) -> None:
+    """Refuse an exit behind a loop where its second pass through what follows the loop would be taken for more of the first.
 
     Args:
         loop: counted from 1; None for no exit.
         architecture: at the loop count of the call.
-        cached: whether the call asks for a cache.
+        cached: whether the call asks for a cache, which would remember both passes.
+        recorded: whether it asks for the hidden states of each layer, which would be those of both.
 
     Raises:
         UserError: if the exit is not possible; the message says why.
@@ -164,15 +209,16 @@ def check_exit(loop: int | None, architecture: Architecture, cached: bool) -> No
         raise UserError(f"exit_loop needs one looped stage, which is not cross, without parallel streams; found {found}")
     if cached:
         raise UserError(f"exit_loop is {loop}, which goes with no cache; leave out past_key_values and use_cache")
+    if recorded:
+        raise UserError(f"exit_loop is {loop}, which goes without output_hidden_states; run a pass for each")
 
 
-def check_cache(
-    cache: YocoUCache | None, loops: tuple[int, ...], packing_arguments: list[str], attention_mask: Tensor | None
-) -> None:
+def check_cache(cache: YocoUCache | None, architecture: Architecture, rows: int, packing_arguments: list[str]) -> None:
     """Refuse a cache that does not fit a call.
 
     Args:
-        loops: loop count of each stage in this call.
+        architecture: at the loop count of this call.
+        rows: number of rows of this call.
         packing_arguments: names of the arguments that say where documents begin.
 
     Raises:
@@ -182,15 +228,17 @@ def check_cache(
         return
     if not isinstance(cache, YocoUCache):
         raise UserError(f"past_key_values is a {type(cache).__name__}; expected a YocoUCache, or None to have one made")
-    if cache.loops != loops:
-        raise UserError(
-            f"the cache was written with {cache.loops} loops per stage, this call asks for {loops}; use one num_loops per cache"
-        )
+    for name, asked in _layout(architecture).items():
+        if cache.layout[name] != asked:
+            raise UserError(
+                f"the cache was made for {name} {cache.layout[name]}, this call has {asked}; "
+                "use one cache per model and num_loops"
+            )
     if cache.get_seq_length() == 0:
         return
+    if (filled := cache.layers[0].keys.shape[0]) != rows:
+        raise UserError(f"the cache holds a batch of {filled}; expected {rows}, one row for each row of this call")
     if packing_arguments:
         raise UserError(f"{packing_arguments[0]} came with a filled cache; packed documents are for calls without one")
     if cache.packed:
         raise UserError("the cache holds packed documents, none of which can go on from it; run each document alone")
-    if cache.padded and attention_mask is None:
-        raise UserError("the cache holds padding, but attention_mask is missing; give one value per token so far")

@@ -1,12 +1,14 @@
 """What `generate()` of transformers does otherwise for a model that loops, and has a cache of its own."""
 
+from copy import copy
 from functools import wraps
 from typing import Any, NoReturn
 
+from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from yoco_u.errors import UserError
-from yoco_u.model.cache import YocoUCache
+from yoco_u.model.cache import SlidingLayer, YocoUCache
 from yoco_u.model.keywords import follow
 
 
@@ -39,6 +41,32 @@ class YocoUGenerationMixin(GenerationMixin):
         model_kwargs["past_key_values"] = YocoUCache(self.model.at_loops(model_kwargs.get("num_loops")))
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """With the positions of each row, where one row of them was given for all."""
+        positions = model_kwargs.get("position_ids")
+        if positions is not None and input_ids is not None and len(positions) == 1:
+            model_kwargs["position_ids"] = positions.expand(len(input_ids), -1)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def _get_candidate_generator(
+        self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """Without the loop count, which is that of this model: an assistant has one of its own, or none."""
+        generation_config = copy(generation_config)
+        vars(generation_config).pop("num_loops", None)
+        own = {name: value for name, value in model_kwargs.items() if name != "num_loops"}
+        return super()._get_candidate_generator(generation_config, *args, model_kwargs=own, **kwargs)
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """Afterwards, windows let go of tokens again: transformers leaves them recording all, in a cache that goes on."""
+        out = super()._assisted_decoding(*args, **kwargs)
+        for layer in kwargs["past_key_values"].layers:
+            if isinstance(layer, SlidingLayer):
+                layer.record_past = False
+        return out
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose arguments generate() looks at
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _summed_divergence(hidden: Tensor, toward: Tensor, targets: Tensor, weight: 
 def targets_of(labels: Tensor | None, shift_labels: Tensor | None, shape: torch.Size, segments: Tensor | None) -> Tensor:
     """The target of each token, (batch, tokens), with -100 where there is none.
 
-    Padding predicts nothing, and a document's last token does not predict the next document's first one.
+    A token predicts the next one of its own document: padding neither predicts nor is predicted, whatever its label.
 
     Args:
         labels: the input tokens, (batch, tokens): the target of a token is the label of the next one.
@@ -161,7 +161,7 @@ def targets_of(labels: Tensor | None, shift_labels: Tensor | None, shape: torch.
     targets = F.pad(given, (0, 1), value=IGNORED)[:, 1:]
     if segments is not None:
         new = segments[:, -shape[1] :]
-        foreign = (new[:, 1:] != new[:, :-1]) & (new[:, 1:] != 0)
+        foreign = (new[:, 1:] != new[:, :-1]) | (new[:, 1:] == 0)
         targets = targets.masked_fill(F.pad(foreign, (0, 1)), IGNORED)
     return targets.contiguous()
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -57,6 +58,12 @@ class YocoUPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self.config)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        body: YocoUModel = self.base_model
+        body.architecture = body.architecture.model_copy(update={"vocab_size": self.config.vocab_size})
+        return embeddings
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -127,7 +134,7 @@ class YocoUModel(YocoUPreTrainedModel):
         Args:
             input_ids: (batch, tokens); or inputs_embeds: (batch, tokens, hidden).
             attention_mask: (batch, cached + tokens), 1 for a token and 0 for padding, which may stand before or after the
-                tokens of a document, not between them.
+                tokens of a document, not between them; by default no new token is padding.
             position_ids: positions for RoPE, (batch or 1, tokens); by default the tokens of each document are counted from 0,
                 without padding. Where they do not count up by one, a new document begins.
             past_key_values: the cache of an earlier call with the same loop count.
@@ -140,7 +147,8 @@ class YocoUModel(YocoUPreTrainedModel):
             logits_to_keep: the positions to return: the last n for an int n, all for 0, or those in a 1-D tensor of indices.
                 The cross-decoder runs on these alone.
             exit_loop: a loop before the last, counted from 1. The output then has `exit_hidden_state` too: the hidden states if
-                the one looped stage, which is not cross, ended with this loop. There is no cache then, nor ParScale.
+                the one looped stage, which is not cross, ended with this loop. There is then no cache, no ParScale and no
+                `output_hidden_states`.
             kwargs: those of transformers that say where documents begin (`seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k` with
                 `max_length_q` and `max_length_k`), and `output_hidden_states`.
 
@@ -157,7 +165,8 @@ class YocoUModel(YocoUPreTrainedModel):
             found = x.ndim - (inputs_embeds is None)
             raise UserError(f"{given} has {found} dimensions; expected rows of tokens, (batch, tokens)")
         architecture = self.at_loops(num_loops)
-        check_exit(exit_loop, architecture, past_key_values is not None or bool(use_cache))
+        recorded = bool(kwargs.get("output_hidden_states", self.config.output_hidden_states))
+        check_exit(exit_loop, architecture, past_key_values is not None or bool(use_cache), recorded)
         use_cache = self.config.use_cache and exit_loop is None if use_cache is None else use_cache
         if recomputes(self):
             check_unfilled(past_key_values)
@@ -165,19 +174,21 @@ class YocoUModel(YocoUPreTrainedModel):
         if past_key_values is None and use_cache:
             past_key_values = YocoUCache(architecture)
         ids, lengths = packing(document_ids, kwargs)
-        check_cache(past_key_values, tuple(stage.loops for stage in architecture.stages), [*ids, *lengths], attention_mask)
+        check_cache(past_key_values, architecture, x.shape[0], [*ids, *lengths])
 
         batch, tokens = x.shape[:2]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        windowed = any(stage.attention == "sliding" for stage in architecture.stages)
-        layout = lay_out((batch, tokens), past, x.device, windowed, attention_mask, position_ids, ids, lengths, cu_seqlens)
+        past, cached_mask = (0, None) if past_key_values is None else (past_key_values.get_seq_length(), past_key_values.mask)
+        layout = lay_out(
+            (batch, tokens), past, x.device, {stage.attention for stage in architecture.stages},
+            attention_mask, position_ids, ids, lengths, cu_seqlens, cached_mask,
+        )  # fmt: skip
         kept, last = kept_positions(logits_to_keep, tokens, x.device)
         backend = prepare_backend(
             architecture, batch, layout.positions, layout.segments, kept, last, past_key_values,
             autocast_dtype(x.device) or x.dtype, layout.cu_seqlens, self.cross_rotation,
         )  # fmt: skip
         if past_key_values is not None:
-            past_key_values.note_rows(layout.padded, layout.packed)
+            past_key_values.note_rows(layout.mask, layout.packed)
 
         exits = {} if exit_loop is None else {exit_loop: x}
         x, losses = self.run_stages(x, backend, architecture, exits=exits)
@@ -369,6 +380,10 @@ class YocoUForCausalLM(YocoUPreTrainedModel, YocoUGenerationMixin):
             attentions=outputs.attentions,
         )
 
+
+# `Trainer` looks up by the name of a class whether its labels are to be shifted.
+MODEL_MAPPING_NAMES[YocoUConfig.model_type] = YocoUModel.__name__
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[YocoUConfig.model_type] = YocoUForCausalLM.__name__
 
 _MODEL_KEYWORDS = frozenset((*signature(YocoUModel.forward).parameters, *OF_MODEL)) - {"self", "kwargs"}
 _CAUSAL_LM_KEYWORDS = frozenset((*signature(YocoUForCausalLM.forward).parameters, *OF_MODEL, *OF_LOSS)) - {"self", "kwargs"}

@@ -190,13 +190,18 @@ def _read(name: str) -> _Module:
 
 
 def _defines(node: ast.stmt) -> tuple[set[str], str | None]:
-    """The names that a statement defines, and what it registers itself with, as by a decorator `@operator.register_fake`."""
+    """The names that a statement defines, and what it registers, or registers itself with.
+
+    It does so by a decorator `@operator.register_fake`, by a call, or by `REGISTRY[...] = it.__name__`.
+    """
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         for decorator in node.decorator_list:
             if node.name == "_":
                 return set(), _root(decorator)
         return {node.name}, None
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        return set(), _root(node.value)
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
         return set(), _root(node.value)
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     return {one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)}, None

@@ -4,7 +4,7 @@ Segments are explained in `yoco_u.model.attention`. A sequence is a longest run 
 finds them in what a call says about its rows, and refuses what contradicts itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,10 @@ _HOLE = (
     "attention_mask has padding between tokens of one document; expected it before or after them: pad prompts on the left, or "
     "remove the padding before going on from a cache"
 )
+_NOT_AS_CACHED = (
+    "attention_mask contradicts the one that the cache was filled with; there padding stays padding, and a token that others "
+    "have seen stays a token"
+)
 _POSITIONS_IN_DOCUMENT = (
     "position_ids do not count up by one inside a document; leave them out, or give the documents that they show"
 )
@@ -38,13 +42,14 @@ class Layout:
         segments: of all tokens so far, (batch, past + tokens); None if each row is known to be one document without padding.
         positions: of the new tokens for RoPE, (batch or 1, tokens).
         cu_seqlens: where the sequences begin, see `cumulative_lengths`; None if it was neither given nor looked for.
-        padded, packed: whether rows hold padding, and more than one document, as far as is known without waiting for a GPU.
+        mask: false where one of all tokens so far is padding, (batch, past + tokens); None if none is known to be.
+        packed: whether rows hold more than one document, as far as is known without waiting for a GPU.
     """
 
     segments: Tensor | None
     positions: Tensor
     cu_seqlens: Tensor | None = None
-    padded: bool = False
+    mask: Tensor | None = None
     packed: bool = False
 
 
@@ -52,12 +57,13 @@ def lay_out(
     shape: tuple[int, int],
     past: int,
     device: torch.device,
-    windowed: bool,
+    attentions: Collection[str],
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     ids: Mapping[str, Tensor] | None = None,
     lengths: Mapping[str, Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
+    cached_mask: Tensor | None = None,
 ) -> Layout:
     """Find the documents and the padding of a call.
 
@@ -69,12 +75,14 @@ def lay_out(
     Args:
         shape: (batch, tokens) of the new tokens.
         past: number of cached tokens.
-        windowed: whether a window counts the slots of a cache, so that padding in between would be counted too.
-        attention_mask: (batch, past + tokens), 1 for a token and 0 for padding.
+        attentions: the kinds of attention of the stages. A window counts the slots of a cache, and so would count padding in
+            between too; a retention state cannot forget.
+        attention_mask: (batch, past + tokens), 1 for a token and 0 for padding; by default what the cache holds, and tokens.
         position_ids: (batch or 1, tokens), integers.
         ids: by the name of the argument, numbers that change where a document begins, (batch, tokens).
         lengths: by the name of the argument, where documents begin in the rows laid one after another, (documents + 1,), int32.
         cu_seqlens: what `cumulative_lengths` returned.
+        cached_mask: `mask` of the layout of the call before, (batch, at least past).
 
     Raises:
         UserError: if a shape does not fit, a value is impossible or two arguments contradict each other.
@@ -83,7 +91,10 @@ def lay_out(
     batch, tokens = shape
     _check_shapes(shape, past, attention_mask, position_ids, ids)
     traced, waits = torch.compiler.is_compiling(), host_waits(device)
-    if attention_mask is not None and cu_seqlens is None and not traced and not waits and bool((attention_mask == 1).all()):
+    cached_mask = None if cached_mask is None or not past else cached_mask[:, :past]
+    if cached_mask is not None:
+        attention_mask = F.pad(cached_mask, (0, tokens), value=True) if attention_mask is None else attention_mask
+    elif attention_mask is not None and cu_seqlens is None and not traced and not waits and bool((attention_mask == 1).all()):
         attention_mask = None
 
     wrong: list[tuple[Tensor, str]] = []  # what must be false everywhere, and what to say if it is not
@@ -103,8 +114,10 @@ def lay_out(
     segments = None if borders is None else F.pad(borders.long().cumsum(dim=1), (1, 0)) + 1
     if real is not None:
         segments = real.long() if segments is None else segments * real
-        if windowed or not past:
+        if "sliding" in attentions or not past:
             wrong.append((_holes(segments), _HOLE))
+        if past:
+            wrong.append((_contradicts(real[:, :past], cached_mask, "retention" in attentions), _NOT_AS_CACHED))
     check_cumulative_lengths(cu_seqlens, segments)
     if cu_seqlens is not None and segments is not None:
         given = torch.zeros(batch * tokens + 1, dtype=torch.bool, device=device).index_fill(0, cu_seqlens.long(), True)
@@ -116,13 +129,13 @@ def lay_out(
     if traced or (waits and (past > 0 or tokens == 1 or known is not None)):
         for found, message in wrong:
             torch._assert_async(~found.any(), message)
-        return Layout(segments, position_ids, known, packed=bool(ids or lengths))
+        return Layout(segments, position_ids, known, real, bool(ids or lengths))
     sequences, padded, packed = _look(segments, wrong)
     if segments is not None and not (padded or packed):
         return Layout(None, position_ids)
     if segments is not None and waits:
         known = _starts(segments, sequences)
-    return Layout(segments, position_ids, known, padded, packed)
+    return Layout(segments, position_ids, known, real if padded else None, packed)
 
 
 def _look(segments: Tensor | None, wrong: list[tuple[Tensor, str]]) -> tuple[int, bool, bool]:
@@ -212,6 +225,22 @@ def _holes(segments: Tensor) -> Tensor:
     """True where a document goes on behind padding, (batch, tokens - 1)."""
     so_far = segments.cummax(dim=1).values
     return (segments[:, :-1] == 0) & (segments[:, 1:] != 0) & (segments[:, 1:] == so_far[:, :-1])
+
+
+def _contradicts(real: Tensor, cached: Tensor | None, keeps_all: bool) -> Tensor:
+    """True where a mask does not say what the cache was filled with, (batch, past).
+
+    A cached token may become padding as long as no token behind it stays, which would have seen it.
+
+    Args:
+        real, cached: false where a token is padding, now and then, (batch, past); None without padding.
+        keeps_all: whether the cache is a state, which has seen all tokens.
+    """
+    dropped = ~real if cached is None else cached & ~real
+    if not keeps_all:
+        index = torch.arange(real.shape[1], device=real.device)
+        dropped = dropped & (index < (index * real).amax(dim=1, keepdim=True))
+    return dropped if cached is None else dropped | (real & ~cached)
 
 
 def _positions(documents: Tensor | None, real: Tensor | None, tokens: int, past: int, device: torch.device) -> Tensor:
