@@ -121,7 +121,10 @@ def trend_of(pairs: Sequence[tuple[Series, Series]], x: Cost) -> Trend:
 
 
 def tokens_to_equal_loss(results: Results) -> Outcome:
-    """The share of YOCO's tokens that YOCO-U saves on its way down to YOCO's final loss."""
+    """The share of YOCO's tokens that YOCO-U saves on its way down to YOCO's final loss.
+
+    Where a seed does not reach it there is no share to take an interval of: then the final losses say whether it is refuted.
+    """
     pairs = results.pairs("yoco_u", "yoco", "tokens", paper_loops(results))
     if not pairs:
         raise NotDecidable("no YOCO with the tokens of a YOCO-U is finished")
@@ -146,7 +149,9 @@ def tokens_to_equal_loss(results: Results) -> Outcome:
     if len(reached) < len(seeds):
         share = f"{len(reached)} of {len(seeds)} seeds"
         text = f"YOCO-U reaches the final loss of YOCO within its {short_count(looped.tokens)} tokens in {share}. {how}"
-        return Outcome(OPEN if reached or len(seeds) < 2 else "not confirmed", text, numbers)
+        numbers["difference"] = found = difference(looped.final, plain.final)
+        text = f"{text} At the end: {difference_text(found)}."
+        return Outcome("not confirmed" if of_sign(found) == "not confirmed" else OPEN, text, numbers)
     saving = interval([1 - tokens / plain.tokens for tokens in reached.values()])
     numbers["saving"] = saving
     bounds = "one seed, no interval" if saving.low is None else f"95%: {saving.low:.0%} to {saving.high:.0%}"
