@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import curve_fit
-from scipy.stats import studentized_range, ttest_1samp
+from scipy.stats import binomtest, studentized_range, ttest_1samp
 from scipy.stats import t as student_t
 
 CONFIDENCE = 0.95
@@ -23,7 +23,7 @@ class Interval:
     """A mean over seeds, with its 95% confidence interval by Student's t.
 
     Attributes:
-        low, high: bounds of the interval; None with one seed, which has no spread to tell them from.
+        low, high: bounds of the interval; None where there is no spread to tell them from: with one seed, or where all agree.
         count: number of seeds.
     """
 
@@ -41,6 +41,18 @@ class Interval:
         bounds = [None if bound is None else function(bound) for bound in (self.low, self.high)]
         return Interval(function(self.mean), bounds[0], bounds[1], self.count)
 
+    def among(self, parts: int) -> "Interval":
+        """The interval so much wider that, with 95%, as many of its kind hold at once (Bonferroni).
+
+        It decides whether any one of several holds, for which Holm's rule asks the same.
+        """
+        if self.low is None or self.high is None or parts == 1:
+            return self
+        alpha, freedom = 1 - CONFIDENCE, self.count - 1
+        wider = float(student_t.ppf(1 - alpha / parts / 2, freedom) / student_t.ppf(1 - alpha / 2, freedom))
+        low, high = (self.mean + wider * (bound - self.mean) for bound in (self.low, self.high))
+        return Interval(self.mean, low, high, self.count)
+
 
 def interval(values: Sequence[float]) -> Interval:
     """The mean of independent values, one for each seed, with its interval.
@@ -54,10 +66,8 @@ def interval(values: Sequence[float]) -> Interval:
     if not all(map(math.isfinite, values)):
         raise NotDecidable("what is compared has no finite value for a seed")
     mean = math.fsum(values) / count
-    if count == 1:
-        return Interval(mean, None, None, 1)
-    if math.isclose(min(values), max(values), rel_tol=1e-12):  # scipy's t divides by the spread, which is 0 or rounding here
-        return Interval(mean, mean, mean, count)
+    if count == 1 or math.isclose(min(values), max(values), rel_tol=1e-12):  # no spread, or rounding alone
+        return Interval(mean, None, None, count)
     low, high = ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
     return Interval(mean, float(low), float(high), count)
 
@@ -77,6 +87,71 @@ def difference(values: Mapping[int, float], others: Mapping[int, float]) -> Inte
     if not common:
         raise NotDecidable("the two have no seed in common")
     return interval([values[seed] - others[seed] for seed in common])
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of the questions that a seed was asked have the counted answer."""
+
+    right: int
+    asked: int
+
+    @property
+    def value(self) -> float:
+        return self.right / self.asked
+
+
+def share_interval(shares: Sequence[Share]) -> Interval:
+    """The mean share over seeds. Its interval is Student's over the seeds, and at least Wilson's of all questions together.
+
+    Wilson's alone would take a seed's questions as independent of it, Student's alone has no width where all seeds agree.
+
+    Raises:
+        NotDecidable: if there is no seed.
+    """
+    found = interval([share.value for share in shares])
+    low, high = _wilson(shares)
+    low, high = (low, high) if found.low is None or found.high is None else (min(low, found.low), max(high, found.high))
+    return Interval(found.mean, max(0.0, low), min(1.0, high), found.count) if found.count > 1 else found
+
+
+def share_difference(shares: Mapping[int, Share], others: Mapping[int, Share]) -> Interval:
+    """The mean of `shares` minus `others`, paired by seed, with an interval of the same kind (Newcombe's, of two of Wilson's).
+
+    Raises:
+        NotDecidable: if they have no seed in common.
+    """
+    found = difference(*({seed: share.value for seed, share in of.items()} for of in (shares, others)))
+    if found.count == 1:
+        return found
+    common = sorted(shares.keys() & others.keys())
+    ours, theirs = ([of[seed] for seed in common] for of in (shares, others))
+    (low, high), (other_low, other_high) = _wilson(ours), _wilson(theirs)
+    rate, other = _pooled(ours).value, _pooled(theirs).value
+    below, above = math.hypot(rate - low, other_high - other), math.hypot(high - rate, other - other_low)
+    bounds = [rate - other - below, rate - other + above, *(bound for bound in (found.low, found.high) if bound is not None)]
+    return Interval(found.mean, max(-1.0, min(bounds)), min(1.0, max(bounds)), found.count)
+
+
+def _pooled(shares: Sequence[Share]) -> Share:
+    return Share(sum(share.right for share in shares), sum(share.asked for share in shares))
+
+
+def _wilson(shares: Sequence[Share]) -> tuple[float, float]:
+    pooled = _pooled(shares)
+    low, high = binomtest(pooled.right, pooled.asked).proportion_ci(CONFIDENCE, "wilson")
+    return float(low), float(high)
+
+
+def correlation_interval(correlations: Sequence[Sequence[float]]) -> Interval:
+    """The mean correlation, of one or several for each seed, with its interval over the seeds, by Fisher's z.
+
+    Raises:
+        NotDecidable: if there is no seed.
+    """
+    bound = 1 - 1e-9  # a correlation of 1 has no z
+    z = [float(np.arctanh(np.clip(of_seed, -bound, bound)).mean()) for of_seed in correlations]
+    return interval(z).map(math.tanh)
 
 
 def simultaneous_half_width(losses: Sequence[Mapping[int, float]]) -> float:

@@ -14,6 +14,7 @@ from yoco_u.experiment.findings.verdicts import (
     Verdict,
     difference_text,
     loss_text,
+    no_interval,
     of_sign,
     together,
     trend_text,
@@ -154,7 +155,7 @@ def tokens_to_equal_loss(results: Results) -> Outcome:
         return Outcome("not confirmed" if of_sign(found) == "not confirmed" else OPEN, text, numbers)
     saving = interval([1 - tokens / plain.tokens for tokens in reached.values()])
     numbers["saving"] = saving
-    bounds = "one seed, no interval" if saving.low is None else f"95%: {saving.low:.0%} to {saving.high:.0%}"
+    bounds = no_interval(saving) if saving.low is None else f"95%: {saving.low:.0%} to {saving.high:.0%}"
     text = (
         f"YOCO-U needs {saving.mean:.0%} fewer tokens than the {short_count(plain.tokens)} of YOCO ({bounds}); the paper found "
         f"{paper.TOKEN_SAVING:.0%}. {how}"

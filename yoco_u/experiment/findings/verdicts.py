@@ -54,8 +54,13 @@ def signed(value: float) -> str:
 def difference_text(found: Interval) -> str:
     """−0.0123 (95%: −0.0200 to −0.0046, 3 seeds)"""
     if found.low is None or found.high is None:
-        return f"{signed(found.mean)} (one seed, no interval)"
+        return f"{signed(found.mean)} ({no_interval(found)})"
     return f"{signed(found.mean)} (95%: {signed(found.low)} to {signed(found.high)}, {found.count} seeds)"
+
+
+def no_interval(found: Interval) -> str:
+    """Why there is none: one seed, no interval"""
+    return "one seed, no interval" if found.count == 1 else f"the same for {found.count} seeds, no interval"
 
 
 def loss_text(found: Interval) -> str:
@@ -69,7 +74,9 @@ def short_difference_text(found: Interval) -> str:
 
 
 def _half_text(found: Interval) -> str:
-    return " (one seed)" if found.high is None else f" ± {found.high - found.mean:.4f}"
+    if found.high is None:
+        return " (one seed)" if found.count == 1 else f" ({found.count} seeds, all the same)"
+    return f" ± {found.high - found.mean:.4f}"
 
 
 def trend_text(trend: Trend, gap: float, unit: str) -> str:
