@@ -270,6 +270,7 @@ def test_of_several_tunings_the_best_stands_for_the_architecture(tmp_path: Path)
     found = outcome(results_of(grid(models), tmp_path, finals(losses)), "equal-steps")
     assert found.verdict == "not confirmed"
     assert found.numbers["difference"].mean == pytest.approx(0.05, abs=0.004)
+    assert "learning rate 0.01 is the best of 2" in found.text and "learning rate 0.02 is the best of 2" in found.text
 
 
 def with_measures(results: Results, taken: dict[str, dict[str, Any]]) -> Results:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from yoco_u.experiment.findings.verdicts import Verdict, of_sign
+from yoco_u.experiment.findings.loops import _one_helps
+from yoco_u.experiment.findings.verdicts import Verdict, all_negative, of_sign
 from yoco_u.experiment.intervals import (
     NotDecidable,
     Share,
@@ -54,6 +55,16 @@ def test_the_interval_of_a_table() -> None:
     """t of 2 degrees of freedom at 97.5% is 4.303 in every table."""
     found = interval([1.0, 2.0, 3.0])
     assert found.high == pytest.approx(2 + 4.303 / math.sqrt(3), abs=1e-3)
+
+
+@pytest.mark.parametrize("parts", [2, 5, 12])
+def test_a_claim_of_many_parts_that_are_nothing_is_seldom_refuted(parts: int) -> None:
+    generator, refuted, helped, grids = np.random.default_rng(parts), 0, 0, 300
+    for _ in range(grids):
+        found = [interval(generator.normal(0, 1, 4).tolist()) for _ in range(parts)]
+        refuted += all_negative(found) == "not confirmed"
+        helped += _one_helps(found) == "confirmed"
+    assert refuted / grids < 0.06 and helped / grids < 0.06
 
 
 def test_one_seed_has_no_interval_and_none_no_mean() -> None:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 from yoco_u.data.synthetic import TASKS
 from yoco_u.experiment.config import Role
 from yoco_u.experiment.findings.comparisons import paper_loops
-from yoco_u.experiment.findings.verdicts import OPEN, Outcome, no_interval, of_sign
+from yoco_u.experiment.findings.verdicts import OPEN, Outcome, choice_text, no_interval, of_sign
 from yoco_u.experiment.intervals import Interval, NotDecidable, difference, interval
 from yoco_u.experiment.results import Cost, Results, Series, best
 from yoco_u.formatting import scientific, short_count
@@ -90,7 +90,7 @@ def more_right(results: Results, task: str, equal: Equal) -> Outcome:
             "train longer, or on lower levels."
         )
         return Outcome(OPEN, text, numbers)
-    return Outcome(of_sign(-found), text, numbers)
+    return Outcome(of_sign(-found), text + choice_text(looped, plain), numbers)
 
 
 def points_text(found: Interval) -> str:

@@ -8,7 +8,16 @@ from numpy.typing import NDArray
 
 from yoco_u.experiment.config import Role
 from yoco_u.experiment.findings.comparisons import paper_loops
-from yoco_u.experiment.findings.verdicts import OPEN, Outcome, Verdict, difference_text, of_sign, together
+from yoco_u.experiment.findings.verdicts import (
+    OPEN,
+    Outcome,
+    Verdict,
+    all_negative,
+    choice_text,
+    difference_text,
+    of_sign,
+    together,
+)
 from yoco_u.experiment.intervals import (
     Interval,
     NotDecidable,
@@ -33,13 +42,12 @@ def angular(results: Results) -> Outcome:
     series = _measured(results.of_role("yoco_u", loops), "angular")
     looped, other = _by_loop(series)
     means = {seed: found.mean(axis=1) for seed, found in looped.items()}
-    verdicts, text, numbers = list[Verdict](), [], dict[str, Any]()
+    text, numbers = list[str](), dict[str, Interval]()
     shown = np.mean(list(looped.values()), axis=0)
     text.append(f"{series.label}: " + "; ".join(f"loop {t} {_row(row)}" for t, row in enumerate(shown, start=1)))
     text.append(f"; cross-decoder {_row(np.mean(list(other.values()), axis=0))} half turns, layer by layer. ")
 
     def claim(name: str, claimed_negative: Interval, shown: str) -> None:
-        verdicts.append(of_sign(claimed_negative))
         numbers[name] = claimed_negative
         text.append(shown)
 
@@ -59,7 +67,7 @@ def angular(results: Results) -> Outcome:
         -jump,
         f"From the last looped to the first cross layer: {difference_text(jump)}.",
     )
-    return Outcome(together(verdicts), "".join(text), numbers)
+    return Outcome(all_negative([*numbers.values()]), "".join(text) + choice_text(series), numbers)
 
 
 def _measured(candidates: list[Series], measure: str) -> Series:
@@ -122,10 +130,10 @@ def retrieval(results: Results) -> Outcome:
         if role != "window_only":
             missed = share_difference(recalls["window_only"], found)
             numbers[f"window_only minus {role}"] = missed
-            beaten = of_sign(missed)
+            beaten = of_sign(missed, len(roles) - 1)
             verdicts.append(OPEN if beaten == "confirmed" and numbers[role].mean < FOUND else beaten)
     text.append(f". Found means a share of {FOUND:.0%} or more, and more than by windows alone in every interval.")
-    return Outcome(together(verdicts), "".join(text), numbers)
+    return Outcome(together(verdicts), "".join(text) + choice_text(*chosen.values()), numbers)
 
 
 def _recall(series: Series, length: int) -> dict[int, Share]:
