@@ -234,15 +234,20 @@ def read_results(runs: Sequence[GridRun], folder: Path) -> Results:
     Raises:
         UserError: if no run is finished, or a folder is damaged or holds a run of other settings.
     """
-    results = tuple(_read_result(run, folder / run.name) for run in runs)
+    results = results_of(tuple(_read_result(run, folder / run.name) for run in runs))
+    if not results.series:
+        raise UserError(f"{folder}: none of the {len(runs)} runs is finished yet; train them without --report first")
+    check_one_dataset(folder / result.run.name for result in results.runs if result.state == "finished")
+    return results
+
+
+def results_of(runs: tuple[RunResult, ...]) -> Results:
+    """The runs of a grid, with those that are finished grouped into series."""
     groups: dict[str, list[RunResult]] = {}
-    for result in results:
+    for result in runs:
         if result.state == "finished":
             groups.setdefault(result.run.series, []).append(result)
-    if not groups:
-        raise UserError(f"{folder}: none of the {len(runs)} runs is finished yet; train them without --report first")
-    check_one_dataset(folder / result.run.name for group in groups.values() for result in group)
-    return Results(results, tuple(_series(group) for group in groups.values()))
+    return Results(runs, tuple(_series(group) for group in groups.values()))
 
 
 def _read_result(run: GridRun, folder: Path) -> RunResult:

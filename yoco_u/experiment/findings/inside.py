@@ -93,15 +93,15 @@ def _by_loop(series: Series) -> tuple[dict[int, NDArray[np.float64]], dict[int, 
     return looped, other
 
 
-def _alikeness(found: NDArray[np.float64]) -> list[float]:
-    """The correlation of each loop's pattern with the next one's; `found` is (loops, layers).
+def _alikeness(found: NDArray[np.float64]) -> float:
+    """The mean correlation of each loop's pattern with the next one's; `found` is (loops, layers).
 
     Raises:
         NotDecidable: if the distances of a loop are all equal, but for rounding.
     """
     if (np.ptp(found, axis=1) <= 1e-6 * np.abs(found).max(axis=1)).any():
         raise NotDecidable("the angular distances within a loop are all equal, so that they have no pattern")
-    return [float(np.corrcoef(one, other)[0, 1]) for one, other in pairwise(found)]
+    return float(np.mean([np.corrcoef(one, other)[0, 1] for one, other in pairwise(found)]))
 
 
 def _row(values: NDArray[np.float64]) -> str:
