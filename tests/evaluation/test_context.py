@@ -19,9 +19,9 @@ PREFIXES, LAST = (1, 5, 16, 40), 12
 
 def test_texts_are_cut_one_after_another() -> None:
     documents = [np.arange(25), np.arange(100, 107), np.arange(200, 210)]
-    assert take_texts(documents, 10) == [list(range(10)), list(range(10, 20)), list(range(200, 210))]
-    assert take_texts(documents, 10, limit=1) == [list(range(10))]
-    assert take_texts(documents, 25) == [list(range(25))]
+    assert take_texts(documents, 10) == [(list(range(10)), 0), (list(range(10, 20)), 0), (list(range(200, 210)), 2)]
+    assert take_texts(documents, 10, limit=1) == [(list(range(10)), 0)]
+    assert take_texts(documents, 25) == [(list(range(25)), 0)]
     with pytest.raises(UserError, match=r"together, 26 tokens; the longest has 25: name longer files"):
         take_texts(documents, 26)
 
@@ -81,10 +81,22 @@ def test_losses_are_those_of_one_pass_of_the_model(name: str, tmp_path: Path) ->
 
 
 def test_scores_by_hand() -> None:
-    first, second = context_scores(np.array([[2.0, 1.5], [3.0, 2.7]]), (8, 16))
+    first, second = context_scores(np.array([[2.0, 1.5], [3.0, 2.7]]), (8, 16), [0, 4])
     assert (first.prefix, first.loss, first.change, first.change_error) == (8, 2.5, 0, 0)
     assert second.loss == pytest.approx(2.1)
     assert second.perplexity == pytest.approx(np.exp(2.1))
     assert second.change == pytest.approx(-0.4)
     assert second.change_error == pytest.approx(0.1)  # the standard error of -0.5 and -0.3
-    assert context_scores(np.array([[2.0, 1.5]]), (8, 16))[1].change_error is None
+    assert context_scores(np.array([[2.0, 1.5]]), (8, 16), [0])[1].change_error is None
+
+
+def test_the_standard_error_of_a_change_holds_where_the_pieces_of_a_document_are_alike() -> None:
+    generator, changes, errors = np.random.default_rng(0), [], []
+    documents = np.repeat(np.arange(30), generator.integers(1, 8, 30))
+    for _ in range(300):
+        change = (0.1 * generator.normal(size=30))[documents] + 0.05 * generator.normal(size=len(documents))
+        score = context_scores(np.stack([np.zeros_like(change), change], axis=1), (8, 16), documents.tolist())[1]
+        changes.append(score.change)
+        errors.append(score.change_error or 0.0)
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(changes), rel=0.15)
+    assert context_scores(np.ones((3, 2)), (8, 16), [7, 7, 7])[1].change_error is None

@@ -56,7 +56,10 @@ def test_needles(tmp_path: Path, figures: list[Figure], lengths: tuple[int, ...]
 
 def test_contexts(tmp_path: Path, figures: list[Figure]) -> None:
     first, second = np.array([[2.0, 1.5], [2.4, 1.7]]), np.array([[2.2, 1.6]])
-    curves = [("a, T=3", context_scores(first, (1024, 2048))), ("b, T=1", context_scores(second, (1024, 2048)))]
+    curves = [
+        ("a, T=3", context_scores(first, (1024, 2048), range(len(first)))),
+        ("b, T=1", context_scores(second, (1024, 2048), range(len(second)))),
+    ]
     write_context_plot(curves, 512, tmp_path / "context.png")
     assert_is_png(tmp_path / "context.png")
     [figure] = figures

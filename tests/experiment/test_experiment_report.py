@@ -78,8 +78,8 @@ def test_budgets_are_fitted(tmp_path: Path) -> None:
     fits = {(fit["model"], fit["x"]): fit["law"] for fit in data["fits"]}
     assert fits.keys() == {(model, x) for model in LOSSES for x in ("tokens", "flops")}
     for law in fits.values():
-        assert law["exponent"] == pytest.approx(0.3, rel=0.01)
-        assert law["floor"] == pytest.approx(1.5, rel=0.01)
+        assert law["exponent"]["mean"] == pytest.approx(0.3, rel=0.01)
+        assert law["floor"]["mean"] == pytest.approx(1.5, rel=0.01)
     assert "Loss over budgets" in (tmp_path / "report.html").read_text()
 
 

@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up_grids import finals, grid, noise, preset, results_of
 
 from yoco_u.experiment.findings.claims import FINDINGS, judge
+from yoco_u.experiment.findings.comparisons import tokens_to_equal_loss
 from yoco_u.experiment.findings.verdicts import Outcome
 from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.results import Results
@@ -106,6 +108,24 @@ def test_tokens_to_equal_loss_along_runs(tmp_path: Path, gap: float, verdict: st
         assert "0 of 3 seeds" in found.text
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_equal_models_are_seldom_refuted_by_the_tokens_to_an_equal_loss(without_training: Results, count: int) -> None:
+    """Two models of one law: by chance no seed of one reaches the other, in a quarter of all grids with two seeds."""
+    generator, refuted, grids = np.random.default_rng(count), 0, 200
+    yoco = without_training.series[0]
+    for _ in range(grids):
+        series = []
+        for role in ("yoco", "yoco_u"):
+            ends = {seed: float(generator.normal(2.5, 0.03)) for seed in range(count)}
+            curves = {
+                seed: tuple(replace(point, loss=end + 0.02 * (15 - i)) for i, point in enumerate(yoco.curves[0]))
+                for seed, end in ends.items()
+            }
+            series.append(replace(yoco, role=role, loops=3 if role == "yoco_u" else 1, curves=curves))
+        refuted += tokens_to_equal_loss(replace(without_training, series=tuple(series))).verdict == "not confirmed"
+    assert refuted / grids < 0.06
+
+
 PAPER_ORDER = [
     "rins", "yoco-u", "deeper", "universal-transformer", "upper-loop-without-shared-kv", "upper-loop", "yoco", "transformer",
     "parscale",
@@ -191,12 +211,12 @@ def test_early_lag(tmp_path: Path, lag: float, gain: float, verdict: str, plain:
 @given(kept=st.lists(st.sets(st.integers(0, 14)), min_size=3, max_size=3))
 def test_early_means_measured_early(kept: list[set[int]], without_training: Results) -> None:
     """The losses are straight over log tokens, so that those after a quarter are known wherever evaluations lie around it."""
-    lost = {"yoco": 0.1, "plain": 0.5, "tamed": 0.2}
+    lost, shift = {"yoco": 0.1, "plain": 0.5, "tamed": 0.2}, {"yoco": 0.001, "plain": 0.0, "tamed": 0.001}
     series = []
     for one, places in zip(without_training.series, kept, strict=True):
         curves = {
             seed: tuple(
-                replace(curve[i], loss=2 + 0.001 * seed * (one.name == "yoco") - lost[one.name] * math.log2((i + 1) / 16))
+                replace(curve[i], loss=2 + shift[one.name] * seed - lost[one.name] * math.log2((i + 1) / 16))
                 for i in (*sorted(places), 15)
             )
             for seed, curve in one.curves.items()
@@ -205,7 +225,7 @@ def test_early_means_measured_early(kept: list[set[int]], without_training: Resu
     found = outcome(replace(without_training, series=tuple(series)), "early-lag")
     if all(min(places, default=15) <= 3 for places in kept):
         assert found.numbers["plain minus YOCO"]["early"].mean == pytest.approx(2 * 0.4 - 0.001)
-        assert found.numbers["tamed"]["early, minus plain"].mean == pytest.approx(-2 * 0.3)
+        assert found.numbers["tamed"]["early, minus plain"].mean == pytest.approx(-2 * 0.3 + 0.001)
         assert found.verdict == "confirmed" and "after 51.2K tokens" in found.text and "75% of the early lag" in found.text
     else:
         assert (found.verdict, found.numbers) == (OPEN, {})
@@ -250,6 +270,7 @@ def test_of_several_tunings_the_best_stands_for_the_architecture(tmp_path: Path)
     found = outcome(results_of(grid(models), tmp_path, finals(losses)), "equal-steps")
     assert found.verdict == "not confirmed"
     assert found.numbers["difference"].mean == pytest.approx(0.05, abs=0.004)
+    assert "learning rate 0.01 is the best of 2" in found.text and "learning rate 0.02 is the best of 2" in found.text
 
 
 def with_measures(results: Results, taken: dict[str, dict[str, Any]]) -> Results:
@@ -257,8 +278,8 @@ def with_measures(results: Results, taken: dict[str, dict[str, Any]]) -> Results
 
     def shift(value: Any, by: float) -> Any:
         if isinstance(value, dict):
-            return {key: one if key in ("length", "depth") else shift(one, by) for key, one in value.items()}
-        return [shift(one, by) for one in value] if isinstance(value, list) else value + by
+            return {key: one if key in ("length", "depth", "samples") else shift(one, by) for key, one in value.items()}
+        return [shift(one, by * (1 + i % 5)) for i, one in enumerate(value)] if isinstance(value, list) else value + by
 
     series = []
     for one in results.series:
@@ -281,7 +302,7 @@ def test_angular_distances(tmp_path: Path, layers: list[float], verdict: str) ->
     assert outcome(plain, "angular").verdict == OPEN
     found = outcome(with_measures(plain, {"yoco-u": {"angular": {"layers": layers}}}), "angular")
     assert found.verdict == verdict
-    assert found.numbers["loop 2 minus loop 1"].mean == pytest.approx(sum(layers[3:6]) / 3 - sum(layers[:3]) / 3)
+    assert found.numbers["loop 2 minus loop 1"].mean == pytest.approx(sum(layers[3:6]) / 3 - sum(layers[:3]) / 3, abs=0.005)
 
 
 @pytest.mark.filterwarnings("error")
@@ -315,11 +336,15 @@ def test_retrieval(tmp_path: Path, recalls: tuple[float, ...], verdict: str) -> 
     assert outcome(results, "retrieval").verdict == OPEN
     taken = {
         name: {
-            "needles": [{"length": n, "depth": d, "recall": 1.0 if d > 0.5 else recall} for n in (64, 512) for d in (0, 0.5, 1)]
+            "needles": [
+                {"length": n, "depth": d, "samples": 1000, "recall": 1.0 if d > 0.5 else recall}
+                for n in (64, 512)
+                for d in (0, 0.5, 1)
+            ]
         }
         for name, recall in zip(names, recalls, strict=True)
     }
     found = outcome(with_measures(results, taken), "retrieval")
     assert found.verdict == verdict
-    assert found.numbers["yoco"].mean == pytest.approx(recalls[2] + 0.001)
+    assert found.numbers["yoco"].mean == pytest.approx(recalls[2], abs=0.005)
     assert "512 tokens" in found.text

@@ -6,7 +6,6 @@ too long. The reason stays in the case's result.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
@@ -78,8 +77,8 @@ class Measurement:
 
     @property
     def ceiling(self) -> Ceilings:
-        """The machine's ceilings: the medians over all turns."""
-        gemm, memory, busy = map(median, zip(*self.ceilings, strict=True))
+        """The machine's ceilings: the highest rates, and the most CPUs of other processes, of all turns."""
+        gemm, memory, busy = map(max, zip(*self.ceilings, strict=True))
         return Ceilings(gemm, memory, busy)
 
 

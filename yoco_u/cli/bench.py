@@ -152,6 +152,7 @@ def _report(benchmark: "Benchmark", absent: list[str], paper: bool, json: Path |
     """
     from rich.console import Console
 
+    from yoco_u.bench.ceilings import unsteady
     from yoco_u.bench.paper_tables import paper_json, print_paper_tables
     from yoco_u.bench.results import as_json, rows_of
     from yoco_u.bench.table import print_failures, print_tables
@@ -173,6 +174,8 @@ def _report(benchmark: "Benchmark", absent: list[str], paper: bool, json: Path |
             print_failures(console, measurement)
         else:
             print_tables(console, measurement, absent)
+        for line in unsteady(measurement.ceilings):
+            console.print(line, style="yellow", highlight=False)
 
 
 def _pythons(given: list[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from yoco_u.cli.output import note, progress_bar
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
-    from yoco_u.evaluation.context import ContextScore
+    from yoco_u.evaluation.context import ContextScore, Text
 
 _CHUNK = 2048  # the most tokens that the engine computes in one step
 
@@ -71,6 +71,7 @@ def context(
     if lengths[0] < 1 or any(longer <= shorter for shorter, longer in pairwise(lengths)):
         raise UserError(f"--prefixes is {prefixes}; expected rising whole numbers from 1 on, such as 2048,4096,8192")
     cut = _same_texts(models, files, text_field or "text", max(lengths) + last, texts)
+    documents = [text.document for text in cut]
     results: list[dict[str, Any]] = []
     for model in models:
         llm = LLM(
@@ -80,16 +81,19 @@ def context(
         counts = num_loops or [llm.engine.num_loops]
         with progress_bar(f"{model}", len(counts) * len(cut)) as advance:
             for loops in counts:
-                losses = text_losses(llm, cut, lengths, last, loops, lambda: advance(1))
-                scores = context_scores(losses, lengths)
+                losses = text_losses(llm, [text.token_ids for text in cut], lengths, last, loops, lambda: advance(1))
+                scores = context_scores(losses, lengths, documents)
                 results.append({"model": str(model), "num_loops": loops, "scores": scores, "text_losses": losses.tolist()})
-    note(f"{', '.join(files) if files else 'validation split'}: {len(cut)} texts, the last {last} tokens of each")
+    note(
+        f"{', '.join(files) if files else 'validation split'}: {len(cut)} texts of "
+        f"{len(set(documents))} documents, the last {last} tokens of each"
+    )
     labels = _labels(models)
     curves = [(labels[result["model"]], result["num_loops"], result["scores"]) for result in results]
     _print_table(curves)
     if json is not None:
         rows = [result | {"scores": [score.model_dump() for score in result["scores"]]} for result in results]
-        write_result(json, {"files": files, "last": last, "texts": len(cut), "results": rows})
+        write_result(json, {"files": files, "last": last, "texts": len(cut), "documents": documents, "results": rows})
     if plot is not None:
         from yoco_u.evaluation.plots import write_context_plot
 
@@ -98,7 +102,7 @@ def context(
 
 def _same_texts(
     models: Sequence[Path], files: Sequence[str] | None, text_field: str, tokens: int, limit: int | None
-) -> list[list[int]]:
+) -> "list[Text]":
     """The texts to score, as tokens.
 
     Raises:
@@ -115,7 +119,7 @@ def _same_texts(
     return found
 
 
-def _texts(model: Path, files: Sequence[str] | None, text_field: str, tokens: int, limit: int | None) -> list[list[int]]:
+def _texts(model: Path, files: Sequence[str] | None, text_field: str, tokens: int, limit: int | None) -> "list[Text]":
     from yoco_u.evaluation.context import take_texts
     from yoco_u.evaluation.held_out import read_documents
     from yoco_u.loading import model_folder

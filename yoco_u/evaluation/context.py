@@ -6,6 +6,7 @@ text the model sees before them differs.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,8 @@ class ContextScore(Config):
         loss: nats per target, the mean over all texts.
         perplexity: exp(loss).
         change: this loss minus the loss behind the shortest prefix.
-        change_error: standard error of `change`, from the changes of the single texts; None for one text.
+        change_error: standard error of `change`, from the changes of the single texts, those of one document taken together;
+            None for one document.
     """
 
     prefix: int
@@ -34,7 +36,19 @@ class ContextScore(Config):
     change_error: float | None
 
 
-def take_texts(documents: Iterable[NDArray[np.integer]], tokens: int, limit: int | None = None) -> list[list[int]]:
+class Text(NamedTuple):
+    """A piece of a document.
+
+    Attributes:
+        token_ids: as many as all texts have.
+        document: number of the document, from 0.
+    """
+
+    token_ids: list[int]
+    document: int
+
+
+def take_texts(documents: Iterable[NDArray[np.integer]], tokens: int, limit: int | None = None) -> list[Text]:
     """Cut documents into texts of equal length, one after another. A rest at the end of a document is left out.
 
     Args:
@@ -45,12 +59,12 @@ def take_texts(documents: Iterable[NDArray[np.integer]], tokens: int, limit: int
     Raises:
         UserError: if no document is long enough, with the length of the longest.
     """
-    texts: list[list[int]] = []
+    texts: list[Text] = []
     longest = 0
-    for document in documents:
+    for number, document in enumerate(documents):
         longest = max(longest, len(document))
         for end in range(tokens, len(document) + 1, tokens):
-            texts.append(document[end - tokens : end].tolist())
+            texts.append(Text(document[end - tokens : end].tolist(), number))
             if len(texts) == limit:
                 return texts
     if not texts:
@@ -94,11 +108,20 @@ def text_losses(
     return np.array(losses)
 
 
-def context_scores(losses: NDArray[np.float64], prefixes: Sequence[int]) -> list[ContextScore]:
-    """The scores over all texts, from the result of `text_losses`. `prefixes` must rise."""
-    texts = len(losses)
+def context_scores(losses: NDArray[np.float64], prefixes: Sequence[int], documents: Sequence[int]) -> list[ContextScore]:
+    """The scores over all texts, from the result of `text_losses`. `prefixes` must rise.
+
+    Args:
+        documents: for each text the number of its document. Pieces of one document are alike, so the standard error counts
+            documents (cluster-robust): with one text each it is the usual one.
+    """
     changes = losses - losses[:, :1]
-    errors = changes.std(axis=0, ddof=1) / math.sqrt(texts) if texts > 1 else [None] * len(prefixes)
+    means = changes.mean(axis=0)
+    _, own = np.unique(np.asarray(documents), return_inverse=True)
+    count = int(own.max()) + 1
+    sums = np.zeros((count, len(prefixes)))
+    np.add.at(sums, own, changes - means)
+    errors = np.sqrt((sums**2).sum(axis=0) * count / (count - 1)) / len(losses) if count > 1 else [None] * len(prefixes)
     return [
         ContextScore(
             prefix=prefix,
@@ -107,5 +130,5 @@ def context_scores(losses: NDArray[np.float64], prefixes: Sequence[int]) -> list
             change=float(change),
             change_error=None if error is None else float(error),
         )
-        for prefix, loss, change, error in zip(prefixes, losses.mean(axis=0), changes.mean(axis=0), errors, strict=True)
+        for prefix, loss, change, error in zip(prefixes, losses.mean(axis=0), means, errors, strict=True)
     ]

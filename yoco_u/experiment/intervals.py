@@ -7,10 +7,11 @@ from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import curve_fit
-from scipy.stats import studentized_range, ttest_1samp
+from scipy.stats import binomtest, studentized_range, ttest_1samp
 from scipy.stats import t as student_t
 
 CONFIDENCE = 0.95
+_SLOWEST, _FASTEST = 1e-4, 10.0  # exponents between which a power law is looked for
 _DOUBLINGS = 40  # a crossing is told up to this many doublings of x beyond the last one
 
 
@@ -23,7 +24,7 @@ class Interval:
     """A mean over seeds, with its 95% confidence interval by Student's t.
 
     Attributes:
-        low, high: bounds of the interval; None with one seed, which has no spread to tell them from.
+        low, high: bounds of the interval; None where there is no spread to tell them from: with one seed, or where all agree.
         count: number of seeds.
     """
 
@@ -41,6 +42,18 @@ class Interval:
         bounds = [None if bound is None else function(bound) for bound in (self.low, self.high)]
         return Interval(function(self.mean), bounds[0], bounds[1], self.count)
 
+    def among(self, parts: int) -> "Interval":
+        """The interval so much wider that, with 95%, as many of its kind hold at once (Bonferroni).
+
+        It decides whether any one of several holds, for which Holm's rule asks the same.
+        """
+        if self.low is None or self.high is None or parts == 1:
+            return self
+        alpha, freedom = 1 - CONFIDENCE, self.count - 1
+        wider = float(student_t.ppf(1 - alpha / parts / 2, freedom) / student_t.ppf(1 - alpha / 2, freedom))
+        low, high = (self.mean + wider * (bound - self.mean) for bound in (self.low, self.high))
+        return Interval(self.mean, low, high, self.count)
+
 
 def interval(values: Sequence[float]) -> Interval:
     """The mean of independent values, one for each seed, with its interval.
@@ -54,10 +67,8 @@ def interval(values: Sequence[float]) -> Interval:
     if not all(map(math.isfinite, values)):
         raise NotDecidable("what is compared has no finite value for a seed")
     mean = math.fsum(values) / count
-    if count == 1:
-        return Interval(mean, None, None, 1)
-    if math.isclose(min(values), max(values), rel_tol=1e-12):  # scipy's t divides by the spread, which is 0 or rounding here
-        return Interval(mean, mean, mean, count)
+    if count == 1 or math.isclose(min(values), max(values), rel_tol=1e-12):  # no spread, or rounding alone
+        return Interval(mean, None, None, count)
     low, high = ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
     return Interval(mean, float(low), float(high), count)
 
@@ -77,6 +88,70 @@ def difference(values: Mapping[int, float], others: Mapping[int, float]) -> Inte
     if not common:
         raise NotDecidable("the two have no seed in common")
     return interval([values[seed] - others[seed] for seed in common])
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of the questions that a seed was asked have the counted answer."""
+
+    right: int
+    asked: int
+
+    @property
+    def value(self) -> float:
+        return self.right / self.asked
+
+
+def share_interval(shares: Sequence[Share]) -> Interval:
+    """The mean share over seeds. Its interval is Student's over the seeds, and at least Wilson's of all questions together.
+
+    Wilson's alone would take a seed's questions as independent of it, Student's alone has no width where all seeds agree.
+
+    Raises:
+        NotDecidable: if there is no seed.
+    """
+    found = interval([share.value for share in shares])
+    low, high = _wilson(shares)
+    low, high = (low, high) if found.low is None or found.high is None else (min(low, found.low), max(high, found.high))
+    return Interval(found.mean, max(0.0, low), min(1.0, high), found.count) if found.count > 1 else found
+
+
+def share_difference(shares: Mapping[int, Share], others: Mapping[int, Share]) -> Interval:
+    """The mean of `shares` minus `others`, paired by seed, with an interval of the same kind (Newcombe's, of two of Wilson's).
+
+    Raises:
+        NotDecidable: if they have no seed in common.
+    """
+    found = difference(*({seed: share.value for seed, share in of.items()} for of in (shares, others)))
+    if found.count == 1:
+        return found
+    common = sorted(shares.keys() & others.keys())
+    ours, theirs = ([of[seed] for seed in common] for of in (shares, others))
+    (low, high), (other_low, other_high) = _wilson(ours), _wilson(theirs)
+    rate, other = _pooled(ours).value, _pooled(theirs).value
+    below, above = math.hypot(rate - low, other_high - other), math.hypot(high - rate, other - other_low)
+    bounds = [rate - other - below, rate - other + above, *(bound for bound in (found.low, found.high) if bound is not None)]
+    return Interval(found.mean, max(-1.0, min(bounds)), min(1.0, max(bounds)), found.count)
+
+
+def _pooled(shares: Sequence[Share]) -> Share:
+    return Share(sum(share.right for share in shares), sum(share.asked for share in shares))
+
+
+def _wilson(shares: Sequence[Share]) -> tuple[float, float]:
+    pooled = _pooled(shares)
+    low, high = binomtest(pooled.right, pooled.asked).proportion_ci(CONFIDENCE, "wilson")
+    return float(low), float(high)
+
+
+def correlation_interval(correlations: Sequence[float]) -> Interval:
+    """The mean of correlations, one for each seed, with its interval, by Fisher's z.
+
+    Raises:
+        NotDecidable: if there is no seed.
+    """
+    bound = 1 - 1e-9  # a correlation of 1 has no z
+    return interval(np.arctanh(np.clip(correlations, -bound, bound)).tolist()).map(math.tanh)
 
 
 def simultaneous_half_width(losses: Sequence[Mapping[int, float]]) -> float:
@@ -125,17 +200,12 @@ class PowerLaw:
     """L(x) = floor + scale * x ** -exponent, fitted by least squares.
 
     Attributes:
-        floor_interval, exponent_interval: 95% confidence intervals.
-        points: number of points of the fit.
         residual: root mean square of the differences between points and curve, in nats.
     """
 
     floor: float
     scale: float
     exponent: float
-    floor_interval: tuple[float, float]
-    exponent_interval: tuple[float, float]
-    points: int
     residual: float
 
     def __call__(self, x: float) -> float:
@@ -143,11 +213,13 @@ class PowerLaw:
 
 
 def fit_power_law(x: Sequence[float], losses: Sequence[float]) -> PowerLaw:
-    """Fit L = E + A x^-a to final losses of runs over tokens or FLOPs.
+    """Fit L = E + A x^-a to the final losses of one seed over tokens or FLOPs.
+
+    The fit has no interval of its own: what its points miss by is misfit as much as noise. `PowerLaws` has one, over seeds.
 
     Raises:
-        NotDecidable: with fewer than four different x, as three parameters leave no error to estimate with three; or if the
-            points do not bend enough to tell the floor from the slope.
+        NotDecidable: with fewer than four different x, as three parameters pass through three points whatever they are; or if
+            the points do not bend enough to tell the floor from the slope.
     """
     different = len(set(x))
     if different < 4:
@@ -158,34 +230,64 @@ def fit_power_law(x: Sequence[float], losses: Sequence[float]) -> PowerLaw:
     def law(u: np.ndarray, floor: float, scale: float, exponent: float) -> np.ndarray:
         return floor + scale * u**-exponent
 
-    best: tuple[float, np.ndarray, np.ndarray] | None = None
+    best: tuple[float, np.ndarray] | None = None
     spread = max(float(np.ptp(ys)), 1e-9)
     for exponent in (0.1, 0.3, 1.0):
         start = (max(0.0, float(ys.min()) - spread), spread, exponent)
         try:
-            found, covariance = curve_fit(law, xs / middle, ys, p0=start, bounds=([0, 0, 1e-4], [np.inf, np.inf, 10]))
+            found, _ = curve_fit(law, xs / middle, ys, p0=start, bounds=([0, 0, _SLOWEST], [np.inf, np.inf, _FASTEST]))
         except RuntimeError:  # no convergence from here
             continue
         error = float(np.square(law(xs / middle, *found) - ys).sum())
         if best is None or error < best[0]:
-            best = (error, found, covariance)
-    if best is None or not np.isfinite(best[2]).all():
+            best = (error, found)
+    if best is None:
         raise NotDecidable("no power law fits the points")
-    error, (floor, scale, exponent), covariance = best
-    half = student_t.ppf((1 + CONFIDENCE) / 2, len(xs) - 3) * np.sqrt(np.diag(covariance))
-    if exponent - half[2] <= 0 or floor <= 1e-9:
+    error, (floor, scale, exponent) = best
+    residual = math.sqrt(error / len(xs))
+    if floor <= 1e-9 or residual > 0.1 * spread or not 1.01 * _SLOWEST < exponent < 0.99 * _FASTEST:
         raise NotDecidable(
             f"over these {different} budgets the loss does not bend enough to tell a power law's floor and exponent"
         )
-    return PowerLaw(
-        floor=float(floor),
-        scale=float(scale * middle**exponent),
-        exponent=float(exponent),
-        floor_interval=(float(floor - half[0]), float(floor + half[0])),
-        exponent_interval=(float(exponent - half[2]), float(exponent + half[2])),
-        points=len(xs),
-        residual=math.sqrt(error / len(xs)),
-    )
+    return PowerLaw(float(floor), float(scale * middle**exponent), float(exponent), residual)
+
+
+@dataclass(frozen=True)
+class PowerLaws:
+    """The power laws of a model, one for each seed, which are independent as the points of one seed are not.
+
+    Attributes:
+        floor, exponent: their means over the seeds, with intervals.
+        by_seed: the power law of each seed.
+        budgets: the least number of budgets that a seed has.
+    """
+
+    floor: Interval
+    exponent: Interval
+    by_seed: dict[int, PowerLaw]
+    budgets: int
+
+    def __call__(self, x: float) -> float:
+        """The mean of the laws at x."""
+        return math.fsum(law(x) for law in self.by_seed.values()) / len(self.by_seed)
+
+
+def fit_power_laws(points: Mapping[int, Sequence[tuple[float, float]]]) -> PowerLaws:
+    """Fit a power law to each seed's points. Seeds with fewer than four budgets are left out, if another has as many.
+
+    Args:
+        points: pairs of x and final loss, by seed.
+
+    Raises:
+        NotDecidable: if no seed has four budgets, or the points of one do not bend enough.
+    """
+    budgets = {seed: len({x for x, _ in own}) for seed, own in points.items()}
+    most = [seed for seed, count in budgets.items() if count >= 4] or sorted(budgets, key=lambda seed: -budgets[seed])[:1]
+    by_seed = {seed: fit_power_law(*zip(*points[seed], strict=True)) for seed in most}
+    floor, exponent = (interval([getattr(law, name) for law in by_seed.values()]) for name in ("floor", "exponent"))
+    if exponent.low is not None and exponent.low <= 0:
+        raise NotDecidable("the seeds' power laws differ too much to tell that the loss falls by one")
+    return PowerLaws(floor, exponent, by_seed, min(budgets[seed] for seed in most))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from yoco_u.experiment.findings.verdicts import loss_text, short_difference_text
+from yoco_u.experiment.findings.verdicts import loss_text, no_interval, short_difference_text
 from yoco_u.experiment.needle_maps import needle_maps
 from yoco_u.experiment.plots import (
     AXES,
@@ -96,11 +96,19 @@ def _unit(x: Cost) -> str:
 
 
 def _fit_text(fit: Fit) -> str:
-    law = fit.law
-    if law is None:
+    laws = fit.law
+    if laws is None:
         return str(fit.reason)
-    (low, high), (shallow, steep) = law.floor_interval, law.exponent_interval
+    floor, exponent = laws.floor, laws.exponent
+    if floor.low is None or floor.high is None or exponent.low is None or exponent.high is None:
+        bounds = no_interval(floor)
+    else:
+        bounds = (
+            f"95%: floor {floor.low:.3f} to {floor.high:.3f}, exponent {exponent.low:.3f} to {exponent.high:.3f}, over "
+            f"{floor.count} seeds"
+        )
+    residual = max(law.residual for law in laws.by_seed.values())
     return (
-        f"{law.floor:.3f} + {law.scale:.3g} / {_unit(fit.x)}^{law.exponent:.3f} (95%: floor {low:.3f} to {high:.3f}, exponent "
-        f"{shallow:.3f} to {steep:.3f}; {law.points} runs, residual {law.residual:.4f} nats)"
+        f"floor {floor.mean:.3f}, exponent {exponent.mean:.3f} ({bounds}; {laws.budgets} budgets of each, residual up to "
+        f"{residual:.4f} nats)"
     )

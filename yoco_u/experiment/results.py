@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +81,7 @@ class Series:
         layers: number of layers of each stage, before looping.
         unrolled_layers: number of layers of all stages, each counted as often as it is looped.
         measures: results by seed, then by the name of the measure.
+        chosen_from: how many series of its role and cost it was chosen from by its loss, itself included.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Series:
     layers: tuple[int, ...]
     unrolled_layers: int
     measures: dict[int, dict[str, Any]]
+    chosen_from: int = 1
 
     @property
     def final(self) -> dict[int, float]:
@@ -187,8 +189,8 @@ class Results:
     def pairs(self, role: Role, other: Role, equal: Cost, loops: int | None = None) -> list[tuple[Series, Series]]:
         """Series of two roles that spent equal tokens or equal FLOPs, most tokens last.
 
-        Where a role has several series of equal cost, the one of the lowest loss stands for it: so each architecture is as well
-        tuned as the grid allows.
+        Where a role has several series of equal cost, the `best` stands for it: so each architecture is as well tuned as the
+        grid allows.
 
         Args:
             loops: loop count of the series of `role`; any by default.
@@ -202,8 +204,12 @@ class Results:
 
 
 def best(series: Iterable[Series]) -> Series:
-    """The series of the lowest mean loss, among those with the most seeds."""
-    return min(series, key=lambda series: (-len(series.curves), series.loss.mean))
+    """The series of the lowest mean loss, among those with the most seeds.
+
+    The lowest of several means is lower by chance too, so it bears how many it was chosen from.
+    """
+    found = list(series)
+    return replace(min(found, key=lambda one: (-len(one.curves), one.loss.mean)), chosen_from=len(found))
 
 
 def _by_cost(found: Sequence[Series], cost: Cost) -> list[tuple[float, list[Series]]]:
@@ -228,15 +234,20 @@ def read_results(runs: Sequence[GridRun], folder: Path) -> Results:
     Raises:
         UserError: if no run is finished, or a folder is damaged or holds a run of other settings.
     """
-    results = tuple(_read_result(run, folder / run.name) for run in runs)
+    results = results_of(tuple(_read_result(run, folder / run.name) for run in runs))
+    if not results.series:
+        raise UserError(f"{folder}: none of the {len(runs)} runs is finished yet; train them without --report first")
+    check_one_dataset(folder / result.run.name for result in results.runs if result.state == "finished")
+    return results
+
+
+def results_of(runs: tuple[RunResult, ...]) -> Results:
+    """The runs of a grid, with those that are finished grouped into series."""
     groups: dict[str, list[RunResult]] = {}
-    for result in results:
+    for result in runs:
         if result.state == "finished":
             groups.setdefault(result.run.series, []).append(result)
-    if not groups:
-        raise UserError(f"{folder}: none of the {len(runs)} runs is finished yet; train them without --report first")
-    check_one_dataset(folder / result.run.name for group in groups.values() for result in group)
-    return Results(results, tuple(_series(group) for group in groups.values()))
+    return Results(runs, tuple(_series(group) for group in groups.values()))
 
 
 def _read_result(run: GridRun, folder: Path) -> RunResult:

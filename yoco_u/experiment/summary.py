@@ -8,7 +8,7 @@ from typing import Any, get_args
 from yoco_u.experiment.config import Experiment
 from yoco_u.experiment.findings.claims import Judged, judge
 from yoco_u.experiment.findings.verdicts import Verdict
-from yoco_u.experiment.intervals import Interval, NotDecidable, PowerLaw, difference, fit_power_law
+from yoco_u.experiment.intervals import Interval, NotDecidable, PowerLaws, difference, fit_power_laws
 from yoco_u.experiment.results import Cost, Results, Series, best
 from yoco_u.report.comparison import equal_cost
 from yoco_u.version import __version__
@@ -31,19 +31,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Fit:
-    """A power law through the final losses of one model at several budgets.
+    """Power laws through the final losses of one model at several budgets, one for each seed.
 
     Attributes:
         model, label: name of the model, and its name in tables and plots.
         x: what the budgets are counted in.
-        law: the power law; None if the runs do not suffice for one.
+        law: the power laws; None if the runs do not suffice for them.
         reason: why there is no power law; None if there is one.
     """
 
     model: str
     label: str
     x: Cost
-    law: PowerLaw | None
+    law: PowerLaws | None
     reason: str | None
 
 
@@ -144,10 +144,13 @@ def _fits(found: Sequence[Series]) -> list[Fit]:
     for model in dict.fromkeys(series.model for series in found):
         own = [series for series in found if series.model == model]
         for x in get_args(Cost):
-            points = [(getattr(series, x), loss) for series in own for loss in series.final.values()]
+            points: dict[int, list[tuple[float, float]]] = {}
+            for series in own:
+                for seed, loss in series.final.items():
+                    points.setdefault(seed, []).append((getattr(series, x), loss))
             law, reason = None, None
             try:
-                law = fit_power_law([at for at, _ in points], [loss for _, loss in points])
+                law = fit_power_laws(points)
             except NotDecidable as why:
                 reason = str(why)
             fits.append(Fit(model, own[0].model_label, x, law, reason))

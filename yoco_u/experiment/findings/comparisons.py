@@ -12,13 +12,16 @@ from yoco_u.experiment.findings.verdicts import (
     OPEN,
     Outcome,
     Verdict,
+    all_negative,
+    choice_text,
     difference_text,
     loss_text,
+    no_interval,
     of_sign,
-    together,
     trend_text,
 )
 from yoco_u.experiment.intervals import (
+    Interval,
     NotDecidable,
     Trend,
     difference,
@@ -83,7 +86,7 @@ def _against_yoco(results: Results, equal: Cost) -> Outcome:
     if trend is not None:
         text.append(trend_text(trend, found.mean, unit))
         numbers["trend"] = trend
-    return Outcome(of_sign(found), " ".join(text), numbers)
+    return Outcome(of_sign(found), " ".join(text) + choice_text(looped, plain), numbers)
 
 
 def _gap(series: Series, other: Series) -> dict[str, Any]:
@@ -121,7 +124,10 @@ def trend_of(pairs: Sequence[tuple[Series, Series]], x: Cost) -> Trend:
 
 
 def tokens_to_equal_loss(results: Results) -> Outcome:
-    """The share of YOCO's tokens that YOCO-U saves on its way down to YOCO's final loss."""
+    """The share of YOCO's tokens that YOCO-U saves on its way down to YOCO's final loss.
+
+    Where a seed does not reach it there is no share to take an interval of: then the final losses say whether it is refuted.
+    """
     pairs = results.pairs("yoco_u", "yoco", "tokens", paper_loops(results))
     if not pairs:
         raise NotDecidable("no YOCO with the tokens of a YOCO-U is finished")
@@ -146,13 +152,15 @@ def tokens_to_equal_loss(results: Results) -> Outcome:
     if len(reached) < len(seeds):
         share = f"{len(reached)} of {len(seeds)} seeds"
         text = f"YOCO-U reaches the final loss of YOCO within its {short_count(looped.tokens)} tokens in {share}. {how}"
-        return Outcome(OPEN if reached or len(seeds) < 2 else "not confirmed", text, numbers)
+        numbers["difference"] = found = difference(looped.final, plain.final)
+        text = f"{text} At the end: {difference_text(found)}.{choice_text(looped, plain)}"
+        return Outcome("not confirmed" if of_sign(found) == "not confirmed" else OPEN, text, numbers)
     saving = interval([1 - tokens / plain.tokens for tokens in reached.values()])
     numbers["saving"] = saving
-    bounds = "one seed, no interval" if saving.low is None else f"95%: {saving.low:.0%} to {saving.high:.0%}"
+    bounds = no_interval(saving) if saving.low is None else f"95%: {saving.low:.0%} to {saving.high:.0%}"
     text = (
         f"YOCO-U needs {saving.mean:.0%} fewer tokens than the {short_count(plain.tokens)} of YOCO ({bounds}); the paper found "
-        f"{paper.TOKEN_SAVING:.0%}. {how}"
+        f"{paper.TOKEN_SAVING:.0%}. {how}{choice_text(looped, plain)}"
     )
     return Outcome(of_sign(-saving), text, numbers)
 
@@ -180,7 +188,7 @@ def order(results: Results) -> Outcome:
         f"From low to high loss: {ours}. Differences of over {half:.4f} nats count, at 95% for all pairs together. Of the "
         f"pairs that differ by over {PAPER_TIE:.0%} in the paper, {len(agree)} come out in its order, {len(contradict)} in "
         f"the opposite one{against}, {len(open_)} cannot be told apart. Kendall's tau with the paper's order is {tau:.2f} "
-        "(1 is the same order)."
+        f"(1 is the same order).{choice_text(*ranked.values())}"
     )
     numbers = {"agree": agree, "contradict": contradict, "open": open_, "half_width": half, "kendall_tau": tau}
     held: Verdict = "confirmed" if len(agree) > len(open_) else OPEN
@@ -207,17 +215,17 @@ def _at_equal_tokens(results: Results) -> dict[paper.Name, Series]:
 
 def lower_half(results: Results) -> Outcome:
     """YOCO-U, which loops the lower half, against looping the upper half, with shared KV and without."""
-    verdicts, text, numbers = list[Verdict](), [], {}
+    compared, text, numbers = list[Series](), [], dict[str, Interval]()
     for role in ("upper_loop", "upper_loop_without_shared_kv"):
         pairs = results.pairs("yoco_u", role, "tokens", paper_loops(results))
         if not pairs:
             raise NotDecidable(f"no {role.replace('_', ' ')} with the tokens of a YOCO-U is finished")
         lower, upper = pairs[-1]
         found = difference(lower.final, upper.final)
-        verdicts.append(of_sign(found))
+        compared += (lower, upper)
         text.append(f"{lower.label} {loss_text(lower.loss)}, {upper.label} {loss_text(upper.loss)}: {difference_text(found)}.")
         numbers[role] = found
-    return Outcome(together(verdicts), " ".join(text), numbers)
+    return Outcome(all_negative([*numbers.values()]), " ".join(text) + choice_text(*compared), numbers)
 
 
 def on_a_par_with_rins(results: Results) -> Outcome:
@@ -229,7 +237,7 @@ def on_a_par_with_rins(results: Results) -> Outcome:
     found = difference(ours.final, rins.final)
     text = (
         f"{ours.label} {loss_text(ours.loss)}, {rins.label} {loss_text(rins.loss)}: {difference_text(found)}. On a par means "
-        f"an interval within {PAR} nats of zero."
+        f"an interval within {PAR} nats of zero.{choice_text(ours, rins)}"
     )
     verdict: Verdict = OPEN
     if found.low is not None and found.high is not None:

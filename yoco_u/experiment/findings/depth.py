@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 from yoco_u.data.synthetic import TASKS
 from yoco_u.experiment.config import Role
 from yoco_u.experiment.findings.comparisons import paper_loops
-from yoco_u.experiment.findings.verdicts import OPEN, Outcome, of_sign
+from yoco_u.experiment.findings.verdicts import OPEN, Outcome, choice_text, no_interval, of_sign
 from yoco_u.experiment.intervals import Interval, NotDecidable, difference, interval
 from yoco_u.experiment.results import Cost, Results, Series, best
 from yoco_u.formatting import scientific, short_count
@@ -90,7 +90,7 @@ def more_right(results: Results, task: str, equal: Equal) -> Outcome:
             "train longer, or on lower levels."
         )
         return Outcome(OPEN, text, numbers)
-    return Outcome(of_sign(-found), text, numbers)
+    return Outcome(of_sign(-found), text + choice_text(looped, plain), numbers)
 
 
 def points_text(found: Interval) -> str:
@@ -98,7 +98,7 @@ def points_text(found: Interval) -> str:
     mean, low, high = (
         None if one is None else f"{100 * one:+.1f}".replace("-", "\u2212") for one in (found.mean, found.low, found.high)
     )
-    return f"{mean} points ({'one seed, no interval' if low is None else f'95%: {low} to {high}, {found.count} seeds'})"
+    return f"{mean} points ({no_interval(found) if low is None else f'95%: {low} to {high}, {found.count} seeds'})"
 
 
 def _pair(results: Results, comparison: _Comparison) -> tuple[Series, Series]:

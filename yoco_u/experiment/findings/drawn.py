@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from yoco_u.experiment.findings.verdicts import Outcome, Verdict, difference_text, loss_text, of_sign, together
+from yoco_u.experiment.findings.verdicts import Outcome, Verdict, all_negative, choice_text, difference_text, loss_text
 from yoco_u.experiment.intervals import Interval, NotDecidable, difference, interval
 from yoco_u.experiment.results import Results, Series, best
 from yoco_u.report.comparison import equal_cost
@@ -31,7 +31,8 @@ def as_good_as_one_loop_count(results: Results) -> Outcome:
             for loops, one in found.items()
         )
         text.append(f"{series.label}, and minus the model of that T alone: {told}.")
-    return Outcome(_no_worse(differences[0][1], COMPARED), " ".join(text), numbers)
+    chosen = choice_text(drawn[0], *(one for one in alone.values() if one is not None))
+    return Outcome(_no_worse(differences[0][1], COMPARED), " ".join(text) + chosen, numbers)
 
 
 def no_worse_beyond(results: Results) -> Outcome:
@@ -47,7 +48,7 @@ def no_worse_beyond(results: Results) -> Outcome:
             numbers[series.label] = {f"T={loops}": one for loops, one in found.items()}
             told = ", ".join(f"T={loops} {_told(one)}" for loops, one in found.items())
             text.append(f"{series.label}, minus its own T={FROM}: {told}.")
-    return Outcome(_no_worse(differences[0][1], BEYOND), " ".join(text), numbers)
+    return Outcome(_no_worse(differences[0][1], BEYOND), " ".join(text) + choice_text(drawn[0]), numbers)
 
 
 def _drawn(results: Results, judged_at: Iterable[int]) -> list[Series]:
@@ -63,7 +64,7 @@ def _drawn(results: Results, judged_at: Iterable[int]) -> list[Series]:
     first = best(found)
     if missing := {*judged_at} - first.evaluated_at:
         raise NotDecidable(f"{first.label} was not evaluated at T = {', '.join(map(str, sorted(missing)))}")
-    return [first, *(series for series in found if series is not first)]
+    return [first, *(series for series in found if series.name != first.name)]
 
 
 def _alone(results: Results, loops: int, tokens: int) -> Series | None:
@@ -104,4 +105,6 @@ def _no_worse(found: Mapping[int, Interval | None], judged_at: Sequence[int]) ->
     if missing := [loops for loops in judged_at if loops not in found]:
         raise NotDecidable(f"at T = {', '.join(map(str, missing))} there is no seed in common")
     judged = [found[loops] for loops in judged_at]
-    return together("not confirmed" if one is None else of_sign(one.map(lambda value: value - NEAR)) for one in judged)
+    if None in judged:
+        return "not confirmed"
+    return all_negative([one.map(lambda value: value - NEAR) for one in judged if one is not None])

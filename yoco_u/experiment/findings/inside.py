@@ -1,5 +1,6 @@
 """Tests of the findings beyond the loss: angular distances inside the model, and needles far behind the window."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,25 @@ from numpy.typing import NDArray
 
 from yoco_u.experiment.config import Role
 from yoco_u.experiment.findings.comparisons import paper_loops
-from yoco_u.experiment.findings.verdicts import OPEN, Outcome, Verdict, difference_text, of_sign, together
-from yoco_u.experiment.intervals import Interval, NotDecidable, difference, interval
+from yoco_u.experiment.findings.verdicts import (
+    OPEN,
+    Outcome,
+    Verdict,
+    all_negative,
+    choice_text,
+    difference_text,
+    of_sign,
+    together,
+)
+from yoco_u.experiment.intervals import (
+    Interval,
+    NotDecidable,
+    Share,
+    correlation_interval,
+    interval,
+    share_difference,
+    share_interval,
+)
 from yoco_u.experiment.results import Results, Series, best
 
 FOUND = 0.9
@@ -24,18 +42,17 @@ def angular(results: Results) -> Outcome:
     series = _measured(results.of_role("yoco_u", loops), "angular")
     looped, other = _by_loop(series)
     means = {seed: found.mean(axis=1) for seed, found in looped.items()}
-    verdicts, text, numbers = list[Verdict](), [], dict[str, Any]()
+    text, numbers = list[str](), dict[str, Interval]()
     shown = np.mean(list(looped.values()), axis=0)
     text.append(f"{series.label}: " + "; ".join(f"loop {t} {_row(row)}" for t, row in enumerate(shown, start=1)))
     text.append(f"; cross-decoder {_row(np.mean(list(other.values()), axis=0))} half turns, layer by layer. ")
 
     def claim(name: str, claimed_negative: Interval, shown: str) -> None:
-        verdicts.append(of_sign(claimed_negative))
         numbers[name] = claimed_negative
         text.append(shown)
 
     if shown.shape[1] >= 3:
-        alike = interval([_alikeness(found) for found in looped.values()])
+        alike = correlation_interval([_alikeness(found) for found in looped.values()])
         claim(
             "alikeness of loops, negated",
             -alike,
@@ -50,7 +67,7 @@ def angular(results: Results) -> Outcome:
         -jump,
         f"From the last looped to the first cross layer: {difference_text(jump)}.",
     )
-    return Outcome(together(verdicts), "".join(text), numbers)
+    return Outcome(all_negative([*numbers.values()]), "".join(text) + choice_text(series), numbers)
 
 
 def _measured(candidates: list[Series], measure: str) -> Series:
@@ -84,7 +101,7 @@ def _alikeness(found: NDArray[np.float64]) -> float:
     """
     if (np.ptp(found, axis=1) <= 1e-6 * np.abs(found).max(axis=1)).any():
         raise NotDecidable("the angular distances within a loop are all equal, so that they have no pattern")
-    return float(np.mean([np.corrcoef(found[t], found[t + 1])[0, 1] for t in range(len(found) - 1)]))
+    return float(np.mean([np.corrcoef(one, other)[0, 1] for one, other in pairwise(found)]))
 
 
 def _row(values: NDArray[np.float64]) -> str:
@@ -104,25 +121,27 @@ def retrieval(results: Results) -> Outcome:
         raise NotDecidable("the models were not asked for needles of one length")
     length = max(lengths)
     recalls = {role: _recall(series, length) for role, series in chosen.items()}
+    shares = {role: share_interval(list(found.values())) for role, found in recalls.items()}
     text = [f"Needles in the first half of {length:,} tokens, share that is found: "]
-    text.append("; ".join(f"{chosen[role].label} {_plain(interval(list(found.values())))}" for role, found in recalls.items()))
+    text.append("; ".join(f"{chosen[role].label} {_plain(share)}" for role, share in shares.items()))
     verdicts, numbers = list[Verdict](), dict[str, Any]()
     for role, found in recalls.items():
-        numbers[role] = interval(list(found.values()))
+        numbers[role] = shares[role]
         if role != "window_only":
-            missed = difference(recalls["window_only"], found)
+            missed = share_difference(recalls["window_only"], found)
             numbers[f"window_only minus {role}"] = missed
-            beaten = of_sign(missed)
+            beaten = of_sign(missed, len(roles) - 1)
             verdicts.append(OPEN if beaten == "confirmed" and numbers[role].mean < FOUND else beaten)
     text.append(f". Found means a share of {FOUND:.0%} or more, and more than by windows alone in every interval.")
-    return Outcome(together(verdicts), "".join(text), numbers)
+    return Outcome(together(verdicts), "".join(text) + choice_text(*chosen.values()), numbers)
 
 
-def _recall(series: Series, length: int) -> dict[int, float]:
-    """Recall far behind the window in texts of this length, by seed: the mean over kinds of needles and depths."""
+def _recall(series: Series, length: int) -> dict[int, Share]:
+    """Needles found far behind the window in texts of this length, of all that were asked for, by seed."""
     found = {}
     for seed, measures in series.measures.items():
         scores = [score for score in measures.get("needles", []) if score["length"] == length and score["depth"] <= FAR]
         if scores:
-            found[seed] = sum(score["recall"] for score in scores) / len(scores)
+            asked = sum(score["samples"] for score in scores)
+            found[seed] = Share(round(sum(score["recall"] * score["samples"] for score in scores)), asked)
     return found

@@ -1,9 +1,20 @@
 """Tests of the findings on loops: the loss against their number, and the slow start of a looped model."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from yoco_u.experiment.findings.verdicts import OPEN, Outcome, Verdict, difference_text, loss_text, of_sign, together
+from yoco_u.experiment.findings.verdicts import (
+    OPEN,
+    Outcome,
+    Verdict,
+    all_negative,
+    choice_text,
+    difference_text,
+    loss_text,
+    of_sign,
+    together,
+)
 from yoco_u.experiment.intervals import Interval, NotDecidable, difference, interval
 from yoco_u.experiment.results import Results, Series, best
 from yoco_u.formatting import short_count
@@ -21,7 +32,7 @@ def falls_with_loops(results: Results) -> Outcome:
     text = [f"After {short_count(next(iter(ladder.values())).tokens)} tokens: {losses}."]
     text += [f"T={low} to {high}: {difference_text(found)}." for low, high, found in steps]
     numbers = {f"T={low} to {high}": found for low, high, found in steps}
-    return Outcome(together(of_sign(found) for _, _, found in steps), " ".join(text), numbers)
+    return Outcome(all_negative([*numbers.values()]), " ".join(text) + choice_text(*ladder.values()), numbers)
 
 
 def each_by_less(results: Results) -> Outcome:
@@ -35,16 +46,16 @@ def each_by_less(results: Results) -> Outcome:
         for low, high in _rungs(ladder)
     ]
     names = [f"{low} to {high}" for low, high in _rungs(ladder)]
-    verdicts, text, numbers = list[Verdict](), [], {}
+    changes, text, numbers = list[Interval](), [], {}
     for name, gain in zip(names, gains, strict=True):
         numbers[f"gain per loop, T={name}"] = interval(list(gain.values()))
     told = ", ".join(f"T={name} {interval(list(gain.values())).mean:.4f}" for name, gain in zip(names, gains, strict=True))
     text.append(f"Nats gained by each loop more: {told}.")
     for i in range(len(gains) - 1):
         found = difference(gains[i + 1], gains[i])
-        verdicts.append(of_sign(found))
+        changes.append(found)
         text.append(f"The gain of T={names[i + 1]} minus that of T={names[i]}: {difference_text(found)}.")
-    return Outcome(together(verdicts), " ".join(text), numbers)
+    return Outcome(all_negative(changes), " ".join(text) + choice_text(*ladder.values()), numbers)
 
 
 def _ladder(results: Results) -> dict[int, Series]:
@@ -73,7 +84,7 @@ def early_lag(results: Results) -> Outcome:
     """
     plain, yoco = _plain_loop_and_yoco(results)
     tamed = [*results.of_role("tamed_loop"), *results.of_role("yoco_u", plain.loops)]
-    remedies = [series for series in tamed if equal_cost(series.tokens, plain.tokens) and series is not plain]
+    remedies = [series for series in tamed if equal_cost(series.tokens, plain.tokens) and series.name != plain.name]
     if not remedies:
         raise NotDecidable("no loop with a remedy is finished at the tokens of the plain one")
     tokens = EARLY * plain.tokens
@@ -87,11 +98,11 @@ def early_lag(results: Results) -> Outcome:
         f"{short_count(plain.tokens)}."
     ]
     numbers: dict[str, Any] = {"plain minus YOCO": {"early": lag, "end": end}}
-    helped = list[Verdict]()
+    gains = list[Interval]()
     for series in sorted(remedies, key=lambda series: series.loss.mean):
         gain, final = difference(early(series), early(plain)), difference(series.final, plain.final)
         left, left_at_end = difference(early(series), early(yoco)), difference(series.final, yoco.final)
-        helped.append(of_sign(gain))
+        gains.append(gain)
         numbers[series.label] = {
             "early, minus plain": gain,
             "end, minus plain": final,
@@ -102,11 +113,17 @@ def early_lag(results: Results) -> Outcome:
             f"With {series.label}: {_removes(lag, gain)}{difference_text(gain)} against the plain loop early, "
             f"{difference_text(final)} at the end ({difference_text(left_at_end)} against YOCO)."
         )
-    lags = of_sign(-lag)
-    best_remedy: Verdict = (
-        "confirmed" if "confirmed" in helped else "not confirmed" if set(helped) == {"not confirmed"} else OPEN
-    )
-    return Outcome(together([lags, best_remedy]), " ".join(text), numbers)
+    return Outcome(together([of_sign(-lag, 2), _one_helps(gains)]), " ".join(text) + choice_text(plain, yoco), numbers)
+
+
+def _one_helps(gains: Sequence[Interval]) -> Verdict:
+    """Whether one of several remedies lowers the loss: by an interval that holds among all of them (Holm's first step).
+
+    It is refuted if all raise it, which, with the lag, is one of two parts that would refute the finding.
+    """
+    if any(of_sign(gain.among(len(gains))) == "confirmed" for gain in gains):
+        return "confirmed"
+    return "not confirmed" if all(of_sign(gain, 2) == "not confirmed" for gain in gains) else OPEN
 
 
 def _plain_loop_and_yoco(results: Results) -> tuple[Series, Series]:

@@ -1,10 +1,11 @@
 """The outcome of a finding: one of three verdicts, and the texts for intervals and trends."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from yoco_u.experiment.intervals import Interval, Trend
+from yoco_u.experiment.results import Series
 from yoco_u.formatting import short_count
 
 Verdict = Literal["confirmed", "not confirmed", "not decidable at this scale"]
@@ -26,15 +27,27 @@ class Outcome:
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
-def of_sign(claimed_negative: Interval) -> Verdict:
+def of_sign(claimed_negative: Interval, parts: int = 1) -> Verdict:
     """The verdict on a difference that is claimed to be negative.
 
     It is decided only if the 95% interval lies on one side of zero.
+
+    Args:
+        parts: number of parts of the claim, each of which would refute it. To refute, an interval must hold among so many.
     """
-    low, high = claimed_negative.low, claimed_negative.high
-    if low is None or high is None or low <= 0 <= high:
-        return OPEN
-    return "confirmed" if high < 0 else "not confirmed"
+    if claimed_negative.high is not None and claimed_negative.high < 0:
+        return "confirmed"
+    low = claimed_negative.among(parts).low
+    return "not confirmed" if low is not None and low > 0 else OPEN
+
+
+def all_negative(claimed: Sequence[Interval]) -> Verdict:
+    """The verdict on the claim that several differences are negative: one that is not refutes it, and all confirm it.
+
+    By chance one of many lies on the wrong side, so the 95% to refute hold for all of them together. Confirming needs no such
+    care, as all must hold.
+    """
+    return together(of_sign(one, len(claimed)) for one in claimed)
 
 
 def together(verdicts: Iterable[Verdict]) -> Verdict:
@@ -54,8 +67,19 @@ def signed(value: float) -> str:
 def difference_text(found: Interval) -> str:
     """−0.0123 (95%: −0.0200 to −0.0046, 3 seeds)"""
     if found.low is None or found.high is None:
-        return f"{signed(found.mean)} (one seed, no interval)"
+        return f"{signed(found.mean)} ({no_interval(found)})"
     return f"{signed(found.mean)} (95%: {signed(found.low)} to {signed(found.high)}, {found.count} seeds)"
+
+
+def choice_text(*compared: Series) -> str:
+    """A sentence, after a space, on those that were chosen among several of their role; empty if none was."""
+    told = {one.name: f"{one.label} is the best of {one.chosen_from}" for one in compared if one.chosen_from > 1}
+    return f" {'; '.join(told.values())}, by the losses of these very seeds, which favours it." if told else ""
+
+
+def no_interval(found: Interval) -> str:
+    """Why there is none: one seed, no interval"""
+    return "one seed, no interval" if found.count == 1 else f"the same for {found.count} seeds, no interval"
 
 
 def loss_text(found: Interval) -> str:
@@ -69,7 +93,9 @@ def short_difference_text(found: Interval) -> str:
 
 
 def _half_text(found: Interval) -> str:
-    return " (one seed)" if found.high is None else f" ± {found.high - found.mean:.4f}"
+    if found.high is None:
+        return " (one seed)" if found.count == 1 else f" ({found.count} seeds, all the same)"
+    return f" ± {found.high - found.mean:.4f}"
 
 
 def trend_text(trend: Trend, gap: float, unit: str) -> str:
