@@ -250,9 +250,11 @@ def test_quickstart_compares_at_equal_steps_and_equal_flops(run: Any, workspace:
     assert [sample["prompt"] for sample in samples] == ["def ", "x"]
     assert "<h1>Small</h1>" in (out / "report.html").read_text()
 
+    (out / "looped" / "summary.json").unlink()
+    assert "3 runs of " in run("quickstart", "--config", config, "--out", out, "training.steps=6").err
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name in ("metrics.jsonl", "samples.json")}
     again = run("quickstart", "--config", config, "--out", out, "training.steps=6")
-    assert again.status == 0
+    assert again.status == 0 and "tokens in all" not in again.err
     assert figures["headline"].split()[0] in again.out
     assert str(out / "report.html") in again.out.replace("\n", "")
     assert written == {path: path.stat().st_mtime_ns for path in written}

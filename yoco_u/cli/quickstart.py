@@ -1,5 +1,6 @@
 """`yoco-u quickstart`."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ from yoco_u.cli.settings import PACKAGED
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
+    from yoco_u.experiment.grid import GridRun
     from yoco_u.report.comparison import Comparison
 
 
@@ -39,15 +41,18 @@ def quickstart(
     from yoco_u.config import load_yaml, parse
     from yoco_u.experiment.config import Experiment
     from yoco_u.experiment.grid import expand
-    from yoco_u.experiment.run import train_runs
+    from yoco_u.experiment.run import is_finished, train_runs
     from yoco_u.report.comparison import compare
     from yoco_u.report.run_report import write_report
     from yoco_u.training.run_folder import read_run
 
     experiment = parse(Experiment, load_yaml(config), str(config))
     runs = expand(experiment, out, overrides or [])
+    say: Callable[[str], None] = (lambda _: None) if json else note
+    if not all(is_finished(out / run.name) for run in runs):
+        _announce(runs, say)
     with stops_cleanly():
-        unfinished = train_runs(experiment, runs, out, progress=not json, say=(lambda _: None) if json else note)
+        unfinished = train_runs(experiment, runs, out, progress=not json, say=say)
     if unfinished:
         raise UserError(f"{out / unfinished[0].name}: the run did not finish: another process trains it, or its loss diverged")
     trained, report = [read_run(out / run.name) for run in runs], out / "report.html"
@@ -57,6 +62,16 @@ def quickstart(
         print_json(comparison.as_json() | {"report": str(report)})
         return
     _print(comparison, out, report, runs[-1].name)
+
+
+def _announce(runs: "Sequence[GridRun]", say: Callable[[str], None]) -> None:
+    from yoco_u.device import find_device, multiplies_bfloat16
+    from yoco_u.formatting import short_count
+
+    tokens = short_count(sum(run.config.tokens for run in runs))
+    say(f"{len(runs)} runs of {tokens} tokens in all; each shows how long it still takes")
+    if not multiplies_bfloat16(find_device(runs[0].config.training.device)):
+        say("no bfloat16 in hardware: float32 takes a few times as long; training.steps=200 is a short look")
 
 
 def _print(comparison: "Comparison", out: Path, report: Path, model: str) -> None:
