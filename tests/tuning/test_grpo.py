@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import string
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,11 +218,13 @@ def test_a_model_comes_to_earn_more(model: Path, tmp_path: Path, rank: int) -> N
 
 
 @needs_trl
-def test_it_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
-    file = write_problems(tmp_path / "p.jsonl", *PROBLEMS)
-    settings = SMALL.model_copy(update={"steps": 4, "save_every": 2, "test_every": 3, "problems": 2})
+@pytest.mark.parametrize("count", [5, 3])
+def test_it_goes_on_where_it_was(model: Path, tmp_path: Path, count: int) -> None:
+    """Within an epoch that is not the first, and at the end of one."""
+    file = write_problems(tmp_path / "p.jsonl", *PROBLEMS[:count])
+    settings = SMALL.model_copy(update={"steps": 4, "save_every": 3, "test_every": 4, "problems": 2, "max_tokens": 4})
     whole = reinforce(model, [file], settings, tmp_path / "whole", [file], letters)
-    reinforce(model, [file], settings, tmp_path / "part", [file], letters)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
     (tmp_path / "part" / "checkpoints" / "checkpoint-4").rename(tmp_path / "gone")
     (tmp_path / "part" / "summary.json").unlink()
     again = reinforce(model, [file], settings, tmp_path / "part", [file], letters)

@@ -91,6 +91,7 @@ def reinforce(
             model=model, args=config, train_dataset=Dataset.from_list(train), processing_class=tokenizer, peft_config=lora,
             reward_funcs=rewards, rollout_func=engine_rollouts,
         )  # fmt: skip
+        _seed_by_epoch(trainer)
         if held_out:
             trainer.add_callback(_Tests(held_out, tokenizer, rewarded, settings, say))
         logged = runs.train(trainer, tokenizer, folder, say)
@@ -108,6 +109,21 @@ def reinforce(
         }
         write_json(folder / "summary.json", summary)
         return summary
+
+
+def _seed_by_epoch(trainer: Any) -> None:
+    """Let the order of the data follow from seed and epoch.
+
+    TRL's sampler draws from one generator all along, so a trainer that goes on in a later epoch would draw the first order.
+    """
+    plain, seed = trainer._get_train_sampler, trainer.args.seed
+
+    def seeded(dataset: Any = None) -> Any:
+        sampler = plain(dataset)
+        sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(seed + epoch)  # which the data loader calls
+        return sampler
+
+    trainer._get_train_sampler = seeded
 
 
 def _checked(reward: Reward) -> Reward:
