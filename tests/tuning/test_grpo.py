@@ -18,7 +18,7 @@ from yoco_u import YocoUForCausalLM
 from yoco_u.cli import main
 from yoco_u.errors import UserError
 from yoco_u.loading import load_model
-from yoco_u.tuning import GRPOSettings, Matches, engine_rollouts, read_problems, reinforce
+from yoco_u.tuning import GRPOSettings, Matches, engine_rollouts, grpo, read_problems, reinforce
 from yoco_u.tuning.grpo import _checked
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
@@ -233,6 +233,37 @@ def test_it_goes_on_where_it_was(model: Path, tmp_path: Path, count: int) -> Non
     another = write_problems(tmp_path / "q.jsonl", *PROBLEMS[1:])
     with pytest.raises(UserError, match="begun with another test"):
         reinforce(model, [file], settings, tmp_path / "part", [another], letters)
+
+
+@needs_trl
+def test_training_reads_the_chats_that_were_given(model: Path, tmp_path: Path) -> None:
+    """Messages with keys that others lack, and keys with values of several types."""
+    told = [{"city": "Oslo"}, {"day": 3}, {"day": "today"}, {"day": [1, {"x": None}]}]
+    chats = [[{"role": "user", "content": f"{n}", "calls": [{"arguments": one}]}] for n, one in enumerate(told)]
+    file = write_problems(tmp_path / "p.jsonl", *({"prompt": chat, "answer": n} for n, chat in enumerate(chats)))
+    _, tokenizer = load_model(model, torch.device("cpu"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}:{{ m.calls[0].arguments | tojson }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chats")
+    untrained().save_pretrained(tmp_path / "chats")
+    read, given = set[str](), set[str]()
+
+    def reward(completion: str, answer: str) -> float:
+        given.add(answer)
+        return 0.0
+
+    settings = GRPOSettings(steps=1, problems=4, answers=2, max_tokens=1)
+    plain = grpo.engine_rollouts
+
+    def seen(prompts: Any, trainer: Any) -> Any:
+        found = plain(prompts, trainer)
+        read.update(tokenizer.batch_decode(found["prompt_ids"]))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "engine_rollouts", seen)
+        reinforce(tmp_path / "chats", [file], settings, tmp_path / "out", reward=reward)
+    assert read == {f"{n}:{json.dumps(one)}" for n, one in enumerate(told)}
+    assert given == set("0123")
 
 
 @needs_trl

@@ -83,13 +83,15 @@ def reinforce(
             lr_scheduler_type="constant",
         )
 
-        def rewards(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-            texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
-            return [rewarded(text, right) for text, right in zip(texts, answer, strict=True)]
+        def rollouts(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
+            return engine_rollouts([train[int(one)]["prompt"] for one in prompts], trainer)
+
+        def rewards(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+            return [rewarded(text, train[int(one)]["answer"]) for one, text in zip(prompts, completions, strict=True)]
 
         trainer = trl.GRPOTrainer(
-            model=model, args=config, train_dataset=Dataset.from_list(train), processing_class=tokenizer, peft_config=lora,
-            reward_funcs=rewards, rollout_func=engine_rollouts,
+            model=model, args=config, train_dataset=_numbers(len(train)), processing_class=tokenizer, peft_config=lora,
+            reward_funcs=rewards, rollout_func=rollouts,
         )  # fmt: skip
         _seed_by_epoch(trainer)
         if held_out:
@@ -109,6 +111,11 @@ def reinforce(
         }
         write_json(folder / "summary.json", summary)
         return summary
+
+
+def _numbers(count: int) -> Dataset:
+    """The numbers of the problems as their prompts: Arrow would give all messages the keys of each, and refuse some."""
+    return Dataset.from_dict({"prompt": [str(number) for number in range(count)]})
 
 
 def _seed_by_epoch(trainer: Any) -> None:
