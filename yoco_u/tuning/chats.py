@@ -1,6 +1,7 @@
 """Chats as examples: read from JSON lines, and written by the model's chat template, with the assistant's part marked."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -47,8 +48,8 @@ def read_chats(files: Sequence[Path]) -> Iterator[Chat]:
         yield Chat(place, [message.model_dump() for message in line.messages])
 
 
-def examples(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerFast) -> Iterator[Example]:
-    """Write chats by the tokenizer's chat template.
+def examples(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerFast, now: datetime | None = None) -> Iterator[Example]:
+    """Write chats by the tokenizer's chat template, all at the time `now`, by default that of the clock.
 
     What the assistant says, up to the end of its turn, is marked: the text that follows the prompt for an answer. A template
     that writes earlier messages differently once there are later ones, as some leave out earlier thoughts, gives an example for
@@ -57,22 +58,25 @@ def examples(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerFast) -> Itera
     Raises:
         UserError: if there is no template, or it refuses a chat; the chat is named.
     """
+    now = now or datetime.now()
     for chat in chats:
         try:
-            for text, spans in _texts(chat.messages, tokenizer):
+            for text, spans in _texts(chat.messages, tokenizer, now):
                 yield _example(text, spans, tokenizer)
         except UserError as error:
             raise UserError(f"{chat.place}: {error}") from None
 
 
-def _texts(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+def _texts(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, now: datetime
+) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     """Texts of a chat, and the assistant's characters in each: from a place, to another."""
     text, spans = "", list[tuple[int, int]]()
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = chat_text(tokenizer, messages[:number])
-        after = chat_text(tokenizer, messages[: number + 1], generation_prompt=False)
+        before = chat_text(tokenizer, messages[:number], now=now)
+        after = chat_text(tokenizer, messages[: number + 1], generation_prompt=False, now=now)
         if not after.startswith(before):
             raise UserError("the chat template does not write an answer behind the prompt for it")
         if not before.startswith(text):

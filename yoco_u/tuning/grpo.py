@@ -70,7 +70,7 @@ def reinforce(
         chat_tokens(tokenizer, prompt)
     data = {"data": [str(file) for file in files], "test": [str(file) for file in test]}
     own = {"model": str(model_path)} | data | {"settings": settings.model_dump(mode="json")}
-    with runs.begun(folder, own, [train, held_out], say) as finished:
+    with runs.begun(folder, own, [train, held_out], runs.begin_time(folder), say) as finished:
         if finished is not None:
             return finished
         say(f"{len(train):,} problems, {len(held_out):,} held out")
