@@ -179,6 +179,47 @@ def letters(completion: str, answer: str) -> float:
     return sum(one in string.ascii_lowercase for one in completion) / 8
 
 
+def test_held_out_answers_end_where_those_of_training_do() -> None:
+    """At the tokenizer's end token too, where the model's own is another."""
+    model, answers, log = untrained(), list[str](), list[Any]()
+    model.generation_config.eos_token_id = 40
+    with torch.no_grad():
+        model.lm_head.weight[[END, 40]] *= 3
+    prompts = [[0, n, n + 1] for n in range(50, 62)]
+    expected, ends = [], set()
+    for ids in prompts:
+        own: list[int] = []
+        while len(own) < SMALL.max_tokens and not {END, 40} & set(own):
+            with torch.no_grad():
+                own.append(int(model(torch.tensor([ids + own])).logits[0, -1].argmax()))
+        expected.append(tokenizer().decode(own, skip_special_tokens=True))
+        ends.add(own[-1])
+    assert END in ends
+
+    def reward(completion: str, answer: str) -> float:
+        answers.append(completion)
+        return 1.0
+
+    tests = grpo._Tests([{"answer": ""}] * len(prompts), prompts, trainer(model), reward, SMALL, lambda _: None)
+    tests.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=1, log_history=log), None, model=model)
+    assert answers == expected and [one["held_out_reward"] for one in log] == [1.0]
+
+
+@needs_trl
+@pytest.mark.parametrize("refused", ["p.jsonl", "t.jsonl"])
+def test_a_prompt_that_the_template_refuses_is_named_beforehand(tmp_path: Path, refused: str) -> None:
+    untrained().save_pretrained(tmp_path / "chats")
+    texts = tokenizer()
+    texts.chat_template = "{% if messages[0].content == 'no' %}{{ raise_exception('never') }}{% endif %}" + TEMPLATE
+    texts.save_pretrained(tmp_path / "chats")
+    fine = [{"prompt": CHAT, "answer": "42"}] * 2
+    last = {"prompt": [{"role": "user", "content": "no"}], "answer": ""}
+    files = [write_problems(tmp_path / name, *fine, *([last] if name == refused else [])) for name in ("p.jsonl", "t.jsonl")]
+    with pytest.raises(UserError, match=rf"{refused}, line 5: .*never"):
+        reinforce(tmp_path / "chats", files[:1], GRPOSettings(problems=2), tmp_path / "out", files[1:])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "reward", [math.nan, math.inf, -1e39, None, "best", 10**400, pytest.param(-(10**5000), id="long"), torch.ones(2)]
 )
@@ -245,22 +286,20 @@ def test_training_reads_the_chats_that_were_given(model: Path, tmp_path: Path) -
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}:{{ m.calls[0].arguments | tojson }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "chats")
     untrained().save_pretrained(tmp_path / "chats")
-    read, given = set[str](), set[str]()
+    read, given, plain = set[str](), set[str](), grpo.token_rollouts
 
     def reward(completion: str, answer: str) -> float:
         given.add(answer)
         return 0.0
 
     settings = GRPOSettings(steps=1, problems=4, answers=2, max_tokens=1)
-    plain = grpo.engine_rollouts
 
     def seen(prompts: Any, trainer: Any) -> Any:
-        found = plain(prompts, trainer)
-        read.update(tokenizer.batch_decode(found["prompt_ids"]))
-        return found
+        read.update(tokenizer.batch_decode(prompts))
+        return plain(prompts, trainer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "engine_rollouts", seen)
+        patch.setattr(grpo, "token_rollouts", seen)
         reinforce(tmp_path / "chats", [file], settings, tmp_path / "out", reward=reward)
     assert read == {f"{n}:{json.dumps(one)}" for n, one in enumerate(told)}
     assert given == set("0123")
@@ -279,6 +318,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         ("pattern='('", "no regular expression"),
         ("answers=1", "answers"),
         ("step=1", "steps"),
+        (f"--test={write_problems(tmp_path / 'empty.jsonl')}", "no problem in"),
         (str(write_problems(tmp_path / "chats.jsonl", {"prompt": CHAT, "answer": 42})), "are texts"),
     ):
         assert main(["grpo", str(model), file, *few, change, "--out", str(tmp_path / "other")]) == 2

@@ -23,18 +23,22 @@ _IDLE: "queue.LifoQueue[Confined]" = queue.LifoQueue(4)  # processes that are ke
 
 
 def chat_tokens(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+    now: datetime | None = None,
 ) -> list[int]:
     """The tokens of a chat up to where the answer begins.
 
     Args:
         messages: mappings of `role` and `content`.
         tools: JSON schemas of the tools that the model may call.
+        now: as of `chat_text`.
 
     Raises:
         UserError: as of `chat_text`.
     """
-    return text_tokens(tokenizer, chat_text(tokenizer, messages, tools=tools or None))
+    return text_tokens(tokenizer, chat_text(tokenizer, messages, tools=tools or None, now=now))
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

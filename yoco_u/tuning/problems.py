@@ -36,13 +36,19 @@ def read_problems(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
         UserError: at the first file that cannot be read, and the first line that is no problem, or whose prompt is a chat where
             earlier ones were texts, or the other way round; it names both.
     """
+    for _, problem in placed_problems(files):
+        yield problem
+
+
+def placed_problems(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As `read_problems`, each with its place: `FILE, line N`."""
     first = None
     for place, line in read_lines(files, _Line, "problems"):
         prompt = line.prompt if isinstance(line.prompt, str) else [message.model_dump() for message in line.prompt]
         first = type(prompt) if first is None else first
         if type(prompt) is not first:
             raise UserError(f"{place}: the prompts before are {_KINDS[first]}, but this one is not; give prompts of one kind")
-        yield {"prompt": prompt, "answer": str(line.answer)}
+        yield place, {"prompt": prompt, "answer": str(line.answer)}
 
 
 class Matches:
