@@ -116,6 +116,15 @@ def test_other_ways_to_sample_are_refused(setting: dict[str, Any]) -> None:
         engine_rollouts(["1"], trainer(untrained(), **setting))
 
 
+@pytest.mark.parametrize("name", ["generation_kwargs", "chat_template_kwargs", "tools"])
+def test_what_rollouts_do_not_follow_is_refused(name: str) -> None:
+    asked = trainer(untrained())
+    for what in (asked, asked.args):
+        setattr(what, name, {"enable_thinking": False})
+    with pytest.raises(UserError, match=f"does not follow {name}, which is .*enable_thinking"):
+        engine_rollouts(["1"], asked)
+
+
 def test_a_model_that_computes_no_numbers_is_told() -> None:
     model = untrained()
     with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from yoco_u.config import shown
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
@@ -79,7 +80,7 @@ def engine_rollouts(prompts: list[Prompt], trainer: Any) -> dict[str, list[Any]]
 
     Raises:
         UserError: if the trainer samples in another way than by the model's own probabilities: those that the engine reports
-            are without temperature and filters.
+            are without temperature and filters. If it has tools, or arguments for generation or for the chat template.
     """
     return token_rollouts(list(prompt_tokens(trainer.processing_class, prompts)), trainer)
 
@@ -89,6 +90,9 @@ def token_rollouts(prompts: list[list[int]], trainer: Any) -> dict[str, list[Any
     for name, plain in _PLAIN.items():
         if (value := getattr(trainer.args, name)) != plain:
             raise UserError(f"engine_rollouts samples by the model's probabilities, but {name} is {value}; set it to {plain}")
+    for what, name in ((trainer.args, "generation_kwargs"), (trainer.args, "chat_template_kwargs"), (trainer, "tools")):
+        if value := getattr(what, name, None):
+            raise UserError(f"engine_rollouts does not follow {name}, which is {shown(value)}; leave it out")
     groups = [(prompt, len(list(same))) for prompt, same in itertools.groupby(prompts)]
     params = [
         SamplingParams(
