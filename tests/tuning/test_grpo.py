@@ -145,6 +145,8 @@ def test_a_model_that_computes_no_numbers_is_told() -> None:
         (r"#### (.*)", "12+7\n#### 19", "19", 1),
         (r"#### (\d+)", "19", "19", 0),
         (r"a(b)?", "a", "", 0),
+        (None, "5", " 5 ", 1),
+        (r"#### (.*)", "#### 19\n", "19", 1),
     ],
 )
 def test_an_answer_is_the_last_match(pattern: str | None, completion: str, answer: str, reward: float) -> None:
@@ -159,8 +161,9 @@ def write_problems(path: Path, *problems: dict[str, Any]) -> Path:
 def test_problems_are_read(tmp_path: Path) -> None:
     file = write_problems(tmp_path / "p.jsonl", {"prompt": "1+1=", "answer": 2}, {"prompt": "1", "answer": "1", "id": 5})
     assert list(read_problems([file, file])) == [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1", "answer": "1"}] * 2
-    file = write_problems(tmp_path / "chats.jsonl", {"prompt": CHAT, "answer": 4.5})
-    assert list(read_problems([file])) == [{"prompt": CHAT, "answer": "4.5"}]
+    numbers = [4.5, 1.0, 10**30, -0, "true", " 5 "]
+    file = write_problems(tmp_path / "chats.jsonl", *({"prompt": CHAT, "answer": one} for one in numbers))
+    assert list(read_problems([file])) == [{"prompt": CHAT, "answer": str(one)} for one in numbers]
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,8 @@ def test_problems_are_read(tmp_path: Path) -> None:
         ('{"prompt": [], "answer": "x"}', "prompt"),
         ('{"prompt": [{"role": "user"}], "answer": "x"}', "prompt"),
         ('{"prompt": "x", "answer": null}', "answer"),
+        ('{"prompt": "x", "answer": true}', "answer"),
+        ('{"prompt": "x", "answer": 1.2e400}', "answer"),
         ('{"prompt": [{"role": "user", "content": "x"}], "answer": 1}', "are texts"),
     ],
 )

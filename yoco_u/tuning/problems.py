@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr
 
 from yoco_u.data.json_lines import read_lines
 from yoco_u.errors import UserError
@@ -23,7 +23,7 @@ class _Message(BaseModel, extra="allow"):
 
 class _Line(BaseModel, extra="allow"):
     prompt: str | list[_Message] = Field(min_length=1)
-    answer: str | int | float = Field(union_mode="left_to_right")
+    answer: StrictStr | StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)]
 
 
 def read_problems(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -52,7 +52,7 @@ def placed_problems(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]
 
 
 class Matches:
-    """The reward 1 for a completion that gives the answer, else 0.
+    """The reward 1 for a completion that gives the answer, else 0. Blanks around either do not count.
 
     Args:
         pattern: a regular expression; see `GRPOSettings`.
@@ -71,4 +71,5 @@ class Matches:
         matches = list(self._pattern.finditer(completion))
         if not matches:
             return 0.0
-        return float(matches[-1][min(1, self._pattern.groups)] == answer)
+        given = matches[-1][min(1, self._pattern.groups)]
+        return float(given is not None and given.strip() == answer.strip())
