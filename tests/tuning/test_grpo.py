@@ -1,5 +1,6 @@
 """GRPO: answers that our engine samples of the current weights, their rewards, and a model that comes to earn more."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -18,8 +19,9 @@ from yoco_u import YocoUForCausalLM
 from yoco_u.cli import main
 from yoco_u.errors import UserError
 from yoco_u.loading import load_model
-from yoco_u.tuning import GRPOSettings, Matches, engine_rollouts, grpo, read_problems, reinforce
-from yoco_u.tuning.grpo import _checked
+from yoco_u.tuning import GRPOSettings, Matches, engine_rollouts, read_problems, reinforce
+from yoco_u.tuning.grpo import _checked, _Tests
+from yoco_u.tuning.rollouts import token_rollouts
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 END = 1
@@ -214,7 +216,7 @@ def test_held_out_answers_end_where_those_of_training_do() -> None:
         answers.append(completion)
         return 1.0
 
-    tests = grpo._Tests([{"answer": ""}] * len(prompts), prompts, trainer(model), reward, SMALL, lambda _: None)
+    tests = _Tests([{"answer": ""}] * len(prompts), prompts, trainer(model), reward, SMALL, lambda _: None)
     tests.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=1, log_history=log), None, model=model)
     assert answers == expected and [one["held_out_reward"] for one in log] == [1.0]
 
@@ -288,6 +290,9 @@ def test_it_goes_on_where_it_was(model: Path, tmp_path: Path, count: int) -> Non
     another = write_problems(tmp_path / "q.jsonl", *PROBLEMS[1:])
     with pytest.raises(UserError, match="begun with another test"):
         reinforce(model, [file], settings, tmp_path / "part", [another], letters)
+    for reward in (None, Matches("x"), functools.partial(letters, answer=""), lambda text, answer: 1.0):
+        with pytest.raises(UserError, match="begun with another settings"):
+            reinforce(model, [file], settings, tmp_path / "part", [file], reward)
 
 
 @needs_trl
@@ -300,7 +305,7 @@ def test_training_reads_the_chats_that_were_given(model: Path, tmp_path: Path) -
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}:{{ m.calls[0].arguments | tojson }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "chats")
     untrained().save_pretrained(tmp_path / "chats")
-    read, given, plain = set[str](), set[str](), grpo.token_rollouts
+    read, given, plain = set[str](), set[str](), token_rollouts
 
     def reward(completion: str, answer: str) -> float:
         given.add(answer)
@@ -313,7 +318,7 @@ def test_training_reads_the_chats_that_were_given(model: Path, tmp_path: Path) -
         return plain(prompts, trainer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "token_rollouts", seen)
+        patch.setattr("yoco_u.tuning.grpo.token_rollouts", seen)
         reinforce(tmp_path / "chats", [file], settings, tmp_path / "out", reward=reward)
     assert read == {f"{n}:{json.dumps(one)}" for n, one in enumerate(told)}
     assert given == set("0123")

@@ -41,7 +41,8 @@ def reinforce(
         files: JSON lines with problems, see `read_problems`.
         folder: gets `checkpoints/`, `summary.json`, and the trained model in `model/`.
         test: files of held-out problems, which are answered greedily before, after and every `test_every` steps.
-        reward: by default 1 for the right answer, found by the pattern of the settings, else 0.
+        reward: by default 1 for the right answer, found by the pattern of the settings, else 0. Whoever continues gives the
+            same: its name is compared, not what it does.
         say: told what happens, in lines.
 
     Returns:
@@ -72,7 +73,8 @@ def reinforce(
     now = runs.begin_time(folder)
     prompts, test_prompts = (_tokens(given, tokenizer, now) for given in (placed, placed_test))
     data = {"data": [str(file) for file in files], "test": [str(file) for file in test]}
-    own = {"model": str(model_path)} | data | {"settings": settings.model_dump(mode="json")}
+    of_own = {} if reward is None else {"reward": _name(reward)}
+    own = {"model": str(model_path)} | data | {"settings": settings.model_dump(mode="json") | of_own}
     with runs.begun(folder, own, [train, held_out], now, say) as finished:
         if finished is not None:
             return finished
@@ -147,6 +149,11 @@ def _seed_by_epoch(trainer: Any) -> None:
         return sampler
 
     trainer._get_train_sampler = seeded
+
+
+def _name(reward: Reward) -> str:
+    named = reward if hasattr(reward, "__qualname__") else type(reward)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _checked(reward: Reward) -> Reward:
