@@ -1,5 +1,6 @@
 """Chats as examples: read from JSON lines, and written by the model's chat template, with the assistant's part marked."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from yoco_u.data.json_lines import read_lines
 from yoco_u.errors import UserError
-from yoco_u.inference.chat_template import chat_text
+from yoco_u.inference.chat_template import chat_text, text_tokens
 
 
 class _Message(BaseModel, extra="allow"):
@@ -88,6 +89,24 @@ def _texts(
 
 
 def _example(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerFast) -> Example:
-    encoded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-    marked = [any(begin <= start and end <= last for begin, last in spans) for start, end in encoded.offsets]
-    return Example(list(encoded.ids), marked)
+    """The tokens of a text, none of which lies across an end of a span, as none does where a model answers a prompt."""
+    found, before, cuts = Example([], []), "", [0, *itertools.chain.from_iterable(spans), len(text)]
+    for begin, end in itertools.pairwise(cuts):
+        piece = text[begin:end]
+        tokens = _continued(before, piece, tokenizer) if before else text_tokens(tokenizer, piece)
+        found.input_ids.extend(tokens)
+        found.assistant.extend([(begin, end) in spans] * len(tokens))
+        before = piece or before
+    return found
+
+
+def _continued(before: str, piece: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The tokens of a piece of a text, without the blank that some tokenizers put before a text.
+
+    They are those behind what comes before, or, where a token would lie across, behind another text where none does.
+    """
+    for context in (before, "\n", ".", "a"):
+        head, whole = text_tokens(tokenizer, context), text_tokens(tokenizer, context + piece)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return text_tokens(tokenizer, piece)
