@@ -4,6 +4,7 @@ import importlib
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,6 +60,24 @@ def test_what_a_fit_never_reaches_has_no_number_of_tokens(monkeypatch: pytest.Mo
     reached = importlib.import_module("healing_curves").reached
     assert reached(0.0, -0.5, 0.1) == pytest.approx(100.0)
     assert [reached(0.0, slope, 0.1) for slope in (0.0, 0.3, -1e-6)] == [None] * 3
+
+
+@pytest.mark.parametrize("name", ["dataset", "teacher", "sequence_length", "evaluation_tokens", "dtype"])
+def test_runs_that_were_measured_differently_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+    curves = importlib.import_module("healing_curves")
+    plain = {"dataset": "data", "teacher": "source", "sequence_length": 2048, "evaluation_tokens": 8192, "dtype": "float32"}
+    settings = [plain, plain, plain | {name: 5}]
+    configs = [
+        SimpleNamespace(distillation=SimpleNamespace(teacher=one["teacher"]), training=SimpleNamespace(**one))
+        for one in settings
+    ]
+    runs = [Path(f"run-{number}") for number in range(3)]
+    monkeypatch.setattr(curves, "run_dataset", lambda run: Path(str(settings[runs.index(run)]["dataset"])))
+    monkeypatch.setattr(curves, "RunFolder", lambda run: SimpleNamespace(paths=SimpleNamespace(find=lambda path: path)))
+    curves.check_measured_alike(runs[:2], configs[:2])
+    with pytest.raises(UserError, match=rf"run-2: {name} is \S*5, but .* in run-0"):
+        curves.check_measured_alike(runs, configs)
 
 
 def test_a_model_that_was_made_of_another_one_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
