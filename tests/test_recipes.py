@@ -80,10 +80,33 @@ def test_runs_that_were_measured_differently_are_refused(monkeypatch: pytest.Mon
         curves.check_measured_alike(runs, configs)
 
 
-def test_a_model_that_was_made_of_another_one_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("made", ["healed-5", "converted-5"])
+def test_a_model_that_was_made_of_another_one_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made: str) -> None:
+    """Also if it was only converted: what it is made of is written before."""
     monkeypatch.syspath_prepend(RECIPES)
     talk = importlib.import_module("talk")
-    (tmp_path / "healed-5.json").write_text('{"steps": 4, "asked": {"steps": 4}, "source": "teacher"}')
-    talk.check_source(tmp_path / "healed-5", tmp_path / "teacher")
-    with pytest.raises(UserError, match="was made of teacher, and not of healed-15"):
-        talk.check_source(tmp_path / "healed-5", tmp_path / "healed-15")
+    heal, model = tmp_path / "healed-5", tmp_path / "converted-5"
+    talk.check_source(heal, model, tmp_path / "healed-15")
+    talk.check_source(heal, model, tmp_path / "teacher")  # nothing was made of the other
+    model.mkdir()
+    if made == "healed-5":
+        (tmp_path / "converted-5.json").unlink()
+        (tmp_path / "healed-5.json").write_text('{"steps": 4, "asked": {"steps": 4}, "source": "teacher"}')
+    talk.check_source(heal, model, tmp_path / "teacher")
+    with pytest.raises(UserError, match=f"{made}: was made of teacher, and not of healed-15"):
+        talk.check_source(heal, model, tmp_path / "healed-15")
+
+
+def test_a_card_is_of_runs_each_from_the_one_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+    card = importlib.import_module("talk_card")
+    numbers = {"healed-15": 15, "healed-5": 5, "again": 5}
+    configs = {name: SimpleNamespace(architecture=SimpleNamespace(global_kvs=kvs)) for name, kvs in numbers.items()}
+    monkeypatch.setattr(card, "read_run_config", lambda run: configs[run.name])
+    first, second, again = (tmp_path / name for name in numbers)
+    (tmp_path / "healed-5.json").write_text('{"steps": 4, "source": "healed-15"}')
+    card.check_chain([first, second])
+    with pytest.raises(UserError, match="healed-5: was made of healed-15, and not of again"):
+        card.check_chain([again, second])
+    with pytest.raises(UserError, match=r"again: has 5 global KVs, as \S*healed-5 has"):
+        card.check_chain([first, second, again])
