@@ -51,6 +51,7 @@ def main() -> None:
             raise UserError(f"{run}: has fewer than two evaluations, through which no line can be fitted; train it on")
     teacher = configs[0].distillation
     assert teacher is not None
+    check_measured_alike(chosen.runs, configs)
     source = loss_of(RunFolder(chosen.runs[0]).paths.find(teacher.teacher), chosen.runs[0], configs[0])
     curves = [curve(run, config, source) for run, config in zip(chosen.runs, configs, strict=True)]
     chosen.results.mkdir(parents=True, exist_ok=True)
@@ -58,6 +59,23 @@ def main() -> None:
     plot(source, curves, chosen.results / "healing.png")
     for one in curves:
         print(sentence(one))
+
+
+def check_measured_alike(runs: list[Path], configs: list[RunConfig]) -> None:
+    """Refuse runs whose losses are not of one dataset, in rows of one length, beside one source."""
+    first, *others = [
+        {
+            "dataset": str(run_dataset(run).resolve()),
+            "teacher": str(RunFolder(run).paths.find(config.distillation.teacher)) if config.distillation else None,
+            "sequence_length": config.training.sequence_length,
+            "evaluation_tokens": config.training.evaluation_tokens,
+            "dtype": config.training.dtype,
+        }
+        for run, config in zip(runs, configs, strict=True)
+    ]
+    for run, own in zip(runs[1:], others, strict=True):
+        for name in (name for name in own if own[name] != first[name]):
+            raise UserError(f"{run}: {name} is {own[name]}, but {first[name]} in {runs[0]}; draw runs that share it")
 
 
 def loss_of(model: str, run: Path, config: RunConfig) -> float:

@@ -62,7 +62,7 @@ def main() -> None:
     heal = teacher
     for number in chosen.global_kvs:
         source, model, heal = heal, out / f"converted-{number}", out / f"healed-{number}"
-        check_source(heal, source)
+        check_source(heal, model, source)
         convert(source, model, number, text)
         config = write_config(out, heal.name, model, text)
         train(config, heal, steps_of(heal, source, config, chosen.minutes, chosen.steps))
@@ -71,11 +71,10 @@ def main() -> None:
 
 
 class Begun(BaseModel):
-    """How a run was begun: its steps, the option that asked for them, and the name of what its model was made of."""
+    """How a run was begun: its steps, and the option that asked for them."""
 
     steps: PositiveInt
     asked: dict[str, float] | None = None
-    source: str | None = None
 
 
 def run(*command: Any) -> None:
@@ -208,12 +207,20 @@ def train(config: Path, heal: Path, steps: int, *settings: str) -> None:
     run("train", config, f"training.steps={steps}", f"optimizer.warmup_steps={min(20, steps // 4)}", *settings, "--out", heal)
 
 
-def check_source(heal: Path, source: Path) -> None:
-    """Refuse to go on with a model that was made of another one."""
-    settings = heal.with_suffix(".json")
-    before = read_json(settings, Begun).source if settings.exists() else None
-    if before not in (None, source.name):
-        raise UserError(f"{heal}: was made of {before}, and not of {source.name}; give the same --global-kvs, or another --out")
+def source_of(model: Path) -> str | None:
+    """The name of what a model was made of, as the file beside it says; None if it does not."""
+    return read_json(model.with_suffix(".json"), dict[str, Any], {}).get("source")
+
+
+def check_source(heal: Path, model: Path, source: Path) -> None:
+    """Refuse to go on with a model that was made of another one, and write down what it will be made of."""
+    if not model.exists():
+        write_json(model.with_suffix(".json"), {"source": source.name})
+    for made in (heal, model):
+        if (before := source_of(made)) not in (None, source.name):
+            raise UserError(
+                f"{made}: was made of {before}, and not of {source.name}; give the same --global-kvs, or another --out"
+            )
 
 
 def steps_of(heal: Path, source: Path, config: Path, minutes: float, steps: int | None) -> int:

@@ -10,13 +10,14 @@ is continued by the same one.
 import json
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from talk import CORPORA, HELD_OUT
+from talk import CORPORA, HELD_OUT, source_of
 
 from yoco_u.architecture import Architecture
 from yoco_u.budget import kv_bytes, parameters
@@ -50,6 +51,7 @@ def main() -> None:
     config, read = read_run_config(last), [read_run(run) for run in runs]
     if config.distillation is None:
         raise UserError(f"{last}: is no run of talk.py, since it has no teacher")
+    check_chain(runs)
     out, texts = last / "card", last.parent
     check_claim(out, "card")
     for name in ("card.json", "healing.png", "measured.json"):
@@ -71,6 +73,17 @@ def main() -> None:
     plot(found["healed"], out / "healing.png")
     write_text(out / "README.md", card(found))
     print(f"wrote {out / 'README.md'}")
+
+
+def check_chain(runs: list[Path]) -> None:
+    """Refuse runs that are not each from the one before, with a number of global KVs of its own, which names its column."""
+    numbers = [read_run_config(run).architecture.global_kvs for run in runs]
+    for before, run in pairwise(runs):
+        if (made := source_of(run)) not in (None, before.name):
+            raise UserError(f"{run}: was made of {made}, and not of {before.name}; give runs that are each from the one before")
+    for place, run in enumerate(runs):
+        if (first := numbers.index(numbers[place])) < place:
+            raise UserError(f"{run}: has {numbers[place]} global KVs, as {runs[first]} has; give one run for each number")
 
 
 def healing(run: Path) -> dict[str, Any]:

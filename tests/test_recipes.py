@@ -4,6 +4,7 @@ import importlib
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,10 +62,51 @@ def test_what_a_fit_never_reaches_has_no_number_of_tokens(monkeypatch: pytest.Mo
     assert [reached(0.0, slope, 0.1) for slope in (0.0, 0.3, -1e-6)] == [None] * 3
 
 
-def test_a_model_that_was_made_of_another_one_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["dataset", "teacher", "sequence_length", "evaluation_tokens", "dtype"])
+def test_runs_that_were_measured_differently_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+    curves = importlib.import_module("healing_curves")
+    plain = {"dataset": "data", "teacher": "source", "sequence_length": 2048, "evaluation_tokens": 8192, "dtype": "float32"}
+    settings = [plain, plain, plain | {name: 5}]
+    configs = [
+        SimpleNamespace(distillation=SimpleNamespace(teacher=one["teacher"]), training=SimpleNamespace(**one))
+        for one in settings
+    ]
+    runs = [Path(f"run-{number}") for number in range(3)]
+    monkeypatch.setattr(curves, "run_dataset", lambda run: Path(str(settings[runs.index(run)]["dataset"])))
+    monkeypatch.setattr(curves, "RunFolder", lambda run: SimpleNamespace(paths=SimpleNamespace(find=lambda path: path)))
+    curves.check_measured_alike(runs[:2], configs[:2])
+    with pytest.raises(UserError, match=rf"run-2: {name} is \S*5, but .* in run-0"):
+        curves.check_measured_alike(runs, configs)
+
+
+@pytest.mark.parametrize("made", ["healed-5", "converted-5"])
+def test_a_model_that_was_made_of_another_one_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made: str) -> None:
+    """Also if it was only converted: what it is made of is written before."""
     monkeypatch.syspath_prepend(RECIPES)
     talk = importlib.import_module("talk")
-    (tmp_path / "healed-5.json").write_text('{"steps": 4, "asked": {"steps": 4}, "source": "teacher"}')
-    talk.check_source(tmp_path / "healed-5", tmp_path / "teacher")
-    with pytest.raises(UserError, match="was made of teacher, and not of healed-15"):
-        talk.check_source(tmp_path / "healed-5", tmp_path / "healed-15")
+    heal, model = tmp_path / "healed-5", tmp_path / "converted-5"
+    talk.check_source(heal, model, tmp_path / "healed-15")
+    talk.check_source(heal, model, tmp_path / "teacher")  # nothing was made of the other
+    model.mkdir()
+    if made == "healed-5":
+        (tmp_path / "converted-5.json").unlink()
+        (tmp_path / "healed-5.json").write_text('{"steps": 4, "asked": {"steps": 4}, "source": "teacher"}')
+    talk.check_source(heal, model, tmp_path / "teacher")
+    with pytest.raises(UserError, match=f"{made}: was made of teacher, and not of healed-15"):
+        talk.check_source(heal, model, tmp_path / "healed-15")
+
+
+def test_a_card_is_of_runs_each_from_the_one_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+    card = importlib.import_module("talk_card")
+    numbers = {"healed-15": 15, "healed-5": 5, "again": 5}
+    configs = {name: SimpleNamespace(architecture=SimpleNamespace(global_kvs=kvs)) for name, kvs in numbers.items()}
+    monkeypatch.setattr(card, "read_run_config", lambda run: configs[run.name])
+    first, second, again = (tmp_path / name for name in numbers)
+    (tmp_path / "healed-5.json").write_text('{"steps": 4, "source": "healed-15"}')
+    card.check_chain([first, second])
+    with pytest.raises(UserError, match="healed-5: was made of healed-15, and not of again"):
+        card.check_chain([again, second])
+    with pytest.raises(UserError, match=r"again: has 5 global KVs, as \S*healed-5 has"):
+        card.check_chain([first, second, again])

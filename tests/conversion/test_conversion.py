@@ -23,6 +23,7 @@ from yoco_u.conversion import (
     write_back,
     write_gguf,
 )
+from yoco_u.conversion.convert import calibration_rows
 from yoco_u.conversion.shared_kv import share
 from yoco_u.conversion.target import PRESETS
 from yoco_u.errors import UserError
@@ -344,3 +345,13 @@ def test_an_unfinished_run_is_called_one(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["convert", str(tmp_path / "run"), *options, "--out", str(tmp_path / "new")]) == 2
     assert "run: the run is not finished (model/ is missing); run `yoco-u train` again" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("counts", [(1, 20), (20, 1), (1, 20, 1), (20, 1, 1)])
+def test_what_one_text_lacks_for_a_fit_others_give(tmp_path: Path, counts: tuple[int, ...]) -> None:
+    files = [tmp_path / f"{number}.jsonl" for number in range(len(counts))]
+    for file, count in zip(files, counts, strict=True):
+        file.write_text("".join(json.dumps({"text": f"{number:02}" * 30}) + "\n" for number in range(count)))
+    entries = tuple(str(file) for file in files)
+    rows = calibration_rows(source(tmp_path / "source"), Calibration(entries, tokens=600, length=50))
+    assert rows.shape == (12, 50)

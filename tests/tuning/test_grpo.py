@@ -1,8 +1,10 @@
 """GRPO: answers that our engine samples of the current weights, their rewards, and a model that comes to earn more."""
 
+import functools
 import importlib.util
 import json
 import math
+import shutil
 import string
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,8 @@ from yoco_u.cli import main
 from yoco_u.errors import UserError
 from yoco_u.loading import load_model
 from yoco_u.tuning import GRPOSettings, Matches, engine_rollouts, read_problems, reinforce
-from yoco_u.tuning.grpo import _checked
+from yoco_u.tuning.grpo import _checked, _Tests
+from yoco_u.tuning.rollouts import token_rollouts
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 END = 1
@@ -115,6 +118,15 @@ def test_other_ways_to_sample_are_refused(setting: dict[str, Any]) -> None:
         engine_rollouts(["1"], trainer(untrained(), **setting))
 
 
+@pytest.mark.parametrize("name", ["generation_kwargs", "chat_template_kwargs", "tools"])
+def test_what_rollouts_do_not_follow_is_refused(name: str) -> None:
+    asked = trainer(untrained())
+    for what in (asked, asked.args):
+        setattr(what, name, {"enable_thinking": False})
+    with pytest.raises(UserError, match=f"does not follow {name}, which is .*enable_thinking"):
+        engine_rollouts(["1"], asked)
+
+
 def test_a_model_that_computes_no_numbers_is_told() -> None:
     model = untrained()
     with torch.no_grad():
@@ -135,6 +147,8 @@ def test_a_model_that_computes_no_numbers_is_told() -> None:
         (r"#### (.*)", "12+7\n#### 19", "19", 1),
         (r"#### (\d+)", "19", "19", 0),
         (r"a(b)?", "a", "", 0),
+        (None, "5", " 5 ", 1),
+        (r"#### (.*)", "#### 19\n", "19", 1),
     ],
 )
 def test_an_answer_is_the_last_match(pattern: str | None, completion: str, answer: str, reward: float) -> None:
@@ -149,8 +163,9 @@ def write_problems(path: Path, *problems: dict[str, Any]) -> Path:
 def test_problems_are_read(tmp_path: Path) -> None:
     file = write_problems(tmp_path / "p.jsonl", {"prompt": "1+1=", "answer": 2}, {"prompt": "1", "answer": "1", "id": 5})
     assert list(read_problems([file, file])) == [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1", "answer": "1"}] * 2
-    file = write_problems(tmp_path / "chats.jsonl", {"prompt": CHAT, "answer": 4.5})
-    assert list(read_problems([file])) == [{"prompt": CHAT, "answer": "4.5"}]
+    numbers = [4.5, 1.0, 10**30, -0, "true", " 5 "]
+    file = write_problems(tmp_path / "chats.jsonl", *({"prompt": CHAT, "answer": one} for one in numbers))
+    assert list(read_problems([file])) == [{"prompt": CHAT, "answer": str(one)} for one in numbers]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +177,8 @@ def test_problems_are_read(tmp_path: Path) -> None:
         ('{"prompt": [], "answer": "x"}', "prompt"),
         ('{"prompt": [{"role": "user"}], "answer": "x"}', "prompt"),
         ('{"prompt": "x", "answer": null}', "answer"),
+        ('{"prompt": "x", "answer": true}', "answer"),
+        ('{"prompt": "x", "answer": 1.2e400}', "answer"),
         ('{"prompt": [{"role": "user", "content": "x"}], "answer": 1}', "are texts"),
     ],
 )
@@ -176,6 +193,47 @@ def test_lines_that_are_no_problem_are_named(tmp_path: Path, line: str, said: st
 def letters(completion: str, answer: str) -> float:
     """How much of a completion is a small letter, of which an untrained model writes few."""
     return sum(one in string.ascii_lowercase for one in completion) / 8
+
+
+def test_held_out_answers_end_where_those_of_training_do() -> None:
+    """At the tokenizer's end token too, where the model's own is another."""
+    model, answers, log = untrained(), list[str](), list[Any]()
+    model.generation_config.eos_token_id = 40
+    with torch.no_grad():
+        model.lm_head.weight[[END, 40]] *= 3
+    prompts = [[0, n, n + 1] for n in range(50, 62)]
+    expected, ends = [], set()
+    for ids in prompts:
+        own: list[int] = []
+        while len(own) < SMALL.max_tokens and not {END, 40} & set(own):
+            with torch.no_grad():
+                own.append(int(model(torch.tensor([ids + own])).logits[0, -1].argmax()))
+        expected.append(tokenizer().decode(own, skip_special_tokens=True))
+        ends.add(own[-1])
+    assert END in ends
+
+    def reward(completion: str, answer: str) -> float:
+        answers.append(completion)
+        return 1.0
+
+    tests = _Tests([{"answer": ""}] * len(prompts), prompts, trainer(model), reward, SMALL, lambda _: None)
+    tests.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=1, log_history=log), None, model=model)
+    assert answers == expected and [one["held_out_reward"] for one in log] == [1.0]
+
+
+@needs_trl
+@pytest.mark.parametrize("refused", ["p.jsonl", "t.jsonl"])
+def test_a_prompt_that_the_template_refuses_is_named_beforehand(tmp_path: Path, refused: str) -> None:
+    untrained().save_pretrained(tmp_path / "chats")
+    texts = tokenizer()
+    texts.chat_template = "{% if messages[0].content == 'no' %}{{ raise_exception('never') }}{% endif %}" + TEMPLATE
+    texts.save_pretrained(tmp_path / "chats")
+    fine = [{"prompt": CHAT, "answer": "42"}] * 2
+    last = {"prompt": [{"role": "user", "content": "no"}], "answer": ""}
+    files = [write_problems(tmp_path / name, *fine, *([last] if name == refused else [])) for name in ("p.jsonl", "t.jsonl")]
+    with pytest.raises(UserError, match=rf"{refused}, line 5: .*never"):
+        reinforce(tmp_path / "chats", files[:1], GRPOSettings(problems=2), tmp_path / "out", files[1:])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -217,11 +275,13 @@ def test_a_model_comes_to_earn_more(model: Path, tmp_path: Path, rank: int) -> N
 
 
 @needs_trl
-def test_it_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
-    file = write_problems(tmp_path / "p.jsonl", *PROBLEMS)
-    settings = SMALL.model_copy(update={"steps": 4, "save_every": 2, "test_every": 3, "problems": 2})
+@pytest.mark.parametrize("count", [5, 3])
+def test_it_goes_on_where_it_was(model: Path, tmp_path: Path, count: int) -> None:
+    """Within an epoch that is not the first, and at the end of one."""
+    file = write_problems(tmp_path / "p.jsonl", *PROBLEMS[:count])
+    settings = SMALL.model_copy(update={"steps": 4, "save_every": 3, "test_every": 4, "problems": 2, "max_tokens": 4})
     whole = reinforce(model, [file], settings, tmp_path / "whole", [file], letters)
-    reinforce(model, [file], settings, tmp_path / "part", [file], letters)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
     (tmp_path / "part" / "checkpoints" / "checkpoint-4").rename(tmp_path / "gone")
     (tmp_path / "part" / "summary.json").unlink()
     again = reinforce(model, [file], settings, tmp_path / "part", [file], letters)
@@ -230,6 +290,38 @@ def test_it_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
     another = write_problems(tmp_path / "q.jsonl", *PROBLEMS[1:])
     with pytest.raises(UserError, match="begun with another test"):
         reinforce(model, [file], settings, tmp_path / "part", [another], letters)
+    for reward in (None, Matches("x"), functools.partial(letters, answer=""), lambda text, answer: 1.0):
+        with pytest.raises(UserError, match="begun with another settings"):
+            reinforce(model, [file], settings, tmp_path / "part", [file], reward)
+
+
+@needs_trl
+def test_training_reads_the_chats_that_were_given(model: Path, tmp_path: Path) -> None:
+    """Messages with keys that others lack, and keys with values of several types."""
+    told = [{"city": "Oslo"}, {"day": 3}, {"day": "today"}, {"day": [1, {"x": None}]}]
+    chats = [[{"role": "user", "content": f"{n}", "calls": [{"arguments": one}]}] for n, one in enumerate(told)]
+    file = write_problems(tmp_path / "p.jsonl", *({"prompt": chat, "answer": n} for n, chat in enumerate(chats)))
+    _, tokenizer = load_model(model, torch.device("cpu"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}:{{ m.calls[0].arguments | tojson }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chats")
+    untrained().save_pretrained(tmp_path / "chats")
+    read, given, plain = set[str](), set[str](), token_rollouts
+
+    def reward(completion: str, answer: str) -> float:
+        given.add(answer)
+        return 0.0
+
+    settings = GRPOSettings(steps=1, problems=4, answers=2, max_tokens=1)
+
+    def seen(prompts: Any, trainer: Any) -> Any:
+        read.update(tokenizer.batch_decode(prompts))
+        return plain(prompts, trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("yoco_u.tuning.grpo.token_rollouts", seen)
+        reinforce(tmp_path / "chats", [file], settings, tmp_path / "out", reward=reward)
+    assert read == {f"{n}:{json.dumps(one)}" for n, one in enumerate(told)}
+    assert given == set("0123")
 
 
 @needs_trl
@@ -245,6 +337,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         ("pattern='('", "no regular expression"),
         ("answers=1", "answers"),
         ("step=1", "steps"),
+        (f"--test={write_problems(tmp_path / 'empty.jsonl')}", "no problem in"),
         (str(write_problems(tmp_path / "chats.jsonl", {"prompt": CHAT, "answer": 42})), "are texts"),
     ):
         assert main(["grpo", str(model), file, *few, change, "--out", str(tmp_path / "other")]) == 2

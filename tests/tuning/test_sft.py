@@ -78,6 +78,11 @@ def test_a_template_that_forgets_gives_an_example_for_each_answer(model: Path) -
     ]
 
 
+def test_a_template_that_writes_the_time_writes_one_time(model: Path) -> None:
+    [(text, own)] = marked(model, "{{ strftime_now('%f') }}" + TEMPLATE, chat("hi", "hello", "how?", "well"))
+    assert own == "hello</s>\nwell</s>\n" and text[6:] == chat_text_of(model, chat("hi", "hello", "how?", "well"))
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

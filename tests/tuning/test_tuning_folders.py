@@ -100,6 +100,20 @@ def test_other_contents_under_the_same_names_are_no_run_that_goes_on(place: Path
     again(here, here / "run", steps=1)
 
 
+def test_a_run_goes_on_at_another_time(tmp_path: Path) -> None:
+    """With a template that writes the time, here in microseconds, as others write the date."""
+    save_chat_model(tmp_path, "{{ strftime_now('%Y %f') }}" + TEMPLATE, {"window": 16})
+    write_chats(tmp_path / "chats.jsonl", 2)
+    first, _ = again(tmp_path, tmp_path / "run", steps=1)
+    (tmp_path / "run" / "summary.json").unlink()
+    second, said = again(tmp_path, tmp_path / "run", steps=1)
+    assert "continuing from" in said and second["losses"] == first["losses"]
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings | {"begun": "yesterday"}))
+    with pytest.raises(UserError, match=r"settings.json: begun"):
+        again(tmp_path, tmp_path / "run", steps=1)
+
+
 def test_what_is_in_the_way_of_the_model_is_told_first(place: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("checkpoints", "summary.json", ".yoco-u-part"))

@@ -227,15 +227,17 @@ def _gates(model: YocoUForCausalLM, stage: int) -> Tensor | None:
 
 
 def calibration_rows(source: Source, calibration: Calibration) -> Tensor:
-    """Rows of tokens, (rows, length): a piece of each document, of which every entry of the corpus gives as many tokens."""
+    """Rows of tokens, (rows, length): a piece of each document.
+
+    Every entry of the corpus gives as many tokens; what one lacks, others give.
+    """
     encoder, draw = DocumentEncoder(source.tokenizer, special_tokens=True), random.Random(calibration.seed)
-    count, length = -(-calibration.tokens // calibration.length), calibration.length
+    count, length, entries = -(-calibration.tokens // calibration.length), calibration.length, len(calibration.corpus)
     stream: list[int] = []
-    for number, entry in enumerate(calibration.corpus, 1):
-        wanted = count * length * number // len(calibration.corpus)
-        for document in Corpus([entry], unique=False).sample(calibration.seed):
-            if len(stream) >= wanted:
-                break
+    sampled = [Corpus([entry], unique=False).sample(calibration.seed) for entry in calibration.corpus]
+    shares = [count * length * number // entries for number in range(1, entries + 1)]
+    for wanted, documents in zip(shares + [count * length] * entries, sampled * 2, strict=True):
+        while len(stream) < wanted and (document := next(documents, None)) is not None:
             begin = draw.randrange(max(1, len(document.text) - _CHARACTERS * length))
             [tokens] = encoder.encode([document.text[begin : begin + _CHARACTERS * length]])
             stream += tokens[:length].tolist()

@@ -7,6 +7,7 @@ import contextlib
 import json
 import queue
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,22 @@ _IDLE: "queue.LifoQueue[Confined]" = queue.LifoQueue(4)  # processes that are ke
 
 
 def chat_tokens(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+    now: datetime | None = None,
 ) -> list[int]:
     """The tokens of a chat up to where the answer begins.
 
     Args:
         messages: mappings of `role` and `content`.
         tools: JSON schemas of the tools that the model may call.
+        now: as of `chat_text`.
 
     Raises:
         UserError: as of `chat_text`.
     """
-    return text_tokens(tokenizer, chat_text(tokenizer, messages, tools=tools or None))
+    return text_tokens(tokenizer, chat_text(tokenizer, messages, tools=tools or None, now=now))
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -51,6 +56,7 @@ def chat_text(
     continue_final_message: bool = False,
     generation_prompt: bool | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    now: datetime | None = None,
 ) -> str:
     """The text of a chat up to where the answer begins. Any thread may call this.
 
@@ -59,6 +65,7 @@ def chat_text(
         continue_final_message: end within the last message, which the answer goes on from.
         generation_prompt: whether the text ends with what an answer begins with; by default unless it ends within a message.
         tools: JSON schemas of the tools that the model may call.
+        now: the time by which a template writes the date; None for that of the clock.
 
     Raises:
         UserError: if the tokenizer has no template that can be used, if the template refuses the messages or fails, or if it
@@ -71,6 +78,7 @@ def chat_text(
             "conversations": [[{key: value for key, value in one.items() if value is not None} for one in messages]],
             "tools": None if tools is None else list(tools),
             "chat_template": tokenizer.get_chat_template(tools=tools),
+            "now": now and now.isoformat(),
             "continue_final_message": continue_final_message,
             "add_generation_prompt": not continue_final_message if generation_prompt is None else generation_prompt,
         }

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from yoco_u.errors import UserError
 from yoco_u.files import write_json
 from yoco_u.folders import check_claim
 from yoco_u.inference import SamplingParams
-from yoco_u.inference.chat_template import chat_tokens
 from yoco_u.tuning import runs
-from yoco_u.tuning.problems import Matches, read_problems
-from yoco_u.tuning.rollouts import complete, engine_rollouts
+from yoco_u.tuning.problems import Matches, placed_problems
+from yoco_u.tuning.rollouts import complete, prompt_tokens, token_rollouts
 from yoco_u.tuning.settings import GRPOSettings
 
 Reward = Callable[[str, str], float]
@@ -41,7 +41,8 @@ def reinforce(
         files: JSON lines with problems, see `read_problems`.
         folder: gets `checkpoints/`, `summary.json`, and the trained model in `model/`.
         test: files of held-out problems, which are answered greedily before, after and every `test_every` steps.
-        reward: by default 1 for the right answer, found by the pattern of the settings, else 0.
+        reward: by default 1 for the right answer, found by the pattern of the settings, else 0. Whoever continues gives the
+            same: its name is compared, not what it does.
         say: told what happens, in lines.
 
     Returns:
@@ -55,7 +56,10 @@ def reinforce(
     check_claim(folder, runs.FOLDER)
     rewarded = _checked(reward or Matches(settings.pattern))
     rows, micro = settings.problems * settings.answers, settings.micro_batch_rows
-    train, held_out = list(read_problems(files)), list(read_problems(test))
+    placed, placed_test = list(placed_problems(files)), list(placed_problems(test))
+    train, held_out = ([problem for _, problem in given] for given in (placed, placed_test))
+    if test and not held_out:
+        raise UserError(f"no problem in {', '.join(map(str, test))}; give files of JSON lines with held-out problems")
     if not test and settings.test_every != GRPOSettings.model_fields["test_every"].default:
         raise UserError(f"test_every is {settings.test_every}, but has no effect: there are no held-out problems; give --test")
     if reward is not None and settings.pattern != GRPOSettings.model_fields["pattern"].default:
@@ -66,11 +70,12 @@ def reinforce(
         raise UserError(f"micro_batch_rows {micro} does not divide the {rows} answers of a step; choose a divisor")
     device = find_device("auto")
     model, tokenizer = runs.load(model_path, settings, device)
-    if not isinstance(prompt := train[0]["prompt"], str):
-        chat_tokens(tokenizer, prompt)
+    now = runs.begin_time(folder)
+    prompts, test_prompts = (_tokens(given, tokenizer, now) for given in (placed, placed_test))
     data = {"data": [str(file) for file in files], "test": [str(file) for file in test]}
-    own = {"model": str(model_path)} | data | {"settings": settings.model_dump(mode="json")}
-    with runs.begun(folder, own, [train, held_out], say) as finished:
+    of_own = {} if reward is None else {"reward": _name(reward)}
+    own = {"model": str(model_path)} | data | {"settings": settings.model_dump(mode="json") | of_own}
+    with runs.begun(folder, own, [train, held_out], now, say) as finished:
         if finished is not None:
             return finished
         say(f"{len(train):,} problems, {len(held_out):,} held out")
@@ -83,16 +88,19 @@ def reinforce(
             lr_scheduler_type="constant",
         )
 
-        def rewards(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-            texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
-            return [rewarded(text, right) for text, right in zip(texts, answer, strict=True)]
+        def rollouts(numbers: list[str], trainer: Any) -> dict[str, list[Any]]:
+            return token_rollouts([prompts[int(one)] for one in numbers], trainer)
+
+        def rewards(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+            return [rewarded(text, train[int(one)]["answer"]) for one, text in zip(prompts, completions, strict=True)]
 
         trainer = trl.GRPOTrainer(
-            model=model, args=config, train_dataset=Dataset.from_list(train), processing_class=tokenizer, peft_config=lora,
-            reward_funcs=rewards, rollout_func=engine_rollouts,
+            model=model, args=config, train_dataset=_numbers(len(train)), processing_class=tokenizer, peft_config=lora,
+            reward_funcs=rewards, rollout_func=rollouts,
         )  # fmt: skip
+        _seed_by_epoch(trainer)
         if held_out:
-            trainer.add_callback(_Tests(held_out, tokenizer, rewarded, settings, say))
+            trainer.add_callback(_Tests(held_out, test_prompts, trainer, rewarded, settings, say))
         logged = runs.train(trainer, tokenizer, folder, say)
         summary = {
             "steps": trainer.state.global_step,
@@ -108,6 +116,44 @@ def reinforce(
         }
         write_json(folder / "summary.json", summary)
         return summary
+
+
+def _tokens(
+    problems: Sequence[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerFast, now: datetime
+) -> list[list[int]]:
+    """The prompts of problems, each with its place, which the error for one names."""
+    found, tokens = prompt_tokens(tokenizer, (problem["prompt"] for _, problem in problems), now), list[list[int]]()
+    for place, _ in problems:
+        try:
+            tokens.append(next(found))
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+    return tokens
+
+
+def _numbers(count: int) -> Dataset:
+    """The numbers of the problems as their prompts: Arrow would give all messages the keys of each, and refuse some."""
+    return Dataset.from_dict({"prompt": [str(number) for number in range(count)]})
+
+
+def _seed_by_epoch(trainer: Any) -> None:
+    """Let the order of the data follow from seed and epoch.
+
+    TRL's sampler draws from one generator all along, so a trainer that goes on in a later epoch would draw the first order.
+    """
+    plain, seed = trainer._get_train_sampler, trainer.args.seed
+
+    def seeded(dataset: Any = None) -> Any:
+        sampler = plain(dataset)
+        sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(seed + epoch)  # which the data loader calls
+        return sampler
+
+    trainer._get_train_sampler = seeded
+
+
+def _name(reward: Reward) -> str:
+    named = reward if hasattr(reward, "__qualname__") else type(reward)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _checked(reward: Reward) -> Reward:
@@ -130,17 +176,23 @@ _TEST = "held_out_reward"
 
 
 class _Tests(TrainerCallback):
-    """Answers held-out problems greedily, and notes the mean reward among what the trainer logs, which checkpoints keep."""
+    """Answers held-out problems greedily, up to where answers of training end.
+
+    The mean reward is noted among what the trainer logs, which checkpoints keep.
+    """
 
     def __init__(
         self,
         problems: Sequence[dict[str, Any]],
-        tokenizer: PreTrainedTokenizerFast,
+        prompts: Sequence[list[int]],
+        trainer: Any,
         reward: Reward,
         settings: GRPOSettings,
         say: Callable[[str], None],
     ) -> None:
-        self._problems, self._tokenizer, self._reward, self._settings, self._say = problems, tokenizer, reward, settings, say
+        self._problems, self._prompts, self._reward = problems, prompts, reward
+        self._tokenizer, self._ends = trainer.processing_class, trainer.eos_token_ids
+        self._settings, self._say = settings, say
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step == 0:
@@ -151,13 +203,11 @@ class _Tests(TrainerCallback):
             self._test(state, model)
 
     def _test(self, state: Any, model: Any) -> None:
-        params = SamplingParams(temperature=0, max_tokens=self._settings.max_tokens)
-        prompts = [problem["prompt"] for problem in self._problems]
-        answered = complete(model, self._tokenizer, prompts, [params] * len(prompts))
-        rewards = [
-            self._reward(request.outputs[0].text, problem["answer"])
-            for request, problem in zip(answered, self._problems, strict=True)
-        ]
+        params = SamplingParams(temperature=0, max_tokens=self._settings.max_tokens, stop_token_ids=self._ends)
+        answered = complete(model, self._tokenizer, self._prompts, [params] * len(self._prompts))
+        tokens = [request.outputs[0].token_ids for request in answered]
+        texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)  # as TRL has those of training
+        rewards = [self._reward(text, problem["answer"]) for text, problem in zip(texts, self._problems, strict=True)]
         mean = sum(rewards) / len(rewards)
         state.log_history.append({"step": state.global_step, _TEST: mean})
         self._say(f"step {state.global_step}/{state.max_steps}  held-out reward {mean:.3f}")

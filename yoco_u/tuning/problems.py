@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr
 
 from yoco_u.data.json_lines import read_lines
 from yoco_u.errors import UserError
@@ -23,7 +23,7 @@ class _Message(BaseModel, extra="allow"):
 
 class _Line(BaseModel, extra="allow"):
     prompt: str | list[_Message] = Field(min_length=1)
-    answer: str | int | float = Field(union_mode="left_to_right")
+    answer: StrictStr | StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)]
 
 
 def read_problems(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -36,17 +36,23 @@ def read_problems(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
         UserError: at the first file that cannot be read, and the first line that is no problem, or whose prompt is a chat where
             earlier ones were texts, or the other way round; it names both.
     """
+    for _, problem in placed_problems(files):
+        yield problem
+
+
+def placed_problems(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As `read_problems`, each with its place: `FILE, line N`."""
     first = None
     for place, line in read_lines(files, _Line, "problems"):
         prompt = line.prompt if isinstance(line.prompt, str) else [message.model_dump() for message in line.prompt]
         first = type(prompt) if first is None else first
         if type(prompt) is not first:
             raise UserError(f"{place}: the prompts before are {_KINDS[first]}, but this one is not; give prompts of one kind")
-        yield {"prompt": prompt, "answer": str(line.answer)}
+        yield place, {"prompt": prompt, "answer": str(line.answer)}
 
 
 class Matches:
-    """The reward 1 for a completion that gives the answer, else 0.
+    """The reward 1 for a completion that gives the answer, else 0. Blanks around either do not count.
 
     Args:
         pattern: a regular expression; see `GRPOSettings`.
@@ -65,4 +71,5 @@ class Matches:
         matches = list(self._pattern.finditer(completion))
         if not matches:
             return 0.0
-        return float(matches[-1][min(1, self._pattern.groups)] == answer)
+        given = matches[-1][min(1, self._pattern.groups)]
+        return float(given is not None and given.strip() == answer.strip())

@@ -2,12 +2,14 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from yoco_u.config import shown
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
@@ -19,8 +21,21 @@ _SEATS = 64  # how many answers are sampled at once
 _PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
 
 
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerFast, prompts: Iterable[Prompt], now: datetime | None = None
+) -> Iterator[list[int]]:
+    """The tokens of each prompt: of a text as documents begin, of a chat by the template, at the time `now`.
+
+    Raises:
+        UserError: if there is no template, or it refuses a chat.
+    """
+    encoder = DocumentEncoder(tokenizer)
+    for prompt in prompts:
+        yield encoder.encode([prompt])[0].tolist() if isinstance(prompt, str) else chat_tokens(tokenizer, prompt, now=now)
+
+
 def complete(
-    model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+    model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
 ) -> list[RequestOutput]:
     """Answer prompts with a model as it is now.
 
@@ -30,6 +45,7 @@ def complete(
 
     Args:
         model: ours, or PEFT's around it.
+        prompts: tokens of each.
         params: for each prompt.
 
     Raises:
@@ -37,16 +53,14 @@ def complete(
     """
     own = copy.deepcopy(model).eval()
     own = own.merge_and_unload() if hasattr(own, "merge_and_unload") else own
-    encoder = DocumentEncoder(tokenizer)
-    tokens = [encoder.encode([one])[0].tolist() if isinstance(one, str) else chat_tokens(tokenizer, one) for one in prompts]
     seats = min(_SEATS, sum(one.n for one in params))
-    longest = max(len(ids) + one.max_tokens for ids, one in zip(tokens, params, strict=True))
+    longest = max(len(ids) + one.max_tokens for ids, one in zip(prompts, params, strict=True))
     settings = EngineSettings(
         dtype="float32" if own.dtype == torch.float32 else "bfloat16", max_num_seqs=seats, max_model_len=longest
     )
     blocks = -(-longest // settings.block_size)
     engine = Engine(own, tokenizer, settings.model_copy(update={"cache_tokens": seats * blocks * settings.block_size}))
-    requests = [engine.add(ids, one) for ids, one in zip(tokens, params, strict=True)]
+    requests = [engine.add(ids, one) for ids, one in zip(prompts, params, strict=True)]
     while engine.unfinished:
         engine.step()
     for output in (output for request in requests for output in request.outputs):
@@ -66,11 +80,19 @@ def engine_rollouts(prompts: list[Prompt], trainer: Any) -> dict[str, list[Any]]
 
     Raises:
         UserError: if the trainer samples in another way than by the model's own probabilities: those that the engine reports
-            are without temperature and filters.
+            are without temperature and filters. If it has tools, or arguments for generation or for the chat template.
     """
+    return token_rollouts(list(prompt_tokens(trainer.processing_class, prompts)), trainer)
+
+
+def token_rollouts(prompts: list[list[int]], trainer: Any) -> dict[str, list[Any]]:
+    """`engine_rollouts` of prompts that are tokens already."""
     for name, plain in _PLAIN.items():
         if (value := getattr(trainer.args, name)) != plain:
             raise UserError(f"engine_rollouts samples by the model's probabilities, but {name} is {value}; set it to {plain}")
+    for what, name in ((trainer.args, "generation_kwargs"), (trainer.args, "chat_template_kwargs"), (trainer, "tools")):
+        if value := getattr(what, name, None):
+            raise UserError(f"engine_rollouts does not follow {name}, which is {shown(value)}; leave it out")
     groups = [(prompt, len(list(same))) for prompt, same in itertools.groupby(prompts)]
     params = [
         SamplingParams(

@@ -7,12 +7,14 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -30,6 +32,7 @@ from yoco_u.tuning.settings import TuningSettings
 
 FOLDER = "fine-tuning"
 """The kind of mark that the folder bears."""
+_SETTINGS = "settings.json"
 
 
 def needed(name: str) -> ModuleType:
@@ -44,15 +47,25 @@ def needed(name: str) -> ModuleType:
         raise UserError(f"fine-tuning needs {name}: pip install 'yoco-u[tuning]'") from None
 
 
+class _Begun(BaseModel):
+    begun: datetime | None = None  # which earlier versions did not write
+
+
+def begin_time(folder: Path) -> datetime:
+    """When the run in a folder was begun, by which chat templates write the date; now, where there is none."""
+    return read_json(folder / _SETTINGS, _Begun, _Begun()).begun or datetime.now()
+
+
 @contextmanager
 def begun(
-    folder: Path, own: dict[str, Any], made: Sequence[Any], say: Callable[[str], None]
+    folder: Path, own: dict[str, Any], made: Sequence[Any], now: datetime, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any] | None]:
     """Claim a folder for this process, and write down what is trained in it.
 
     Args:
         own: the model's path, the paths of the data, and the settings.
         made: what training reads, as JSON has it.
+        now: when the run is begun.
         say: told of a damaged summary, which is made anew, and where nothing is to be done.
 
     Yields:
@@ -63,7 +76,7 @@ def begun(
         OSError: if the disk is full in the block, or cannot be written to; it names the folder where no file is known.
     """
     claim(folder, FOLDER)
-    lock, file, summary = FileLock(folder / ".lock"), folder / "settings.json", folder / "summary.json"
+    lock, file, summary = FileLock(folder / ".lock"), folder / _SETTINGS, folder / "summary.json"
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
@@ -74,7 +87,7 @@ def begun(
         if file.exists():
             _check_same(folder, read_json(file, dict[str, Any]), own, contents)
         else:
-            write_json(file, own | {"contents": contents, "working_folder": seen_from(folder)})
+            write_json(file, own | {"contents": contents, "working_folder": seen_from(folder), "begun": now.isoformat()})
         finished = read_json(summary, dict[str, Any], {}, say) or None
         if finished is None:
             check_part(folder / "model")

@@ -56,6 +56,7 @@ class GRPOSettings(TuningSettings):
         answers: answers that are sampled for each of them, whose rewards are compared with each other.
         max_tokens: the most tokens of an answer.
         pattern: a regular expression. The answer of a completion is what its last match, or the match's first group, says.
+            Blanks around it do not count.
         test_every: steps between tests on held-out problems.
     """
 

@@ -45,12 +45,13 @@ def fine_tune(
         raise UserError(f"micro_batch_rows {micro} does not divide the {batch} rows of a step; choose a divisor of batch_rows")
     device = find_device("auto")
     model, tokenizer = runs.load(model_path, settings, device)
-    made, cut = _within(settings.length, list(examples(read_chats(files), tokenizer)))
+    now = runs.begin_time(folder)
+    made, cut = _within(settings.length, list(examples(read_chats(files), tokenizer, now)))
     if not made:
         what = f"answer within length {settings.length}" if cut else "chat"
         raise UserError(f"no {what} in {', '.join(map(str, files)) or 'no file'}; give files of JSON lines with messages")
     own = {"model": str(model_path), "data": [str(file) for file in files], "settings": settings.model_dump(mode="json")}
-    with runs.begun(folder, own, made, say) as finished:
+    with runs.begun(folder, own, made, now, say) as finished:
         if finished is not None:
             return finished
         counts = {
