@@ -54,6 +54,12 @@ def main() -> None:
     if not 0 < chosen.minutes < math.inf or (chosen.steps is not None and chosen.steps < 1):
         raise UserError(f"--minutes is {chosen.minutes:g}, --steps is {chosen.steps}; expected more than 0")
     out: Path = chosen.out
+    length = f"{chosen.minutes:g} minutes" if chosen.steps is None else f"{chosen.steps} steps"
+    print(
+        f"Each model is healed for {length}. What comes before takes minutes besides: fetching 92 MB, gathering texts,",
+        flush=True,
+    )
+    print("some of which the source writes, and converting. On CPUs without bfloat16 products it takes far longer.", flush=True)
     claim(out, "talk")
     teacher = out / "teacher"
     if not teacher.exists():

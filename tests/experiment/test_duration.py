@@ -108,7 +108,7 @@ def test_plan_of_an_experiment(file: Path, tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "plan.json"
     assert main(["plan", str(file), "seeds=[0, 4]", "--hardware", "h200", "--json", str(out)]) == 0
     told, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert [line.split()[0] for line in told.splitlines()[1:-1]] == [run["run"] for run in found["runs"]]
+    assert [line.split()[0] for line in told.splitlines()[1:-2]] == [run["run"] for run in found["runs"]]
     assert [run["run"] for run in found["runs"]] == ["yoco-u_seed-0", "yoco_seed-0", "yoco-u_seed-4", "yoco_seed-4"]
     assert "30% of 989 TFLOP/s, the peak of NVIDIA H200 SXM 141 GB, are assumed" in told.splitlines()[-1]
     assert found["minutes"] == pytest.approx(sum(run["minutes"] for run in found["runs"]))

@@ -126,7 +126,7 @@ def _plan_experiment(file: Path, overrides: list[str], hardware: str, json: Path
     wide = max(len(run.name) for run in runs)
     print(f"{'run':<{wide}}      FLOPs  minutes")
     for time in times:
-        print(f"{time.run.name:<{wide}}  {scientific(time.flops):>9}  {time.seconds / 60:>7,.1f}")
+        print(f"{time.run.name:<{wide}}  {scientific(time.flops):>9}  {number(time.seconds / 60):>7}")
     total = sum(time.seconds for time in times)
     flops = scientific(sum(time.flops for time in times))
     print(f"{len(runs)} runs, {flops} FLOPs, {duration(total)} one after another\n({basis})")
