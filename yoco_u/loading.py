@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def is_run(path: str | os.PathLike[str]) -> bool:
     """Whether a folder is a run, which has a `config.yaml`, and not a saved model."""
-    return (Path(path) / "config.yaml").is_file()
+    return os.path.isfile(Path(path) / "config.yaml")  # false, unlike a Path's, where the folder may not be entered
 
 
 def model_folder(path: str | os.PathLike[str]) -> Path:

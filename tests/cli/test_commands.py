@@ -261,9 +261,13 @@ def test_quickstart_compares_at_equal_steps_and_equal_flops(run: Any, workspace:
     assert "training.steps" in run("quickstart", "--config", config, "--out", out, "training.steps=7", "--json").error
 
 
-def test_packaged_configs_are_valid() -> None:
+def test_packaged_configs_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a run has been called like one."""
+    monkeypatch.chdir(tmp_path)
     assert packaged_configs()
     for name in packaged_configs():
+        Path(name).mkdir()
+        Path(name, "config.yaml").touch()
         config = load_run_config(name, [])
         assert config.data is not None
         assert config.data.vocab_size <= config.architecture.vocab_size

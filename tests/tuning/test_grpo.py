@@ -18,6 +18,7 @@ from models import EXPERTS, architecture, build
 from yoco_u import YocoUForCausalLM
 from yoco_u.cli import main
 from yoco_u.errors import UserError
+from yoco_u.files import read_json, write_json
 from yoco_u.loading import load_model
 from yoco_u.tuning import GRPOSettings, Matches, engine_rollouts, read_problems, reinforce
 from yoco_u.tuning.grpo import _checked, _Tests
@@ -291,8 +292,11 @@ def test_it_goes_on_where_it_was(model: Path, tmp_path: Path, count: int) -> Non
     with pytest.raises(UserError, match="begun with another test"):
         reinforce(model, [file], settings, tmp_path / "part", [another], letters)
     for reward in (None, Matches("x"), functools.partial(letters, answer=""), lambda text, answer: 1.0):
-        with pytest.raises(UserError, match="begun with another settings"):
+        with pytest.raises(UserError, match="begun with another reward"):
             reinforce(model, [file], settings, tmp_path / "part", [file], reward)
+    noted = read_json(tmp_path / "part" / "settings.json", dict[str, Any])
+    write_json(tmp_path / "part" / "settings.json", {k: v for k, v in noted.items() if k not in ("reward", "begun")})
+    assert reinforce(model, [file], settings, tmp_path / "part", [file], Matches("x")) == again  # begun by an earlier version
 
 
 @needs_trl

@@ -30,11 +30,11 @@ def find_config(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    if is_run(path):
-        raise UserError(f"{name}: is a run, and no config; to go on with it, give its config and --out {name}")
     known = packaged_configs()
     if name in known:
         return PACKAGED / f"{name}.yaml"
+    if is_run(path):
+        raise UserError(f"{name}: is a run, and no config; to go on with it, give its config and --out {name}")
     hint = did_you_mean(name, known, f"packaged are {', '.join(known)}")
     raise UserError(f"{name}: neither a file nor a packaged config; {hint}")
 

@@ -144,14 +144,14 @@ def _wilson(shares: Sequence[Share]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def correlation_interval(correlations: Sequence[float]) -> Interval:
-    """The mean of correlations, one for each seed, with its interval, by Fisher's z.
+def correlation_z(correlations: Sequence[float]) -> Interval:
+    """The mean of correlations, one for each seed, with its interval, as Fisher's z: tanh makes correlations of it.
 
     Raises:
         NotDecidable: if there is no seed.
     """
     bound = 1 - 1e-9  # a correlation of 1 has no z
-    return interval(np.arctanh(np.clip(correlations, -bound, bound)).tolist()).map(math.tanh)
+    return interval(np.arctanh(np.clip(correlations, -bound, bound)).tolist())
 
 
 def simultaneous_half_width(losses: Sequence[Mapping[int, float]]) -> float:
@@ -173,6 +173,8 @@ def simultaneous_half_width(losses: Sequence[Mapping[int, float]]) -> float:
     noise = table - table.mean(0, keepdims=True) - table.mean(1, keepdims=True) + table.mean()
     freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
     variance = float(np.square(noise).sum()) / freedom
+    if math.sqrt(variance) <= 1e-12 * float(np.abs(table).max()):  # no spread, or rounding alone
+        raise NotDecidable("the seeds differ by the same for all models, which tells nothing of the noise")
     return _studentized_range(len(losses), freedom) * math.sqrt(variance / len(seeds))
 
 

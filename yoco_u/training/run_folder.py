@@ -13,6 +13,7 @@ from pydantic import BaseModel, PositiveInt
 from yoco_u.checksums import check_changes, verify_checksums, write_checksums
 from yoco_u.config import dump_yaml, load_yaml, parse
 from yoco_u.data import DatasetIndex, load_tokenizer
+from yoco_u.data.index import INDEX
 from yoco_u.data.places import changes
 from yoco_u.errors import UserError
 from yoco_u.files import Say, read_json, write_json
@@ -315,10 +316,11 @@ def read_run_config(path: str | os.PathLike[str]) -> RunConfig:
 def has_special_tokens(path: str | os.PathLike[str]) -> bool:
     """Whether texts that spell special tokens have them as such in the dataset of a run.
 
-    The run's config says it, or the run has noted it. For a run of an earlier version the dataset says it, if it is there.
+    The run's config says it, or the run has noted it. For a run of an earlier version the dataset says it; where that is gone,
+    texts are taken to spell none.
 
     Raises:
-        UserError: if the folder holds no run.
+        UserError: if the folder holds no run, or its dataset is damaged.
     """
     run, config = RunFolder(Path(path)), read_run_config(path)
     if config.data is not None:
@@ -327,10 +329,8 @@ def has_special_tokens(path: str | os.PathLike[str]) -> bool:
     noted = next((start.special_tokens for start in starts if start.special_tokens is not None), None)
     if noted is not None:
         return noted
-    try:
-        return DatasetIndex.load(run.paths.dataset(config.dataset)).config.special_tokens
-    except UserError:
-        return False
+    dataset = run.paths.dataset(config.dataset)
+    return (dataset / INDEX).exists() and DatasetIndex.load(dataset).config.special_tokens
 
 
 def run_dataset(path: str | os.PathLike[str]) -> Path:

@@ -73,8 +73,8 @@ def reinforce(
     now = runs.begin_time(folder)
     prompts, test_prompts = (_tokens(given, tokenizer, now) for given in (placed, placed_test))
     data = {"data": [str(file) for file in files], "test": [str(file) for file in test]}
-    of_own = {} if reward is None else {"reward": _name(reward)}
-    own = {"model": str(model_path)} | data | {"settings": settings.model_dump(mode="json") | of_own}
+    named = {"settings": settings.model_dump(mode="json"), "reward": reward and _name(reward)}
+    own = {"model": str(model_path)} | data | named
     with runs.begun(folder, own, [train, held_out], now, say) as finished:
         if finished is not None:
             return finished

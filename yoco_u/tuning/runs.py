@@ -100,7 +100,8 @@ def begun(
 
 def _check_same(folder: Path, before: dict[str, Any], own: dict[str, Any], contents: dict[str, str]) -> None:
     begin = folder / str(before.get("working_folder", absolute(os.curdir)))
-    for key in (key for key in own if not _same(before.get(key), own[key], begin)):
+    known = [key for key in own if key in before or "begun" in before]  # an earlier version wrote down less
+    for key in (key for key in known if not _same(before.get(key), own[key], begin)):
         raise UserError(f"{folder}: was begun with another {key}; choose another folder, or the same {key}")
     for key in (key for key in contents if before.get("contents", contents).get(key) != contents[key]):
         raise UserError(f"{folder}: was begun when other things were in {key}; choose another folder")

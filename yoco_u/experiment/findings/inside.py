@@ -1,5 +1,6 @@
 """Tests of the findings beyond the loss: angular distances inside the model, and needles far behind the window."""
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,7 @@ from yoco_u.experiment.intervals import (
     Interval,
     NotDecidable,
     Share,
-    correlation_interval,
+    correlation_z,
     interval,
     share_difference,
     share_interval,
@@ -47,17 +48,19 @@ def angular(results: Results) -> Outcome:
     text.append(f"{series.label}: " + "; ".join(f"loop {t} {_row(row)}" for t, row in enumerate(shown, start=1)))
     text.append(f"; cross-decoder {_row(np.mean(list(other.values()), axis=0))} half turns, layer by layer. ")
 
+    judged = list[Interval]()
+
     def claim(name: str, claimed_negative: Interval, shown: str) -> None:
         numbers[name] = claimed_negative
+        judged.append(claimed_negative)
         text.append(shown)
 
     if shown.shape[1] >= 3:
-        alike = correlation_interval([_alikeness(found) for found in looped.values()])
-        claim(
-            "alikeness of loops, negated",
-            -alike,
-            f"Correlation of a loop's pattern with the next: {_plain(alike)}. ",
-        )
+        z = correlation_z([_alikeness(found) for found in looped.values()])
+        alike = z.map(math.tanh)
+        numbers["alikeness of loops, negated"] = -alike
+        judged.append(-z)
+        text.append(f"Correlation of a loop's pattern with the next: {_plain(alike)}. ")
     for t in range(loops - 1):
         change = interval([float(mean[t + 1] - mean[t]) for mean in means.values()])
         claim(f"loop {t + 2} minus loop {t + 1}", change, f"Loop {t + 2} minus loop {t + 1}: {difference_text(change)}. ")
@@ -67,7 +70,7 @@ def angular(results: Results) -> Outcome:
         -jump,
         f"From the last looped to the first cross layer: {difference_text(jump)}.",
     )
-    return Outcome(all_negative([*numbers.values()]), "".join(text) + choice_text(series), numbers)
+    return Outcome(all_negative(judged), "".join(text) + choice_text(series), numbers)
 
 
 def _measured(candidates: list[Series], measure: str) -> Series:
