@@ -71,6 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # collecting garbage need not look through all that was imported, again and again
+    gc.set_threshold(50_000, 20, 100)  # nor so often
 
 
 @pytest.fixture(autouse=True)

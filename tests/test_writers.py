@@ -29,6 +29,7 @@ WRITERS = {
     "benchmarks/serving.py": NEW,
     "recipes/arithmetic.py": CLAIMED,
     "recipes/healing_loops.py": CLAIMED,
+    "recipes/judge_again.py": "over a report that it has read",
     "recipes/needle_corpus.py": CHECKED,
     "recipes/talk.py": CLAIMED,
     "recipes/talk_card.py": CHECKED,

@@ -230,7 +230,7 @@ FLOPS_OF_A = {"by": "flops", "reference": "a"}
         ({"a": model("yoco")}, {"tokens": [128], "tokens_per_parameter": [1]}, "they are one axis, keep one of them"),
         ({"a": model("yoco")}, {"sizes": {"a/b": {}}}, "sizes.a/b: a name has letters, digits and hyphens"),
         ({"a": model("yoco")}, {"sizes": {"s": {"trainin": {}}}}, "did you mean training"),
-        ({"a": model("yoco")}, {"tokens": [128]}, "do not fit"),
+        ({"a": model("yoco")}, {"tokens": [128]}, "at most 0 fit"),
         ({"a": model("yoco")}, {"sedes": [1]}, "did you mean seeds"),
         ({"a": model("yoco")}, {"base": BASE | {"dataset": "mine"}}, "base.dataset: a grid names its runs"),
         ({"a": model("yoco") | {"settings": {"name": "x"}}}, {}, "models.a.settings.name: a grid names its runs"),

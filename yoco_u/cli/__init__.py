@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import typer
@@ -112,7 +113,7 @@ def _run(given: list[str]) -> int:
     try:
         check_texts(given)
         _check_moved(given)
-        command: Any = typer.main.get_command(app)
+        command = _command()
         # Not by calling it: that would take an EOFError for Ctrl-C, and hide that an output is closed.
         with _quiet_threads(), command.make_context("yoco-u", given) as context:
             command.invoke(context)
@@ -127,6 +128,11 @@ def _run(given: list[str]) -> int:
     except _ClickException as error:
         return _fail(_usage(error)) if str(error) else 2
     return 0
+
+
+@cache
+def _command() -> Any:
+    return typer.main.get_command(app)
 
 
 @contextmanager
