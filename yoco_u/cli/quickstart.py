@@ -41,13 +41,14 @@ def quickstart(
     from yoco_u.config import load_yaml, parse
     from yoco_u.experiment.config import Experiment
     from yoco_u.experiment.grid import expand
-    from yoco_u.experiment.run import is_finished, train_runs
+    from yoco_u.experiment.run import claim_experiment, is_finished, train_runs
     from yoco_u.report.comparison import compare
     from yoco_u.report.run_report import write_report
     from yoco_u.training.run_folder import read_run
 
     experiment = parse(Experiment, load_yaml(config), str(config))
     runs = expand(experiment, out, overrides or [])
+    claim_experiment(out, experiment.sizes)
     say: Callable[[str], None] = (lambda _: None) if json else note
     if not all(is_finished(out / run.name) for run in runs):
         _announce(runs, say)
