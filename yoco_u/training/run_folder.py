@@ -13,7 +13,6 @@ from pydantic import BaseModel, PositiveInt
 from yoco_u.checksums import check_changes, verify_checksums, write_checksums
 from yoco_u.config import dump_yaml, load_yaml, parse
 from yoco_u.data import DatasetIndex, load_tokenizer
-from yoco_u.data.index import INDEX
 from yoco_u.data.places import changes
 from yoco_u.errors import UserError
 from yoco_u.files import Say, read_json, write_json
@@ -329,8 +328,11 @@ def has_special_tokens(path: str | os.PathLike[str]) -> bool:
     noted = next((start.special_tokens for start in starts if start.special_tokens is not None), None)
     if noted is not None:
         return noted
-    dataset = run.paths.dataset(config.dataset)
-    return (dataset / INDEX).exists() and DatasetIndex.load(dataset).config.special_tokens
+    try:
+        dataset = run.paths.dataset(config.dataset)
+    except UserError:  # it is not there
+        return False
+    return DatasetIndex.load(dataset).config.special_tokens
 
 
 def run_dataset(path: str | os.PathLike[str]) -> Path:
