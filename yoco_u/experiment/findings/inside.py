@@ -1,6 +1,7 @@
 """Tests of the findings beyond the loss: angular distances inside the model, and needles far behind the window."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -50,17 +51,15 @@ def angular(results: Results) -> Outcome:
 
     judged = list[Interval]()
 
-    def claim(name: str, claimed_negative: Interval, shown: str) -> None:
-        numbers[name] = claimed_negative
+    def claim(name: str, claimed_negative: Interval, shown: str, scale: Callable[[float], float] = float) -> None:
+        numbers[name] = claimed_negative.map(scale)
         judged.append(claimed_negative)
         text.append(shown)
 
     if shown.shape[1] >= 3:
         z = correlation_z([_alikeness(found) for found in looped.values()])
-        alike = z.map(math.tanh)
-        numbers["alikeness of loops, negated"] = -alike
-        judged.append(-z)
-        text.append(f"Correlation of a loop's pattern with the next: {_plain(alike)}. ")
+        alike = f"Correlation of a loop's pattern with the next: {_plain(z.map(math.tanh))}. "
+        claim("alikeness of loops, negated", -z, alike, math.tanh)
     for t in range(loops - 1):
         change = interval([float(mean[t + 1] - mean[t]) for mean in means.values()])
         claim(f"loop {t + 2} minus loop {t + 1}", change, f"Loop {t + 2} minus loop {t + 1}: {difference_text(change)}. ")
