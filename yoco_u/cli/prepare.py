@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from yoco_u.cli.output import print_json
-from yoco_u.cli.settings import find_config, load_run_config
+from yoco_u.cli.settings import load_run_config
 from yoco_u.config import Config, apply_overrides, parse, shown
 from yoco_u.errors import UserError
 
@@ -61,22 +61,21 @@ def prepare(
         raise UserError("data.corpus has no effect here: --corpus says what to read; give one of the two")
     changes += [f"data.corpus={dumps(corpus)}"] if corpus else []
     if config is not None:
-        find_config(config)  # before what takes seconds
-    from yoco_u.data import DataConfig
-    from yoco_u.data import prepare as prepare_dataset
-
-    class DataOnly(Config):
-        data: DataConfig
-
-    if config is not None:
         run = load_run_config(config, changes)
         if run.data is None:
             raise UserError(f"{config}: has no data settings to prepare from; give --corpus and --out")
         data, target = run.data, out or Path(run.dataset)
     elif corpus and out:
+        from yoco_u.data import DataConfig
+
+        class DataOnly(Config):
+            data: DataConfig
+
         data, target = parse(DataOnly, apply_overrides({}, changes), "settings").data, out
     else:
         raise UserError("nothing to prepare: give a CONFIG, or both --corpus and --out; see yoco-u prepare --help")
+    from yoco_u.data import prepare as prepare_dataset
+
     index = prepare_dataset(data, target, progress=not json)
     if json:
         print_json(index.model_dump(mode="json") | {"folder": str(target)})
