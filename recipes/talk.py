@@ -56,10 +56,10 @@ def main() -> None:
     out: Path = chosen.out
     length = f"{chosen.minutes:g} minutes" if chosen.steps is None else f"{chosen.steps} steps"
     print(
-        f"Each model is healed for {length}. What comes before takes minutes besides: fetching 92 MB, gathering texts,",
+        f"Each model is healed for {length}. What comes before takes minutes besides: fetching 92 MB, gathering texts,\n"
+        "some of which the source writes, and converting. On CPUs without bfloat16 products it takes far longer.",
         flush=True,
     )
-    print("some of which the source writes, and converting. On CPUs without bfloat16 products it takes far longer.", flush=True)
     claim(out, "talk")
     teacher = out / "teacher"
     if not teacher.exists():
