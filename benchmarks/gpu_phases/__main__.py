@@ -1,4 +1,7 @@
-"""One phase, in this process: `python -m gpu_phases PHASE FOLDER UNTIL [--dry]`, as `conductor.py` starts it."""
+"""One phase, in this process: `python -m gpu_phases PHASE FOLDER UNTIL [--dry] [--go-on]`, as `conductor.py` starts it.
+
+With `--go-on` what has failed is not tried again, but for what was still to be tried when the process before this one ended.
+"""
 
 import importlib
 import sys
@@ -12,10 +15,11 @@ from yoco_u.errors import UserError
 
 
 def main() -> int:
-    name, folder, until, *dry = sys.argv[1:]
-    scale = TOY if dry else FULL
+    name, folder, until, *options = sys.argv[1:]
+    scale = TOY if "--dry" in options else FULL
     record = Record(Path(folder) / f"{name}.json", float(until))
-    record.retry_failures()
+    if "--go-on" not in options:
+        record.retry_failures()
     try:
         check_device(scale.device, Record(Path(folder) / "machine.json"))
         importlib.import_module(f"gpu_phases.{name}").run(record, scale)

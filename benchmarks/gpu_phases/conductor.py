@@ -1,7 +1,8 @@
 """Runs the phases one after the other, each in a process of its own, which is killed when its time is up.
 
-An error inside a kernel breaks the GPU for the process that met it, and for no other. Phases that an earlier call has finished
-are not run again; what a killed phase has found stays, and the next call goes on from there.
+An error inside a kernel breaks the GPU for the process that met it, and for no other: the process ends, and another one goes on
+behind the figure that failed. Phases that an earlier call has finished are not run again; what a killed phase has found stays,
+and the next call goes on from there.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import psutil
 
-from gpu_phases.record import Record
+from gpu_phases.record import BROKEN, Record
 from yoco_u.bench.process import family
 
 FOLDER = Path(__file__).parents[1]
@@ -75,19 +76,26 @@ class Conductor:
         """
         if self.record(phase.name).is_done:
             return "done"
-        seconds = min(phase.most, self._deadline - time.monotonic())
-        if seconds < phase.least:
-            return "left out"
-        until = str(time.time() + seconds)
-        command = [sys.executable, "-m", "gpu_phases", phase.name, str(self.out), until, *(["--dry"] * self.dry)]
+        until, status, going_on = min(time.monotonic() + phase.most, self._deadline), BROKEN, False
+        while status == BROKEN:
+            seconds = until - time.monotonic()
+            if seconds < phase.least:
+                return "out of time" if going_on else "left out"
+            try:
+                status = self._process(phase.name, seconds, ["--dry"] * self.dry + ["--go-on"] * going_on)
+            except subprocess.TimeoutExpired:
+                return "out of time"
+            going_on = True
+        return {0: "done", MISTAKE: "mistake"}.get(status, "failed")
+
+    def _process(self, name: str, seconds: float, options: list[str]) -> int:
+        """Run a phase in a process of its own, which is killed after so many seconds; its exit status."""
+        command = [sys.executable, "-m", "gpu_phases", name, str(self.out), str(time.time() + seconds), *options]
         process = subprocess.Popen(command, env=self._environment())
         try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return "out of time"
+            return process.wait(seconds)
         finally:
             _kill(process)
-        return {0: "done", MISTAKE: "mistake"}.get(status, "failed")
 
     def _environment(self) -> dict[str, str]:
         """The environment of a phase, which finds this package, yoco_u, and what this process finds besides."""

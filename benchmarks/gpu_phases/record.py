@@ -1,5 +1,7 @@
 """What a phase has found, in a JSON file that is written again after each figure: a phase that is killed loses one figure."""
 
+import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +16,9 @@ Figure = dict[str, Any]
 
 LEFT_OUT = "left out"
 """How the failure of a figure begins for which no time was left."""
+
+BROKEN = 3
+"""Exit status of a phase whose GPU answered no more behind the failure of a figure. Another process can go on behind it."""
 
 
 class Record:
@@ -32,7 +37,7 @@ class Record:
         found = read_json(path, dict[str, Any], {})
         self.figures: dict[str, Figure] = found.get("figures", {})
         self.complete: bool = found.get("complete", False)  # whether the phase ran to its end, even if figures failed
-        self._again: set[str] = set()  # figures of an earlier process that are to be repeated
+        self._again: set[str] = set(found.get("again", ()))  # figures of an earlier process that are to be repeated
 
     @property
     def remaining(self) -> float:
@@ -41,6 +46,9 @@ class Record:
 
     def measure(self, name: str, figure: Callable[[], Figure], least: float = 0.0) -> Figure:
         """Measure a figure and keep it; what is raised becomes its `failure`.
+
+        An error inside a kernel breaks the process's GPU for good, and every later figure would fail with it. So the process
+        ends then, with the status `BROKEN`.
 
         Args:
             least: seconds that it takes at the least; it is left out if fewer remain.
@@ -58,6 +66,8 @@ class Record:
                 traceback.print_exc()
                 found = {"failure": f"{type(error).__name__}: {first_line(error)}"}
             self.keep(name, found | {"took_seconds": round(time.monotonic() - begin, 2)})
+            if "failure" in found and _gpu_is_broken():
+                os._exit(BROKEN)  # at once: what is left on the GPU cannot be freed
         return self.figures[name]
 
     def keep(self, name: str, figure: Figure) -> None:
@@ -89,16 +99,28 @@ class Record:
     def finish(self) -> None:
         """Note that the phase has measured all that it was to measure. What was to be repeated and was not asked for goes."""
         self.figures = {name: figure for name, figure in self.figures.items() if name not in self._again}
+        self._again.clear()
         self.complete = True
         self._write()
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"complete": self.complete, "figures": self.figures})
+        write_json(self.path, {"complete": self.complete, "again": sorted(self._again), "figures": self.figures})
 
 
 def _to_repeat(figure: Figure) -> bool:
     return "failure" in figure or bool(figure.get("wrong"))
+
+
+def _gpu_is_broken() -> bool:
+    torch = sys.modules.get("torch")  # without which no GPU was used
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def _short(value: Any) -> str:

@@ -19,7 +19,7 @@ import torch
 from gpu_phases import conductor, report, session, wheels
 from gpu_phases.check import verdict
 from gpu_phases.conductor import Conductor, Phase
-from gpu_phases.record import Record
+from gpu_phases.record import BROKEN, Record
 from gpu_phases.targets import DECODE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,7 +40,7 @@ if name == "slow":
     Path(f"{folder}/pid").write_text(str(child.pid))
     Path(f"{folder}/pid").rename(f"{folder}/child")
     time.sleep(600)
-sys.exit({"broken": 1, "mistaken": 2}.get(name, 0))
+sys.exit({"broken": 1, "mistaken": 2, "cracked": 0 if "--go-on" in dry else 3}.get(name, 0))
 """
 
 
@@ -65,6 +65,11 @@ def test_how_phases_end(scripted: Conductor) -> None:
     assert ends == {"good": "done", "broken": "failed", "mistaken": "mistake"}
     assert calls(scripted) == ["good--dry", "broken--dry", "mistaken--dry"]
     assert Conductor(scripted.out, 50, dry=True).run(Phase("large", 900, 60)) == "left out"
+
+
+def test_behind_a_broken_gpu_another_process_goes_on(scripted: Conductor) -> None:
+    assert scripted.run(Phase("cracked", 600, 1)) == "done"
+    assert calls(scripted) == ["cracked--dry", "cracked--dry --go-on"]
 
 
 def test_what_is_done_is_not_run_again_and_what_failed_is(scripted: Conductor) -> None:
@@ -111,6 +116,37 @@ def test_a_record_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFix
     again.measure("three", dict)
     again.finish()
     assert again.is_done
+
+
+def test_the_process_that_broke_its_gpu_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one tries what was still to be tried, and not what has broken the GPU."""
+
+    def fails(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    earlier = Record(tmp_path / "phase.json")
+    for name in ("one", "two", "three"):
+        earlier.measure(name, fails)  # no GPU is in use, so none is broken
+    record = Record(tmp_path / "phase.json")
+    record.retry_failures()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr("os._exit", end)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
+        assert "illegal" in record.measure("one", fails)["failure"]
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    record.measure("two", dict)
+    with pytest.raises(SystemExit) as ended:
+        record.measure("four", fails)
+    assert ended.value.code == BROKEN
+    next_one = Record(tmp_path / "phase.json")
+    assert [name for name in ("one", "two", "three", "four", "five") if next_one.is_due(name)] == ["three", "five"]
+    next_one.measure("three", dict)
+    next_one.finish()
+    assert [name for name in next_one.figures if Record(next_one.path).is_due(name)] == []
 
 
 def test_what_is_not_finite_is_kept_as_wrong_and_checked_again(tmp_path: Path) -> None:
