@@ -40,7 +40,7 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase("machine", 60, 5),
+    Phase("machine", 100, 5),
     Phase("correctness", 170, 20),
     Phase("tables", 220, 25),
     Phase("profiling", 70, 15),

@@ -11,7 +11,7 @@ rows; rows that need no more loops, and padding, come out of it as they went in 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -39,15 +39,21 @@ Capture: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
 
 def cuda_graphs(device: torch.device) -> Capture:
     """Recording as CUDA graphs, which share one pool of memory."""
-    pool = torch.cuda.graph_pool_handle()
+    pool, stream = torch.cuda.graph_pool_handle(), _recording_stream(device)
 
     def capture(function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool, stream, "thread_local"):
             function()
         return graph.replay
 
     return capture
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of this device, where torch's own is of the device that recorded first. Products keep memory for each stream."""
+    return torch.cuda.Stream(device)
 
 
 def capture_on(device: torch.device, architecture: Architecture, dtype: torch.dtype) -> Capture | None:

@@ -15,7 +15,7 @@ from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.inference.exits import FILE, Exits, check_exits
 from yoco_u.inference.gpu_layers import fuse_layers
 from yoco_u.inference.kernels.cpu import compiled
-from yoco_u.inference.kernels.gpu import require_triton
+from yoco_u.inference.kernels.gpu import start_triton
 from yoco_u.inference.model_limits import check_memory, check_one_loop_count, end_tokens, make_room
 from yoco_u.inference.outputs import BROKEN_LOGITS, Completion, RequestOutput, Update, joined
 from yoco_u.inference.prepacking import can_prepack, prepack
@@ -66,7 +66,7 @@ class Engine:
     ) -> None:
         self.architecture = model.config.architecture
         if model.device.type == "cuda":
-            require_triton()
+            start_triton()
         settings = settings.on_device(model.device)
         self.settings, self.tokenizer, self.exits = settings, tokenizer, exits
         usable = exits if isinstance(exits, Exits) else None

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, first_line
 from yoco_u.inference.kernels.gpu.splits import SplitPlan
 
 _LIBRARY = torch.library.Library("yoco_u_gpu", "DEF")
@@ -108,6 +108,25 @@ def require_triton() -> None:
         raise UserError(
             "the engine on a GPU needs Triton, which is not installed; expected 3.6 or later: pip install 'yoco-u[gpu]'"
         )
+
+
+@cache
+def start_triton() -> None:
+    """Let Triton build what launches its kernels, now and not while a request waits.
+
+    Raises:
+        UserError: if Triton is not installed, or cannot do that here.
+    """
+    require_triton()
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:
+        raise UserError(
+            f"the engine on a GPU needs Triton, which cannot launch kernels here ({first_line(error)}); it needs a C compiler "
+            "(gcc, clang, or what CC names) and the headers of Python (python3-dev)"
+        ) from None
 
 
 @cache
