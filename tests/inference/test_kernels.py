@@ -40,6 +40,23 @@ def test_decode_attention(case: Case) -> None:
     assert_rounded(case.found(direct_twin=True), case.exact)
 
 
+@needs_kernels
+def test_what_lies_beyond_the_cache_is_refused() -> None:
+    """As by the direct twins, and not read or written."""
+    cache, x = torch.zeros(2, 1, 32, 8), torch.zeros(1, 1, 8)
+    for block, length in ((2, 1), (-1, 1), (0, 17), (0, -1)):
+        table = torch.tensor([[block]], dtype=torch.int32)
+        with pytest.raises(RuntimeError, match="beyond the cache or its block table"):
+            decode_attention(x, cache, None, table, 16, torch.tensor([length]))
+    for call in (store_rows, direct.store_rows):
+        with pytest.raises((RuntimeError, IndexError)):
+            call(x, x, torch.tensor([32]), cache, None)
+    with pytest.raises(RuntimeError, match="scalar type"):
+        store_rows(x, x.bfloat16(), torch.tensor([0]), cache, None)
+    with pytest.raises(RuntimeError, match="needs scales"):
+        store_rows(x, x, torch.tensor([0]), cache.char(), None)
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
