@@ -103,7 +103,7 @@ def cxx_compiler() -> str | None:
 
     It is the compiler that the environment variable CXX names, otherwise the first of c++, g++ and clang++ that is installed.
     """
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     return next(filter(None, map(shutil.which, names)), None)
 
 

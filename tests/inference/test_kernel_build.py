@@ -1,12 +1,15 @@
 """Building the kernels among processes that may be killed at any moment, and beside other environments."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import ninja
 import pytest
 import torch
+from filelock import FileLock
 from torch.utils import cpp_extension
 
 from yoco_u.device import cxx_compiler
@@ -66,6 +69,79 @@ def test_a_build_that_failed_is_said_done_without_and_tried_again(
     )
     assert compiled.__wrapped__()
     assert len(builds) == 1
+
+
+def test_the_error_of_the_compiler_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, builds: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Error building extension 'x': c++ -c x.cpp\nx.cpp:1: error: no disk\n^\nninja: build stopped.")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(cpp_extension, "load", fail)
+        assert not compiled.__wrapped__()
+    assert "could not be built (x.cpp:1: error: no disk): " in capsys.readouterr().err
+    (other := tmp_path / "c++").write_text("#!/bin/sh\necho c++: error: no option -march=native >&2; exit 1")
+    other.chmod(0o755)
+    monkeypatch.setenv("CXX", str(other))
+    assert not compiled.__wrapped__()
+    assert "could not be built (c++: error: no option -march=native): " in capsys.readouterr().err
+
+
+def test_torch_builds_with_our_compiler_and_ninja_wherever_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, builds: list[str]
+) -> None:
+    """Neither is c++ there, which torch looks for, nor is the environment of Python activated, in which ninja is."""
+    real, path = str(cxx_compiler()), str(tmp_path / "bin")
+    Path(path).mkdir()
+    (compiler := tmp_path / "bin" / "g++").symlink_to(real)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", path)
+
+    def load(name: str, *_: Any, **__: Any) -> None:
+        assert cpp_extension.get_cxx_compiler() == str(compiler)
+        assert os.environ["PATH"] == os.pathsep.join([path, ninja.BIN_DIR]) and cpp_extension.is_ninja_available()
+        builds.append(name)
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    assert compiled.__wrapped__() and len(builds) == 1
+    assert os.environ["PATH"] == path and "CXX" not in os.environ
+
+
+def test_what_is_built_is_loaded_without_writing_and_built_again_when_it_is_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, builds: list[str]
+) -> None:
+    assert compiled.__wrapped__()
+    (lock,) = tmp_path.glob("*.lock")
+    with FileLock(lock):  # in a cache that cannot be written to, nobody gets the lock
+        assert compiled.__wrapped__()
+    assert len(builds) == 1
+    (damaged := lock.with_suffix("") / "object.o").touch()
+
+    def load(path: Path) -> None:
+        if damaged.exists():
+            raise OSError(f"{path}: file too short")
+
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    assert compiled.__wrapped__() and compiled.__wrapped__()
+    assert len(builds) == 2
+
+
+def test_who_waits_for_another_process_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, builds: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = cpu._name(str(cxx_compiler()))
+    (other := FileLock(tmp_path / f"{name}.lock")).acquire()
+
+    class Waiting(FileLock):
+        def acquire(self, timeout: float | None = None, **settings: Any) -> Any:
+            if timeout is None:
+                assert "Another process is building" in capsys.readouterr().err and not builds
+                other.release()
+            return super().acquire(timeout, **settings)
+
+    monkeypatch.setattr(cpu, "FileLock", Waiting)
+    assert compiled.__wrapped__() and builds == [name]
 
 
 @pytest.mark.parametrize("change", ["source", "header", "flag", "cpu", "torch", "python"])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import CACHES, DTYPES, Case, assert_rounded, head_dims, paged, random, seeds, split_keys
 
+from yoco_u.errors import UserError
 from yoco_u.inference.kernels import decode_attention, direct, retention_step, store_rows
 from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.inference.kernels.gpu.splits import merge_attention
@@ -37,6 +38,23 @@ cases = st.builds(
 def test_decode_attention(case: Case) -> None:
     assert_rounded(case.found(), case.exact)
     assert_rounded(case.found(direct_twin=True), case.exact)
+
+
+@needs_kernels
+def test_what_lies_beyond_the_cache_is_refused() -> None:
+    """As by the direct twins, and not read or written."""
+    cache, x = torch.zeros(2, 1, 32, 8), torch.zeros(1, 1, 8)
+    for block, length in ((2, 1), (-1, 1), (0, 17), (0, -1)):
+        table = torch.tensor([[block]], dtype=torch.int32)
+        with pytest.raises(RuntimeError, match="beyond the cache or its block table"):
+            decode_attention(x, cache, None, table, 16, torch.tensor([length]))
+    for call in (store_rows, direct.store_rows):
+        with pytest.raises((RuntimeError, IndexError)):
+            call(x, x, torch.tensor([32]), cache, None)
+    with pytest.raises(RuntimeError, match="scalar type"):
+        store_rows(x, x.bfloat16(), torch.tensor([0]), cache, None)
+    with pytest.raises(RuntimeError, match="needs scales"):
+        store_rows(x, x, torch.tensor([0]), cache.char(), None)
 
 
 @contextmanager
@@ -221,10 +239,16 @@ def test_retention_step() -> None:
 def test_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YOCO_U_KERNELS", "off")
     assert not compiled.__wrapped__()
+    monkeypatch.setenv("YOCO_U_KERNELS", "0")
+    with pytest.raises(UserError, match="YOCO_U_KERNELS is '0'; expected on or off"):
+        compiled.__wrapped__()
 
 
 def test_no_compiler_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("YOCO_U_KERNELS", "on")
     monkeypatch.setattr("yoco_u.device.shutil.which", lambda name: None)
     assert not compiled.__wrapped__()
-    assert "no C++ compiler" in capsys.readouterr().err
+    assert "no C++ compiler here" in capsys.readouterr().err
+    monkeypatch.setenv("CXX", "g++-99")
+    assert not compiled.__wrapped__()
+    assert "no C++ compiler here ('g++-99', as CXX says)" in capsys.readouterr().err

@@ -334,6 +334,19 @@ void attend_all(const at::Tensor& q, Arguments&&... arguments) {
   }
 }
 
+// Whether every sequence's rows are rows of the cache.
+bool within(const at::Tensor& cache, const at::Tensor& table, int64_t block_size, const at::Tensor& lengths) {
+  const int64_t blocks = cache.size(2) / block_size;
+  const int32_t* block = table.const_data_ptr<int32_t>();
+  const int64_t* length = lengths.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < table.size(0); ++b, block += table.size(1)) {
+    const int64_t used = (length[b] + block_size - 1) / block_size;
+    if (length[b] < 0 || used > table.size(1)) return false;
+    if (std::any_of(block, block + used, [&](int32_t one) { return one < 0 || one >= blocks; })) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 // q (sequences, heads, head_dim), float32 or bfloat16; cache (2, kv_heads, rows, head_dim), keys then values, float32, bfloat16
@@ -344,6 +357,9 @@ at::Tensor decode_attention(const at::Tensor& queries, const at::Tensor& cache, 
   const at::Tensor q = queries.contiguous();
   TORCH_CHECK(cache.is_contiguous() && table.is_contiguous() && lengths.is_contiguous());
   TORCH_CHECK(cache.scalar_type() != at::kChar || scales, "an int8 cache needs scales");
+  TORCH_CHECK(table.size(0) == q.size(0) && lengths.numel() == q.size(0));
+  TORCH_CHECK(q.size(1) % cache.size(1) == 0 && q.size(2) == cache.size(3));
+  TORCH_CHECK(within(cache, table, block_size, lengths), "a sequence goes beyond the cache or its block table");
   at::Tensor out = q.new_empty(q.sizes());
   const float* factors = scales ? scales->const_data_ptr<float>() : nullptr;
   with_type(q, [&](auto query) {

@@ -150,6 +150,7 @@ at::Tensor chunk_attention(const at::Tensor& queries, const at::Tensor& keys, co
   const at::Tensor q = queries.contiguous(), k = keys.contiguous(), v = values.contiguous();
   TORCH_CHECK(q.scalar_type() == at::kBFloat16 && k.scalar_type() == at::kBFloat16 && v.scalar_type() == at::kBFloat16);
   TORCH_CHECK(q.size(0) == 1 && k.size(1) >= q.size(1) && q.size(3) % 2 == 0 && window >= 1);
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(3) == q.size(3) && q.size(2) % k.size(2) == 0);
   const int64_t heads = q.size(2), kv_heads = k.size(2);
   const Shape s{q.size(1), k.size(1), heads / kv_heads, q.size(3), std::min(window, k.size(1))};
   at::Tensor out = q.new_empty(q.sizes());

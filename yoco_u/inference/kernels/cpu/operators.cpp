@@ -1,8 +1,9 @@
 // What Python calls, as `torch.ops.yoco_u` and `torch.classes.yoco_u`: each kernel, and a whole block of the model in one call.
-// All of it is registered here, since the compiler takes longer to read torch's headers for that than for most kernels.
+// All of it is registered in this file, since the compiler takes longer to read torch's headers for that than for most kernels.
+#include "operators.h"
+
 #include <ATen/core/Tensor.h>
 #include <torch/custom_class.h>
-#include <torch/library.h>
 
 #include <utility>
 #include <vector>
@@ -71,25 +72,8 @@ class DecodeBlock : public torch::CustomClassHolder {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
-  m.def("chunk_attention(Tensor q, Tensor k, Tensor v, int window) -> Tensor");
-  m.def("decode_attention(Tensor q, Tensor cache, Tensor? scales, Tensor table, int block_size, Tensor lengths) -> Tensor");
-  m.def("prepacked_linear(Tensor x, Tensor weights, Tensor? scales, int outputs) -> Tensor");
-  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  m.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
-  m.def("store_rows(Tensor k, Tensor v, Tensor slot_mapping, Tensor(a!) cache, Tensor(b!)? scales) -> ()");
-  m.def("swiglu(Tensor x) -> Tensor");
   m.class_<DecodeBlock>("DecodeBlock")
       .def(torch::init<std::vector<at::Tensor>, double, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<int64_t>,
                        int64_t, int64_t, int64_t, bool>())
       .def("run", &DecodeBlock::run);
-}
-
-TORCH_LIBRARY_IMPL(yoco_u, CPU, m) {
-  m.impl("chunk_attention", &chunk_attention);
-  m.impl("decode_attention", &decode_attention);
-  m.impl("prepacked_linear", &prepacked_linear);
-  m.impl("rms_norm", &rms_norm);
-  m.impl("rotate", &rotate);
-  m.impl("store_rows", &store_rows);
-  m.impl("swiglu", &swiglu);
 }

@@ -48,6 +48,7 @@ at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double ep
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& sines) {
   const int64_t tokens = x.size(1), heads = x.size(2), dim = x.size(3), half = dim / 2;
   TORCH_CHECK(x.size(0) == 1 && x.stride(3) == 1 && cosines.is_contiguous() && sines.is_contiguous());
+  TORCH_CHECK(cosines.numel() == tokens * dim && sines.numel() == tokens * dim && dim % 2 == 0);
   at::Tensor out = x.new_empty({1, tokens, heads, dim});
   with_type(x, [&](auto element) {
     using T = decltype(element);

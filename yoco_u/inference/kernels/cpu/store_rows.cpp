@@ -26,6 +26,7 @@ template <typename T, typename Q>
 void write_all(const at::Tensor& k, const at::Tensor& v, const at::Tensor& slot_mapping, at::Tensor& cache, float* scales) {
   const int64_t tokens = k.size(0), heads = k.size(1), dim = k.size(2), rows = cache.size(2);
   const int64_t* row = slot_mapping.const_data_ptr<int64_t>();
+  const Q* sources[] = {k.const_data_ptr<Q>(), v.const_data_ptr<Q>()};
   T* data = cache.data_ptr<T>();
 #pragma omp parallel if (tokens > 16)
   {
@@ -35,7 +36,7 @@ void write_all(const at::Tensor& k, const at::Tensor& v, const at::Tensor& slot_
       for (int64_t i = 0; i < tokens; ++i) {
         if (row[i] < 0) continue;
         const at::Tensor& from = which ? v : k;
-        const Q* source = from.const_data_ptr<Q>() + i * from.stride(0);
+        const Q* source = sources[which] + i * from.stride(0);
         for (int64_t h = 0; h < heads; ++h) {
           const int64_t place = (which * heads + h) * rows + row[i];
           to_float(source + h * from.stride(1), wide.data(), dim, 1.0f);
@@ -52,6 +53,11 @@ void write_all(const at::Tensor& k, const at::Tensor& v, const at::Tensor& slot_
 void store_rows(const at::Tensor& k, const at::Tensor& v, const at::Tensor& slot_mapping, at::Tensor& cache,
                 const std::optional<at::Tensor>& scales) {
   TORCH_CHECK(k.stride(2) == 1 && v.stride(2) == 1 && slot_mapping.is_contiguous() && cache.is_contiguous());
+  TORCH_CHECK(k.sizes() == v.sizes() && slot_mapping.numel() == k.size(0));
+  TORCH_CHECK(cache.size(1) == k.size(1) && cache.size(3) == k.size(2));
+  TORCH_CHECK(cache.scalar_type() != at::kChar || scales, "an int8 cache needs scales");
+  const int64_t* row = slot_mapping.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < k.size(0); ++i) TORCH_CHECK(row[i] < cache.size(2), "row ", row[i], " of a cache of ", cache.size(2));
   float* factors = scales ? scales->data_ptr<float>() : nullptr;
   with_type(k, [&](auto key) {
     using Q = decltype(key);
