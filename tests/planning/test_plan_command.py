@@ -203,7 +203,7 @@ def test_decimal_points_stand_below_each_other(capsys: pytest.CaptureFixture[str
     """Where a number has one; where not, its last digit stands before it."""
     out = shown(capsys, "yoco_u", "transformer", "--context", "65536")
     for column in (r"[\d.,]+(?=[ *]+\d+\.\d\dx)", r"[\d.,]+(?=\*? *$)"):
-        found = [found for line in out.splitlines() if "/" in line for found in re.finditer(column, line)]
+        found = [found for line in out.splitlines() if line.startswith("  ") for found in re.finditer(column, line)]
         ends = {match.start() + len(match.group().partition(".")[0]) for match in found}
         assert len(ends) == 1 and len(found) > 5
 
