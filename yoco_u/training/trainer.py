@@ -188,12 +188,12 @@ class _Run:
         found = environment(device) | {
             "world_size": self.distributed.world_size, "dtype": training.dtype, "gemm_flops_per_second": self.gemm_rate,
             "special_tokens": self.index.config.special_tokens,
-        } | self._contents()  # fmt: skip
+        }  # fmt: skip
         dataset = self.config.dataset
 
         def note() -> None:
             text = {"validation": text_digest(self.validation, training.evaluation_tokens)}
-            self.folder.note_start(self.state.step, found | text, dataset, self.damaged.append)
+            self.folder.note_start(self.state.step, found | self._contents() | text, dataset, self.damaged.append)
 
         self.distributed.on_main(note)
 
