@@ -79,7 +79,12 @@ def row(size: str, case: str, rates: dict[int, list[float]], name: str) -> dict[
 def default_threads() -> str:
     """The number of threads that torch chooses."""
     command = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=clean_environment()).stdout.strip()
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without what is said in it about threads."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_"))}
 
 
 @contextmanager
@@ -99,10 +104,9 @@ class Worker:
     """A process that measures what it is asked for."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean | environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_environment() | environment,
         )  # fmt: skip
 
     def measure(self, size: str, case: str) -> float:

@@ -35,6 +35,7 @@ from yoco_u.serving.settings import ServerSettings
 
 _LOOK = 0.005  # seconds between two looks whether the clients run
 _STAY = 0.15  # seconds after which a client leaves that has sent its request
+_LONGEST = 120.0  # seconds that are waited for the innocent clients behind a hostile request
 _LEAVE_AT_ONCE = 10  # times as many clients that leave as those that wait for their answers
 
 SIZE = ServerSettings(model_name="x").max_body_bytes - 100
@@ -111,12 +112,20 @@ class Innocents:
     Attributes:
         gaps: the times between two tokens, and those in which the program of the clients itself did not run.
         hostile: names of the hostile requests that the server has at the moment.
+        heard: when each client heard from the server last, by its number.
     """
 
     gaps: Gaps = field(default_factory=Gaps)
     hostile: list[str] = field(default_factory=list)
     answers: list[tuple[int, str]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    heard: dict[int, float] = field(default_factory=dict)
+
+    async def settled(self) -> None:
+        """Wait until every client has heard from the server again, so that the gaps of what has been sent have ended."""
+        now = time.monotonic()
+        while min(self.heard.values()) < now and time.monotonic() < now + _LONGEST:
+            await asyncio.sleep(0.05)
 
 
 async def watch(seen: Innocents) -> None:
@@ -128,8 +137,10 @@ async def watch(seen: Innocents) -> None:
             seen.gaps.pauses.append((due, now))
 
 
-async def innocent(server: Server, prompts: list[list[int]], draw: random.Random, chosen: Namespace, seen: Innocents) -> None:
-    """Stream one answer after another, for ever."""
+async def innocent(server: Server, prompts: list[list[int]], own: int, chosen: Namespace, seen: Innocents) -> None:
+    """Stream one answer after another, for ever; `own` is the number of the client."""
+    draw = random.Random(own)
+    seen.heard[own] = 0.0
     async with server.client() as client:
         while True:
             number, text = draw.randrange(len(prompts)), ""
@@ -142,13 +153,13 @@ async def innocent(server: Server, prompts: list[list[int]], draw: random.Random
                     now = time.monotonic()
                     if last is not None:
                         seen.gaps.found.append(Gap(last, now, tuple(seen.hostile)))
-                    last = now
+                    last = seen.heard[own] = now
                     text += event.choices[0].text
                 seen.answers.append((number, text))
-            except openai.RateLimitError:
-                await asyncio.sleep(0.2)
             except openai.OpenAIError as error:
-                seen.errors.append(repr(error))
+                seen.heard[own] = time.monotonic()
+                if not isinstance(error, openai.RateLimitError):
+                    seen.errors.append(repr(error))
                 await asyncio.sleep(0.2)
 
 
@@ -175,8 +186,7 @@ async def hostile(server: Server, body: str, leaves: bool) -> str:
 
 async def attack(server: Server, chosen: Namespace, prompts: list[list[int]], seen: Innocents) -> list[dict[str, Any]]:
     """One kind after another, or all mixed for some minutes."""
-    draws = [random.Random(number) for number in range(chosen.innocents)]
-    clients = [asyncio.create_task(innocent(server, prompts, draw, chosen, seen)) for draw in draws]
+    clients = [asyncio.create_task(innocent(server, prompts, own, chosen, seen)) for own in range(chosen.innocents)]
     clients.append(asyncio.create_task(watch(seen)))
     await asyncio.sleep(3)
     begun = time.monotonic()
@@ -190,6 +200,7 @@ async def attack(server: Server, chosen: Namespace, prompts: list[list[int]], se
             begun, clients_at_once = time.monotonic(), chosen.at_once * (_LEAVE_AT_ONCE if leaves else 1)
             statuses = Counter(await asyncio.gather(*(hostile(server, body, leaves) for _ in range(clients_at_once))))
             await asyncio.sleep(0.5)
+            await seen.settled()
             rows.append(row(name, seen, server, statuses, begun))
             print(rows[-1], flush=True)
     for client in clients:
@@ -212,6 +223,7 @@ async def mixed(server: Server, chosen: Namespace, seen: Innocents) -> dict[str,
             await asyncio.sleep(draw.uniform(0, 1))
 
     await asyncio.gather(*(one() for _ in range(chosen.at_once)))
+    await seen.settled()
     return row("all mixed", seen, server, statuses, begun)
 
 

@@ -37,6 +37,7 @@ from yoco_u.training import RunConfig, train
 
 FORKS = multiprocessing.get_context("forkserver")
 OUTCOMES = {-signal.SIGKILL: "killed", 0: "ended", 2: "refused"}
+FAILURES = ("failed", "refused without a reason", "ended otherwise")
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
     show("What followed damage", rows)
     settings = {"kills": chosen.kills, "damage": chosen.damage, "seed": chosen.seed}
     write(chosen.out, {"settings": settings, **counts, "damage": rows})
-    sys.exit(1 if counts["failed"] or counts["refused without a reason"] or counts["ended otherwise"] else 0)
+    sys.exit(1 if any(counts[name] for name in FAILURES) else 0)
 
 
 def configured(dataset: Path) -> RunConfig:
@@ -93,6 +94,7 @@ def torment(config: RunConfig, folder: Path, chosen: Namespace, duration: float)
         process.kill()
         process.join()
         outcome, text = OUTCOMES.get(process.exitcode or 0, "failed"), said.read_text(errors="replace")
+        named: list[Path] = []
         if outcome == "refused":
             named = [path for path in whole if path.exists() and is_named(path, text)]
             for path in named:
@@ -104,10 +106,9 @@ def torment(config: RunConfig, folder: Path, chosen: Namespace, duration: float)
         if outcome not in OUTCOMES.values():
             print(f"{outcome}, status {process.exitcode}, {latest} damaged:\n{text}", file=sys.stderr, flush=True)
         counts[outcome] += 1
-        if latest is not None:
-            table.setdefault(kind_of(latest), Counter()).update(
-                ["damaged", "told" if outcome != "refused" and kept_apart(latest, text) else outcome]
-            )
+        if latest is not None and (outcome != "refused" or latest in named):  # else another one was in the way
+            told = outcome in ("killed", "ended") and kept_apart(latest, text)
+            table.setdefault(kind_of(latest), Counter()).update(["damaged", "told" if told else outcome])
             latest = None
         if outcome not in ("killed", "refused"):
             shutil.rmtree(run)
@@ -116,9 +117,9 @@ def torment(config: RunConfig, folder: Path, chosen: Namespace, duration: float)
             latest = draw.choice([*files(run), *files(folder / "dataset")])
             whole.setdefault(latest, latest.read_bytes())
             latest.write_bytes(damaged(latest.read_bytes(), draw))
-    columns = ("damaged", "told", "refused", "killed", "ended")
+    columns = ("damaged", "told", "refused", "killed", "ended", *FAILURES)
     return [{"file": name} | {column: table[name][column] for column in columns} for name in sorted(table)], {
-        name: counts[name] for name in (*OUTCOMES.values(), "failed", "refused without a reason", "ended otherwise")
+        name: counts[name] for name in (*OUTCOMES.values(), *FAILURES)
     }
 
 

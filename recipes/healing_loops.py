@@ -50,8 +50,8 @@ def main() -> None:
 
     for name in ("loops.json", "loops.png"):
         check_result(chosen.results / name)
-    if chosen.steps < 1:
-        raise UserError(f"--steps is {chosen.steps}; expected at least 1")
+    if chosen.steps < 4:
+        raise UserError(f"--steps is {chosen.steps}; expected at least 4, so that each phase of `grown` has one")
     out: Path = chosen.out
     check_claim(out, "talk")
     plain, looped = out / HEALED / "model", out / "looped-15"

@@ -16,10 +16,11 @@ from yoco_u.files import read_json, write_json
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT", help="report.json of a grid")
-    for path in parser.parse_args().reports:
-        kept = read_json(path, dict[str, Any])
+    reports = {path: read_json(path, dict[str, Any]) for path in parser.parse_args().reports}
+    for path, kept in reports.items():
         if not {"experiment", "sizes"} <= kept.keys() and not {"experiment", "series", "cells"} <= kept.keys():
             raise UserError(f"{path}: is no report of a grid; name a report.json of `yoco-u experiment`")
+    for path, kept in reports.items():
         said = {key: kept[key] for key in ("generator",) if key in kept}
         write_json(path, said | judge_again(kept).as_json())
         print(path)

@@ -61,6 +61,7 @@ def main() -> None:
         flush=True,
     )
     claim(out, "talk")
+    check_texts(out, chosen.minutes)
     teacher = out / "teacher"
     if not teacher.exists():
         run("convert", fetch(out), "preset=transformer", "--out", teacher)
@@ -110,6 +111,18 @@ def fetch(out: Path) -> Path:
     return file
 
 
+def check_texts(out: Path, minutes: float) -> None:
+    """Refuse a longer healing than texts were gathered for, which would read them again and again; note for how long."""
+    note = out / "texts.json"
+    gathered = read_json(note, dict[str, float], {"minutes": minutes})["minutes"]
+    if minutes > gathered:
+        raise UserError(
+            f"{out}: has texts for --minutes {gathered:g}, fewer than {minutes:g} take; give no more, or another --out"
+        )
+    if not note.exists():
+        write_json(note, {"minutes": minutes})
+
+
 def sample_texts(out: Path, teacher: Path, minutes: float) -> list[Path]:
     """English and code from what is installed, as JSON lines; beside them what is never trained on.
 
@@ -141,7 +154,7 @@ def sample_texts(out: Path, teacher: Path, minutes: float) -> list[Path]:
 
 def write_chats(out: Path, teacher: Path, minutes: float) -> Path:
     """Chats that the source writes itself, questions included, as its chat template renders them; every tenth is held out."""
-    file, count = out / "chats.jsonl", min(MOST_CHATS, max(1, round(CHATS * minutes)))
+    file, count = out / "chats.jsonl", min(MOST_CHATS, max(2, round(CHATS * minutes)))
     if file.exists():
         return file
     print(f"writing {count} chats", flush=True)

@@ -97,6 +97,15 @@ def test_a_model_that_was_made_of_another_one_is_refused(monkeypatch: pytest.Mon
         talk.check_source(heal, model, tmp_path / "healed-15")
 
 
+def test_texts_of_a_shorter_healing_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+    talk = importlib.import_module("talk")
+    for minutes in (20.0, 5.0, 20.0):
+        talk.check_texts(tmp_path, minutes)
+    with pytest.raises(UserError, match="has texts for --minutes 20, fewer than 100 take"):
+        talk.check_texts(tmp_path, 100.0)
+
+
 def test_a_card_is_of_runs_each_from_the_one_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(RECIPES)
     card = importlib.import_module("talk_card")

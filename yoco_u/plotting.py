@@ -27,8 +27,11 @@ PALETTE = (
 """Okabe and Ito's colour-blind-safe colours, each for light pages and for dark ones. From the seventh line on the colours come
 again, with another line style (`dashes`) or marker (`ContextPlot`)."""
 
-_DASHES = ("-", "--", ":", "-.")
-_MARKERS = ("o", "s", "^", "D")
+Dashes = str | tuple[float, tuple[float, ...]]
+"""A line style of matplotlib."""
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
+_STROKE, _DOT = (7.0, 3.0), (1.2, 2.2)
 _INK = "#0a0b0c"  # drawn for text and axes, then replaced by the text colour of the page
 _numbers = count()
 
@@ -38,9 +41,18 @@ def colour(index: int) -> str:
     return PALETTE[index % len(PALETTE)][0]
 
 
-def dashes(index: int) -> str:
-    """The line style of line number `index`."""
-    return _DASHES[index // len(PALETTE) % len(_DASHES)]
+def dashes(index: int) -> Dashes:
+    """The line style of line number `index`: one for each time that the colours have come again."""
+    again = index // len(PALETTE)
+    return ("-", "--", ":", "-.")[again] if again < 4 else (0.0, _STROKE + (again - 2) * _DOT)
+
+
+def css_dashes(index: int) -> str:
+    """The line style of line number `index` as `stroke-dasharray` of an SVG has it."""
+    again = index // len(PALETTE)
+    if again < 4:
+        return ("none", "6 3", "2 3", "7 3 2 3")[again]
+    return " ".join(f"{length:g}" for length in _STROKE + (again - 2) * _DOT)
 
 
 class ContextPlot:

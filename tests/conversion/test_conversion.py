@@ -1,6 +1,7 @@
 """The blocks of a source in the stages of another architecture, and the keys and values of their cross-decoder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -355,3 +356,25 @@ def test_what_one_text_lacks_for_a_fit_others_give(tmp_path: Path, counts: tuple
     entries = tuple(str(file) for file in files)
     rows = calibration_rows(source(tmp_path / "source"), Calibration(entries, tokens=600, length=50))
     assert rows.shape == (12, 50)
+
+
+def test_texts_that_are_too_few_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source(tmp_path / "source")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "ab" * 1500}) + "\n")
+    command = ["convert", str(tmp_path / "source"), "--text", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "new")]
+    for tokens, note in (("2000", "the texts have 1,024 tokens in whole rows, fewer than the 2,000 of --tokens"), ("1000", "")):
+        assert main([*command, "--tokens", tokens, "--json"]) == 0
+        told = capsys.readouterr()
+        assert json.loads(told.out)["tokens"] == 1024 and note in told.err and ("fewer" in told.err) == bool(note)
+
+
+def test_special_tokens_are_spelled_by_chats_alone(tmp_path: Path) -> None:
+    read = source(tmp_path / "source")
+    end = read.tokenizer.eos_token
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"a{end}" * 9}) + "\n" for _ in range(9)))
+    calibration = Calibration((str(tmp_path / "text.jsonl"),), tokens=80, length=16)
+    counts = [
+        int((calibration_rows(read, replace(calibration, special_tokens=special)) == read.tokenizer.eos_token_id).sum())
+        for special in (False, True)
+    ]
+    assert counts[0] <= 9 < counts[1]

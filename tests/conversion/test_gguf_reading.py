@@ -19,7 +19,8 @@ from yoco_u.conversion.gguf_reader import FACTORS, check_tensors, gguf_names, un
 from yoco_u.conversion.gguf_tokenizer import restored
 from yoco_u.errors import UserError
 
-TYPES = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+KINDS = gguf.GGUFValueType
+TYPES = {bool: KINDS.BOOL, str: KINDS.STRING, int: KINDS.UINT32, float: KINDS.FLOAT32}
 
 
 def changed(
@@ -150,6 +151,32 @@ def test_rope_that_is_not_known_is_refused(written: Path, settings: dict[str, An
     with pytest.raises(UserError, match=said) as error:
         read_source(str(changed(written, {f"llama.rope.{name}": value for name, value in settings.items()})))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("attention.scale", 0.5, r"is 0\.5, but only 0\.353553 can be read; convert the folder"),
+        ("attention.value_length", 4, "is 4, but only 8 can"),
+        ("attention.causal", False, "is False, but only 1 can"),
+        ("attention.sliding_window", 16, "is 16, but only 0 can"),
+        ("logit_scale", 2.0, "is 2, but only 1 can"),
+        ("attention.clamp_kqv", 8.0, r"is 8\.0, a setting that is not known"),
+    ],
+)
+def test_settings_of_other_blocks_are_refused(written: Path, setting: str, value: float, said: str) -> None:
+    with pytest.raises(UserError, match=rf"changed\.gguf: llama\.{setting} {said}"):
+        unread_settings(changed(written, {f"llama.{setting}": value}))
+    unread_settings(changed(written, {"llama.attention.scale": 8**-0.5, "llama.logit_scale": 1.0}))
+
+
+@pytest.mark.parametrize("words", ["llama-bpe", "tekken", "dbrx"])
+def test_texts_begin_as_in_llama_cpp_where_a_file_does_not_say(written: Path, words: str) -> None:
+    settings, key = {"tokenizer.ggml.pre": words}, "tokenizer.ggml.add_bos_token"
+    for said in (None, True, False):
+        path = changed(written, settings, [key]) if said is None else changed(written, settings | {key: said})
+        start = read_source(str(path)).tokenizer("a").input_ids[0]
+        assert start == (0 if (words != "dbrx" if said is None else said) else 1)  # <s>, else </s>
 
 
 @pytest.mark.parametrize("name", ["scale_linear", "scaling.factor"])

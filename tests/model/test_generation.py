@@ -275,6 +275,20 @@ def test_a_cache_is_cropped_or_says_why_not() -> None:
         torch.testing.assert_close(found, model(prompt, use_cache=False).logits[:, past - 3 :], rtol=2e-4, atol=2e-4)
 
 
+@torch.no_grad()
+def test_a_cache_is_cropped_in_all_layers_or_in_none() -> None:
+    """The first layers could take tokens back, a later one cannot."""
+    stages = [{"attention": "full", "layers": 1}, {"attention": "sliding", "layers": 1}, {"attention": "cross", "layers": 1}]
+    model = build(architecture("yoco", stages=stages))
+    cache, prompt = YocoUCache(model.model.architecture), tokens(1, 12)
+    model(prompt, past_key_values=cache)
+    with pytest.raises(UserError, match="3 tokens were to be taken back"):
+        cache.crop(-3)
+    found = model(tokens(1, 2), past_key_values=cache).logits
+    expected = model(torch.cat([prompt, tokens(1, 2)], dim=1), use_cache=False).logits[:, 12:]
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
 @every_variant
 @torch.no_grad()
 def test_a_cache_of_other_rows_is_refused_until_it_is_reset(variant: str) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -186,16 +187,25 @@ def test_the_paper_s_comparison_is_the_default(capsys: pytest.CaptureFixture[str
         "NVIDIA H100",
         "context 8K",
         "context 256K",
-        "yoco u",
+        "yoco_u",
         "rins",
         "10,240",
-        "20,480 2.00x",
+        "20,480    2.00x",
         "542",
         "multiples of",
     ):
         assert part in out
     assert "exceed the memory" in out
     assert "*" not in shown(capsys, "yoco_u", "--context", "1024")
+
+
+def test_decimal_points_stand_below_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a number has one; where not, its last digit stands before it."""
+    out = shown(capsys, "yoco_u", "transformer", "--context", "65536")
+    for column in (r"[\d.,]+(?=[ *]+\d+\.\d\dx)", r"[\d.,]+(?=\*? *$)"):
+        found = [found for line in out.splitlines() if line.startswith("  ") for found in re.finditer(column, line)]
+        ends = {match.start() + len(match.group().partition(".")[0]) for match in found}
+        assert len(ends) == 1 and len(found) > 5
 
 
 def test_many_architectures_stand_below_each_other(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,19 @@ def test_weights_gradients_and_moments(
         memory.check_memory(config, found)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_rounded_weights_are_held_beside_the_others(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(Path("data"), weights="int8", architecture={"tie_word_embeddings": tied})
+    model = YocoUForCausalLM(YocoUConfig.from_architecture(config.architecture))
+    rounded = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    needed = held(config, 1) + 4 * rounded
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: needed)
+    memory.check_memory(config, ALONE)
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: needed - 1)
+    with pytest.raises(UserError, match="weights, gradients and optimizer"):
+        memory.check_memory(config, ALONE)
+
+
 @pytest.mark.parametrize(("processes", "rows"), [(1, 8), (2, 4), (8, 1)])
 def test_rows_are_those_of_one_process(processes: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config(Path("data"), sequence_length=10**5, batch_rows=8, micro_batch_rows=8)

@@ -142,12 +142,15 @@ def convert(
         target = target_architecture(read.model.model.architecture, given)
         if not target.has_global_kv:
             check_unused(f"it is for global KVs, and {target.in_words} has none", kv=kv, text=text, tokens=tokens)
-        calibration = Calibration(tuple(text), tokens or 32_768) if text else Calibration(tokens=tokens or 32_768)
+        calibration = Calibration(tuple(text), special_tokens=True) if text else Calibration()
+        calibration = replace(calibration, tokens=tokens or calibration.tokens)
         converted = convert_model(read, target, method, calibration, lambda total: progress_bar("reading texts", total))
+        if 0 < converted.tokens < calibration.tokens:
+            note(f"the texts have {converted.tokens:,} tokens in whole rows, fewer than the {calibration.tokens:,} of --tokens")
     left_out = write(converted, read, out, remote_code)
     result = {
         "source": source, "model": str(out), "architecture": target.in_words, "kv": method if target.has_global_kv else None,
-        "explained": converted.explained,
+        "explained": converted.explained, "tokens": converted.tokens,
     }  # fmt: skip
     for line in left_out:
         note(line)

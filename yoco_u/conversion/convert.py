@@ -39,12 +39,14 @@ class Calibration:
         corpus: entries as of `yoco_u.data.Corpus`.
         tokens: how many tokens are read, equally many from each entry, from documents that are drawn by `seed`.
         length: tokens of a row.
+        special_tokens: whether what spells a special token is that token, as in chats that a template rendered, and not text.
     """
 
     corpus: tuple[str, ...] = ("documentation", "packages")
     tokens: int = 32_768
     length: int = 1024
     seed: int = 0
+    special_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,12 @@ class Converted:
         model: in evaluation mode, in float32.
         explained: for each layer that the cross-decoder replaces, the share of the variance of its keys and values that its
             global KV explains on the calibration texts; None if there were none.
+        tokens: how many tokens of the calibration texts were read.
     """
 
     model: YocoUForCausalLM
     explained: list[float] | None
+    tokens: int = 0
 
 
 def convert(
@@ -92,8 +96,9 @@ def convert(
         with progress(rows.numel()) as advance:
             moments = collect(model.eval(), source.model, rows, advance)
     weights = write_global_kvs(model, source.model, method, moments)
-    explained = None if moments is None else list(map(moments.explained, range(len(weights)), weights))
-    return Converted(model.eval(), explained)
+    if moments is None:
+        return Converted(model.eval(), None)
+    return Converted(model.eval(), list(map(moments.explained, range(len(weights)), weights)), moments.tokens)
 
 
 def check_target(folder: Path) -> None:
@@ -231,7 +236,7 @@ def calibration_rows(source: Source, calibration: Calibration) -> Tensor:
 
     Every entry of the corpus gives as many tokens; what one lacks, others give.
     """
-    encoder, draw = DocumentEncoder(source.tokenizer, special_tokens=True), random.Random(calibration.seed)
+    encoder, draw = DocumentEncoder(source.tokenizer, calibration.special_tokens), random.Random(calibration.seed)
     count, length, entries = -(-calibration.tokens // calibration.length), calibration.length, len(calibration.corpus)
     stream: list[int] = []
     sampled = [Corpus([entry], unique=False).sample(calibration.seed) for entry in calibration.corpus]
@@ -243,5 +248,5 @@ def calibration_rows(source: Source, calibration: Calibration) -> Tensor:
             stream += tokens[:length].tolist()
     rows = min(count, len(stream) // length)
     if not rows:
-        raise UserError(f"the calibration texts have {len(stream)} tokens; expected at least {length}")
+        raise UserError(f"the calibration texts have {len(stream)} tokens; expected at least {length}; name more of them")
     return torch.tensor(stream[: rows * length]).view(rows, length)

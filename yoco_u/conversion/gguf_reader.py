@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,8 @@ def unread_settings(path: Path) -> Unread:
     """Read what transformers leaves unread in a GGUF file.
 
     Raises:
-        UserError: if RoPE is scaled in a way that cannot be known from the file, or that our blocks lack.
+        UserError: if RoPE is scaled in a way that cannot be known from the file, or if a setting of the model is one that our
+            blocks lack.
     """
     import gguf
 
@@ -66,10 +68,11 @@ def unread_settings(path: Path) -> Unread:
     family = value("general.architecture")
     head_dim = value(f"{family}.attention.key_length")
     head_dim = head_dim or value(f"{family}.embedding_length") // value(f"{family}.attention.head_count")
-    prefix = f"{family}.rope."
-    settings = {key.removeprefix(prefix): value(key) for key in reader.fields if key.startswith(prefix)}
+    settings = {key.removeprefix(f"{family}."): value(key) for key in reader.fields if key.startswith(f"{family}.")}
+    of_rope = {key.removeprefix("rope."): settings.pop(key) for key in [*settings] if key.startswith("rope.")}
+    _check_settings(settings, _model_settings(head_dim), _MODEL, f"{path}: {family}.")
     factors = next((torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name == FACTORS), None)
-    rope = _rope(settings, head_dim, value(f"{family}.context_length"), factors, f"{path}: {prefix}")
+    rope = _rope(of_rope, head_dim, settings.get("context_length", 0), factors, f"{path}: {family}.rope.")
     tokens = reader.get_field(gguf.Keys.Tokenizer.LIST)
     kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
     return Unread(
@@ -113,7 +116,40 @@ def check_tensors(a: Architecture, family: str, found: frozenset[str], path: Pat
         raise UserError(f"{path}: the tensor {lost[0]} is none of its family; {len(lost)} tensors would be lost")
 
 
-_KNOWN = frozenset({
+_MODEL = frozenset({
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size", "tensor_data_layout",
+    "pooling_type", *(f"attention.{name}" for name in ("head_count", "head_count_kv", "key_length", "layer_norm_rms_epsilon")),
+})  # fmt: skip
+"""Settings of a model that are read, or say nothing about what is computed."""
+
+
+def _model_settings(head_dim: int) -> dict[str, float]:
+    """Settings of a model that change what is computed, with the one value that our blocks have for each."""
+    return {
+        "attention.scale": head_dim**-0.5, "attention.value_length": head_dim, "attention.causal": True,
+        "attention.sliding_window": 0, "attn_logit_softcapping": 0, "final_logit_softcapping": 0,
+        "embedding_scale": 1, "residual_scale": 1, "logit_scale": 1, "expert_count": 0, "expert_used_count": 0,
+    }  # fmt: skip
+
+
+def _check_settings(settings: dict[str, Any], only: dict[str, float], known: Collection[str], place: str) -> None:
+    """Refuse what cannot be read, by name.
+
+    Args:
+        settings: of a file, by their names.
+        only: settings of which a single value can be read.
+        known: other settings that are known.
+        place: what errors begin with.
+    """
+    for name, found in settings.items():
+        if name in only and not (isinstance(found, (int, float)) and math.isclose(found, only[name], rel_tol=1e-6)):
+            given = f"{found:g}" if isinstance(found, float) else found
+            raise UserError(f"{place}{name} is {given}, but only {only[name]:g} can be read; {_INSTEAD}")
+        if name not in only and name not in known:
+            raise UserError(f"{place}{name} is {found}, a setting that is not known; {_INSTEAD}")
+
+
+_ROPE = frozenset({
     "freq_base", "scale_linear",
     *(f"scaling.{name}" for name in ("type", "factor", "original_context_length", "attn_factor", "finetuned")),
     "scaling.yarn_beta_fast", "scaling.yarn_beta_slow",
@@ -143,11 +179,7 @@ def _rope(settings: dict[str, Any], head_dim: int, context: int, factors: Tensor
         only["scaling.attn_factor"] = 1.0
     if factors is not None:
         only["scaling.factor"] = only["scale_linear"] = 1.0
-    for name, found in settings.items():
-        if name in only and not math.isclose(found, only[name], rel_tol=1e-6):
-            raise UserError(f"{place}{name} is {found:g}, but only {only[name]:g} can be read; {_INSTEAD}")
-        if name not in only and name not in _KNOWN:
-            raise UserError(f"{place}{name} is {found}, a setting that is not known; {_INSTEAD}")
+    _check_settings(settings, only, _ROPE, place)
     rope = {"rope_theta": settings["freq_base"]} if "freq_base" in settings else {}
     original = settings.get("scaling.original_context_length")
     if factors is not None:

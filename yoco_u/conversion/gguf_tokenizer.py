@@ -105,6 +105,14 @@ def write_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerFas
             writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=one), templates[one])
 
 
+def begins_texts(unread: Unread) -> bool:
+    """Whether texts begin with the bos token: as the file says, and as llama.cpp has it where the file does not."""
+    if unread.begins is not None:
+        return unread.begins
+    words = _WORDS.get(unread.pre or "")
+    return unread.tokenizer == "llama" or (words is not None and words.whole)  # the patterns of Llama 3 and Tekken
+
+
 def restored(tokenizer: PreTrainedTokenizerFast, unread: Unread, name: str) -> PreTrainedTokenizerFast:
     """A tokenizer that transformers has read from a GGUF file, with what it has not read.
 

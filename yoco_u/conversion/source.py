@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from yoco_u.checksums import SUMS, verify_checksums
 from yoco_u.conversion.families import architecture_of, check_family, tensor_names
 from yoco_u.conversion.gguf_reader import check_gguf, check_tensors, unread_settings
-from yoco_u.conversion.gguf_tokenizer import restored
+from yoco_u.conversion.gguf_tokenizer import begins_texts, restored
 from yoco_u.data import begin_with, begin_with_end_of_text, load_tokenizer, vocabulary_size
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
@@ -130,8 +130,9 @@ def _read_gguf(file: Path) -> Source:
         architecture = architecture_of(config, str(file))
         check_depth(architecture, len(unread.tensors), file)
         check_tensors(architecture, config.model_type, unread.tensors, file)
-        tokenizer = load_tokenizer(file.parent, keep_start=True, gguf_file=file.name)
-        if unread.begins and tokenizer.bos_token is not None:
+        begins = begins_texts(unread)
+        tokenizer = load_tokenizer(file.parent, keep_start=begins, gguf_file=file.name)
+        if begins and tokenizer.bos_token is not None:
             begin_with(tokenizer, tokenizer.bos_token)
         tokenizer = restored(tokenizer, unread, str(file))
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused here

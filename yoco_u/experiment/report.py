@@ -24,7 +24,7 @@ from yoco_u.experiment.summary import Fit, Summary
 from yoco_u.experiment.task_curves import TaskCurves, task_curves
 from yoco_u.files import write_result
 from yoco_u.formatting import duration, scientific, short_count
-from yoco_u.plotting import PALETTE, dashes
+from yoco_u.plotting import PALETTE, css_dashes
 from yoco_u.report.page import render_page, write_page
 
 
@@ -47,7 +47,7 @@ def render(summary: Summary) -> str:
         title=summary.experiment.title,
         headline=summary.headline,
         findings=[(j.outcome.verdict, j.finding.statement, j.outcome.text, bool(j.outcome.numbers)) for j in summary.judged],
-        styles=[{"colour": number % len(PALETTE), "dash": dashes(number)} for number in numbers.values()],
+        styles=[{"colour": number % len(PALETTE), "dash": css_dashes(number)} for number in numbers.values()],
         legend=[(numbers[s.model], s.model_label) for s in {s.model: s for s in series}.values()],
         curve_plots=[(f"Loss against {_unit(x)}", curve_plot(series, x, label)) for x, label in AXES],
         final_plot=final_plot(summary.rows, numbers),

@@ -54,6 +54,10 @@ class RetentionLayer(CacheLayerMixin):
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
+        self.check_crop(tokens_to_remove)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise a UserError unless so many tokens can be taken back."""
         if tokens_to_remove and self.is_initialized:
             raise UserError(
                 f"{abs(tokens_to_remove)} tokens were to be taken back, but a retention state cannot forget; "
@@ -88,16 +92,21 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
-        if not self.is_initialized:
-            return
-        if not self.record_past and self.cumulative_length >= self.sliding_window:
-            if tokens_to_remove:
-                raise UserError(
-                    f"{abs(tokens_to_remove)} tokens were to be taken back, but the window has let go of those before them; "
-                    "call activate_past_recording() of the cache before they are added"
-                )
-            return
-        super().crop(tokens_to_remove)
+        self.check_crop(tokens_to_remove)
+        if self.is_initialized and not self._has_let_go:
+            super().crop(tokens_to_remove)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise a UserError unless so many tokens can be taken back."""
+        if tokens_to_remove and self.is_initialized and self._has_let_go:
+            raise UserError(
+                f"{abs(tokens_to_remove)} tokens were to be taken back, but the window has let go of those before them; "
+                "call activate_past_recording() of the cache before they are added"
+            )
+
+    @property
+    def _has_let_go(self) -> bool:
+        return not self.record_past and self.cumulative_length >= self.sliding_window
 
 
 class YocoUCache(Cache):
@@ -132,6 +141,17 @@ class YocoUCache(Cache):
     def note_rows(self, mask: Tensor | None, packed: bool) -> None:
         """Note what rows hold whose tokens are to be appended: `mask` is that of all tokens so far."""
         self.mask, self.packed = mask, packed or (self.get_seq_length() > 0 and self.packed)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take tokens back, as of `Cache`: from all layers, or from none if one cannot.
+
+        Raises:
+            UserError: if a layer cannot.
+        """
+        for layer in self.layers:
+            if isinstance(layer, (RetentionLayer, SlidingLayer)):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

@@ -1,5 +1,6 @@
 """A plan as tables: one row per figure, one column per architecture."""
 
+import re
 from collections.abc import Callable, Sequence
 
 from rich import box
@@ -7,11 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from yoco_u.architecture import STAGES
 from yoco_u.formatting import context_label, number
 from yoco_u.planning.plan import Column, ContextFigures, Plan
 
-_LABEL_WIDTH, _COLUMN_WIDTH = 26, 14
+_HEADING_WIDTH = 12
+
+Row = tuple[str, Callable[[Column], str] | None]
+"""A row's label, and the cell of each column; None for the heading of a context."""
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -22,31 +25,32 @@ def print_plan(console: Console, plan: Plan) -> None:
         f"{number(hardware.bandwidth / 1e9)} GB/s; {settings.dtype}, caches {settings.kv_dtype or settings.dtype}",
         highlight=False,
     )
-    count = max(1, (console.width - _LABEL_WIDTH) // _COLUMN_WIDTH)
-    for first in range(0, len(plan.columns), count):
-        console.print(_table(plan, plan.columns[first : first + count]), highlight=False)
+    rows = _rows(plan)
+    labels = max(len(label) for label, _ in rows)
+    room, beside = 0, list[list[str]]()
+    for column in plan.columns:
+        cells = _cells(column, rows)
+        width = len(cells[-1]) + 2  # and what the table puts between columns
+        if beside and width > room:
+            console.print(_table(rows, beside), highlight=False)
+            room, beside = 0, []
+        room = (room if beside else console.width - labels - 3) - width
+        beside.append(cells)
+    console.print(_table(rows, beside), highlight=False)
     console.print(_legend(plan), highlight=False)
 
 
-def _table(plan: Plan, columns: Sequence[Column]) -> Table:
+def _rows(plan: Plan) -> list[Row]:
     batch = plan.settings.batch
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(escape(_heading(column.name)), justify="right", overflow="fold")
-
-    def add(label: str, cell: Callable[[Column], str]) -> None:
-        table.add_row(label, *(cell(column) for column in columns))
-
-    add("parameters, M", lambda column: number(column.parameters / 1e6))
+    rows: list[Row] = [("parameters, M", lambda column: number(column.parameters / 1e6))]
     if any(column.active_parameters < column.parameters for column in plan.columns):
-        add("active of them, M", lambda column: number(column.active_parameters / 1e6))
-    add("weights, GiB", lambda column: number(column.weight_bytes / 2**30))
-    add("training state, GiB", lambda column: number(column.training_state_bytes / 2**30))
-    add(f"longest context, batch {batch}", _longest_context)
+        rows.append(("active of them, M", lambda column: number(column.active_parameters / 1e6)))
+    rows += [
+        ("weights, GiB", lambda column: number(column.weight_bytes / 2**30)),
+        ("training state, GiB", lambda column: number(column.training_state_bytes / 2**30)),
+        (f"longest context, batch {batch}", _longest_context),
+    ]
     for context in sorted(set(plan.settings.contexts)):
-        table.add_section()
-        table.add_row(f"context {context_label(context)}", style="cyan")
 
         def told(figure: str, unit: float = 1, context: int = context) -> Callable[[Column], str]:
             return lambda column: _with_ratio(plan, column, context, figure, unit)
@@ -54,23 +58,58 @@ def _table(plan: Plan, columns: Sequence[Column]) -> Table:
         def plain(value: Callable[[ContextFigures], str], context: int = context) -> Callable[[Column], str]:
             return lambda column: value(column.figures[context])
 
-        add(" training GFLOP/token", told("training_flops_per_token", 1e9))
-        add(" prefill GFLOP/token", told("prefill_flops_per_token", 1e9))
-        add(" decode GFLOP/token", told("decode_flops_per_token", 1e9))
-        add(" KV MiB/sequence", told("kv_bytes_per_sequence", 2**20))
-        add(f" KV GiB, batch {batch}", plain(lambda figures: number(figures.kv_bytes / 2**30)))
-        add(" largest batch", plain(lambda figures: f"{figures.largest_batch:,}"))
-        add(" training tokens/s", told("training_tokens_per_second"))
-        add(" prefill tokens/s", told("prefill_tokens_per_second"))
-        add(f" decode tokens/s, batch {batch}", told("decode_tokens_per_second"))
+        rows += [
+            (f"context {context_label(context)}", None),
+            (" training GFLOP/token", told("training_flops_per_token", 1e9)),
+            (" prefill GFLOP/token", told("prefill_flops_per_token", 1e9)),
+            (" decode GFLOP/token", told("decode_flops_per_token", 1e9)),
+            (" KV MiB/sequence", told("kv_bytes_per_sequence", 2**20)),
+            (f" KV GiB, batch {batch}", plain(lambda figures: number(figures.kv_bytes / 2**30))),
+            (" largest batch", plain(lambda figures: f"{figures.largest_batch:,}")),
+            (" training tokens/s", told("training_tokens_per_second")),
+            (" prefill tokens/s", told("prefill_tokens_per_second")),
+            (f" decode tokens/s, batch {batch}", told("decode_tokens_per_second")),
+        ]
+    return rows
+
+
+def _cells(column: Column, rows: Sequence[Row]) -> list[str]:
+    """The heading of a column and its cells, all of one width, with the decimal points of numbers below each other."""
+    parts = [(cell(column) if cell else "").partition(" ") for _, cell in rows]
+    tails = [len(text) - len(re.split(r"[.*]", text)[0]) for text, _, _ in parts]
+    ratios = max(len(ratio) for _, _, ratio in parts)
+    cells = [
+        text + " " * (max(tails) - tail) + (f" {ratio:>{ratios}}" if ratios else "")
+        for (text, _, ratio), tail in zip(parts, tails, strict=True)
+    ]
+    heading = _heading(column.name)
+    width = max(map(len, (*heading, *cells)))
+    return ["\n".join(line.rjust(width) for line in heading), *(cell.rjust(width) for cell in cells)]
+
+
+def _table(rows: Sequence[Row], columns: Sequence[Sequence[str]]) -> Table:
+    """A table of columns as `_cells` gives them."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(escape(column[0]), no_wrap=True)
+    for index, (label, cell) in enumerate(rows, 1):
+        if cell is None:
+            table.add_section()
+            table.add_row(label, style="cyan")
+        else:
+            table.add_row(label, *(column[index] for column in columns))
     return table
 
 
-def _heading(name: str) -> str:
-    """A preset's name with spaces, at which a narrow column can break it; any other name as it is."""
-    if name.partition(":")[0] not in STAGES:
-        return name
-    return name.replace("_", " ").replace(":", ": ").replace(",", ", ")
+def _heading(name: str) -> list[str]:
+    """A name in lines, broken where a part of it ends if it is too long for one."""
+    lines = [""]
+    for part in re.findall(r"[^_:,]+[_:,]*|[_:,]+", name):
+        if lines[-1] and len(lines[-1] + part) > _HEADING_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return lines
 
 
 def _with_ratio(plan: Plan, column: Column, context: int, figure: str, unit: float) -> str:

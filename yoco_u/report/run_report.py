@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from yoco_u.plotting import PALETTE, dashes
+from yoco_u.plotting import PALETTE, css_dashes
 from yoco_u.report.comparison import Comparison
 from yoco_u.report.page import render_page, write_page
 from yoco_u.report.plots import loss_plot, step_plot
@@ -35,7 +35,7 @@ def render(runs: list[Run], comparison: Comparison, title: str) -> str:
         comparison=comparison,
         table=comparison.table(),
         numeric={label for label, _ in comparison.table()} - {"architecture"},
-        styles=[{"colour": i % len(PALETTE), "dash": dashes(i)} for i in range(len(runs))],
+        styles=[{"colour": i % len(PALETTE), "dash": css_dashes(i)} for i in range(len(runs))],
         without_lines=[own.name for own, run in zip(comparison.runs, runs, strict=True) if not run.config.loss_is_of_text],
         loss_plots=[
             ("Loss against tokens", loss_plot(runs, "tokens", "training tokens")),

@@ -104,7 +104,8 @@ class TrainingConfig(Config):
         evaluation_tokens: the most validation tokens that an evaluation scores.
         save_every: steps between checkpoints; the last step is always saved.
         keep_checkpoints: how many of the newest checkpoints are kept.
-        evaluate_loops: loop counts T at which each evaluation scores the model as well, beside the architecture's own.
+        evaluate_loops: loop counts T at which each evaluation scores the model as well, beside the architecture's own. Of a
+            model without a loop the first stage loops there.
         loop_schedule: phases, from the first step on, that train the model with other loop counts. After the last phase, and in
             every evaluation, the model runs with the architecture's own.
         loop_draw: the distribution that the loop count of each step is drawn from; None for no drawing. An evaluation runs with

@@ -7,6 +7,7 @@ from yoco_u.device import memory_bytes
 from yoco_u.errors import UserError
 from yoco_u.formatting import short_bytes, short_count
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
+from yoco_u.model.quantization import quantized_layers
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distillation import freeze
 from yoco_u.training.distributed import Distributed
@@ -18,16 +19,18 @@ def check_memory(config: RunConfig, distributed: Distributed) -> None:
     """Check that a device could hold what training keeps, before anything is made. On a CPU the processes share its memory.
 
     Raises:
-        UserError: if weights, gradients, AdamW's state and the weights of a teacher alone are more than there is, or one number
-            for each token, block and element of the hidden states, of which every block keeps more for the backward pass.
+        UserError: if weights, gradients, AdamW's state, rounded weights and the weights of a teacher alone are more than there
+            is, or one number for each token, block and element of the hidden states, of which every block keeps more for the
+            backward pass.
     """
     there = memory_bytes(distributed.device)
     sharing = distributed.local_world_size if distributed.device.type == "cpu" else 1
     count, training = parameters(config.architecture).total, config.training
     shards = distributed.world_size if training.parallel == "fsdp" else 1
-    trained = _trained_parameters(config) if 4 * count // shards <= there else count
-    # 4 bytes of a weight, and as many of its gradient and of two moments where it is trained
-    needed = sharing * ((4 * count + 12 * trained) // shards + 4 * _teacher_parameters(config))
+    fits = 4 * count // shards <= there
+    trained, rounded = (_trained_parameters(config), _rounded_parameters(config)) if fits else (count, 0)
+    # 4 bytes of a weight, as many of its gradient and of two moments where it is trained, and of its rounded twin in a step
+    needed = sharing * ((4 * count + 12 * trained + 4 * rounded) // shards + 4 * _teacher_parameters(config))
     if needed > there:
         teacher = ", with its teacher," if config.distillation else ""
         processes = f" of {sharing} processes" if sharing > 1 else ""
@@ -54,6 +57,15 @@ def _trained_parameters(config: RunConfig) -> int:
         model = YocoUForCausalLM(YocoUConfig.from_architecture(config.architecture))
     freeze(model, config.distillation)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _rounded_parameters(config: RunConfig) -> int:
+    """Weights of which the passes of a step hold both the rounded and the unrounded values."""
+    if config.training.weights is None:
+        return 0
+    with torch.device("meta"):
+        model = YocoUForCausalLM(YocoUConfig.from_architecture(config.architecture))
+    return sum(layer.weight.numel() for layer in quantized_layers(model))
 
 
 def _teacher_parameters(config: RunConfig) -> int:

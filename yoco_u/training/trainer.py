@@ -137,16 +137,23 @@ class _Run:
         if config.data is not None:
             data = config.data
             self.distributed.on_main(lambda: prepare(data, path, progress=self.progress))
-        self.index = DatasetIndex.load(path)
+        self.index = self.distributed.on_main(lambda: DatasetIndex.load(path))
         self.distributed.on_main(self.index.verify)
         self.distributed.on_main(lambda: self.folder.check_contents(self._contents()))
         check_vocabulary(self.index, config.architecture.vocab_size)
         self.distributed.on_main(lambda: check_tokenizers(config, self.index))
-        self.dataset = PackedDataset(path, "train", training.sequence_length, training.seed)
-        self.validation = PackedDataset(path, "validation", training.sequence_length, shuffle=False)
+
+        def open_splits() -> None:
+            self.dataset = PackedDataset(path, "train", training.sequence_length, training.seed)
+            self.validation = PackedDataset(path, "validation", training.sequence_length, shuffle=False)
+
+        self.distributed.on_main(open_splits)  # what is wrong with them, all processes learn from one
+        if not self.distributed.is_main:
+            open_splits()
         start = config.start_from
-        tokenizer = tokenizer_folder(start) if start is not None else self.index.tokenizer
-        self.distributed.on_main(lambda: self.folder.copy_tokenizer(tokenizer))
+        self.distributed.on_main(
+            lambda: self.folder.copy_tokenizer(tokenizer_folder(start) if start is not None else self.index.tokenizer)
+        )
 
     def _build(self) -> None:
         config, training = self.config, self.config.training
@@ -181,12 +188,12 @@ class _Run:
         found = environment(device) | {
             "world_size": self.distributed.world_size, "dtype": training.dtype, "gemm_flops_per_second": self.gemm_rate,
             "special_tokens": self.index.config.special_tokens,
-        } | self._contents()  # fmt: skip
+        }  # fmt: skip
         dataset = self.config.dataset
 
         def note() -> None:
             text = {"validation": text_digest(self.validation, training.evaluation_tokens)}
-            self.folder.note_start(self.state.step, found | text, dataset, self.damaged.append)
+            self.folder.note_start(self.state.step, found | self._contents() | text, dataset, self.damaged.append)
 
         self.distributed.on_main(note)
 
