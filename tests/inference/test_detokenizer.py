@@ -1,6 +1,7 @@
 """Text token by token against the text of all tokens."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -193,26 +194,40 @@ def test_long_runs_of_any_tokens_give_the_text_of_the_whole(tokenizer, data):
     assert run(tokens, tokenizer, skip_special_tokens=skip)[0] == tokenizer.decode(tokens, skip_special_tokens=skip)
 
 
+def common_beginning(one: str, other: str) -> str:
+    return "".join(char for char, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
 @given(st.sampled_from([TOKENIZER, added_tokens(), word_pieces(), metaspace()]), st.booleans(), st.data())
 def test_the_text_goes_on_behind_the_prompt(tokenizer, skip, data):
-    """Behind any tokens, of which the last ends a character."""
+    """Behind any tokens; a character that these begin, and have as U+FFFD, is the output's if that completes it."""
     tokens = st.lists(st.integers(0, len(tokenizer) + 3), max_size=15)
-    ends = [token for token in range(len(tokenizer)) if tokenizer.decode([token]).isascii()]
-    prompt = [*data.draw(tokens) * data.draw(st.sampled_from([1, 5])), data.draw(st.sampled_from(ends))]
+    prompt = data.draw(tokens) * data.draw(st.sampled_from([1, 5]))
     output = data.draw(tokens)
     given, whole = (tokenizer.decode(some, skip_special_tokens=skip) for some in (prompt, prompt + output))
-    assert given + run(output, tokenizer, prompt, skip_special_tokens=skip)[0] == whole
+    common = common_beginning(given, whole)
+    assert not given[len(common) :].strip("\ufffd")
+    assert common + run(output, tokenizer, prompt, skip_special_tokens=skip)[0] == whole
 
 
-@given(st.lists(st.sampled_from(["▁b", "b", "é", "数", "🦉"]), max_size=12), st.integers(0, 12))
-def test_the_text_of_sentencepiece_goes_on_behind_the_prompt(pieces, begin):
-    """Prompts of many bytes are not cut within a character to look at their end."""
+@given(tokenized(), st.data())
+def test_a_character_that_the_prompt_begins_is_the_outputs(tokens, data):
+    cut = data.draw(st.integers(0, len(tokens)))
+    given, whole = TOKENIZER.decode(tokens[:cut]), TOKENIZER.decode(tokens)
+    assert common_beginning(given, whole) + run(tokens[cut:], prompt=tokens[:cut])[0] == whole
+
+
+@given(st.lists(st.sampled_from(["▁b", "b", "é", "数", "🦉"]), max_size=12), st.integers(0, 12), st.integers(0, 3))
+def test_the_text_of_sentencepiece_goes_on_behind_the_prompt(pieces, begin, more):
+    """Prompts of many bytes are not cut within a character to look at their end; a prompt may end within one."""
     tokenizer = sentencepiece_like()
     parts = [[piece] if "b" in piece else [f"<0x{byte:02X}>" for byte in piece.encode()] for piece in pieces]
-    prompt, output = (
+    before, rest = (
         tokenizer.convert_tokens_to_ids([part for own in some for part in own]) for some in (parts[:begin], parts[begin:])
     )
-    assert tokenizer.decode(prompt) + run(output, tokenizer, prompt)[0] == tokenizer.decode(prompt + output)
+    begun = min(more, len(parts[begin]) - 1) if rest else 0
+    prompt, output = before + rest[:begun], rest[begun:]
+    assert tokenizer.decode(before) + run(output, tokenizer, prompt)[0] == tokenizer.decode(before + rest)
 
 
 def test_an_engine_goes_on_behind_its_prompt():

@@ -16,7 +16,8 @@ class Detokenizer:
     """The text of one output.
 
     The texts of prompt and output, one behind the other, are the text of all their tokens: a first blank, which sentencepiece
-    leaves out at the beginning of a text, is part of an output's first word.
+    leaves out at the beginning of a text, is part of an output's first word, and a character that the prompt's tokens begin
+    and the output's complete is part of the output, as a whole.
 
     A token that ends an output (the end token, one of `stop_token_ids`) is not part of the text: do not append it.
 
@@ -35,9 +36,13 @@ class Detokenizer:
         self._hidden = _special_tokens(tokenizer).difference(shown) if params.skip_special_tokens else frozenset()
         self._stops = [_StopString(stop) for stop in params.stop]
         self._unstoppable = params.min_tokens  # tokens still to come before a stop string counts
-        self._window = self._end_of(prompt)  # the last tokens: those whose text is given out, then those of uncertain text
-        self._given = len(self._window)  # tokens of the window whose text is given out as a whole
-        self._known = self._text_of(self._window)  # what is given out of the window's text
+        # The last tokens: those whose text is given out as a whole, then those of uncertain text.
+        self._window, self._given = self._end_of(prompt)
+        text, whole = self._text_of(self._window), self._text_of(self._window[: self._given])
+        spoiled = not text.startswith(whole)
+        self._known = whole if spoiled else text[: _certain(text)]  # what is given out of the window's text
+        begun = self._text_of(self._window[self._given :]) if spoiled else text[len(self._known) :]
+        self._prompts = len(begun)  # U+FFFD behind it that the prompt's text has, unless the output makes a character of them
         self._held = ""  # text that may be the beginning of a stop string
         self._shown: list[str] = []
 
@@ -61,7 +66,7 @@ class Detokenizer:
             return ""
         rest = self._text_of(self._window)[len(self._known) :]
         self._known += rest
-        shown = self._show(rest, stoppable=self._unstoppable < 0)
+        shown = self._show(self._outputs(rest), stoppable=self._unstoppable < 0)
         self._shown.append(self._held)
         shown, self._held = shown + self._held, ""
         return shown
@@ -81,18 +86,27 @@ class Detokenizer:
             # run by run): go on from here.
             self._window, self._known, self._given = self._window[self._given :], "", 0
             text = self._text_of(self._window)
-        certain = len(text) - min(_INCOMPLETE, len(text) - len(text.rstrip("\ufffd")))
+        certain = _certain(text)
         new = text[len(self._known) : certain]
         if new and certain == len(text):
             self._window = self._window[self._given :]
             self._given, self._known = len(self._window), self._text_of(self._window)
-            return new
+            return self._outputs(new)
         if new:
             self._known += new
             self._given = max(self._given, len(self._window) - _INCOMPLETE)
         if len(self._window) > _WINDOW:
             self._narrow(text)
-        return new
+        return self._outputs(new)
+
+    def _outputs(self, new: str) -> str:
+        """New text without the U+FFFD with which the prompt's text ends."""
+        own = new[self._prompts :] if new.startswith("\ufffd" * self._prompts) else new.lstrip("\ufffd")
+        if own:
+            self._prompts = 0
+        else:
+            self._prompts -= len(new)
+        return own
 
     def _narrow(self, text: str) -> None:
         """Drop the older half of a window whose text is not certain for long, so that what is left ends the text as before.
@@ -106,11 +120,21 @@ class Detokenizer:
         self._window, self._given = self._window[start:], max(0, self._given - start)
         self._known = texts[start][: max(0, len(texts[start]) - held)]
 
-    def _end_of(self, prompt: Sequence[int]) -> list[int]:
-        """The last tokens of a prompt that have a text, from the beginning of a character on if it has one there."""
+    def _end_of(self, prompt: Sequence[int]) -> tuple[list[int], int]:
+        """The last tokens of a prompt that have a text, from the beginning of a character on if it has one there.
+
+        Returns:
+            The tokens, and how many of them are before those of a character that the prompt begins and does not complete.
+        """
         tokens = [token for token in prompt[-_WINDOW:] if not self._has_no_text(token)][-_CONTEXT - _INCOMPLETE :]
-        ends = (tokens[start:] for start in range(min(_INCOMPLETE + 1, len(tokens))))
-        return next((end for end in ends if not self._text_of(end).startswith("\ufffd")), tokens)
+        ends = range(len(tokens), max(0, len(tokens) - _INCOMPLETE - 1), -1)
+        for broken in ("\ufffd", ()):  # at the beginning, which not all texts are without
+            for end in ends:
+                for start in range(min(_INCOMPLETE + 1, end)):
+                    text = self._text_of(tokens[start:end])
+                    if not text.startswith(broken) and not text.endswith("\ufffd"):
+                        return tokens[start:], end - start
+        return tokens, max(0, len(tokens) - _INCOMPLETE)
 
     def _has_no_text(self, token: int) -> bool:
         piece = self._tokenizer.id_to_token(token)
@@ -133,6 +157,11 @@ class Detokenizer:
         text, self._held = text[:safe], text[safe:]
         self._shown.append(text)
         return text
+
+
+def _certain(text: str) -> int:
+    """How much of a text stays as it is, whatever follows."""
+    return len(text) - min(_INCOMPLETE, len(text) - len(text.rstrip("\ufffd")))
 
 
 class _StopString:
