@@ -237,7 +237,7 @@ async def test_an_answer_before_the_end_of_the_request_is_not_lost(size: int, mo
         await servant.until(lambda: not servant.connections)
 
 
-@pytest.mark.parametrize("behind", [b"G", GET, GET * 3 + b"GET /", bytes(60_000)])
+@pytest.mark.parametrize("behind", [b"G", GET, GET * 3 + b"GET /", bytes(60_000), bytes(2**23)])
 async def test_who_leaves_is_noticed_whatever_came_behind_the_request(behind: bytes) -> None:
     async with serving() as servant:
         client = await servant.connect()
@@ -246,25 +246,26 @@ async def test_who_leaves_is_noticed_whatever_came_behind_the_request(behind: by
         [connection] = servant.connections
         for part in (behind[:1], behind[1:]):
             client[1].write(part)
-        await servant.until(lambda: len(connection.conn.trailing_data[0]) == len(behind))
+        await servant.until(lambda: connection.refused or len(connection.conn.trailing_data[0]) == len(behind))
         client[1].close()
         await servant.until(lambda: not servant.connections)
         servant.release.set()
 
 
-async def test_what_comes_behind_a_request_is_answered_in_order_and_not_kept_without_end() -> None:
+@pytest.mark.parametrize(("behind", "answers"), [(100, 101), (20_000, 1)])
+async def test_what_comes_behind_a_request_is_answered_in_order_and_not_kept_without_end(behind: int, answers: int) -> None:
+    """More than is kept ends the connection with the answer."""
     async with serving() as servant:
         reader, writer = await servant.connect()
         writer.write(GET.replace(b"/ ", b"/later "))
         await servant.until(lambda: servant.state.tasks)
         [connection] = servant.connections
-        writer.write(GET * 20_000)
-        await servant.until(lambda: connection.flow.read_paused)
+        kept = [GET] * (behind - 1) + [GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")]
+        writer.write(b"".join(kept))
+        await servant.until(lambda: connection.refused or connection.conn.trailing_data[0] == b"".join(kept))
         assert len(connection.conn.trailing_data[0]) < 2**20
         servant.release.set()
-        for _ in range(100):
-            await answer((reader, writer))
-        writer.transport.abort()
+        assert (await rest((reader, writer))).count(b"\r\n\r\nhere") == answers
 
 
 async def test_idle_connections_make_room() -> None:

@@ -80,10 +80,17 @@ class Connection(H11Protocol):
             super().data_received(data)
 
     def handle_events(self) -> None:
-        """uvicorn stops reading when something comes behind a request, and with it would not notice that the client leaves."""
+        """uvicorn stops reading when something comes behind a request, and with it would not notice that the client leaves.
+
+        Here reading goes on. Of what comes behind a request little is kept; a client that sends more gets the answer, and with
+        it the end of the connection, as HTTP allows.
+        """
         super().handle_events()
-        if self.flow.read_paused and not self.waits and len(self.conn.trailing_data[0]) <= HIGH_WATER_LIMIT:
-            self.flow.resume_reading()
+        if self.waits or self.refused:
+            return
+        if len(self.conn.trailing_data[0]) > HIGH_WATER_LIMIT:
+            self.refused, self.cycle.keep_alive = True, False
+        self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         self.since = time.monotonic()
