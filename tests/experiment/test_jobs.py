@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,14 +38,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Starts:
     return found
 
 
-@pytest.fixture
-def heeded() -> Iterator[None]:
-    """A shell lets what it runs in the background ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def signals() -> list[object]:
     return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
@@ -65,7 +57,7 @@ def test_all_end_if_one_cannot_be_started(at: int, started: Starts, tmp_path: Pa
 @pytest.mark.parametrize("at", range(1, COUNT + 1))
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_all_end_if_a_signal_comes_while_they_are_started(
-    number: int, at: int, started: Starts, heeded: None, tmp_path: Path
+    number: int, at: int, started: Starts, heard: None, tmp_path: Path
 ) -> None:
     """Even just when a process has been started that nobody knows of yet."""
     before = signals()

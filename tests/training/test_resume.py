@@ -104,7 +104,7 @@ def test_the_second_signal_acts_at_once(dataset: Path, tmp_path: Path, monkeypat
 
 
 def test_a_step_that_fails_because_of_the_signal_is_an_interruption(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: None
 ) -> None:
     def compiler_killed(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)

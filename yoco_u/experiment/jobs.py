@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from yoco_u.errors import UserError
 from yoco_u.experiment.run import claim_experiment
+from yoco_u.training.signals import noting_signals
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60.0
@@ -50,7 +50,8 @@ def run_jobs(
             raise UserError(f"{log}: is no regular file; move it elsewhere")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     processes: list[subprocess.Popen[bytes]] = []
-    with _noting_signals() as noted:
+    noted: list[int] = []  # instead of an exception, which may come between a process and its name
+    with noting_signals(noted, once=False):
         try:
             for log in logs:
                 processes.append(_start(arguments, jobs, log))
@@ -106,16 +107,3 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-@contextmanager
-def _noting_signals() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM in a list, instead of ending anything: an exception may come between a process and its name."""
-    noted = list[int]()
-    heeded = [one for one in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(one) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in heeded}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
