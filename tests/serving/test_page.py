@@ -164,6 +164,58 @@ def test_what_is_sent_before_the_model_is_known_waits_for_it(browser: Browser, p
     page.close()
 
 
+def test_a_model_that_was_not_there_is_asked_for_again(browser: Browser, process: Process) -> None:
+    """Without any place to keep a key, and with a key that no header holds before the right one."""
+    page, keys = new_page(browser), list[str | None]()
+    page.add_init_script(
+        "for (const name of ['localStorage', 'sessionStorage'])"
+        " Object.defineProperty(window, name, { get() { throw new Error('kept from it') } })"
+    )
+
+    def facts(route: Route) -> None:
+        keys.append(route.request.headers.get("authorization"))
+        if len(keys) <= 2:
+            route.fulfill(status=503 if len(keys) == 1 else 401, json={"error": {"message": "not now"}})
+        else:
+            route.continue_()
+
+    page.route("**/model", facts)
+    page.goto(process.url)
+    expect(page.locator("#empty-text")).to_have_text("No model: not now.")
+    ask(page, "early")
+    expect(page.locator("#empty-text")).to_have_text("This server asks for an API key.")
+    for key, said in (("schlüssel…", "No model: the API key has characters that no key has."), ("right", None)):
+        page.locator("#key").fill(key)
+        page.locator("#key").press("Enter")
+        if said:
+            expect(page.locator("#empty-text")).to_have_text(said)
+    expect(page.locator(".turn .prompt")).to_have_text("early")
+    assert keys == [None, None, "Bearer right"]
+    page.close()
+
+
+def test_many_tokens_are_few_paints(page: Page) -> None:
+    """Each lays out the whole text. Whoever works elsewhere on the page meanwhile keeps the focus."""
+    details = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0, "mean_loops": 3}
+    held: list[Route] = []
+    page.route("**/v1/**", lambda route: held.append(route))
+    with page.expect_request("**/v1/**"):
+        ask(page, "x")
+    page.evaluate(
+        "() => { window.paints = 0; new MutationObserver(() => paints++).observe(document.querySelector('.answer .text'),"
+        " { subtree: true, childList: true }) }"
+    )
+    page.locator("#seed").focus()
+    counts = [{"total_tokens": count, "completion_tokens": count, "completion_tokens_details": details} for count in range(500)]
+    chunks = [{"choices": [{"delta": {"content": f"{count} "}}], "usage": usage} for count, usage in enumerate(counts)]
+    events = [*map(json.dumps, [*chunks, {"choices": [], "usage": counts[-1]}]), "[DONE]"]
+    held[0].fulfill(content_type="text/event-stream", body="".join(f"data: {event}\n\n" for event in events))
+    expect(page.locator("#send")).to_be_visible()
+    assert page.locator(".answer .text").inner_text().split() == [str(count) for count in range(500)]
+    assert 1 <= page.evaluate("paints") < 250
+    expect(page.locator("#seed")).to_be_focused()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone(browser: Browser, process: Process, scheme: str) -> None:
     page = new_page(browser, viewport={"width": 360, "height": 700}, color_scheme=scheme)  # type: ignore[arg-type]
@@ -176,6 +228,8 @@ def test_a_phone(browser: Browser, process: Process, scheme: str) -> None:
     ask(page, "x" * 200)
     expect(page.locator("[data-figure=tokens]")).to_have_text("5")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.set_viewport_size({"width": 1200, "height": 700})
+    expect(page.locator("#temperature")).to_be_visible()
     red, *_ = map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor")))
     assert red < 128 if scheme == "dark" else red >= 128
     page.close()

@@ -27,6 +27,7 @@ export class Answer {
     this.told = { tokens: 0, loops: 0 }; // by the usage of the last chunk
     this.text = "";
     this.output = document.createElement("span");
+    this.unseen = document.createDocumentFragment(); // text that comes on the screen with the next frame
     const place = this.element.querySelector(".text");
     if (given) {
       const before = document.createElement("span");
@@ -38,12 +39,13 @@ export class Answer {
     this.asked = -Infinity; // when the size of the KV cache was last asked for
   }
 
-  // Streams the answer. Returns true when it has ended, false when it was stopped, and throws when it failed.
+  // Streams the answer until it has ended or is stopped; throws when it failed.
   // grown: called whenever the answer has become longer on the screen.
   async run(path, body, signal, grown) {
     const begun = performance.now();
     let first = 0;
     this.element.classList.add("running");
+    this.element.setAttribute("aria-busy", "true"); // so that screen readers read the answer as a whole
     try {
       for await (const chunk of stream(path, { ...body, num_loops: this.loops }, signal)) {
         const now = performance.now();
@@ -51,26 +53,34 @@ export class Answer {
         const text = choice?.text ?? choice?.delta?.content ?? "";
         if (choice && !first) {
           first = now;
+          this.atFirst = chunk.usage?.completion_tokens; // more than one, where the first ones have no text or came together
           this.figure("first", duration(first - begun));
         }
         if (text) {
           this.text += text;
-          this.output.append(this.warm(text, chunk.usage)); // as a text node, so that what a model writes is never markup
+          this.unseen.append(this.warm(text, chunk.usage)); // as a text node, so that what a model writes is never markup
+          this.frame ??= requestAnimationFrame(() => this.show(grown));
         }
         if (chunk.usage) this.count(chunk.usage, first, now, !choice);
-        grown();
       }
-      return true;
     } catch (error) {
-      if (error.name !== "AbortError") {
-        this.fail(error.message);
-        throw error;
-      }
-      return false;
+      if (error.name === "AbortError") return;
+      this.fail(error.message);
+      throw error;
     } finally {
       this.element.classList.remove("running");
-      grown();
+      this.element.setAttribute("aria-busy", "false");
+      this.show(grown);
     }
+  }
+
+  // Puts on the screen what has come. Once a frame and not with each token: the browser lays out all of a text for that.
+  show(grown) {
+    cancelAnimationFrame(this.frame);
+    this.frame = null;
+    this.output.append(this.unseen);
+    this.output.normalize();
+    grown();
   }
 
   // New text, the darker the more loops its tokens have run where each leaves the loop by itself.
@@ -95,22 +105,22 @@ export class Answer {
     this.figure("tokens", usage.completion_tokens);
     const loops = usage.completion_tokens_details.mean_loops;
     if (loops !== null) this.figure("loops", loops.toFixed(2));
-    if (usage.completion_tokens > 1 && now > first && !last) {
-      this.figure("rate", ((usage.completion_tokens - 1) / ((now - first) / 1000)).toFixed(1));
-    }
+    const later = usage.completion_tokens - this.atFirst;
+    if (later > 0 && now > first && !last) this.figure("rate", (later / ((now - first) / 1000)).toFixed(1));
     if (last || now - this.asked > KV_EVERY) {
       this.asked = now;
-      this.showCache(usage.total_tokens);
+      this.showCache(usage.total_tokens, now);
     }
   }
 
-  async showCache(tokens) {
+  async showCache(tokens, asked) {
     let found;
     try {
       found = await get(`/kv?tokens=${tokens}${this.loops === "auto" ? "" : `&num_loops=${this.loops}`}`);
     } catch {
       return; // the figure stays as it was, and is asked for again with the next tokens
     }
+    if (asked !== this.asked) return; // a newer answer is on its way, or here
     const ratio = found.transformer_bytes / found.bytes;
     const compared = ratio >= 1 ? `${times(ratio)} less` : `${times(1 / ratio)} more`;
     this.figure("kv", `${bytes(found.bytes)}, ${compared} than a Transformer's ${bytes(found.transformer_bytes)}`);

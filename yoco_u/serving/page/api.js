@@ -1,10 +1,12 @@
 // Requests to the server: JSON by get(), streamed answers by stream().
 
-let key = sessionStorage.getItem("key") ?? "";
+import { recall, remember } from "./memory.js";
+
+let key = recall("sessionStorage", "key") ?? "";
 
 export function setKey(value) {
   key = value.trim();
-  sessionStorage.setItem("key", key);
+  remember("sessionStorage", "key", key);
 }
 
 export class ApiError extends Error {
@@ -14,7 +16,10 @@ export class ApiError extends Error {
   }
 }
 
-const headers = () => (key ? { Authorization: `Bearer ${key}` } : {});
+function headers() {
+  if (/[^\x21-\x7e]/.test(key)) throw new ApiError("the API key has characters that no key has", 401);
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
 
 async function fail(response) {
   let message = `the server answered ${response.status}`;

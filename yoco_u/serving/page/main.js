@@ -2,6 +2,7 @@
 
 import { Answer } from "./answer.js";
 import { ApiError, get, setKey } from "./api.js";
+import { recall, remember } from "./memory.js";
 
 const $ = (id) => document.getElementById(id);
 const EXAMPLES = {
@@ -10,6 +11,7 @@ const EXAMPLES = {
 };
 
 let facts = null; // what /model says, once it has answered
+let asking = false; // whether /model has yet to answer
 let early = false; // whether a text was sent before the facts were there; it is sent when they come
 let messages = []; // the chat so far, as the API takes it
 let running = null; // AbortController of the answers that are streaming, null when none is
@@ -42,7 +44,10 @@ function loopCounts() {
 
 function showValues() {
   for (const id of ["temperature", "top-p"]) $(`${id}-value`).textContent = $(id).value;
-  for (const id of ["loops-a", "loops-b"]) $(`${id}-value`).textContent = number(id) || "auto";
+  for (const id of ["loops-a", "loops-b"]) {
+    $(`${id}-value`).textContent = number(id) || "auto";
+    $(id).setAttribute("aria-valuetext", $(`${id}-value`).textContent);
+  }
   $("second-dial").hidden = !$("compare").checked;
 }
 
@@ -121,9 +126,10 @@ function finish(text, answers, asked) {
 }
 
 function setBusy(busy) {
+  const held = [document.body, $("send"), $("stop-all")].includes(document.activeElement); // else someone works elsewhere
   $("send").hidden = busy;
   $("stop-all").hidden = !busy;
-  if (!busy) $("prompt").focus({ preventScroll: true });
+  if (!busy && held) $("prompt").focus({ preventScroll: true });
 }
 
 function stop() {
@@ -148,13 +154,17 @@ function short(count) {
 
 // Asks what the model is, and fits the page to it. Called again when a key has been given.
 async function begin() {
+  asking = true;
   try {
     facts = await get("/model");
   } catch (error) {
-    $("empty-text").textContent =
-      error.status === 401 ? "This server asks for an API key." : `No model: ${error.message}.`;
-    if (error.status === 401) askForKey();
+    const asksForKey = error.status === 401;
+    const why = asksForKey && !$("key").value ? "This server asks for an API key" : `No model: ${error.message}`;
+    $("empty-text").textContent = `${why}.`;
+    if (asksForKey) askForKey();
     return;
+  } finally {
+    asking = false;
   }
   document.title = facts.name;
   $("model-name").textContent = facts.name;
@@ -168,7 +178,7 @@ async function begin() {
     ["loops-b", Math.max(1, facts.num_loops - 1)],
   ]) {
     $(id).min = facts.auto_loops ? 0 : 1;
-    $(id).max = Math.max(facts.max_num_loops, facts.num_loops);
+    $(id).max = facts.max_num_loops;
     $(id).value = value;
   }
   const auto = facts.auto_loops
@@ -211,8 +221,9 @@ function setTheme(theme) {
 
 function submit(event) {
   event.preventDefault();
-  if (facts) send($("prompt").value);
-  else early = true;
+  if (facts) return void send($("prompt").value);
+  early = true;
+  if (!asking) begin();
 }
 
 $("composer").addEventListener("submit", submit);
@@ -220,7 +231,7 @@ $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") stop();
+  if (event.key === "Escape" && !event.isComposing) stop();
   if (event.altKey && event.key.toLowerCase() === "n") clear();
 });
 $("stop-all").addEventListener("click", stop);
@@ -228,7 +239,7 @@ $("clear").addEventListener("click", clear);
 $("theme").addEventListener("click", () => {
   const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
   setTheme(theme);
-  localStorage.setItem("theme", theme);
+  remember("localStorage", "theme", theme);
 });
 $("settings").addEventListener("input", showValues);
 $("key").addEventListener("change", () => {
@@ -237,9 +248,11 @@ $("key").addEventListener("change", () => {
 });
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
-setTheme(localStorage.getItem("theme") ?? (dark.matches ? "dark" : "light"));
+setTheme(recall("localStorage", "theme") ?? (dark.matches ? "dark" : "light"));
 dark.addEventListener("change", () => {
-  if (!localStorage.getItem("theme")) setTheme(dark.matches ? "dark" : "light");
+  if (!recall("localStorage", "theme")) setTheme(dark.matches ? "dark" : "light");
 });
-if (matchMedia("(max-width: 52rem)").matches) $("settings").open = false;
+const narrow = matchMedia("(max-width: 52rem)"); // where settings can be folded
+narrow.addEventListener("change", () => ($("settings").open = !narrow.matches));
+$("settings").open = !narrow.matches;
 begin();
