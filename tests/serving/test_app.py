@@ -110,6 +110,18 @@ async def test_no_other_sites_by_default(server: Server) -> None:
     assert "access-control-allow-origin" not in response.headers
 
 
+async def test_a_request_may_name_the_loops_that_it_has_anyway(
+    model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    async with running(Server(engine_of(model, tokenizer, num_loops=4), max_num_loops=2)) as server:
+        facts = (await server.client.get("/model")).json()
+        assert facts["num_loops"] == facts["max_num_loops"] == 4
+        named, none = [await server.json("completions", prompt="x", seed=1, **own) for own in ({"num_loops": 4}, {})]
+        assert named["choices"] == none["choices"]
+        status, error = await server.error("completions", prompt="x", num_loops=5)
+        assert status == 400 and "at most 4" in error["message"]
+
+
 async def test_a_full_queue(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     async with running(Server(engine_of(model, tokenizer), max_waiting=0)) as server:
         body = {"prompt": "x", "max_tokens": 300, "ignore_eos": True}

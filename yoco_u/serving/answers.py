@@ -134,7 +134,7 @@ class Answer(ABC, Generic[ChunkChoice]):
             completion_tokens_details=CompletionDetails(
                 accepted_prediction_tokens=accepted,
                 rejected_prediction_tokens=rejected,
-                mean_loops=round(self._loops / self._new_tokens, 4) if self._new_tokens else None,
+                mean_loops=self._loops / self._new_tokens if self._new_tokens else None,
             ),
         )
 

@@ -87,6 +87,8 @@ def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None
     """
     if engine.tokenizer is None:
         raise UserError("the engine has no tokenizer; texts cannot be served without one")
+    most_loops = max(settings.max_num_loops, engine.num_loops)  # a request may name the T that it has anyway
+    settings = settings.model_copy(update={"max_num_loops": most_loops})
     metrics = Metrics(engine)
     loop = EngineLoop(engine, settings.max_waiting, settings.time_limit, settings.step_seconds, metrics, died)
     metrics.watch(loop)

@@ -21,7 +21,7 @@ class ServerSettings(Config):
         max_n: most outputs of one prompt.
         max_output_tokens: most tokens of one output. A chat that names no number gets this many, or as many as the context has
             left.
-        max_num_loops: largest T of a request.
+        max_num_loops: largest T of a request, besides that of requests that name none.
         max_connections: most connections to clients, fewer where the process may not open so many files.
         client_seconds: longest time that the server waits for a client: for a request to come, and for the client to take more
             of its answer.
