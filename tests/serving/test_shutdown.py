@@ -111,30 +111,57 @@ class Asking:
         return self.response
 
 
-def slow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Let each step take a while. Set in the end: the engine has begun."""
-    step, begun = engine.step, threading.Event()
+def held(engine: Engine, monkeypatch: pytest.MonkeyPatch, outputs: int = 1) -> tuple[threading.Event, threading.Event]:
+    """Hold the engine in its first step with so many outputs.
 
-    def slowly() -> Any:
+    Returns:
+        Set when it is in this step; to be set when it may go on.
+    """
+    step, begun, go_on = engine.step, threading.Event(), threading.Event()
+
+    def waits() -> Any:
+        if engine.unfinished < outputs and not begun.is_set():
+            time.sleep(0.001)
+            return []
         begun.set()
-        time.sleep(0.02)
+        go_on.wait(PATIENCE)
         return step()
 
-    monkeypatch.setattr(engine, "step", slowly)
-    return begun
+    monkeypatch.setattr(engine, "step", waits)
+    return begun, go_on
+
+
+@pytest.fixture
+def half_came(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when the server has what `half_sent` sends."""
+    came = threading.Event()
+
+    class Noticing(server.Connection):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if data.endswith(HALF[-5:]):
+                came.set()
+
+    monkeypatch.setattr(server, "Connection", Noticing)
+    return came
 
 
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
 def test_a_second_signal_ends_what_runs_with_an_answer(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, deadlines: list[float], first: int, second: int
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    deadlines: list[float],
+    half_came: threading.Event,
+    first: int,
+    second: int,
 ) -> None:
-    begun = slow(engine, monkeypatch)
+    begun, go_on = held(engine, monkeypatch, outputs=2)
 
     def client(port: int) -> None:
         asking, streaming = Asking(port, **LONG), Asking(port, stream=True, **LONG)
         assert begun.wait(PATIENCE)
         with half_sent(port) as half:
-            time.sleep(0.2)
+            assert half_came.wait(PATIENCE)
             os.kill(os.getpid(), first)
             head, body = all_of(half).split(b"\r\n\r\n", 1)
             checked_503(int(head.split()[1]), body.decode())
@@ -142,6 +169,7 @@ def test_a_second_signal_ends_what_runs_with_an_answer(
         checked_503(asking.answer().status_code, asking.answer().text)
         events = streaming.answer().text.strip().split("\n\n")
         checked_503(503, events[-1].removeprefix("data: "))
+        go_on.set()
 
     assert serve(engine, monkeypatch, client, drain_seconds=1000.0) == 0
     assert len(deadlines) == 2 and deadlines[0] > 1000 and deadlines[1] < 20
@@ -151,14 +179,7 @@ def test_new_clients_are_told_while_requests_are_finished(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, deadlines: list[float]
 ) -> None:
     """For as long as a request runs, whatever else is open; after it, connections without a request hold up nothing."""
-    step, begun, go_on = engine.step, threading.Event(), threading.Event()
-
-    def waits() -> Any:
-        begun.set()
-        go_on.wait(PATIENCE)
-        return step()
-
-    monkeypatch.setattr(engine, "step", waits)
+    begun, go_on = held(engine, monkeypatch)
 
     def client(port: int) -> None:
         url, place = f"http://127.0.0.1:{port}", ("127.0.0.1", port)
@@ -240,21 +261,33 @@ def test_nothing_of_a_server_outlives_it(
 
 
 STUCK = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from yoco_u.data import DocumentEncoder
 from yoco_u.inference import LLM
 from yoco_u.serving import server
 from yoco_u.serving.settings import Listen, ServerSettings
 
-def stuck(*_):
+def say(what):
+    os.write(2, what + b"\\n")
+
+def stuck(where):
+    say(where)
     time.sleep(10**6)
+
+class Noticing(server.Connection):
+    def data_received(self, data):
+        super().data_received(data)
+        if data.endswith(b"\\r\\n\\r\\n{"):
+            say(b"half a request")
+
+server.Connection = Noticing
 
 server._LAST_WORDS = server._CLEANING = 0.5
 engine = LLM(Path(sys.argv[1]), dtype="float32", cache_tokens=8192).engine
 encode = DocumentEncoder.encode
-DocumentEncoder.encode = lambda self, texts: stuck() if len(texts[0]) > 10_000 else encode(self, texts)
-engine.step = stuck
+DocumentEncoder.encode = lambda self, texts: stuck(b"tokenizing") if len(texts[0]) > 10_000 else encode(self, texts)
+engine.step = lambda: stuck(b"computing")
 sys.exit(server.serve_process(engine, ServerSettings(model_name="tiny", drain_seconds=0.5), Listen(port=int(sys.argv[2]))))
 """
 
@@ -273,7 +306,11 @@ def test_sigterm_ends_a_process_that_is_stuck_everywhere(folder: Path) -> None:
             assert line, "the server did not start"
         asking, tokenizing = Asking(port, **LONG), Asking(port, prompt="def " * 3000)
         with half_sent(port) as half:
-            time.sleep(1.0)
+            waits_for = {"computing\n", "tokenizing\n", "half a request\n"}
+            while waits_for:
+                line = process.stderr.readline()
+                assert line, "the server ended"
+                waits_for.discard(line)
             process.send_signal(signal.SIGTERM)
             assert b"503" in all_of(half).split(b"\r\n")[0]
         for one in (asking, tokenizing):
