@@ -10,7 +10,7 @@ from yoco_u.analysis.trace import at_loops
 from yoco_u.data import Batch
 from yoco_u.inference import Engine, EngineSettings, SamplingParams
 from yoco_u.inference.drafts import Drafting, FixedLengths
-from yoco_u.inference.outputs import failed_output
+from yoco_u.inference.outputs import check_outputs
 from yoco_u.inference.speculation import loops_draft
 from yoco_u.model import YocoUForCausalLM
 
@@ -102,11 +102,8 @@ def _verified(engine: Engine, prompts: Sequence[list[int]], by: Drafting) -> lis
     requests = [engine.add(prompt, params) for prompt in prompts]
     engine.step()  # computes all prompts, and samples a token behind each
     engine.step()  # drafts behind these tokens, and verifies that
-    found = []
     for request in requests:
         engine.abort(request)
-        output = request.outputs[0]
-        if output.error is not None:
-            raise failed_output(output.error)
-        found.append((output.accepted_drafts + output.rejected_drafts, output.accepted_drafts))
-    return found
+    check_outputs(requests)
+    outputs = [request.outputs[0] for request in requests]
+    return [(one.accepted_drafts + one.rejected_drafts, one.accepted_drafts) for one in outputs]

@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from yoco_u.analysis.exits import Calibration, ExitResult
 from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
-from yoco_u.inference.outputs import failed_output
+from yoco_u.inference.outputs import check_outputs
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.plotting import colour, save_png
 
@@ -80,9 +80,7 @@ def decode(engine: Engine, prompts: Sequence[list[int]], params: SamplingParams)
     while engine.unfinished:
         engine.step()
     seconds = time.perf_counter() - began
-    for request in requests:
-        if (error := request.outputs[0].error) is not None:
-            raise failed_output(error)
+    check_outputs(requests)
     return (sum(len(request.outputs[0].token_ids) for request in requests) - before) / seconds, requests
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from yoco_u.cli.arguments import DType, ModelPath, check_unused, is_unicode, loops_or_auto, parse_options
-from yoco_u.cli.output import check_outputs, note
+from yoco_u.cli.output import note
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -143,6 +143,8 @@ def _command(line: str, params: "SamplingParams", said: Conversation) -> "Sampli
 
 def _answer(llm: "LLM", prompt: str | list[int], params: "SamplingParams") -> str:
     """Print an answer as it comes, until it ends or Ctrl-C stops it, and return its text."""
+    from yoco_u.inference.outputs import failed_output
+
     text, error = "", None
     with closing(llm.stream([prompt], params)) as updates, suppress(KeyboardInterrupt):  # type: ignore[type-var]
         for update in updates:
@@ -150,5 +152,6 @@ def _answer(llm: "LLM", prompt: str | list[int], params: "SamplingParams") -> st
             text += update.text
             error = update.output.error
     print()
-    check_outputs([error])
+    if error is not None:
+        raise failed_output(error)
     return text

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from yoco_u.cli.arguments import DType, ModelPath, check_unused, loops_or_auto, standard_input
-from yoco_u.cli.output import check_outputs, print_json
+from yoco_u.cli.output import print_json
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def generate(
 
     from yoco_u.inference import LLM, SamplingParams
     from yoco_u.inference.exits import FILE
+    from yoco_u.inference.outputs import check_outputs
     from yoco_u.loading import model_folder
 
     chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
@@ -99,18 +100,20 @@ def generate(
         _stream(llm, prompts[0], params)
         return
     requests = llm.generate(prompts, params)
-    errors = [output.error for request in requests for output in request.outputs]
-    if json and None in errors:
+    any_whole = any(output.error is None for request in requests for output in request.outputs)
+    if json and any_whole:
         print_json({"settings": params.model_dump(mode="json"), "requests": [_as_json(request) for request in requests]})
-    elif None in errors:
+    elif any_whole:
         for request in requests:
             for output in request.outputs:
                 print(f"{request.prompt}{output.text}\n{'-' * 40}")
-    check_outputs(errors)
+    check_outputs(requests)
 
 
 def _stream(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
     """Print the prompt and the text as it comes; nothing if the first step fails, as it does for a grammar that is none."""
+    from yoco_u.inference.outputs import failed_output
+
     begins, error = True, None
     for update in llm.stream(prompt, params):
         error = update.output.error
@@ -119,7 +122,8 @@ def _stream(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
             begins = False
     if not begins:
         print()
-    check_outputs([error])
+    if error is not None:
+        raise failed_output(error)
 
 
 def _read(path: Path | None) -> str | None:

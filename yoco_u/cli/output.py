@@ -4,7 +4,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,22 +43,6 @@ def note(message: str) -> None:
     """Print a line on stderr, which leaves stdout to results."""
     if is_first_process():
         print(message, file=sys.stderr)
-
-
-def check_outputs(errors: Iterable[str | None]) -> None:
-    """Fail if an output of the engine has failed.
-
-    Args:
-        errors: the `error` of each output.
-
-    Raises:
-        UserError: with the first error, if there is one.
-    """
-    from yoco_u.inference.outputs import failed_output
-
-    for error in errors:
-        if error is not None:
-            raise failed_output(error)
 
 
 @contextmanager
