@@ -7,7 +7,7 @@ import typer
 
 from yoco_u.cli.arguments import ModelPath, check_at_most, check_loops, check_unused, names
 from yoco_u.cli.output import print_json
-from yoco_u.errors import UserError
+from yoco_u.errors import import_optional
 
 if TYPE_CHECKING:
     from yoco_u.evaluation.harness_tasks import HowToAsk
@@ -65,10 +65,7 @@ def tasks(
 
       yoco-u tasks runs/8m hellaswag piqa --num-loops 1 --num-loops 3 --json
     """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise UserError("yoco-u tasks needs lm-evaluation-harness; pip install 'yoco-u[evaluation]'") from None
+    import_optional("lm_eval", "yoco-u tasks needs lm-evaluation-harness", "evaluation")
     from yoco_u.evaluation.harness import EngineLM
     from yoco_u.evaluation.harness_tasks import HowToAsk, load_tasks, run_tasks
     from yoco_u.evaluation.math_sets import MATH_GROUP
