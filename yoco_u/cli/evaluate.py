@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from yoco_u.cli.arguments import ModelPath, check_at_most, check_loops, check_row_length, check_unused
+from yoco_u.cli import options
+from yoco_u.cli.arguments import check_at_most, check_loops, check_row_length, check_unused
 from yoco_u.cli.output import note, print_json, progress_bar
 from yoco_u.errors import UserError
 
@@ -16,24 +17,13 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: ModelPath,
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="FILES",
-            help="Held-out text, in any form that prepare reads, or synthetic:TASK. \\[default: the run's validation split]",
-        ),
-    ] = None,
+    model: options.Model,
+    files: options.Files = None,
     num_loops: Annotated[
         list[int] | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own; can be given again.")
     ] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. \\[default: the run's, or 1024]")
-    ] = None,
-    text_field: Annotated[
-        str | None,
-        typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text. \\[default: text]"),
-    ] = None,
+    sequence_length: options.SequenceLength = None,
+    text_field: options.TextField = None,
     weights: Annotated[
         Literal["int8", "int4"] | None,
         typer.Option("--weights", help="Score the weights in 8 or 4 bits as well, and print what that changes."),
@@ -41,7 +31,7 @@ def evaluate(
     answers: Annotated[
         int | None, typer.Option("--answers", min=1, help="Answers of each level of a synthetic task. \\[default: 500]")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: options.Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Loss, perplexity and bits per byte of held-out text, in float32.

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import DType, ModelPath, check_unused, loops_or_auto, standard_input
+from yoco_u.cli import options
+from yoco_u.cli.arguments import check_unused, loops_or_auto, standard_input
 from yoco_u.cli.output import print_json
 from yoco_u.errors import UserError
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: ModelPath,
+    model: options.Model,
     prompt: Annotated[
         list[str], typer.Option("--prompt", help="Text to continue; - reads standard input. Can be given again.")
     ],
@@ -52,9 +53,9 @@ def generate(
         Path | None, typer.Option("--json-schema", help="File with a schema that the text must fit.")
     ] = None,
     regex: Annotated[str | None, typer.Option("--regex", help="Expression that the text must match.")] = None,
-    dtype: DType = "auto",
+    dtype: options.DType = "auto",
     weights: Annotated[Literal["int8"] | None, typer.Option("--weights", help="Keep weights in 8 bits.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: options.Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print prompts, texts and settings as JSON when done.")] = False,
 ) -> None:
     """Continue prompts; one text appears as it is written, several when done.

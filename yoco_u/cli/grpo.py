@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from yoco_u.cli.arguments import ModelPath
+from yoco_u.cli import options
 from yoco_u.cli.output import print_json
 from yoco_u.config import apply_overrides, parse
 
 
 def grpo(
-    model: ModelPath,
+    model: options.Model,
     data: Annotated[
         list[str], typer.Argument(metavar="FILE... [KEY=VALUE...]", help="JSON lines with problems; then settings to change.")
     ],
