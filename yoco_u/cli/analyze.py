@@ -8,7 +8,7 @@ import typer
 
 from yoco_u.cli import options
 from yoco_u.cli.arguments import MOST_ROW_TOKENS, check_at_most, check_loops, check_row_length, check_unused
-from yoco_u.cli.output import progress_bar
+from yoco_u.cli.output import progress_bar, table_of
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -180,19 +180,15 @@ def _sensible(wanted: list[str], subjects: "list[Subject]", explicit: bool) -> t
 
 
 def _print(studies: "list[Study]", about: "About", written: list[Path]) -> None:
-    from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from yoco_u.analysis.tables import tables
 
     console = Console()
     for shown in tables(studies).values():
         for table in shown:
-            drawn = Table(box=box.SIMPLE_HEAD)
-            for number, heading in enumerate(table.head):
-                drawn.add_column(escape(heading), justify="left" if number == 0 or table.is_text else "right")
+            drawn = table_of(*map(escape, table.head), text=len(table.head) if table.is_text else 1)
             for row in table.rows:
                 drawn.add_row(*map(escape, row))
             console.print(f"\n[bold]{escape(table.title)}[/bold]", drawn, highlight=False)

@@ -10,7 +10,7 @@ import typer
 
 from yoco_u.cli import options
 from yoco_u.cli.arguments import check_can_be_written, check_loops, check_unused, existing_models, whole_numbers
-from yoco_u.cli.output import note, progress_bar
+from yoco_u.cli.output import note, progress_bar, table_of
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -130,15 +130,11 @@ def _labels(models: Sequence[Path]) -> dict[str, str]:
 
 
 def _print_table(curves: "Sequence[tuple[str, int, list[ContextScore]]]") -> None:
-    from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("model", overflow="fold")
-    for heading in ("loops", "prefix", "loss", "perplexity", "change"):
-        table.add_column(heading, justify="right")
+    table = table_of("model", "loops", "prefix", "loss", "perplexity", "change")
+    table.columns[0].overflow = "fold"
     for label, loops, scores in curves:
         for place, score in enumerate(scores):
             error = "" if score.change_error is None else f" ± {score.change_error:.4f}"

@@ -8,7 +8,7 @@ import typer
 
 from yoco_u.cli import options
 from yoco_u.cli.arguments import check_at_most, check_loops, check_row_length, check_unused
-from yoco_u.cli.output import note, print_json, progress_bar
+from yoco_u.cli.output import note, print_json, progress_bar, table_of
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,14 +106,9 @@ def _evaluate_levels(
 
 
 def _print_levels(found: "Sequence[tuple[int, Sequence[LevelScore]]]") -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("task")
-    for heading in ("loops", "level", "right", "95% interval", "loss", "answers"):
-        table.add_column(heading, justify="right")
+    table = table_of("task", "loops", "level", "right", "95% interval", "loss", "answers")
     for loops, scores in found:
         for score in scores:
             bounds = f"{score.low:.1%} to {score.high:.1%}"
@@ -123,16 +118,12 @@ def _print_levels(found: "Sequence[tuple[int, Sequence[LevelScore]]]") -> None:
 
 
 def _print_table(results: "Sequence[LoopScore]") -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
     headings = ["loops", "loss", "perplexity", "bits per byte", "tokens", "bytes"]
     if (compared := results[0].quantized) is not None:
         headings = ["loops", "loss", compared.weights, "change", "perplexity", compared.weights, "change"]
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table = table_of(*headings, text=0)
     for result in results:
         loops, loss, perplexity = str(result.num_loops), f"{result.loss:.4f}", f"{result.perplexity:.2f}"
         if (new := result.quantized) is None:

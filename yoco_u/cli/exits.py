@@ -10,7 +10,7 @@ import typer
 
 from yoco_u.cli import options
 from yoco_u.cli.arguments import check_can_be_written, check_loops, check_row_length, check_unused
-from yoco_u.cli.output import note, print_json, progress_bar
+from yoco_u.cli.output import note, print_json, progress_bar, table_of
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -101,19 +101,14 @@ def exits(
 
 
 def _print_table(results: "list[ExitResult]") -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("exit")
     more: list[tuple[str, Callable[[ExitResult], str]]] = []
     if results[0].accuracy is not None:
         more.append(("right", lambda one: f"{one.accuracy:.1%}"))
     if results[0].tokens_per_second is not None:
         more.append(("tokens/s", lambda one: "" if one.tokens_per_second is None else f"{one.tokens_per_second:,.0f}"))
-    for heading in ("threshold", "mean loops", "loss", "change", *(heading for heading, _ in more)):
-        table.add_column(heading, justify="right")
+    table = table_of("exit", "threshold", "mean loops", "loss", "change", *(heading for heading, _ in more))
     for one in results:
         threshold = "" if one.threshold is None else f"{one.threshold:.4g}"
         figures = (threshold, f"{one.mean_loops:.3f}", f"{one.loss:.4f}", f"{one.change:+.4f}")

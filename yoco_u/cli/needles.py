@@ -8,7 +8,7 @@ import typer
 
 from yoco_u.cli import options
 from yoco_u.cli.arguments import check_can_be_written, check_loops, check_unused, names, parse_options, whole_numbers
-from yoco_u.cli.output import progress_bar
+from yoco_u.cli.output import progress_bar, table_of
 
 if TYPE_CHECKING:
     from yoco_u.evaluation.needle_grid import NeedleScore
@@ -101,17 +101,15 @@ def needles(
 
 def _print_tables(scores: "Sequence[NeedleScore]") -> None:
     """Print a table for each kind of needle: the recall at each depth, then the means over all depths."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     for kind in dict.fromkeys(score.kind for score in scores):
         own = [score for score in scores if score.kind == kind]
         depths = list(dict.fromkeys(score.depth for score in own))
-        table = Table(box=box.SIMPLE_HEAD, title=f"{kind}: recall by depth", title_justify="left", title_style="bold")
-        for heading in ("length", *(f"{depth:.0%}" for depth in depths), "mean", "likeliest", "loss"):
-            table.add_column(heading, justify="right")
+        headings = ("length", *(f"{depth:.0%}" for depth in depths), "mean", "likeliest", "loss")
+        style = {"title": f"{kind}: recall by depth", "title_justify": "left", "title_style": "bold"}
+        table = table_of(*headings, text=0, **style)
         for length in dict.fromkeys(score.length for score in own):
             row = [score for score in own if score.length == length]
             recall, accuracy, loss = (

@@ -6,9 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yoco_u.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def print_json(value: Any, default: Callable[[Any], Any] | None = None) -> None:
@@ -43,6 +46,22 @@ def note(message: str) -> None:
     """Print a line on stderr, which leaves stdout to results."""
     if is_first_process():
         print(message, file=sys.stderr)
+
+
+def table_of(*headings: str, text: int = 1, **style: Any) -> "Table":
+    """An empty table with these columns.
+
+    Args:
+        text: how many of the columns, the first ones, hold text; the others hold numbers, and are aligned to the right.
+        style: further arguments of rich's `Table`.
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, **style)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < text else "right")
+    return table
 
 
 @contextmanager
