@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from yoco_u.analysis.exits import documents
-from yoco_u.analysis.trace import at_loops
 from yoco_u.data import Batch
 from yoco_u.inference import Engine, EngineSettings, SamplingParams
 from yoco_u.inference.drafts import Drafting, FixedLengths
@@ -65,7 +64,7 @@ def draft_acceptance(model: YocoUForCausalLM, batches: Iterable[Batch], num_loop
     Raises:
         UserError: if the model cannot take drafts back, or its logits are not finite.
     """
-    architecture = at_loops(model, num_loops)
+    architecture = model.model.at_loops(num_loops)
     prompts = _prompts([text for batch in batches for text in documents(batch)])
     room = max(map(len, prompts)) + LENGTH + 2
     seats = max(1, min(_SEATS, _TOKENS_PER_STEP // room))

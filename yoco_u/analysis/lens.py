@@ -11,15 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from yoco_u.analysis.trace import (
-    at_loops,
-    last_states,
-    log_probabilities,
-    one_looped_stage,
-    pieces,
-    read_out,
-    watch_loops,
-)
+from yoco_u.analysis.trace import last_states, log_probabilities, one_looped_stage, pieces, read_out, watch_loops
 from yoco_u.data import Batch
 from yoco_u.model import YocoUForCausalLM
 
@@ -134,7 +126,7 @@ def logit_lens(model: YocoUForCausalLM, batches: Iterable[Batch], num_loops: int
     Raises:
         UserError: if there is not exactly one looped stage.
     """
-    architecture = at_loops(model, num_loops)
+    architecture = model.model.at_loops(num_loops)
     stage, last = one_looped_stage(architecture), architecture.num_loops
     direct, rest = ([_Sums() for _ in range(last)] for _ in range(2))
     tokens, chosen = 0, []

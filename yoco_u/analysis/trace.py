@@ -50,11 +50,6 @@ def unroll(architecture: Architecture) -> list[UnrolledLayer]:
     ]
 
 
-def at_loops(model: YocoUForCausalLM, num_loops: int | None) -> Architecture:
-    """The model's architecture with a loop count; with the model's own for None."""
-    return model.model.at_loops(num_loops)
-
-
 def one_looped_stage(architecture: Architecture) -> int:
     """The index of the stage that loops.
 
