@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import islice
 
 import numpy as np
 import torch
@@ -128,15 +129,11 @@ class _Counts:
 
 def _stream(encoder: DocumentEncoder, documents: Iterable[Document], counts: _Counts) -> Iterator[NDArray[np.uint32]]:
     """The tokens of each document, and at the end one more `<|endoftext|>`, the last document's end."""
-    batch: list[Document] = []
-    for document in documents:
-        counts.documents += 1
-        counts.bytes += len(document.text.encode())
-        batch.append(document)
-        if len(batch) == _DOCUMENTS_PER_BATCH:
-            yield from encoder.encode_documents(batch)
-            batch = []
-    yield from encoder.encode_documents(batch)
+    read = iter(documents)
+    while batch := list(islice(read, _DOCUMENTS_PER_BATCH)):
+        counts.documents += len(batch)
+        counts.bytes += sum(len(document.text.encode()) for document in batch)
+        yield from encoder.encode_documents(batch)
     if counts.documents:
         yield np.array([encoder.eot_id], dtype=np.uint32)
 
@@ -157,14 +154,8 @@ def _rows(stream: Iterator[NDArray[np.uint32]], length: int) -> Iterator[NDArray
 
 def _batches(rows: Iterator[NDArray[np.int64]], count: int, eot_id: int) -> Iterator[Batch]:
     """Batches of `count` rows; the last may have fewer. A short row is padded, without targets in the padding."""
-    held: list[NDArray[np.int64]] = []
-    for row in rows:
-        held.append(row)
-        if len(held) == count:
-            yield _batch(held, eot_id)
-            held = []
-    if held:
-        yield _batch(held, eot_id)
+    while some := list(islice(rows, count)):
+        yield _batch(some, eot_id)
 
 
 def _batch(rows: list[NDArray[np.int64]], eot_id: int) -> Batch:
