@@ -73,20 +73,6 @@ def last_states(model: YocoUForCausalLM, batch: Batch, num_loops: int | None = N
 
 
 @torch.no_grad()
-def read_out(model: YocoUForCausalLM, states: Tensor) -> Tensor:
-    """The LM head's input if the network ended at the given states: the final norm of the states.
-
-    Args:
-        states: (rows, tokens, hidden), or (rows, tokens, streams, hidden).
-
-    Returns:
-        (rows * tokens, hidden)
-    """
-    mixer = model.model.stream_mixer
-    return model.model.norm(states if mixer is None else mixer(states)).flatten(0, 1)
-
-
-@torch.no_grad()
 def log_probabilities(model: YocoUForCausalLM, states: Tensor) -> Tensor:
     """The LM head's log-probabilities, (tokens, hidden) -> (tokens, vocab), in float32 at least."""
     logits = model.lm_head(states)
