@@ -18,7 +18,7 @@ from yoco_u.data import Batch
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.backend import PaddedBackend
-from yoco_u.model.blocks import Block, LoopedStack
+from yoco_u.model.blocks import LoopedStack, blocks_of
 
 _LOGITS_ALIVE = 1 << 23
 
@@ -96,7 +96,7 @@ def watch_layers(model: YocoUForCausalLM, see: Callable[[int, Tensor, Tensor], N
     def after(_: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
         see(next(numbers), args[0], output[0])
 
-    with _removed([block.register_forward_hook(after) for block in _blocks(model)]):
+    with _removed([block.register_forward_hook(after) for block in blocks_of(model)]):
         yield
 
 
@@ -181,12 +181,8 @@ def watch_attention(model: YocoUForCausalLM, see: Callable[[int, Attended], None
         x, backend, *rest = args
         return (x, ObservedBackend(**vars(backend), see=partial(see, next(numbers))), *rest)
 
-    with _removed([block.register_forward_pre_hook(before) for block in _blocks(model)]):
+    with _removed([block.register_forward_pre_hook(before) for block in blocks_of(model)]):
         yield
-
-
-def _blocks(model: YocoUForCausalLM) -> list[Block]:
-    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 @contextmanager

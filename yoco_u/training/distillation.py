@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from yoco_u.errors import UserError
 from yoco_u.loading import check_model, load_model
 from yoco_u.model import YocoUForCausalLM
-from yoco_u.model.blocks import Block
+from yoco_u.model.blocks import Block, blocks_of
 from yoco_u.model.loss import LOGITS, EarlyExit, SoftTargets
 from yoco_u.training.config import DistillationConfig, RunConfig, TrainingConfig
 from yoco_u.training.distributed import Distributed
@@ -134,7 +134,7 @@ class LayerLoss:
 
     def __init__(self, model: YocoUForCausalLM, teacher: YocoUForCausalLM, dtype: str) -> None:
         self.model, self.dtype = model, dtype
-        self.theirs = list(_blocks(teacher))[-model.model.architecture.cross_layers :]
+        self.theirs = list(blocks_of(teacher))[-model.model.architecture.cross_layers :]
         self.ours = list(_cross_blocks(model))
         self.teacher = teacher
 
@@ -186,11 +186,7 @@ def _comparing(begin: dict[int, Tensor], end: dict[int, Tensor], number: int, lo
     return compare
 
 
-def _blocks(model: YocoUForCausalLM) -> Iterator[Block]:
-    return (module for module in model.modules() if isinstance(module, Block))
-
-
 def _cross_blocks(model: YocoUForCausalLM) -> Iterator[Block]:
     for stack, stage in zip(model.model.stages, model.model.architecture.stages, strict=True):
         if stage.attention == "cross":
-            yield from (block for block in stack.modules() if isinstance(block, Block))
+            yield from blocks_of(stack)
