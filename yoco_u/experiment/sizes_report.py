@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
@@ -17,7 +16,7 @@ from yoco_u.experiment.sizes import GapLine, SizeGap, SizesSummary
 from yoco_u.files import write_result
 from yoco_u.formatting import duration, short_count
 from yoco_u.plotting import colour, save_png, svg
-from yoco_u.report.page import render_page, write_page
+from yoco_u.report.page import as_yaml, render_page, write_page
 
 _TITLES: tuple[tuple[Cost, str], ...] = (("flops", "at equal FLOPs"), ("tokens", "at equal steps"))
 
@@ -56,7 +55,7 @@ def render(summary: SizesSummary) -> str:
         report=REPORT,
         unfinished=[(result.run.name, result.state) for result in summary.results.unfinished],
         seconds=duration(sum(result.seconds for result in summary.results.runs)),
-        settings=yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),
+        settings=as_yaml(experiment),
     )
 
 
