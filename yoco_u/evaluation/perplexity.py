@@ -15,8 +15,10 @@ from yoco_u.device import read_back
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import check_finite
 from yoco_u.model import YocoUForCausalLM
+from yoco_u.model.loss import IGNORED
 from yoco_u.training import evaluate
 from yoco_u.training.distributed import Distributed
+from yoco_u.training.forward import count_targets
 from yoco_u.training.metrics import loss_figures
 from yoco_u.training.validation import batch_nats
 
@@ -112,7 +114,7 @@ def _score_rows(
     nats, total = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in _batches(rows, count, eot_id):
         nats += batch_nats(model, batch, model.device, "float32", num_loops)
-        total += int((batch["shift_labels"] != -100).sum())
+        total += count_targets(batch["shift_labels"])
     return read_back(nats), total
 
 
@@ -161,7 +163,7 @@ def _batches(rows: Iterator[NDArray[np.int64]], count: int, eot_id: int) -> Iter
 def _batch(rows: list[NDArray[np.int64]], eot_id: int) -> Batch:
     length = max(len(row) for row in rows) - 1
     inputs = torch.full((len(rows), length), eot_id)
-    targets = torch.full((len(rows), length), -100)
+    targets = torch.full((len(rows), length), IGNORED)
     for i, row in enumerate(rows):
         inputs[i, : len(row) - 1] = torch.from_numpy(row[:-1])
         targets[i, : len(row) - 1] = torch.from_numpy(row[1:])
