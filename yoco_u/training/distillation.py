@@ -17,10 +17,11 @@ from yoco_u.loading import check_model, load_model
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import Block, blocks_of
 from yoco_u.model.loss import LOGITS, EarlyExit, SoftTargets
-from yoco_u.training.config import DistillationConfig, RunConfig, TrainingConfig
+from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.forward import DTYPES, batch_loss, on_device
 from yoco_u.training.parallelize import compile_model, unwrap
+from yoco_u.training.settings import DistillationConfig, TrainingConfig
 
 Objective = Callable[[Mapping[str, Any], int | None, EarlyExit | None], Tensor]
 """The loss of a micro-batch, the mean over its targets, from its tensors, the loop count, and an earlier exit if any."""

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from yoco_u.device import cxx_compiler
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import LoopedStack, blocks_of
-from yoco_u.training.config import TrainingConfig
 from yoco_u.training.distributed import Distributed
+from yoco_u.training.settings import TrainingConfig
 
 
 def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Distributed) -> nn.Module:
