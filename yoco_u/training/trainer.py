@@ -4,9 +4,7 @@
 """
 
 import math
-import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -37,6 +35,7 @@ from yoco_u.training.parallelize import parallelize, unwrap
 from yoco_u.training.progress import progress_report
 from yoco_u.training.rounding import rounded_weights
 from yoco_u.training.run_folder import RunFolder
+from yoco_u.training.signals import Stop, noting_signals
 from yoco_u.training.starting import check_start, check_tokenizers, first_model
 from yoco_u.training.step import StepResult, TrainingStep, scheduled
 from yoco_u.training.validation import evaluate, text_digest
@@ -109,9 +108,9 @@ class _Run:
         self._resume()
         self._measure_machine()
         device, follow = self.distributed.device, self.config.training.follow_free_cores
-        stop = _Stop()
+        stop = Stop()
         try:
-            with closing(self.checkpoints), self._writing_metrics(), self._reporting(), _noting_signals(stop):
+            with closing(self.checkpoints), self._writing_metrics(), self._reporting(), noting_signals(stop):
                 with minding_others(device, follow, self.reporter.say) as mind_others:
                     self._loop(stop, mind_others)
                 self.checkpoints.wait()
@@ -127,7 +126,7 @@ class _Run:
             )
         return summary
 
-    def _asked_to_stop(self, stop: "_Stop") -> bool:
+    def _asked_to_stop(self, stop: Stop) -> bool:
         """Whether a signal came to any process."""
         return self.distributed.any(stop.signal is not None)
 
@@ -228,7 +227,7 @@ class _Run:
                 self.reporter.say("bfloat16 is slow without hardware for it; a new run with training.dtype=float32 is faster")
             yield
 
-    def _loop(self, stop: "_Stop", mind_others: Callable[[], None]) -> None:
+    def _loop(self, stop: Stop, mind_others: Callable[[], None]) -> None:
         training = self.config.training
         loader = BatchLoader(self.dataset, training.batch_rows, self.distributed.rank, self.distributed.world_size)
         batches = loader.iterate(self.state.step)
@@ -373,28 +372,3 @@ class _Run:
         }
         write_json(self.folder.summary, summary)
         return summary
-
-
-class _Stop:
-    """The signal that asked the run to stop; None as long as none came."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def _noting_signals(stop: _Stop) -> Iterator[None]:
-    """Note the first SIGINT or SIGTERM, so that the run can stop between two steps; a second one acts at once."""
-    before: dict[signal.Signals, Any] = {}
-
-    def note(number: int, frame: object) -> None:
-        stop.signal = number
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-    if threading.current_thread() is threading.main_thread():
-        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
