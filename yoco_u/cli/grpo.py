@@ -7,6 +7,7 @@ import typer
 
 from yoco_u.cli import options
 from yoco_u.cli.output import print_json
+from yoco_u.cli.settings import is_override
 from yoco_u.config import apply_overrides, parse
 
 
@@ -36,7 +37,7 @@ def grpo(
     """
     from yoco_u.tuning import GRPOSettings, reinforce
 
-    changes = [one for one in data if "=" in one and not Path(one).is_file()]
+    changes = [one for one in data if is_override(one)]
     files = [Path(one) for one in data if one not in changes]
     settings = parse(GRPOSettings, apply_overrides({}, changes), "settings")
     summary = reinforce(model, files, settings, out, test or (), say=lambda line: None if json else print(line, flush=True))
