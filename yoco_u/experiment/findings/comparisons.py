@@ -31,7 +31,7 @@ from yoco_u.experiment.intervals import (
     interval,
     simultaneous_half_width,
 )
-from yoco_u.experiment.results import Cost, Results, Series, best
+from yoco_u.experiment.results import Cost, Results, Series, best, gaps_by_seed
 from yoco_u.formatting import short_count
 from yoco_u.report.comparison import equal_cost
 
@@ -122,11 +122,8 @@ def trend_of(pairs: Sequence[tuple[Series, Series]], x: Cost) -> Trend:
     Raises:
         NotDecidable: if there are too few points.
     """
-    if len(pairs) >= 3:
-        seeds = set.intersection(*({*a.final} & {*b.final} for a, b in pairs))
-        if seeds:
-            gaps = [[a.final[seed] - b.final[seed] for a, b in pairs] for seed in sorted(seeds)]
-            return gap_trend([getattr(a, x) for a, _ in pairs], gaps)
+    if len(pairs) >= 3 and (gaps := gaps_by_seed(pairs)):
+        return gap_trend([getattr(a, x) for a, _ in pairs], gaps)
     series, other = pairs[-1]
     xs = [getattr(point, x) for point in next(iter(series.curves.values()))]
     xs = [value for value in xs if value >= TREND_FROM * xs[-1]]
