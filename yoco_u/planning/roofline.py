@@ -7,7 +7,6 @@ that they do not stay in the processor's caches from one loop or layer to the ne
 model can be faster than these rates.
 """
 
-from bisect import bisect_right
 from typing import Literal, NamedTuple
 
 from yoco_u.architecture import Architecture
@@ -73,8 +72,13 @@ def largest_context(a: Architecture, batch: int, room: float, element: float) ->
     fitting, exceeding = 0, 1
     while batch * kv_bytes(a, exceeding, element) <= room:
         fitting, exceeding = exceeding, 2 * exceeding
-    more = bisect_right(range(fitting + 1, exceeding), room, key=lambda tokens: batch * kv_bytes(a, tokens, element))
-    return fitting + more
+    while exceeding - fitting > 1:
+        middle = (fitting + exceeding) // 2
+        if batch * kv_bytes(a, middle, element) <= room:
+            fitting = middle
+        else:
+            exceeding = middle
+    return fitting
 
 
 def _rate(hardware: Hardware, tokens: int, flops: float, bytes_: float) -> Rate:
