@@ -24,9 +24,9 @@ from yoco_u.architecture import preset
 from yoco_u.checksums import verify_checksums
 from yoco_u.errors import in_one_line
 from yoco_u.training.checkpoint import Checkpoints, TrainerState, step_name
-from yoco_u.training.config import OptimizerConfig
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.optimizer import build_optimizer
+from yoco_u.training.settings import OptimizerConfig
 
 _CHUNK = 2**22
 

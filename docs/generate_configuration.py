@@ -15,9 +15,10 @@ from pydantic.fields import FieldInfo
 
 from yoco_u.architecture import LOOPED, SIZES, STAGES, Architecture, MixtureOfExperts, ParallelStreams, RotaryScaling, Stage
 from yoco_u.data.config import DataConfig
-from yoco_u.training.config import DistillationConfig, OptimizerConfig, RunConfig, TrainingConfig
+from yoco_u.training.config import RunConfig
 from yoco_u.training.loop_draw import LoopDraw
 from yoco_u.training.phases import LoopPhase, WindowPhase
+from yoco_u.training.settings import DistillationConfig, OptimizerConfig, TrainingConfig
 from yoco_u.tuning.settings import GRPOSettings, SFTSettings
 
 TARGET = Path(__file__).with_name("configuration.md")

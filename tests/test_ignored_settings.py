@@ -19,8 +19,9 @@ from yoco_u.errors import UserError
 from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.experiment.config import Experiment
 from yoco_u.experiment.grid import expand
-from yoco_u.training.config import DistillationConfig, OptimizerConfig, RunConfig, TrainingConfig
+from yoco_u.training.config import RunConfig
 from yoco_u.training.run_folder import read_run_config
+from yoco_u.training.settings import DistillationConfig, OptimizerConfig, TrainingConfig
 
 SMALL = {"preset": "yoco_u", "size": "test"}
 REST: dict[str, dict[str, Any]] = {

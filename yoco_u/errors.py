@@ -1,12 +1,14 @@
 """Errors that the user can mend: one clear line instead of a traceback."""
 
 import errno
+import importlib
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -92,6 +94,22 @@ def describe_system_error(error: OSError) -> str:
     """An error of the operating system in one line: the path, what happened, and what to do."""
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     return f"{where}{error.strerror}; {_ADVICE.get(error.errno or 0, 'mend this')}, then run the same command again"
+
+
+def import_optional(module: str, need: str, extra: str) -> ModuleType:
+    """Import a module of an optional package.
+
+    Args:
+        need: what needs which package, which begins the error.
+        extra: the extra of ours that installs it.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{need}: pip install 'yoco-u[{extra}]'") from None
 
 
 def script_parser(description: str | None) -> "ArgumentParser":

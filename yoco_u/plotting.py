@@ -129,6 +129,12 @@ def with_room(low: float, high: float) -> tuple[float, float]:
     return low - room, high + room
 
 
+def open_frame(axes: Axes, grid: float) -> None:
+    """Draw a grid of this opacity, and no frame above and to the right."""
+    axes.grid(alpha=grid)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _finish(axes: Axes, contexts: Sequence[int], logarithmic: bool) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts)
@@ -165,8 +171,7 @@ def svg(draw: Callable[[Axes], None], size: tuple[float, float] = (5.2, 3.5)) ->
     with mpl.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
-        axes.grid(alpha=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
+        open_frame(axes, grid=0.15)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         draw(axes)
         figure.patch.set_visible(False)

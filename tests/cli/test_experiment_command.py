@@ -21,6 +21,7 @@ from yoco_u.evaluation.needle_grid import NeedleSettings
 from yoco_u.experiment import jobs
 from yoco_u.experiment.config import Measures
 from yoco_u.experiment.measure import measure, read_measures
+from yoco_u.experiment.run import claim_experiment
 from yoco_u.folders import claim
 from yoco_u.training import TrainingDiverged
 from yoco_u.training.run_folder import read_run
@@ -247,6 +248,7 @@ def test_processes_that_stop_leave_a_checkpoint(
                 os.kill(os.getpid(), signal.SIGTERM)
             now[0] = 61.0
 
+    claim_experiment(out)
     arguments = ["experiment", str(file), "base.training.save_every=1000000", "--out", str(out), "--only", "1/1"]
     with nullcontext() if how == "the time is over" else pytest.raises(KeyboardInterrupt):
         assert not jobs.run_jobs(arguments, count, out, minutes=1, watch=watch)

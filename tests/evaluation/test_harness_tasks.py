@@ -387,4 +387,4 @@ def test_the_launcher_makes_the_model_known(tmp_path: Path) -> None:
 def test_without_the_harness(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["tasks", str(folder), "yoco_u_stdlib"]) == 2
-    assert capsys.readouterr().err == "error: yoco-u tasks needs lm-evaluation-harness; pip install 'yoco-u[evaluation]'\n"
+    assert capsys.readouterr().err == "error: yoco-u tasks needs lm-evaluation-harness: pip install 'yoco-u[evaluation]'\n"

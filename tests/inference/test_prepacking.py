@@ -22,8 +22,7 @@ from engine_runs import (
 from models import EXPERTS, architecture, build
 from torch import Tensor
 
-from yoco_u.inference import Engine, EngineSettings, SamplingParams, kernels, prepacking
-from yoco_u.inference import engine as engine_module
+from yoco_u.inference import Engine, EngineSettings, SamplingParams, kernels, model_preparation, prepacking
 from yoco_u.inference.prepacking import FusedDecodeBlock, PrepackedEmbedding, PrepackedLinear, can_prepack, prepack
 from yoco_u.model.layers import RMSNorm
 
@@ -71,7 +70,7 @@ def is_prepacked(subject: Engine) -> bool:
 def plain_scores(variant: str) -> Tensor:
     """Of a bfloat16 engine whose model is as it was given."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "can_prepack", lambda model: False)
+        patch.setattr(model_preparation, "can_prepack", lambda model: False)
         for module in (kernels, prepacking):
             patch.setattr(module, "compiled", lambda: False)
         subject = bfloat16_engine(variant)

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from yoco_u.analysis.exits import documents
-from yoco_u.analysis.trace import at_loops
 from yoco_u.data import Batch
 from yoco_u.inference import Engine, EngineSettings, SamplingParams
 from yoco_u.inference.drafts import Drafting, FixedLengths
-from yoco_u.inference.outputs import failed_output
+from yoco_u.inference.outputs import check_outputs
 from yoco_u.inference.speculation import loops_draft
 from yoco_u.model import YocoUForCausalLM
 
@@ -65,7 +64,7 @@ def draft_acceptance(model: YocoUForCausalLM, batches: Iterable[Batch], num_loop
     Raises:
         UserError: if the model cannot take drafts back, or its logits are not finite.
     """
-    architecture = at_loops(model, num_loops)
+    architecture = model.model.at_loops(num_loops)
     prompts = _prompts([text for batch in batches for text in documents(batch)])
     room = max(map(len, prompts)) + LENGTH + 2
     seats = max(1, min(_SEATS, _TOKENS_PER_STEP // room))
@@ -102,11 +101,8 @@ def _verified(engine: Engine, prompts: Sequence[list[int]], by: Drafting) -> lis
     requests = [engine.add(prompt, params) for prompt in prompts]
     engine.step()  # computes all prompts, and samples a token behind each
     engine.step()  # drafts behind these tokens, and verifies that
-    found = []
     for request in requests:
         engine.abort(request)
-        output = request.outputs[0]
-        if output.error is not None:
-            raise failed_output(output.error)
-        found.append((output.accepted_drafts + output.rejected_drafts, output.accepted_drafts))
-    return found
+    check_outputs(requests)
+    outputs = [request.outputs[0] for request in requests]
+    return [(one.accepted_drafts + one.rejected_drafts, one.accepted_drafts) for one in outputs]

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from yoco_u.analysis.trace import at_loops, last_states, unroll, watch_layers, watch_loops
+from yoco_u.analysis.trace import last_states, unroll, watch_layers, watch_loops
 from yoco_u.data import Batch
 from yoco_u.inference.exits import angular_distance
 from yoco_u.model import YocoUForCausalLM
@@ -51,7 +51,7 @@ def angular_distances(model: YocoUForCausalLM, batches: Iterable[Batch], num_loo
     Args:
         num_loops: loop count of the passes; the model's own by default.
     """
-    architecture = at_loops(model, num_loops)
+    architecture = model.model.at_loops(num_loops)
     stages = architecture.looped_stages
     layers = torch.zeros(len(unroll(architecture)), dtype=torch.float64)
     loops = {stage: torch.zeros(architecture.stages[stage].loops, dtype=torch.float64) for stage in stages}

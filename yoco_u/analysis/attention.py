@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from yoco_u.analysis.trace import Attended, at_loops, last_states, unroll, watch_attention
+from yoco_u.analysis.trace import Attended, last_states, unroll, watch_attention
 from yoco_u.data import Batch
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
@@ -77,7 +77,7 @@ def attention_spans(
     Raises:
         UserError: if no layer has softmax attention.
     """
-    architecture = at_loops(model, num_loops)
+    architecture = model.model.at_loops(num_loops)
     layers = [layer.number for layer in unroll(architecture) if layer.attention != "retention"]
     if not layers:
         raise UserError("all layers are gated retention, which has no attention weights; expected another kind of stage")

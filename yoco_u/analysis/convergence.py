@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from yoco_u.analysis.classes import TokenClasses, by_class, by_loss
-from yoco_u.analysis.trace import at_loops, last_states, log_probabilities, one_looped_stage, pieces, watch_loops
+from yoco_u.analysis.trace import last_states, log_probabilities, one_looped_stage, pieces, watch_loops
 from yoco_u.data import Batch
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
@@ -78,7 +78,7 @@ def loops_to_convergence(
     Raises:
         UserError: if there is not exactly one looped stage, or the tolerance is not positive.
     """
-    architecture = at_loops(model, num_loops)
+    architecture = model.model.at_loops(num_loops)
     stage, last = one_looped_stage(architecture), architecture.num_loops
     if tolerance <= 0:
         raise UserError(f"tolerance is {tolerance:g}; expected more than 0, such as {TOLERANCE}")

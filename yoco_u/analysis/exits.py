@@ -5,6 +5,7 @@ loops. A threshold is first taken from the scores of such passes, and then corre
 tokens that leave change what later ones see.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -242,14 +243,8 @@ def _mean_at(scores: Tensor, threshold: float) -> float:
 def _threshold_at(scores: Tensor, mean: float) -> float:
     """The least score that as a threshold gives at most this mean."""
     every = scores.flatten().sort().values
-    low, high = 0, len(every) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if _mean_at(scores, float(every[middle])) <= mean:
-            high = middle
-        else:
-            low = middle + 1
-    return float(every[low])
+    place = bisect_left(range(len(every) - 1), True, key=lambda place: _mean_at(scores, float(every[place])) <= mean)
+    return float(every[place])
 
 
 def scoring_engine(model: YocoUForCausalLM, texts: Sequence[list[int]], exits: Exits) -> Engine:

@@ -11,15 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from yoco_u.analysis.trace import (
-    at_loops,
-    last_states,
-    log_probabilities,
-    one_looped_stage,
-    pieces,
-    read_out,
-    watch_loops,
-)
+from yoco_u.analysis.trace import last_states, log_probabilities, one_looped_stage, pieces, watch_loops
 from yoco_u.data import Batch
 from yoco_u.model import YocoUForCausalLM
 
@@ -134,7 +126,7 @@ def logit_lens(model: YocoUForCausalLM, batches: Iterable[Batch], num_loops: int
     Raises:
         UserError: if there is not exactly one looped stage.
     """
-    architecture = at_loops(model, num_loops)
+    architecture = model.model.at_loops(num_loops)
     stage, last = one_looped_stage(architecture), architecture.num_loops
     direct, rest = ([_Sums() for _ in range(last)] for _ in range(2))
     tokens, chosen = 0, []
@@ -143,7 +135,7 @@ def logit_lens(model: YocoUForCausalLM, batches: Iterable[Batch], num_loops: int
         with watch_loops(model, stage) as loop_states:
             final_state = last_states(model, batch, last)
         ends = [last_states(model, batch, loops) for loops in range(1, last)] + [final_state]
-        states = [read_out(model, state) for state in loop_states[1:]]
+        states = [model.model.final_norm(state).flatten(0, 1) for state in loop_states[1:]]
         for piece in pieces(model, len(targets)):
             final = log_probabilities(model, final_state[piece])
             for sums, state in zip([*direct, *rest], [*states, *ends], strict=True):

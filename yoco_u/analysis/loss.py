@@ -1,6 +1,5 @@
 """Loss against the number of loops that the model runs with, fewer and more than it was trained with."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from yoco_u.architecture import Architecture
 from yoco_u.config import MOST_LOOPS
 from yoco_u.data import Batch
 from yoco_u.model import YocoUForCausalLM
+from yoco_u.training.metrics import perplexity
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def loss_against_loops(model: YocoUForCausalLM, batches: Iterable[Batch], counts
                 totals[loops] += float(_nats(model, states[piece], targets[piece]))
         tokens += len(targets)
     means = {loops: total / tokens for loops, total in totals.items()}
-    return [LoopLoss(loops, loss, math.exp(min(loss, 700.0))) for loops, loss in means.items()]
+    return [LoopLoss(loops, loss, perplexity(loss)) for loops, loss in means.items()]
 
 
 def _nats(model: YocoUForCausalLM, states: Tensor, targets: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from yoco_u.analysis.lens import Reading
 from yoco_u.analysis.study import Study
 from yoco_u.analysis.token_loops import ExitLoops
 from yoco_u.analysis.trace import UnrolledLayer
-from yoco_u.plotting import PALETTE, colour, dashes, plain, save_png
+from yoco_u.plotting import PALETTE, colour, dashes, open_frame, plain, save_png
 
 _LEVELS = (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
@@ -98,8 +98,7 @@ def write_png(picture: Picture, path: Path) -> None:
     figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
     grid = figure.subplots(len(rows), columns, squeeze=False, width_ratios=[panel.size[0] for panel in rows[0]])
     for axes, panel in zip(grid.flat, picture.panels, strict=True):
-        axes.grid(alpha=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
+        open_frame(axes, grid=0.15)
         panel.draw(axes)
         axes.set_title(panel.title, fontsize=10.5, loc="left", pad=30 if picture.file in _MARKED else None)
     save_png(figure, path)

@@ -13,9 +13,9 @@ from matplotlib.ticker import PercentFormatter
 
 from yoco_u.analysis.exits import Calibration, ExitResult
 from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
-from yoco_u.inference.outputs import failed_output
+from yoco_u.inference.outputs import check_outputs
 from yoco_u.model import YocoUForCausalLM
-from yoco_u.plotting import colour, save_png
+from yoco_u.plotting import colour, open_frame, save_png
 
 _PROMPTS, _PROMPT_TOKENS = 4, 32
 _TOKENS = 64  # decoded behind each prompt
@@ -80,9 +80,7 @@ def decode(engine: Engine, prompts: Sequence[list[int]], params: SamplingParams)
     while engine.unfinished:
         engine.step()
     seconds = time.perf_counter() - began
-    for request in requests:
-        if (error := request.outputs[0].error) is not None:
-            raise failed_output(error)
+    check_outputs(requests)
     return (sum(len(request.outputs[0].token_ids) for request in requests) - before) / seconds, requests
 
 
@@ -133,8 +131,7 @@ def _draw(
         points = list(map(x, own)), list(map(y, own))
         axes.plot(*points, color=colour(index), label=name, marker=marker, markersize=4, linewidth=1.5)
     axes.set_xlabel(label)
-    axes.grid(alpha=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
+    open_frame(axes, grid=0.2)
 
 
 def _measured(found: Calibration) -> list[int]:

@@ -14,7 +14,7 @@ from yoco_u.analysis.convergence import TOLERANCE, Convergence, loops_to_converg
 from yoco_u.analysis.lens import LogitLens, Sample, logit_lens
 from yoco_u.analysis.loss import LoopLoss, counts_around, loss_against_loops
 from yoco_u.analysis.token_loops import ExitLoops, exit_loops
-from yoco_u.analysis.trace import UnrolledLayer, at_loops, unroll
+from yoco_u.analysis.trace import UnrolledLayer, unroll
 from yoco_u.architecture import Architecture
 from yoco_u.data import Batch
 from yoco_u.errors import UserError
@@ -51,7 +51,7 @@ class Subject:
     @property
     def architecture(self) -> Architecture:
         """The model's architecture with the loop count of the study."""
-        return at_loops(self.model, self.num_loops)
+        return self.model.model.at_loops(self.num_loops)
 
     @property
     def is_looped(self) -> bool:

@@ -18,7 +18,7 @@ from yoco_u.data import Batch
 from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.backend import PaddedBackend
-from yoco_u.model.blocks import Block, LoopedStack
+from yoco_u.model.blocks import LoopedStack, blocks_of
 
 _LOGITS_ALIVE = 1 << 23
 
@@ -50,11 +50,6 @@ def unroll(architecture: Architecture) -> list[UnrolledLayer]:
     ]
 
 
-def at_loops(model: YocoUForCausalLM, num_loops: int | None) -> Architecture:
-    """The model's architecture with a loop count; with the model's own for None."""
-    return model.model.at_loops(num_loops)
-
-
 def one_looped_stage(architecture: Architecture) -> int:
     """The index of the stage that loops.
 
@@ -75,20 +70,6 @@ def last_states(model: YocoUForCausalLM, batch: Batch, num_loops: int | None = N
     ids, documents = batch["input_ids"].to(device), batch["document_ids"].to(device)
     output = model.model(ids, document_ids=documents, num_loops=num_loops, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
-
-
-@torch.no_grad()
-def read_out(model: YocoUForCausalLM, states: Tensor) -> Tensor:
-    """The LM head's input if the network ended at the given states: the final norm of the states.
-
-    Args:
-        states: (rows, tokens, hidden), or (rows, tokens, streams, hidden).
-
-    Returns:
-        (rows * tokens, hidden)
-    """
-    mixer = model.model.stream_mixer
-    return model.model.norm(states if mixer is None else mixer(states)).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -115,7 +96,7 @@ def watch_layers(model: YocoUForCausalLM, see: Callable[[int, Tensor, Tensor], N
     def after(_: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
         see(next(numbers), args[0], output[0])
 
-    with _removed([block.register_forward_hook(after) for block in _blocks(model)]):
+    with _removed([block.register_forward_hook(after) for block in blocks_of(model)]):
         yield
 
 
@@ -200,12 +181,8 @@ def watch_attention(model: YocoUForCausalLM, see: Callable[[int, Attended], None
         x, backend, *rest = args
         return (x, ObservedBackend(**vars(backend), see=partial(see, next(numbers))), *rest)
 
-    with _removed([block.register_forward_pre_hook(before) for block in _blocks(model)]):
+    with _removed([block.register_forward_pre_hook(before) for block in blocks_of(model)]):
         yield
-
-
-def _blocks(model: YocoUForCausalLM) -> list[Block]:
-    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 @contextmanager

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yoco_u.cli.arguments import MOST_ROW_TOKENS, ModelPath, check_at_most, check_loops, check_row_length, check_unused
-from yoco_u.cli.output import progress_bar
+from yoco_u.cli import options
+from yoco_u.cli.arguments import MOST_ROW_TOKENS, check_at_most, check_loops, check_row_length, check_unused
+from yoco_u.cli.output import progress_bar, table_of
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def analyze(
-    model: ModelPath,
+    model: options.Model,
     files: Annotated[
         list[str] | None,
         typer.Argument(metavar="FILES", help="Text, in any form that prepare reads. \\[default: the run's validation split]"),
@@ -45,9 +46,7 @@ def analyze(
         int | None, typer.Option("--num-loops", help="Look into passes with this loop count T, instead of the models' own.")
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens of the text to look at.")] = 32768,
-    sequence_length: Annotated[
-        int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. \\[default: the run's, or 1024]")
-    ] = None,
+    sequence_length: options.SequenceLength = None,
     exit_threshold: Annotated[
         float | None,
         typer.Option("--exit-threshold", help="Tokens leave the loop below this score. \\[default: that of exits.json]"),
@@ -60,11 +59,8 @@ def analyze(
         int | None,
         typer.Option("--queries", min=1, help="Positions of every row from which attention is looked at. \\[default: 64]"),
     ] = None,
-    text_field: Annotated[
-        str | None,
-        typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text. \\[default: text]"),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    text_field: options.TextField = None,
+    device: options.Device = "auto",
 ) -> None:
     """Look inside the loops: what each layer and each loop does to the tokens.
 
@@ -184,19 +180,15 @@ def _sensible(wanted: list[str], subjects: "list[Subject]", explicit: bool) -> t
 
 
 def _print(studies: "list[Study]", about: "About", written: list[Path]) -> None:
-    from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from yoco_u.analysis.tables import tables
 
     console = Console()
     for shown in tables(studies).values():
         for table in shown:
-            drawn = Table(box=box.SIMPLE_HEAD)
-            for number, heading in enumerate(table.head):
-                drawn.add_column(escape(heading), justify="left" if number == 0 or table.is_text else "right")
+            drawn = table_of(*map(escape, table.head), text=len(table.head) if table.is_text else 1)
             for row in table.rows:
                 drawn.add_row(*map(escape, row))
             console.print(f"\n[bold]{escape(table.title)}[/bold]", drawn, highlight=False)

@@ -5,9 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import typer
 from pydantic import ValidationError
 
 from yoco_u.config import Config, describe, shown, too_many_loops
@@ -88,18 +87,6 @@ def existing_model(path: Path) -> Path:
 def existing_models(paths: list[Path]) -> list[Path]:
     """Like `existing_model`, of several."""
     return [existing_model(path) for path in paths]
-
-
-ModelPath = Annotated[
-    Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a saved model.", callback=existing_model)
-]
-"""The argument that names a model."""
-
-DType = Annotated[
-    Literal["auto", "bfloat16", "float32"],
-    typer.Option("--dtype", metavar="DTYPE", help="To compute in: auto, bfloat16 or float32."),
-]
-"""The option that says what the engine computes in."""
 
 
 def standard_input() -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from yoco_u.cli import options
 from yoco_u.cli.arguments import check_can_be_written, check_unused, names, parse_options, whole_numbers
 from yoco_u.errors import UserError
 
@@ -51,7 +52,7 @@ def bench(
     time_limit: Annotated[
         float | None, typer.Option("--time-limit", help="Seconds that one case may take. \\[default: 600]")
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
+    json: options.JsonFile = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves as PNG.")] = None,
 ) -> None:
     """Measure prefill, decode and memory, ours and that of installed peers.

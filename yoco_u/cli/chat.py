@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import DType, ModelPath, check_unused, is_unicode, loops_or_auto, parse_options
-from yoco_u.cli.output import check_outputs, note
+from yoco_u.cli import options
+from yoco_u.cli.arguments import check_unused, is_unicode, loops_or_auto, parse_options
+from yoco_u.cli.output import note
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _HELP = f"{', '.join(f'/{name} VALUE' for name in _SETTINGS)}\nfor the answers t
 
 
 def chat(
-    model: ModelPath,
+    model: options.Model,
     num_loops: Annotated[
         str | None, typer.Option("--num-loops", help="Loop count T, or auto. \\[default: the model's own]")
     ] = None,
@@ -33,8 +34,8 @@ def chat(
     drafts: Annotated[
         Literal["none", "loops", "prompt"], typer.Option("--drafts", help="Draft tokens to verify several in a step.")
     ] = "none",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    dtype: DType = "auto",
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
 ) -> None:
     """Talk to a model in the terminal.
 
@@ -143,6 +144,8 @@ def _command(line: str, params: "SamplingParams", said: Conversation) -> "Sampli
 
 def _answer(llm: "LLM", prompt: str | list[int], params: "SamplingParams") -> str:
     """Print an answer as it comes, until it ends or Ctrl-C stops it, and return its text."""
+    from yoco_u.inference.outputs import failed_output
+
     text, error = "", None
     with closing(llm.stream([prompt], params)) as updates, suppress(KeyboardInterrupt):  # type: ignore[type-var]
         for update in updates:
@@ -150,5 +153,6 @@ def _answer(llm: "LLM", prompt: str | list[int], params: "SamplingParams") -> st
             text += update.text
             error = update.output.error
     print()
-    check_outputs([error])
+    if error is not None:
+        raise failed_output(error)
     return text

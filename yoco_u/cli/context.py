@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from yoco_u.cli import options
 from yoco_u.cli.arguments import check_can_be_written, check_loops, check_unused, existing_models, whole_numbers
-from yoco_u.cli.output import note, progress_bar
+from yoco_u.cli.output import note, progress_bar, table_of
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,16 +36,10 @@ def context(
     ] = "512,1024,2048",
     last: Annotated[int, typer.Option("--last", min=1, help="Tokens that are scored behind every prefix.")] = 512,
     texts: Annotated[int | None, typer.Option("--texts", min=1, help="The most texts to score. \\[default: all]")] = None,
-    num_loops: Annotated[
-        list[int] | None,
-        typer.Option("--num-loops", min=1, help="Loop count T, instead of the model's own; can be given again."),
-    ] = None,
-    text_field: Annotated[
-        str | None,
-        typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text. \\[default: text]"),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
+    num_loops: options.LoopCounts = None,
+    text_field: options.TextField = None,
+    device: options.Device = "auto",
+    json: options.JsonFile = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves as PNG.")] = None,
 ) -> None:
     """Loss of the same tokens behind prefixes of different lengths, in float32.
@@ -135,15 +130,11 @@ def _labels(models: Sequence[Path]) -> dict[str, str]:
 
 
 def _print_table(curves: "Sequence[tuple[str, int, list[ContextScore]]]") -> None:
-    from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("model", overflow="fold")
-    for heading in ("loops", "prefix", "loss", "perplexity", "change"):
-        table.add_column(heading, justify="right")
+    table = table_of("model", "loops", "prefix", "loss", "perplexity", "change")
+    table.columns[0].overflow = "fold"
     for label, loops, scores in curves:
         for place, score in enumerate(scores):
             error = "" if score.change_error is None else f" ± {score.change_error:.4f}"

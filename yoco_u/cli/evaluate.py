@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from yoco_u.cli.arguments import ModelPath, check_at_most, check_loops, check_row_length, check_unused
-from yoco_u.cli.output import note, print_json, progress_bar
+from yoco_u.cli import options
+from yoco_u.cli.arguments import check_at_most, check_loops, check_row_length, check_unused
+from yoco_u.cli.output import note, print_json, progress_bar, table_of
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,24 +17,13 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: ModelPath,
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="FILES",
-            help="Held-out text, in any form that prepare reads, or synthetic:TASK. \\[default: the run's validation split]",
-        ),
-    ] = None,
+    model: options.Model,
+    files: options.Files = None,
     num_loops: Annotated[
         list[int] | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own; can be given again.")
     ] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. \\[default: the run's, or 1024]")
-    ] = None,
-    text_field: Annotated[
-        str | None,
-        typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text. \\[default: text]"),
-    ] = None,
+    sequence_length: options.SequenceLength = None,
+    text_field: options.TextField = None,
     weights: Annotated[
         Literal["int8", "int4"] | None,
         typer.Option("--weights", help="Score the weights in 8 or 4 bits as well, and print what that changes."),
@@ -41,7 +31,7 @@ def evaluate(
     answers: Annotated[
         int | None, typer.Option("--answers", min=1, help="Answers of each level of a synthetic task. \\[default: 500]")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: options.Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Loss, perplexity and bits per byte of held-out text, in float32.
@@ -116,14 +106,9 @@ def _evaluate_levels(
 
 
 def _print_levels(found: "Sequence[tuple[int, Sequence[LevelScore]]]") -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("task")
-    for heading in ("loops", "level", "right", "95% interval", "loss", "answers"):
-        table.add_column(heading, justify="right")
+    table = table_of("task", "loops", "level", "right", "95% interval", "loss", "answers")
     for loops, scores in found:
         for score in scores:
             bounds = f"{score.low:.1%} to {score.high:.1%}"
@@ -133,16 +118,12 @@ def _print_levels(found: "Sequence[tuple[int, Sequence[LevelScore]]]") -> None:
 
 
 def _print_table(results: "Sequence[LoopScore]") -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
     headings = ["loops", "loss", "perplexity", "bits per byte", "tokens", "bytes"]
     if (compared := results[0].quantized) is not None:
         headings = ["loops", "loss", compared.weights, "change", "perplexity", compared.weights, "change"]
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table = table_of(*headings, text=0)
     for result in results:
         loops, loss, perplexity = str(result.num_loops), f"{result.loss:.4f}", f"{result.perplexity:.2f}"
         if (new := result.quantized) is None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yoco_u.cli.arguments import ModelPath, check_can_be_written, check_loops, check_row_length, check_unused
-from yoco_u.cli.output import note, print_json, progress_bar
+from yoco_u.cli import options
+from yoco_u.cli.arguments import check_can_be_written, check_loops, check_row_length, check_unused
+from yoco_u.cli.output import note, print_json, progress_bar, table_of
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,14 +18,8 @@ if TYPE_CHECKING:
 
 
 def exits(
-    model: ModelPath,
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="FILES",
-            help="Held-out text, in any form that prepare reads, or synthetic:TASK. \\[default: the run's validation split]",
-        ),
-    ] = None,
+    model: options.Model,
+    files: options.Files = None,
     mean_loops: Annotated[
         float | None,
         typer.Option("--mean-loops", help="Loops that a token shall run on average. \\[default: the middle of 1 and T]"),
@@ -33,13 +28,8 @@ def exits(
         int | None, typer.Option("--num-loops", min=1, help="Most loops of a token, at most 256, instead of the model's own T.")
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens of the text to look at.")] = 32768,
-    sequence_length: Annotated[
-        int | None, typer.Option("--sequence-length", min=1, help="Tokens per row. \\[default: the run's, or 1024]")
-    ] = None,
-    text_field: Annotated[
-        str | None,
-        typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text. \\[default: text]"),
-    ] = None,
+    sequence_length: options.SequenceLength = None,
+    text_field: options.TextField = None,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE", help="Measure decoding as well, and draw loss over loops and tokens/s as PNG."),
@@ -111,19 +101,14 @@ def exits(
 
 
 def _print_table(results: "list[ExitResult]") -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("exit")
     more: list[tuple[str, Callable[[ExitResult], str]]] = []
     if results[0].accuracy is not None:
         more.append(("right", lambda one: f"{one.accuracy:.1%}"))
     if results[0].tokens_per_second is not None:
         more.append(("tokens/s", lambda one: "" if one.tokens_per_second is None else f"{one.tokens_per_second:,.0f}"))
-    for heading in ("threshold", "mean loops", "loss", "change", *(heading for heading, _ in more)):
-        table.add_column(heading, justify="right")
+    table = table_of("exit", "threshold", "mean loops", "loss", "change", *(heading for heading, _ in more))
     for one in results:
         threshold = "" if one.threshold is None else f"{one.threshold:.4g}"
         figures = (threshold, f"{one.mean_loops:.3f}", f"{one.loss:.4f}", f"{one.change:+.4f}")

@@ -75,13 +75,15 @@ def experiment(
     if list_:
         _print_runs(runs)
         return
+    chosen = choose(runs, run, only)
+    if not report:
+        claim_experiment(folder, grid.sizes)
     if several:
         command = ["experiment", str(config), *(overrides or []), "--out", str(folder), "--only", "1/1"]
-        claim_experiment(folder, grid.sizes)
         _train_in_processes(command, runs, folder, jobs or 1, minutes)
     elif not report:
         with stops_cleanly():
-            unfinished = train_runs(grid, runs, folder, choose(runs, run, only), say=note)
+            unfinished = train_runs(grid, runs, folder, chosen, say=note)
         for left in unfinished:
             note(f"not finished: {left.name}")
         if run is not None or only is not None or not is_first_process():

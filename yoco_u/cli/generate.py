@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import DType, ModelPath, check_unused, loops_or_auto, standard_input
-from yoco_u.cli.output import check_outputs, print_json
+from yoco_u.cli import options
+from yoco_u.cli.arguments import check_unused, loops_or_auto, standard_input
+from yoco_u.cli.output import print_json
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: ModelPath,
+    model: options.Model,
     prompt: Annotated[
         list[str], typer.Option("--prompt", help="Text to continue; - reads standard input. Can be given again.")
     ],
@@ -52,9 +53,9 @@ def generate(
         Path | None, typer.Option("--json-schema", help="File with a schema that the text must fit.")
     ] = None,
     regex: Annotated[str | None, typer.Option("--regex", help="Expression that the text must match.")] = None,
-    dtype: DType = "auto",
+    dtype: options.DType = "auto",
     weights: Annotated[Literal["int8"] | None, typer.Option("--weights", help="Keep weights in 8 bits.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: options.Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print prompts, texts and settings as JSON when done.")] = False,
 ) -> None:
     """Continue prompts; one text appears as it is written, several when done.
@@ -83,6 +84,7 @@ def generate(
 
     from yoco_u.inference import LLM, SamplingParams
     from yoco_u.inference.exits import FILE
+    from yoco_u.inference.outputs import check_outputs
     from yoco_u.loading import model_folder
 
     chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
@@ -99,18 +101,20 @@ def generate(
         _stream(llm, prompts[0], params)
         return
     requests = llm.generate(prompts, params)
-    errors = [output.error for request in requests for output in request.outputs]
-    if json and None in errors:
+    any_whole = any(output.error is None for request in requests for output in request.outputs)
+    if json and any_whole:
         print_json({"settings": params.model_dump(mode="json"), "requests": [_as_json(request) for request in requests]})
-    elif None in errors:
+    elif any_whole:
         for request in requests:
             for output in request.outputs:
                 print(f"{request.prompt}{output.text}\n{'-' * 40}")
-    check_outputs(errors)
+    check_outputs(requests)
 
 
 def _stream(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
     """Print the prompt and the text as it comes; nothing if the first step fails, as it does for a grammar that is none."""
+    from yoco_u.inference.outputs import failed_output
+
     begins, error = True, None
     for update in llm.stream(prompt, params):
         error = update.output.error
@@ -119,7 +123,8 @@ def _stream(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
             begins = False
     if not begins:
         print()
-    check_outputs([error])
+    if error is not None:
+        raise failed_output(error)
 
 
 def _read(path: Path | None) -> str | None:

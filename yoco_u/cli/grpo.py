@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-from yoco_u.cli.arguments import ModelPath
+from yoco_u.cli import options
 from yoco_u.cli.output import print_json
+from yoco_u.cli.settings import is_override
 from yoco_u.config import apply_overrides, parse
 
 
 def grpo(
-    model: ModelPath,
+    model: options.Model,
     data: Annotated[
         list[str], typer.Argument(metavar="FILE... [KEY=VALUE...]", help="JSON lines with problems; then settings to change.")
     ],
@@ -36,7 +37,7 @@ def grpo(
     """
     from yoco_u.tuning import GRPOSettings, reinforce
 
-    changes = [one for one in data if "=" in one and not Path(one).is_file()]
+    changes = [one for one in data if is_override(one)]
     files = [Path(one) for one in data if one not in changes]
     settings = parse(GRPOSettings, apply_overrides({}, changes), "settings")
     summary = reinforce(model, files, settings, out, test or (), say=lambda line: None if json else print(line, flush=True))

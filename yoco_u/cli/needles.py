@@ -6,24 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import (
-    DType,
-    ModelPath,
-    check_can_be_written,
-    check_loops,
-    check_unused,
-    names,
-    parse_options,
-    whole_numbers,
-)
-from yoco_u.cli.output import progress_bar
+from yoco_u.cli import options
+from yoco_u.cli.arguments import check_can_be_written, check_loops, check_unused, names, parse_options, whole_numbers
+from yoco_u.cli.output import progress_bar, table_of
 
 if TYPE_CHECKING:
     from yoco_u.evaluation.needle_grid import NeedleScore
 
 
 def needles(
-    model: ModelPath,
+    model: options.Model,
     kinds: Annotated[
         str | None,
         typer.Option(
@@ -44,10 +36,7 @@ def needles(
             "--haystack", help="Text to hide in, in any form that prepare reads; can be given again. \\[default: stdlib]"
         ),
     ] = None,
-    text_field: Annotated[
-        str | None,
-        typer.Option("--text-field", help="Field of JSON, CSV and Parquet files that holds the text. \\[default: text]"),
-    ] = None,
+    text_field: options.TextField = None,
     digits: Annotated[int | None, typer.Option("--digits", help="Digits of the hidden numbers. \\[default: 7]")] = None,
     values: Annotated[
         Literal["numbers", "words"] | None,
@@ -55,9 +44,9 @@ def needles(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Another one gives other needles. \\[default: 0]")] = None,
     num_loops: Annotated[int | None, typer.Option("--num-loops", help="Loop count T, instead of the model's own.")] = None,
-    dtype: DType = "auto",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
+    dtype: options.DType = "auto",
+    device: options.Device = "auto",
+    json: options.JsonFile = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw heat maps as PNG.")] = None,
 ) -> None:
     """Find facts hidden in long texts (RULER's needles), over lengths and depths.
@@ -112,17 +101,15 @@ def needles(
 
 def _print_tables(scores: "Sequence[NeedleScore]") -> None:
     """Print a table for each kind of needle: the recall at each depth, then the means over all depths."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     for kind in dict.fromkeys(score.kind for score in scores):
         own = [score for score in scores if score.kind == kind]
         depths = list(dict.fromkeys(score.depth for score in own))
-        table = Table(box=box.SIMPLE_HEAD, title=f"{kind}: recall by depth", title_justify="left", title_style="bold")
-        for heading in ("length", *(f"{depth:.0%}" for depth in depths), "mean", "likeliest", "loss"):
-            table.add_column(heading, justify="right")
+        headings = ("length", *(f"{depth:.0%}" for depth in depths), "mean", "likeliest", "loss")
+        style = {"title": f"{kind}: recall by depth", "title_justify": "left", "title_style": "bold"}
+        table = table_of(*headings, text=0, **style)
         for length in dict.fromkeys(score.length for score in own):
             row = [score for score in own if score.length == length]
             recall, accuracy, loss = (

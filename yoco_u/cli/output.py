@@ -4,11 +4,14 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yoco_u.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def print_json(value: Any, default: Callable[[Any], Any] | None = None) -> None:
@@ -45,20 +48,20 @@ def note(message: str) -> None:
         print(message, file=sys.stderr)
 
 
-def check_outputs(errors: Iterable[str | None]) -> None:
-    """Fail if an output of the engine has failed.
+def table_of(*headings: str, text: int = 1, **style: Any) -> "Table":
+    """An empty table with these columns.
 
     Args:
-        errors: the `error` of each output.
-
-    Raises:
-        UserError: with the first error, if there is one.
+        text: how many of the columns, the first ones, hold text; the others hold numbers, and are aligned to the right.
+        style: further arguments of rich's `Table`.
     """
-    from yoco_u.inference.outputs import failed_output
+    from rich import box
+    from rich.table import Table
 
-    for error in errors:
-        if error is not None:
-            raise failed_output(error)
+    table = Table(box=box.SIMPLE_HEAD, **style)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < text else "right")
+    return table
 
 
 @contextmanager

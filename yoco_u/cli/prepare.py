@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from yoco_u.cli.output import print_json
-from yoco_u.cli.settings import load_run_config
+from yoco_u.cli.settings import is_override, load_run_config
 from yoco_u.config import Config, apply_overrides, parse, shown
 from yoco_u.errors import UserError
 
@@ -49,7 +49,7 @@ def prepare(
       yoco-u prepare 8m
     """
     changes = list(overrides or [])
-    if config is not None and "=" in config and not Path(config).is_file():
+    if config is not None and is_override(config):
         changes.insert(0, config)
         config = None
     for change in changes if config is not None else []:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yoco_u.cli.output import note, print_json, stops_cleanly
+from yoco_u.cli.output import note, print_json, stops_cleanly, table_of
 from yoco_u.cli.settings import PACKAGED
 from yoco_u.errors import UserError
 
@@ -76,15 +76,10 @@ def _announce(runs: "Sequence[GridRun]", say: Callable[[str], None]) -> None:
 
 
 def _print(comparison: "Comparison", out: Path, report: Path, model: str) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(markup=False)
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for run in comparison.runs:
-        table.add_column(run.name, justify="right")
+    table = table_of("", *(run.name for run in comparison.runs))
     for label, texts in comparison.table():
         table.add_row(label, *texts)
     console.print(table)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import DType, ModelPath, loops_or_auto, parse_options
+from yoco_u.cli import options
+from yoco_u.cli.arguments import loops_or_auto, parse_options
 from yoco_u.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ KEY_VARIABLE = "YOCO_U_API_KEY"
 
 
 def serve(
-    model: ModelPath,
+    model: options.Model,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 for any free one.")] = 8000,
     name: Annotated[
@@ -38,13 +39,13 @@ def serve(
         Literal["none", "loops", "prompt"] | None,
         typer.Option("--drafts", help="How requests draft tokens that do not say. \\[default: none]"),
     ] = None,
-    dtype: DType = "auto",
+    dtype: options.DType = "auto",
     weights: Annotated[Literal["int8"] | None, typer.Option("--weights", help="Keep weights in 8 bits.")] = None,
     kv_dtype: Annotated[
         Literal["bfloat16", "float32", "int8"] | None,
         typer.Option("--kv-dtype", metavar="DTYPE", help="Of the caches: bfloat16, float32 or int8. \\[default: as --dtype]"),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: options.Device = "auto",
     cache_tokens: Annotated[
         int | None,
         typer.Option("--cache-tokens", help="Tokens of all requests together. \\[default: what 1 GiB holds, or most of a GPU]"),

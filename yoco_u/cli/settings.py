@@ -39,6 +39,11 @@ def find_config(name: str) -> Path:
     raise UserError(f"{name}: neither a file nor a packaged config; {hint}")
 
 
+def is_override(word: str) -> bool:
+    """Whether an argument is KEY=VALUE, and not a file that happens to be called so."""
+    return "=" in word and not Path(word).is_file()
+
+
 def load_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The contents of a config file with the overrides applied, not checked yet."""
     return apply_overrides(load_yaml(find_config(name)), overrides)

@@ -7,6 +7,7 @@ import typer
 
 from yoco_u.cli.arguments import existing_model
 from yoco_u.cli.output import print_json
+from yoco_u.cli.settings import is_override
 from yoco_u.config import apply_overrides, parse
 
 
@@ -35,7 +36,7 @@ def sft(
     """
     from yoco_u.tuning import SFTSettings, fine_tune
 
-    changes = [one for one in data if "=" in one and not Path(one).is_file()]
+    changes = [one for one in data if is_override(one)]
     files = [Path(one) for one in data if one not in changes]
     settings = parse(SFTSettings, apply_overrides({}, changes), "settings")
     summary = fine_tune(model, files, settings, out, say=lambda line: None if json else print(line, flush=True))

@@ -5,23 +5,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from yoco_u.cli.arguments import ModelPath, check_at_most, check_loops, check_unused, names
+from yoco_u.cli import options
+from yoco_u.cli.arguments import check_at_most, check_loops, check_unused, names
 from yoco_u.cli.output import print_json
-from yoco_u.errors import UserError
+from yoco_u.errors import import_optional
 
 if TYPE_CHECKING:
     from yoco_u.evaluation.harness_tasks import HowToAsk
 
 
 def tasks(
-    model: ModelPath,
+    model: options.Model,
     tasks: Annotated[
         list[str], typer.Argument(metavar="TASKS", help="Names of tasks, groups or tags, or YAML files; commas will do too.")
     ],
-    num_loops: Annotated[
-        list[int] | None,
-        typer.Option("--num-loops", min=1, help="Loop count T, instead of the model's own; can be given again."),
-    ] = None,
+    num_loops: options.LoopCounts = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Questions of each task, from the first one on. \\[default: all]")
     ] = None,
@@ -49,7 +47,7 @@ def tasks(
     run_generated_code: Annotated[
         bool, typer.Option("--run-generated-code", help="Agree to run programs that the model writes.")
     ] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: options.Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Score a model on tasks of lm-evaluation-harness.
@@ -65,10 +63,7 @@ def tasks(
 
       yoco-u tasks runs/8m hellaswag piqa --num-loops 1 --num-loops 3 --json
     """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise UserError("yoco-u tasks needs lm-evaluation-harness; pip install 'yoco-u[evaluation]'") from None
+    import_optional("lm_eval", "yoco-u tasks needs lm-evaluation-harness", "evaluation")
     from yoco_u.evaluation.harness import EngineLM
     from yoco_u.evaluation.harness_tasks import HowToAsk, load_tasks, run_tasks
     from yoco_u.evaluation.math_sets import MATH_GROUP

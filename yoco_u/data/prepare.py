@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,7 +113,7 @@ def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> No
     tokenizer.save_pretrained(folder / TOKENIZER)
 
     vocab_size = vocabulary_size(tokenizer)
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    dtype: Literal["uint16", "uint32"] = "uint16" if vocab_size <= 1 << 16 else "uint32"
     encoder = DocumentEncoder(tokenizer, config.special_tokens)
     with ExitStack() as stack:
         names: tuple[SplitName, ...] = ("train", "validation")
@@ -123,7 +124,7 @@ def _build(config: DataConfig, folder: Path, bars: Progress, workers: int) -> No
         splits = {name: writer.finish() for name, writer in writers.items()}
     _check_splits(config, {name: split.documents for name, split in splits.items()})
     DatasetIndex(
-        dtype="uint16" if dtype == "uint16" else "uint32",
+        dtype=dtype,
         eot_id=encoder.eot_id,
         vocab_size=vocab_size,
         config=config,

@@ -4,7 +4,6 @@ This is the protocol of the YOCO-U paper's long-context figure. The scored token
 text the model sees before them differs.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from yoco_u.config import Config
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import scored_tokens
 from yoco_u.inference import LLM, SamplingParams
+from yoco_u.training.metrics import perplexity
 
 
 class ContextScore(Config):
@@ -126,7 +126,7 @@ def context_scores(losses: NDArray[np.float64], prefixes: Sequence[int], documen
         ContextScore(
             prefix=prefix,
             loss=float(loss),
-            perplexity=math.exp(min(loss, 700.0)),
+            perplexity=perplexity(loss),
             change=float(change),
             change_error=None if error is None else float(error),
         )

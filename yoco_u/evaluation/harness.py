@@ -23,7 +23,7 @@ from yoco_u.data import end_of_text_id
 from yoco_u.errors import UserError
 from yoco_u.inference import LLM, RequestOutput, SamplingParams
 from yoco_u.inference.chat_template import chat_text
-from yoco_u.inference.outputs import failed_output
+from yoco_u.inference.outputs import check_outputs
 from yoco_u.inference.shared_prefixes import run_shared
 
 MAX_LENGTH = 2048
@@ -207,9 +207,7 @@ class EngineLM(TemplateLM):
         with tqdm(total=len(prompts), desc=work, disable=None) as bar:
 
             def finished(index: int, request: RequestOutput) -> None:
-                [output] = request.outputs
-                if output.error is not None:
-                    raise failed_output(output.error)
+                check_outputs([request])
                 finish(index, request)
                 bar.update()
 

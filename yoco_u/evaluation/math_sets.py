@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from pydantic import BaseModel
 
 from yoco_u.data.json_lines import read_lines
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, import_optional
 
 MATH_GROUP = "yoco_u_math"
 MATH_SETS = (
@@ -48,7 +48,7 @@ def math_tasks(name: str, folder: Path | None) -> list[dict[str, Any]]:
     Raises:
         UserError: if a file is missing or damaged, or the library that compares answers is not installed.
     """
-    _require_math_verify()
+    import_optional("math_verify", "comparing answers needs math-verify", "evaluation")
     if folder is None:
         raise UserError(f"{name} needs the problems; name a folder of NAME.jsonl files with --data")
     wanted = MATH_SETS if name == MATH_GROUP else [name.removeprefix(f"{MATH_GROUP}_")]
@@ -135,10 +135,3 @@ def _read(file: Path) -> list[dict[str, str]]:
     if not rows:
         raise UserError(f"{file}: there is no problem in it")
     return rows
-
-
-def _require_math_verify() -> None:
-    try:
-        import math_verify  # noqa: F401
-    except ImportError:
-        raise UserError("comparing answers needs math-verify; pip install 'yoco-u[evaluation]'") from None

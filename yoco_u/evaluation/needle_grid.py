@@ -15,9 +15,9 @@ from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import scored_tokens
 from yoco_u.evaluation.needles import KINDS, Kind, Needle, Values, draft_needle, generate_needle
-from yoco_u.inference import LLM, RequestOutput, SamplingParams
+from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.logprobs import Logprob
-from yoco_u.inference.outputs import failed_output
+from yoco_u.inference.outputs import check_outputs
 
 
 class NeedleSettings(Config):
@@ -183,17 +183,11 @@ def _ask(llm: LLM, needles: Sequence[Needle], num_loops: int | None) -> list[tup
         ],
     )
     answers = scored_tokens(answered, llm.engine.runner.model)
+    check_outputs(outputs)
     return [
-        (recall(needle.answers, _text(output)), *_likelihood(scored))
+        (recall(needle.answers, output.outputs[0].text), *_likelihood(scored))
         for needle, output, scored in zip(needles, outputs, answers, strict=True)
     ]
-
-
-def _text(request: RequestOutput) -> str:
-    [output] = request.outputs
-    if output.error is not None:
-        raise failed_output(output.error)
-    return output.text
 
 
 def _likelihood(tokens: list[Logprob]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from yoco_u.device import read_back
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import check_finite
 from yoco_u.model import YocoUForCausalLM
+from yoco_u.model.loss import IGNORED
 from yoco_u.training import evaluate
 from yoco_u.training.distributed import Distributed
+from yoco_u.training.forward import count_targets
 from yoco_u.training.metrics import loss_figures
 from yoco_u.training.validation import batch_nats
 
@@ -111,7 +114,7 @@ def _score_rows(
     nats, total = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in _batches(rows, count, eot_id):
         nats += batch_nats(model, batch, model.device, "float32", num_loops)
-        total += int((batch["shift_labels"] != -100).sum())
+        total += count_targets(batch["shift_labels"])
     return read_back(nats), total
 
 
@@ -128,15 +131,11 @@ class _Counts:
 
 def _stream(encoder: DocumentEncoder, documents: Iterable[Document], counts: _Counts) -> Iterator[NDArray[np.uint32]]:
     """The tokens of each document, and at the end one more `<|endoftext|>`, the last document's end."""
-    batch: list[Document] = []
-    for document in documents:
-        counts.documents += 1
-        counts.bytes += len(document.text.encode())
-        batch.append(document)
-        if len(batch) == _DOCUMENTS_PER_BATCH:
-            yield from encoder.encode_documents(batch)
-            batch = []
-    yield from encoder.encode_documents(batch)
+    read = iter(documents)
+    while batch := list(islice(read, _DOCUMENTS_PER_BATCH)):
+        counts.documents += len(batch)
+        counts.bytes += sum(len(document.text.encode()) for document in batch)
+        yield from encoder.encode_documents(batch)
     if counts.documents:
         yield np.array([encoder.eot_id], dtype=np.uint32)
 
@@ -157,20 +156,14 @@ def _rows(stream: Iterator[NDArray[np.uint32]], length: int) -> Iterator[NDArray
 
 def _batches(rows: Iterator[NDArray[np.int64]], count: int, eot_id: int) -> Iterator[Batch]:
     """Batches of `count` rows; the last may have fewer. A short row is padded, without targets in the padding."""
-    held: list[NDArray[np.int64]] = []
-    for row in rows:
-        held.append(row)
-        if len(held) == count:
-            yield _batch(held, eot_id)
-            held = []
-    if held:
-        yield _batch(held, eot_id)
+    while some := list(islice(rows, count)):
+        yield _batch(some, eot_id)
 
 
 def _batch(rows: list[NDArray[np.int64]], eot_id: int) -> Batch:
     length = max(len(row) for row in rows) - 1
     inputs = torch.full((len(rows), length), eot_id)
-    targets = torch.full((len(rows), length), -100)
+    targets = torch.full((len(rows), length), IGNORED)
     for i, row in enumerate(rows):
         inputs[i, : len(row) - 1] = torch.from_numpy(row[:-1])
         targets[i, : len(row) - 1] = torch.from_numpy(row[1:])

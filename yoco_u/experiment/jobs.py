@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from yoco_u.errors import UserError
-from yoco_u.experiment.run import claim_experiment
 from yoco_u.training.signals import noting_signals
 
 _POLL_SECONDS = 0.5
@@ -33,6 +32,7 @@ def run_jobs(
 
     Args:
         arguments: those of `yoco-u`, the command included.
+        folder: of the experiment, see `yoco_u.experiment.run.claim_experiment`.
         minutes: how long the processes may run; None for no limit.
         watch: called again and again while they run.
 
@@ -43,7 +43,6 @@ def run_jobs(
         UserError: if a process failed, with the last line that it printed, or if something else is in the place of a log.
         KeyboardInterrupt: if this process is asked to stop, once all others have.
     """
-    claim_experiment(folder)
     logs = [folder / f"job-{number}.log" for number in range(1, jobs + 1)]
     for log in logs:
         if os.path.lexists(log) and not log.is_file():

@@ -20,7 +20,7 @@ from yoco_u.evaluation.needles import NOISE_KINDS, load_haystack
 from yoco_u.experiment.config import AngularMeasure, Measures, Samples, TaskMeasure
 from yoco_u.files import Say, read_json, write_json
 from yoco_u.inference import LLM
-from yoco_u.inference.outputs import failed_output
+from yoco_u.inference.outputs import check_outputs
 from yoco_u.loading import load_model
 from yoco_u.training.config import RunConfig
 from yoco_u.training.run_folder import SAMPLES, RunFolder, read_run_config, read_samples
@@ -102,10 +102,7 @@ def write_samples(run: Path, samples: Samples, say: Say) -> None:
     if [(sample["prompt"], sample.get("settings")) for sample in found] == asked:
         return
     requests = LLM(run, dtype="float32").generate(samples.prompts, samples.sampling)
-    for request in requests:
-        for output in request.outputs:
-            if output.error is not None:
-                raise failed_output(output.error)
+    check_outputs(requests)
     written = [
         {"prompt": prompt, "text": output.text, "tokens": len(output.token_ids), "settings": settings}
         for prompt, request in zip(samples.prompts, requests, strict=True)

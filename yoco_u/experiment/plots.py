@@ -14,7 +14,7 @@ from yoco_u.experiment.needle_maps import NeedleMap, needle_maps
 from yoco_u.experiment.results import Cost, Series
 from yoco_u.experiment.summary import Fit, Row, Summary
 from yoco_u.experiment.task_curves import TaskCurves, task_curves
-from yoco_u.plotting import budget_formatter, colour, dashes, plain, save_png, svg, with_room
+from yoco_u.plotting import budget_formatter, colour, dashes, open_frame, plain, save_png, svg, with_room
 
 AXES: tuple[tuple[Cost, str], ...] = (("tokens", "training tokens"), ("flops", "training FLOPs"))
 """What losses are drawn over, with the label of that axis."""
@@ -105,8 +105,7 @@ def write_png(summary: Summary, path: Path) -> None:
         for axes in grid[len(tasks) :]:
             axes.remove()
     for axes in figure.axes:
-        axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
+        open_frame(axes, grid=0.2)
     if maps:
         parts[2 + loops].suptitle("needles found", fontsize=10)
         grid = parts[2 + loops].subplots(rows, _MAPS_IN_A_ROW, squeeze=False).ravel()

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import yaml
-
 from yoco_u.experiment.findings.verdicts import loss_text, no_interval, short_difference_text
 from yoco_u.experiment.needle_maps import needle_maps
 from yoco_u.experiment.plots import (
@@ -25,7 +23,7 @@ from yoco_u.experiment.task_curves import TaskCurves, task_curves
 from yoco_u.files import write_result
 from yoco_u.formatting import duration, scientific, short_count
 from yoco_u.plotting import PALETTE, css_dashes
-from yoco_u.report.page import render_page, write_page
+from yoco_u.report.page import as_yaml, render_page, write_page
 
 
 def write_report(summary: Summary, folder: Path) -> None:
@@ -76,7 +74,7 @@ def render(summary: Summary) -> str:
         fits=[(fit.label, _unit(fit.x), _fit_text(fit)) for fit in summary.fits] if summary.several_budgets else [],
         unfinished=[(result.run.name, result.state) for result in summary.results.unfinished],
         seconds=duration(sum(result.seconds for result in summary.results.runs)),
-        settings=yaml.safe_dump(summary.experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),
+        settings=as_yaml(summary.experiment),
     )
 
 

@@ -212,6 +212,12 @@ def best(series: Iterable[Series]) -> Series:
     return replace(min(found, key=lambda one: (-len(one.curves), one.loss.mean)), chosen_from=len(found))
 
 
+def gaps_by_seed(pairs: Sequence[tuple[Series, Series]]) -> list[list[float]]:
+    """For each seed that all series have, the difference of the two final losses of each pair."""
+    seeds = set.intersection(*({*one.final} & {*other.final} for one, other in pairs))
+    return [[one.final[seed] - other.final[seed] for one, other in pairs] for seed in sorted(seeds)]
+
+
 def _by_cost(found: Sequence[Series], cost: Cost) -> list[tuple[float, list[Series]]]:
     """Groups of series of equal cost, fewest tokens first, each with the cost of its first series."""
     groups: list[tuple[float, list[Series]]] = []

@@ -41,6 +41,7 @@ def train_runs(
 
     Args:
         runs: all runs of the grid, which have to be trained on one dataset.
+        folder: of the experiment, see `claim_experiment`.
         chosen: those to train; all by default.
         say: called with a line of text before each run, and where one is passed over.
 
@@ -52,7 +53,6 @@ def train_runs(
             there is now, or the measures cannot be taken.
     """
     chosen = runs if chosen is None else chosen
-    claim_experiment(folder, experiment.sizes)
     with FileLock(folder / _LOCK):
         dump_yaml(experiment, folder / _CONFIG)
     if experiment.measures is not None and chosen:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from yoco_u.experiment.config import Experiment
 from yoco_u.experiment.findings.comparisons import paper_loops
 from yoco_u.experiment.intervals import Interval, NotDecidable, Trend, difference, gap_trend
-from yoco_u.experiment.results import Cost, Results, Series
+from yoco_u.experiment.results import Cost, Results, Series, gaps_by_seed
 from yoco_u.experiment.summary import Summary, summarize
 from yoco_u.version import __version__
 
@@ -111,10 +111,9 @@ def _trend(gaps: Sequence[SizeGap]) -> Trend:
     """
     if len(gaps) < 3:
         raise NotDecidable(f"a trend needs the gap at 3 or more sizes, there are {len(gaps)}")
-    seeds = sorted(set.intersection(*({*gap.looped.final} & {*gap.plain.final} for gap in gaps)))
-    if not seeds:
+    by_seed = gaps_by_seed([(gap.looped, gap.plain) for gap in gaps])
+    if not by_seed:
         raise NotDecidable("the sizes have no seed in common")
-    by_seed = [[gap.looped.final[seed] - gap.plain.final[seed] for gap in gaps] for seed in seeds]
     return gap_trend([gap.looped.parameters for gap in gaps], by_seed)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
@@ -16,8 +15,8 @@ from yoco_u.experiment.run import REPORT
 from yoco_u.experiment.sizes import GapLine, SizeGap, SizesSummary
 from yoco_u.files import write_result
 from yoco_u.formatting import duration, short_count
-from yoco_u.plotting import colour, save_png, svg
-from yoco_u.report.page import render_page, write_page
+from yoco_u.plotting import colour, open_frame, save_png, svg
+from yoco_u.report.page import as_yaml, render_page, write_page
 
 _TITLES: tuple[tuple[Cost, str], ...] = (("flops", "at equal FLOPs"), ("tokens", "at equal steps"))
 
@@ -56,7 +55,7 @@ def render(summary: SizesSummary) -> str:
         report=REPORT,
         unfinished=[(result.run.name, result.state) for result in summary.results.unfinished],
         seconds=duration(sum(result.seconds for result in summary.results.runs)),
-        settings=yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),
+        settings=as_yaml(experiment),
     )
 
 
@@ -97,8 +96,7 @@ def _write_png(summary: SizesSummary, path: Path) -> None:
         lines = summary.of_cost(cost)
         _draw(axes, lines)
         axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
+        open_frame(axes, grid=0.2)
         if len(lines) > 1:
             axes.legend([budget_text(summary.experiment, line.budget) for line in lines], frameon=False, fontsize=9)
     save_png(figure, path)

@@ -13,12 +13,10 @@ from yoco_u.errors import UserError, class_and_line, said_of
 from yoco_u.inference.constraints import Grammars
 from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.inference.exits import FILE, Exits, check_exits
-from yoco_u.inference.gpu_layers import fuse_layers
-from yoco_u.inference.kernels.cpu import compiled
 from yoco_u.inference.kernels.gpu import start_triton
 from yoco_u.inference.model_limits import check_memory, check_one_loop_count, end_tokens, make_room
+from yoco_u.inference.model_preparation import prepare_model
 from yoco_u.inference.outputs import BROKEN_LOGITS, Completion, RequestOutput, Update, joined
-from yoco_u.inference.prepacking import can_prepack, prepack
 from yoco_u.inference.prompts import prompt_tokens
 from yoco_u.inference.request import Request
 from yoco_u.inference.runner import Runner
@@ -31,7 +29,6 @@ from yoco_u.inference.settings import EngineSettings
 from yoco_u.inference.speculation import Speculation
 from yoco_u.inference.step import Chunk, Step
 from yoco_u.model import YocoUForCausalLM
-from yoco_u.model.quantization import quantize
 
 log = logging.getLogger("yoco_u.inference")
 
@@ -78,16 +75,7 @@ class Engine:
             check_one_loop_count(model.model.at_loops())
         shape = settings.cache_shape(self.architecture.with_loops(self.num_loops), model.device)
         check_memory(self.architecture, shape, self.num_loops, 0, model.device)
-        for parameter in model.parameters():  # not the buffers: the experts' choice biases stay float32
-            parameter.data = parameter.data.to(settings.torch_dtype(self.architecture, model.device))
-        if settings.weights == "int8":
-            quantize(model)
-        if model.device.type == "cpu":
-            compiled()  # builds the kernels where they are missing, now and not while a request waits
-        else:
-            fuse_layers(model)
-        if can_prepack(model):
-            prepack(model)
+        prepare_model(model, settings)
         self.runner = Runner(model, shape, exits=usable)
         self.cache = self.runner.cache
         self.loops_of(SamplingParams())

@@ -131,6 +131,18 @@ NO_TOKEN = "no token may come next"
 """How the `error` of an output begins for which its own request, by its grammar say, left no token to choose."""
 
 
+def check_outputs(requests: Iterable[RequestOutput]) -> None:
+    """Fail if an output of one of the requests has failed.
+
+    Raises:
+        UserError: with the first error, if there is one.
+    """
+    for request in requests:
+        for output in request.outputs:
+            if output.error is not None:
+                raise failed_output(output.error)
+
+
 def failed_output(error: str) -> UserError:
     """The error to raise for an output that ended with an `error`."""
     advice = "; the model may be damaged, or its dtype too coarse for it: try float32" if error == BROKEN_LOGITS else ""

@@ -1,6 +1,6 @@
 """The blocks of every kind of stage, and the stack of blocks that a looped stage applies several times."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -188,10 +188,14 @@ class Block(GradientCheckpointingLayer):
         self.attn.remember(self.attn_norm(x), backend, slot)
 
 
+def blocks_of(module: nn.Module) -> Iterator[Block]:
+    """The blocks in a model or a part of it, in their order."""
+    return (block for block in module.modules() if isinstance(block, Block))
+
+
 def recomputes(model: nn.Module) -> bool:
     """Whether a backward pass will run blocks of a model again, for gradient checkpointing."""
-    blocks = (module for module in model.modules() if isinstance(module, Block))
-    return model.training and torch.is_grad_enabled() and any(block.gradient_checkpointing for block in blocks)
+    return model.training and torch.is_grad_enabled() and any(block.gradient_checkpointing for block in blocks_of(model))
 
 
 class LoopedStack(nn.Module):

@@ -11,20 +11,18 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from yoco_u.architecture import Architecture, ParallelStreams
 from yoco_u.errors import UserError
 from yoco_u.model.backend import AttentionBackend, prepare_backend
-from yoco_u.model.blocks import Block, GlobalKV, GlobalKVProjection, LoopedStack, recomputes
+from yoco_u.model.blocks import GlobalKV, GlobalKVProjection, LoopedStack, recomputes
 from yoco_u.model.cache import YocoUCache, check_cache, check_exit, check_unfilled
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.generation import YocoUGenerationMixin
-from yoco_u.model.initialization import initialize
 from yoco_u.model.keywords import OF_LOSS, OF_MODEL, packing, refuse_impossible, refuse_unknown
 from yoco_u.model.layers import RMSNorm, autocast_dtype
 from yoco_u.model.loss import (
@@ -36,46 +34,8 @@ from yoco_u.model.loss import (
     chunked_divergence,
     targets_of,
 )
+from yoco_u.model.pretrained import YocoUPreTrainedModel
 from yoco_u.model.segments import kept_positions, lay_out
-
-
-class YocoUPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know about our models."""
-
-    config: YocoUConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _can_record_outputs = {"hidden_states": OutputRecorder(Block, index=0)}
-
-    def __init__(self, config: YocoUConfig, **unknown: Any) -> None:
-        for name in config.fields() & unknown.keys():
-            raise UserError(f"{name} came beside a config; set it in the config")
-        refuse_unknown(type(self).__name__, unknown, config.fields())
-        super().__init__(config)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        initialize(module, self.config)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        body: YocoUModel = self.base_model
-        body.architecture = body.architecture.model_copy(update={"vocab_size": self.config.vocab_size})
-        return embeddings
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """From now on, let `save_pretrained` write the modelling files too."""
-        YocoUConfig.register_for_auto_class()
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        if attn_implementation not in (None, "sdpa"):
-            raise UserError(
-                f"attn_implementation is {attn_implementation!r}, but the device decides how this model attends; leave it out"
-            )
-        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
 
 class StreamMixer(nn.Module):

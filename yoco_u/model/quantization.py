@@ -1,6 +1,5 @@
 """Weights in 8 or 4 bits, made by torchao; on a CPU, `prepacking.py` lays those of 8 bits out for the kernels."""
 
-import importlib
 import math
 from types import ModuleType
 from typing import Any, Literal
@@ -8,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from yoco_u.errors import UserError
+from yoco_u.errors import import_optional
 
 WeightType = Literal["int8", "int4"]
 
@@ -51,10 +50,7 @@ def require_torchao() -> ModuleType:
     Raises:
         UserError: if torchao is not installed.
     """
-    try:
-        return importlib.import_module("torchao.quantization")
-    except ImportError:
-        raise UserError("quantized weights need torchao: pip install 'yoco-u[quantization]'") from None
+    return import_optional("torchao.quantization", "quantized weights need torchao", "quantization")
 
 
 def is_int8(weight: Tensor) -> bool:

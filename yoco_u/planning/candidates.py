@@ -6,8 +6,7 @@ from typing import Any
 from yoco_u.architecture import STAGES, Architecture, preset
 from yoco_u.config import apply_overrides, did_you_mean, load_yaml, parse, split_settings
 from yoco_u.errors import UserError
-from yoco_u.files import read_json
-from yoco_u.loading import is_run, model_folder
+from yoco_u.loading import is_run, model_folder, read_config
 
 
 def find_architecture(text: str, size: str) -> Architecture:
@@ -66,10 +65,5 @@ def _of_yaml(file: Path) -> Architecture:
 
 
 def _of_model(folder: Path) -> Architecture:
-    file = model_folder(folder) / "config.json"
-    data = read_json(file, dict[str, Any])
-    if data.get("model_type") != "yoco_u":
-        raise UserError(
-            f"{file}: the model_type is {data.get('model_type')!r}, expected 'yoco_u'; give a model of this project"
-        )
-    return parse(Architecture, {key: data[key] for key in Architecture.model_fields if key in data}, str(file))
+    data = read_config(model_folder(folder))
+    return parse(Architecture, {key: data[key] for key in Architecture.model_fields if key in data}, str(folder))

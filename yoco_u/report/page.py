@@ -4,11 +4,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from yoco_u.config import Config
 from yoco_u.files import check_result, write_text
 from yoco_u.plotting import PALETTE
 from yoco_u.version import __version__
+
+
+def as_yaml(config: Config) -> str:
+    """A config as a page shows it."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
 def render_page(template: str, **values: Any) -> str:

@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from yoco_u.plotting import PALETTE, css_dashes
 from yoco_u.report.comparison import Comparison
-from yoco_u.report.page import render_page, write_page
+from yoco_u.report.page import as_yaml, render_page, write_page
 from yoco_u.report.plots import loss_plot, step_plot
 from yoco_u.training.run_folder import Run
 
@@ -47,9 +45,7 @@ def render(runs: list[Run], comparison: Comparison, title: str) -> str:
             ("Throughput", step_plot(runs, "tokens_per_second", "tokens/s", smooth=True)),
         ],
         samples=_samples(runs, [run.name for run in comparison.runs]),
-        settings=[
-            (own.name, _yaml(run.config.model_dump(mode="json"))) for own, run in zip(comparison.runs, runs, strict=True)
-        ],
+        settings=[(own.name, as_yaml(run.config)) for own, run in zip(comparison.runs, runs, strict=True)],
         environment=_environment(runs),
     )
 
@@ -90,7 +86,3 @@ def _text(key: str, value: Any) -> str:
     if key == "validation" and isinstance(value, str):
         return value[:12]
     return "" if value is None else str(value)
-
-
-def _yaml(data: dict[str, Any]) -> str:
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)

@@ -9,9 +9,10 @@ Start at `trainer.py`: `train`, then `_Run.run` and `_Run._step`. The way of a b
 other rooms.
 """
 
-from yoco_u.training.config import OptimizerConfig, RunConfig, TrainingConfig
+from yoco_u.training.config import RunConfig
 from yoco_u.training.metrics import read_metrics
 from yoco_u.training.run_folder import RunFolderTaken
+from yoco_u.training.settings import OptimizerConfig, TrainingConfig
 from yoco_u.training.trainer import TrainingDiverged, TrainingInterrupted, train
 from yoco_u.training.validation import Evaluation, evaluate
 

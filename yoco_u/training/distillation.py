@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from yoco_u.errors import UserError
 from yoco_u.loading import check_model, load_model
 from yoco_u.model import YocoUForCausalLM
-from yoco_u.model.blocks import Block
+from yoco_u.model.blocks import Block, blocks_of
 from yoco_u.model.loss import LOGITS, EarlyExit, SoftTargets
-from yoco_u.training.config import DistillationConfig, RunConfig, TrainingConfig
+from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.forward import DTYPES, batch_loss, on_device
 from yoco_u.training.parallelize import compile_model, unwrap
+from yoco_u.training.settings import DistillationConfig, TrainingConfig
 
 Objective = Callable[[Mapping[str, Any], int | None, EarlyExit | None], Tensor]
 """The loss of a micro-batch, the mean over its targets, from its tensors, the loop count, and an earlier exit if any."""
@@ -134,63 +135,44 @@ class LayerLoss:
 
     def __init__(self, model: YocoUForCausalLM, teacher: YocoUForCausalLM, dtype: str) -> None:
         self.model, self.dtype = model, dtype
-        self.theirs = list(_blocks(teacher))[-model.model.architecture.cross_layers :]
-        self.ours = list(_cross_blocks(model))
+        theirs = list(blocks_of(teacher))[-model.model.architecture.cross_layers :]
+        self.twins: dict[nn.Module, Block] = dict(zip(_cross_blocks(model), theirs, strict=True))  # the teacher's, by ours
         self.teacher = teacher
 
     def __call__(self, part: Mapping[str, Any], num_loops: int | None, early_exit: EarlyExit | None = None) -> Tensor:
         inputs = on_device(part, self.model.device)
         inputs.pop("shift_labels")
-        begin: dict[int, Tensor] = {}
-        end: dict[int, Tensor] = {}
+        begin: dict[nn.Module, Tensor] = {}  # what each block of the teacher reads,
+        end: dict[nn.Module, Tensor] = {}  # and what it writes
         losses: list[Tensor] = []
+
+        def keep_input(block: nn.Module, arguments: tuple[Any, ...]) -> None:
+            begin[block] = arguments[0]
+
+        def keep_output(block: nn.Module, arguments: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
+            end[block] = output[0]
+
+        def give_input(block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            return begin[self.twins[block]], *arguments[1:]
+
+        def compare(block: nn.Module, arguments: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
+            x, y = begin[self.twins[block]].float(), end[self.twins[block]].float()
+            losses.append((output[0].float() - y).square().sum() / (y - x).square().sum())
+
         with torch.autocast(self.model.device.type, DTYPES[self.dtype], enabled=self.dtype != "float32"), ExitStack() as hooks:
-            for number, block in enumerate(self.theirs):
-                hooks.callback(block.register_forward_pre_hook(_keeping(begin, number)).remove)
-                hooks.callback(block.register_forward_hook(_keeping_output(end, number)).remove)
+            for theirs in self.twins.values():
+                hooks.callback(theirs.register_forward_pre_hook(keep_input).remove)
+                hooks.callback(theirs.register_forward_hook(keep_output).remove)
             with torch.no_grad():
                 self.teacher.model(**inputs, use_cache=False)
-            for number, block in enumerate(self.ours):
-                hooks.callback(block.register_forward_pre_hook(_giving(begin, number)).remove)
-                hooks.callback(block.register_forward_hook(_comparing(begin, end, number, losses)).remove)
+            for ours in self.twins:
+                hooks.callback(ours.register_forward_pre_hook(give_input).remove)
+                hooks.callback(ours.register_forward_hook(compare).remove)
             self.model.model(**inputs, use_cache=False, num_loops=num_loops)
         return torch.stack(losses).mean()
-
-
-def _keeping(found: dict[int, Tensor], number: int) -> Callable[..., None]:
-    def keep(block: nn.Module, arguments: tuple[Any, ...]) -> None:
-        found[number] = arguments[0]
-
-    return keep
-
-
-def _keeping_output(found: dict[int, Tensor], number: int) -> Callable[..., None]:
-    def keep(block: nn.Module, arguments: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
-        found[number] = output[0]
-
-    return keep
-
-
-def _giving(begin: dict[int, Tensor], number: int) -> Callable[..., tuple[Any, ...]]:
-    def give(block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return begin[number], *arguments[1:]
-
-    return give
-
-
-def _comparing(begin: dict[int, Tensor], end: dict[int, Tensor], number: int, losses: list[Tensor]) -> Callable[..., None]:
-    def compare(block: nn.Module, arguments: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
-        x, y = begin[number].float(), end[number].float()
-        losses.append((output[0].float() - y).square().sum() / (y - x).square().sum())
-
-    return compare
-
-
-def _blocks(model: YocoUForCausalLM) -> Iterator[Block]:
-    return (module for module in model.modules() if isinstance(module, Block))
 
 
 def _cross_blocks(model: YocoUForCausalLM) -> Iterator[Block]:
     for stack, stage in zip(model.model.stages, model.model.architecture.stages, strict=True):
         if stage.attention == "cross":
-            yield from (block for block in stack.modules() if isinstance(block, Block))
+            yield from blocks_of(stack)

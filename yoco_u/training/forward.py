@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from yoco_u.device import host_waits, upload
+from yoco_u.model.loss import IGNORED
 from yoco_u.model.segments import cumulative_lengths
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -33,6 +34,11 @@ def batch_loss(
     with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
         loss: Tensor = model(**on_device(batch, device), num_loops=num_loops, use_cache=False, **kwargs).loss
     return loss
+
+
+def count_targets(labels: Tensor) -> int:
+    """How many of the labels are targets."""
+    return int((labels != IGNORED).sum())
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

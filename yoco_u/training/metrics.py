@@ -39,11 +39,16 @@ METRICS, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
 Record = dict[str, Any]
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss), and not infinity where that is too large for a float."""
+    return math.exp(min(loss, 700.0))
+
+
 def loss_figures(loss: float, bytes_per_token: float) -> Record:
     """A loss in nats per token, with the perplexity and the bits per byte that follow from it."""
     return {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        "perplexity": perplexity(loss),
         "bits_per_byte": loss / math.log(2) / bytes_per_token,
     }
 

@@ -4,7 +4,6 @@ Recomputation, then compilation, then DDP or FSDP2 around both: the order matter
 """
 
 import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -18,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from yoco_u.device import cxx_compiler
 from yoco_u.model import YocoUForCausalLM
-from yoco_u.model.blocks import Block, LoopedStack
-from yoco_u.training.config import TrainingConfig
+from yoco_u.model.blocks import LoopedStack, blocks_of
 from yoco_u.training.distributed import Distributed
+from yoco_u.training.settings import TrainingConfig
 
 
 def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Distributed) -> nn.Module:
@@ -40,7 +39,7 @@ def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Di
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             return DistributedDataParallel(model.to(distributed.device), broadcast_buffers=False, gradient_as_bucket_view=True)
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
-    for block in _blocks(model):
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
@@ -49,7 +48,7 @@ def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Di
 def checkpoint_stages(model: YocoUForCausalLM, stages: tuple[int, ...]) -> None:
     """Make the blocks of these stages recompute their activations in the backward pass instead of keeping them."""
     for stage in stages:
-        for block in _blocks(model.model.stages[stage]):
+        for block in blocks_of(model.model.stages[stage]):
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
@@ -76,7 +75,7 @@ def compile_model(model: YocoUForCausalLM, setting: str) -> None:
         return
     # All blocks run the same code: a model's kinds of blocks, in training and in evaluation, and those of a teacher.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
-    for block in _blocks(model):
+    for block in blocks_of(model):
         block.compile(dynamic=False)
     model.loss_function = torch.compile(model.loss_function, dynamic=False)
     model.chunk_loss = torch.compile(model.chunk_loss, dynamic=False)
@@ -95,7 +94,3 @@ def unwrap(model: nn.Module) -> YocoUForCausalLM:
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     assert isinstance(inner, YocoUForCausalLM)
     return inner
-
-
-def _blocks(module: nn.Module) -> Iterator[Block]:
-    return (block for block in module.modules() if isinstance(block, Block))

@@ -20,6 +20,7 @@ from yoco_u.model.loss import EarlyExit
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distillation import objective
 from yoco_u.training.distributed import Distributed
+from yoco_u.training.forward import count_targets
 from yoco_u.training.optimizer import learning_rate
 from yoco_u.training.parallelize import unwrap, without_gradient_sync
 
@@ -73,10 +74,10 @@ class TrainingStep:
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        targets = self.distributed.sum(_count_targets(batch["shift_labels"]))
+        targets = self.distributed.sum(count_targets(batch["shift_labels"]))
         loss = torch.zeros((), device=self.distributed.device)
         for part, is_last in self._micro_batches(batch):
-            share = _count_targets(part["shift_labels"]) / targets
+            share = count_targets(part["shift_labels"]) / targets
             with nullcontext() if is_last else without_gradient_sync(self.model):
                 part_loss = self.objective(part, num_loops, early_exit)
                 # DDP and FSDP average the gradients of the ranks, but the sum is needed: each share is of all ranks' targets.
@@ -153,10 +154,6 @@ def micro_batch_rows(config: RunConfig, world_size: int) -> int:
             f"{training.micro_batch_rows}; choose a multiple of {world_size * training.micro_batch_rows}"
         )
     return micro
-
-
-def _count_targets(labels: Tensor) -> int:
-    return int((labels != -100).sum())
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from torch import nn
 
 from yoco_u.data import Batch, BatchLoader, PackedDataset
 from yoco_u.device import read_back
+from yoco_u.model.loss import IGNORED
 from yoco_u.training.distributed import Distributed
-from yoco_u.training.forward import batch_loss
+from yoco_u.training.forward import batch_loss, count_targets
 from yoco_u.training.metrics import loss_figures
 
 
@@ -63,8 +64,8 @@ def evaluate(
     for step in range(-(-rows // loader.rows_per_step)):
         batch = loader.batch(step)
         row = step * loader.rows_per_step + distributed.rank * batch_rows + torch.arange(batch_rows)
-        batch["shift_labels"].masked_fill_(row[:, None] >= rows, -100)
-        targets += int((batch["shift_labels"] != -100).sum())
+        batch["shift_labels"].masked_fill_(row[:, None] >= rows, IGNORED)
+        targets += count_targets(batch["shift_labels"])
         total += batch_nats(model, batch, device, dtype, num_loops)
     model.train(was_training)
     tokens = round(distributed.sum(targets))

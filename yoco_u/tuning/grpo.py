@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from yoco_u.config import shown
 from yoco_u.device import environment, find_device
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, import_optional
 from yoco_u.files import write_json
 from yoco_u.folders import check_claim
 from yoco_u.inference import SamplingParams
@@ -52,7 +52,7 @@ def reinforce(
         UserError: if TRL or PEFT is missing, a problem is damaged, prompts are chats but the model has no chat template, the
             settings do not fit, the folder holds something else, or another process trains there; if a reward is not finite.
     """
-    trl, lora = runs.needed("trl"), runs.lora(settings)
+    trl, lora = import_optional("trl", "fine-tuning needs trl", "tuning"), runs.lora(settings)
     check_claim(folder, runs.FOLDER)
     rewarded = _checked(reward or Matches(settings.pattern))
     rows, micro = settings.problems * settings.answers, settings.micro_batch_rows

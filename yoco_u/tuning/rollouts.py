@@ -14,7 +14,7 @@ from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.inference import Engine, EngineSettings, RequestOutput, SamplingParams
 from yoco_u.inference.chat_template import chat_tokens
-from yoco_u.inference.outputs import failed_output
+from yoco_u.inference.outputs import check_outputs
 from yoco_u.tuning.problems import Prompt
 
 _SEATS = 64  # how many answers are sampled at once
@@ -63,9 +63,7 @@ def complete(
     requests = [engine.add(ids, one) for ids, one in zip(prompts, params, strict=True)]
     while engine.unfinished:
         engine.step()
-    for output in (output for request in requests for output in request.outputs):
-        if output.error is not None:
-            raise failed_output(output.error)
+    check_outputs(requests)
     return requests
 
 

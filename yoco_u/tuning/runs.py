@@ -1,7 +1,6 @@
 """What runs of TRL's trainers have in common: a folder that says what is trained in it, checkpoints, and going on from them."""
 
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -9,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from yoco_u.checksums import check_changes, verify_checksums, write_checksums
 from yoco_u.data.places import absolute, same_place, seen_from
-from yoco_u.errors import UserError, first_line, naming
+from yoco_u.errors import UserError, first_line, import_optional, naming
 from yoco_u.evaluation.finite import non_finite_weight
 from yoco_u.files import DamagedFile, read_json, write_json
 from yoco_u.folders import check_part, check_place, claim
@@ -33,18 +31,6 @@ from yoco_u.tuning.settings import TuningSettings
 FOLDER = "fine-tuning"
 """The kind of mark that the folder bears."""
 _SETTINGS = "settings.json"
-
-
-def needed(name: str) -> ModuleType:
-    """A library of the extra `tuning`.
-
-    Raises:
-        UserError: if it is missing, with what to install.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"fine-tuning needs {name}: pip install 'yoco-u[tuning]'") from None
 
 
 class _Begun(BaseModel):
@@ -165,7 +151,8 @@ def lora(settings: TuningSettings) -> Any:
     """The adapters of the settings, a `peft.LoraConfig`; None for all weights."""
     if not settings.lora_rank:
         return None
-    return needed("peft").LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear")
+    peft = import_optional("peft", "fine-tuning needs peft", "tuning")
+    return peft.LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear")
 
 
 def train(trainer: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from yoco_u.device import environment, find_device
-from yoco_u.errors import UserError
+from yoco_u.errors import UserError, import_optional
 from yoco_u.files import write_json
 from yoco_u.folders import check_claim
 from yoco_u.model.loss import IGNORED
@@ -38,7 +38,7 @@ def fine_tune(
         UserError: if TRL or PEFT is missing, there is no chat, one is damaged, the model has no chat template, the settings do
             not fit, the folder holds something else, or another process trains there; if the loss is not finite.
     """
-    trl, lora = runs.needed("trl"), runs.lora(settings)
+    trl, lora = import_optional("trl", "fine-tuning needs trl", "tuning"), runs.lora(settings)
     check_claim(folder, runs.FOLDER)
     batch, micro = settings.batch_rows, settings.micro_batch_rows
     if batch % micro:

@@ -14,7 +14,6 @@ from yoco_u.data.formats import Document
 from yoco_u.data.synthetic.tasks import BEGIN, END, TASKS, Task
 from yoco_u.errors import UserError
 
-PREFIX = GENERATED
 HELD_OUT = 1 / 8
 """Share of the instances that are for tests alone."""
 
@@ -84,7 +83,7 @@ class SyntheticCorpus(Config):
 
 def is_synthetic(entry: str) -> bool:
     """Whether an entry of a corpus asks for generated documents."""
-    return entry.startswith(PREFIX)
+    return entry.startswith(GENERATED)
 
 
 def read_entry(entry: str) -> SyntheticCorpus:
@@ -93,7 +92,7 @@ def read_entry(entry: str) -> SyntheticCorpus:
     Raises:
         UserError: if there is no such task, or a setting does not fit.
     """
-    name, _, rest = entry.removeprefix(PREFIX).partition(":")
+    name, _, rest = entry.removeprefix(GENERATED).partition(":")
     if name not in TASKS:
         raise UserError(f"{entry}: no such task; {did_you_mean(name, TASKS)}")
     settings: dict[str, object] = {"task": name, "levels": "1-4"}
@@ -153,4 +152,4 @@ def _draw_instance(settings: SyntheticCorpus, level: int, held_out: bool, draw: 
         instance = settings.generator.make(draw, level)
         if is_held_out(settings.task, instance) == held_out:
             return instance
-    raise UserError(f"{PREFIX}{settings.task}: no instance of level {level} is for {'tests' if held_out else 'training'}")
+    raise UserError(f"{GENERATED}{settings.task}: no instance of level {level} is for {'tests' if held_out else 'training'}")

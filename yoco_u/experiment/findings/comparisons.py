@@ -8,6 +8,7 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from yoco_u import paper
+from yoco_u.experiment.config import Role
 from yoco_u.experiment.findings.verdicts import (
     OPEN,
     Outcome,
@@ -30,7 +31,7 @@ from yoco_u.experiment.intervals import (
     interval,
     simultaneous_half_width,
 )
-from yoco_u.experiment.results import Cost, Results, Series, best
+from yoco_u.experiment.results import Cost, Results, Series, best, gaps_by_seed
 from yoco_u.formatting import short_count
 from yoco_u.report.comparison import equal_cost
 
@@ -39,6 +40,8 @@ PAPER_TIE = 0.01
 
 PAR = 0.02
 """Nats per token within which two losses are on a par."""
+
+_UNITS: dict[Cost, str] = {"tokens": "tokens", "flops": "FLOPs"}
 
 TREND_FROM = 0.25
 """Share of a run's tokens after which its curve counts for a trend; before that the loss falls too steeply."""
@@ -56,6 +59,18 @@ def paper_loops(results: Results) -> int:
     return paper.LOOPS if paper.LOOPS in counts else max(counts)
 
 
+def _pairs(results: Results, role: Role, name: str, equal: Cost = "tokens") -> list[tuple[Series, Series]]:
+    """YOCO-U at `paper_loops`, and another role, where they spent equal tokens or FLOPs, most tokens last.
+
+    Raises:
+        NotDecidable: if there is none; `name` is what the message calls the role.
+    """
+    pairs = results.pairs("yoco_u", role, equal, paper_loops(results))
+    if not pairs:
+        raise NotDecidable(f"no {name} with the {_UNITS[equal]} of a YOCO-U is finished")
+    return pairs
+
+
 def equal_tokens(results: Results) -> Outcome:
     """YOCO-U against YOCO after equal numbers of tokens."""
     return _against_yoco(results, "tokens")
@@ -67,10 +82,7 @@ def equal_flops(results: Results) -> Outcome:
 
 
 def _against_yoco(results: Results, equal: Cost) -> Outcome:
-    pairs = results.pairs("yoco_u", "yoco", equal, paper_loops(results))
-    unit = "FLOPs" if equal == "flops" else "tokens"
-    if not pairs:
-        raise NotDecidable(f"no YOCO with the {unit} of a YOCO-U is finished")
+    pairs = _pairs(results, "yoco", "YOCO", equal)
     looped, plain = pairs[-1]
     found = difference(looped.final, plain.final)
     text = [
@@ -84,7 +96,7 @@ def _against_yoco(results: Results, equal: Cost) -> Outcome:
     except NotDecidable:
         trend = None
     if trend is not None:
-        text.append(trend_text(trend, found.mean, unit))
+        text.append(trend_text(trend, found.mean, _UNITS[equal]))
         numbers["trend"] = trend
     return Outcome(of_sign(found), " ".join(text) + choice_text(looped, plain), numbers)
 
@@ -110,11 +122,8 @@ def trend_of(pairs: Sequence[tuple[Series, Series]], x: Cost) -> Trend:
     Raises:
         NotDecidable: if there are too few points.
     """
-    if len(pairs) >= 3:
-        seeds = set.intersection(*({*a.final} & {*b.final} for a, b in pairs))
-        if seeds:
-            gaps = [[a.final[seed] - b.final[seed] for a, b in pairs] for seed in sorted(seeds)]
-            return gap_trend([getattr(a, x) for a, _ in pairs], gaps)
+    if len(pairs) >= 3 and (gaps := gaps_by_seed(pairs)):
+        return gap_trend([getattr(a, x) for a, _ in pairs], gaps)
     series, other = pairs[-1]
     xs = [getattr(point, x) for point in next(iter(series.curves.values()))]
     xs = [value for value in xs if value >= TREND_FROM * xs[-1]]
@@ -128,9 +137,7 @@ def tokens_to_equal_loss(results: Results) -> Outcome:
 
     Where a seed does not reach it there is no share to take an interval of: then the final losses say whether it is refuted.
     """
-    pairs = results.pairs("yoco_u", "yoco", "tokens", paper_loops(results))
-    if not pairs:
-        raise NotDecidable("no YOCO with the tokens of a YOCO-U is finished")
+    pairs = _pairs(results, "yoco", "YOCO")
     looped, plain = pairs[-1]
     over_budgets = len(pairs) >= 3
     seeds = sorted(looped.final.keys() & plain.final.keys())
@@ -216,11 +223,9 @@ def _at_equal_tokens(results: Results) -> dict[paper.Name, Series]:
 def lower_half(results: Results) -> Outcome:
     """YOCO-U, which loops the lower half, against looping the upper half, with shared KV and without."""
     compared, text, numbers = list[Series](), [], dict[str, Interval]()
-    for role in ("upper_loop", "upper_loop_without_shared_kv"):
-        pairs = results.pairs("yoco_u", role, "tokens", paper_loops(results))
-        if not pairs:
-            raise NotDecidable(f"no {role.replace('_', ' ')} with the tokens of a YOCO-U is finished")
-        lower, upper = pairs[-1]
+    roles: tuple[Role, ...] = ("upper_loop", "upper_loop_without_shared_kv")
+    for role in roles:
+        lower, upper = _pairs(results, role, role.replace("_", " "))[-1]
         found = difference(lower.final, upper.final)
         compared += (lower, upper)
         text.append(f"{lower.label} {loss_text(lower.loss)}, {upper.label} {loss_text(upper.loss)}: {difference_text(found)}.")
@@ -230,10 +235,7 @@ def lower_half(results: Results) -> Outcome:
 
 def on_a_par_with_rins(results: Results) -> Outcome:
     """YOCO-U against RINS: confirmed if the whole interval of their difference lies within `PAR` of zero."""
-    pairs = results.pairs("yoco_u", "rins", "tokens", paper_loops(results))
-    if not pairs:
-        raise NotDecidable("no RINS with the tokens of a YOCO-U is finished")
-    ours, rins = pairs[-1]
+    ours, rins = _pairs(results, "rins", "RINS")[-1]
     found = difference(ours.final, rins.final)
     text = (
         f"{ours.label} {loss_text(ours.loss)}, {rins.label} {loss_text(rins.loss)}: {difference_text(found)}. On a par means "
