@@ -1,7 +1,12 @@
-// The operators of `test_portable_kernels.py`: those of `operators.cpp`, without the class that puts them together.
+// The operators of `test_portable_kernels.py`: those of `operators.cpp`, without the class that puts them together; and most
+// of the kernels, since reading torch's headers for each file of its own takes longer than compiling it.
 #include <torch/library.h>
 
+#include "chunk_attention.cpp"
 #include "kernels.h"
+#include "pointwise.cpp"
+#include "prepacked_linear.cpp"
+#include "store_rows.cpp"
 
 TORCH_LIBRARY_FRAGMENT(yoco_u, m) {
   m.def("chunk_attention(Tensor q, Tensor k, Tensor v, int window) -> Tensor");
