@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from examples import covering
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,8 +41,7 @@ def model_of(a: Architecture, device: str = "cpu") -> YocoUForCausalLM:
         return YocoUForCausalLM(YocoUConfig.from_architecture(a)).eval()
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(("name", "size"), covering(list(STAGES), list(SIZES)))
 def test_parameters_of_every_preset(name: str, size: str) -> None:
     a = preset(name, size)
     model = model_of(a, "meta")
@@ -92,9 +92,8 @@ def attention_flops(a: Architecture, tokens: int) -> int:
 ARCHITECTURES = {name: preset(name, "test") for name in STAGES} | VARIANTS
 
 
-@pytest.mark.parametrize("tokens", [5, 21])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_forward_flops(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_flops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against torch's count of the products with weights, plus the attention products summed over the visible pairs."""
     a = ARCHITECTURES[name]
     model = model_of(a)
@@ -106,11 +105,13 @@ def test_forward_flops(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) 
         return product(x, experts, offs=offs)
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", counted)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.randint(0, a.vocab_size, (1, tokens)), use_cache=False)
-    counts = counter.get_flop_counts()["Global"]
-    weights = sum(flops for op, flops in counts.items() if str(op) == "aten.mm") + sum(grouped)
-    assert forward_flops(a, tokens) * tokens == pytest.approx(weights + attention_flops(a, tokens), rel=1e-12)
+    for tokens in (5, 21):
+        grouped.clear()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.randint(0, a.vocab_size, (1, tokens)), use_cache=False)
+        counts = counter.get_flop_counts()["Global"]
+        weights = sum(flops for op, flops in counts.items() if str(op) == "aten.mm") + sum(grouped)
+        assert forward_flops(a, tokens) * tokens == pytest.approx(weights + attention_flops(a, tokens), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["transformer", "universal_transformer", "yoco_u"])
@@ -236,19 +237,19 @@ def test_kv_bytes_of_the_paper(context: int) -> None:
         assert kv_bytes(preset(name, "1.3b"), context) == mebibytes * 2**20
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 8, 30])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_kv_bytes_of_a_real_cache(name: str, tokens: int) -> None:
+def test_kv_bytes_of_a_real_cache(name: str) -> None:
     a = ARCHITECTURES[name]
     model = model_of(a).to(torch.bfloat16)
-    cache = YocoUCache(a)
-    with torch.no_grad():
-        model(torch.randint(0, a.vocab_size, (1, tokens)), past_key_values=cache, use_cache=True)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    # Between steps transformers keeps window - 1 rows a sliding slot: the row of the next token comes with that token.
-    slots = sum(stage.layers * stage.loops for stage in a.stages if stage.attention == "sliding")
-    missing = slots if a.window is not None and tokens >= a.window else 0
-    assert kv_bytes(a, tokens) == held + missing * 2 * a.num_key_value_heads * a.head_dim * 2
+    for tokens in (1, 7, 8, 30):
+        cache = YocoUCache(a)
+        with torch.no_grad():
+            model(torch.randint(0, a.vocab_size, (1, tokens)), past_key_values=cache, use_cache=True)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        # Between steps transformers keeps window - 1 rows a sliding slot: the row of the next token comes with that token.
+        slots = sum(stage.layers * stage.loops for stage in a.stages if stage.attention == "sliding")
+        missing = slots if a.window is not None and tokens >= a.window else 0
+        assert kv_bytes(a, tokens) == held + missing * 2 * a.num_key_value_heads * a.head_dim * 2
 
 
 def test_optimizer_bytes_of_a_real_optimizer() -> None:

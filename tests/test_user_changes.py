@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import save, tokenizer
+from examples import covering
 from hypothesis import given
 from hypothesis import strategies as st
 from models import architecture, build
@@ -49,8 +50,7 @@ def saved(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("seed", [0, 1], ids=["same weights", "other weights"])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(("name", "seed"), covering(list(CHANGES), [0, 1]))  # the same weights, and others
 def test_changes_survive_that_a_model_is_saved_again(tmp_path: Path, name: str, seed: int) -> None:
     folder = saved(tmp_path / "model")
     assert added_or_changed(folder) == []

@@ -54,6 +54,15 @@ def _small_caches(small_caches: None) -> None:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Analyses and reports without their plots, which take most of the time."""
+    for module in ("analysis.output", "experiment.plots"):
+        monkeypatch.setattr(f"yoco_u.{module}.svg", lambda *_: "")
+    for module in ("analysis.output", "experiment.report"):
+        monkeypatch.setattr(f"yoco_u.{module}.write_png", lambda *_: None)
+
+
+@pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs a command in this process."""
 

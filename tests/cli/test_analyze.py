@@ -65,6 +65,7 @@ def test_files_equal_evaluate_too(run: Any, workspace: Path, tmp_path: Path) -> 
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_without_loops_says_what_is_left_out(run: Any, workspace: Path) -> None:
     outcome = run("analyze", workspace / "b", "--tokens", 64)
     assert outcome.status == 0
@@ -92,6 +93,7 @@ def test_runs_in_one_picture(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert studies[1]["lens"] is None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_where_tokens_exit(run: Any, workspace: Path, tmp_path: Path) -> None:
     """By the model's exits.json, by its heads at another threshold, and by angular distances without the file."""
     folder, options = tmp_path / "a", ("--tokens", 320, "--measures", "exits", "--out", tmp_path / "out")
@@ -115,6 +117,7 @@ def test_where_tokens_exit(run: Any, workspace: Path, tmp_path: Path) -> None:
     assert "return x *" in shown and "täglich" in shown
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_damaged_exits_file_leaves_out_its_measure_alone(run: Any, workspace: Path, tmp_path: Path) -> None:
     folder, options = tmp_path / "a", ("--tokens", 64, "--out", tmp_path / "out")
     shutil.copytree(workspace / "a", folder)

@@ -68,6 +68,7 @@ def test_list_trains_nothing(run: Any, grid: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_grid_is_trained_reported_and_not_trained_again(run: Any, grid: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     outcome = run("experiment", grid, "--out", out)
@@ -111,6 +112,7 @@ def test_a_grid_of_sizes_is_reported_with_their_gaps(run: Any, grid: Path, tmp_p
     assert (out / "small" / "report.html").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_by_number_name_and_shard(run: Any, grid: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("experiment", grid, "--out", out, "--run", "1").out == ""
@@ -127,6 +129,7 @@ def test_overrides_are_of_the_experiment(run: Any, grid: Path, tmp_path: Path) -
     assert "2 runs" in outcome.out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_taken_and_diverging_runs_do_not_stop_the_grid(
     run: Any, grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +187,7 @@ def _killed_at(moment: str, arguments: list[str]) -> None:
     main(arguments)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_killed_in_a_run_it_goes_on_to_the_same_losses(run: Any, workspace: Path, tmp_path: Path) -> None:
     file, out, whole = tmp_path / "grid.yaml", tmp_path / "out", tmp_path / "whole"
     file.write_text(GRID.format(folder=workspace, steps=6))
@@ -209,7 +213,7 @@ def forked_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "subprocess", SUBPROCESS)
 
 
-@pytest.mark.usefixtures("forked_jobs")
+@pytest.mark.usefixtures("forked_jobs", "undrawn")
 def test_several_processes_train_each_run_once(run: Any, grid: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     outcome = run("experiment", grid, "measures=null", "--out", out, "--jobs", "2")

@@ -138,8 +138,8 @@ def place(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 @pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes long behind all checks: serving, measuring, tuning, grids, and the thousands of the harness's tasks.
+def _short(monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
+    """Leave out what takes long behind all checks: serving, measuring, tuning, grids, plots, and the harness's thousand tasks.
 
     Nothing is written to a chat.
     """

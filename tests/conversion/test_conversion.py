@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import SHAPE, save, tokenizer
+from examples import covering
 from models import EXPERTS, architecture, build
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -57,8 +58,7 @@ def target(read: Source, **settings: Any) -> Any:
     return target_architecture(read.model.model.architecture, settings)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("family", "method"), covering(["llama", "qwen2", "qwen3"], METHODS))
 def test_keys_and_values_of_the_border_state_are_found_exactly(tmp_path: Path, family: str, method: str) -> None:
     """If the upper layers read the border state itself, each global KV of its own gives the source's logits again."""
     read = source(tmp_path, family)
@@ -177,8 +177,9 @@ def test_a_model_of_ours_keeps_its_stages_and_gates(tmp_path: Path) -> None:
             torch.testing.assert_close(other(ids()).logits, first.model(ids(), num_loops=loops).logits)
 
 
-@pytest.mark.parametrize("loop_gate", [None, 0.4])
-@pytest.mark.parametrize("preset", ["yoco_u", "universal_transformer", "rins", "upper_loop"])
+@pytest.mark.parametrize(
+    ("preset", "loop_gate"), covering(["yoco_u", "universal_transformer", "rins", "upper_loop"], [0.4, None])
+)
 def test_loops_of_ours_stay_what_they_are(preset: str, loop_gate: float | None) -> None:
     """At any T, with the preset named or not; gates that the source lacks are closed."""
     window = {"window": 700} if preset in ("yoco_u", "upper_loop") else {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples import covering
 from harness_models import ours, requests, save_model, theirs
 from lm_eval.api.registry import get_model
 
@@ -44,8 +45,7 @@ def assert_close(found: list[tuple[float, bool]], expected: list[tuple[float, bo
         assert math.isclose(logprob, truth, rel_tol=1e-5, abs_tol=1e-4)
 
 
-@pytest.mark.parametrize("begins", [False, True])
-@pytest.mark.parametrize("max_length", [120, 2048])
+@pytest.mark.parametrize(("max_length", "begins"), covering([120, 2048], [True, False]))
 def test_loglikelihood(folder: Path, max_length: int, begins: bool) -> None:
     """Contexts that are shared, empty or too long; continuations of one token and of many."""
     asked = requests("loglikelihood", PAIRS)

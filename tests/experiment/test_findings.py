@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from examples import covering
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up_grids import finals, grid, noise, preset, results_of
@@ -182,13 +183,14 @@ def test_loss_against_loops(tmp_path: Path, losses: tuple[float, ...], falls: st
 
 
 @pytest.mark.parametrize(
-    ("plain", "remedy"), [("plain_loop", "tamed_loop"), ("plain_loop", "yoco_u"), ("yoco_u", "tamed_loop")]
+    ("case", "roles"),
+    covering(
+        [(0.2, 0.19, "confirmed"), (0.2, -0.1, "not confirmed"), (-0.2, 0.1, "not confirmed"), (0.2, 0.0, OPEN)],
+        [("plain_loop", "tamed_loop"), ("plain_loop", "yoco_u"), ("yoco_u", "tamed_loop")],
+    ),
 )
-@pytest.mark.parametrize(
-    ("lag", "gain", "verdict"),
-    [(0.2, 0.19, "confirmed"), (0.2, -0.1, "not confirmed"), (-0.2, 0.1, "not confirmed"), (0.2, 0.0, OPEN)],
-)
-def test_early_lag(tmp_path: Path, lag: float, gain: float, verdict: str, plain: str, remedy: str) -> None:
+def test_early_lag(tmp_path: Path, case: tuple[float, float, str], roles: tuple[str, str]) -> None:
+    (lag, gain, verdict), (plain, remedy) = case, roles
     models: dict[str, Any] = {
         "yoco": preset("yoco"),
         "plain": preset("yoco_u", role=plain),

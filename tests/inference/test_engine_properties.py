@@ -102,7 +102,7 @@ def check(variant: str, arrival: Arrival, request: RequestOutput) -> None:
         torch.testing.assert_close(reported, expected_scores, rtol=0, atol=2e-5)
 
 
-@settings(max_examples=examples(30))
+@settings(max_examples=examples(20))
 @given(variant=st.sampled_from(VARIANTS), chosen=engines, traffic=st.lists(arrivals, min_size=1, max_size=12))
 def test_traffic(variant: str, chosen: dict[str, Any], traffic: list[Arrival]) -> None:
     serve(variant, chosen, traffic)

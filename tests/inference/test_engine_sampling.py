@@ -25,16 +25,16 @@ def sampled(i: int, **settings: Any) -> SamplingParams:
 
 @pytest.mark.parametrize("variant", ["yoco_u", "yoco_retention", "rins", "experts", "parscale"])
 def test_a_seed_gives_the_same_alone_in_a_crowd_and_after_giving_way(variant: str) -> None:
-    prompts = [prompt(3 + 2 * i, seed=i) for i in range(9)]
-    params = [sampled(i) for i in range(9)]
+    prompts = [prompt(3 + 2 * i, seed=i) for i in range(7)]
+    params = [sampled(i) for i in range(7)]
     alone = [run(engine(variant, max_num_seqs=1), [ids], own)[0] for ids, own in zip(prompts, params, strict=True)]
-    crowded = run(engine(variant, max_num_seqs=9, max_batched_tokens=15), prompts, params)
-    small = engine(variant, cache_tokens=64, max_num_seqs=9, max_batched_tokens=15)
+    crowded = run(engine(variant, max_num_seqs=7, max_batched_tokens=15), prompts, params)
+    small = engine(variant, cache_tokens=64, max_num_seqs=7, max_batched_tokens=15)
     pressed = run(small, prompts, params)
     assert small.scheduler.statistics.preemptions > 0
     for one, other, third in zip(alone, crowded, pressed, strict=True):
         assert output(one) == output(other) == output(third)
-    assert len({tuple(output(request)) for request in alone}) == 9
+    assert len({tuple(output(request)) for request in alone}) == 7
 
 
 def test_seeds_outputs_and_no_seed_draw_different_numbers() -> None:

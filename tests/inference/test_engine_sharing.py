@@ -134,8 +134,7 @@ def test_requests_that_give_way(variant: str) -> None:
         torch.testing.assert_close(chosen_logprobs(request.outputs[0]), expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("prefix_caching", [True, False])
-@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize(("block_size", "prefix_caching"), covering([1, 3, 16], [True, False]))
 def test_preemption_at_every_block_size(block_size: int, prefix_caching: bool) -> None:
     prompts = [[*prompt(10), *prompt(1 + 2 * i, seed=i)] for i in range(5)]
     subject = engine(cache_tokens=64, block_size=block_size, max_batched_tokens=8, prefix_caching=prefix_caching)

@@ -13,11 +13,13 @@ from yoco_u import YocoUConfig, YocoUForCausalLM
 from yoco_u.inference import Engine, EngineSettings, SamplingParams
 
 UPLOADERS = ("block_tables", "gpu_plan", "packed_upload", "runner", "running_output", "token_exits")
+SAME = {"window 1", "window 3", "window beyond the context", "nearly closed gates"}  # as others, where nothing has a value
 READERS = ("logprobs", "sampler", "token_exits")
 
 
 @pytest.mark.parametrize(
-    ("variant", "kind"), [*((variant, None) for variant in VARIANTS), ("yoco_u", "int8"), ("parscale", "int8")]
+    ("variant", "kind"),
+    [*((variant, None) for variant in VARIANTS if variant not in SAME), ("yoco_u", "int8"), ("parscale", "int8")],
 )
 def test_steps_of_every_architecture(variant: str, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in chunks beside decodes, decodes alone, three loop counts, scored prompts, a prompt that is cached."""
@@ -35,7 +37,7 @@ def test_steps_of_every_architecture(variant: str, kind: str | None, monkeypatch
     engine = Engine(model.eval(), None, EngineSettings(**chosen))
     prompt = list(range(1, 30))
     requests = [
-        engine.add(prompt[:length], SamplingParams(temperature=0, max_tokens=4, num_loops=loops, prompt_logprobs=scored))
+        engine.add(prompt[:length], SamplingParams(temperature=0, max_tokens=3, num_loops=loops, prompt_logprobs=scored))
         for length, loops, scored in ((1, 1, None), (29, 2, None), (20, 3, 0), (29, 1, None))
     ]
     run, copies = watched(monkeypatch)
@@ -48,7 +50,7 @@ def test_steps_of_every_architecture(variant: str, kind: str | None, monkeypatch
             scored = any(request.prompt_logprobs is not None and not request.finished for request in requests)
             assert copies.count("back") <= 1 + scored
     assert all(request.finished for request in requests)
-    again = engine.add(prompt, SamplingParams(temperature=0, max_tokens=4, num_loops=2))
+    again = engine.add(prompt, SamplingParams(temperature=0, max_tokens=3, num_loops=2))
     with run:
         while engine.unfinished:
             copies.clear()

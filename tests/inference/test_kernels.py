@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from examples import examples
+from examples import covering, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import CACHES, DTYPES, Case, assert_rounded, head_dims, paged, random, seeds, split_keys
@@ -78,11 +78,10 @@ def test_decode_attention_of_long_sequences_in_parts(count: int, kind: torch.dty
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("place", ["query", "key", "value"])
-def test_decode_attention_keeps_nan_where_it_is(place: str, kind: torch.dtype, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("of", "place"), covering(list(itertools.product(CACHES, DTYPES)), ["query", "key", "value"]))
+def test_decode_attention_keeps_nan_where_it_is(of: tuple[torch.dtype, torch.dtype], place: str) -> None:
     """Of one sequence and head; the others, in whose order of work it comes first, in the middle and last, go on."""
+    kind, dtype = of
     for sequence, at, groups in itertools.product((0, 1, 2), (0, 16, 36), (1, 3)):
         case = paged(sequence, dtype, kind, 40, groups, 2, [37, 40, 38], 5)
         if place == "query":

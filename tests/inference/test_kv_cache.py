@@ -129,8 +129,7 @@ def test_small_caches_are_near_float32_and_the_same_however_a_prompt_is_cut(vari
     assert float(distance.mean()) < NEAR[kind][1]
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-@pytest.mark.parametrize("variant", ["yoco_u", "rins", "parscale"])
+@pytest.mark.parametrize(("variant", "kind"), covering(["yoco_u", "rins", "parscale"], ["int8", "bfloat16"]))
 def test_small_caches_under_sharing_and_preemption(variant: str, kind: KVType) -> None:
     """What is reported of outputs in a crowd that gives way is what one prefill of the same text reports."""
     prompts = [[*prompt(9), *prompt(1 + i, seed=i)] for i in range(6)]

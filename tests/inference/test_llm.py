@@ -126,10 +126,10 @@ def test_stop_strings(llm: LLM) -> None:
 
 
 def test_end_of_text_ends_and_is_not_shown(llm: LLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    params = SamplingParams(n=60, seed=1, temperature=2.0, max_tokens=40)
+    params = SamplingParams(n=12, seed=1, temperature=2.0, max_tokens=40, logit_bias={tokenizer.eos_token_id: 6.0})
     [request] = llm.generate("x", params)
     stopped = [one for one in request.outputs if one.finish_reason == "stop"]
-    assert stopped
+    assert 0 < len(stopped) < 12
     for completion in request.outputs:
         assert (tokenizer.eos_token_id in completion.token_ids) == (completion.finish_reason == "stop")
         assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True)
@@ -226,7 +226,7 @@ def test_ctrl_c_comes_between_two_steps(llm: LLM, monkeypatch: pytest.MonkeyPatc
     params = [GREEDY, SamplingParams(regex="[a-z]{6}[0-9]{6}", seed=1, max_tokens=30)]
     expected = [text_of(one) for one in llm.generate(PROMPTS[:2], params)]
     done = getattr(*moment)
-    for call in (1, 2, 4):
+    for call in (1, 3):
         calls = itertools.count(1)
 
         def interrupted(*arguments: Any, calls: Iterator[int] = calls, call: int = call, **named: Any) -> Any:

@@ -27,7 +27,7 @@ from yoco_u.inference.kernels import cpu
 
 here, flag = sys.argv[1:]
 folder = Path(cpu.__file__).parent
-sources = [str(path) for path in folder.glob("*.cpp") if path.name != "operators.cpp"] + [f"{here}/portable_operators.cpp"]
+sources = [f"{here}/portable_operators.cpp", f"{folder}/attention.cpp"]
 name, flags = "yoco_u_portable" + flag.replace("-", "_"), [*cpu._FLAGS, "-O1", flag]  # -O1 compiles in half the time
 built = Path(cpp_extension._get_build_directory(name, verbose=False))
 with FileLock(built.with_suffix(".lock")):

@@ -28,7 +28,7 @@ from yoco_u.model.layers import RMSNorm
 
 COARSE = {"experts", "one key-value head, tied"}  # choices of experts flip; logits of a tied head are large
 OTHER_BLOCKS = {"as converted", "experts", "parscale", "streams with qk norm"}  # that are several calls
-LENGTH = 60
+LENGTH = 40
 
 needs_prepacking = pytest.mark.skipif(not can_prepack(build(architecture()).bfloat16()), reason="needs a C++ compiler")
 
@@ -127,11 +127,11 @@ LOADS += itertools.product(["yoco_u", "rins", "yoco_retention", "parscale"], ["f
 @pytest.mark.parametrize(("variant", "kv_dtype"), LOADS)
 def test_all_kinds_of_cache_under_load(variant: str, kv_dtype: str) -> None:
     """Batches of mixed loops, preemption, sharing, drafts: every reported log-probability is near that of float32."""
-    subject = bfloat16_engine(variant, kv_dtype=kv_dtype, cache_tokens=64, max_num_seqs=6, max_batched_tokens=12)
+    subject = bfloat16_engine(variant, kv_dtype=kv_dtype, cache_tokens=56, max_num_seqs=6, max_batched_tokens=12)
     subject.speculation.lengths = FixedLengths(2)
     drafts = ["none"] if subject.cache.states else ["loops", "none", "prompt", "loops"]
     prompts = [[*prompt(9), *prompt(1 + 2 * i, seed=i)] for i in range(6)]
-    settings = GREEDY | {"max_tokens": 12, "logprobs": 0}
+    settings = GREEDY | {"max_tokens": 9, "logprobs": 0}
     params = [SamplingParams(**settings, num_loops=1 + i % 3, drafts=drafts[i % len(drafts)]) for i in range(6)]
     found = run(subject, prompts, params)
     assert subject.scheduler.statistics.preemptions > 0
@@ -155,18 +155,20 @@ def test_blocks_as_one_call_change_no_bit(variant: str, weights: str | None, mon
     if weights == "int8":
         pytest.importorskip("torchao")
     prompts = [[*prompt(9), *prompt(1 + 2 * i, seed=i)] for i in range(6)]
-    params = [SamplingParams(**GREEDY | {"max_tokens": 12, "logprobs": 0, "num_loops": 1 + i % 3}) for i in range(6)]
+    params = [SamplingParams(**GREEDY | {"max_tokens": 8, "logprobs": 0, "num_loops": 1 + i % 3}) for i in range(6)]
 
     def scores_of(subject: Engine) -> list[tuple[int, float]]:
         found = [request.outputs[0].logprobs or [] for request in run(subject, prompts, params)]
         return [(one.chosen.token_id, one.chosen.logprob) for own in found for one in own]
 
-    settings = {"weights": weights, "cache_tokens": 64, "max_num_seqs": 6, "max_batched_tokens": 12}
+    settings = {"weights": weights, "cache_tokens": 56, "max_num_seqs": 6, "max_batched_tokens": 12}
     subject = bfloat16_engine(variant, **settings)
-    assert any(isinstance(module, FusedDecodeBlock) for module in subject.runner.model.modules()) == (
-        variant not in OTHER_BLOCKS
-    )
+    is_one_call = any(isinstance(module, FusedDecodeBlock) for module in subject.runner.model.modules())
+    assert is_one_call == (variant not in OTHER_BLOCKS)
+    if not is_one_call:
+        return
     together = scores_of(subject)
+    assert subject.scheduler.statistics.preemptions > 0
     monkeypatch.setattr(FusedDecodeBlock, "can_run", lambda block: False)
     assert scores_of(bfloat16_engine(variant, **settings)) == together
 

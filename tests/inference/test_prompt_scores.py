@@ -102,8 +102,7 @@ def test_among_others_at_several_loop_counts() -> None:
     assert [output(request) for request in found[5:]] == [generated("yoco_u", ids) for ids in prompts]
 
 
-@pytest.mark.parametrize("prefix_caching", [True, False])
-@pytest.mark.parametrize("variant", ["yoco_u", "rins", "yoco_retention"])
+@pytest.mark.parametrize(("variant", "prefix_caching"), covering(["yoco_u", "rins", "yoco_retention"], [True, False]))
 def test_requests_that_give_way(variant: str, prefix_caching: bool) -> None:
     """Driven out in the middle of the scores, they go on behind what is known; every position is reported once."""
     settings = {"cache_tokens": 64, "max_num_seqs": 6, "max_batched_tokens": 6, "prefix_caching": prefix_caching}

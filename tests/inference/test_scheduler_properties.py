@@ -109,7 +109,7 @@ TestTraffic.settings = settings(max_examples=examples(50), stateful_step_count=2
 def test_crowds_on_a_small_cache_preempt_share_and_restore(window, snapshots):
     """Denser traffic than hypothesis makes: most of these runs preempt and reuse."""
     preemptions = hits = accepted = 0
-    for seed in range(60):
+    for seed in range(30):
         draw = random.Random(seed)
         block_size = draw.randint(1, 3)
         engine = FakeEngine(
@@ -136,6 +136,6 @@ def test_crowds_on_a_small_cache_preempt_share_and_restore(window, snapshots):
         accepted += engine.accepted
         preemptions += engine.scheduler.statistics.preemptions
         hits += engine.scheduler.statistics.prefix_hit_tokens
-    assert preemptions > 100
-    assert accepted > 500
-    assert (hits > 1000) == bool(snapshots or not window)
+    assert preemptions > 50
+    assert accepted > 250
+    assert (hits > 500) == bool(snapshots or not window)

@@ -106,8 +106,7 @@ def test_drafts_that_are_right_wrong_and_mixed(variant: str, right: str, length:
         assert [request.outputs[0].accepted_drafts for request in requests] == [new - 1 - steps] * 3
 
 
-@pytest.mark.parametrize("by", ["loops", "prompt"])
-@pytest.mark.parametrize("variant", [CLOSED, "rins"])
+@pytest.mark.parametrize(("variant", "by"), covering([CLOSED, "rins"], ["loops", "prompt"]))
 def test_sampled_tokens_are_the_same(variant: str, by: str) -> None:
     """With penalties, filters, another T and log-probabilities; drafts draw with the random number of their place."""
     bias = {7: 6.0, 9: 6.0}  # so that tokens repeat

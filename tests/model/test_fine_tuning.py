@@ -13,7 +13,7 @@ from yoco_u.inference import Engine, EngineSettings, SamplingParams
 
 @pytest.mark.parametrize("name", ["yoco_u", "yoco_retention"])
 def test_a_saved_model_can_be_trained_further(tmp_path: Path, name: str) -> None:
-    build(architecture(name)).save_pretrained(tmp_path / "before")
+    build(architecture(name, layers=2)).save_pretrained(tmp_path / "before")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "before").train()
     batch = tokens(2, 24)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

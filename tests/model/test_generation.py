@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tokenizer
+from examples import covering
 from models import EXPERTS, PRESETS, architecture, build
 from models import tokens as any_tokens
 from torch import Tensor
@@ -67,8 +68,7 @@ def beam(model: YocoUForCausalLM, prompt: Tensor, beams: int) -> list[int]:
     return alive[0][1][prompt.shape[1] :]
 
 
-@every_variant
-@pytest.mark.parametrize("length", [1, 8, 50])
+@pytest.mark.parametrize(("variant", "length"), covering(list(VARIANTS), [1, 8, 50]))
 def test_greedy(variant: str, length: int) -> None:
     model, prompt = make(variant), tokens(1, length)
     expected = greedy(model, prompt)
@@ -106,8 +106,9 @@ def test_beams(variant: str) -> None:
     assert torch.equal(out, model.generate(prompts, max_new_tokens=NEW, num_beams=3, do_sample=False, use_cache=False))
 
 
-@pytest.mark.parametrize("loops", [1, 2, 5])
-@pytest.mark.parametrize("variant", ["yoco_u", "upper_loop", "rins", "yoco_u, rotated, gated", "yoco"])
+@pytest.mark.parametrize(
+    ("variant", "loops"), covering(["yoco_u", "upper_loop", "rins", "yoco_u, rotated, gated", "yoco"], [5, 2, 1])
+)
 def test_loops_in_generate(variant: str, loops: int) -> None:
     model, prompt = make(variant), tokens(1, 15)
     out = model.generate(prompt, max_new_tokens=NEW, do_sample=False, num_loops=loops)
@@ -317,8 +318,7 @@ def test_generating_while_training_with_gradient_checkpointing(beams: int) -> No
         model(prompt[:, :1], past_key_values=cache)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@every_variant
+@pytest.mark.parametrize(("variant", "dtype"), covering(list(VARIANTS), [torch.bfloat16, torch.float32]))
 def test_precisions_generate(variant: str, dtype: torch.dtype) -> None:
     model = make(variant).to(dtype)
     out = model.generate(tokens(2, 9), max_new_tokens=NEW, do_sample=True)

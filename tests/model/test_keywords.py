@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from examples import covering
 from models import EXPERTS, architecture, build, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.utils.generic import TransformersKwargs
@@ -119,8 +120,7 @@ def test_the_body_refuses_what_the_head_would_have_used() -> None:
 # The loop count
 
 
-@pytest.mark.parametrize("loops", [1, 5])
-@pytest.mark.parametrize("name", ["yoco_u", "gated", "upper_loop", "yoco"])
+@pytest.mark.parametrize(("name", "loops"), covering(["yoco_u", "gated", "upper_loop", "yoco"], [1, 5]))
 def test_the_loop_count_of_configs_is_followed(name: str, loops: int, tmp_path: Path) -> None:
     """By `from_pretrained`, by what it saves, by `generate()` and by the engine; a call's own count goes before it."""
     arch = GATED if name == "gated" else architecture(name)

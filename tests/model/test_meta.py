@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from dry_run import META, HiddenCopyError, OnDevice, on_meta
+from examples import covering
 from models import EVERYTHING, EXPERTS, PRESETS, architecture
 from torch import Tensor
 
@@ -20,6 +21,11 @@ CASES = [
     *((variant, "autocast") for variant in VARIANTS),
     *((variant, precision) for variant in ("yoco_u", "yoco_retention", "parscale") for precision in ("bfloat16", "float32")),
     ("experts", "bfloat16"),  # in float32, meta has no grouped products
+]
+PASSES: list[tuple[str, dict[str, Any]]] = [
+    ("plain", {}),
+    ("packed", {"return_logits": False}),
+    ("packed and padded", {"num_loops": 2, "return_logits": False}),
 ]
 BATCH, TOKENS = 2, 40
 
@@ -49,35 +55,29 @@ def inputs(kind: str) -> dict[str, Tensor]:
     }[kind]
 
 
-@pytest.mark.parametrize(("variant", "precision"), CASES)
-def test_training_passes(variant: str, precision: str, run: OnDevice) -> None:
-    model, ids = make(variant, precision, run).train(), whole(BATCH, TOKENS)
-    passes: list[tuple[str, dict[str, Any]]] = [
-        ("plain", {}),
-        ("packed", {"return_logits": False}),
-        ("packed and padded", {"num_loops": 2, "return_logits": False}),
-    ]
-    for kind, settings in passes:
-        with run:
-            out = model(ids, shift_labels=ids, use_cache=False, **inputs(kind), **settings)
-            out.loss.backward()
-        assert out.loss.device == META
-        assert (out.logits is None) == bool(settings)
-        assert all(p.grad is not None for p in model.parameters())
+@pytest.mark.parametrize(("case", "a_pass"), [*covering(CASES, PASSES), *((("yoco_u", "autocast"), one) for one in PASSES)])
+def test_training_passes(case: tuple[str, str], a_pass: tuple[str, dict[str, Any]], run: OnDevice) -> None:
+    model, ids, (kind, settings) = make(*case, run).train(), whole(BATCH, TOKENS), a_pass
+    with run:
+        out = model(ids, shift_labels=ids, use_cache=False, **inputs(kind), **settings)
+        out.loss.backward()
+    assert out.loss.device == META
+    assert (out.logits is None) == bool(settings)
+    assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize(("variant", "precision"), CASES)
-def test_prefill_and_decode(variant: str, precision: str, run: OnDevice) -> None:
-    model = make(variant, precision, run).eval()
-    for loops, mask in ((None, None), (2, whole(BATCH, TOKENS + 1))):
-        cache = YocoUCache(model.model.architecture.with_loops(loops or model.model.architecture.num_loops))
-        with run, torch.no_grad():
-            for start, end in ((0, TOKENS), (TOKENS, TOKENS + 1)):
-                call = {} if mask is None else {"attention_mask": mask[:, :end]}
-                out = model(whole(BATCH, end - start), past_key_values=cache, logits_to_keep=1, num_loops=loops, **call)
-                assert out.logits.shape == (BATCH, 1, 96)
-            kept = model(whole(BATCH, TOKENS), use_cache=False, logits_to_keep=whole(5)).logits
-            assert kept.shape == (BATCH, 5, 96)
+@pytest.mark.parametrize(("case", "loops"), covering(CASES, [None, 2]))
+def test_prefill_and_decode(case: tuple[str, str], loops: int | None, run: OnDevice) -> None:
+    """With a loop count of the call's own, also behind a mask."""
+    model, mask = make(*case, run).eval(), None if loops is None else whole(BATCH, TOKENS + 1)
+    cache = YocoUCache(model.model.architecture.with_loops(loops or model.model.architecture.num_loops))
+    with run, torch.no_grad():
+        for start, end in ((0, TOKENS), (TOKENS, TOKENS + 1)):
+            call = {} if mask is None else {"attention_mask": mask[:, :end]}
+            out = model(whole(BATCH, end - start), past_key_values=cache, logits_to_keep=1, num_loops=loops, **call)
+            assert out.logits.shape == (BATCH, 1, 96)
+        kept = model(whole(BATCH, TOKENS), use_cache=False, logits_to_keep=whole(5)).logits
+        assert kept.shape == (BATCH, 5, 96)
 
 
 def test_a_chunk_behind_a_filled_cache(run: OnDevice) -> None:

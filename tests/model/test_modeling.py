@@ -1,5 +1,6 @@
 """One forward pass, many ways to run it: each gives the same logits and the same gradients."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -22,7 +23,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "yoco_u, window 1": ("yoco_u", {"window": 1}),
     "yoco_u of experts": ("yoco_u", {"experts": EXPERTS}),
 }
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def every_variant(**axes: list[Any]) -> pytest.MarkDecorator:
+    """Each on one of the attention paths, with one value of each other argument."""
+    others = list(itertools.product(("blocks", "fused"), *axes.values()))
+    cases = [(variant, *other) for variant, other in covering(list(VARIANTS), others)]
+    return pytest.mark.parametrize(("variant", "attention_path", *axes), cases, indirect=["attention_path"])
 
 
 def make(variant: str, **settings: Any) -> YocoUForCausalLM:
@@ -49,9 +56,10 @@ def row_loss(logits: Tensor, ids: Tensor) -> Tensor:
 # The cache
 
 
-@every_variant
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_prefill_in_chunks(variant: str) -> None:
-    model, ids = make(variant), tokens(2, N)
+    length = 2 * WINDOW + 4
+    model, ids = make(variant), tokens(2, length)
     mask = torch.ones_like(ids)
     mask[1, :10] = 0
     real = mask.bool()
@@ -59,12 +67,12 @@ def test_prefill_in_chunks(variant: str) -> None:
         expected = model(ids, attention_mask=mask, use_cache=False).logits
         for chunk in (1, WINDOW - 1, WINDOW, WINDOW + 1):
             cache, parts = None, []
-            for start in range(0, N, chunk):
-                end = min(N, start + chunk)
+            for start in range(0, length, chunk):
+                end = min(length, start + chunk)
                 out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
                 parts.append(out.logits)
-            assert cache.get_seq_length() == N
+            assert cache.get_seq_length() == length
             close(model, torch.cat(parts, 1)[real], expected[real])
 
 
@@ -94,7 +102,7 @@ def test_sliding_caches_hold_no_more_than_the_window(window: int) -> None:
     assert len(cache.layers) == 2 * 3 + 1
 
 
-@every_variant
+@every_variant()
 def test_training_with_a_cache_gives_the_same_gradients(variant: str) -> None:
     """Sharing keys and values through a cache object once broke the gradients of k_proj elsewhere; here they are the same."""
     model, ids = make(variant).train(), tokens(2, N)
@@ -107,10 +115,10 @@ def test_training_with_a_cache_gives_the_same_gradients(variant: str) -> None:
             assert gradient.abs().max() > 1e-6, name
 
 
-@every_variant
+@every_variant(how=[(False, None), (True, True), (True, False)])
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
-@pytest.mark.parametrize(("use_reentrant", "use_cache"), [(False, None), (True, True), (True, False)])
-def test_gradient_checkpointing(variant: str, use_reentrant: bool, use_cache: bool | None) -> None:
+def test_gradient_checkpointing(variant: str, how: tuple[bool, bool | None]) -> None:
+    use_reentrant, use_cache = how
     model, ids = make(variant, layers=2).train(), tokens(2, N)
     plain = model(ids, labels=ids, use_cache=False).loss
     expected = gradients(model, plain)
@@ -126,8 +134,7 @@ def test_gradient_checkpointing(variant: str, use_reentrant: bool, use_cache: bo
 # Padding and packing
 
 
-@every_variant
-@pytest.mark.parametrize("side", ["left", "right"])
+@every_variant(side=["left", "right"])
 def test_padded_rows_equal_the_rows_alone(variant: str, side: str) -> None:
     model, lengths = make(variant, layers=2), [N, 17, 1]
     rows = [tokens(1, length, seed=length) for length in lengths]
@@ -147,8 +154,7 @@ def test_padded_rows_equal_the_rows_alone(variant: str, side: str) -> None:
     assert_same_gradients(gradients(model, loss), gradients(model, expected), 10 * tolerance(model))
 
 
-@every_variant
-@pytest.mark.parametrize("padding", [0, 6])
+@every_variant(padding=[0, 6])
 def test_packed_documents_equal_the_documents_alone(variant: str, padding: int) -> None:
     """Logits, loss and gradients."""
     model, lengths = make(variant, layers=2), [11, 1, 9, 50, 3]
@@ -197,7 +203,7 @@ def test_a_second_turn_that_is_padded_on_the_left() -> None:
 # Skipping the cross-decoder
 
 
-@every_variant
+@every_variant()
 def test_logits_to_keep(variant: str) -> None:
     model, ids = make(variant, layers=2), tokens(2, N)
     mask = torch.ones_like(ids)
@@ -293,7 +299,7 @@ def test_a_pass_that_goes_on_behind_its_first_loop(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@every_variant
+@every_variant()
 def test_more_loops_than_trained_run(variant: str) -> None:
     model, ids = make(variant), tokens(2, N)
     with torch.no_grad():
@@ -328,7 +334,7 @@ def test_labels_and_shift_labels() -> None:
     assert model(ids).loss is None
 
 
-@every_variant
+@every_variant()
 def test_inputs_embeds(variant: str) -> None:
     model, ids = make(variant, layers=2), tokens(2, N)
     with torch.no_grad():
@@ -338,7 +344,7 @@ def test_inputs_embeds(variant: str) -> None:
             model(**call)
 
 
-@every_variant
+@every_variant()
 def test_positions_are_relative(variant: str) -> None:
     """Except for ParScale, whose prefixes are at no position."""
     model, ids = make(variant, layers=2), tokens(2, N)
@@ -377,7 +383,7 @@ def test_inputs_that_contradict_each_other() -> None:
 # Precision
 
 
-@every_variant
+@every_variant()
 def test_bfloat16_and_autocast_stay_close_to_float32(variant: str) -> None:
     model, ids = make(variant, layers=2).float(), tokens(2, N)
     exact = model(ids, labels=ids)

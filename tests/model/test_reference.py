@@ -11,9 +11,9 @@ from models import EXPERTS, PRESETS, architecture, assert_same_gradients, build,
 from reference import reference_logits, reference_loss
 
 from yoco_u import Architecture
-from yoco_u.architecture import STAGES
 
 pytestmark = pytest.mark.usefixtures("attention_path")
+PATHS = ("blocks", "fused")  # of attention
 
 # Rotary angles and retention are float32 by design, so float64 models agree to float32's accuracy in those parts.
 # torch's grouped product has no float64, so models with experts run in float32 throughout.
@@ -47,7 +47,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def check_logits(arch: Architecture, length: int = 45, **call: Any) -> None:
+def check_logits(arch: Architecture, length: int = 25, **call: Any) -> None:
     model = build(arch).to(_dtype(arch))
     with torch.no_grad():
         actual = model(tokens(1, length), **call).logits[0]
@@ -99,12 +99,12 @@ def _unrolled(arch: Architecture, loops: int | None) -> dict[str, Any]:
     return plain
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_preset(name: str) -> None:
     check_logits(architecture(name))
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(("name", "attention_path"), covering(list(OPTIONS), PATHS), indirect=["attention_path"])
 def test_every_option(name: str) -> None:
     preset, settings = OPTIONS[name]
     check_logits(architecture(preset, **settings))
@@ -129,15 +129,15 @@ def test_gated_loops_at_call_time(loops: int) -> None:
     check_logits(architecture("yoco_u", loop_gate=0.3), 13, num_loops=loops)
 
 
-@pytest.mark.parametrize("case", [*((name, {}) for name in PRESETS), *OPTIONS.values()], ids=[*PRESETS, *OPTIONS])
-def test_gradients(case: tuple[str, dict[str, Any]]) -> None:
-    name, settings = case
+@pytest.mark.parametrize(("case", "attention_path"), covering([*PRESETS, *OPTIONS], PATHS), indirect=["attention_path"])
+def test_gradients(case: str) -> None:
+    name, settings = OPTIONS.get(case, (case, {}))
     arch = architecture(name, **({"layers": 2, "window": 3} if name == "yoco_u" else {"layers": 2}) | settings)
     model = build(arch).to(_dtype(arch))
-    loss, expected = _expected_gradients(arch.model_dump_json(), 12)
+    loss, expected = _expected_gradients(arch.model_dump_json(), 10)
     tolerance = TOLERANCE[model.dtype]
 
-    ids = tokens(1, 12)
+    ids = tokens(1, 10)
     actual = model(ids, labels=ids)
     torch.testing.assert_close(actual.loss, loss, rtol=tolerance, atol=tolerance, check_dtype=False)
     assert_same_gradients(gradients(model, actual.loss), expected, 5 * tolerance)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples import covering
 from models import architecture, assert_same_gradients, build, gradients, tokens
 from torch import Tensor
 
@@ -44,13 +45,15 @@ def detached(model: YocoUForCausalLM, loops: int, last: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("name", "loops", "last"), [
-    ("yoco_u", 3, 1), ("yoco_u", 5, 2), ("yoco_u", 2, 2), ("rins", 4, 2), ("universal_transformer", 3, 1), ("upper_loop", 4, 3),
-])  # fmt: skip
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_gradients_are_those_of_states_detached_before_the_last_loops(
-    name: str, loops: int, last: int, recomputed: bool
-) -> None:
+@pytest.mark.parametrize(("case", "recomputed"), covering(
+    [
+        ("yoco_u", 3, 1), ("yoco_u", 5, 2), ("yoco_u", 2, 2), ("rins", 4, 2), ("universal_transformer", 3, 1),
+        ("upper_loop", 4, 3),
+    ],
+    [False, True],
+))  # fmt: skip
+def test_gradients_are_those_of_states_detached_before_the_last_loops(case: tuple[str, int, int], recomputed: bool) -> None:
+    name, loops, last = case
     model = build(architecture(name, loop_gate=0.3)).double().train()
     with detached(model, loops, last):
         twin = model(**inputs(), num_loops=loops).loss
@@ -98,14 +101,16 @@ def test_outside_training_nothing_is_cut() -> None:
     assert_same_gradients(gradients(model, model(**inputs()).loss), whole, 0)
 
 
-@pytest.mark.parametrize(("name", "settings"), [
-    ("yoco_u", {}), ("yoco_u", {"loop_gate": 0.3, "global_kvs": 2, "rope_cross": True}), ("rins", {}),
-    ("universal_transformer", {}), ("yoco_u", {"tie_word_embeddings": True}),
-])  # fmt: skip
-@pytest.mark.parametrize("loop", [1, 3])
-@pytest.mark.parametrize("return_logits", [True, False])
-def test_an_earlier_exit_learns_from_the_last_loop(name: str, settings: dict[str, Any], loop: int, return_logits: bool) -> None:
+@pytest.mark.parametrize(("case", "how"), covering(
+    [
+        ("yoco_u", {}), ("yoco_u", {"loop_gate": 0.3, "global_kvs": 2, "rope_cross": True}), ("rins", {}),
+        ("universal_transformer", {}), ("yoco_u", {"tie_word_embeddings": True}),
+    ],
+    [(1, False), (3, True), (1, True), (3, False)],
+))  # fmt: skip
+def test_an_earlier_exit_learns_from_the_last_loop(case: tuple[str, dict[str, Any]], how: tuple[int, bool]) -> None:
     """The twin runs the whole model once with as many loops, and takes the divergence of its logits."""
+    (name, settings), (loop, return_logits) = case, how
     model = build(architecture(name, **settings)).double().train()
     last, early = model(**inputs(), num_loops=4), model(**inputs(), num_loops=loop)
     expected, found = last.logits.detach().log_softmax(-1), early.logits.log_softmax(-1)

@@ -43,6 +43,16 @@ async def said(client: openai.AsyncOpenAI, **body: Any) -> str:
     return found["choices"][0]["text"]  # type: ignore[index, no-any-return]
 
 
+@pytest.fixture(scope="module")
+async def plain_text(client: openai.AsyncOpenAI) -> str:
+    return await said(client, **SAY)
+
+
+@pytest.fixture(scope="module")
+async def plain_answer(client: openai.AsyncOpenAI) -> str:
+    return await said(client, **CHAT)
+
+
 ASKS_FOR_NOTHING: list[dict[str, Any]] = [
     {"stop": []}, {"stop": None}, {"n": 1}, {"seed": -5}, {"seed": 2**63 - 1}, {"seed": -(2**63)}, {"user": "somebody"},
     {"user": ""}, {"metadata": {}}, {"metadata": {"a": "b"}}, {"store": True}, {"store": False}, {"service_tier": "auto"},
@@ -66,13 +76,17 @@ OF_CHATS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("extra", ASKS_FOR_NOTHING + OF_COMPLETIONS)
-async def test_what_asks_for_nothing_changes_no_completion(client: openai.AsyncOpenAI, extra: dict[str, Any]) -> None:
-    assert await said(client, **SAY | extra) == await said(client, **SAY)
+async def test_what_asks_for_nothing_changes_no_completion(
+    client: openai.AsyncOpenAI, plain_text: str, extra: dict[str, Any]
+) -> None:
+    assert await said(client, **SAY | extra) == plain_text
 
 
 @pytest.mark.parametrize("extra", ASKS_FOR_NOTHING + OF_CHATS)
-async def test_what_asks_for_nothing_changes_no_chat(client: openai.AsyncOpenAI, extra: dict[str, Any]) -> None:
-    assert await said(client, **CHAT | extra) == await said(client, **CHAT)
+async def test_what_asks_for_nothing_changes_no_chat(
+    client: openai.AsyncOpenAI, plain_answer: str, extra: dict[str, Any]
+) -> None:
+    assert await said(client, **CHAT | extra) == plain_answer
 
 
 @pytest.mark.parametrize(("cls", "body"), [(CompletionRequest, SAY), (ChatRequest, CHAT)])

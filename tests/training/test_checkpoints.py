@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples import covering
 from models import architecture
 from test_checksums import DAMAGES, damage
 from test_resume import assert_same_run, unfinished_copy
@@ -188,8 +189,7 @@ def malicious(trace: Path) -> list[Any]:
     return [*whole, {"deep": [(1, whole[0])]}]
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize(("kind", "name"), covering(DAMAGES, ["tokenizer.json", "tokenizer_config.json"]))
 def test_a_damaged_tokenizer_of_a_run_is_named(finished: tuple[Path, RunConfig], tmp_path: Path, name: str, kind: str) -> None:
     folder = unfinished_copy(finished[0], tmp_path / "run", step=4)
     damage(folder / "tokenizer" / name, kind)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples import covering
 from models import EXPERTS, architecture, assert_same_gradients, build, gradients, tokens
 from safetensors.torch import load_file
 from test_resume import assert_same_run, unfinished_copy
@@ -44,8 +45,7 @@ def plain_twin(model: YocoUForCausalLM, weights: Any) -> YocoUForCausalLM:
     return twin
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "weights"), covering(list(VARIANTS), ["int8", "int4"]))
 def test_passes_are_those_of_the_quantized_model(variant: str, weights: Any) -> None:
     model = build(architecture("yoco_u", **VARIANTS[variant]))
     before = copy.deepcopy(model.state_dict())

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from models import PRESETS
 from training_runs import STEPS, deterministic, losses, run_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from yoco_u import YocoUConfig, YocoUForCausalLM
-from yoco_u.architecture import STAGES
 from yoco_u.config import parse
 from yoco_u.data import BatchLoader, PackedDataset
 from yoco_u.errors import UserError
@@ -27,7 +27,7 @@ EXPERTS = {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16}
 ALONE = Distributed(0, 1, 0, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_learns_and_generates(name: str, dataset: Path, tmp_path: Path) -> None:
     summary = train(run_config(dataset, name, steps=12, evaluate_every=12, save_every=12), tmp_path, progress=False)
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
@@ -47,7 +47,7 @@ def assert_close(found: Path, expected: Path, rel: float = 2e-4) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_accumulation_changes_nothing_but_rounding(dtype: str, dataset: Path, tmp_path: Path) -> None:
     for rows in (4, 1):
-        train(run_config(dataset, dtype=dtype, micro_batch_rows=rows), tmp_path / str(rows), progress=False)
+        train(run_config(dataset, dtype=dtype, micro_batch_rows=rows, steps=3), tmp_path / str(rows), progress=False)
     assert_close(tmp_path / "1", tmp_path / "4", rel=2e-4 if dtype == "float32" else 2e-2)
 
 
@@ -78,7 +78,7 @@ def test_masked_targets_count_as_little_as_they_should(dataset: Path) -> None:
 @pytest.mark.parametrize("settings", [{}, {"experts": EXPERTS}])
 def test_recomputing_activations_changes_nothing(settings: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
     for name, stages in (("kept", []), ("recomputed", [0, 1])):
-        config = run_config(dataset, architecture=settings, checkpoint_stages=stages)
+        config = run_config(dataset, architecture=settings, checkpoint_stages=stages, steps=3)
         train(config, tmp_path / name, progress=False)
     assert_close(tmp_path / "recomputed", tmp_path / "kept", rel=1e-6)
 

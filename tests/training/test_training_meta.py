@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from dry_run import META, OnDevice, on_meta
+from models import PRESETS
 from training_runs import run_config
 
 from yoco_u import YocoUConfig, YocoUForCausalLM
-from yoco_u.architecture import STAGES
 from yoco_u.data import BatchLoader, PackedDataset
 from yoco_u.training import step, validation
 from yoco_u.training.distributed import Distributed
@@ -22,7 +22,7 @@ from yoco_u.training.validation import evaluate
 
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16, "auxiliary_loss_weight": 0.01}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in STAGES},
+    **{name: (name, {}) for name in PRESETS},
     "tied": ("yoco_u", {"tie_word_embeddings": True, "loop_gate": 0.3}),
     "experts": ("yoco_u", {"experts": EXPERTS}),
 }

@@ -50,10 +50,8 @@ def again(place: Path, run: Path, **changed: Any) -> tuple[dict[str, Any], str]:
     ("name", "how"),
     [
         ("model.safetensors", "flip"),
-        ("model.safetensors", "empty"),
         ("optimizer.pt", "cut"),
-        ("optimizer.pt", "missing"),
-        ("scheduler.pt", "flip"),
+        ("scheduler.pt", "missing"),
         ("rng_state.pth", "empty"),
         ("config.json", "cut"),
         ("trainer_state.json", "flip"),
