@@ -160,11 +160,14 @@ def test_no_process_outlives_its_starter() -> None:
     wait_until_gone(*map(int, run.stdout.split()))
 
 
-def test_closed_processes_and_nurseries_end() -> None:
+@pytest.mark.parametrize("closed", [True, False])
+def test_closed_and_forgotten_processes_and_nurseries_end(closed: bool) -> None:
     nursery = Nursery("services", {}, **LIMITS)
     process = nursery.new()
     pids = int(say(process, "pid x")), int(say(process, "parent x"))
-    process.close()
+    if closed:
+        process.close()
+    del process
     wait_until_gone(pids[0])
     del nursery
     wait_until_gone(pids[1])

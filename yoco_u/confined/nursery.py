@@ -75,13 +75,14 @@ class Nursery:
             UserError: if the system cannot fork processes.
         """
         ours, theirs = socket.socketpair()
+        confined = Confined(ours, self)
         with theirs:
             try:
                 self._hand_over(theirs, first or self.seconds)
             except OSError:  # the process to fork has been ended or stopped from outside
                 self._end()
                 self._hand_over(theirs, first or self.seconds)
-        return Confined(ours, self)
+        return confined
 
     def wake(self) -> None:
         """Let processes go on that were stopped from outside."""
@@ -135,6 +136,7 @@ class Confined:
 
     def __init__(self, connection: socket.socket, nursery: Nursery) -> None:
         connection.setblocking(False)
+        weakref.finalize(self, connection.close)  # whoever drops it without `close` lets the process end, too
         self._connection, self._nursery = connection, weakref.ref(nursery)
         self._limits = f"more than {nursery.seconds:g} s of computing or {nursery.memory >> 20} MiB, or crashes"
         self._unsent, self._received = bytearray(), bytearray()
