@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
-from made_up_grids import finals, grid, preset, report_on, write_grid, write_run
+from made_up_grids import finals, grid, preset, report_on, results_of, write_grid, write_run
 
 from yoco_u.errors import UserError
 from yoco_u.experiment.findings.claims import FINDINGS
 from yoco_u.experiment.grid import expand
+from yoco_u.experiment.report import render
 from yoco_u.experiment.results import read_results
+from yoco_u.experiment.summary import summarize
 from yoco_u.files import write_json
 
 MODELS = {"yoco": preset("yoco", label=r"YOCO & <b> $\x$"), "yoco-u": preset("yoco_u", label="YOCO-U")}
@@ -50,8 +52,8 @@ def test_report_of_a_finished_grid(tmp_path: Path) -> None:
 
 def test_losses_at_several_loop_counts(tmp_path: Path) -> None:
     experiment = grid(MODELS)
-    report_on(experiment, write_grid(experiment, tmp_path / "plain", finals(LOSSES)), tmp_path / "plain")
-    assert "Loss over loops" not in (tmp_path / "plain" / "report.html").read_text()
+    plain = results_of(experiment, tmp_path / "plain", finals(LOSSES))
+    assert "Loss over loops" not in render(summarize(experiment, plain))
     base = experiment.base | {"training": experiment.base["training"] | {"evaluate_loops": [1, 2]}}
     experiment = experiment.model_copy(update={"base": base})
     runs = write_grid(experiment, tmp_path, finals(LOSSES))
@@ -139,8 +141,7 @@ def test_a_finished_run_without_its_last_evaluation_is_named(tmp_path: Path, kep
 def test_needles_are_maps_of_their_mean_over_the_seeds(tmp_path: Path) -> None:
     experiment, shares = grid(MODELS), {"yoco": 0.2, "yoco-u": 0.9}
     runs = write_grid(experiment, tmp_path, finals(LOSSES))
-    report_on(experiment, runs, tmp_path)
-    assert "<h2>Needles</h2>" not in (tmp_path / "report.html").read_text()
+    assert "<h2>Needles</h2>" not in render(summarize(experiment, read_results(runs, tmp_path)))
     for run in runs:
         needles = [
             {

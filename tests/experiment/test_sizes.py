@@ -109,7 +109,8 @@ def test_every_budget_has_a_line(tmp_path: Path) -> None:
     assert "</svg>60 tokens for each parameter</li>" in page
 
 
-def test_the_report_has_the_gaps_and_leads_to_each_size(tmp_path: Path) -> None:
+def test_the_report_has_the_gaps_and_leads_to_each_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("yoco_u.experiment.report.write_png", lambda *_: None)  # of each size, as of a grid of one
     found = summary_of(sizes_grid(), tmp_path, closing)
     write_sizes_report(found, tmp_path)
     page, data = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
