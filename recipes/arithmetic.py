@@ -19,7 +19,7 @@ from yoco_u.cli import main as yoco_u
 from yoco_u.errors import in_one_line, script_parser
 from yoco_u.files import check_result, write_result, write_text
 from yoco_u.folders import claim
-from yoco_u.plotting import colour, save_png
+from yoco_u.plotting import colour, open_frame, save_png
 
 BELOW = 100
 SEEDS = (0, 1, 2)
@@ -103,8 +103,7 @@ def draw(summaries: list[dict[str, Any]], path: Path) -> None:
     greedy.set(title="greedy answers, 1,000 held-out sums", xlabel="steps of GRPO")
     sampled.legend(frameon=False)
     for axes in (sampled, greedy):
-        axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
+        open_frame(axes, grid=0.2)
     save_png(figure, path)
 
 

@@ -32,7 +32,7 @@ from yoco_u.formatting import duration, short_bytes, short_count
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_tokens
 from yoco_u.loading import saved_architecture, weights_digest
-from yoco_u.plotting import colour, save_png
+from yoco_u.plotting import colour, open_frame, save_png
 from yoco_u.training import read_metrics
 from yoco_u.training.run_folder import RunFolder, read_run, read_run_config
 
@@ -175,8 +175,7 @@ def style(axes: Axes) -> None:
     axes.set(xlabel="tokens of healing", ylabel="perplexity of the validation split", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(alpha=0.2, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
+    open_frame(axes, grid=0.2, which="both")
 
 
 def card(found: dict[str, Any]) -> str:

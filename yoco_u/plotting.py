@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -129,9 +130,9 @@ def with_room(low: float, high: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def open_frame(axes: Axes, grid: float) -> None:
-    """Draw a grid of this opacity, and no frame above and to the right."""
-    axes.grid(alpha=grid)
+def open_frame(axes: Axes, grid: float, which: Literal["major", "both"] = "major") -> None:
+    """Draw a grid of this opacity, at the minor ticks too for `both`, and no frame above and to the right."""
+    axes.grid(alpha=grid, which=which)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -145,8 +146,7 @@ def _finish(axes: Axes, contexts: Sequence[int], logarithmic: bool) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.grid(alpha=0.2, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
+    open_frame(axes, grid=0.2, which="both")
 
 
 def save_png(figure: Figure, path: Path) -> None:
