@@ -9,6 +9,8 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -96,6 +98,21 @@ def read_back(tensor: torch.Tensor) -> Any:
 def host_waits(device: torch.device) -> bool:
     """Whether looking at a value on a device makes the host wait: everywhere but on a CPU."""
     return device.type != "cpu"
+
+
+@contextmanager
+def environment_variables(**values: str) -> Iterator[None]:
+    """Give variables of the environment other values for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def cxx_compiler() -> str | None:

@@ -35,6 +35,7 @@ from yoco_u.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
+from yoco_u.device import environment_variables
 from yoco_u.errors import UserError, naming
 from yoco_u.folders import NewFolder, check_place
 from yoco_u.formatting import short_bytes
@@ -239,7 +240,8 @@ def _encode(encoder: DocumentEncoder, items: Iterator[_Item], workers: int) -> I
         return [(split, document, ids) for (split, document), ids in zip(batch, tokens, strict=True)]
 
     pending: deque[Future[list[_Encoded]]] = deque()
-    with _single_threaded_tokenizers(), ThreadPoolExecutor(workers) as pool:
+    # The tokenizers library would start threads of its own beside ours.
+    with environment_variables(TOKENIZERS_PARALLELISM="false"), ThreadPoolExecutor(workers) as pool:
         try:
             for batch in _batches(items):
                 pending.append(pool.submit(encode, batch))
@@ -263,21 +265,6 @@ def _batches(items: Iterator[_Item]) -> Iterator[list[_Item]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-@contextmanager
-def _single_threaded_tokenizers() -> Iterator[None]:
-    """Keeps the tokenizers library from starting threads of its own beside ours."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _hash(source: str, purpose: str) -> float:

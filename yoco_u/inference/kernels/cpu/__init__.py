@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from yoco_u.device import cxx_compiler
+from yoco_u.device import cxx_compiler, environment_variables
 from yoco_u.errors import UserError
 
 _FOLDER = Path(__file__).parent
@@ -62,7 +62,10 @@ def _load(compiler: str) -> None:
     library = folder / f"{name}.so"
     if _loaded(library):  # without the lock, for which the folder would have to be writable
         return
-    with _lock(folder.with_suffix(".lock")), _environment(compiler):
+    from ninja import BIN_DIR
+
+    path = os.pathsep.join(filter(None, [os.environ.get("PATH"), BIN_DIR]))  # ninja, where no environment is activated
+    with _lock(folder.with_suffix(".lock")), environment_variables(CXX=compiler, PATH=path):
         if _loaded(library):
             return
         print("Building the C++ kernels for this CPU, once: a minute or two.", file=sys.stderr, flush=True)
@@ -100,24 +103,6 @@ def _lock(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _environment(compiler: str) -> Iterator[None]:
-    """Let torch find our compiler, and ninja also where Python's environment is not activated."""
-    from ninja import BIN_DIR
-
-    before = {name: os.environ.get(name) for name in ("CXX", "PATH")}
-    os.environ["CXX"] = compiler
-    os.environ["PATH"] = os.pathsep.join(filter(None, [before["PATH"], BIN_DIR]))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _reason(error: Exception) -> str:
