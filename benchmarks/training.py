@@ -58,7 +58,7 @@ def measure(size: str, rounds: int, batch_rows: int) -> list[dict[str, Any]]:
     for name in ("yoco_u", "yoco", "transformer"):
         architecture = preset(name, size)
         model = YocoUForCausalLM(YocoUConfig.from_architecture(architecture))
-        compile_model(model, "on")
+        compile_model(model, "on", model.device)
         candidates[f"yoco-u {name}"] = (architecture, step(model, architecture, batch_rows, LENGTH, use_cache=False))
     for name, compiled in (("Llama (transformers)", False), ("Llama (transformers), compiled", True)):
         llama: Any = LlamaForCausalLM(llama_config(transformer))

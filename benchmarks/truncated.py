@@ -44,7 +44,7 @@ def measure(size: str, length: int, batch_rows: int, rounds: int, compilation: s
     """One row for each loop count and number of loops with gradients."""
     architecture = preset("yoco_u", size)
     model = YocoUForCausalLM(YocoUConfig.from_architecture(architecture))
-    compile_model(model, compilation)
+    compile_model(model, compilation, model.device)
     steps = {
         loops: step(model, architecture, batch_rows, length, use_cache=False, num_loops=loops, return_logits=False)
         for loops in LOOPS

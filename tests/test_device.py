@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from models import EXPERTS, architecture
+from models import EXPERTS, architecture, build
 
 from yoco_u import device
 from yoco_u.device import check_bfloat16, find_device
 from yoco_u.errors import UserError
 from yoco_u.inference import EngineSettings, model_limits, prepacking
 from yoco_u.inference.kernels import gpu
+from yoco_u.model.blocks import blocks_of
+from yoco_u.training.parallelize import compile_model
 
 CUDA = torch.device("cuda", 0)
 OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please update it."
@@ -83,9 +85,35 @@ def test_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
                 model_limits.check_memory(a, shape, 3, 0, CUDA)
 
 
-def test_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "triton" else find_spec(name))
-    gpu.require_triton.cache_clear()
-    with pytest.raises(UserError, match=r"needs Triton, which is not installed; .*pip install"):
-        gpu.require_triton()
-    gpu.require_triton.cache_clear()
+@pytest.mark.parametrize("lacks", ["Triton", "a C compiler"])
+def test_a_gpu_without_triton_or_a_compiler(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine says so in one line, and so does training that must compile; other training goes on without compiling."""
+
+    def no_compiler(_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify")
+
+    if lacks == "Triton":
+        monkeypatch.setattr(device, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+        expected = r"Triton is not installed; .*pip install 'yoco-u\[gpu\]'"
+    else:
+        driver = pytest.importorskip("triton.runtime").driver
+        monkeypatch.setattr(type(driver), "active", property(no_compiler))
+        expected = r"cannot launch kernels here \(.*Failed to find C compiler.*\); it needs a C compiler"
+    monkeypatch.setattr(device, "what_triton_lacks", device.what_triton_lacks.__wrapped__)
+    monkeypatch.setattr(gpu, "what_triton_lacks", device.what_triton_lacks)
+    with pytest.raises(UserError, match=expected):
+        gpu.start_triton()
+    _check_training(CUDA, expected)
+
+
+def test_a_cpu_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    _check_training(torch.device("cpu"), r"no C\+\+ compiler here")
+
+
+def _check_training(device: torch.device, expected: str) -> None:
+    model = build(architecture("yoco"))
+    compile_model(model, "auto", device)
+    assert all(block._compiled_call_impl is None for block in blocks_of(model))
+    with pytest.raises(UserError, match=f"training.compile on cannot be had: .*{expected}"):
+        compile_model(model, "on", device)

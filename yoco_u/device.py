@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,6 +124,30 @@ def cxx_compiler() -> str | None:
     """
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     return next(filter(None, map(shutil.which, names)), None)
+
+
+def what_compiling_lacks(device: torch.device) -> str | None:
+    """What torch.compile lacks for a device, in words; None where it has all that it needs."""
+    if device.type == "cuda":
+        return what_triton_lacks()
+    return None if cxx_compiler() else "there is no C++ compiler here (c++, g++, clang++, or what CXX names)"
+
+
+@cache
+def what_triton_lacks() -> str | None:
+    """Why Triton cannot launch kernels on a GPU, in words; None where it can. It builds what launches them, if need be."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; expected 3.6 or later: pip install 'yoco-u[gpu]'"
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:
+        return (
+            f"Triton cannot launch kernels here ({first_line(error)}); it needs a C compiler (gcc, clang, or what CC names) "
+            "and the headers of Python (python3-dev)"
+        )
+    return None
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

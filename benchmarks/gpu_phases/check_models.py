@@ -84,7 +84,7 @@ class _Check:
         try:
             model: Any = self.model.to(self.device)
             if self.compiled:
-                compile_model(model, "on")
+                compile_model(model, "on", model.device)
             return {name: tensor.to("cpu") for name, tensor in part(model, self.inputs, self.dtype).items()}
         finally:
             self.model.to("cpu")

@@ -241,3 +241,15 @@ def test_a_forked_process_has_processes_of_its_own(nursery: Nursery) -> None:
     check_in_fork(child)
     assert not process.closed and say(process, "all ") == "a x "
     assert say(nursery.new(), "parent x") == parent
+
+
+def test_where_no_process_can_be_started_nothing_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    nursery, before = Nursery("services", {"greeting": "hi"}, **LIMITS), psutil.Process().num_fds()
+    with monkeypatch.context() as patch, pytest.raises(BlockingIOError):
+        patch.setattr(subprocess, "Popen", refuse)
+        nursery.new()
+    assert psutil.Process().num_fds() == before
+    assert say(nursery.new(), "greet you") == "hi you"

@@ -14,8 +14,6 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from yoco_u.errors import UserError  # noqa: E402
-from yoco_u.inference.kernels import gpu  # noqa: E402
 from yoco_u.inference.kernels.gpu import attention, pointwise, retention, storing  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, BATCH = 20, 4, 128, 2560, 6912, 32
@@ -131,12 +129,3 @@ def test_the_other_kernels_do_not_spill(compiled: list[Any], tmp_path: Path) -> 
     assert len(compiled) == 8
     for kernel in compiled:
         assert resources(kernel, tmp_path)["STACK"] == 0, kernel.name
-
-
-def test_a_triton_without_a_compiler_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compiler(_: object) -> None:
-        raise RuntimeError("Failed to find C compiler.\nPlease specify")
-
-    monkeypatch.setattr(type(triton.runtime.driver), "active", property(no_compiler))
-    with pytest.raises(UserError, match=r"cannot launch kernels here \(.*Failed to find C compiler.*\); it needs a C compiler"):
-        gpu.start_triton.__wrapped__()

@@ -15,6 +15,9 @@ import pytest
 from server_process import Process, serving
 
 from yoco_u.cli import main
+from yoco_u.errors import UserError
+from yoco_u.serving.server import check_listen
+from yoco_u.serving.settings import Listen
 
 LONG = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True}
 RUNNING, HELD = 'yoco_u_requests{state="running"}', 'yoco_u_kv_blocks{state="held"}'
@@ -98,15 +101,20 @@ def test_sigterm_lets_what_runs_end(process: Process) -> None:
     assert "Traceback" not in process.log.read_text()
 
 
-def test_tls_keys_that_stay_secret_and_a_drain_with_an_end(folder: Path, tmp_path: Path) -> None:
+def _certify(folder: Path) -> None:
+    """Write a certificate and its key."""
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
     try:
         subprocess.run(
             [*command, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
-            cwd=tmp_path, check=True, capture_output=True,
+            cwd=folder, check=True, capture_output=True,
         )  # fmt: skip
     except FileNotFoundError:
         pytest.skip("openssl is not installed")
+
+
+def test_tls_keys_that_stay_secret_and_a_drain_with_an_end(folder: Path, tmp_path: Path) -> None:
+    _certify(tmp_path)
     certificate, key, keys = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "keys"
     keys.write_text("from-the-file\n\n")
     trusted = ssl.create_default_context(cafile=str(certificate))
@@ -133,6 +141,21 @@ def test_tls_keys_that_stay_secret_and_a_drain_with_an_end(folder: Path, tmp_pat
         assert not re.search("from-the-|from-an-|guessed-one", log) and "/v1/models" in log
 
 
+@pytest.mark.parametrize("kind", ["absent", "no PEM", "another's key", "with a password"])
+def test_a_certificate_that_cannot_be_used_is_told_before_a_model_is_loaded(kind: str, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    if kind == "no PEM":
+        certificate.write_text("certificate")
+        key.write_text("key")
+    elif kind != "absent":
+        _certify(tmp_path)
+        password = ["-aes256", "-passout", "pass:secret"] if kind == "with a password" else []
+        source = ["rsa", "-in", key] if password else ["genrsa"]
+        subprocess.run(["openssl", *source, *password, "-out", key], check=True, capture_output=True)
+    with pytest.raises(UserError, match=r"cert\.pem: cannot use this certificate and key"):
+        check_listen(Listen(port=0, certificate=certificate, key=key))
+
+
 def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YOCO_U_KERNELS", "off")
 
@@ -146,7 +169,6 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1 port {port}" in error("--port", port)
     assert "belong together" in error("--certificate", "a.pem")
-    assert "cannot use this certificate" in error("--certificate", tmp_path / "a.pem", "--key", tmp_path / "b.pem", "--port", 0)
     assert "cannot read it" in error("--api-key-file", tmp_path / "none")
     (tmp_path / "empty").write_text("\n")
     assert "no key in it" in error("--api-key-file", tmp_path / "empty")

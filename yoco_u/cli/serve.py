@@ -111,7 +111,7 @@ def serve(
         if find_spec(package) is None:
             raise UserError(f"serving needs {package}: pip install 'yoco-u[serve]'")
     from yoco_u.loading import model_name
-    from yoco_u.serving.server import check_address, serve_process
+    from yoco_u.serving.server import check_listen, serve_process
     from yoco_u.serving.settings import Listen, ServerSettings
 
     loops = loops_or_auto(num_loops)
@@ -126,7 +126,7 @@ def serve(
     }  # fmt: skip
     settings = parse_options(ServerSettings, given, model_name="name", api_keys="api-key", cors_origins="cors-origin")
     listen = parse_options(Listen, {"host": host, "port": port, "certificate": certificate, "key": key})
-    check_address(listen)  # before the model is loaded
+    check_listen(listen)  # before the model is loaded
     engine = _engine(
         model, device, dtype=dtype, weights=weights, kv_dtype=kv_dtype, num_loops=loops, cache_tokens=cache_tokens,
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,

@@ -111,16 +111,20 @@ class Nursery:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         limits, path = json.dumps({"seconds": self.seconds, "bytes": self.memory}), json.dumps(sys.path)
-        with theirs, _file(json.dumps(self._setup).encode()) as setup:
-            passed = theirs.fileno(), setup.fileno()
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _RUN, *map(str, passed), self._service, limits, path],
-                pass_fds=passed,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # where Rust reports its panics and stack overflows
-                start_new_session=True,
-            )
+        try:
+            with theirs, _file(json.dumps(self._setup).encode()) as setup:
+                passed = theirs.fileno(), setup.fileno()
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-c", _RUN, *map(str, passed), self._service, limits, path],
+                    pass_fds=passed,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,  # where Rust reports its panics and stack overflows
+                    start_new_session=True,
+                )
+        except OSError:
+            ours.close()
+            raise
         self._end = weakref.finalize(self, _end, ours, process)
         self._wake = lambda: _wake(process)
         return ours

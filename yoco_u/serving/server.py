@@ -4,6 +4,7 @@ import asyncio
 import faulthandler
 import gc
 import socket
+import ssl
 import sys
 from types import FrameType
 from typing import Any
@@ -46,6 +47,7 @@ def serve_process(engine: Engine, settings: ServerSettings, listen: Listen) -> i
     Raises:
         UserError: if the address cannot be listened on, or the certificate cannot be used.
     """
+    _check_certificate(listen)
     server: _Server | None = None
 
     def died() -> None:
@@ -63,10 +65,6 @@ def serve_process(engine: Engine, settings: ServerSettings, listen: Listen) -> i
         ssl_keyfile=listen.key,
         timeout_graceful_shutdown=round(settings.drain_seconds + _LAST_WORDS) + 1,
     )
-    try:
-        config.load()
-    except OSError as error:  # ssl.SSLError is one
-        raise UserError(f"{listen.certificate}: cannot use this certificate and key ({error}); expected PEM files") from None
     server = _Server(config, app.state.loop, settings)
     with _socket(listen) as listening:
         scheme, port = "https" if listen.certificate else "http", listening.getsockname()[1]
@@ -137,9 +135,23 @@ class _Server(uvicorn.Server):
         self._event_loop.call_soon_threadsafe(lambda: self._event_loop.call_later(drain_seconds + _LAST_WORDS, abort))
 
 
-def check_address(listen: Listen) -> None:
-    """Check that an address can be listened on, without taking connections yet; errors as of `serve_process`."""
+def check_listen(listen: Listen) -> None:
+    """Check the address and the certificate, without taking connections yet; errors as of `serve_process`."""
     _socket(listen).close()
+    _check_certificate(listen)
+
+
+def _check_certificate(listen: Listen) -> None:
+    if listen.certificate is None:
+        return
+    try:
+        # The password is a wrong one, where a key has one: else OpenSSL asks for it, and waits.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(listen.certificate, listen.key, password="")
+    except OSError as error:  # ssl.SSLError is one
+        raise UserError(
+            f"{listen.certificate}: cannot use this certificate and key ({error}); expected PEM files, "
+            "the key without a password"
+        ) from None
 
 
 def _socket(listen: Listen) -> socket.socket:

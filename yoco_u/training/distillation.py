@@ -69,7 +69,7 @@ def load_teacher(config: RunConfig, device: torch.device) -> YocoUForCausalLM:
     """The teacher, in evaluation mode and without gradients."""
     assert config.distillation is not None
     teacher, _ = load_model(config.distillation.teacher, device)
-    compile_model(teacher, compilation(config).compile)
+    compile_model(teacher, compilation(config).compile, device)
     return teacher.requires_grad_(False)
 
 

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from yoco_u.device import cxx_compiler
+from yoco_u.device import what_compiling_lacks
+from yoco_u.errors import UserError
 from yoco_u.model import YocoUForCausalLM
 from yoco_u.model.blocks import LoopedStack, blocks_of
 from yoco_u.training.distributed import Distributed
@@ -30,7 +31,7 @@ def parallelize(model: YocoUForCausalLM, config: TrainingConfig, distributed: Di
     """
     checkpoint_stages(model, config.checkpoint_stages)
     truncate_backpropagation(model, config.backward_loops)
-    compile_model(model, config.compile)
+    compile_model(model, config.compile, distributed.device)
     if distributed.world_size == 1:
         return model.to(distributed.device)
     if config.parallel == "ddp":
@@ -64,14 +65,21 @@ _GRAPHS = 32
 """The most graphs that blocks are compiled to; beyond, they run uncompiled."""
 
 
-def compile_model(model: YocoUForCausalLM, setting: str) -> None:
+def compile_model(model: YocoUForCausalLM, setting: str, device: torch.device) -> None:
     """Run the blocks and the loss through torch.compile. One graph serves all layers of a kind, in all loops.
 
     Args:
         setting: `on`, `off` or `auto`, see `TrainingConfig.compile`.
+        device: where the model will run.
+
+    Raises:
+        UserError: if the setting is `on` where nothing can be compiled.
     """
-    can_compile = torch.cuda.is_available() or cxx_compiler() is not None
-    if setting == "off" or (setting == "auto" and not can_compile):
+    if setting == "off":
+        return
+    if (lack := what_compiling_lacks(device)) is not None:
+        if setting == "on":
+            raise UserError(f"training.compile on cannot be had: {lack}; training.compile=auto or off do without")
         return
     # All blocks run the same code: a model's kinds of blocks, in training and in evaluation, and those of a teacher.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)

@@ -91,7 +91,8 @@ class TrainingConfig(Config):
         weights: quantization-aware training: what the weights of linear layers and of the LM head are rounded to in the passes
             of training and in evaluations, as `yoco-u evaluate --weights` rounds them. Updates and checkpoints are of the
             unrounded weights, and so is the trained model. None for no rounding.
-        compile: whether blocks run through torch.compile; `auto` compiles where there is a C++ compiler or a GPU.
+        compile: whether blocks run through torch.compile; `auto` compiles where that can be done: with a C++
+            compiler for the CPU, with Triton and a C compiler for a GPU.
         checkpoint_stages: stages, by index, whose activations are recomputed in the backward pass instead of kept.
         parallel: how several processes share the work: `ddp` copies the model, `fsdp` shards it (FSDP2).
         device: a device of torch, or `auto`: a GPU where there is one, otherwise the CPU.

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from yoco_u import budget
 from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_vocabulary, prepare
-from yoco_u.device import environment, fast_dtype, gemm_rate, multiplies_bfloat16, peak_memory_bytes
+from yoco_u.device import environment, fast_dtype, gemm_rate, multiplies_bfloat16, peak_memory_bytes, what_compiling_lacks
 from yoco_u.errors import UserError, naming
 from yoco_u.files import write_json
 from yoco_u.loading import tokenizer_folder, weights_digest
@@ -213,8 +213,8 @@ class _Run:
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        steps = self.config.training.steps
-        with progress_report(self.config.name, self.state.step, steps, self.progress) as self.reporter:
+        training = self.config.training
+        with progress_report(self.config.name, self.state.step, training.steps, self.progress) as self.reporter:
             for problem in [*self.damaged, *self.lost]:
                 self.reporter.say(problem)
             if self.saved is not None:
@@ -223,7 +223,9 @@ class _Run:
                 self.reporter.say("no checkpoint is left: beginning again")
             if self.distributed.is_main and self.metrics.missing:
                 self.reporter.say(f"{METRICS} was damaged or lost, steps {self.metrics.missing} are missing; going on")
-            if self.config.training.dtype == "bfloat16" and not multiplies_bfloat16(self.distributed.device):
+            if training.compile == "auto" and (lack := what_compiling_lacks(self.distributed.device)) is not None:
+                self.reporter.say(f"training without compiling, which is slower: {lack}")
+            if training.dtype == "bfloat16" and not multiplies_bfloat16(self.distributed.device):
                 self.reporter.say("bfloat16 is slow without hardware for it; a new run with training.dtype=float32 is faster")
             yield
 

@@ -15,13 +15,13 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from yoco_u.errors import UserError, first_line
+from yoco_u.device import what_triton_lacks
+from yoco_u.errors import UserError
 from yoco_u.inference.kernels.gpu.splits import SplitPlan
 
 _LIBRARY = torch.library.Library("yoco_u_gpu", "DEF")
@@ -97,41 +97,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-@cache
-def require_triton() -> None:
-    """Check that Triton is installed.
-
-    Raises:
-        UserError: if it is not.
-    """
-    if find_spec("triton") is None:
-        raise UserError(
-            "the engine on a GPU needs Triton, which is not installed; expected 3.6 or later: pip install 'yoco-u[gpu]'"
-        )
-
-
-@cache
 def start_triton() -> None:
     """Let Triton build what launches its kernels, now and not while a request waits.
 
     Raises:
         UserError: if Triton is not installed, or cannot do that here.
     """
-    require_triton()
-    from triton.runtime import driver
-
-    try:
-        driver.active.get_current_target()
-    except Exception as error:
-        raise UserError(
-            f"the engine on a GPU needs Triton, which cannot launch kernels here ({first_line(error)}); it needs a C compiler "
-            "(gcc, clang, or what CC names) and the headers of Python (python3-dev)"
-        ) from None
+    if (lack := what_triton_lacks()) is not None:
+        raise UserError(f"the engine's kernels for GPUs are written in Triton: {lack}")
 
 
 @cache
 def _launcher(module: str, name: str) -> Callable[..., None]:
-    require_triton()
     return getattr(import_module(f"{__name__}.{module}"), name)
 
 
