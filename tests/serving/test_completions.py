@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from yoco_u import YocoUForCausalLM
 from yoco_u.data import DocumentEncoder
 from yoco_u.inference import RequestOutput, SamplingParams
+from yoco_u.inference.detokenizer import Detokenizer
 from yoco_u.serving import completions
+from yoco_u.serving.token_texts import TokenTexts
 
 pytestmark = pytest.mark.anyio
 
@@ -240,6 +242,23 @@ async def test_offsets_are_of_the_text_that_is_echoed(server: Server, prompt: st
     shown = [(name, at) for name, at in zip(found["tokens"], found["text_offset"], strict=True) if name != "<|endoftext|>"]
     assert all(text[at : at + len(name)] == name for name, at in shown if not name.startswith("bytes:"))
     assert text.startswith("<|endoftext|>") == bool(extra) and prompt in text
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_offsets_behind_a_prompt_that_ends_within_a_character(
+    tokenizer: PreTrainedTokenizerFast, encoded: Any, echo: bool
+) -> None:
+    """What the prompt has of it is echoed as U+FFFD, and the output begins with the whole character."""
+    ids = encoded("a🦉bc")[1:]  # without the token that begins documents
+    for cut in range(2, len(ids) - 2):
+        prompt, new = ids[:cut], ids[cut:]
+        echoed, detokenizer = tokenizer.decode(prompt) if echo else "", Detokenizer(tokenizer, SamplingParams(), prompt)
+        text = echoed + "".join(map(detokenizer.append, new)) + detokenizer.flush()
+        assert text == echoed + "🦉bc" and "\ufffd" in tokenizer.decode(prompt)
+        writer = completions._LogprobWriter(TokenTexts(tokenizer), SamplingParams(), prompt, echo)
+        written = ids if echo else new
+        found = writer.write(written, [None] * len(written))
+        assert [text[offset] for offset in found.text_offset[-2:]] == ["b", "c"]
 
 
 async def test_no_longer_answers_than_are_served(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

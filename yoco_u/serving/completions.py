@@ -35,8 +35,8 @@ class CompletionAnswer(Answer[CompletionChoice]):
                 yield CompletionChoice(index=index, text=text, finish_reason=event.finish_reason)
             return
         if index not in self._writers:
-            before = [] if self._echo else self.job.requests[event.prompt].prompt_token_ids
-            self._writers[index] = _LogprobWriter(self._texts, self.job.params, before)
+            prompt = self.job.requests[event.prompt].prompt_token_ids
+            self._writers[index] = _LogprobWriter(self._texts, self.job.params, prompt, self._echo)
         for begin in range(0, len(tokens), PIECE):
             end = begin + PIECE
             yield CompletionChoice(
@@ -69,18 +69,25 @@ class _LogprobWriter:
     """Log probabilities of one output in OpenAI's shape; it keeps count of where in the text each token begins.
 
     Args:
-        before: the tokens in front of the first one that is written.
+        prompt: the tokens before the output.
+        echo: whether the prompt's tokens are written first, whose text is one of its own.
     """
 
-    def __init__(self, texts: TokenTexts, params: SamplingParams, before: list[int]) -> None:
-        self._texts, shown = texts, SamplingParams(skip_special_tokens=params.skip_special_tokens)
-        self._detokenizer = Detokenizer(texts.tokenizer, shown, before)
+    def __init__(self, texts: TokenTexts, params: SamplingParams, prompt: list[int], echo: bool) -> None:
+        self._texts, self._prompt = texts, prompt
+        self._shown = SamplingParams(skip_special_tokens=params.skip_special_tokens)
+        self._to_echo = len(prompt) if echo else 0
+        self._detokenizer = Detokenizer(texts.tokenizer, self._shown)
         self._offset = 0
 
     def write(self, tokens: list[int], logprobs: list[TokenLogprobs | None]) -> CompletionLogprobs:
-        """Log probabilities of the output's next tokens."""
+        """Log probabilities of the next tokens."""
         offsets = []
         for token in tokens:
+            if self._to_echo == 0:  # the output begins
+                self._offset += len(self._detokenizer.flush())
+                self._detokenizer = Detokenizer(self._texts.tokenizer, self._shown, self._prompt)
+            self._to_echo -= 1
             offsets.append(self._offset)
             self._offset += len(self._detokenizer.append(token))
         return CompletionLogprobs(
