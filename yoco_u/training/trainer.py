@@ -213,7 +213,7 @@ class _Run:
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        training = self.config.training
+        training = compilation(self.config)
         with progress_report(self.config.name, self.state.step, training.steps, self.progress) as self.reporter:
             for problem in [*self.damaged, *self.lost]:
                 self.reporter.say(problem)
