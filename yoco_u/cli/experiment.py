@@ -12,6 +12,7 @@ from yoco_u.errors import UserError
 if TYPE_CHECKING:
     from yoco_u.experiment.config import Experiment
     from yoco_u.experiment.grid import GridRun
+    from yoco_u.experiment.results import RunResult
     from yoco_u.experiment.summary import Summary
 
 
@@ -35,6 +36,10 @@ def experiment(
         float | None,
         typer.Option("--minutes", min=0, help="Stop after this time; what is under way then keeps a checkpoint."),
     ] = None,
+    kept: Annotated[
+        Path | None,
+        typer.Option("--kept", metavar="REPORT.JSON", help="A report of this grid, whose finished runs are not trained again."),
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print the runs and train nothing.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report of what is there and train nothing.")] = False,
 ) -> None:
@@ -44,7 +49,8 @@ def experiment(
     same command goes on after any interruption. Several processes, on several
     machines too, may share one folder: no run is trained by two of them.
     Without --run and --only, a report is written at the end. --jobs fills a GPU
-    that one small model leaves idle.
+    that one small model leaves idle. --kept goes on where the folder of a grid
+    is gone, but for its report.
 
     [bold]Examples[/bold]
 
@@ -57,12 +63,15 @@ def experiment(
       yoco-u experiment grid.yaml --out runs/grid --jobs 8 --minutes 30
 
       yoco-u experiment grid.yaml --out runs/grid --report
+
+      yoco-u experiment grid.yaml --out runs/more --kept runs/grid/report.json 'seeds=[0, 1, 2, 3, 4]'
     """
     from yoco_u.config import apply_overrides, load_yaml, parse
 
     settings = apply_overrides(load_yaml(config), overrides or [])
     from yoco_u.experiment.config import Experiment
     from yoco_u.experiment.grid import choose, expand
+    from yoco_u.experiment.kept import finished_elsewhere
     from yoco_u.experiment.run import claim_experiment, train_runs
 
     several = jobs is not None or minutes is not None
@@ -75,20 +84,23 @@ def experiment(
     if list_:
         _print_runs(runs)
         return
-    chosen = choose(runs, run, only)
+    elsewhere = finished_elsewhere(kept, grid, folder) if kept else {}
+    to_train = [run for run in runs if run.name not in elsewhere]
+    chosen = [run for run in choose(runs, run, only) if run.name not in elsewhere]
     if not report:
         claim_experiment(folder, grid.sizes)
     if several:
         command = ["experiment", str(config), *(overrides or []), "--out", str(folder), "--only", "1/1"]
-        _train_in_processes(command, runs, folder, jobs or 1, minutes)
+        _train_in_processes([*command, *(["--kept", str(kept)] if kept else [])], to_train, folder, jobs or 1, minutes)
     elif not report:
         with stops_cleanly():
-            unfinished = train_runs(grid, runs, folder, chosen, say=note)
+            datasets = {kept / name: one.dataset for name, one in elsewhere.items()} if kept else {}
+            unfinished = train_runs(grid, to_train, folder, chosen, say=note, datasets=datasets)
         for left in unfinished:
             note(f"not finished: {left.name}")
         if run is not None or only is not None or not is_first_process():
             return
-    _report(grid, runs, folder)
+    _report(grid, runs, folder, elsewhere)
 
 
 def _train_in_processes(command: list[str], runs: "list[GridRun]", folder: Path, jobs: int, minutes: float | None) -> None:
@@ -113,11 +125,11 @@ def _train_in_processes(command: list[str], runs: "list[GridRun]", folder: Path,
     unfinished = left()
     for run in unfinished:
         note(f"not finished: {run.name}")
-    if len(unfinished) == len(runs):
+    if runs and len(unfinished) == len(runs):
         raise typer.Exit
 
 
-def _report(grid: "Experiment", runs: "list[GridRun]", folder: Path) -> None:
+def _report(grid: "Experiment", runs: "list[GridRun]", folder: Path, elsewhere: "dict[str, RunResult]") -> None:
     from yoco_u.experiment.report import write_report
     from yoco_u.experiment.results import read_results
     from yoco_u.experiment.run import REPORT, check_report
@@ -126,7 +138,7 @@ def _report(grid: "Experiment", runs: "list[GridRun]", folder: Path) -> None:
     from yoco_u.experiment.summary import summarize
 
     check_report(folder, grid.sizes)
-    results = read_results(runs, folder)
+    results = read_results(runs, folder, elsewhere)
     if grid.sizes:
         over_sizes = summarize_sizes(grid, results)
         write_sizes_report(over_sizes, folder)

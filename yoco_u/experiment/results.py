@@ -1,7 +1,7 @@
 """The results of a grid: the validation curve of every run, and series of runs that differ in nothing but their seeds."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from yoco_u.experiment.config import Role
 from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.intervals import Interval, NotDecidable, interval
 from yoco_u.experiment.measure import read_measures
-from yoco_u.experiment.run import check_one_dataset, has_diverged, is_finished
+from yoco_u.experiment.run import check_one_dataset, dataset_of, has_diverged, is_finished
 from yoco_u.report.comparison import equal_cost
 from yoco_u.training.metrics import METRICS, loops_key
 from yoco_u.training.run_folder import RunFolder, read_run
@@ -49,6 +49,7 @@ class RunResult:
         curve: all evaluations so far, in their order.
         seconds: time of training so far.
         measures: results by the name of the measure, see `yoco_u.experiment.measure`.
+        dataset: digest of the dataset that it was trained on; None where that was not noted.
     """
 
     run: GridRun
@@ -56,6 +57,7 @@ class RunResult:
     curve: tuple[Point, ...]
     seconds: float
     measures: dict[str, Any]
+    dataset: str | None = None
 
     @property
     def final(self) -> Point:
@@ -231,19 +233,21 @@ def _by_cost(found: Sequence[Series], cost: Cost) -> list[tuple[float, list[Seri
     return groups
 
 
-def read_results(runs: Sequence[GridRun], folder: Path) -> Results:
+def read_results(runs: Sequence[GridRun], folder: Path, elsewhere: Mapping[str, RunResult] | None = None) -> Results:
     """Read the folders of all runs of a grid, finished or not.
 
     Args:
         folder: folder of the experiment.
+        elsewhere: results by the names of the runs whose folders are not read.
 
     Raises:
-        UserError: if no run is finished, or a folder is damaged or holds a run of other settings.
+        UserError: if no run is finished, a folder is damaged or holds a run of other settings, or two runs had not one dataset.
     """
-    results = results_of(tuple(_read_result(run, folder / run.name) for run in runs))
+    elsewhere = elsewhere or {}
+    results = results_of(tuple(elsewhere.get(run.name) or _read_result(run, folder / run.name) for run in runs))
     if not results.series:
         raise UserError(f"{folder}: none of the {len(runs)} runs is finished yet; train them without --report first")
-    check_one_dataset(folder / result.run.name for result in results.runs if result.state == "finished")
+    check_one_dataset({folder / one.run.name: one.dataset for one in results.runs if one.state == "finished"})
     return results
 
 
@@ -274,7 +278,7 @@ def _read_result(run: GridRun, folder: Path) -> RunResult:
     elif has_diverged(folder):
         state = "diverged"
     steps = recorded.kind("train")
-    return RunResult(run, state, curve, steps[-1]["seconds"] if steps else 0.0, read_measures(folder))
+    return RunResult(run, state, curve, steps[-1]["seconds"] if steps else 0.0, read_measures(folder), dataset_of(folder))
 
 
 def _has_records(metrics: Path) -> bool:

@@ -1,7 +1,7 @@
 """Trains the runs of a grid one after another. Several processes may share a grid: no run is trained by two of them."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,7 @@ def train_runs(
     chosen: Sequence[GridRun] | None = None,
     progress: bool = True,
     say: Say = lambda _: None,
+    datasets: Mapping[Path, str | None] | None = None,
 ) -> list[GridRun]:
     """Train every run that is not finished, each in `folder`/name; then let its model write the samples, and measure it.
 
@@ -44,6 +45,7 @@ def train_runs(
         folder: of the experiment, see `claim_experiment`.
         chosen: those to train; all by default.
         say: called with a line of text before each run, and where one is passed over.
+        datasets: digests of those that other runs of the grid were trained on, by where that is noted.
 
     Returns:
         The runs that are still not finished.
@@ -64,7 +66,7 @@ def train_runs(
         with distributed_session(run.config.training.device) as distributed:
             passed_over = distributed.on_main(partial(has_diverged, target))
             if not passed_over:
-                distributed.on_main(partial(_check_dataset, run, runs, folder, progress))
+                distributed.on_main(partial(_check_dataset, run, runs, folder, progress, datasets or {}))
         if passed_over:
             say(f"{run.name}: the loss was not finite; passed over (remove {target} to try again)")
             unfinished.append(run)
@@ -117,37 +119,43 @@ def _check_measures(measures: Measures, runs: Iterable[GridRun], folder: Path, p
         check_measures(measures, first.config, progress)
 
 
-def _check_dataset(run: GridRun, runs: Iterable[GridRun], folder: Path, progress: bool) -> None:
+def _check_dataset(
+    run: GridRun, runs: Iterable[GridRun], folder: Path, progress: bool, datasets: Mapping[Path, str | None]
+) -> None:
     """Refuse, before a run is trained, a dataset that is not that of the others, as one that is prepared anew may be."""
-    target, others = folder / run.name, [folder / other.name for other in runs]
-    if is_finished(target) or not any(RunFolder(other).noted("dataset") for other in others):
+    target = folder / run.name
+    known = {**datasets, **{folder / other.name: dataset_of(folder / other.name) for other in runs}}
+    if is_finished(target) or not any(known.values()):
         return
     config = RunFolder(target).located(run.config)
     dataset = Path(config.dataset)
     if config.data is not None and not (dataset / INDEX).exists():
         prepare(config.data, dataset, progress)
-    check_one_dataset(others, dataset if (dataset / INDEX).exists() else None)
+    if (dataset / INDEX).exists():
+        known[dataset] = DatasetIndex.load(dataset).digest
+    check_one_dataset(known)
 
 
-def check_one_dataset(runs: Iterable[Path], dataset: Path | None = None) -> None:
+def check_one_dataset(digests: Mapping[Path, str | None]) -> None:
     """Check that the runs of a grid were trained on one dataset, as far as they have noted it.
 
     Args:
-        runs: their folders.
-        dataset: the dataset that it has to be; None for any.
+        digests: of the dataset of each, by the folder of the run, or by that of a dataset.
 
     Raises:
         UserError: if two differ.
     """
-    found = {} if dataset is None else {DatasetIndex.load(dataset).digest: dataset}
-    for run in runs:
-        found.setdefault(RunFolder(run).noted("dataset"), run)
-    found.pop(None, None)
+    found = {digest: place for place, digest in digests.items() if digest is not None}
     if len(found) > 1:
         one, other = sorted(found.values())[:2]
         raise UserError(
             f"{one} and {other}: the dataset was another one for each; bring it back, or begin the grid in a new folder"
         )
+
+
+def dataset_of(folder: Path) -> str | None:
+    """The digest of the dataset that the run in this folder noted; None if it has not."""
+    return RunFolder(folder).noted("dataset")
 
 
 def is_finished(folder: Path) -> bool:

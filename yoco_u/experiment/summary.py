@@ -105,6 +105,7 @@ class Summary:
                     "loss_at_loops": result.curve[-1].at_loops if result.curve else {},
                     "measures": result.measures,
                 }
+                | ({} if result.dataset is None else {"dataset": result.dataset})
                 for result in self.results.runs
             ],
         }
