@@ -25,7 +25,8 @@ talk: .venv/installed
 	$(BIN)/python recipes/talk.py --minutes $(MINUTES)
 
 test: format
-	@$(MAKE) --no-print-directory --jobs 2 mypy pytest
+	@$(MAKE) --no-print-directory --jobs 2 mypy .venv/compiled
+	@$(MAKE) --no-print-directory pytest
 
 # Compiles to byte code what the tests import, once: else each of pytest's processes would, all at the same time.
 .venv/compiled: .venv/installed-dev
