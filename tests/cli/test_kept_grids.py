@@ -98,6 +98,8 @@ def test_another_grid_is_refused_before_training(run: Any, grid: Path, kept: Pat
     out = ("--out", tmp_path / "more", "--kept", kept)
     other = run("experiment", grid, "base.training.steps=3", *out)
     assert other.error.startswith(f"{kept}: yoco_seed-0 was trained with training.steps = 2, here it is 3; ")
+    assert "is one of this grid" in run("experiment", grid, "seeds=[7]", *out).error
+    assert run("experiment", grid, "--list", *out).error.startswith("--kept has no effect here: ")
     measured = run("experiment", grid, "measures={angular: {tokens: 64}}", *out)
     assert measured.error.startswith(f"{kept}: its runs were measured with ")
     assert not (tmp_path / "more").exists()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yoco_u.cli.arguments import check_at_most
+from yoco_u.cli.arguments import check_at_most, check_unused
 from yoco_u.cli.output import is_first_process, note, stops_cleanly
 from yoco_u.errors import UserError
 
@@ -82,6 +82,7 @@ def experiment(
     runs = expand(grid, folder)
     check_at_most(len(runs), "the runs of the grid: no more than one process trains each", jobs=jobs)
     if list_:
+        check_unused("--list prints all runs of the grid", kept=kept)
         _print_runs(runs)
         return
     elsewhere = finished_elsewhere(kept, grid, folder) if kept else {}

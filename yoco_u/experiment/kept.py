@@ -59,7 +59,8 @@ def finished_elsewhere(path: Path, experiment: Experiment, folder: Path) -> dict
         folder: of the experiment.
 
     Raises:
-        UserError: if the file is no report of a grid, or a run of that name had other settings, or was measured otherwise.
+        UserError: if the file is no report of a grid or has none of these runs finished, or one had other settings or was
+            measured otherwise.
     """
     report = read_json(path, dict[str, Any])
     try:
@@ -77,6 +78,8 @@ def finished_elsewhere(path: Path, experiment: Experiment, folder: Path) -> dict
         for key, old, new in differences(result.run.config, run.config):
             raise UserError(f"{path}: {run.name} was trained with {key} = {old!r}, here it is {new!r}; use one of the two")
         kept[run.name] = result
+    if not kept:
+        raise UserError(f"{path}: no run that is finished there is one of this grid; leave it out, or give another report")
     return kept
 
 
