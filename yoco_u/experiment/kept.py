@@ -45,8 +45,8 @@ def judge_again(report: Mapping[str, Any]) -> Summary | SizesSummary:
         KeyError: if the grid of today has a run that the report lacks.
     """
     experiment = Experiment.model_validate(report["experiment"])
-    found = dict(_results(report, expand(experiment, Path("kept"))))
     runs = [run for run in expand(experiment, Path("kept")) if not experiment.sizes or run.size in report["sizes"]]
+    found = dict(_results(report, runs))
     results = results_of(tuple(found[run.name] for run in runs))
     return summarize_sizes(experiment, results) if experiment.sizes else summarize(experiment, results)
 
