@@ -64,7 +64,7 @@ WRITERS = {
 
 INPUTS = {
     "model", "models", "runs", "config", "test", "compare", "include_path", "data", "json_schema", "api_key_file",
-    "certificate", "key",
+    "certificate", "key", "kept",
 }  # fmt: skip
 """Parameters of commands that are read."""
 
