@@ -124,8 +124,10 @@ def _check_dataset(
 ) -> None:
     """Refuse, before a run is trained, a dataset that is not that of the others, as one that is prepared anew may be."""
     target = folder / run.name
+    if is_finished(target):
+        return
     known = {**datasets, **{folder / other.name: dataset_of(folder / other.name) for other in runs}}
-    if is_finished(target) or not any(known.values()):
+    if not any(known.values()):
         return
     config = RunFolder(target).located(run.config)
     dataset = Path(config.dataset)
