@@ -40,6 +40,21 @@ def p_hop(instance: str) -> tuple[list[str], int]:
     return found, hops
 
 
+def pointers(instance: str) -> tuple[list[str], int]:
+    told, _, rest = instance.partition("?")
+    behind = {told[place].lower(): told[place + 1] for place in range(0, len(told), 2)}
+    found, steps = [], set()
+    for asked, _ in questions(rest):
+        way = [asked[0].lower()]
+        while behind[way[-1]] != way[0]:
+            way.append(behind[way[-1]])
+        assert len(way) == len(behind) == len(told) / 2 > 2 * int(asked[1:])
+        found.append(way[int(asked[1:])])
+        steps.add(int(asked[1:]))
+    [level] = steps
+    return found, level
+
+
 def assignments(instance: str) -> tuple[list[str], int]:
     told, _, rest = instance.partition("?")
     source = {pair[0]: pair[1] for pair in told.split(",")}
@@ -103,6 +118,7 @@ def word_problems(in_steps: bool) -> Callable[[str], tuple[list[str], int]]:
 
 SOLVERS: dict[str, Callable[[str], tuple[list[str], int]]] = {
     "p-hop": p_hop,
+    "pointers": pointers,
     "assignments": assignments,
     "addition": addition,
     "s3": word(S3),

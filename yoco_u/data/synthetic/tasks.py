@@ -8,13 +8,14 @@ told: each is uniform, or nearly so, as long as one of its steps is unknown.
 from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
-from string import ascii_letters, ascii_uppercase, digits
+from string import ascii_letters, ascii_lowercase, ascii_uppercase, digits
 from typing import NamedTuple
 
 BEGIN, END = "=", ";"
 """What stands before an answer, and behind it; they occur nowhere else."""
 
 HOP_LETTERS = "abcde"
+LEAST_CIRCLE = 5
 CHAINS, ASKED_CHAINS = 6, 2
 SPELLINGS = 10
 """Letters for each permutation. So even short words are too many to be learned by heart."""
@@ -47,6 +48,24 @@ def p_hop(draw: Random, level: int) -> str:
         if end is not None
     ]
     return f"{text}?{''.join(questions)}"
+
+
+def pointers(draw: Random, level: int) -> str:
+    """Steps around a circle: `DaAcEbBdCe?A2=e;B2=a;`
+
+    A letter points at the one behind it, and all are in one circle of the first letters of the alphabet: of five, or of twice
+    as many as there are steps and one more, so that the way back is longer. Two letters are asked for. As low levels have few
+    letters, a model can learn to look one up before it meets many.
+    """
+    circle = list(ascii_lowercase[: max(LEAST_CIRCLE, 2 * level + 1)])
+    draw.shuffle(circle)
+    told = [before.upper() + letter for before, letter in zip([circle[-1], *circle], circle, strict=False)]
+    draw.shuffle(told)
+    questions = [
+        f"{circle[place].upper()}{level}{_answer(circle[(place + level) % len(circle)])}"
+        for place in draw.sample(range(len(circle)), 2)
+    ]
+    return f"{''.join(told)}?{''.join(questions)}"
 
 
 def assignments(draw: Random, level: int) -> str:
@@ -131,6 +150,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "p-hop": Task(p_hop, 32, "hops"),
+    "pointers": Task(pointers, (len(ascii_lowercase) - 1) // 2, "steps around a circle"),
     "assignments": Task(assignments, len(ascii_letters) // CHAINS, "assignments in a chain"),
     "addition": Task(addition, 40, "digits"),
     "s3": Task(partial(permutations, images=TRANSPOSITIONS), 64, "permutations"),
