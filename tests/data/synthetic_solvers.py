@@ -45,12 +45,12 @@ def pointers(instance: str) -> tuple[list[str], int]:
     behind = {told[place].lower(): told[place + 1] for place in range(0, len(told), 2)}
     found, steps = [], set()
     for asked, _ in questions(rest):
-        way = [asked[0].lower()]
+        way, count = [asked[0].lower()], int(asked[1:])
         while behind[way[-1]] != way[0]:
             way.append(behind[way[-1]])
-        assert len(way) == len(behind) == len(told) / 2 > 2 * int(asked[1:])
-        found.append(way[int(asked[1:])])
-        steps.add(int(asked[1:]))
+        assert len(way) == len(behind) == len(told) / 2 > 2 * count
+        found.append(way[count])
+        steps.add(count)
     [level] = steps
     return found, level
 

@@ -59,7 +59,7 @@ def pointers(draw: Random, level: int) -> str:
     """
     circle = list(ascii_lowercase[: max(LEAST_CIRCLE, 2 * level + 1)])
     draw.shuffle(circle)
-    told = [before.upper() + letter for before, letter in zip([circle[-1], *circle], circle, strict=False)]
+    told = [circle[place - 1].upper() + letter for place, letter in enumerate(circle)]
     draw.shuffle(told)
     questions = [
         f"{circle[place].upper()}{level}{_answer(circle[(place + level) % len(circle)])}"
