@@ -18,7 +18,7 @@ from yoco_u.data import DocumentEncoder
 from yoco_u.data.config import MINIMUM_VOCABULARY
 from yoco_u.data.tokenizer import train_tokenizer
 from yoco_u.errors import UserError, in_one_line, script_parser
-from yoco_u.evaluation.needles import NOISE, Needle, generate_needle
+from yoco_u.evaluation.needles import NOISE, Needle, NeedleMaker
 from yoco_u.files import check_result, write_text
 
 FIRST_SEED = 1_000_000
@@ -40,17 +40,18 @@ def main() -> None:
         raise UserError(f"{chosen.out}: is there already; name another file, or move it elsewhere")
     check_result(chosen.out)
     if not (
-        chosen.documents >= 1 and 1 <= chosen.shortest <= chosen.longest and chosen.again >= 0 and 1 <= chosen.digits <= 18
+        chosen.documents >= 1 and 1 <= chosen.shortest <= chosen.longest and chosen.again >= 0 and 2 <= chosen.digits <= 18
     ):
         raise UserError(
-            "--documents and --shortest are at least 1, --digits 1 to 18, --again at least 0, --longest at least --shortest"
+            "--documents and --shortest are at least 1, --digits 2 to 18, --again at least 0, --longest at least --shortest"
         )
     encoder = DocumentEncoder(train_tokenizer(["a"], MINIMUM_VOCABULARY))  # the smallest vocabulary: a token is a byte
+    maker = NeedleMaker(encoder, digits=chosen.digits, values=chosen.values)
     drawn, lines = random.Random(0), []
     for number in track(range(chosen.documents), description="needles"):
         length, depth = log_uniform(drawn, chosen.shortest, chosen.longest), drawn.random()
         seed = FIRST_SEED + number
-        needle = generate_needle("single_1", encoder, length, depth, seed, digits=chosen.digits, values=chosen.values)
+        needle = maker.make("single_1", length, depth, seed)
         lines.append(json.dumps({"text": needle.document + "".join(asked_again(needle, drawn) for _ in range(chosen.again))}))
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(chosen.out, "\n".join(lines) + "\n")

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from yoco_u.data import DocumentEncoder, train_tokenizer
 from yoco_u.errors import UserError
 from yoco_u.evaluation.needle_grid import NeedleScore, NeedleSettings, check_needles, needle_grid, recall
-from yoco_u.evaluation.needles import KINDS, Kind, generate_needle
+from yoco_u.evaluation.needles import KINDS, Kind, NeedleMaker
 from yoco_u.inference import LLM, Completion, RequestOutput, SamplingParams, TokenLogprobs
 from yoco_u.inference.logprobs import Logprob
 
@@ -123,10 +123,11 @@ def test_impossible_lengths_are_refused_before_anything_runs(tokenizer: PreTrain
 def test_what_is_not_refused_beforehand_can_be_made(tokenizer: PreTrainedTokenizerFast, kind: Kind) -> None:
     """The shortest length that is not refused is that of the needle which needs most, and is enough at every depth."""
     encoder = DocumentEncoder(tokenizer)
+    maker = NeedleMaker(encoder, TEXT)
 
     def least(number: int) -> int:
         with pytest.raises(UserError) as caught:
-            generate_needle(kind, encoder, 60, 0, number, TEXT)
+            maker.make(kind, 60, 0, number)
         return int(re.findall(r"take (\d+)", str(caught.value))[0])
 
     seeds = range(15, 20)
@@ -135,7 +136,7 @@ def test_what_is_not_refused_beforehand_can_be_made(tokenizer: PreTrainedTokeniz
     check_needles(settings, encoder, TEXT)
     for number in seeds:
         for depth in settings.depth_shares:
-            generate_needle(kind, encoder, length, depth, number, TEXT)
+            maker.make(kind, length, depth, number)
     with pytest.raises(UserError, match=f"{length - 1} tokens are too few"):
         check_needles(settings.model_copy(update={"lengths": (length - 1, 2000)}), encoder, TEXT)
 
@@ -162,7 +163,7 @@ def test_the_engine_gives_what_transformers_gives(
     for score in scores:
         expected = []
         for seed in range(2):
-            needle = generate_needle(score.kind, DocumentEncoder(tokenizer), 650, score.depth, seed, TEXT)
+            needle = NeedleMaker(DocumentEncoder(tokenizer), TEXT).make(score.kind, 650, score.depth, seed)
             row = torch.tensor([needle.prompt_ids + needle.answer_ids])
             start = len(needle.prompt_ids)
             with torch.no_grad():

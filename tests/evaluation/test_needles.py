@@ -20,7 +20,7 @@ from yoco_u.evaluation.needles import (
     SLACK,
     Kind,
     Needle,
-    generate_needle,
+    NeedleMaker,
     load_haystack,
 )
 
@@ -66,21 +66,25 @@ ENCODERS = {
     "words": encoder(words()),
 }
 
-arguments = st.fixed_dictionaries(
+settings_of_makers = st.fixed_dictionaries(
     {
-        "kind": st.sampled_from(KINDS),
-        "length": st.integers(1300, 2500),
-        "depth": st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 1)),
-        "seed": st.integers(0, 10**6),
         "haystack": st.sampled_from(sorted(HAYSTACKS)).map(HAYSTACKS.__getitem__),
         "digits": st.integers(4, 9),
         "values": st.sampled_from(["numbers", "words"]),
     }
 )
+needles = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(KINDS),
+        "length": st.integers(1300, 2500),
+        "depth": st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 1)),
+        "seed": st.integers(0, 10**6),
+    }
+)
 
 
 def make(kind: Kind = "single_2", length: int = 700, depth: float = 0.5, seed: int = 0, haystack: str | None = CODE) -> Needle:
-    return generate_needle(kind, BPE, length, depth, seed, haystack)
+    return NeedleMaker(BPE, haystack).make(kind, length, depth, seed)
 
 
 def body(needle: Needle) -> str:
@@ -101,39 +105,39 @@ def places(needle: Needle) -> list[float]:
 
 
 @settings(max_examples=examples(40))
-@given(st.sampled_from(sorted(ENCODERS)), arguments)
-def test_the_length_is_exact_and_the_same_arguments_give_the_same(tokenizer: str, given: dict) -> None:
+@given(st.sampled_from(sorted(ENCODERS)), settings_of_makers, needles)
+def test_the_length_is_exact_and_the_same_arguments_give_the_same(tokenizer: str, chosen: dict, given: dict) -> None:
     encoder = ENCODERS[tokenizer]
-    assume(given["haystack"] != HAYSTACKS["unbroken"] or "word" not in tokenizer)  # tokenizers of words read it as one token
-    needle = generate_needle(encoder=encoder, **given)
+    assume(chosen["haystack"] != HAYSTACKS["unbroken"] or "word" not in tokenizer)  # tokenizers of words read it as one token
+    needle = NeedleMaker(encoder, **chosen).make(**given)
     assert len(needle.prompt_ids) + needle.max_tokens == given["length"]
     assert needle.max_tokens == len(needle.answer_ids) + SLACK
     assert needle.prompt_ids == encoder.encode([needle.prompt])[0].tolist()
     assert needle.prompt_ids + needle.answer_ids == encoder.encode([needle.document])[0].tolist()
-    assert needle == generate_needle(encoder=encoder, **given)
+    assert needle == NeedleMaker(encoder, **chosen).make(**given)
 
 
 @settings(max_examples=examples(30))
-@given(arguments)
-def test_facts_lie_at_their_depths(given: dict) -> None:
+@given(settings_of_makers, needles)
+def test_facts_lie_at_their_depths(chosen: dict, given: dict) -> None:
     """The fact that is asked for lies at the depth; several lie at even distances from there to the end."""
-    needle = generate_needle(encoder=BPE, **given)
+    needle = NeedleMaker(BPE, **chosen).make(**given)
     *found, size = places(needle)
     count, depth = len(needle.facts), given["depth"]
     wanted = [depth + (1 - depth) * i / count for i in range(count)]
     if needle.kind == "multi_key":
         [(asked, place)] = [(fact, at) for fact, at in zip(needle.facts, found, strict=True) if needle.answers[0] in fact]
         found, wanted = [place], [depth]
-        name = given["values"].removesuffix("s")
+        name = chosen["values"].removesuffix("s")
         assert f"special magic {name} for {asked.split()[7]} mentioned" in needle.prompt
     for place, share in zip(found, wanted, strict=True):
         assert abs(place - share * size) <= PLACE_TOLERANCE + 10
 
 
 @settings(max_examples=examples(30))
-@given(arguments)
-def test_the_answer_is_in_the_text_once(given: dict) -> None:
-    needle = generate_needle(encoder=BPE, **given)
+@given(settings_of_makers, needles)
+def test_the_answer_is_in_the_text_once(chosen: dict, given: dict) -> None:
+    needle = NeedleMaker(BPE, **chosen).make(**given)
     assert needle.answer == " " + ", ".join(needle.answers)
     if needle.kind == "variable_tracking":
         assignments = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", body(needle)))
@@ -143,9 +147,9 @@ def test_the_answer_is_in_the_text_once(given: dict) -> None:
             [current] = [name for name, before in assignments.items() if before == current]
             names.append(current)
         assert tuple(names) == needle.answers and len(names) == len(assignments) == 5
-        assert len(value) == given["digits"] and body(needle).count(value) == 1
+        assert len(value) == chosen["digits"] and body(needle).count(value) == 1
         return
-    name, form = ("number", rf"\d{{{given['digits']}}}") if given["values"] == "numbers" else ("word", "[a-z]+-[a-z]+")
+    name, form = ("number", rf"\d{{{chosen['digits']}}}") if chosen["values"] == "numbers" else ("word", "[a-z]+-[a-z]+")
     for answer in needle.answers:
         assert re.fullmatch(form, answer) and needle.prompt.count(answer) == 1
     [key] = set(re.findall(rf"magic {name}s? for (\S+) mentioned", needle.prompt))
@@ -177,8 +181,9 @@ def test_a_sample_is_the_same_at_every_depth_but_for_where_it_lies() -> None:
 def test_every_length_is_reached_where_characters_are_several_tokens() -> None:
     """Each character is three tokens of one byte, so that some lengths can only be reached with a filler."""
     text = "数学是研究数量结构变化空间以及信息等概念的一门学科\n" * 100
+    maker = NeedleMaker(ENCODERS["bytes"], text)
     for length in range(1000, 1030):
-        needle = generate_needle("single_2", ENCODERS["bytes"], length, 0.5, 0, text)
+        needle = maker.make("single_2", length, 0.5, 0)
         assert len(needle.prompt_ids) + needle.max_tokens == length
 
 
@@ -208,13 +213,13 @@ def test_what_is_not_possible() -> None:
     with pytest.raises(UserError, match=r"the depth is 1.5"):
         make(depth=1.5)
     with pytest.raises(UserError, match="1 digits are too few"):
-        generate_needle("single_1", BPE, 500, 0.5, 0, digits=1)
+        NeedleMaker(BPE, digits=1)
     with pytest.raises(UserError, match="unknown values 'names'; expected numbers or words"):
-        generate_needle("single_1", BPE, 500, 0.5, 0, values="names")  # type: ignore[arg-type]
+        NeedleMaker(BPE, values="names")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="fewer than 900 tokens"):
-        generate_needle("single_2", ENCODERS["words"], 900, 0.5, 0, HAYSTACKS["unbroken"])
+        NeedleMaker(ENCODERS["words"], HAYSTACKS["unbroken"]).make("single_2", 900, 0.5, 0)
     with pytest.raises(UserError, match="holds nearly every value"):
-        generate_needle("single_2", BPE, 900, 0.5, 0, " ".join(map(str, range(10, 100))) + "\n", digits=2)
+        NeedleMaker(BPE, " ".join(map(str, range(10, 100))) + "\n", digits=2).make("single_2", 900, 0.5, 0)
 
 
 def test_load_haystack(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from yoco_u.config import Config, Count, EachOnce, Seed, at_most
 from yoco_u.data import DocumentEncoder
 from yoco_u.errors import UserError
 from yoco_u.evaluation.finite import scored_tokens
-from yoco_u.evaluation.needles import KINDS, Kind, Needle, Values, draft_needle, generate_needle
+from yoco_u.evaluation.needles import KINDS, Kind, Needle, NeedleMaker, Values
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.logprobs import Logprob
 from yoco_u.inference.outputs import check_outputs
@@ -24,7 +24,7 @@ class NeedleSettings(Config):
     """Which needles a model is asked for.
 
     Attributes:
-        kinds: kinds of needles, see `generate_needle`.
+        kinds: kinds of needles, see `NeedleMaker`.
         lengths: lengths in tokens, each of a prompt and the room for its output together.
         depths: number of depths, at even distances from the beginning of the haystack to its end; a single one is the middle.
         samples: number of needles of each kind, length and depth. At every depth they are the same, but for where they lie.
@@ -113,11 +113,12 @@ def needle_grid(
     if longest > llm.engine.max_model_len:
         raise UserError(f"a length of {longest} tokens is more than the {llm.engine.max_model_len} that the engine holds")
     check_needles(settings, encoder, haystack)
+    maker = _maker(settings, encoder, haystack)
     scores = []
     for kind in settings.kinds:
         for length in settings.lengths:
             answered: list[tuple[float, float, float]] = []
-            needles = _needles(kind, encoder, length, settings, haystack)
+            needles = _needles(maker, kind, length, settings)
             while batch := list(islice(needles, llm.engine.settings.max_num_seqs)):
                 answered += _ask(llm, batch, num_loops)
                 advance(len(batch))
@@ -143,14 +144,14 @@ def check_needles(settings: NeedleSettings, encoder: DocumentEncoder, haystack: 
     Raises:
         UserError: if a length is too short for a needle, or a kind needs a haystack and there is none that will do.
     """
-    depth = settings.depth_shares[0]  # at another one the same facts lie elsewhere
+    maker = _maker(settings, encoder, haystack)
     shortest, longest = min(settings.lengths), max(settings.lengths)
     asked = [(shortest, seed) for seed in settings.seeds]
     if longest > shortest:
         asked.append((longest, settings.seeds[0]))  # any will do: all fit, and the haystack has enough of everything or not
     for kind in settings.kinds:
         for length, seed in asked:
-            draft_needle(kind, encoder, length, depth, seed, haystack, settings.digits, settings.values)
+            maker.check(kind, length, seed)
 
 
 def recall(answers: Sequence[str], output: str) -> float:
@@ -158,12 +159,14 @@ def recall(answers: Sequence[str], output: str) -> float:
     return sum(answer.lower() in output.lower() for answer in answers) / len(answers)
 
 
-def _needles(
-    kind: Kind, encoder: DocumentEncoder, length: int, settings: NeedleSettings, haystack: str | None
-) -> Iterator[Needle]:
+def _maker(settings: NeedleSettings, encoder: DocumentEncoder, haystack: str | None) -> NeedleMaker:
+    return NeedleMaker(encoder, haystack, settings.digits, settings.values)
+
+
+def _needles(maker: NeedleMaker, kind: Kind, length: int, settings: NeedleSettings) -> Iterator[Needle]:
     for depth in settings.depth_shares:
         for seed in settings.seeds:
-            yield generate_needle(kind, encoder, length, depth, seed, haystack, settings.digits, settings.values)
+            yield maker.make(kind, length, depth, seed)
 
 
 def _ask(llm: LLM, needles: Sequence[Needle], num_loops: int | None) -> list[tuple[float, float, float]]:

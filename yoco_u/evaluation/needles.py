@@ -43,7 +43,7 @@ class Needle:
     Attributes:
         kind: kind of the needle.
         length: number of tokens of the prompt and the room for an output together: `len(prompt_ids) + max_tokens`.
-        depth: place of the fact that is asked for, as a share of the haystack; see `generate_needle`.
+        depth: place of the fact that is asked for, as a share of the haystack; see `NeedleMaker.make`.
         seed: seed of everything that was drawn.
         prompt: haystack with hidden facts, and question. It ends where the answer begins.
         prompt_ids: tokens of the prompt, with `<|endoftext|>` before them.
@@ -94,7 +94,7 @@ class _Task:
 
 
 @dataclass(frozen=True)
-class Draft:
+class _Draft:
     """A needle whose haystack is not cut yet.
 
     Attributes:
@@ -117,17 +117,9 @@ class Draft:
         return len(self.answer_ids) + SLACK
 
 
-def generate_needle(
-    kind: Kind,
-    encoder: DocumentEncoder,
-    length: int,
-    depth: float,
-    seed: int,
-    haystack: str | None = None,
-    digits: int = 7,
-    values: Values = "numbers",
-) -> Needle:
-    """Hide one fact or several in a haystack, and ask for them.
+@dataclass(frozen=True)
+class NeedleMaker:
+    """Hides one fact or several in a haystack, and asks for them.
 
     - `single_1`: one value (a number, or words) under a key, hidden in noise.
     - `single_2`: one value under a key, hidden in a text.
@@ -136,63 +128,106 @@ def generate_needle(
     - `variable_tracking`: a chain of assignments from a number to five variables, hidden in noise; the question asks for the
       names of all five.
 
-    Args:
-        kind: kind of the needle.
+    Attributes:
         encoder: the tokenizer.
-        length: number of tokens of the prompt and the room for an output together.
-        depth: place of the fact that is asked for, from 0, the beginning of the haystack, to 1, its end. If several are asked
-            for, the first lies there, and the others follow at even distances up to the end. The other keys of `multi_key` lie
-            anywhere.
-        seed: seed of everything that is drawn: the keys, values and names, and the place from which the haystack is read.
         haystack: a text to hide facts in. It is read from a random place on, and again from its beginning where it ends. Kinds
             in `NOISE_KINDS` do not use it; the others need it (`NOISE` will do).
         digits: number of digits of the hidden numbers.
         values: what is hidden under the keys: numbers, or words of the same form as the keys (`adjective-noun`).
 
     Raises:
-        UserError: for an unknown kind of needle or of values, a missing haystack, numbers out of range, or a length that is too
-            short.
+        UserError: for unknown values, or numbers of fewer than two digits.
     """
-    draft = draft_needle(kind, encoder, length, depth, seed, haystack, digits, values)
-    prompt, prompt_ids = _fit(draft, encoder, length)
-    task = draft.task
-    return Needle(
-        kind, length, depth, seed, prompt, prompt_ids, tuple(fact for _, fact in task.facts), task.answers, draft.answer,
-        draft.answer_ids, draft.room,
-    )  # fmt: skip
 
+    encoder: DocumentEncoder
+    haystack: str | None = None
+    digits: int = 7
+    values: Values = "numbers"
 
-def draft_needle(
-    kind: Kind,
-    encoder: DocumentEncoder,
-    length: int,
-    depth: float,
-    seed: int,
-    haystack: str | None = None,
-    digits: int = 7,
-    values: Values = "numbers",
-) -> Draft:
-    """Draw what `generate_needle` hides, and see that it fits into the length; arguments and errors as there."""
-    haystack = _haystack_of(kind, haystack)
-    if not 0 <= depth <= 1:
-        raise UserError(f"the depth is {depth}; expected a share from 0 to 1")
-    if digits < 2:
-        raise UserError(f"numbers of {digits} digits are too few to tell needles apart; ask for at least 2")
-    if values not in get_args(Values):
-        raise UserError(f"unknown values {values!r}; expected {' or '.join(get_args(Values))}")
-    drawn = random.Random(f"{kind} {seed}")
-    start = _place(haystack, drawn.random()) % len(haystack)
-    text, ends = _read(encoder, haystack, start, length)
-    task = _task(kind, drawn, depth, digits, values, text)
-    answer = " " + ", ".join(task.answers)
-    answer_ids = _continuation(encoder, task.question, answer)
-    draft = Draft(text, ends, task, answer, answer_ids, len(encoder.encode([task.around("")])[0]) + _LEAST_HAYSTACK)
-    if length < draft.least + draft.room:
-        raise UserError(
-            f"{length} tokens are too few for a needle of kind {kind}: its question, facts and answer take "
-            f"{draft.least + draft.room} with the least haystack; ask for a longer one"
-        )
-    return draft
+    def __post_init__(self) -> None:
+        if self.digits < 2:
+            raise UserError(f"numbers of {self.digits} digits are too few to tell needles apart; ask for at least 2")
+        if self.values not in get_args(Values):
+            raise UserError(f"unknown values {self.values!r}; expected {' or '.join(get_args(Values))}")
+
+    def make(self, kind: Kind, length: int, depth: float, seed: int) -> Needle:
+        """Make a needle.
+
+        Args:
+            kind: its kind.
+            length: number of tokens of the prompt and the room for an output together.
+            depth: place of the fact that is asked for, from 0, the beginning of the haystack, to 1, its end. If several are
+                asked for, the first lies there, and the others follow at even distances up to the end. The other keys of
+                `multi_key` lie anywhere.
+            seed: seed of everything that is drawn: the keys, values and names, and the place from which the haystack is read.
+
+        Raises:
+            UserError: for an unknown kind, a missing haystack or one that will not do, a depth that is no share, or a length
+                that is too short.
+        """
+        draft = self._draft(kind, length, depth, seed)
+        prompt, prompt_ids = _fit(draft, self.encoder, length)
+        task = draft.task
+        return Needle(
+            kind, length, depth, seed, prompt, prompt_ids, tuple(fact for _, fact in task.facts), task.answers, draft.answer,
+            draft.answer_ids, draft.room,
+        )  # fmt: skip
+
+    def check(self, kind: Kind, length: int, seed: int) -> None:
+        """Refuse what `make` would refuse, at any depth: at another one the same facts lie elsewhere."""
+        self._draft(kind, length, 0, seed)
+
+    def _draft(self, kind: Kind, length: int, depth: float, seed: int) -> _Draft:
+        haystack = self._haystack_of(kind)
+        if not 0 <= depth <= 1:
+            raise UserError(f"the depth is {depth}; expected a share from 0 to 1")
+        drawn = random.Random(f"{kind} {seed}")
+        start = _place(haystack, drawn.random()) % len(haystack)
+        text, ends = _read(self.encoder, haystack, start, length)
+        task = self._task(kind, drawn, depth, text)
+        answer = " " + ", ".join(task.answers)
+        answer_ids = _continuation(self.encoder, task.question, answer)
+        least = len(self.encoder.encode([task.around("")])[0]) + _LEAST_HAYSTACK
+        draft = _Draft(text, ends, task, answer, answer_ids, least)
+        if length < draft.least + draft.room:
+            raise UserError(
+                f"{length} tokens are too few for a needle of kind {kind}: its question, facts and answer take "
+                f"{draft.least + draft.room} with the least haystack; ask for a longer one"
+            )
+        return draft
+
+    def _haystack_of(self, kind: str) -> str:
+        if kind not in KINDS:
+            raise UserError(f"unknown kind of needle {kind!r}; expected one of {', '.join(KINDS)}")
+        if kind in NOISE_KINDS:
+            return NOISE
+        if self.haystack is None or not self.haystack.strip():
+            raise UserError(f"needles of kind {kind} are hidden in a text; give a haystack that holds some")
+        return self.haystack
+
+    def _task(self, kind: Kind, drawn: random.Random, depth: float, text: str) -> _Task:
+        """Draw the keys, values and names of a task. None of them occurs in the text."""
+
+        def number() -> str:
+            return str(drawn.randrange(10 ** (self.digits - 1), 10**self.digits))
+
+        def pair_of_words() -> str:
+            return f"{drawn.choice(ADJECTIVES)}-{drawn.choice(NOUNS)}"
+
+        if kind == "variable_tracking":
+            names = _distinct(lambda: "".join(drawn.choices(ascii_uppercase, k=5)), _HOPS + 1, text)
+            return _tracking_task(depth, names, _distinct(number, 1, text)[0])
+        key, *others = keys = _distinct(pair_of_words, _NEEDLES, text)
+        what = self.values
+        draw, taken = (number, text) if what == "numbers" else (pair_of_words, f"{text} {keys}")
+        values = _distinct(draw, _NEEDLES, taken)
+        if kind == "multi_value":
+            facts = [(at, _fact(what, key, value)) for at, value in zip(_spread(depth, len(values)), values, strict=True)]
+            return _magic_task(what, key, facts, values)
+        facts = [(depth, _fact(what, key, values[0]))]
+        if kind == "multi_key":
+            facts += [(drawn.random(), _fact(what, other, value)) for other, value in zip(others, values[1:], strict=True)]
+        return _magic_task(what, key, sorted(facts, key=itemgetter(0)), values[:1])
 
 
 def load_haystack(entries: Sequence[str], text_field: str = "text") -> str:
@@ -215,39 +250,6 @@ def load_haystack(entries: Sequence[str], text_field: str = "text") -> str:
     if not haystack.strip():
         raise UserError(f"{', '.join(entries)}: there is no text to hide needles in; name files that hold some")
     return haystack
-
-
-def _haystack_of(kind: str, given: str | None) -> str:
-    if kind not in KINDS:
-        raise UserError(f"unknown kind of needle {kind!r}; expected one of {', '.join(KINDS)}")
-    if kind in NOISE_KINDS:
-        return NOISE
-    if given is None or not given.strip():
-        raise UserError(f"needles of kind {kind} are hidden in a text; give a haystack that holds some")
-    return given
-
-
-def _task(kind: Kind, drawn: random.Random, depth: float, digits: int, what: Values, text: str) -> _Task:
-    """Draw the keys, values and names of a task. None of them occurs in the text."""
-
-    def number() -> str:
-        return str(drawn.randrange(10 ** (digits - 1), 10**digits))
-
-    def pair_of_words() -> str:
-        return f"{drawn.choice(ADJECTIVES)}-{drawn.choice(NOUNS)}"
-
-    if kind == "variable_tracking":
-        names = _distinct(lambda: "".join(drawn.choices(ascii_uppercase, k=5)), _HOPS + 1, text)
-        return _tracking_task(depth, names, _distinct(number, 1, text)[0])
-    key, *others = keys = _distinct(pair_of_words, _NEEDLES, text)
-    values = _distinct(number, _NEEDLES, text) if what == "numbers" else _distinct(pair_of_words, _NEEDLES, f"{text} {keys}")
-    if kind == "multi_value":
-        facts = [(at, _fact(what, key, value)) for at, value in zip(_spread(depth, len(values)), values, strict=True)]
-        return _magic_task(what, key, facts, values)
-    facts = [(depth, _fact(what, key, values[0]))]
-    if kind == "multi_key":
-        facts += [(drawn.random(), _fact(what, other, value)) for other, value in zip(others, values[1:], strict=True)]
-    return _magic_task(what, key, sorted(facts, key=itemgetter(0)), values[:1])
 
 
 def _fact(what: Values, key: str, value: str) -> str:
@@ -349,7 +351,7 @@ def _place(text: str, depth: float) -> int:
     return wanted
 
 
-def _fit(draft: Draft, encoder: DocumentEncoder, length: int) -> tuple[str, list[int]]:
+def _fit(draft: _Draft, encoder: DocumentEncoder, length: int) -> tuple[str, list[int]]:
     """Cut the haystack so that the prompt has exactly `length - draft.room` tokens.
 
     The number of tokens of the prompt is not the sum of those of its parts, because text merges into other tokens where parts
