@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import signal
 from collections import Counter
 from pathlib import Path
@@ -29,12 +30,13 @@ from yoco_u.training.distributed import Distributed
 from yoco_u.training.loop_draw import LoopDraw
 from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.parallelize import truncate_backpropagation
-from yoco_u.training.step import TrainingStep
+from yoco_u.training.step import Pass, TrainingStep
 
 ALONE = Distributed(0, 1, 0, torch.device("cpu"))
 UNIFORM = {"most": 4}
 HUGINN = {"distribution": "poisson_lognormal", "most": 6, "mean": 3}
-EVERYTHING = {"loop_draw": HUGINN, "backward_loops": 2, "early_exit_weight": 0.5}
+SPREAD = HUGINN | {"per_step": 2}
+EVERYTHING = {"loop_draw": SPREAD, "backward_loops": 2, "early_exit_weight": 0.5}
 GATED = {"loop_gate": 0.5}
 
 
@@ -66,14 +68,19 @@ def test_without_truncation_its_mean_is_the_mean() -> None:
     assert sum(loops * chance for loops, chance in chances.items()) == pytest.approx(4)
 
 
-@pytest.mark.parametrize("settings", [{"least": 2, "most": 5}, HUGINN, {"least": 3, "most": 3}])
+@pytest.mark.parametrize(
+    "settings", [{"least": 2, "most": 5}, HUGINN, {"least": 3, "most": 3}, {"most": 5, "per_step": 3}, HUGINN | {"per_step": 4}]
+)
 def test_steps_draw_from_the_distribution(settings: dict[str, Any]) -> None:
     found, state = draw(**settings), torch.get_rng_state()
     drawn = [found.at(0, step, 3) for step in range(4000)]
     chances = found.probabilities(3)
-    counted = Counter(drawn)
-    assert counted.keys() <= chances.keys()
+    assert {len(counts) for counts in drawn} == {found.per_step} and all(list(counts) == sorted(counts) for counts in drawn)
+    assert {loops for counts in drawn for loops in counts} <= chances.keys()
+    for loops, chance in chances.items():  # of each count a step has as many as are expected, or one more or less
+        assert all(abs(counts.count(loops) - chance * found.per_step) < 1 + 1e-9 for counts in drawn)
     if len(chances) > 1:
+        counted = Counter(random.Random(step).choice(counts) for step, counts in enumerate(drawn))
         result = chisquare([counted[loops] for loops in chances], 4000 * np.array([*chances.values()]))
         assert result.pvalue > 1e-3
         assert drawn[:50] != [found.at(1, step, 3) for step in range(50)]
@@ -85,7 +92,7 @@ def test_the_mean_follows_a_schedule(dataset: Path) -> None:
     schedule = [{"until": 0.25, "loops": 1}, {"until": 0.5, "loops": 2}]
     growing = {"distribution": "poisson_lognormal", "most": 30}
     config = run_config(dataset, steps=4000, loop_schedule=schedule, loop_draw=growing)
-    drawn = np.array([config.loops_at(step) for step in range(4000)])
+    drawn = np.array([config.loops_at(step)[0] for step in range(4000)])
     assert (drawn[:1000] == 1).all()
     assert drawn[1000:2000].mean() == pytest.approx(2, abs=0.15)
     assert drawn[2000:].mean() == pytest.approx(3, abs=0.15)
@@ -93,14 +100,19 @@ def test_the_mean_follows_a_schedule(dataset: Path) -> None:
 
 def test_exits_are_drawn_from_the_loops_before_the_last(dataset: Path) -> None:
     config = run_config(dataset, steps=2000, loop_draw={"most": 3}, early_exit_weight=1.0)
-    pairs = Counter((config.loops_at(step), config.exit_at(step)) for step in range(2000))
+    draws = [(step, loops) for step in range(2000) for loops in config.loops_at(step)]
+    pairs = Counter((loops, config.exit_at(step, loops)) for step, loops in draws)
     assert pairs.keys() == {(1, None), (2, 1), (3, 1), (3, 2)}
     assert pairs[3, 1] == pytest.approx(pairs[3, 2], rel=0.2)
-    assert run_config(dataset, loop_draw={"most": 3}).exit_at(0) is None
+    assert run_config(dataset, loop_draw={"most": 3}).exit_at(0, 3) is None
 
 
-def direct_flops(config: RunConfig, loops: int) -> float:
+def direct_flops(config: RunConfig, *counts: int | None) -> float:
     """Model FLOPs of a step of 4 rows of 24 tokens: forward, backward through two loops, and an exit by the cross-decoder."""
+    return sum(_flops_of_all_rows(config, loops or 0) for loops in counts) / len(counts)
+
+
+def _flops_of_all_rows(config: RunConfig, loops: int) -> float:
     a, tokens = config.architecture, 4 * 24
     cross = a.stages[1].layers * 2 * (a.hidden_size * 2 * 32 + 3 * a.hidden_size * a.intermediate_size)
     cross += a.stages[1].layers * 4 * 32 * 25 / 2
@@ -122,15 +134,15 @@ def test_each_step_runs_and_counts_what_it_drew(dataset: Path, tmp_path: Path, m
 
     monkeypatch.setattr(YocoUForCausalLM, "forward", watch)
     summary = train(config, tmp_path / "run", progress=False)
-    loops = [parse(LoopDraw, HUGINN, "").at(0, step, 3) for step in range(8)]
-    exits = [config.exit_at(step) for step in range(8)]
-    assert seen == [(t, None if at is None else EarlyExit(at, 0.5)) for t, at in zip(loops, exits, strict=True)]
+    loops = [parse(LoopDraw, SPREAD, "").at(0, step, 3) for step in range(8)]
+    drawn = [(t, config.exit_at(step, t)) for step, counts in enumerate(loops) for t in counts]
+    assert seen == [(t, None if at is None else EarlyExit(at, 0.5)) for t, at in drawn]
     assert len(set(loops)) > 2
     records = read_metrics(tmp_path / "run")
     assert all(("perplexity" in record) == (record["kind"] == "evaluation") for record in records)
     steps = [record for record in records if record["kind"] == "train"]
-    assert [record["loops"] for record in steps] == loops
-    each = [direct_flops(config, t) for t in loops]
+    assert [record["loops"] for record in steps] == [sum(counts) / 2 for counts in loops]
+    each = [direct_flops(config, *counts) for counts in loops]
     assert [record["flops"] for record in steps] == pytest.approx([sum(each[: i + 1]) for i in range(8)])
     assert summary["flops"] == pytest.approx(sum(each))
 
@@ -149,9 +161,7 @@ def test_a_plan_counts_what_is_expected(dataset: Path) -> None:
     assert config.training_flops() == pytest.approx(expected)
     assert config.training_flops(3000) == pytest.approx(expected, rel=0.03)
     assert config.training_flops(3000) != config.training_flops()
-    assert config.training_flops(10) == pytest.approx(
-        sum(direct_flops(config, config.loops_at(step) or 0) for step in range(10))
-    )
+    assert config.training_flops(10) == pytest.approx(sum(direct_flops(config, *config.loops_at(step)) for step in range(10)))
     scored = config.model_copy(update={"training": config.training.model_copy(update={"evaluate_loops": (1, 5)})})
     run = GridRun("a", "a", "a", "a", "a", None, None, None, 0, config)
     [plain], [more] = (predict([GridRun(**vars(run) | {"config": one})], lambda _: 1.0) for one in (config, scored))
@@ -189,7 +199,8 @@ def test_two_processes_agree_with_one(dataset: Path, tmp_path: Path, parallel: s
     assert together["flops"] == alone["flops"]
 
 
-def test_micro_batches_add_up_to_the_whole_batch(dataset: Path) -> None:
+@pytest.mark.parametrize("passes", [[Pass(5, EarlyExit(4, 0.5))], [Pass(1), Pass(5, EarlyExit(4, 0.5))]])
+def test_micro_batches_add_up_to_the_whole_batch(dataset: Path, passes: list[Pass]) -> None:
     batch = BatchLoader(PackedDataset(dataset, "train", 24), 4, 0, 1).batch(0)
 
     def step(rows: int) -> dict[str, torch.Tensor]:
@@ -197,13 +208,34 @@ def test_micro_batches_add_up_to_the_whole_batch(dataset: Path) -> None:
         torch.manual_seed(0)
         model = YocoUForCausalLM._from_config(_config(config)).double()
         truncate_backpropagation(model, config.training.backward_loops)
-        TrainingStep(model, build_optimizer(model, config.optimizer), config, ALONE).gradients(batch, 5, EarlyExit(4, 0.5))
+        TrainingStep(model, build_optimizer(model, config.optimizer), config, ALONE).gradients(batch, passes)
         return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
     parts, whole = step(1), step(4)
     assert parts.keys() == whole.keys()
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-9)
+
+
+def test_each_pass_has_its_share_of_the_rows(dataset: Path) -> None:
+    """The gradients of rows that are run in two ways are the sum of those of each half, weighted by the targets."""
+    batch = BatchLoader(PackedDataset(dataset, "train", 24), 4, 0, 1).batch(0)
+    config = run_config(dataset, micro_batch_rows=1)
+    torch.manual_seed(0)
+    model = YocoUForCausalLM._from_config(_config(config)).double()
+    step = TrainingStep(model, build_optimizer(model, config.optimizer), config, ALONE)
+    found = step.gradients(batch, [Pass(1), Pass(3)])
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    loss = torch.zeros((), dtype=torch.float64)
+    for loops, rows in ((1, [0, 2]), (3, [1, 3])):
+        logits = model(batch["input_ids"][rows], document_ids=batch["document_ids"][rows], num_loops=loops).logits
+        loss += torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["shift_labels"][rows].flatten(), reduction="sum")
+    loss = loss / (batch["shift_labels"] >= 0).sum()
+    loss.backward()
+    assert found.loss == pytest.approx(loss.item())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-8)
 
 
 def _config(config: RunConfig) -> Any:
@@ -228,9 +260,17 @@ def _config(config: RunConfig) -> Any:
         ({"early_exit_weight": 1.0, "loop_draw": {"most": 1}}, "yoco_u", "needs a loop before the last, but all draws are 1"),
         ({"loop_draw": UNIFORM, "loop_schedule": [{"until": 0.5, "loops": 2}]}, "yoco_u", "but uniform has none"),
         ({"loop_draw": HUGINN, "loop_schedule": [{"until": 0.5, "loops": 2}]}, "yoco_u", "both say the mean"),
+        ({"loop_draw": {"most": 4, "per_step": 0}}, "yoco_u", "loop_draw.per_step"),
         ({"evaluate_loops": [0]}, "yoco_u", "evaluate_loops"),
     ],
 )  # fmt: skip
 def test_impossible_settings(dataset: Path, settings: dict[str, Any], architecture: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_config(dataset, architecture, **settings)
+
+
+def test_rows_that_do_not_divide_among_the_draws_are_refused(dataset: Path, tmp_path: Path) -> None:
+    config = run_config(dataset, loop_draw={"most": 4, "per_step": 3})
+    with pytest.raises(UserError, match=r"batch_rows 4 does not divide among 1 processes and 3 draws \(loop_draw.per_step\)"):
+        train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ from yoco_u.data import BatchLoader, PackedDataset
 from yoco_u.training import step, validation
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.optimizer import build_optimizer
-from yoco_u.training.step import TrainingStep
+from yoco_u.training.step import Pass, TrainingStep
 from yoco_u.training.validation import evaluate
 
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16, "auxiliary_loss_weight": 0.01}
@@ -55,7 +55,7 @@ def test_training_step(variant: str, dtype: str, dataset: Path, monkeypatch: pyt
 
     monkeypatch.setattr(training.optimizer, "step", unwatched)
     with run:
-        result = training.gradients(batches.batch(0), num_loops=2)
+        result = training.gradients(batches.batch(0), [Pass(num_loops=2)])
         training.update(result, 0)
     assert result.loss == 2.0 and result.norm == 1.0
     assert len(reads) == 1 and reads[0].device == META

@@ -144,23 +144,30 @@ class RunConfig(Config):
     def with_dtype(self, dtype: TrainingDType) -> "RunConfig":
         return self.model_copy(update={"training": self.training.model_copy(update={"dtype": dtype})})
 
-    def loops_at(self, step: int) -> int | None:
-        """Loop count of training step `step` = 0 .. steps - 1; None where the architecture's own loop counts apply."""
+    def loops_at(self, step: int) -> tuple[int, ...] | tuple[int | None]:
+        """Loop counts of training step `step` = 0 .. steps - 1, each for an equal share of its rows.
+
+        It is one, or `loop_draw.per_step`, the smallest first; None where the architecture's own apply.
+        """
         planned, draw = self._planned_loops(step), self.training.loop_draw
         if draw is None:
-            return planned
+            return (planned,)
         return draw.at(self.training.seed, step, planned or self.architecture.num_loops)
 
     def loop_counts(self) -> set[int | None]:
-        """What `loops_at` gives for the steps of the run; of a draw the largest that it may give."""
+        """The loop counts that `loops_at` gives for the steps of the run; of a draw the largest that it may give."""
         if self.training.loop_draw is not None:
             return {self.training.loop_draw.most}
         begins = (0, *phase_ends(self.training.loop_schedule, self.training.steps))
         return {self._planned_loops(begin) for begin in begins if begin < self.training.steps}
 
-    def exit_at(self, step: int) -> int | None:
-        """The loop, counted from 1, after which training step `step` has its earlier exit; None without one."""
-        loops = self.loops_at(step) or self.architecture.num_loops
+    def exit_at(self, step: int, loops: int | None) -> int | None:
+        """The loop, counted from 1, after which rows of training step `step` have their earlier exit; None without one.
+
+        Args:
+            loops: loop count of the rows, as of `loops_at`.
+        """
+        loops = loops or self.architecture.num_loops
         if not self.training.early_exit_weight or loops == 1:
             return None
         return 1 + int((loops - 1) * uniform("exit", self.training.seed, step))
@@ -198,10 +205,11 @@ class RunConfig(Config):
         so_far = _flops_so_far(self)
         known: dict[tuple[int | None, int | None], float] = {}
         for step in range(len(so_far) - 1, steps):
-            key = self.loops_at(step), self.window_at(step)
-            if key not in known:
-                known[key] = self._token_flops(*key) * self.tokens_per_step
-            so_far.append(so_far[-1] + known[key])
+            keys = [(loops, self.window_at(step)) for loops in self.loops_at(step)]
+            for key in keys:
+                if key not in known:
+                    known[key] = self._token_flops(*key) * self.tokens_per_step
+            so_far.append(so_far[-1] + sum(known[key] for key in keys) / len(keys))
         return so_far[steps]
 
     def _expected_flops(self, step: int) -> float:

@@ -13,11 +13,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from yoco_u.config import MOST_LOOPS, Config, Loops, Needs
+from yoco_u.config import MOST_LOOPS, Config, Count, Loops, Needs
 
 
 class LoopDraw(Config):
-    """The distribution that the loop count of each optimizer step is drawn from.
+    """The distribution that the loop counts of each optimizer step are drawn from.
 
     Attributes:
         distribution: `uniform` draws every count from `least` to `most` alike. `poisson_lognormal` draws 1 plus a Poisson
@@ -27,6 +27,8 @@ class LoopDraw(Config):
         mean: mean of `poisson_lognormal` before what is outside `least` to `most` is counted as these. By default it is the
             loop count that the step would have without drawing: that of `loop_schedule`, or of the architecture.
         sigma: of `poisson_lognormal`, the standard deviation of the logarithm of the rate.
+        per_step: how many loop counts a step draws, spread evenly over the distribution. Each is for an equal share of the
+            step's rows, so it divides those of each process.
     """
 
     distribution: Literal["uniform", "poisson_lognormal"] = "uniform"
@@ -34,6 +36,7 @@ class LoopDraw(Config):
     most: Loops
     mean: Annotated[float | None, Field(ge=1, le=MOST_LOOPS), Needs("distribution", "poisson_lognormal")] = None
     sigma: Annotated[float, Field(ge=0, le=2), Needs("distribution", "poisson_lognormal")] = 0.5
+    per_step: Count = 1
 
     @model_validator(mode="after")
     def _possible(self) -> "LoopDraw":
@@ -49,10 +52,14 @@ class LoopDraw(Config):
         """
         return dict(zip(range(self.least, self.most + 1), _probabilities(self, self._mean(planned)), strict=True))
 
-    def at(self, seed: int, step: int, planned: int) -> int:
-        """The loop count of training step `step` of the run with this seed."""
+    def at(self, seed: int, step: int, planned: int) -> tuple[int, ...]:
+        """The loop counts of training step `step` of the run with this seed, the smallest first.
+
+        They are a systematic sample: one number is drawn, and as many quantiles as are needed lie at equal distances from it.
+        """
         below, drawn = _cumulative(self, self._mean(planned)), uniform("loops", seed, step)
-        return self.least + bisect_right(below, drawn, hi=len(below) - 1)
+        quantiles = [(number + drawn) / self.per_step for number in range(self.per_step)]
+        return tuple(self.least + bisect_right(below, quantile, hi=len(below) - 1) for quantile in quantiles)
 
     def _mean(self, planned: int) -> float:
         return planned if self.mean is None else self.mean

@@ -9,7 +9,7 @@ Records of kind `train` also have
 - `gradient_norm` (before clipping) and `learning_rate` of the step,
 - `tokens_per_second`, `model_flops_per_second`, and `mfu`, the share of the measured GEMM rate of all processes,
 - `seconds`: training time so far, without evaluations and checkpoints,
-- `loops`: the loop count of the step.
+- `loops`: the loop count of the step; if it drew several, their mean.
 
 Records of kind `evaluation` also have `loss_at_T`, the loss at each loop count T that `evaluate_loops` names, if it is finite.
 """

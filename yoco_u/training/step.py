@@ -1,9 +1,10 @@
 """One optimizer step: forward and backward passes over the micro-batches of all ranks, then the update of the weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,18 @@ from yoco_u.training.distributed import Distributed
 from yoco_u.training.forward import count_targets
 from yoco_u.training.optimizer import learning_rate
 from yoco_u.training.parallelize import unwrap, without_gradient_sync
+
+
+class Pass(NamedTuple):
+    """How an equal share of the rows of a step is run.
+
+    Attributes:
+        num_loops: loop count; the model's own by default.
+        early_exit: an earlier exit whose loss is added; none by default.
+    """
+
+    num_loops: int | None = None
+    early_exit: EarlyExit | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class TrainingStep:
         self.objective = objective(model, config, distributed)
         self.mixtures = [module for module in model.modules() if isinstance(module, ExpertMixture)]
 
-    def gradients(self, batch: Batch, num_loops: int | None = None, early_exit: EarlyExit | None = None) -> StepResult:
+    def gradients(self, batch: Batch, passes: Sequence[Pass] = (Pass(),)) -> StepResult:
         """Leave in the parameters the gradients of the mean loss over the target tokens of all ranks.
 
         A GPU is waited for once, at the end, where loss and norm are read.
@@ -69,17 +82,17 @@ class TrainingStep:
 
         Args:
             batch: this rank's rows of the step.
-            num_loops: loop count of the passes; the model's own by default.
-            early_exit: an earlier exit whose loss is added; none by default.
+            passes: the last of which uses every parameter that one of them uses. Pass i of n runs the rows i, i + n, i + 2n and
+                so on, so neither does the number of processes change which row is run how.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         targets = self.distributed.sum(count_targets(batch["shift_labels"]))
         loss = torch.zeros((), device=self.distributed.device)
-        for part, is_last in self._micro_batches(batch):
+        for part, one, is_last in self._micro_batches(batch, passes):
             share = count_targets(part["shift_labels"]) / targets
             with nullcontext() if is_last else without_gradient_sync(self.model):
-                part_loss = self.objective(part, num_loops, early_exit)
+                part_loss = self.objective(part, one.num_loops, one.early_exit)
                 # DDP and FSDP average the gradients of the ranks, but the sum is needed: each share is of all ranks' targets.
                 (part_loss * (share * self.distributed.world_size)).backward()
             loss += part_loss.detach() * share
@@ -113,12 +126,14 @@ class TrainingStep:
         named = ((name, p.grad) for name, p in unwrap(self.model).named_parameters() if p.grad is not None)
         return [name for name, grad in named if not math.isfinite(_whole(get_total_norm([grad])).item())]
 
-    def _micro_batches(self, batch: Batch) -> Iterator[tuple[dict[str, Tensor], bool]]:
-        """The batch in parts of `micro_batch_rows` rows, and whether each is the last one."""
-        rows = batch["input_ids"].shape[0]
-        for first in range(0, rows, self.micro_batch_rows):
-            end = first + self.micro_batch_rows
-            yield {name: tensor[first:end] for name, tensor in batch.items() if isinstance(tensor, Tensor)}, end >= rows
+    def _micro_batches(self, batch: Batch, passes: Sequence[Pass]) -> Iterator[tuple[dict[str, Tensor], Pass, bool]]:
+        """The batch in parts of `micro_batch_rows` rows, how each is run, and whether it is the last one."""
+        rows, n = batch["input_ids"].shape[0], len(passes)
+        for number, one in enumerate(passes):
+            for first in range(number, rows, n * self.micro_batch_rows):
+                end = first + n * self.micro_batch_rows
+                part = {name: tensor[first:end:n] for name, tensor in batch.items() if isinstance(tensor, Tensor)}
+                yield part, one, number == n - 1 and end >= rows
 
 
 @contextmanager
@@ -140,18 +155,21 @@ def scheduled(model: YocoUForCausalLM, config: RunConfig, step: int) -> Iterator
 
 
 def micro_batch_rows(config: RunConfig, world_size: int) -> int:
-    """Rows per forward pass of one process: the config's micro_batch_rows, or all rows of the process where these are fewer.
+    """Rows per forward pass of one process: the config's micro_batch_rows, or all that are run alike where these are fewer.
 
     Raises:
         UserError: if the rows of a step do not divide among processes and micro-batches.
     """
     training = config.training
-    rows, remainder = divmod(training.batch_rows, world_size)
+    draws = training.loop_draw.per_step if training.loop_draw else 1
+    rows, remainder = divmod(training.batch_rows, world_size * draws)
     micro = min(training.micro_batch_rows, rows)
     if remainder or rows % micro:
+        drawn = f" and {draws} draws (loop_draw.per_step)" if draws > 1 else ""
         raise UserError(
-            f"training.batch_rows {training.batch_rows} does not divide among {world_size} processes of micro_batch_rows "
-            f"{training.micro_batch_rows}; choose a multiple of {world_size * training.micro_batch_rows}"
+            f"training.batch_rows {training.batch_rows} does not divide among {world_size} processes{drawn} of "
+            f"micro_batch_rows {training.micro_batch_rows}; choose a multiple of "
+            f"{world_size * draws * training.micro_batch_rows}"
         )
     return micro
 

@@ -37,7 +37,7 @@ from yoco_u.training.rounding import rounded_weights
 from yoco_u.training.run_folder import RunFolder
 from yoco_u.training.signals import noting_signals
 from yoco_u.training.starting import check_start, check_tokenizers, first_model
-from yoco_u.training.step import StepResult, TrainingStep, scheduled
+from yoco_u.training.step import Pass, StepResult, TrainingStep, scheduled
 from yoco_u.training.validation import evaluate, text_digest
 
 
@@ -265,7 +265,7 @@ class _Run:
         start = time.perf_counter()
         step = self.state.step
         with scheduled(unwrap(self.model), self.config, step), rounded_weights(self.model, self.config.training.weights):
-            result = self.training_step.gradients(next(batches), self.config.loops_at(step), self._early_exit(step))
+            result = self.training_step.gradients(next(batches), self._passes(step))
         if not result.finite:
             self._stop_at_step(result)
         rate = self.training_step.update(result, self.state.step)
@@ -274,7 +274,7 @@ class _Run:
         self.state = self.state.after_step(tokens, seconds)
         speed = (self.config.training_flops(self.state.step) - self.config.training_flops(self.state.step - 1)) / seconds
         self._record("train", result.loss, self.dataset, {
-            "loops": self.config.loops_at(step) or self.config.architecture.num_loops,
+            "loops": statistics.mean(loops or self.config.architecture.num_loops for loops in self.config.loops_at(step)),
             "gradient_norm": result.norm,
             "learning_rate": rate,
             "tokens_per_second": tokens / seconds,
@@ -283,9 +283,12 @@ class _Run:
             "seconds": self.state.seconds,
         })  # fmt: skip
 
-    def _early_exit(self, step: int) -> EarlyExit | None:
-        loop = self.config.exit_at(step)
-        return None if loop is None else EarlyExit(loop, self.config.training.early_exit_weight)
+    def _passes(self, step: int) -> list[Pass]:
+        weight, passes = self.config.training.early_exit_weight, []
+        for loops in self.config.loops_at(step):
+            exit_loop = self.config.exit_at(step, loops)
+            passes.append(Pass(loops, None if exit_loop is None else EarlyExit(exit_loop, weight)))
+        return passes
 
     def _evaluate(self) -> None:
         training = self.config.training
