@@ -70,6 +70,42 @@ def test_every_walk_fits_the_schema(as_text):
     assert len(names) > 10
 
 
+def accepts(schema: object, text: str) -> bool:
+    matcher = GRAMMARS.matcher(SamplingParams(json_schema=schema))
+    assert matcher is not None
+    for char in text:
+        [token] = TOKENIZER.encode(char, add_special_tokens=False)
+        if not matcher.allowed()[token]:
+            return False
+        matcher.append(token)
+    return bool(matcher.allowed()[EOS])
+
+
+A = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+B = {"properties": {"b": {"type": "boolean"}}, "additionalProperties": True}
+
+
+@pytest.mark.parametrize(("schema", "around"), [
+    (A, "{}"), (A | {"additionalProperties": {}}, "{}"), ({"type": "array", "items": A}, "[{}]"),
+    ({"$defs": {"properties": A}, "$ref": "#/$defs/properties"}, "{}"), ({"allOf": [A, B]}, "{}"),
+    ({"anyOf": [{"type": "null"}, A]}, "{}"), ({"type": "object", "properties": {"properties": A}}, '{"properties":{}}'),
+])  # fmt: skip
+def test_a_declared_name_has_one_spelling(schema: dict, around: str) -> None:
+    def written(members: str) -> str:
+        return around.replace("{}", f"{{{members}}}")
+
+    assert accepts(schema, written('"a":1')) and not accepts(schema, written('"a":"x"'))
+    assert accepts(schema, written('"a":1,"c":"x","\\n":[2]'))
+    assert not accepts(schema, written('"a":1,"a":"x"'))
+    assert not accepts(schema, written(r'"a":1,"\u0061":"x"'))
+
+
+def test_what_stands_in_data_stays() -> None:
+    for value in ({"properties": {"a": 1}}, {"a": {"properties": {"b": {}}}}):
+        for schema in ({"const": value}, {"enum": [value, 3]}):
+            assert accepts(schema, json.dumps(value, separators=(",", ":")))
+
+
 @pytest.mark.parametrize(
     "regex",
     [

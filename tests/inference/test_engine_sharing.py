@@ -187,6 +187,7 @@ def test_several_outputs_share_their_prompt(variant: str) -> None:
     ids = prompt(26)
     subject = engine(variant, max_batched_tokens=10)
     [request] = run(subject, [ids], params)
+    assert [one.cached_tokens for one in request.outputs] == [0, 24, 24, 24]
     assert request.cached_tokens == 3 * 24
     assert [completion.index for completion in request.outputs] == [0, 1, 2, 3]
     assert len({tuple(completion.token_ids) for completion in request.outputs}) == 4

@@ -50,6 +50,22 @@ async def test_bodies_that_are_no_requests(server: Server, content: bytes, kind:
     assert status == 400 and message in error["message"], error
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "x" * 500])
+async def test_bodies_that_are_encoded(server: Server, encoding: str) -> None:
+    for headers, expected in (({"Content-Encoding": encoding}, 415), ({"Content-Encoding": "Identity"}, 200), ({}, 200)):
+        response = await server.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}, headers=headers)
+        assert response.status_code == expected
+        if expected == 415:
+            message = error_of(response)[1]["message"]
+            assert f"Content-Encoding: '{encoding[:2]}" in message and len(message) < 300
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/models/tiny", "/metrics", "/page/index.html", "/nothing"])
+async def test_head_is_answered_as_get(server: Server, path: str) -> None:
+    head, get = await server.client.head(path), await server.client.get(path)
+    assert (head.status_code, head.headers["content-type"]) == (get.status_code, get.headers["content-type"])
+
+
 async def test_paths_that_are_none(server: Server) -> None:
     for path in ("/v1/nothing", "/page/nothing", "/page/../app.py", "/docs"):
         assert error_of(await server.client.get(path))[0] == 404
@@ -141,6 +157,7 @@ async def test_time_runs_out(model: YocoUForCausalLM, tokenizer: PreTrainedToken
         response = await server.post("completions", stream=True, **body)
         assert response.status_code in (200, 503)  # the latter where time ran out before the first event
         assert "longer than 0.1 seconds" in response.text and "[DONE]" not in response.text
+        assert error["code"] == "time_exceeded" and '"code": "time_exceeded"' in response.text
 
 
 async def test_health(model: YocoUForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -26,6 +26,7 @@ from yoco_u.confined.nursery import Confined, Ended, Nursery, Refused, wait
 from yoco_u.data import vocabulary_size
 from yoco_u.errors import UserError, said_of
 from yoco_u.inference.followers import Followed, Follower
+from yoco_u.inference.json_schemas import with_plain_names
 from yoco_u.inference.sampling_params import SamplingParams
 from yoco_u.inference.tool_calls import CLOSE, OPEN
 from yoco_u.inference.turns import Crowded, Turns
@@ -313,7 +314,11 @@ class Grammars:
                 return "lark", params.tools.grammar(
                     params.json_schema, self._tokenizer.backend_tokenizer.token_to_id, self._shown
                 )
-            return ("regex", params.regex) if params.regex is not None else ("json_schema", json.dumps(params.json_schema))
+            return (
+                ("regex", params.regex)
+                if params.regex is not None
+                else ("json_schema", json.dumps(with_plain_names(params.json_schema)))
+            )
         except RecursionError:
             raise UserError(f"{params.grammar}: it is nested too deeply", params.grammar) from None
 

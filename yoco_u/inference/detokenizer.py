@@ -52,6 +52,11 @@ class Detokenizer:
         self._shown = ["".join(self._shown)]
         return self._shown[0]
 
+    @property
+    def held_back(self) -> str:
+        """Text that may yet become another character, as U+FFFD; what may be the beginning of a stop string does not count."""
+        return self._own(self._text_of(self._window)[len(self._known) :])
+
     def append(self, token: int) -> str:
         """Take in the next token and return the new text that is safe to show, which is often empty."""
         if self.stopped is not None:
@@ -101,12 +106,15 @@ class Detokenizer:
 
     def _outputs(self, new: str) -> str:
         """New text without the U+FFFD with which the prompt's text ends."""
-        own = new[self._prompts :] if new.startswith("\ufffd" * self._prompts) else new.lstrip("\ufffd")
+        own = self._own(new)
         if own:
             self._prompts = 0
         else:
             self._prompts -= len(new)
         return own
+
+    def _own(self, new: str) -> str:
+        return new[self._prompts :] if new.startswith("\ufffd" * self._prompts) else new.lstrip("\ufffd")
 
     def _narrow(self, text: str) -> None:
         """Drop the older half of a window whose text is not certain for long, so that what is left ends the text as before.

@@ -328,6 +328,8 @@ class Engine:
         """End an output; what was computed for it may be shared unless it is `wrong`."""
         try:
             text += output.flush()
+            if reason == "length" and output.completion.stop_reason is not None:
+                reason = "stop"
         except BaseException as error:
             output.completion.error, reason = output.completion.error or said_of(error), "error"
         if not any(output in others for others in self._siblings.values()):

@@ -51,6 +51,7 @@ class Completion:
         logprobs: one a token, if asked for.
         finish_reason: "stop", "length", "abort" or "error"; None while it runs.
         stop_reason: the stop string or the token that ended it.
+        cached_tokens: prompt tokens that were not computed again because an earlier request or output had.
         accepted_drafts, rejected_drafts: tokens drafted for it that became part of it, and those that did not.
         error: what went wrong, in one line, where the finish reason is "error".
     """
@@ -62,6 +63,7 @@ class Completion:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    cached_tokens: int = 0
     accepted_drafts: int = 0
     rejected_drafts: int = 0
     error: str | None = None
@@ -76,7 +78,6 @@ class RequestOutput:
         prompt_logprobs: if asked for, one entry for each prompt token; None for the first token, and for those before
             `prompt_logprobs_start`.
         num_loops: T; the most loops that a token runs, where tokens leave the loop.
-        cached_tokens: prompt tokens that were not computed again because an earlier request or output had, over all outputs.
     """
 
     id: str
@@ -85,7 +86,11 @@ class RequestOutput:
     outputs: list[Completion]
     num_loops: int
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    cached_tokens: int = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """The `cached_tokens` of all outputs together."""
+        return sum(output.cached_tokens for output in self.outputs)
 
     @property
     def finished(self) -> bool:

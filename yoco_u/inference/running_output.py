@@ -42,7 +42,7 @@ class RunningOutput:
         if self.started:
             return
         self.started = True
-        self.parent.cached_tokens += cached
+        self.completion.cached_tokens = cached
         if self.sampler.matcher is not None:
             self.sampler.matcher.ask()
 
@@ -90,11 +90,14 @@ class RunningOutput:
         return text, "length" if len(completion.token_ids) == self.request.params.max_tokens else None
 
     def flush(self) -> str:
-        """The text that was held back, when no token follows."""
+        """The text that was held back, when no token follows, up to a stop string that is complete only now."""
         if self.detokenizer is None:
             return ""
+        running = self.detokenizer.stopped is None
         text = self.detokenizer.flush()
         self.completion.text += text
+        if running and self.detokenizer.stopped is not None:
+            self.completion.stop_reason = self.detokenizer.stopped
         return text
 
     def ended(self, reason: str, tokens: list[int], text: str) -> Update:

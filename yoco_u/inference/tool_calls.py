@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from yoco_u.config import Config, Count
+from yoco_u.inference.json_schemas import with_plain_names
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MOST_CALLS = 128  # in one output, as in one message of a chat
@@ -64,13 +65,13 @@ class ToolCalls(Config):
         if self.required:
             lines = [f"start: {opening} call {more}"]
         elif text_schema is not None:
-            lines = [f"start: answer | {opening} call {more}", f"answer: %json {json.dumps(text_schema)}"]
+            lines = [f"start: answer | {opening} call {more}", f"answer: %json {json.dumps(with_plain_names(text_schema))}"]
         else:
             lines = [f"start: text | begun call {more}", *_text_before_calls(token_id(OPEN), added_tokens)]
         lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(self.schemas))))
         for index, (name, schema) in enumerate(self.schemas.items()):
             lines.append(f'call_{index}: {json.dumps(_head(name))} arguments_{index} "}}\\n" {closing}')
-            lines.append(f"arguments_{index}: %json {json.dumps(schema)}")
+            lines.append(f"arguments_{index}: %json {json.dumps(with_plain_names(schema))}")
         return "\n".join(lines)
 
     def tool_of(self, grammar: str, line: int) -> str | None:

@@ -27,7 +27,7 @@ from yoco_u.serving.completions import CompletionAnswer
 from yoco_u.serving.engine_loop import EngineLoop
 from yoco_u.serving.errors import RESPONSES, ApiError
 from yoco_u.serving.jobs import NotServing
-from yoco_u.serving.limits import BodyLimit, BodyRoute, Parsing
+from yoco_u.serving.limits import BodyLimit, BodyRoute, HeadRequests, Parsing
 from yoco_u.serving.metrics import Metrics
 from yoco_u.serving.model_card import ModelCard
 from yoco_u.serving.requests import ChatRequest, CompletionRequest
@@ -113,6 +113,7 @@ def create_app(engine: Engine, settings: ServerSettings, died: Callable[[], None
     app.state.parts = _Parts(admission, loop, card, metrics, settings.model_name, TokenTexts(engine.tokenizer))
     app.include_router(routes)
     errors.install(app)
+    app.add_middleware(HeadRequests)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if settings.api_keys:
         app.add_middleware(ApiKeys, keys=[key.get_secret_value() for key in settings.api_keys])

@@ -78,7 +78,8 @@ class _LogprobWriter:
         self._shown = SamplingParams(skip_special_tokens=params.skip_special_tokens)
         self._to_echo = len(prompt) if echo else 0
         self._detokenizer = Detokenizer(texts.tokenizer, self._shown)
-        self._offset = 0
+        self._offset = 0  # behind the text given out so far
+        self._begin = 0  # of the last token
 
     def write(self, tokens: list[int], logprobs: list[TokenLogprobs | None]) -> CompletionLogprobs:
         """Log probabilities of the next tokens."""
@@ -88,8 +89,14 @@ class _LogprobWriter:
                 self._offset += len(self._detokenizer.flush())
                 self._detokenizer = Detokenizer(self._texts.tokenizer, self._shown, self._prompt)
             self._to_echo -= 1
-            offsets.append(self._offset)
-            self._offset += len(self._detokenizer.append(token))
+            before, new = self._detokenizer.held_back, self._detokenizer.append(token)
+            after = new + self._detokenizer.held_back
+            if not before:
+                self._begin = self._offset
+            elif after != before and after.startswith(before):  # else the token goes on with the character that is held back
+                self._begin = self._offset + len(before)
+            offsets.append(self._begin)
+            self._offset += len(new)
         return CompletionLogprobs(
             tokens=[self._texts.name(token) for token in tokens],
             token_logprobs=[one.chosen.logprob if one is not None else None for one in logprobs],

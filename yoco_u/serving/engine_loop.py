@@ -366,7 +366,7 @@ def _event(prompt: int, update: Update) -> Event:
         update.token_ids,
         sum(update.output.loops[-new:]) if new else 0,
         (logprobs[-new:] if new else []) if logprobs is not None else None,
-        update.request.cached_tokens,
+        update.request.outputs[0].cached_tokens,
         (update.output.accepted_drafts, update.output.rejected_drafts),
         cast(FinishReason | None, update.finish_reason),
     )

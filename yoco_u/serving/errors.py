@@ -23,6 +23,7 @@ log = logging.getLogger("yoco_u.serving")
 _INTERNAL = "internal error; the server's log says more"
 _NAMES = {"json_schema": "response_format"}  # of the engine's settings in requests, where they differ
 _INNER = re.compile(r"^(SamplingParams|request [\w.]+): ")  # what the engine calls what a client sent
+_TIME_EXCEEDED = "time_exceeded"
 _LONGEST = 500  # characters of a message; messages quote what clients sent, which may be long
 
 
@@ -64,14 +65,16 @@ def stream_error(error: Exception) -> str:
     return f"data: {json.dumps(error_body(*_status(error)))}\n\n"
 
 
-def _status(error: Exception) -> tuple[int, str, str | None]:
-    """The status, the message and the parameter of an error."""
-    if isinstance(error, (NotServing, TimeExceeded)):
-        return 503, str(error), None
+def _status(error: Exception) -> tuple[int, str, str | None, str | None]:
+    """The status, the message, the parameter and the code of an error."""
+    if isinstance(error, NotServing):
+        return 503, str(error), None, None
+    if isinstance(error, TimeExceeded):
+        return 503, str(error), None, _TIME_EXCEEDED
     if isinstance(error, RequestFailed):
-        return (400, str(error), error.setting) if error.is_refusal else (500, str(error), None)
+        return (400, str(error), error.setting, None) if error.is_refusal else (500, str(error), None, None)
     log.error("an answer failed", exc_info=error)
-    return 500, _INTERNAL, None
+    return 500, _INTERNAL, None, None
 
 
 def install(app: FastAPI) -> None:
@@ -107,7 +110,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(TimeExceeded)
     async def _too_long(_: Request, error: TimeExceeded) -> Response:
-        return error_response(503, str(error), code="time_exceeded")
+        return error_response(503, str(error), code=_TIME_EXCEEDED)
 
     @app.exception_handler(RequestFailed)
     async def _failed(_: Request, error: RequestFailed) -> Response:

@@ -58,8 +58,7 @@ class Event:
         token_ids: new tokens.
         loops: how many loops were run for them, all together.
         logprobs: one entry for each new token; None if they were not asked for.
-        cached_tokens: tokens of the prompt that did not have to be computed, as counted when the event came; see
-            `RequestOutput`.
+        cached_tokens: tokens of the prompt that its first output found in the prefix cache.
         drafts: how many tokens that were drafted for the output it has so far, and how many it has not; see `Completion`.
         finish_reason: why the output ended, in its last event; None in all others.
     """

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yoco_u.errors import first_line
 from yoco_u.serving.errors import error_response
+from yoco_u.serving.fields import brief
 
 CLIENT_GONE = 499
 _LARGE = 2**15  # bytes of a body, which take a millisecond or two
@@ -56,6 +57,18 @@ class BodyLimit:
         return f"the body is larger than {self._max_bytes} bytes, the limit of this server"
 
 
+class HeadRequests:
+    """Middleware that answers HEAD as GET; uvicorn leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
 class Parsing:
     """Whose body is parsed now. Large bodies wait for large ones, and small ones for small ones."""
 
@@ -82,6 +95,8 @@ class BodyRoute(APIRoute):
             return handle
 
         async def handle_unless_gone(request: Request) -> Response:
+            if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+                raise HTTPException(415, f"the body comes with Content-Encoding: {brief(encoding)}; send it as it is, without")
             request = _RequestInTurn(request.scope, request.receive)
             try:
                 await request.body()
