@@ -106,8 +106,8 @@ class TrainingConfig(Config):
             model without a loop the first stage loops there.
         loop_schedule: phases, from the first step on, that train the model with other loop counts. After the last phase, and in
             every evaluation, the model runs with the architecture's own.
-        loop_draw: the distribution that the loop count of each step is drawn from; None for no drawing. An evaluation runs with
-            the architecture's own.
+        loop_draw: the distribution that the loop counts of each step are drawn from; None for no drawing. An evaluation runs
+            with the architecture's own.
         backward_loops: how many of the last loops of a looped stage gradients go through (truncated backpropagation); None for
             all. The loops before keep no activations. To what lies before the looped stage, the embedding above all, gradients
             pass by them, along the residual stream.
