@@ -12,10 +12,11 @@ import re
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from yoco_u.architecture import Architecture
 from yoco_u.checksums import added_or_changed, verify_checksums, write_checksums
 from yoco_u.config import Config, differences
+from yoco_u.config.numbers import Seed
 from yoco_u.errors import UserError, first_line, naming
 from yoco_u.files import DamagedFile, read_json, write_json
 from yoco_u.folders import PARTIAL, NewFolder, discard, free_name, marked, numbered
@@ -62,15 +64,17 @@ class TrainerState(Config):
         seed: the run's seed.
         world_size: number of processes that wrote the checkpoint.
         architecture: the model's; only a model of the same architecture loads the checkpoint.
+        run: the id of the run, see `yoco_u.training.ownership`; None in checkpoints of earlier versions.
     """
 
     format: Literal[1] = 1
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    seed: int
-    world_size: int
+    step: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
+    seconds: NonNegativeFloat = 0.0
+    seed: Seed
+    world_size: PositiveInt
     architecture: Architecture
+    run: Annotated[str, Field(pattern=r"\A[0-9a-f]{32}\z")] | None = None
 
     def after_step(self, tokens: int, seconds: float) -> "TrainerState":
         return self.model_copy(

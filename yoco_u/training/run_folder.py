@@ -20,7 +20,7 @@ from yoco_u.folders import beside, check_claim, check_part, check_place, claim, 
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed
 from yoco_u.training.metrics import METRICS, read_metrics
-from yoco_u.training.run_paths import Environment, RunPaths, StartPaths
+from yoco_u.training.run_paths import Environment, RunPaths, Start, StartPaths
 
 RUN = "run"
 """The kind of mark that a run folder bears."""
@@ -166,10 +166,14 @@ class RunFolder:
 
     def noted(self, key: str) -> str | None:
         """The digest of the `dataset` or `teacher` that a run was begun with; None if it has not begun, or did not note it."""
-        if not self._has_begun():
-            return None
-        found = read_json(self.environment, Environment, Environment(), lambda _: None).model_dump()
-        return next((start[key] for start in (found, *found["resumed"]) if isinstance(start.get(key), str)), None)
+        starts = [] if (found := self.noted_starts()) is None else [start.model_dump() for start in found]
+        return next((start[key] for start in starts if isinstance(start.get(key), str)), None)
+
+    def noted_starts(self) -> list[Start] | None:
+        """The starts that `environment.json` tells of, the oldest first; None if the run has not begun, or the file is lost."""
+        nothing = Environment()
+        found = read_json(self.environment, Environment, nothing, lambda _: None) if self._has_begun() else nothing
+        return None if found is nothing else found.starts
 
     def note_start(self, step: int, environment: dict[str, Any], dataset: str, say: Say) -> None:
         """Write down what the run runs on, and from where. What goes on from `step` goes into the list `resumed` of the first.

@@ -31,6 +31,7 @@ from yoco_u.training.memory import check_memory
 from yoco_u.training.metrics import METRICS, MetricsWriter, Record, loops_key, loss_figures, read_metrics
 from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.other_programs import minding_others
+from yoco_u.training.ownership import run_id
 from yoco_u.training.parallelize import parallelize, unwrap
 from yoco_u.training.progress import progress_report
 from yoco_u.training.rounding import rounded_weights
@@ -166,12 +167,15 @@ class _Run:
         self.training_step = TrainingStep(self.model, self.optimizer, config, self.distributed)
 
     def _resume(self) -> None:
+        config = self.config
         self.saved, self.lost = self.checkpoints.newest()
+        run = self.distributed.on_main(lambda: run_id(self.folder, config, self.saved))
         if self.saved is not None:
-            self.state = self.checkpoints.load(self.saved, self.model, self.optimizer, self.config.architecture)
+            state = self.checkpoints.load(self.saved, self.model, self.optimizer, config.architecture)
+            self.state = state.model_copy(update={"run": run})
             return
         self.state = TrainerState(
-            seed=self.config.training.seed, world_size=self.distributed.world_size, architecture=self.config.architecture
+            seed=config.training.seed, world_size=self.distributed.world_size, architecture=config.architecture, run=run
         )
 
     def _contents(self) -> dict[str, str | None]:
@@ -186,7 +190,7 @@ class _Run:
         self.gemm_rate = self.distributed.sum(gemm_rate(device, DTYPES[training.dtype]))
         found = environment(device) | {
             "world_size": self.distributed.world_size, "dtype": training.dtype, "gemm_flops_per_second": self.gemm_rate,
-            "special_tokens": self.index.config.special_tokens,
+            "special_tokens": self.index.config.special_tokens, "run": self.state.run,
         }  # fmt: skip
         dataset = self.config.dataset
 
