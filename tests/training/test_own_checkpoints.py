@@ -146,3 +146,45 @@ def test_every_run_has_an_id_of_its_own(finished: Runs, others: dict[str, Path])
         read_state(next((folder / "checkpoints").glob("step-*"))) for folder in (finished[0], *others.values())
     ]
     assert len({state.run for state in states}) == len(states)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize(
+    "left", [("metrics.jsonl",), ("checkpoints",), ("summary.json",), ("checkpoints", "metrics.jsonl", "model")]
+)
+def test_a_run_that_has_begun_takes_no_config_for_its_own(
+    finished: Runs, dataset: Path, tmp_path: Path, left: tuple[str, ...], same: bool
+) -> None:
+    """Be it the one that it began with, of which nobody knows."""
+    shutil.copytree(finished[0], folder := tmp_path / "run")
+    for name in {"metrics.jsonl", "checkpoints", "summary.json", "model"} - {*left}:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    (folder / "config.yaml").rename(kept := tmp_path / "config.yaml")
+    before = contents(folder)
+    with pytest.raises(UserError, match=r"\A.*config\.yaml: is missing, but a run has begun here; copy it back .*\Z"):
+        train(finished[1] if same else run_config(dataset, **OTHERS["rate"]), folder, progress=False)
+    assert contents(folder) == before
+    if "summary.json" not in left and "checkpoints" in left:
+        shutil.copy(kept, folder)
+        train(finished[1], folder, progress=False)
+        assert json.loads((folder / "summary.json").read_text())["steps"] == STEPS
+
+
+@pytest.mark.parametrize("left", [(), ("config.yaml",), ("environment.json", "metrics.jsonl"), ("config.yaml", "checkpoints")])
+def test_a_start_that_trained_nothing_may_begin_again_as_another(finished: Runs, tmp_path: Path, left: tuple[str, ...]) -> None:
+    """Whatever it had come to when it was killed; the files of metrics and the folder of checkpoints are made empty."""
+    shutil.copytree(
+        finished[0], folder := tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "model", "summary.json")
+    )
+    (folder / "metrics.jsonl").write_bytes(b"")
+    (folder / "checkpoints").mkdir()
+    for name in {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints"} - {*left}:
+        (folder / name).rmdir() if (folder / name).is_dir() else (folder / name).unlink()
+    other = run_config(Path(finished[1].dataset), steps=1, optimizer_warmup_steps=0)
+    assert train(other, folder, progress=False)["steps"] == 1
+    own = read_state(finished[0] / "checkpoints" / step_name(STEPS)).run
+    assert read_state(folder / "checkpoints" / step_name(1)).run not in (own, None)

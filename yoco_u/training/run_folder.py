@@ -76,7 +76,8 @@ class RunFolder:
                 check_changes(self.model, kept=True)
                 for place in (self.tokenizer, self.config, self.summary, self.environment, self.path / METRICS):
                     check_place(place)
-            if self.config.exists() and self._has_begun():
+            if self._has_begun():
+                self._check_config()
                 self.check_same(config)
             else:
                 check_changes(self.tokenizer)
@@ -112,8 +113,9 @@ class RunFolder:
 
         See `RunPaths.located`. A config whose run has not begun is returned as it is.
         """
-        if not (marked(self.path, RUN) and self.config.exists() and self._has_begun()):
+        if not (marked(self.path, RUN) and self._has_begun()):
             return config
+        self._check_config()
         old = read_run_config(self.path)
         if config.training.dtype == "auto":
             config = config.with_dtype(old.training.dtype)
@@ -236,7 +238,15 @@ class RunFolder:
 
     def _has_begun(self) -> bool:
         """Whether a step was taken. A run that failed earlier, on a missing corpus say, may begin anew with another config."""
-        return self.checkpoints.exists() or (self.path / METRICS).exists()
+        files = (self.path / METRICS, self.summary)
+        return any(self.checkpoints.glob("*")) or any(file.is_file() and file.stat().st_size > 0 for file in files)
+
+    def _check_config(self) -> None:
+        """Refuse a run that has begun without telling how: another config would be taken for its own."""
+        if not os.path.lexists(self.config):
+            raise UserError(
+                f"{self.config}: is missing, but a run has begun here; copy it back from elsewhere, or choose another folder"
+            )
 
 
 @dataclass(frozen=True)
