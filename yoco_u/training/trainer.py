@@ -34,6 +34,7 @@ from yoco_u.training.other_programs import minding_others
 from yoco_u.training.ownership import run_id
 from yoco_u.training.parallelize import parallelize, unwrap
 from yoco_u.training.progress import progress_report
+from yoco_u.training.restoring import restore_model
 from yoco_u.training.rounding import rounded_weights
 from yoco_u.training.run_folder import RunFolder
 from yoco_u.training.signals import noting_signals
@@ -62,7 +63,8 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
         progress: whether to show progress on stderr.
 
     Returns:
-        The summary, as in `summary.json`. If the run is finished already, its summary is returned and nothing else happens.
+        The summary, as in `summary.json`. If the run is finished already, its summary is returned and nothing else happens, but
+        that `model/` is made anew from the last checkpoint if it is missing or damaged.
 
     Raises:
         UserError: if the config, the dataset or the folder do not fit together, the folder holds something else than a run, or
@@ -85,7 +87,10 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
                 with naming(run_folder.path):
                     return _Run(config, run_folder, distributed, progress, damaged).run()
             console = Console(stderr=True, quiet=not (progress and distributed.is_main), markup=False)
-            console.print(f"{run_folder.path}: the run is finished, at step {summary['steps']}; nothing to do.", soft_wrap=True)
+            with naming(run_folder.path):
+                remade = distributed.on_main(lambda: restore_model(config, run_folder))
+            told = f"{run_folder.path}: the run is finished, at step {summary['steps']}; {remade or 'nothing to do'}."
+            console.print(told, soft_wrap=True)
             return summary
 
 
@@ -158,7 +163,7 @@ class _Run:
     def _build(self) -> None:
         config, training = self.config, self.config.training
         torch.manual_seed(training.seed)
-        model = first_model(config, self.index)
+        model = first_model(config, self.index.eot_id, self.index.tokenizer)
         self.model_config = model.config
         freeze(model, config.distillation)
         self.model = parallelize(model, compilation(config), self.distributed)
