@@ -19,7 +19,7 @@ from yoco_u.files import Say, read_json, write_json
 from yoco_u.folders import beside, check_claim, check_part, check_place, claim, discard, is_mark, mark, marked, replacing_folder
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed
-from yoco_u.training.metrics import METRICS, read_metrics
+from yoco_u.training.metrics import METRICS, SUMMARY, check_finished, read_metrics
 from yoco_u.training.run_paths import Environment, RunPaths, Start, StartPaths
 
 RUN = "run"
@@ -48,7 +48,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, path / ".lock"
-        self.config, self.summary, self.environment = path / "config.yaml", path / "summary.json", path / "environment.json"
+        self.config, self.summary, self.environment = path / "config.yaml", path / SUMMARY, path / "environment.json"
         self.checkpoints, self.tokenizer, self.model = path / "checkpoints", path / "tokenizer", path / "model"
 
     @property
@@ -282,11 +282,13 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     """Read a run folder, finished or not.
 
     Raises:
-        UserError: if it holds no run, a run without a step, or a damaged file.
+        UserError: if it holds no run, a run without a step, a damaged file, or a finished run whose metrics are not whole.
     """
     folder = RunFolder(Path(path))
     config = read_run_config(path)
-    records = read_metrics(folder.path)
+    records, summary = read_metrics(folder.path), folder.read_summary()
+    if summary is not None:
+        check_finished(folder.path, records, summary)
     if not records:
         raise UserError(f"{folder.path}: the run has no metrics yet; run `yoco-u train` first")
     environment = read_json(folder.environment, Environment, Environment()).model_dump(exclude_unset=True)

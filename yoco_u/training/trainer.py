@@ -28,7 +28,7 @@ from yoco_u.training.distributed import Distributed, distributed_session
 from yoco_u.training.export import export_model
 from yoco_u.training.forward import DTYPES
 from yoco_u.training.memory import check_memory
-from yoco_u.training.metrics import METRICS, MetricsWriter, Record, loops_key, loss_figures, read_metrics
+from yoco_u.training.metrics import METRICS, MetricsWriter, Record, loops_key, loss_figures, lost_steps, read_metrics
 from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.other_programs import minding_others
 from yoco_u.training.ownership import run_id
@@ -383,6 +383,7 @@ class _Run:
             "gemm_flops_per_second": self.gemm_rate,
             "seconds": self.state.seconds,
             "peak_memory_bytes": peak_memory_bytes(self.distributed.device),
+            **lost_steps(records, self.state.step),
         }
         write_json(self.folder.summary, summary)
         return summary
