@@ -40,6 +40,11 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
             return candidate
     if not folder.exists():
         raise UserError(f"{folder}: no such folder; give a run folder or a saved model")
+    if is_run(folder) and (folder / "summary.json").is_file():
+        raise UserError(
+            f"{folder}: the run is finished, but model/config.json is missing; run `yoco-u train` again to make model/ anew "
+            "from the last checkpoint"
+        )
     if is_run(folder):
         raise UserError(f"{folder}: the run is not finished (model/ is missing); run `yoco-u train` again to finish it")
     if runs := sorted(path.name for path in folder.glob("*/") if is_run(path)):
@@ -158,7 +163,9 @@ def check_model(path: str | os.PathLike[str]) -> "YocoUConfig":
 
     folder = model_folder(path)
     check_adapters(folder)
-    verify_checksums(folder, f"copy it again, or train again; if you changed it on purpose, remove {SUMS}")
+    in_run = folder.name == "model" and is_run(folder.parent)
+    again = "run `yoco-u train` again to make model/ anew from the last checkpoint" if in_run else "make the model again"
+    verify_checksums(folder, f"copy it again, or {again}; if you changed it on purpose, remove {SUMS}")
     read_config(folder)
     with _telling_damage(folder):
         config = YocoUConfig.from_pretrained(folder)

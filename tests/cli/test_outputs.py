@@ -156,6 +156,8 @@ def test_a_damaged_file_of_a_run_is_named(run: Any, workspace: Path, tmp_path: P
     folder = tmp_path / "run"
     shutil.copytree(workspace / "a", folder, ignore=shutil.ignore_patterns("checkpoints", "model"))
     (folder / "samples.json").write_text('[{"prompt": "a", "text": "b"}]')
+    if name == "metrics.jsonl":  # of a run that is not finished
+        (folder / "summary.json").unlink()
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(DAMAGE[damage](whole))
     if name == "summary.json":
@@ -234,6 +236,39 @@ def test_lost_metrics_are_told_and_the_run_is_finished(run: Any, workspace: Path
     after = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert after[: len(kept)] == kept
     assert sum('"kind": "evaluation", "step": 5,' in line for line in after) == 1
+
+
+@pytest.mark.parametrize("until", [0, 1, 0.2, 0.5, 0.9, "last evaluation", "last step", "last byte"])
+def test_cut_metrics_of_a_finished_run_are_not_reported(
+    run: Any, workspace: Path, tmp_path: Path, until: float | str, undrawn: None
+) -> None:
+    """Wherever they are cut: copied back, or finished again without the steps that are lost, they are."""
+    folder, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    shutil.copytree(workspace / "a", folder)
+    whole = metrics.read_bytes()
+    ends = {"last evaluation": whole.rindex(b'{"kind": "eval'), "last step": whole.rindex(b'{"kind": "train'), "last byte": -1}
+    metrics.write_bytes(whole[: ends[until] if isinstance(until, str) else int(until * len(whole)) - (until == 1)])
+    steps = {record["step"] for record in map(json.loads, metrics.read_text().split("\n")[:-1]) if record["kind"] == "train"}
+    error = run("report", folder).error
+    assert f"{metrics}: lacks" in error and "the evaluation of step 5" in error
+    assert (": lacks steps" in error) == (steps < {1, 2, 3, 4, 5})
+    assert not (folder / "report.html").exists()
+    left = metrics.read_bytes()
+    metrics.write_bytes(whole)
+    assert run("report", folder).status == 0
+    metrics.write_bytes(left)
+    if not steps:
+        assert error.endswith("or train it again in another folder")
+        return
+    (folder / "summary.json").unlink()
+    assert run("train", workspace / "config.yaml", "--out", folder).status == 0
+    assert run("report", folder).status == 0
+    page = (folder / "report.html").read_text()
+    assert "Not finished yet" not in page and "No run has been evaluated" not in page
+    assert ("steps_without_metrics" in json.loads((folder / "summary.json").read_text())) == (steps < {1, 2, 3, 4, 5})
+    assert "nothing to do" in run("train", workspace / "config.yaml", "--out", folder).err
+    metrics.write_bytes(metrics.read_bytes()[:-5])
+    assert "lacks the evaluation of step 5, though" in run("report", folder).error
 
 
 @pytest.mark.parametrize("name", ["[v2] run", "[bold]x[/bold]", "[", "x[", "[link=y]"])

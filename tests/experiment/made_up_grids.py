@@ -12,6 +12,7 @@ from yoco_u.experiment.grid import GridRun, expand
 from yoco_u.experiment.report import write_report
 from yoco_u.experiment.results import Results, read_results
 from yoco_u.experiment.summary import Summary, summarize
+from yoco_u.training.metrics import missing_steps
 
 Loss = Callable[[GridRun, float], float]
 """The validation loss of a run after a share of its tokens, from 0 to 1."""
@@ -55,7 +56,8 @@ def write_run(run: GridRun, folder: Path, loss: Loss, done: float = 1.0) -> None
         records.append({"kind": "evaluation", "perplexity": 2.0, "bits_per_byte": 1.0, "loss": found} | others | common)
     (target / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if done == 1:
-        (target / "summary.json").write_text('{"name": "a", "steps": 1}')
+        summary = {"name": "a", "steps": step, "steps_without_metrics": missing_steps(records, step)}
+        (target / "summary.json").write_text(json.dumps(summary))
 
 
 def write_grid(experiment: Experiment, folder: Path, loss: Loss) -> list[GridRun]:

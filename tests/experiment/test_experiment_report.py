@@ -123,6 +123,14 @@ def test_a_grid_that_was_moved_is_reported(tmp_path: Path) -> None:
         read_results(expand(other, tmp_path / "laptop"), tmp_path / "laptop")
 
 
+def test_a_finished_run_that_lost_all_its_metrics_is_named(tmp_path: Path) -> None:
+    """It is not taken for one that has not begun."""
+    runs = write_grid(grid(MODELS), tmp_path, finals(LOSSES))
+    (tmp_path / "yoco-u_seed-1" / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(UserError, match=r"metrics.jsonl: lacks steps 1 to 1600 and .*; .* train it again in another folder"):
+        read_results(runs, tmp_path)
+
+
 @pytest.mark.parametrize("kept", [0, 4])
 def test_a_finished_run_without_its_last_evaluation_is_named(tmp_path: Path, kept: int) -> None:
     """An earlier one is not taken for its final loss."""
@@ -132,9 +140,7 @@ def test_a_finished_run_without_its_last_evaluation_is_named(tmp_path: Path, kep
     lines = file.read_text().splitlines(keepends=True)
     evaluations = [line for line in lines if json.loads(line)["kind"] == "evaluation"]
     file.write_text("".join(line for line in lines if line not in evaluations[kept:]))
-    with pytest.raises(
-        UserError, match=r"yoco-u_seed-1/metrics.jsonl: the last evaluation is missing; remove the run's folder"
-    ):
+    with pytest.raises(UserError, match=r"yoco-u_seed-1/metrics.jsonl: lacks the evaluation of step 1600, though"):
         read_results(runs, tmp_path)
 
 

@@ -82,7 +82,7 @@ def go_back(folder: Path, step: int) -> None:
 
 def test_errors_reach_every_process(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: [")
-    (tmp_path / "metrics.jsonl").touch()  # a run that has begun
+    (tmp_path / "metrics.jsonl").write_text("{}\n")  # a run that has begun
     mark(tmp_path, "run")
     assert train_on_ranks(config_of(dataset, "yoco_u", "ddp"), tmp_path) == [2, 2]
     assert all(f"{tmp_path / 'config.yaml'}: not" in (tmp_path / f"error-{rank}.txt").read_text() for rank in (0, 1))

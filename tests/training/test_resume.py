@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from training_runs import STEPS, deterministic, run_config, start
 
 from yoco_u.checksums import SUMS
+from yoco_u.config import dump_yaml
 from yoco_u.data import DatasetIndex, prepare
 from yoco_u.errors import UserError
 from yoco_u.training import RunConfig, TrainingInterrupted, train
@@ -192,9 +193,10 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     finished: tuple[Path, RunConfig], dataset: Path, tmp_path: Path
 ) -> None:
     folder = unfinished_copy(finished[0], tmp_path / "run", step=6)
-    (folder / "config.yaml").unlink()
+    other = run_config(dataset, architecture={"hidden_size": 48})
+    dump_yaml(other, folder / "config.yaml")
     with pytest.raises(UserError, match=r"step-00000006: the checkpoint's model has hidden_size = 32, this run's 48"):
-        train(run_config(dataset, architecture={"hidden_size": 48}), folder, progress=False)
+        train(other, folder, progress=False)
 
 
 def test_a_damaged_checkpoint_is_named(finished: tuple[Path, RunConfig], tmp_path: Path) -> None:

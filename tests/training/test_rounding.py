@@ -83,7 +83,8 @@ def test_weights_come_back_after_an_error() -> None:
 def directly_trained(config: RunConfig, steps: int) -> YocoUForCausalLM:
     """Gradients of a quantized copy, in plain tensors, given to the model's own weights in each step."""
     torch.manual_seed(config.training.seed)
-    model = first_model(config, DatasetIndex.load(Path(config.dataset)))
+    index = DatasetIndex.load(Path(config.dataset))
+    model = first_model(config, index.eot_id, index.tokenizer)
     optimizer = build_optimizer(model, config.optimizer)
     loader = BatchLoader(PackedDataset(Path(config.dataset), "train", 24, config.training.seed), 4, 0, 1)
     for step in range(steps):

@@ -261,7 +261,8 @@ def results_of(runs: tuple[RunResult, ...]) -> Results:
 
 
 def _read_result(run: GridRun, folder: Path) -> RunResult:
-    if not _has_records(folder / METRICS):
+    finished = is_finished(folder)
+    if not finished and not _has_records(folder / METRICS):
         return RunResult(run, "not begun", (), 0.0, {})
     RunFolder(folder).check_same(run.config)
     recorded = read_run(folder)
@@ -271,10 +272,8 @@ def _read_result(run: GridRun, folder: Path) -> RunResult:
         for record in recorded.kind("evaluation")
     )
     state: State = "unfinished"
-    if is_finished(folder):
+    if finished:
         state = "finished"
-        if not curve or curve[-1].tokens != run.config.tokens:
-            raise UserError(f"{folder / METRICS}: the last evaluation is missing; remove the run's folder, and train it again")
     elif has_diverged(folder):
         state = "diverged"
     steps = recorded.kind("train")

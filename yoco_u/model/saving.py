@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from yoco_u.architecture import Architecture
-from yoco_u.checksums import keep_changes, write_checksums
+from yoco_u.checksums import keep_changes, verify_checksums, write_checksums
 from yoco_u.errors import UserError
-from yoco_u.files import read_json, write_result
+from yoco_u.files import DamagedFile, read_json, write_result
 from yoco_u.folders import mark, replacing_folder
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.modeling import YocoUForCausalLM
@@ -51,6 +51,21 @@ def save_model(
         keep_changes(folder, beside)
         if kind is not None:
             mark(beside, kind)
+
+
+def lost_model(folder: Path) -> str | None:
+    """Why what `save_model` wrote to a folder is not there any more; None if it is, or was changed on purpose.
+
+    Raises:
+        OSError: if a file cannot be opened, which says nothing about what is in it.
+    """
+    if not (folder / "config.json").is_file():
+        return f"{folder / 'config.json'} was missing"
+    try:
+        verify_checksums(folder, "")
+    except DamagedFile as error:
+        return str(error).removesuffix("; ")
+    return None
 
 
 class _Index(BaseModel):

@@ -9,7 +9,12 @@ from yoco_u.report.page import as_yaml, render_page, write_page
 from yoco_u.report.plots import loss_plot, step_plot
 from yoco_u.training.run_folder import Run
 
-_LABELS = {"memory_bytes": "memory", "validation": "validation text", "gemm_flops_per_second": "matrix products"}
+_LABELS = {
+    "memory_bytes": "memory",
+    "validation": "validation text",
+    "run": "id of the run",
+    "gemm_flops_per_second": "matrix products",
+}
 
 
 def write_report(runs: list[Run], comparison: Comparison, target: Path, title: str | None = None) -> None:
@@ -83,6 +88,6 @@ def _text(key: str, value: Any) -> str:
         return f"{value / 2**30:.1f} GiB"
     if key == "gemm_flops_per_second" and isinstance(value, float):
         return f"{value / 1e9:,.0f} GFLOP/s"
-    if key == "validation" and isinstance(value, str):
+    if key in ("validation", "run") and isinstance(value, str):
         return value[:12]
     return "" if value is None else str(value)

@@ -10,12 +10,15 @@ Training goes on while a checkpoint is written: `save` copies the state, and thr
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -32,6 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from yoco_u.architecture import Architecture
 from yoco_u.checksums import added_or_changed, verify_checksums, write_checksums
 from yoco_u.config import Config, differences
+from yoco_u.config.numbers import Seed
 from yoco_u.errors import UserError, first_line, naming
 from yoco_u.files import DamagedFile, read_json, write_json
 from yoco_u.folders import PARTIAL, NewFolder, discard, free_name, marked, numbered
@@ -62,15 +66,17 @@ class TrainerState(Config):
         seed: the run's seed.
         world_size: number of processes that wrote the checkpoint.
         architecture: the model's; only a model of the same architecture loads the checkpoint.
+        run: the id of the run, see `yoco_u.training.ownership`; None in checkpoints of earlier versions.
     """
 
     format: Literal[1] = 1
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    seed: int
-    world_size: int
+    step: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
+    seconds: NonNegativeFloat = 0.0
+    seed: Seed
+    world_size: PositiveInt
     architecture: Architecture
+    run: Annotated[str, Field(pattern=r"\A[0-9a-f]{32}\z")] | None = None
 
     def after_step(self, tokens: int, seconds: float) -> "TrainerState":
         return self.model_copy(
@@ -195,23 +201,12 @@ class Checkpoints:
         Raises:
             UserError: if the checkpoint is damaged, or that of another architecture.
         """
-        state = read_state(path)
-        difference = next(differences(state.architecture, architecture), None)
-        if difference is not None:
-            key, saved, wanted = difference
-            raise UserError(
-                f"{path}: the checkpoint's model has {key} = {saved!r}, this run's {wanted!r}; "
-                "use the architecture it was trained with, or another run folder"
-            )
+        state = _state_of(path, architecture)
         tensors = _tensors(model, optimizer)
         rng = path / _rng_file(self.distributed.rank)
-        try:
+        with _telling_damage(path):
             load_shards(tensors, path, no_dist=self.distributed.world_size == 1)
             rng_state = torch.load(rng, weights_only=True) if rng.exists() else None
-        except (Exception, CheckpointException) as error:  # torch and pickle raise nearly anything on damaged files
-            raise UserError(
-                f"{path}: the checkpoint is damaged ({_reason(error)}); remove it to go on from the one before"
-            ) from None
         set_model_state_dict(model, tensors["model"])
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
         if rng_state is not None:
@@ -277,9 +272,40 @@ def read_state(path: Path) -> TrainerState:
     return read_json(path / TRAINER, TrainerState)
 
 
+def load_weights(path: Path, model: nn.Module, architecture: Architecture) -> None:
+    """Bring a whole model, in this process alone, to the weights of a checkpoint; errors as of `Checkpoints.load`."""
+    _state_of(path, architecture)
+    tensors = {"model": get_model_state_dict(model)}
+    with _telling_damage(path):
+        load_shards(tensors, path, no_dist=True)
+    set_model_state_dict(model, tensors["model"])
+
+
 def full_weights(model: nn.Module) -> dict[str, Any]:
     """All weights, unsharded, on the CPU of rank 0; empty on the other ranks. Every rank must call it."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _state_of(path: Path, architecture: Architecture) -> TrainerState:
+    state = read_state(path)
+    difference = next(differences(state.architecture, architecture), None)
+    if difference is not None:
+        key, saved, wanted = difference
+        raise UserError(
+            f"{path}: the checkpoint's model has {key} = {saved!r}, this run's {wanted!r}; "
+            "use the architecture it was trained with, or another run folder"
+        )
+    return state
+
+
+@contextmanager
+def _telling_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # torch and pickle raise nearly anything on damaged files
+        raise UserError(
+            f"{path}: the checkpoint is damaged ({_reason(error)}); remove it to go on from the one before"
+        ) from None
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

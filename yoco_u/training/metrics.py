@@ -36,6 +36,7 @@ from yoco_u.files import parse_json, replacing, write_text
 from yoco_u.folders import beside, discard, numbered
 
 METRICS, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
+SUMMARY, _LOST = "summary.json", "steps_without_metrics"
 Record = dict[str, Any]
 
 
@@ -113,6 +114,35 @@ def missing_steps(records: Sequence[Record], step: int) -> str | None:
     found = sorted({record["step"] for record in records if record["kind"] == "train" and record["step"] <= step})
     gaps = [(a + 1, b - 1) for a, b in pairwise([0, *found, step + 1]) if b - a > 1]
     return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in gaps) or None
+
+
+def lost_steps(records: Sequence[Record], steps: int) -> dict[str, str]:
+    """What the summary of a run that is finished after `steps` says of those that have no record; nothing if all have one."""
+    missing = missing_steps(records, steps)
+    return {} if missing is None else {_LOST: missing}
+
+
+def check_finished(folder: Path, records: Sequence[Record], summary: Record) -> None:
+    """Check that the metrics of a finished run are whole, so that a half-written end is not taken for a run that goes on.
+
+    Args:
+        summary: the run's, which names the steps that were lost before it was finished.
+
+    Raises:
+        UserError: if other steps have no record, or the last one has no evaluation.
+    """
+    steps: int = summary["steps"]
+    missing, none_left = missing_steps(records, steps), not any(record["kind"] == "train" for record in records)
+    known = None if none_left else summary.get(_LOST)
+    lost = [] if missing in (None, known) else [f"steps {missing}"]
+    if not any(record["kind"] == "evaluation" and record["step"] == steps for record in records):
+        lost.append(f"the evaluation of step {steps}")
+    if lost:
+        anew = f"remove {folder / SUMMARY} and run `yoco-u train` again, which finishes the run without the steps that are lost"
+        raise UserError(
+            f"{folder / METRICS}: lacks {' and '.join(lost)}, though the run is finished; copy the file back, or "
+            f"{'train it again in another folder' if none_left else anew}"
+        )
 
 
 class MetricsWriter:

@@ -19,8 +19,8 @@ from yoco_u.files import Say, read_json, write_json
 from yoco_u.folders import beside, check_claim, check_part, check_place, claim, discard, is_mark, mark, marked, replacing_folder
 from yoco_u.training.config import RunConfig
 from yoco_u.training.distributed import Distributed
-from yoco_u.training.metrics import METRICS, read_metrics
-from yoco_u.training.run_paths import Environment, RunPaths, StartPaths
+from yoco_u.training.metrics import METRICS, SUMMARY, check_finished, read_metrics
+from yoco_u.training.run_paths import Environment, RunPaths, Start, StartPaths
 
 RUN = "run"
 """The kind of mark that a run folder bears."""
@@ -48,7 +48,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, path / ".lock"
-        self.config, self.summary, self.environment = path / "config.yaml", path / "summary.json", path / "environment.json"
+        self.config, self.summary, self.environment = path / "config.yaml", path / SUMMARY, path / "environment.json"
         self.checkpoints, self.tokenizer, self.model = path / "checkpoints", path / "tokenizer", path / "model"
 
     @property
@@ -76,7 +76,8 @@ class RunFolder:
                 check_changes(self.model, kept=True)
                 for place in (self.tokenizer, self.config, self.summary, self.environment, self.path / METRICS):
                     check_place(place)
-            if self.config.exists() and self._has_begun():
+            if self._has_begun():
+                self._check_config()
                 self.check_same(config)
             else:
                 check_changes(self.tokenizer)
@@ -112,8 +113,9 @@ class RunFolder:
 
         See `RunPaths.located`. A config whose run has not begun is returned as it is.
         """
-        if not (marked(self.path, RUN) and self.config.exists() and self._has_begun()):
+        if not (marked(self.path, RUN) and self._has_begun()):
             return config
+        self._check_config()
         old = read_run_config(self.path)
         if config.training.dtype == "auto":
             config = config.with_dtype(old.training.dtype)
@@ -166,10 +168,14 @@ class RunFolder:
 
     def noted(self, key: str) -> str | None:
         """The digest of the `dataset` or `teacher` that a run was begun with; None if it has not begun, or did not note it."""
-        if not self._has_begun():
-            return None
-        found = read_json(self.environment, Environment, Environment(), lambda _: None).model_dump()
-        return next((start[key] for start in (found, *found["resumed"]) if isinstance(start.get(key), str)), None)
+        starts = [] if (found := self.noted_starts()) is None else [start.model_dump() for start in found]
+        return next((start[key] for start in starts if isinstance(start.get(key), str)), None)
+
+    def noted_starts(self) -> list[Start] | None:
+        """The starts that `environment.json` tells of, the oldest first; None if the run has not begun, or the file is lost."""
+        nothing = Environment()
+        found = read_json(self.environment, Environment, nothing, lambda _: None) if self._has_begun() else nothing
+        return None if found is nothing else found.starts
 
     def note_start(self, step: int, environment: dict[str, Any], dataset: str, say: Say) -> None:
         """Write down what the run runs on, and from where. What goes on from `step` goes into the list `resumed` of the first.
@@ -232,7 +238,15 @@ class RunFolder:
 
     def _has_begun(self) -> bool:
         """Whether a step was taken. A run that failed earlier, on a missing corpus say, may begin anew with another config."""
-        return self.checkpoints.exists() or (self.path / METRICS).exists()
+        files = (self.path / METRICS, self.summary)
+        return any(self.checkpoints.glob("*")) or any(file.is_file() and file.stat().st_size > 0 for file in files)
+
+    def _check_config(self) -> None:
+        """Refuse a run that has begun without telling how: another config would be taken for its own."""
+        if not os.path.lexists(self.config):
+            raise UserError(
+                f"{self.config}: is missing, but a run has begun here; copy it back from elsewhere, or choose another folder"
+            )
 
 
 @dataclass(frozen=True)
@@ -268,11 +282,13 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     """Read a run folder, finished or not.
 
     Raises:
-        UserError: if it holds no run, a run without a step, or a damaged file.
+        UserError: if it holds no run, a run without a step, a damaged file, or a finished run whose metrics are not whole.
     """
     folder = RunFolder(Path(path))
     config = read_run_config(path)
-    records = read_metrics(folder.path)
+    records, summary = read_metrics(folder.path), folder.read_summary()
+    if summary is not None:
+        check_finished(folder.path, records, summary)
     if not records:
         raise UserError(f"{folder.path}: the run has no metrics yet; run `yoco-u train` first")
     environment = read_json(folder.environment, Environment, Environment()).model_dump(exclude_unset=True)

@@ -46,11 +46,13 @@ class Start(BaseModel, extra="allow"):
 
     Attributes:
         special_tokens: whether texts of the dataset have the special tokens that they spell.
+        run: the run's id, see `yoco_u.training.ownership`.
         validation: what tells the text that the run is evaluated on from others, see `yoco_u.training.validation.text_digest`.
     """
 
     paths: StartPaths | None = None
     special_tokens: bool | None = None
+    run: str | None = None
     validation: str | None = None
 
 

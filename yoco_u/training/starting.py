@@ -1,5 +1,7 @@
 """The model of a run before its first step: with new weights, or with those of a saved model."""
 
+from pathlib import Path
+
 import torch
 
 from yoco_u.architecture import Architecture
@@ -17,17 +19,18 @@ from yoco_u.training.metrics import check_wandb
 from yoco_u.training.step import micro_batch_rows
 
 
-def first_model(config: RunConfig, index: DatasetIndex) -> YocoUForCausalLM:
+def first_model(config: RunConfig, eot_id: int, tokenizer: Path) -> YocoUForCausalLM:
     """The model that a run begins with; `torch.manual_seed` draws what is new.
 
     Args:
-        index: of the run's dataset.
+        eot_id: the token that begins the documents of the run's dataset.
+        tokenizer: the folder of its tokenizer.
     """
     if config.start_from is None:
-        eot, padding = index.eot_id, load_tokenizer(index.tokenizer).pad_token_id
+        padding = load_tokenizer(tokenizer).pad_token_id
         return YocoUForCausalLM(YocoUConfig.from_architecture(
             config.architecture, initializer_range=config.initializer_range,
-            bos_token_id=eot, eos_token_id=eot, pad_token_id=eot if padding is None else padding,
+            bos_token_id=eot_id, eos_token_id=eot_id, pad_token_id=eot_id if padding is None else padding,
         ))  # fmt: skip
     before, _ = load_model(config.start_from, torch.device("cpu"))
     fields = before.config.to_dict() | config.architecture.model_dump(mode="json")

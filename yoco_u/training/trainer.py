@@ -28,11 +28,13 @@ from yoco_u.training.distributed import Distributed, distributed_session
 from yoco_u.training.export import export_model
 from yoco_u.training.forward import DTYPES
 from yoco_u.training.memory import check_memory
-from yoco_u.training.metrics import METRICS, MetricsWriter, Record, loops_key, loss_figures, read_metrics
+from yoco_u.training.metrics import METRICS, MetricsWriter, Record, loops_key, loss_figures, lost_steps, read_metrics
 from yoco_u.training.optimizer import build_optimizer
 from yoco_u.training.other_programs import minding_others
+from yoco_u.training.ownership import run_id
 from yoco_u.training.parallelize import parallelize, unwrap
 from yoco_u.training.progress import progress_report
+from yoco_u.training.restoring import restore_model
 from yoco_u.training.rounding import rounded_weights
 from yoco_u.training.run_folder import RunFolder
 from yoco_u.training.signals import noting_signals
@@ -61,7 +63,8 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
         progress: whether to show progress on stderr.
 
     Returns:
-        The summary, as in `summary.json`. If the run is finished already, its summary is returned and nothing else happens.
+        The summary, as in `summary.json`. If the run is finished already, its summary is returned and nothing else happens, but
+        that `model/` is made anew from the last checkpoint if it is missing or damaged.
 
     Raises:
         UserError: if the config, the dataset or the folder do not fit together, the folder holds something else than a run, or
@@ -84,7 +87,10 @@ def train(config: RunConfig, folder: str | Path, progress: bool = True) -> dict[
                 with naming(run_folder.path):
                     return _Run(config, run_folder, distributed, progress, damaged).run()
             console = Console(stderr=True, quiet=not (progress and distributed.is_main), markup=False)
-            console.print(f"{run_folder.path}: the run is finished, at step {summary['steps']}; nothing to do.", soft_wrap=True)
+            with naming(run_folder.path):
+                remade = distributed.on_main(lambda: restore_model(config, run_folder))
+            told = f"{run_folder.path}: the run is finished, at step {summary['steps']}; {remade or 'nothing to do'}."
+            console.print(told, soft_wrap=True)
             return summary
 
 
@@ -157,7 +163,7 @@ class _Run:
     def _build(self) -> None:
         config, training = self.config, self.config.training
         torch.manual_seed(training.seed)
-        model = first_model(config, self.index)
+        model = first_model(config, self.index.eot_id, self.index.tokenizer)
         self.model_config = model.config
         freeze(model, config.distillation)
         self.model = parallelize(model, compilation(config), self.distributed)
@@ -166,12 +172,15 @@ class _Run:
         self.training_step = TrainingStep(self.model, self.optimizer, config, self.distributed)
 
     def _resume(self) -> None:
+        config = self.config
         self.saved, self.lost = self.checkpoints.newest()
+        run = self.distributed.on_main(lambda: run_id(self.folder, config, self.saved))
         if self.saved is not None:
-            self.state = self.checkpoints.load(self.saved, self.model, self.optimizer, self.config.architecture)
+            state = self.checkpoints.load(self.saved, self.model, self.optimizer, config.architecture)
+            self.state = state.model_copy(update={"run": run})
             return
         self.state = TrainerState(
-            seed=self.config.training.seed, world_size=self.distributed.world_size, architecture=self.config.architecture
+            seed=config.training.seed, world_size=self.distributed.world_size, architecture=config.architecture, run=run
         )
 
     def _contents(self) -> dict[str, str | None]:
@@ -186,7 +195,7 @@ class _Run:
         self.gemm_rate = self.distributed.sum(gemm_rate(device, DTYPES[training.dtype]))
         found = environment(device) | {
             "world_size": self.distributed.world_size, "dtype": training.dtype, "gemm_flops_per_second": self.gemm_rate,
-            "special_tokens": self.index.config.special_tokens,
+            "special_tokens": self.index.config.special_tokens, "run": self.state.run,
         }  # fmt: skip
         dataset = self.config.dataset
 
@@ -374,6 +383,7 @@ class _Run:
             "gemm_flops_per_second": self.gemm_rate,
             "seconds": self.state.seconds,
             "peak_memory_bytes": peak_memory_bytes(self.distributed.device),
+            **lost_steps(records, self.state.step),
         }
         write_json(self.folder.summary, summary)
         return summary
