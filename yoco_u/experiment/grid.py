@@ -1,5 +1,6 @@
 """From an experiment to its runs: a checked config each, in an order and under names that do not change as the grid grows."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -87,6 +88,15 @@ def expand(experiment: Experiment, folder: Path, overrides: Sequence[str] = ()) 
         runs = _expand(experiment, folder, overrides)
     _check(runs)
     return runs
+
+
+def count_runs(experiment: Experiment) -> int:
+    """How many runs `expand` gives, without making them."""
+    variants = sum(
+        math.prod(len(values) for values in (experiment.vary | plan.vary).values()) for plan in experiment.models.values()
+    )
+    budgets = experiment.tokens or experiment.tokens_per_parameter
+    return variants * math.prod(len(axis) or 1 for axis in (experiment.sizes, experiment.seeds, budgets))
 
 
 def _check_overrides(experiment: Experiment, overrides: Sequence[str]) -> None:

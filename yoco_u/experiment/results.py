@@ -50,6 +50,7 @@ class RunResult:
         seconds: time of training so far.
         measures: results by the name of the measure, see `yoco_u.experiment.measure`.
         dataset: digest of the dataset that it was trained on; None where that was not noted.
+        report: the file of the report that says so; None where the run has a folder.
     """
 
     run: GridRun
@@ -58,6 +59,7 @@ class RunResult:
     seconds: float
     measures: dict[str, Any]
     dataset: str | None = None
+    report: Path | None = None
 
     @property
     def final(self) -> Point:
@@ -247,7 +249,7 @@ def read_results(runs: Sequence[GridRun], folder: Path, elsewhere: Mapping[str, 
     results = results_of(tuple(elsewhere.get(run.name) or _read_result(run, folder / run.name) for run in runs))
     if not results.series:
         raise UserError(f"{folder}: none of the {len(runs)} runs is finished yet; train them without --report first")
-    check_one_dataset({folder / one.run.name: one.dataset for one in results.runs if one.state == "finished"})
+    check_one_dataset({one.report or folder / one.run.name: one.dataset for one in results.runs if one.state == "finished"})
     return results
 
 
