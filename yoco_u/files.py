@@ -19,6 +19,7 @@ from pydantic_core import from_json
 
 from yoco_u.errors import UserError, naming
 from yoco_u.folders import NewFolder, check_place, sync
+from yoco_u.regular_files import read_regular
 from yoco_u.version import __version__
 
 T = TypeVar("T")
@@ -119,13 +120,13 @@ def read_json(path: Path, shape: type[T], default: T | None = None, say: Say | N
         say: given by whoever makes the file anew where it is missing: so counts a damaged one then, which is said.
 
     Raises:
-        UserError: if it cannot be read; it names the file.
+        UserError: if it cannot be read, or is a pipe or a device; it names the file.
         DamagedFile: if it is not JSON, or holds anything but `shape`; it names the file and the place.
     """
     if default is not None and not os.path.lexists(path):
         return default
     try:
-        return parse_json(path.read_bytes(), shape, str(path))
+        return parse_json(read_regular(path), shape, str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
     except DamagedFile as error:

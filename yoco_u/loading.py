@@ -15,6 +15,7 @@ from yoco_u.checksums import SUMS, verify_checksums
 from yoco_u.config import parse
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
+from yoco_u.regular_files import check_regular_files
 
 if TYPE_CHECKING:
     import torch
@@ -157,6 +158,7 @@ def check_model(path: str | os.PathLike[str]) -> "YocoUConfig":
     from yoco_u.model.saving import check_weights
 
     folder = model_folder(path)
+    check_regular_files(folder)
     check_adapters(folder)
     verify_checksums(folder, f"copy it again, or train again; if you changed it on purpose, remove {SUMS}")
     read_config(folder)

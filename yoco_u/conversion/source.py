@@ -22,6 +22,7 @@ from yoco_u.files import read_json
 from yoco_u.loading import check_adapters, is_run, load_model, model_folder
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
 from yoco_u.model.saving import check_depth, quiet_transformers, weight_files
+from yoco_u.regular_files import check_regular_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What weights are written in, by the names in config.json."""
@@ -63,6 +64,7 @@ def read_source(path: str) -> Source:
         return _read_gguf(place)
     if not place.exists():
         place = _download(path)
+    check_regular_files(place)
     if _is_ours(place):
         return _read_ours(place)
     check_adapters(place)
