@@ -162,6 +162,7 @@ def check_model(path: str | os.PathLike[str]) -> "YocoUConfig":
     check_adapters(folder)
     verify_checksums(folder, f"copy it again, or train again; if you changed it on purpose, remove {SUMS}")
     read_config(folder)
+    read_json(folder / "generation_config.json", dict[str, Any], {})  # transformers passes over one that is damaged
     with _telling_damage(folder):
         config = YocoUConfig.from_pretrained(folder)
         check_weights(folder, config)

@@ -140,7 +140,7 @@ def choose(runs: Sequence[GridRun], run: str | None = None, only: str | None = N
             raise UserError(f"--run {run}: no such run; give a number from 0 to {len(runs) - 1} or a name, see --list")
         return [known[run]]
     if only is not None:
-        parts = re.fullmatch(r"(\d+)/(\d+)", only)
+        parts = re.fullmatch(r"([0-9]+)/([0-9]+)", only)
         shard, count = map(int, parts.groups()) if parts else (0, 0)
         if not 1 <= shard <= count:
             raise UserError(f"--only {only}: expected SHARD/COUNT with SHARD from 1 to COUNT, such as 2/8")
