@@ -158,7 +158,7 @@ class Corpus:
 
     def _paths(self, entry: str) -> list[_Source]:
         path = Path(entry)
-        if not os.path.lexists(path):
+        if not os.path.lexists(path) and not os.path.lexists(path.parts[0]):
             path = Path(os.path.expanduser(entry))
         if path.is_dir():
             return self._folder(path)
