@@ -8,7 +8,7 @@ The runs are not made again: verdicts, intervals and fits are computed from the 
 from pathlib import Path
 from typing import Any
 
-from yoco_u.errors import UserError, in_one_line, script_parser
+from yoco_u.errors import in_one_line, script_parser
 from yoco_u.experiment.kept import judge_again
 from yoco_u.files import read_json, write_json
 
@@ -17,12 +17,10 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT", help="report.json of a grid")
     reports = {path: read_json(path, dict[str, Any]) for path in parser.parse_args().reports}
-    for path, kept in reports.items():
-        if not {"experiment", "sizes"} <= kept.keys() and not {"experiment", "series", "cells"} <= kept.keys():
-            raise UserError(f"{path}: is no report of a grid; name a report.json of `yoco-u experiment`")
+    judged = {path: judge_again(kept, str(path)).as_json() for path, kept in reports.items()}
     for path, kept in reports.items():
         said = {key: kept[key] for key in ("generator",) if key in kept}
-        write_json(path, said | judge_again(kept).as_json())
+        write_json(path, said | judged[path])
         print(path)
 
 

@@ -265,3 +265,11 @@ def test_every_setting_by_override(text: str) -> None:
             json.dumps(config.model_dump(mode="json"), allow_nan=False)
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 1000, key
+
+
+@pytest.mark.parametrize("value", [1e-300, 1e-320, 5e-324, 1e-46, 1e-40, 1.17e-38])
+@pytest.mark.parametrize("key", ["optimizer.eps", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm"])
+def test_what_float32_takes_for_zero_is_refused(key: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"{key}: .*too small for a float32; expected at least 1\.18e-38"):
+        parse(RunConfig, changed(RUN, key, value), "here")
+    assert parse(RunConfig, changed(RUN, key, 2.0**-126), "here")

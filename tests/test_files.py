@@ -216,6 +216,7 @@ def test_whatever_is_in_a_file_it_is_read_or_named(tmp_path: Path, content: byte
         (b"[" * 100_000, "recursion limit"),
         (b'{"name": "a", "numbers": [NaN]}', "not JSON"),
         (b'{"name": "a", "numbers": [-Infinity]}', "not JSON"),
+        (b'{"name": "a", "numbers": [1, -1e999]}', "numbers.1: the number is larger than any float"),
         (b'{"name": "a", "numbers": ' + b"1" * 5000 + b"}", "number out of range"),
         (b'{"name": "\xff", "numbers": []}', "invalid unicode"),
         (WHOLE.decode().encode("utf-16"), "not JSON"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from yoco_u.errors import UserError
 from yoco_u.files import DamagedFile, write_text
 from yoco_u.folders import is_mark
+from yoco_u.regular_files import read_regular
 
 SUMS = "SHA256SUMS"
 
@@ -48,17 +49,20 @@ def verify_checksums(folder: Path, mend: str, wanted: Callable[[str], bool] = la
 
     Raises:
         DamagedFile: if a file is missing or differs, with its name, or if the disk cannot give it.
+        UserError: if `SHA256SUMS` is a pipe or a device.
         OSError: if it cannot be opened for another reason, which says nothing of what is in it, such as too many open files.
     """
     sums = folder / SUMS
     try:
-        lines = sums.read_bytes().decode("utf-8").splitlines()
+        text = read_regular(sums)
     except FileNotFoundError:
         return False
-    except ValueError as error:
-        raise DamagedFile(f"{sums}: the file is damaged ({error}); {mend}") from None
     except OSError as error:
         raise _unreadable(sums, error) from None
+    try:
+        lines = text.decode("utf-8").splitlines()
+    except ValueError as error:
+        raise DamagedFile(f"{sums}: the file is damaged ({error}); {mend}") from None
     expected: dict[Path, str] = {}
     for number, line in enumerate(lines, start=1):
         parsed = _LINE.fullmatch(line)

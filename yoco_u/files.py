@@ -5,9 +5,10 @@ What is not complete lies in a folder beside its place, see `yoco_u.folders`. Fi
 """
 
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic_core import from_json
 
 from yoco_u.errors import UserError, naming
 from yoco_u.folders import NewFolder, check_place, sync
+from yoco_u.regular_files import read_regular
 from yoco_u.version import __version__
 
 T = TypeVar("T")
@@ -118,13 +120,13 @@ def read_json(path: Path, shape: type[T], default: T | None = None, say: Say | N
         say: given by whoever makes the file anew where it is missing: so counts a damaged one then, which is said.
 
     Raises:
-        UserError: if it cannot be read; it names the file.
+        UserError: if it cannot be read, or is a pipe or a device; it names the file.
         DamagedFile: if it is not JSON, or holds anything but `shape`; it names the file and the place.
     """
     if default is not None and not os.path.lexists(path):
         return default
     try:
-        return parse_json(path.read_bytes(), shape, str(path))
+        return parse_json(read_regular(path), shape, str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
     except DamagedFile as error:
@@ -137,19 +139,46 @@ def read_json(path: Path, shape: type[T], default: T | None = None, say: Say | N
 def parse_json(text: bytes, shape: type[T], source: str) -> T:
     """The value of a JSON text in UTF-8, as in `read_json`; `source` is where it came from, which the error names.
 
-    Infinity and NaN, which JSON does not have, are errors too.
+    Infinity and NaN, which JSON does not have, are errors too, and so are numbers that would become infinite.
     """
     if not text.strip(b"\0 \n"):
         raise DamagedFile(f"{source}: empty; {DAMAGED}")
     try:
-        adapter: TypeAdapter[T] = _adapter(cast("Any", shape))
-        return adapter.validate_python(from_json(text, allow_inf_nan=False))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"])) or "the whole"
-        raise DamagedFile(f"{source}: {place}: {problem['msg']}; {DAMAGED}") from None
+        found = from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise DamagedFile(f"{source}: not JSON ({error}); {DAMAGED}") from None
+    if (place := _infinite(found)) is not None:
+        raise DamagedFile(f"{source}: {_words(place)}: the number is larger than any float; {DAMAGED}")
+    return checked(found, shape, source)
+
+
+def checked(data: Any, shape: type[T], source: str) -> T:
+    """What a JSON text holds, as a type that pydantic checks; arguments and errors as of `parse_json`."""
+    try:
+        adapter: TypeAdapter[T] = _adapter(cast("Any", shape))
+        return adapter.validate_python(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise DamagedFile(f"{source}: {_words(problem['loc'])}: {problem['msg']}; {DAMAGED}") from None
+
+
+def _words(place: Iterable[Any]) -> str:
+    return ".".join(map(str, place)) or "the whole"
+
+
+def _infinite(data: Any) -> tuple[Any, ...] | None:
+    """Where a number is that JSON has and a float has not, such as 1e999; None if there is none."""
+    if isinstance(data, float):
+        return None if math.isfinite(data) else ()
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(data, dict):
+        parts = data.items()
+    elif isinstance(data, list):
+        parts = enumerate(data)
+    for key, one in parts:
+        if (place := _infinite(one)) is not None:
+            return (key, *place)
+    return None
 
 
 @cache

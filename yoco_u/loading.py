@@ -15,6 +15,7 @@ from yoco_u.checksums import SUMS, verify_checksums
 from yoco_u.config import parse
 from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
+from yoco_u.regular_files import check_regular_files
 
 if TYPE_CHECKING:
     import torch
@@ -162,11 +163,13 @@ def check_model(path: str | os.PathLike[str]) -> "YocoUConfig":
     from yoco_u.model.saving import check_weights
 
     folder = model_folder(path)
+    check_regular_files(folder)
     check_adapters(folder)
     in_run = folder.name == "model" and is_run(folder.parent)
     again = "run `yoco-u train` again to make model/ anew from the last checkpoint" if in_run else "make the model again"
     verify_checksums(folder, f"copy it again, or {again}; if you changed it on purpose, remove {SUMS}")
     read_config(folder)
+    read_json(folder / "generation_config.json", dict[str, Any], {})  # transformers passes over one that is damaged
     with _telling_damage(folder):
         config = YocoUConfig.from_pretrained(folder)
         check_weights(folder, config)

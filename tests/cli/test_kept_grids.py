@@ -124,8 +124,5 @@ def test_another_dataset_is_refused_before_training(run: Any, grid: Path, kept: 
     said["cells"][0]["dataset"] = "0" * 64
     kept.write_text(json.dumps(said))
     outcome = run("experiment", grid, "--out", tmp_path / "more", "--kept", kept)
-    assert (
-        outcome.status == 2
-        and f"error: {kept}/yoco_seed-0 and {tmp_path}/more/data: the dataset was another one" in outcome.err
-    )
+    assert outcome.status == 2 and f"error: {kept} and {tmp_path}/more/data: the dataset was another one" in outcome.err
     assert not (tmp_path / "more" / "yoco_seed-1").exists()

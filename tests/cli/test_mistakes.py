@@ -164,6 +164,10 @@ def test_damaged_config_and_tokenizer(run: Any, workspace: Path, tmp_path: Path)
     (model / "config.json").write_text("{")
     assert "damaged" in run("generate", model, "--prompt", "a").error
     (model / "config.json").write_text(json.dumps(config))
+    for text in ("", "{", "[]", (model / "generation_config.json").read_text()[:-9]):
+        (model / "generation_config.json").write_text(text)
+        assert f"{model / 'generation_config.json'}: " in run("generate", model, "--prompt", "a").error
+    (model / "generation_config.json").unlink()
     index = model / "model.safetensors.index.json"
     (model / "model.safetensors").unlink()
     for weight_map, said in (({"a": "../a"}, "names '../a', which is no file of the folder"), ([], "a valid dictionary")):

@@ -181,3 +181,12 @@ def test_a_field_may_be_longer_than_what_the_library_takes_by_default(tmp_path: 
     long = "x" * (csv.field_size_limit() + 1 if csv.field_size_limit() < 1 << 20 else 1 << 20)
     (tmp_path / "a.csv").write_bytes(table([long], ","))
     assert read(tmp_path / "a.csv") == [long]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("others", [["a"], ["text"], ["text", "text.y"], ["b", "text"]])
+def test_a_column_is_found_beside_structs_of_like_names(tmp_path: Path, others: list[str], first: bool) -> None:
+    structs = {name: [{"x": "no", "y": 1}, {"x": "no", "y": 2}] for name in others}
+    column = {"text.x": ["one", "two"]}
+    pq.write_table(pa.table(column | structs if first else structs | column), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", field="text.x") == ["one", "two"]

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from yoco_u.data import Corpus
@@ -95,6 +95,7 @@ def test_links_that_lead_back_end_and_a_file_is_read_once(links: list[tuple[int,
 NAMES = st.text(st.sampled_from("ab[]*?!-~ \n\udcff"), min_size=1, max_size=5).filter(str.strip)
 
 
+@example(folder="~", file="a", others=[])
 @given(folder=NAMES, file=NAMES, others=st.lists(NAMES, max_size=4))
 def test_a_name_that_exists_is_no_pattern(folder: str, file: str, others: list[str], tmp_path_factory) -> None:
     root = tmp_path_factory.mktemp("names")

@@ -114,6 +114,10 @@ def test_a_template_that_refuses_names_the_chat(model: Path) -> None:
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(UserError, match=r"line 7: .*no"):
         list(examples([Chat("x, line 7", chat("a", "b"))], tokenizer))
+    for silent in ("{# nothing #}", " ", "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"):
+        tokenizer.chat_template = silent
+        with pytest.raises(UserError, match="line 7: the chat template writes nothing of what the assistant says"):
+            list(examples([Chat("x, line 7", chat("a", "b"))], tokenizer))
     tokenizer.chat_template = "{{ messages | length }}"
     with pytest.raises(UserError, match="behind the prompt"):
         list(examples([Chat("x, line 7", chat("a", "b"))], tokenizer))

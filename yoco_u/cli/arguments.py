@@ -125,7 +125,7 @@ def whole_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(int(part.encode("ascii")) for part in text.split(","))
     except ValueError:
         raise UserError(f"{option} is {text!r}; expected whole numbers with commas between, such as 4096,32768") from None
 
@@ -176,13 +176,15 @@ def check_loops(counts: Sequence[int | None]) -> None:
     """Check values of `--num-loops`, before the first of them is run.
 
     Raises:
-        UserError: for a loop count that no model can run.
+        UserError: for a loop count that no model can run, and one that comes twice.
     """
     for loops in counts:
         if loops is not None and loops < 1:
             raise UserError(f"--num-loops is {shown(loops)}; expected a whole number of at least 1")
         if loops is not None and (problem := too_many_loops(loops)):
             raise UserError(f"--num-loops: {problem}")
+    if len(set(counts)) < len(counts):
+        raise UserError(f"--num-loops is {', '.join(map(str, counts))}; expected each value once")
 
 
 def loops_or_auto(text: str | None, option: str = "--num-loops") -> int | str | None:

@@ -95,7 +95,7 @@ def experiment(
         _train_in_processes([*command, *(["--kept", str(kept)] if kept else [])], to_train, folder, jobs or 1, minutes)
     elif not report:
         with stops_cleanly():
-            datasets = {kept / name: one.dataset for name, one in elsewhere.items()} if kept else {}
+            datasets = {one.report: one.dataset for one in elsewhere.values() if one.report and one.dataset}
             unfinished = train_runs(grid, to_train, folder, chosen, say=note, datasets=datasets)
         for left in unfinished:
             note(f"not finished: {left.name}")

@@ -73,9 +73,19 @@ Seed = Annotated[NonNegativeInt, Field(lt=2**63)]
 Float32 = Annotated[float, Field(ge=-3.4e38, le=3.4e38)]
 """A number that becomes one of a tensor's."""
 
-NonNegativeFloat32 = Annotated[NonNegativeFloat, Field(le=3.4e38)]
+SMALLEST = 2.0**-126
+"""The smallest positive float32 of full precision; what is much smaller becomes 0, or is taken for it by fast kernels."""
 
-PositiveFloat32 = Annotated[PositiveFloat, Field(le=3.4e38)]
+
+def _not_lost(value: float) -> float:
+    if 0 < value < SMALLEST:
+        raise ValueError(f"{value:g} is too small for a float32; expected at least {SMALLEST:.3g}")
+    return value
+
+
+NonNegativeFloat32 = Annotated[NonNegativeFloat, Field(le=3.4e38), AfterValidator(_not_lost)]
+
+PositiveFloat32 = Annotated[PositiveFloat, Field(le=3.4e38), AfterValidator(_not_lost)]
 
 Seconds = Annotated[PositiveFloat, Field(le=1e9)]
 """A time that somebody may wait for; 1e9 seconds are 31 years, and clocks overflow later."""

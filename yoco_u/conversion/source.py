@@ -21,7 +21,8 @@ from yoco_u.errors import UserError, first_line
 from yoco_u.files import read_json
 from yoco_u.loading import check_adapters, is_run, load_model, model_folder
 from yoco_u.model import YocoUConfig, YocoUForCausalLM
-from yoco_u.model.saving import check_depth, quiet_transformers, weight_files
+from yoco_u.model.saving import FLOATS, FLOATS_OF_EIGHT_BITS, check_depth, check_dtypes, quiet_transformers, weight_files
+from yoco_u.regular_files import check_regular_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What weights are written in, by the names in config.json."""
@@ -63,6 +64,7 @@ def read_source(path: str) -> Source:
         return _read_gguf(place)
     if not place.exists():
         place = _download(path)
+    check_regular_files(place)
     if _is_ours(place):
         return _read_ours(place)
     check_adapters(place)
@@ -72,6 +74,12 @@ def read_source(path: str) -> Source:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly anything on a damaged file
         raise UserError(f"{place}: cannot read the config ({first_line(error)}); give a folder with config.json") from None
+    if (quantized := getattr(config, "quantization_config", None)) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise UserError(
+            f"{place / 'config.json'}: the weights are quantized ({method or 'quantization_config'}), and their scales would "
+            "be lost; give the checkpoint that they were made from, or a GGUF file"
+        )
     weights = _read_safetensors(place)
     return _assemble(path, config, weights, load_tokenizer(place, keep_start=True), _generation(place))
 
@@ -106,6 +114,7 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
+                check_dtypes(file, opened, (*FLOATS, *FLOATS_OF_EIGHT_BITS))
                 weights |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise UserError(

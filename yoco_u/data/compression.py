@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -114,6 +115,55 @@ class _Zstandard(io.RawIOBase):
         return len(data)
 
 
+class _Streams(io.RawIOBase):
+    """Streams of bzip2 or xz data, one behind the other. Anything else behind a stream is damage, which Python passes over.
+
+    Args:
+        first, later: what makes a decompressor for the first stream, and for those behind it.
+        padding: of how many zeros at a time there may be any number behind a stream; 0 for none.
+    """
+
+    def __init__(
+        self, source: "io.BufferedReader[Any]", first: Callable[[], Any], later: Callable[[], Any], padding: int
+    ) -> None:
+        self._source, self._later, self._padding = source, later, padding
+        self._decompressor, self._ahead = first(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._decompressor.eof or self._begins_another():
+            data = b""
+            if self._decompressor.needs_input:
+                data, self._ahead = self._ahead or self._more(), b""
+                if not data:
+                    raise EOFError("the data end within a stream")
+            found = self._decompressor.decompress(data, len(buffer))
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
+        return 0
+
+    def _begins_another(self) -> bool:
+        rest, zeros = self._decompressor.unused_data or self._more(), 0
+        while self._padding and rest:
+            found = rest.lstrip(b"\0")
+            zeros += len(rest) - len(found)
+            if found:
+                rest = found
+                break
+            rest = self._more()
+        if self._padding and zeros % self._padding:
+            raise EOFError(f"{zeros} zeros behind a stream, which are no multiple of {self._padding}")
+        if rest:
+            self._decompressor, self._ahead = self._later(), rest
+        return bool(rest)
+
+    def _more(self) -> bytes:
+        return self._source.read1(io.DEFAULT_BUFFER_SIZE)
+
+
 def _inner(path: PurePath) -> PurePath:
     return path.with_suffix("") if path.suffix.lower() in _BEGINNINGS else path
 
@@ -130,7 +180,8 @@ def _decompressed(stream: Any, compression: str) -> io.BufferedIOBase:
     if compression == ".gz":
         return gzip.GzipFile(fileobj=stream)
     if compression == ".bz2":
-        return bz2.BZ2File(stream)
+        return io.BufferedReader(_Streams(stream, bz2.BZ2Decompressor, bz2.BZ2Decompressor, padding=0))
     if compression == ".xz":
-        return lzma.LZMAFile(stream)
+        later = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)
+        return io.BufferedReader(_Streams(stream, lzma.LZMADecompressor, later, padding=4))
     return io.BufferedReader(_Zstandard(stream)) if compression == ".zst" else stream

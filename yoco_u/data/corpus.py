@@ -29,6 +29,7 @@ from yoco_u.data.formats import (
 from yoco_u.data.paths import is_hidden, matches, walk
 from yoco_u.data.synthetic import is_synthetic, read_entry, synthetic_documents
 from yoco_u.errors import UserError
+from yoco_u.regular_files import SPECIAL
 
 _MOST_TOLD = 8
 _SITES = frozenset({"site-packages", "dist-packages"})
@@ -157,7 +158,7 @@ class Corpus:
 
     def _paths(self, entry: str) -> list[_Source]:
         path = Path(entry)
-        if not os.path.lexists(path):
+        if not os.path.lexists(path) and not os.path.lexists(path.parts[0]):
             path = Path(os.path.expanduser(entry))
         if path.is_dir():
             return self._folder(path)
@@ -222,7 +223,7 @@ class Corpus:
 
 def _special(path: Path) -> str:
     """What a path is that is neither a file nor a folder."""
-    return f"link {path} that leads nowhere" if path.is_symlink() else "pipe, socket or device"
+    return f"link {path} that leads nowhere" if path.is_symlink() else SPECIAL
 
 
 def _listed(counts: Counter[str]) -> str:

@@ -117,7 +117,7 @@ def read_parquet(path: Path, name: str, field: str, advance: Advance) -> Iterato
             ):
                 raise UserError(f"{name}: column {field!r} holds {kind}, expected strings; name another text_field")
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for value in batch.column(0):
+                for value in batch.column(field):  # by its name, as a struct `a` comes along with a column `a.b`
                     row += 1
                     yield document(f"{name}:{row}", value.as_py(), field)
                 advance(size * batch.num_rows // file.metadata.num_rows)

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from yoco_u.errors import UserError
 from yoco_u.files import parse_json
+from yoco_u.regular_files import read_regular
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -24,7 +25,7 @@ def read_lines(files: Sequence[Path], shape: type[T], of_what: str) -> Iterator[
     """
     for file in files:
         try:
-            lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+            lines = read_regular(file).removeprefix(codecs.BOM_UTF8).splitlines()
         except OSError as error:
             raise UserError(f"{file}: cannot read it ({error.strerror}); give files of JSON lines with {of_what}") from None
         for number, line in enumerate(lines, 1):

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from yoco_u.data.formats import Document
 from yoco_u.data.synthetic.tasks import BEGIN, END
 from yoco_u.errors import UserError, first_line
+from yoco_u.regular_files import check_regular_files
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -79,6 +80,7 @@ def load_tokenizer(name: str | Path, keep_start: bool = False, **kwargs: Any) ->
     Raises:
         UserError: if there is none, if it has no fast implementation, or no token that can begin a document.
     """
+    check_regular_files(Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **kwargs)
     except Exception as error:  # the library, the hub and the parsers raise nearly anything

@@ -1,5 +1,6 @@
 """From an experiment to its runs: a checked config each, in an order and under names that do not change as the grid grows."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -89,6 +90,15 @@ def expand(experiment: Experiment, folder: Path, overrides: Sequence[str] = ()) 
     return runs
 
 
+def count_runs(experiment: Experiment) -> int:
+    """How many runs `expand` gives, without making them."""
+    variants = sum(
+        math.prod(len(values) for values in (experiment.vary | plan.vary).values()) for plan in experiment.models.values()
+    )
+    budgets = experiment.tokens or experiment.tokens_per_parameter
+    return variants * math.prod(len(axis) or 1 for axis in (experiment.sizes, experiment.seeds, budgets))
+
+
 def _check_overrides(experiment: Experiment, overrides: Sequence[str]) -> None:
     """Refuse overrides of what the grid itself says of each run."""
     budget = "tokens" if experiment.tokens else "tokens_per_parameter" if experiment.tokens_per_parameter else None
@@ -130,7 +140,7 @@ def choose(runs: Sequence[GridRun], run: str | None = None, only: str | None = N
             raise UserError(f"--run {run}: no such run; give a number from 0 to {len(runs) - 1} or a name, see --list")
         return [known[run]]
     if only is not None:
-        parts = re.fullmatch(r"(\d+)/(\d+)", only)
+        parts = re.fullmatch(r"([0-9]+)/([0-9]+)", only)
         shard, count = map(int, parts.groups()) if parts else (0, 0)
         if not 1 <= shard <= count:
             raise UserError(f"--only {only}: expected SHARD/COUNT with SHARD from 1 to COUNT, such as 2/8")

@@ -36,6 +36,18 @@ class _Taken(BaseModel, Generic[R]):
     result: R
 
 
+class Taken(BaseModel, extra="forbid"):
+    """The results of a model, by the name of the measure."""
+
+    angular: AngularDistances | None = None
+    needles: list[NeedleScore] | None = None
+    tasks: list[LevelScore] | None = None
+
+    def results(self) -> dict[str, Any]:
+        """Those that were taken, as plain data."""
+        return {name: one for name, one in self.model_dump().items() if one is not None}
+
+
 class _Measures(BaseModel):
     angular: _Taken[AngularDistances] | None = None
     needles: _Taken[list[NeedleScore]] | None = None

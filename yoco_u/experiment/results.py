@@ -15,6 +15,7 @@ from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.intervals import Interval, NotDecidable, interval
 from yoco_u.experiment.measure import read_measures
 from yoco_u.experiment.run import check_one_dataset, dataset_of, has_diverged, is_finished
+from yoco_u.regular_files import read_regular
 from yoco_u.report.comparison import equal_cost
 from yoco_u.training.metrics import METRICS, loops_key
 from yoco_u.training.run_folder import RunFolder, read_run
@@ -50,6 +51,7 @@ class RunResult:
         seconds: time of training so far.
         measures: results by the name of the measure, see `yoco_u.experiment.measure`.
         dataset: digest of the dataset that it was trained on; None where that was not noted.
+        report: the file of the report that says so; None where the run has a folder.
     """
 
     run: GridRun
@@ -58,6 +60,7 @@ class RunResult:
     seconds: float
     measures: dict[str, Any]
     dataset: str | None = None
+    report: Path | None = None
 
     @property
     def final(self) -> Point:
@@ -247,7 +250,7 @@ def read_results(runs: Sequence[GridRun], folder: Path, elsewhere: Mapping[str, 
     results = results_of(tuple(elsewhere.get(run.name) or _read_result(run, folder / run.name) for run in runs))
     if not results.series:
         raise UserError(f"{folder}: none of the {len(runs)} runs is finished yet; train them without --report first")
-    check_one_dataset({folder / one.run.name: one.dataset for one in results.runs if one.state == "finished"})
+    check_one_dataset({one.report or folder / one.run.name: one.dataset for one in results.runs if one.state == "finished"})
     return results
 
 
@@ -283,8 +286,7 @@ def _read_result(run: GridRun, folder: Path) -> RunResult:
 def _has_records(metrics: Path) -> bool:
     """Whether the file is there and has a whole line: a run may have been stopped before its first one."""
     try:
-        with metrics.open(encoding="utf-8") as lines:
-            return lines.readline().endswith("\n")
+        return b"\n" in read_regular(metrics)
     except FileNotFoundError:
         return False
 

@@ -9,6 +9,7 @@ threshold 0 none leaves.
   loss of the next token is after all loops. `yoco-u exits` fits the heads.
 """
 
+import os
 from math import pi
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +67,7 @@ def find_exits(folder: Path, a: Architecture) -> Exits | UserError | None:
     The file concerns requests alone whose tokens leave the loop, so what is wrong with it is no error of other requests.
     """
     try:
-        return load_exits(folder, a) if (folder / FILE).is_file() else None
+        return load_exits(folder, a) if os.path.lexists(folder / FILE) else None
     except UserError as error:
         return error
 

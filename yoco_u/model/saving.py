@@ -1,6 +1,6 @@
 """A model's Hugging Face folder: saved with the tokenizer beside the weights, and checked before it is loaded."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,11 @@ from yoco_u.files import DamagedFile, read_json, write_result
 from yoco_u.folders import mark, replacing_folder
 from yoco_u.model.configuration import YocoUConfig
 from yoco_u.model.modeling import YocoUForCausalLM
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes of weights, as safetensors names them."""
+
+FLOATS_OF_EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 
 
 def save_model(
@@ -68,6 +73,20 @@ def lost_model(folder: Path) -> str | None:
     return None
 
 
+def check_dtypes(file: Path, opened: Any, known: Sequence[str] = FLOATS) -> None:
+    """Refuse a file of weights, opened by safetensors, that holds what is no floating-point numbers, which a cast would hide.
+
+    Raises:
+        UserError: if a tensor has another dtype than those that are known; it names file, tensor and dtype.
+    """
+    for name in opened.keys():  # noqa: SIM118
+        if (dtype := opened.get_slice(name).get_dtype()) not in known:
+            raise UserError(
+                f"{file}: the tensor {name} has dtype {dtype}, expected one of {', '.join(known)}; "
+                "give the weights as they were before they were quantized or changed"
+            )
+
+
 class _Index(BaseModel):
     weight_map: dict[str, str]
 
@@ -94,12 +113,13 @@ def check_weights(folder: Path, config: YocoUConfig) -> None:
     transformers would initialise what is missing, leave out what is too much, and tell it in a table.
 
     Raises:
-        UserError: if one is missing, too much or of another shape; the message names it.
+        UserError: if one is missing, too much, of another shape, or no floating-point numbers; the message names it.
         OSError, SafetensorError: if a file cannot be read.
     """
     found: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as opened:
+            check_dtypes(file, opened)
             found |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     check_depth(config.architecture, len(found), folder)
     with torch.device("meta"):

@@ -47,7 +47,7 @@ Count = Annotated[int, Field(gt=0, lt=2**31)]
 Loops = Annotated[int, Field(gt=0, le=MOST_LOOPS)]
 Float32 = Annotated[float, Field(ge=-3.4e38, le=3.4e38)]
 NonNegativeFloat32 = Annotated[float, Field(ge=0, le=3.4e38)]
-PositiveFloat32 = Annotated[float, Field(gt=0, le=3.4e38)]
+PositiveFloat32 = Annotated[float, Field(ge=2.0**-126, le=3.4e38)]
 
 
 def model_validator(mode: Literal["after"]) -> Callable[[Any], Any]:

@@ -15,6 +15,8 @@ THIS = "this"
 
 def _amount(value: object) -> object:
     """A number as it is; a text such as 900e9, 24GiB or 80GB as the number that it says."""
+    if isinstance(value, str) and not value.isascii():
+        raise ValueError(f"{shown(value)} is no amount; write it in the digits 0 to 9, such as 900e9 or 24GiB")
     try:
         amount = float(value) if isinstance(value, str) else value
     except ValueError:

@@ -34,6 +34,7 @@ from torch.utils.tensorboard import SummaryWriter
 from yoco_u.errors import UserError
 from yoco_u.files import parse_json, replacing, write_text
 from yoco_u.folders import beside, discard, numbered
+from yoco_u.regular_files import read_regular
 
 METRICS, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
 SUMMARY, _LOST = "summary.json", "steps_without_metrics"
@@ -86,7 +87,7 @@ def read_metrics(folder: Path) -> list[Record]:
     """The records of a run folder in their order; none if there is no file yet. A half-written last line is left out.
 
     Raises:
-        UserError: if another line is damaged; it names the file and the line.
+        UserError: if another line is damaged, or the file is a pipe or a device; it names the file, and the line.
     """
     records, damage = _read(folder / METRICS)
     if damage:
@@ -97,7 +98,7 @@ def read_metrics(folder: Path) -> list[Record]:
 def _read(path: Path) -> tuple[list[Record], list[str]]:
     """The records that are whole, and an error for each line that is not."""
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        lines = read_regular(path).split(b"\n")[:-1]
     except FileNotFoundError:
         return [], []
     records, damage = [], []

@@ -80,6 +80,8 @@ def _texts(
         after = chat_text(tokenizer, messages[: number + 1], generation_prompt=False, now=now)
         if not after.startswith(before):
             raise UserError("the chat template does not write an answer behind the prompt for it")
+        if after == before and message["content"]:
+            raise UserError("the chat template writes nothing of what the assistant says; mend the template")
         if not before.startswith(text):
             yield text, spans
             spans = []

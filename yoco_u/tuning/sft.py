@@ -46,9 +46,10 @@ def fine_tune(
     device = find_device("auto")
     model, tokenizer = runs.load(model_path, settings, device)
     now = runs.begin_time(folder)
-    made, cut = _within(settings.length, list(examples(read_chats(files), tokenizer, now)))
+    written = list(examples(read_chats(files), tokenizer, now))
+    made, cut = _within(settings.length, written)
     if not made:
-        what = f"answer within length {settings.length}" if cut else "chat"
+        what = f"answer within length {settings.length}" if cut else "answer" if written else "chat"
         raise UserError(f"no {what} in {', '.join(map(str, files)) or 'no file'}; give files of JSON lines with messages")
     own = {"model": str(model_path), "data": [str(file) for file in files], "settings": settings.model_dump(mode="json")}
     with runs.begun(folder, own, made, now, say) as finished:

@@ -47,7 +47,7 @@ class SyntheticCorpus(Config):
     def _range(cls, given: object) -> object:
         if not isinstance(given, str):
             return given
-        if not (found := re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", given)):
+        if not (found := re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", given)):
             raise ValueError(f"{given}: expected a level or a range of them, such as 3 or 1-8")
         return int(found[1]), int(found[2] or found[1])
 
@@ -104,7 +104,7 @@ def read_entry(entry: str) -> SyntheticCorpus:
         if key in given:
             raise UserError(f"{entry}: {key} comes twice; give it once")
         given.add(key)
-        settings[key] = int(value) if re.fullmatch(r"\d{1,18}", value) and key != "levels" else value
+        settings[key] = int(value) if re.fullmatch(r"[0-9]{1,18}", value) and key != "levels" else value
     return parse(SyntheticCorpus, settings, entry)
 
 
