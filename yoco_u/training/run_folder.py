@@ -117,17 +117,17 @@ class RunFolder:
             return config
         self._check_config()
         old = read_run_config(self.path)
-        if config.training.dtype == "auto":
-            config = config.with_dtype(old.training.dtype)
-        return self.paths.located(config, old)
+        return self.paths.located(_with_dtype_of(old, config), old)
 
     def check_same(self, config: RunConfig) -> None:
         """Raise a UserError if the folder holds a run of another config, naming the first key that differs.
 
+        A dtype of `auto` is what it was when the run began.
         Paths that lead to the same place are the same however they are spelled. Two paths of the dataset also are where both
         configs say what the dataset is prepared from, so that runs and datasets may be moved.
         """
         old = read_run_config(self.path)
+        config = _with_dtype_of(old, config)
         if old.data and config.data:
             old = old.model_copy(update={"dataset": config.dataset})
         difference = next(changes(old, config, self.paths.places), None)
@@ -247,6 +247,10 @@ class RunFolder:
             raise UserError(
                 f"{self.config}: is missing, but a run has begun here; copy it back from elsewhere, or choose another folder"
             )
+
+
+def _with_dtype_of(old: RunConfig, config: RunConfig) -> RunConfig:
+    return config.with_dtype(old.training.dtype) if config.training.dtype == "auto" else config
 
 
 @dataclass(frozen=True)
