@@ -277,6 +277,8 @@ def test_report(run: Any, workspace: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "metrics.jsonl").write_text("{\n{}\n")
     assert "metrics.jsonl" in run("report", tmp_path / "run").error
     (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert "lacks steps 1 to 5" in run("report", tmp_path / "run").error
+    (tmp_path / "run" / "summary.json").unlink()
     assert "no metrics yet" in run("report", tmp_path / "run").error
     error = run("report", workspace / "a", "--out", workspace / "config.yaml" / "report.html").error
     assert f"{workspace / 'config.yaml'} is a file; name a folder" in error
