@@ -106,7 +106,7 @@ def test_loop_counts_are_those_of_the_steps(ends: set[float], loops: list[int], 
     plain = run_config(Path("data"))
     training = plain.training.model_copy(update={"steps": steps, "loop_schedule": schedule})
     config = plain.model_copy(update={"training": training})
-    assert config.loop_counts() == {config.loops_at(step) for step in range(steps)}
+    assert config.loop_counts() == {loops for step in range(steps) for loops in config.loops_at(step)}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_what_is_asked_for_has_a_step_however_few_there_are(ends: set[float], st
         config = run_config(Path("data"), architecture={"rope_cross": False}, **asked)
         exact = shares_of_the_steps(sorted(ends), steps)
         loops = [next((n + 4 for n, end in enumerate(exact) if step < end), None) for step in range(steps)]
-        assert [config.loops_at(step) for step in range(steps)] == loops
+        assert [loops for step in range(steps) for loops in config.loops_at(step)] == loops
         assert [config.window_at(step) for step in range(steps)] == [it or config.architecture.window for it in loops]
         assert set(loops) == {None, *range(4, 4 + len(ends))}
         assert config.cross_rotation_at(0) == 1 and config.cross_rotation_at(steps) == 0

@@ -73,7 +73,7 @@ def _teacher_parameters(config: RunConfig) -> int:
 
 
 def _blocks_with_gradients(config: RunConfig, loops: int | None) -> int:
-    """Blocks that a token passes through with gradients in a step, of which `loops_at` says the loop count."""
+    """Blocks that a token passes through with gradients where they have this loop count, as of `loops_at`."""
     architecture = config.architecture if loops is None else config.architecture.with_loops(loops)
     most = config.training.backward_loops
     return sum(
