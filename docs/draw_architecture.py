@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "yoco_u"
 
 FLOORS = (
-    ("errors", "version", "paper"),
+    ("errors", "regular_files", "version", "paper"),
     ("locks", "folders", "files", "checksums", "formatting", "device", "free_cores", "config", "plotting", "confined"),
     ("architecture", "budget"),
     ("data", "model"),
@@ -35,7 +35,7 @@ FLOORS = (
 ROOMS = tuple(room for floor in FLOORS for room in floor)
 
 SAYS = {
-    "errors": "one-line errors", "version": "", "paper": "the paper's figures", "locks": "",
+    "errors": "one-line errors", "regular_files": "no pipes", "version": "", "paper": "the paper's figures", "locks": "",
     "folders": "whole or not at all", "files": "JSON", "checksums": "damage is noticed",
     "formatting": "numbers in words", "device": "what runs here", "free_cores": "beside others",
     "config": "YAML, overrides", "plotting": "one palette",

@@ -17,7 +17,6 @@ from engine_runs import assert_all_free
 from in_fork import check_in_fork
 from models import architecture, build
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from yoco_u import YocoUForCausalLM
 from yoco_u.confined.nursery import Confined
@@ -108,18 +107,6 @@ def test_one_prompt_tokens_and_a_params_each(llm: LLM, tokenizer: PreTrainedToke
     assert len(llm.generate("x")[0].outputs[0].token_ids) <= 16
     with pytest.raises(UserError, match="2 prompts came with 1 SamplingParams"):
         llm.generate(["a", "b"], [GREEDY])
-
-
-def test_a_stop_string_that_the_end_completes(llm: LLM) -> None:
-    """A byte that makes no character is known to be none when no token follows."""
-    tokenizer = llm.engine.tokenizer
-    assert tokenizer is not None
-    byte = tokenizer.convert_tokens_to_ids(bytes_to_unicode()[0xF5])
-    for stop, expected in (("\ufffd", ("", "stop", "\ufffd")), ("x", ("\ufffd", "length", None))):
-        params = SamplingParams(temperature=0, max_tokens=1, logit_bias={byte: 100.0}, stop=(stop,))
-        [request] = llm.generate(["ab"], params)
-        [found] = request.outputs
-        assert (found.text, found.finish_reason, found.stop_reason) == expected
 
 
 def test_stop_strings(llm: LLM) -> None:

@@ -260,6 +260,17 @@ def test_offsets_behind_a_prompt_that_ends_within_a_character(
         assert [text[offset] for offset in found.text_offset[-2:]] == ["b", "c"]
 
 
+@pytest.mark.parametrize(("stop", "text", "reason"), [("\ufffd", "", "stop"), ("x", "\ufffd", "length")])
+async def test_a_stop_string_that_the_end_completes(
+    server: Server, tokenizer: PreTrainedTokenizerFast, stop: str, text: str, reason: str
+) -> None:
+    """A byte is known to make no character when no token follows."""
+    byte = tokenizer.convert_tokens_to_ids(bytes_to_unicode()[0xF5])
+    body = {"prompt": "ab", "max_tokens": 1, "temperature": 0, "logit_bias": {str(byte): 100}, "stop": [stop]}
+    [choice] = (await server.json("completions", **body))["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (text, reason)
+
+
 parts_of_characters = st.sampled_from([b"a", b"\xf5", b"\xf0", b"\xf0\x9f", b"\xa6", b" "])
 texts_of_bytes = st.lists(st.one_of(parts_of_characters, st.sampled_from("é数🦉").map(str.encode)), max_size=9)
 
