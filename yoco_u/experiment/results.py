@@ -15,7 +15,7 @@ from yoco_u.experiment.grid import GridRun
 from yoco_u.experiment.intervals import Interval, NotDecidable, interval
 from yoco_u.experiment.measure import read_measures
 from yoco_u.experiment.run import check_one_dataset, dataset_of, has_diverged, is_finished
-from yoco_u.regular_files import read_regular
+from yoco_u.regular_files import check_regular
 from yoco_u.report.comparison import equal_cost
 from yoco_u.training.metrics import METRICS, loops_key
 from yoco_u.training.run_folder import RunFolder, read_run
@@ -286,7 +286,9 @@ def _read_result(run: GridRun, folder: Path) -> RunResult:
 def _has_records(metrics: Path) -> bool:
     """Whether the file is there and has a whole line: a run may have been stopped before its first one."""
     try:
-        return b"\n" in read_regular(metrics)
+        check_regular(metrics)
+        with metrics.open("rb") as lines:
+            return lines.readline().endswith(b"\n")
     except FileNotFoundError:
         return False
 

@@ -314,11 +314,9 @@ class Grammars:
                 return "lark", params.tools.grammar(
                     params.json_schema, self._tokenizer.backend_tokenizer.token_to_id, self._shown
                 )
-            return (
-                ("regex", params.regex)
-                if params.regex is not None
-                else ("json_schema", json.dumps(with_plain_names(params.json_schema)))
-            )
+            if params.regex is not None:
+                return "regex", params.regex
+            return "json_schema", json.dumps(with_plain_names(params.json_schema))
         except RecursionError:
             raise UserError(f"{params.grammar}: it is nested too deeply", params.grammar) from None
 

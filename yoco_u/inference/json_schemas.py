@@ -6,6 +6,7 @@ may stand under further names, they become those of a pattern that every name fi
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 _NAMED = frozenset({"properties", "$defs", "definitions", "dependentSchemas"})
@@ -13,7 +14,6 @@ _NAMED = frozenset({"properties", "$defs", "definitions", "dependentSchemas"})
 _DATA = frozenset({"enum", "const", "default", "examples", "required"})
 """Keywords whose value is no schema."""
 _ANYTHING: tuple[Any, ...] = (True, {})
-_ANY_NAME = {"patternProperties": {"": {}}, "additionalProperties": False}
 
 
 def with_plain_names(schema: Any) -> Any:
@@ -22,11 +22,18 @@ def with_plain_names(schema: Any) -> Any:
     A schema in which `patternProperties` stands anywhere is returned as it is, since llguidance refuses patterns that overlap,
     and further names that have a schema of their own may still be written with escapes.
     """
-    return schema if any("patternProperties" in one for one in _schemas(schema)) else _rewritten(schema)
+    found = deepcopy(schema)
+    parts = list(_schemas(found))
+    if any("patternProperties" in one for one in parts):
+        return schema
+    for one in parts:
+        if one.get("properties") and one.get("additionalProperties", True) in _ANYTHING:
+            one.update(patternProperties={"": {}}, additionalProperties=False)
+    return found
 
 
 def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
-    """All schemas within a schema."""
+    """All schemas within a schema, itself included."""
     if isinstance(schema, list):
         for one in schema:
             yield from _schemas(one)
@@ -37,20 +44,3 @@ def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
                 yield from _schemas(list(value.values()))
             elif key not in _DATA:
                 yield from _schemas(value)
-
-
-def _rewritten(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_rewritten(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in _NAMED and isinstance(value, dict):
-            value = {name: _rewritten(one) for name, one in value.items()}
-        elif key not in _DATA:
-            value = _rewritten(value)
-        found[key] = value
-    if schema.get("properties") and schema.get("additionalProperties", True) in _ANYTHING:
-        found |= _ANY_NAME
-    return found

@@ -93,10 +93,9 @@ class RunningOutput:
         """The text that was held back, when no token follows, up to a stop string that is complete only now."""
         if self.detokenizer is None:
             return ""
-        running = self.detokenizer.stopped is None
         text = self.detokenizer.flush()
         self.completion.text += text
-        if running and self.detokenizer.stopped is not None:
+        if self.detokenizer.stopped is not None:
             self.completion.stop_reason = self.detokenizer.stopped
         return text
 

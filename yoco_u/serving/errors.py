@@ -23,7 +23,6 @@ log = logging.getLogger("yoco_u.serving")
 _INTERNAL = "internal error; the server's log says more"
 _NAMES = {"json_schema": "response_format"}  # of the engine's settings in requests, where they differ
 _INNER = re.compile(r"^(SamplingParams|request [\w.]+): ")  # what the engine calls what a client sent
-_TIME_EXCEEDED = "time_exceeded"
 _LONGEST = 500  # characters of a message; messages quote what clients sent, which may be long
 
 
@@ -70,7 +69,7 @@ def _status(error: Exception) -> tuple[int, str, str | None, str | None]:
     if isinstance(error, NotServing):
         return 503, str(error), None, None
     if isinstance(error, TimeExceeded):
-        return 503, str(error), None, _TIME_EXCEEDED
+        return 503, str(error), None, "time_exceeded"
     if isinstance(error, RequestFailed):
         return (400, str(error), error.setting, None) if error.is_refusal else (500, str(error), None, None)
     log.error("an answer failed", exc_info=error)
@@ -110,7 +109,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(TimeExceeded)
     async def _too_long(_: Request, error: TimeExceeded) -> Response:
-        return error_response(503, str(error), code=_TIME_EXCEEDED)
+        return error_response(*_status(error))
 
     @app.exception_handler(RequestFailed)
     async def _failed(_: Request, error: RequestFailed) -> Response:
