@@ -21,6 +21,7 @@ from yoco_u.regular_files import read_regular
 SUMS = "SHA256SUMS"
 
 _WRITTEN = ".yoco-u-written"
+_COUNT = re.compile(r"# files: ([0-9]{1,9})")  # the first line, but for earlier versions; `sha256sum` skips comments
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -59,19 +60,7 @@ def verify_checksums(folder: Path, mend: str, wanted: Callable[[str], bool] = la
         return False
     except OSError as error:
         raise _unreadable(sums, error) from None
-    try:
-        lines = text.decode("utf-8").splitlines()
-    except ValueError as error:
-        raise DamagedFile(f"{sums}: the file is damaged ({error}); {mend}") from None
-    expected: dict[Path, str] = {}
-    for number, line in enumerate(lines, start=1):
-        parsed = _LINE.fullmatch(line)
-        if parsed is None:
-            raise DamagedFile(f"{sums}: the file is damaged, line {number} is no checksum; {mend}")
-        if wanted(parsed[2]):
-            expected[folder / parsed[2]] = parsed[1]
-    if not lines:
-        raise DamagedFile(f"{sums}: the file is damaged, it is empty; {mend}")
+    expected = {folder / name: digest for name, digest in _parsed(sums, text, mend).items() if wanted(name)}
     for path in expected:
         if not path.is_file():
             raise DamagedFile(f"{path}: the file is missing, which {SUMS} names; {mend}")
@@ -144,12 +133,31 @@ def keep_changes(old: Path, new: Path) -> None:
             shutil.copy2(path, new / name, follow_symlinks=False)
 
 
+def _parsed(sums: Path, text: bytes, mend: str) -> dict[str, str]:
+    """The checksums in a file, all of those that were written, by name."""
+    try:
+        *lines, end = text.decode("utf-8").split("\n")
+    except ValueError as error:
+        raise DamagedFile(f"{sums}: the file is damaged ({error}); {mend}") from None
+    if not lines or end:
+        raise DamagedFile(f"{sums}: the file is damaged, it {'ends within a line' if end else 'is empty'}; {mend}")
+    counted, found = _COUNT.fullmatch(lines[0]), {}
+    for number, line in enumerate(lines, start=1):
+        if (parsed := _LINE.fullmatch(line)) is not None:
+            found[parsed[2]] = parsed[1]
+        elif number > 1 or counted is None:
+            raise DamagedFile(f"{sums}: the file is damaged, line {number} is no checksum; {mend}")
+    if counted is not None and int(counted[1]) != len(found):
+        raise DamagedFile(f"{sums}: the file is damaged, it has {len(found)} of {counted[1]} checksums; {mend}")
+    return found
+
+
 def _write_sums(folder: Path, name: str, files: list[Path]) -> None:
     chosen = sorted(files)
-    lines = (
+    lines = [
         f"{digest}  {path.relative_to(folder).as_posix()}\n" for path, digest in zip(chosen, _digests(chosen), strict=True)
-    )
-    write_text(folder / name, "".join(lines))
+    ]
+    write_text(folder / name, "".join([f"# files: {len(lines)}\n", *lines]))
 
 
 def _read_sums(file: Path) -> dict[str, str]:

@@ -63,6 +63,11 @@ def test_mistakes_do_not_end_a_talk(talk: Any, workspace: Path, line: str, part:
     assert part in outcome.err.split("Ctrl-D ends", 1)[1]
 
 
+def test_exit_ends_a_talk(talk: Any, workspace: Path) -> None:
+    outcome = talk("one", "/exit", "two")
+    assert (outcome.status, outcome.out) == (0, answers(workspace / "a", "one")[0] + "\n")
+
+
 def test_a_question_that_cannot_be_answered_is_taken_back(talk: Any, workspace: Path) -> None:
     """The next one is asked as if it had not been."""
     first, last = talk("one", "two"), talk("one", "/loops auto", "not this", "/loops 2", "two")

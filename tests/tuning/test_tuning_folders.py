@@ -73,6 +73,23 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(
         torch.testing.assert_close(left[tensor], right[tensor])
 
 
+@pytest.mark.parametrize("lost", ["model", "model.safetensors", "config.json"])
+def test_a_lost_model_of_a_finished_run_is_made_again(place: Path, tmp_path: Path, lost: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    if lost == "model":
+        shutil.rmtree(run / "model")
+    else:
+        damage(run / "model" / lost, "flip", at=99, bit=3)
+    summary, said = again(place, run)
+    assert "is finished, but not its model, which is made again" in said
+    assert f"continuing from {run / 'checkpoints' / 'checkpoint-4'}" in said
+    assert summary["losses"] == json.loads((place / "run" / "summary.json").read_text())["losses"]
+    left, right = (load_model(folder, torch.device("cpu"))[0].state_dict() for folder in (run, place / "run"))
+    assert all(torch.equal(left[tensor], right[tensor]) for tensor in left)
+    assert "is finished, at step 4; nothing to do" in again(place, run)[1]
+
+
 def test_another_process_in_the_folder_is_told(place: Path) -> None:
     with FileLock(place / "run" / ".lock"), pytest.raises(UserError, match="another process is training there"):
         again(place, place / "run")
@@ -89,7 +106,8 @@ def test_other_contents_under_the_same_names_are_no_run_that_goes_on(place: Path
     write_chats(here / "chats.jsonl", 10)
     again(here, here / "run", steps=1)
     sums = here / "model" / "SHA256SUMS"
-    sums.write_text("".join(sorted(sums.read_text().splitlines(keepends=True), reverse=True)))
+    count, *lines = sums.read_text().splitlines(keepends=True)
+    sums.write_text("".join([count, *reversed(lines)]))
     with pytest.raises(UserError, match="other things were in model"):
         again(here, here / "run", steps=1)
     settings = json.loads((here / "run" / "settings.json").read_text())

@@ -40,8 +40,8 @@ def chat(
     """Talk to a model in the terminal.
 
     A model with a chat template answers; any other continues the text, which
-    grows with what both write. Ctrl-C stops an answer, Ctrl-D ends. Lines that
-    begin with a slash change settings: /help names them.
+    grows with what both write. Ctrl-C stops an answer, /exit or Ctrl-D ends.
+    Other lines that begin with a slash change settings: /help names them.
 
     [bold]Examples[/bold]
 
@@ -69,8 +69,8 @@ def chat(
         raise UserError(f"{template_file(tokenizer)}: {problem}")
     said = Conversation(tokenizer)
     kind = "chat" if said.has_template else "no chat template: what you write is continued"
-    note(f"{kind}; /help names the settings; Ctrl-D ends")
-    while (line := _read()) is not None:
+    note(f"{kind}; /help names the settings; /exit or Ctrl-D ends")
+    while (line := _read()) not in (None, "/exit"):
         try:
             if line.startswith("/"):
                 params = _command(line, params, said)

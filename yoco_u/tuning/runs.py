@@ -26,6 +26,7 @@ from yoco_u.folders import check_part, check_place, claim
 from yoco_u.loading import load_model, model_folder, weights_digest
 from yoco_u.model import YocoUForCausalLM, save_model
 from yoco_u.model.balancing import BalanceExperts
+from yoco_u.model.saving import lost_model
 from yoco_u.tuning.settings import TuningSettings
 
 FOLDER = "fine-tuning"
@@ -52,10 +53,10 @@ def begun(
         own: the model's path, the paths of the data, and the settings.
         made: what training reads, as JSON has it.
         now: when the run is begun.
-        say: told of a damaged summary, which is made anew, and where nothing is to be done.
+        say: told of a damaged summary or a lost model, which are made anew, and where nothing is to be done.
 
     Yields:
-        The summary, where the same was trained to its end before.
+        The summary, where the same was trained to its end before and the model is there.
 
     Raises:
         UserError: if it holds something else, or a run of something else, or another process trains there.
@@ -75,6 +76,9 @@ def begun(
         else:
             write_json(file, own | {"contents": contents, "working_folder": seen_from(folder), "begun": now.isoformat()})
         finished = read_json(summary, dict[str, Any], {}, say) or None
+        if finished is not None and (problem := lost_model(folder / "model")) is not None:
+            say(f"{folder}: is finished, but not its model, which is made again ({problem})")
+            finished = None
         if finished is None:
             check_part(folder / "model")
             check_changes(folder / "model", kept=True)
