@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, PositiveInt
+from recall_texts import recall_chats
 
 from yoco_u.cli import main as yoco_u
 from yoco_u.cli.settings import load_run_config
@@ -39,6 +40,7 @@ CHATS = 5  # chats for each minute: more tokens than are read
 MOST_CHATS = 200
 HELD_OUT = "{}-held-out.jsonl"
 HELD_OUT_BYTES, SHORT, LONG = 80_000, 8_000, 30_000  # in all, and of each text
+TEMPERATURE = 0.3  # so small a model rambles at more
 SHARE = 0.5  # of the rate of matrix products, that healing runs at, all included
 
 
@@ -65,7 +67,8 @@ def main() -> None:
     teacher = out / "teacher"
     if not teacher.exists():
         run("convert", fetch(out), "preset=transformer", "--out", teacher)
-    text = [*sample_texts(out, teacher, chosen.minutes), write_chats(out, teacher, chosen.minutes)]
+    texts = sample_texts(out, teacher, chosen.minutes)
+    text = [*texts, write_chats(out, teacher, chosen.minutes), write_recalls(out, teacher, texts)]
     heal = teacher
     for number in chosen.global_kvs:
         source, model, heal = heal, out / f"converted-{number}", out / f"healed-{number}"
@@ -74,7 +77,7 @@ def main() -> None:
         config = write_config(out, heal.name, model, text)
         train(config, heal, steps_of(heal, source, config, chosen.minutes, chosen.steps))
     if not chosen.no_chat:
-        run("chat", heal)
+        run("chat", heal, "--temperature", TEMPERATURE)
 
 
 class Begun(BaseModel):
@@ -178,6 +181,17 @@ def write_chats(out: Path, teacher: Path, minutes: float) -> Path:
     return file
 
 
+def write_recalls(out: Path, teacher: Path, texts: list[Path]) -> Path:
+    """Chats in which parts of these texts are asked for again, as the chat template renders them."""
+    file = out / "recalls.jsonl"
+    if not file.exists():
+        print("asking for parts of the texts again", flush=True)
+        tokenizer = load_tokenizer(teacher)
+        documents = [json.loads(line)["text"] for text in texts for line in text.read_text(encoding="utf-8").splitlines()]
+        write_text(file, lines([chat_text(tokenizer, chat, generation_prompt=False) for chat in recall_chats(documents)]))
+    return file
+
+
 def lines(texts: list[str]) -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
@@ -192,7 +206,7 @@ def convert(source: Path, model: Path, global_kvs: int, text: list[Path], method
 
 def texts_of(out: Path) -> list[Path]:
     """The texts that this recipe has made."""
-    return [*(out / f"{corpus}.jsonl" for corpus in CORPORA), out / "chats.jsonl"]
+    return [out / f"{text}.jsonl" for text in (*CORPORA, "chats", "recalls")]
 
 
 def write_config(out: Path, name: str, model: Path, text: list[Path]) -> Path:

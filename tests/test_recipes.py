@@ -1,6 +1,7 @@
 """Recipes overwrite nothing that is not theirs, and say what is wrong in one line, before they compute anything."""
 
 import importlib
+import random
 import runpy
 import sys
 from pathlib import Path
@@ -119,3 +120,24 @@ def test_a_card_is_of_runs_each_from_the_one_before(monkeypatch: pytest.MonkeyPa
         card.check_chain([again, second])
     with pytest.raises(UserError, match=r"again: has 5 global KVs, as \S*healed-5 has"):
         card.check_chain([first, second, again])
+
+
+def test_a_recall_answers_with_the_one_part_that_a_question_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+    recall_chats = importlib.import_module("recall_texts").recall_chats
+    drawn = random.Random(0)
+
+    def part(number: int) -> str:
+        begin = "the same six words begin it" if number % 4 == 0 else f"part {number} of this text says"
+        return begin + "".join(f" w{drawn.randrange(10**6)}" for _ in range(drawn.choice((1, 8, 90))))
+
+    documents = ["\n \n".join(map(part, range(60))) for _ in range(30)] + ["", "one line", "\n\n" * 9]
+    chats = list(recall_chats(documents))
+    assert 10 < len(chats) <= 30 and chats == list(recall_chats(documents))
+    for chat in chats:
+        assert [turn["role"] for turn in chat] == ["user", "assistant"] * (len(chat) // 2) and len(chat) <= 8
+        text, question, begin = chat[0]["content"].rpartition("Repeat, word for word, the part that begins with: ")
+        for turn, answer in zip(chat[::2], chat[1::2], strict=True):
+            begin = turn["content"].rpartition(question)[2]
+            assert [one for one in text.split("\n\n") if one.startswith(begin)] == [answer["content"]]
+            assert 40 <= len(answer["content"]) < 500
