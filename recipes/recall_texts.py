@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-SHORTEST, LONGEST = 600, 4_500  # bytes of a text: the longest leaves room for its questions in a row of 2,048 tokens
+SHORTEST, LONGEST = 600, 4_500  # characters of a text: the longest leaves room for its questions in a row of 2,048 tokens
 PART = range(40, 500)  # characters of a part that is asked for
 BEGINNING = 5  # words that name a part
 QUESTIONS = 4  # of a chat, at most
