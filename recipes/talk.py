@@ -67,9 +67,10 @@ def main() -> None:
     teacher = out / "teacher"
     if not teacher.exists():
         run("convert", fetch(out), "preset=transformer", "--out", teacher)
-    texts = sample_texts(out, teacher, chosen.minutes)
-    text = [*texts, write_chats(out, teacher, chosen.minutes), write_recalls(out, teacher, texts)]
-    heal = teacher
+    sample_texts(out, teacher, chosen.minutes)
+    write_chats(out, teacher, chosen.minutes)
+    write_recalls(out, teacher)
+    text, heal = texts_of(out), teacher
     for number in chosen.global_kvs:
         source, model, heal = heal, out / f"converted-{number}", out / f"healed-{number}"
         check_source(heal, model, source)
@@ -126,15 +127,14 @@ def check_texts(out: Path, minutes: float) -> None:
         write_json(note, {"minutes": minutes})
 
 
-def sample_texts(out: Path, teacher: Path, minutes: float) -> list[Path]:
+def sample_texts(out: Path, teacher: Path, minutes: float) -> None:
     """English and code from what is installed, as JSON lines; beside them what is never trained on.
 
     Texts that spell special tokens, as those about tokenizers do, are left out: chats hold such tokens, so that they count.
     """
-    files, special = [], load_tokenizer(teacher).all_special_tokens
+    special = load_tokenizer(teacher).all_special_tokens
     for entry in CORPORA:
         file, held_out = out / f"{entry}.jsonl", out / HELD_OUT.format(entry)
-        files.append(file)
         if file.exists():
             continue
         print(f"reading {entry}", flush=True)
@@ -152,14 +152,13 @@ def sample_texts(out: Path, teacher: Path, minutes: float) -> list[Path]:
                 break
         write_text(held_out, lines(kept))
         write_text(file, lines(texts))
-    return files
 
 
-def write_chats(out: Path, teacher: Path, minutes: float) -> Path:
+def write_chats(out: Path, teacher: Path, minutes: float) -> None:
     """Chats that the source writes itself, questions included, as its chat template renders them; every tenth is held out."""
     file, count = out / "chats.jsonl", min(MOST_CHATS, max(2, round(CHATS * minutes)))
     if file.exists():
-        return file
+        return
     print(f"writing {count} chats", flush=True)
     llm = LLM(teacher)
     tokenizer = llm.engine.tokenizer
@@ -178,18 +177,18 @@ def write_chats(out: Path, teacher: Path, minutes: float) -> Path:
     write_text(out / HELD_OUT.format("chats"), lines(["\n\n".join(turn["content"] for turn in chat) for chat in held_out]))
     rendered = [chat_text(tokenizer, chat, generation_prompt=False) for chat in chats if chat not in held_out]
     write_text(file, lines(rendered))
-    return file
 
 
-def write_recalls(out: Path, teacher: Path, texts: list[Path]) -> Path:
-    """Chats in which parts of these texts are asked for again, as the chat template renders them."""
+def write_recalls(out: Path, teacher: Path) -> None:
+    """Chats in which parts of the English and the code are asked for again, as the chat template renders them."""
     file = out / "recalls.jsonl"
-    if not file.exists():
-        print("asking for parts of the texts again", flush=True)
-        tokenizer = load_tokenizer(teacher)
-        documents = [json.loads(line)["text"] for text in texts for line in text.read_text(encoding="utf-8").splitlines()]
-        write_text(file, lines([chat_text(tokenizer, chat, generation_prompt=False) for chat in recall_chats(documents)]))
-    return file
+    if file.exists():
+        return
+    print("asking for parts of the texts again", flush=True)
+    tokenizer = load_tokenizer(teacher)
+    texts = [out / f"{entry}.jsonl" for entry in CORPORA]
+    documents = [json.loads(line)["text"] for text in texts for line in text.read_text(encoding="utf-8").splitlines()]
+    write_text(file, lines([chat_text(tokenizer, chat, generation_prompt=False) for chat in recall_chats(documents)]))
 
 
 def lines(texts: list[str]) -> str:
