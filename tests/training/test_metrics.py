@@ -156,6 +156,17 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
     assert f"continuing from {tmp_path}/checkpoints/step-00000006" in capsys.readouterr().err.replace("\n", "")
 
 
+def test_text_that_is_read_again_is_told(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    split = PackedDataset(dataset, "train", 24)
+    for times, told in ((1, False), (2, True)):
+        rows = times * split.rows_per_epoch
+        train(
+            run_config(dataset, steps=1, batch_rows=rows, micro_batch_rows=rows, optimizer_warmup_steps=0),
+            tmp_path / str(times),
+        )
+        assert ("tokens: read 2.0 times" in capsys.readouterr().err.replace("\n", " ")) == told
+
+
 def test_wandb_is_asked_for_and_not_there(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"wandb_project is 'loops' but wandb is not installed; pip install 'yoco-u\[wandb\]'"):

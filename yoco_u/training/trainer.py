@@ -19,6 +19,7 @@ from yoco_u.data import Batch, BatchLoader, DatasetIndex, PackedDataset, check_v
 from yoco_u.device import environment, fast_dtype, gemm_rate, multiplies_bfloat16, peak_memory_bytes, what_compiling_lacks
 from yoco_u.errors import UserError, naming
 from yoco_u.files import write_json
+from yoco_u.formatting import short_count
 from yoco_u.loading import tokenizer_folder, weights_digest
 from yoco_u.model.loss import EarlyExit
 from yoco_u.training.checkpoint import Checkpoints, TrainerState, step_name
@@ -232,6 +233,10 @@ class _Run:
                 self.reporter.say("no checkpoint is left: beginning again")
             if self.distributed.is_main and self.metrics.missing:
                 self.reporter.say(f"{METRICS} was damaged or lost, steps {self.metrics.missing} are missing; going on")
+            if (times := training.steps * training.batch_rows / self.dataset.rows_per_epoch) > 1:
+                self.reporter.say(
+                    f"the training split has {short_count(self.dataset.split.tokens)} tokens: read {times:.1f} times"
+                )
             if training.compile == "auto" and (lack := what_compiling_lacks(self.distributed.device)) is not None:
                 self.reporter.say(f"training without compiling, which is slower: {lack}")
             if training.dtype == "bfloat16" and not multiplies_bfloat16(self.distributed.device):
